@@ -1,0 +1,1 @@
+"""The offline builder: text to Arrow shards that megagpt trains on."""

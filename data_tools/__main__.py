@@ -1,0 +1,107 @@
+"""The `python -m data_tools` command: parse, dispatch, nothing else."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_tools.build import build
+from data_tools.config import BuildConfig, ReadConfig, TokenizerConfig, load_config
+from data_tools.inspect import inspect
+from data_tools.report import summary
+from data_tools.tokenizer_training import train_tokenizer
+from data_tools.verify import verify
+from megagpt.data_manifest import SPLITS
+from megagpt.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    # parse_known_args, because argparse cannot take options and key=value pairs in any order
+    args, rest = parser.parse_known_args(argv)
+    if wrong := [item for item in rest if item.startswith("-") or "config" not in args]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    try:
+        print(COMMANDS[args.command](args, rest))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `... | head`
+        sys.stderr.close()
+    return 0
+
+
+def _build(args: argparse.Namespace, overrides: Sequence[str]) -> str:
+    config = load_config(BuildConfig, args.config, overrides)
+    return summary(build(args.input, args.out, config, args.scheduler), args.out)
+
+
+def _train_tokenizer(args: argparse.Namespace, overrides: Sequence[str]) -> str:
+    config = load_config(TokenizerConfig, args.config, overrides)
+    tokenizer = train_tokenizer(args.input, args.out, config, args.scheduler).tokenizer
+    return f"{args.out} is ready: {tokenizer.kind}, {tokenizer.vocab_size:,} pieces; use it with tokenizer={args.out}"
+
+
+def _verify(args: argparse.Namespace, _: Sequence[str]) -> str:
+    return verify(args.folder)
+
+
+def _inspect(args: argparse.Namespace, _: Sequence[str]) -> str:
+    return inspect(args.folder, split=args.split, documents=args.documents, as_json=args.json)
+
+
+COMMANDS = {"build": _build, "train-tokenizer": _train_tokenizer, "verify": _verify, "inspect": _inspect}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data_tools", description="Text to token shards for megagpt.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, what: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=what,
+            description=what,
+            epilog=f"example:\n  python -m data_tools {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    build_command = command(
+        "build",
+        "Text files, folders, .jsonl(.gz, .zst) and .parquet to a dataset folder.",
+        "--input books/ wiki.jsonl.zst --out data/corpus vocab_size=32000 val_fraction=0.005\n\n"
+        + _options(BuildConfig),
+    )
+    build_command.add_argument("--out", type=Path, required=True, help="the dataset folder to make")
+    train_command = command(
+        "train-tokenizer",
+        "A SentencePiece model from a sample of the input.",
+        "--input books/ --out tokenizer.model vocab_size=32000\n\n" + _options(TokenizerConfig),
+    )
+    train_command.add_argument("--out", type=Path, required=True, help="the model file to write")
+    for with_input in (build_command, train_command):
+        with_input.usage = "%(prog)s --input PATH [PATH ...] --out PATH [--config FILE] [key=value ...]"
+        with_input.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH")
+        with_input.add_argument("--config", type=Path, metavar="FILE", help="options as a JSON object")
+        with_input.add_argument("--scheduler", metavar="ADDRESS", help="a running Dask scheduler: tcp://host:8786")
+    verify_command = command("verify", "Check every byte of a dataset and say what is damaged.", "data/corpus")
+    inspect_command = command("inspect", "Show what a dataset holds.", "data/corpus --split val --documents 3")
+    inspect_command.add_argument("--split", choices=SPLITS, default="train")
+    inspect_command.add_argument("--documents", type=int, default=0, metavar="N", help="the first N as text")
+    inspect_command.add_argument("--json", action="store_true", help="the manifest, for a program to read")
+    for with_folder in (verify_command, inspect_command):
+        with_folder.add_argument("folder", type=Path)
+    return parser
+
+
+def _options(model: type[ReadConfig]) -> str:
+    """The key=value options, one per line, from the model itself."""
+    lines = ["options (key=value, or the same keys in --config):"]
+    for name, info in model.model_fields.items():
+        text = f"  {name}={info.default if info.default is not None else ''}"
+        lines.append(f"{text:28}{info.description or ''}".rstrip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Tasks over processes: Dask on this machine, Dask on a cluster, or none at all for a small job.
+
+A task gets paths and returns small numbers; what it makes, it leaves in a file.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from distributed import Client, KilledWorker, LocalCluster, as_completed
+from tqdm import tqdm
+
+from megagpt.errors import UserError
+
+SMALL_BYTES = 2**24  # below it, starting processes costs more than they save
+CONNECT_SECONDS = 10.0
+
+
+class RunAll(Protocol):
+    def __call__(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], what: str) -> list[Any]:
+        """task(*arguments[i]) for every i, in any order; the results in the order of the arguments."""
+
+
+@contextmanager
+def start_workers(n: int | None, scheduler: str | None, scratch: Path, *, total_bytes: int) -> Iterator[RunAll]:
+    n = n or len(os.sched_getaffinity(0))
+    if scheduler is None and (n == 1 or total_bytes < SMALL_BYTES):
+        yield _run_here
+        return
+    with _connect(n, scheduler, scratch) as client:
+
+        def run_all(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], what: str) -> list[Any]:
+            return _run_on(client, task, arguments, what)
+
+        yield run_all
+
+
+def _run_here(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], what: str) -> list[Any]:
+    return [task(*args) for args in _progress(arguments, len(arguments), what)]
+
+
+@contextmanager
+def _connect(n: int, scheduler: str | None, scratch: Path) -> Iterator[Client]:
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    if scheduler is not None:
+        try:
+            client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"no Dask scheduler answers at --scheduler {scheduler} ({error}); start one with `dask scheduler`"
+            ) from error
+        with client:
+            yield client
+        return
+    cluster = LocalCluster(
+        n_workers=n,
+        threads_per_worker=1,
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",  # any free port: None would still open 8787, which may be taken
+        scheduler_kwargs={"dashboard": False},
+        memory_limit=0,  # tasks bound their buffers; killing a worker at some share of the memory helps nobody
+        local_directory=str(scratch),
+        silence_logs=logging.ERROR,
+    )
+    with cluster, Client(cluster, set_as_default=False) as client:
+        yield client
+
+
+def _run_on(client: Client, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], what: str) -> list[Any]:
+    futures = [client.submit(task, *args, pure=False) for args in arguments]
+    results = {}
+    try:
+        for done in _progress(as_completed(futures, loop=client.loop), len(futures), what):
+            results[done.key] = done.result()  # raises what the task raised, at once
+    except KilledWorker as error:
+        raise UserError(f"a worker process died while {what}, likely for want of memory; set workers=1") from error
+    finally:
+        client.cancel([future for future in futures if not future.done()])
+    return [results[future.key] for future in futures]
+
+
+def _progress(items: Any, total: int, what: str) -> Any:
+    """A bar where there is a terminal to draw it on, for what lasts longer than two seconds."""
+    return tqdm(items, total=total, desc=what, unit="task", delay=2, mininterval=0.5, disable=None)

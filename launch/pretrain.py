@@ -1,0 +1,11 @@
+"""Train: the program that `deepspeed`, `torchrun`, `srun` or plain `python` starts, once per rank."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout on a shared disk needs no install
+
+from megagpt.__main__ import pretrain
+
+if __name__ == "__main__":
+    sys.exit(pretrain())

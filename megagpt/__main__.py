@@ -1,0 +1,158 @@
+"""The `megagpt` command, and `pretrain`, which launch/pretrain.py calls: parse, dispatch, nothing else.
+
+Imports stand inside the functions so that --help answers at once.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megagpt.errors import UserError
+
+SAVED_AND_WANTS_RESTART = 75  # EX_TEMPFAIL of sysexits.h
+
+
+def pretrain(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit code: 0 finished, 2 what the user gave is wrong, 75 saved and wants to go on."""
+    parser = argparse.ArgumentParser(
+        prog="launch/pretrain.py",
+        description="Train a GPT-2 as a run file says; goes on by itself when out_dir holds a checkpoint.",
+        epilog="example: deepspeed --hostfile hosts launch/pretrain.py --deepspeed_config ds_configs/gpt2_124m.json "
+        "megagpt.out_dir=runs/mine optimizer.params.lr=3e-4",
+    )
+    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/gpt2_124m.json"), metavar="RUN.json")
+    parser.add_argument("--fresh", action="store_true", help="start at step 0; an old run in out_dir is renamed")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys of the run file")
+    args = parser.parse_intermixed_args(argv)
+
+    from megagpt.distributed import init_process_group, is_main, together
+    from megagpt.run_file import load_run_config
+
+    try:
+        device = init_process_group()
+        run = together(lambda: load_run_config(args.deepspeed_config, args.overrides))
+        from megagpt.trainer import (
+            train,
+        )  # DeepSpeed takes seconds to import: not before the run file is right
+
+        state = train(run, device, fresh=args.fresh)
+    except UserError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0 if state.finished(run.megagpt.schedule.max_steps) else SAVED_AND_WANTS_RESTART
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megagpt", description="After training: use and measure checkpoints.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser(
+        "generate",
+        help="text from a checkpoint",
+        epilog='example: megagpt generate runs/demo --prompt "def main(" --max-tokens 100 --batch 3',
+    )
+    generate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's folder (its best step) or one step's")
+    generate.add_argument("--prompt", action="append", help="may be given several times; default: a new document")
+    generate.add_argument("--max-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    generate.add_argument("--top-k", type=int, default=50, help="0: the whole vocabulary")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--batch", type=int, default=1, help="texts for each prompt")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=_generate)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="loss, perplexity and bits per byte of a checkpoint",
+        epilog="example: megagpt evaluate runs/demo --data data/demo --split val",
+    )
+    evaluate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's folder (its best step) or one step's")
+    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="a dataset made by data_tools")
+    evaluate.add_argument("--split", choices=("train", "val", "test"), default="val")
+    evaluate.add_argument("--tokens", type=int, help="only the first so many; default: all")
+    evaluate.add_argument("--micro-batch", type=int, default=8)
+    evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    evaluate.set_defaults(run=_evaluate)
+    return parser
+
+
+def _generate(args: argparse.Namespace) -> int:
+    import torch
+    from pydantic import ValidationError
+
+    from megagpt.checkpoint import load_model
+    from megagpt.config import SampleConfig
+    from megagpt.generate import complete
+
+    try:
+        cfg = SampleConfig(
+            prompts=tuple(args.prompt or [""]),
+            max_tokens=args.max_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+        )
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UserError(f"--{str(wrong['loc'][0]).replace('_', '-')}={wrong['input']}: {wrong['msg']}") from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, _ = load_model(args.checkpoint, device)
+    for text in complete(model, tokenizer, cfg.prompts, cfg, batch=args.batch, seed=args.seed):
+        print(text, end="\n---\n")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import torch
+
+    from megagpt.checkpoint import load_model
+    from megagpt.data import ValBlocks
+    from megagpt.evaluate import evaluate, unigram_entropy
+    from megagpt.shards import open_dataset
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dataset = open_dataset(args.data)
+    model, tokenizer, step_dir = load_model(args.checkpoint, device)
+    if dataset.manifest.tokenizer.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{args.data} was tokenized with another model than {step_dir} was trained on; build it again with "
+            f"tokenizer={step_dir / 'tokenizer.model'}"
+        )
+    blocks = ValBlocks(dataset.stream(args.split), model.cfg.seq_len, args.tokens)
+    token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
+    result = evaluate(model, blocks, token_bytes, micro_batch=args.micro_batch)
+    row = {
+        "checkpoint": str(step_dir),
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "unigram_entropy": unigram_entropy(blocks),
+        "tokens": result.tokens,
+    }
+    if args.json:
+        print(json.dumps(row))
+    else:
+        print(
+            f"{step_dir} on {result.tokens:,} tokens of {args.data} ({args.split}):\n"
+            f"  loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
+            f"{result.bits_per_byte:.4f} bits per byte\n"
+            f"  guessing by token frequency alone would give {row['unigram_entropy']:.4f} nats per token"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

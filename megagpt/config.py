@@ -1,0 +1,278 @@
+"""What a run file may say: frozen pydantic models of the "megagpt" section and of the DeepSpeed keys we read.
+
+`megagpt.run_file` turns a JSON file into a `RunConfig`; past that door nothing is checked again.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megagpt.errors import UserError
+
+
+class Strict(BaseModel):
+    """Frozen, and a misspelt key is an error rather than a silent default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --- the "megagpt" section ------------------------------------------------------------------------------------
+
+
+class ModelConfig(Strict):
+    """GPT-2's sizes. The vocabulary comes from the data's tokenizer, padded to a multiple of 128."""
+
+    n_layer: int = Field(default=12, gt=0)
+    n_head: int = Field(default=12, gt=0)
+    n_embd: int = Field(default=768, gt=0)
+    seq_len: int = Field(default=1024, gt=0, description="tokens per training example")
+    attention: Literal["sdpa", "eager"] = "sdpa"
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
+                f"set n_embd to {round(self.n_embd / self.n_head) * self.n_head or self.n_head}"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+class WeightedDataset(Strict):
+    path: Path
+    weight: float = Field(default=1.0, gt=0.0, description="share of the samples, relative to the other weights")
+
+
+class DataConfig(Strict):
+    train: tuple[WeightedDataset, ...] = Field(min_length=1)
+    val: Path
+    val_tokens: int | None = Field(default=None, gt=0, description="validate on the first so many; null: all")
+    seed: int = Field(default=1234, ge=0, description="order of the training samples")
+
+
+class ScheduleConfig(Strict):
+    """Learning rate over steps, as a factor on the peak rate (`optimizer.params.lr`)."""
+
+    max_steps: int = Field(gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    shape: Literal["cosine", "linear", "constant", "warmup-stable-decay"] = "cosine"
+    min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    decay_steps: int | None = Field(default=None, gt=0, description="last steps, for warmup-stable-decay alone")
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if (self.decay_steps is not None) != (self.shape == "warmup-stable-decay"):
+            raise ValueError(
+                f"decay_steps={self.decay_steps} with shape={self.shape!r}; decay_steps is needed by "
+                "'warmup-stable-decay' and has no effect on the other shapes"
+            )
+        if self.warmup_steps + (self.decay_steps or 0) > self.max_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} + decay_steps={self.decay_steps or 0} "
+                f"exceed max_steps={self.max_steps}"
+            )
+        return self
+
+
+class RegularizationConfig(Strict):
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="on embeddings, attention and residuals")
+    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    z_loss: float = Field(default=0.0, ge=0.0, description="weight of the squared log partition function")
+
+
+class EarlyStoppingConfig(Strict):
+    """Stop when the validation loss has not fallen by min_delta for `patience` evaluations in a row."""
+
+    monitor: Literal["loss/val"] = "loss/val"
+    patience: int = Field(default=0, ge=0, description="0: never stop early")
+    min_delta: float = Field(default=0.0, ge=0.0, description="nats per token")
+    min_steps: int = Field(default=0, ge=0, description="evaluations before this step use up no patience")
+    restore_best: bool = Field(default=True, description="save at every improvement; end with those weights")
+
+
+class EveryConfig(Strict):
+    """Cadences, in optimizer steps. 0 switches the action off (the last step always evaluates and saves)."""
+
+    log: int = Field(default=10, ge=0)
+    eval: int = Field(default=250, ge=0)
+    save: int = Field(default=1000, ge=0)
+    sample: int = Field(default=0, ge=0)
+
+
+class SampleConfig(Strict):
+    """The texts that `every.sample` generates for people to read."""
+
+    prompts: tuple[str, ...] = ("\n",)
+    max_tokens: int = Field(default=128, gt=0)
+    temperature: float = Field(default=0.8, ge=0.0)
+    top_k: int = Field(default=50, ge=0, description="0: all of the vocabulary")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+
+
+class RecomputeConfig(Strict):
+    """Activation checkpointing: which blocks forget their activations and compute them again in backward."""
+
+    policy: Literal["none", "full", "every_k"] = "none"
+    k: int | None = Field(default=None, gt=1, description="every_k: blocks 0, k, 2k, ... are recomputed")
+    kind: Literal["torch", "deepspeed"] = "torch"
+
+    @model_validator(mode="after")
+    def _k_goes_with_every_k(self) -> Self:
+        if (self.k is not None) != (self.policy == "every_k"):
+            raise ValueError(f"k={self.k} with policy={self.policy!r}; k is needed by 'every_k' and by nothing else")
+        return self
+
+    def n_blocks(self, n_layer: int) -> int:
+        """How many of the model's blocks are recomputed."""
+        return 0 if self.policy == "none" else -(-n_layer // (self.k or 1))
+
+
+class MegaGPTConfig(Strict):
+    """The "megagpt" section of a run file."""
+
+    out_dir: Path
+    seed: int = Field(default=1234, ge=0, description="initial weights and dropout")
+    model: ModelConfig
+    data: DataConfig
+    schedule: ScheduleConfig
+    regularization: RegularizationConfig = RegularizationConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    every: EveryConfig = EveryConfig()
+    sample: SampleConfig = SampleConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    time_limit_minutes: float | None = Field(default=None, gt=0, description="then save and exit with code 75")
+
+
+# --- the DeepSpeed keys that we read too ----------------------------------------------------------------------
+
+
+class OptimizerParams(Strict):
+    lr: float = Field(gt=0.0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    torch_adam: bool = Field(default=False, description="torch's fused kernel on CUDA too")
+    adam_w_mode: bool = Field(default=True, description="decoupled weight decay, for type Adam")
+
+
+class OptimizerConfig(Strict):
+    type: Literal["AdamW", "Adam"] = "AdamW"
+    params: OptimizerParams
+
+
+class ActivationCheckpointingConfig(Strict):
+    """DeepSpeed's section, read when megagpt.recompute.kind is "deepspeed"."""
+
+    partition_activations: bool = False
+    cpu_checkpointing: bool = False
+    contiguous_memory_optimization: bool = False
+    number_checkpoints: int | None = Field(default=None, gt=0)
+    synchronize_checkpoint_boundary: bool = False
+    profile: bool = False
+
+
+class TensorboardConfig(Strict):
+    """Where TensorBoard's events go: output_path/job_name; without output_path, out_dir/tensorboard."""
+
+    enabled: bool = True
+    output_path: str = ""
+    job_name: str = "tensorboard"
+
+
+class Enabled(BaseModel):
+    """A DeepSpeed section of which we read only whether it is on; DeepSpeed checks the rest."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    enabled: bool = False
+
+
+class OffloadConfig(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+    device: Literal["none", "cpu", "nvme"] = "none"
+
+
+class ZeroConfig(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+    stage: int = Field(default=0, ge=0, le=3)
+    offload_optimizer: OffloadConfig = OffloadConfig()
+    offload_param: OffloadConfig = OffloadConfig()
+
+
+class DeepSpeedConfig(BaseModel):
+    """The DeepSpeed keys that decide something here too. All others pass through to DeepSpeed as written."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    train_batch_size: int = Field(gt=0)
+    train_micro_batch_size_per_gpu: int = Field(gt=0)
+    gradient_accumulation_steps: int | None = Field(default=None, gt=0)
+    gradient_clipping: float = Field(default=1.0, ge=0.0)
+    optimizer: OptimizerConfig
+    bf16: Enabled = Enabled()
+    fp16: Enabled = Enabled()
+    zero_optimization: ZeroConfig = ZeroConfig()
+    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
+    tensorboard: TensorboardConfig = TensorboardConfig()
+
+    @property
+    def dtype(self) -> Literal["bf16", "fp16", "fp32"]:
+        return "bf16" if self.bf16.enabled else "fp16" if self.fp16.enabled else "fp32"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run file, parsed: our section, our view of DeepSpeed's keys, and those keys exactly as written."""
+
+    megagpt: MegaGPTConfig
+    deepspeed: DeepSpeedConfig
+    deepspeed_raw: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """The run file again, with our section's defaults written out."""
+        return {**self.deepspeed_raw, "megagpt": self.megagpt.model_dump(mode="json")}
+
+
+# --- batch arithmetic -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """global_batch = micro_batch x accumulation x world_size, all in sequences."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    world_size: int
+
+
+def batch_plan(ds: DeepSpeedConfig, world_size: int) -> BatchPlan:
+    """Accumulation follows from the global batch, which is the same on any number of ranks.
+
+    Raises UserError, with the number to set, when the sizes do not multiply out.
+    """
+    total, micro, accum = (
+        ds.train_batch_size,
+        ds.train_micro_batch_size_per_gpu,
+        ds.gradient_accumulation_steps,
+    )
+    per_pass = micro * world_size
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    if total % per_pass:
+        nearest = max(1, round(total / per_pass)) * per_pass
+        raise UserError(
+            f"train_batch_size={total} is not a multiple of train_micro_batch_size_per_gpu={micro} x {ranks} "
+            f"= {per_pass}; set train_batch_size to {nearest}, or another micro-batch"
+        )
+    if accum is not None and accum * per_pass != total:
+        raise UserError(
+            f"train_batch_size={total} is not train_micro_batch_size_per_gpu={micro} x "
+            f"gradient_accumulation_steps={accum} x {ranks} = {accum * per_pass}; "
+            f"set gradient_accumulation_steps to {total // per_pass}, or leave it out"
+        )
+    return BatchPlan(total, micro, total // per_pass, world_size)

@@ -1,0 +1,146 @@
+"""Micro-batches on the device: windows copied from memory-mapped shards, one micro-batch ahead.
+
+Shapes: B micro_batch, T seq_len. A micro-batch is (B, T + 1): inputs are its first T columns, targets its last T.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megagpt.config import BatchPlan, DataConfig
+from megagpt.errors import UserError
+from megagpt.sampler import Sampler, Windows
+from megagpt.shards import Dataset, TokenStream, open_dataset
+
+Fill = Callable[[int, NDArray[np.int64]], None]
+"""Fill(first, rows) writes samples first, first + 1, ... into the rows of a (B, T + 1) array."""
+
+DRAW = 4096  # samples whose windows are computed at once: the arithmetic is vectorized, a single one is dear
+
+
+class TrainData:
+    """The weighted training datasets as one endless, shuffled sequence of samples."""
+
+    def __init__(self, streams: list[TokenStream], weights: list[float], *, seq_len: int, seed: int) -> None:
+        self._streams = streams
+        self.sampler = Sampler(tuple(s.n_tokens for s in streams), tuple(weights), seq_len, seed)
+        self._drawn: tuple[int, Windows] | None = None
+
+    def fill(self, first: int, rows: NDArray[np.int64]) -> None:
+        for i, row in enumerate(rows):
+            windows, at = self._windows(first + i)
+            self._streams[windows.dataset[at]].copy(int(windows.start[at]), row)
+
+    def epoch(self, sample: int) -> float:
+        """Passes over the first dataset after so many samples of all datasets together."""
+        share = self.sampler.shares[0] / sum(self.sampler.shares)
+        return sample * share / self.sampler.n_windows(0)
+
+    def _windows(self, g: int) -> tuple[Windows, int]:
+        """The drawn stretch of samples that holds g, and g's place in it."""
+        first = g // DRAW * DRAW
+        if self._drawn is None or self._drawn[0] != first:
+            self._drawn = (first, self.sampler.draw(first, DRAW))
+        return self._drawn[1], g - first
+
+
+class ValBlocks:
+    """The first blocks of a validation split, in order: the same ones at every evaluation."""
+
+    def __init__(self, stream: TokenStream, seq_len: int, max_tokens: int | None = None) -> None:
+        available = (stream.n_tokens - 1) // seq_len
+        wanted = available if max_tokens is None else max_tokens // seq_len
+        if not 0 < wanted <= available:
+            asked = "at least one block" if max_tokens is None else f"data.val_tokens={max_tokens}"
+            raise UserError(
+                f"too little validation data for {asked}: {stream.n_tokens:,} tokens are {available} blocks of "
+                f"seq_len={seq_len}; "
+                + (f"set val_tokens to {available * seq_len}, or " if available else "")
+                + "build the data with a larger val_fraction"
+            )
+        self._stream, self.seq_len = stream, seq_len
+        self.n_blocks = wanted
+
+    def fill(self, first: int, rows: NDArray[np.int64]) -> None:
+        """Rows past the last block repeat the first one; evaluate() gives them no weight."""
+        for i, row in enumerate(rows):
+            block = first + i if first + i < self.n_blocks else 0
+            self._stream.copy(block * self.seq_len, row)
+
+    def __len__(self) -> int:
+        return self.n_blocks
+
+
+def open_data(cfg: DataConfig, seq_len: int) -> tuple[TrainData, ValBlocks, list[Dataset]]:
+    """Training samples, validation blocks and the datasets behind them (validation's last).
+
+    Raises UserError for a missing, unfinished or damaged dataset, too little data, or two tokenizers.
+    """
+    datasets = [open_dataset(Path(d.path)) for d in cfg.train] + [open_dataset(cfg.val)]
+    first = datasets[0]
+    for other in datasets[1:]:
+        if other.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
+            raise UserError(
+                f"{other.path} was tokenized with another model than {first.path} "
+                f"(sha256 {other.manifest.tokenizer.sha256[:12]} and {first.manifest.tokenizer.sha256[:12]}); "
+                f"build it again with tokenizer={first.path / first.manifest.tokenizer.file}"
+            )
+    train = TrainData(
+        [d.stream("train") for d in datasets[:-1]],
+        [d.weight for d in cfg.train],
+        seq_len=seq_len,
+        seed=cfg.seed,
+    )
+    return train, ValBlocks(datasets[-1].stream("val"), seq_len, cfg.val_tokens), datasets
+
+
+def rank_samples(batch: BatchPlan, rank: int, first: int) -> Iterator[int]:
+    """The first sample of each of this rank's micro-batches, endlessly, from the global batch at sample `first`.
+
+    A global batch is the same set of samples on any number of ranks; each rank takes a contiguous share of it.
+    """
+    share = batch.global_batch // batch.world_size
+    for step in count():
+        begin = first + step * batch.global_batch + rank * share
+        yield from range(begin, begin + share, batch.micro_batch)
+
+
+def prefetched(fill: Fill, firsts: Iterable[int], shape: tuple[int, int], device: torch.device) -> Iterator[Tensor]:
+    """(B, T + 1) micro-batches on the device; while one is in use, a thread copies the next into pinned memory.
+
+    A micro-batch is valid until the next one is taken: its memory is then written again.
+    """
+    on_gpu = device.type == "cuda"
+    slots = [torch.empty(shape, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
+    sent: list[torch.cuda.Event | None] = [None, None]
+
+    def load(slot: int, first: int) -> Tensor:
+        if (event := sent[slot]) is not None:
+            event.synchronize()  # the copy to the device that still reads this slot
+        fill(first, slots[slot].numpy())
+        return slots[slot]
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
+        pending = None
+        for i, first in enumerate(firsts):
+            following = pool.submit(load, i % 2, first)
+            if pending is not None:
+                yield _to_device(pending.result(), device, sent, (i - 1) % 2)
+            pending = following
+        if pending is not None:
+            yield _to_device(pending.result(), device, sent, i % 2)
+
+
+def _to_device(batch: Tensor, device: torch.device, sent: list[torch.cuda.Event | None], slot: int) -> Tensor:
+    if device.type != "cuda":
+        return batch
+    on_device = batch.to(device, non_blocking=True)
+    sent[slot] = torch.cuda.Event()
+    sent[slot].record()  # type: ignore[union-attr]
+    return on_device

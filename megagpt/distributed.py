@@ -1,0 +1,156 @@
+"""Rank facts and the few collectives the rest of the package needs. All of it works without a process group."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megagpt.errors import UserError
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)  # the first torch.compile or a cold file system can take longer than the usual 10
+
+
+def init_process_group() -> torch.device:
+    """Join the ranks that deepspeed, torchrun or srun started, or stand alone; returns this rank's device.
+
+    Raises UserError if this rank has no GPU of its own on a machine that has some.
+    """
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    device = _local_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _ranks_on_this_host()))
+    if dist.is_initialized():
+        return device
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:  # plain `python launch/pretrain.py`: no port, so two of them never collide
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def _local_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} needs GPU {local_rank}, but this machine has {torch.cuda.device_count()}; "
+            "lower --num_gpus, the hostfile's slots or --ntasks-per-node"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _ranks_on_this_host() -> int:
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")  # torchrun, deepspeed, srun
+    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def say(text: str) -> None:
+    """Print once, not once per rank."""
+    if is_main():
+        print(text, flush=True)
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Element-wise sum; every rank gets the same numbers."""
+    values = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather_over_ranks(values: Tensor) -> Tensor:
+    """values (n,) of each rank -> (world_size, n), on every rank."""
+    if world_size() == 1:
+        return values.detach().unsqueeze(0)
+    gathered = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(gathered, values.detach().contiguous())
+    return torch.stack(gathered)
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[T] = [value] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def together(check: Callable[[], T]) -> T:
+    """Run something that only this rank's host can judge; if it fails on one rank, every rank raises that UserError.
+
+    Without this the others would wait in their next collective for a rank that has gone.
+    """
+    result, complaint = None, ""
+    try:
+        result = check()
+    except UserError as error:
+        complaint = str(error)
+    complaints = gather_objects(complaint)
+    if not any(complaints):
+        return cast(T, result)
+    where = "" if all(complaints) or world_size() == 1 else " (on rank {})"
+    first = next(r for r, text in enumerate(complaints) if text)
+    raise UserError(complaints[first] + where.format(first))
+
+
+class StopVote:
+    """Agrees on stopping without making a step wait: the vote cast at one step boundary is read at the next.
+
+    The ballot is a MAX all-reduce on the host, over a gloo group of its own, so the GPU is never synchronised.
+    Every rank reads the same vote at the same step, even when only one of them was told to stop.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size() > 1 else None
+        self._ballot = torch.zeros(1, dtype=torch.int32)
+        self._pending: dist.Work | None = None
+
+    def __call__(self, stop: bool) -> bool:
+        """Cast this rank's vote; returns the outcome of the previous one (False the first time)."""
+        if self._group is None:
+            return stop
+        outcome = False
+        if self._pending is not None:
+            self._pending.wait()
+            outcome = bool(self._ballot.item())
+        self._ballot = torch.tensor([int(stop or outcome)], dtype=torch.int32)
+        self._pending = dist.all_reduce(self._ballot, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return outcome

@@ -1,0 +1,26 @@
+"""Stop when the validation loss has not improved for a while. Pure: state and evaluation in, next state out."""
+
+import math
+from dataclasses import dataclass, replace
+
+from megagpt.config import EarlyStoppingConfig
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """What a resumed run needs to stop at the step where the straight run would."""
+
+    best: float = math.inf  # nats per token
+    best_step: int = 0
+    bad_evals: int = 0  # evaluations in a row that brought no improvement
+    stopped: bool = False
+
+
+def after_evaluation(state: EarlyStopping, val_loss: float, step: int, cfg: EarlyStoppingConfig) -> EarlyStopping:
+    """The state after one evaluation. val_loss must be the mean over all ranks, so that all ranks agree."""
+    if val_loss < state.best - cfg.min_delta:
+        return replace(state, best=val_loss, best_step=step, bad_evals=0)
+    if cfg.patience == 0 or step < cfg.min_steps:
+        return state
+    bad_evals = state.bad_evals + 1
+    return replace(state, bad_evals=bad_evals, stopped=bad_evals >= cfg.patience)

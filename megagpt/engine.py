@@ -1,0 +1,202 @@
+"""The one room that talks to DeepSpeed: from a RunConfig to a ready engine, and from its files back to weights."""
+
+import contextlib
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from megagpt.accounting import n_params
+from megagpt.config import BatchPlan, DeepSpeedConfig, RecomputeConfig, RunConfig
+from megagpt.errors import UserError
+from megagpt.model import GPT, Block, Recompute, keep_activations
+from megagpt.optim import decay_groups
+
+os.environ.setdefault(
+    "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
+)  # or DeepSpeed warns: it guesses
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # names that DeepSpeed uses
+
+import deepspeed  # noqa: E402
+from deepspeed.runtime.engine import DeepSpeedEngine as Engine  # noqa: E402
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
+
+__all__ = ["Engine", "build_engine", "consolidated_weights", "load_engine", "recompute_hook", "set_lr"]
+
+
+def build_engine(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> Engine:
+    """Model, optimizer and ZeRO as the run file says. Raises UserError for what DeepSpeed refuses."""
+    # gloo does all that training needs: without this, a CPU rank compiles a shared-memory operator at its first start
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    cfg, ds = run.megagpt, run.deepspeed
+    config = effective_config(run, batch, vocab_size, device)
+    if _clips_itself(ds):
+        config["gradient_clipping"] = 0.0
+    torch.manual_seed(cfg.seed)  # the same weights on every rank
+    try:
+        with deepspeed.zero.Init(config_dict_or_path=config, enabled=ds.zero_optimization.stage == 3):
+            model = GPT(cfg.model, vocab_size, dropout=cfg.regularization.dropout)
+        model.recompute = recompute_hook(cfg.recompute, ds, device, preserve_rng=model.dropout > 0.0)
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=decay_groups(model, ds.optimizer.params.weight_decay, cfg.regularization.weight_decay_on),
+            optimizer=partial(build_optimizer, ds=ds, device=device),
+            config=config,
+        )
+    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+        raise UserError(f"DeepSpeed refuses the run file: {error}") from error
+    return engine
+
+
+def effective_config(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's part of the run file with what it leaves out filled by rule. What the file says stays."""
+    config = {key: value for key, value in run.deepspeed_raw.items() if key not in KEPT_FROM_DEEPSPEED}
+    for dotted, value in _filled(run, batch, vocab_size, device).items():
+        *parents, leaf = dotted.split(".")
+        node = config
+        for key in parents:
+            node[key] = dict(node.get(key, {}))
+            node = node[key]
+        node.setdefault(leaf, value)
+    return config
+
+
+# Sections that we act on ourselves: Adam is built below, activations and TensorBoard have rooms of their own.
+KEPT_FROM_DEEPSPEED = {"optimizer", "activation_checkpointing", "tensorboard"}
+
+
+def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> dict[str, Any]:
+    """The keys that a run file may leave out, with the reason for each value."""
+    stage = run.deepspeed.zero_optimization.stage
+    C = run.megagpt.model.n_embd
+    largest = max(vocab_size * C, 4 * C * C)  # elements of the largest parameter
+    bucket = largest if batch.world_size == 1 else max(largest, n_params(run.megagpt.model, vocab_size) // 8)
+    filled: dict[str, Any] = {
+        "gradient_accumulation_steps": batch.accumulation,
+        "timers.throughput.enabled": False,  # else the device is synchronised at every forward and step
+        "steps_per_print": None,  # our monitor prints
+    }
+    if run.deepspeed.bf16.enabled:
+        filled["bf16.check_grad_overflow"] = False  # a pass over all gradients; the loop checks loss and norm
+    if stage > 0:
+        # DeepSpeed's 5e8 elements would put a small model in one bucket: no overlap, and gigabytes of buffer
+        filled["zero_optimization.reduce_bucket_size"] = min(bucket, 50_000_000)
+        filled["zero_optimization.allgather_bucket_size"] = min(bucket, 50_000_000)
+    if stage in (1, 2) and batch.world_size == 1:
+        filled["zero_optimization.contiguous_gradients"] = False  # no peers: no hooks and copies for their sake
+    if run.deepspeed.zero_optimization.offload_optimizer.device != "none":
+        filled["zero_force_ds_cpu_optimizer"] = device.type == "cuda"  # see build_optimizer
+    return filled
+
+
+def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, device: torch.device) -> Optimizer:
+    """Adam with one fused kernel: DeepSpeed's on CUDA (unless torch_adam), its CPUAdam for offload, torch's on CPU."""
+    p = ds.optimizer.params
+    decoupled = ds.optimizer.type == "AdamW" or p.adam_w_mode
+    adam: dict[str, Any] = {"lr": p.lr, "betas": p.betas, "eps": p.eps}
+    if device.type == "cuda" and not p.torch_adam:
+        if ds.zero_optimization.offload_optimizer.device != "none":
+            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **adam)
+        return deepspeed.ops.adam.FusedAdam(groups, adam_w_mode=decoupled, **adam)
+    optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **adam)
+    if _clips_itself(ds):
+        _clip_before_step(optimizer, ds.gradient_clipping)
+    return optimizer
+
+
+def _clips_itself(ds: DeepSpeedConfig) -> bool:
+    """At ZeRO stage 0 in fp32 DeepSpeed clips but forgets the norm, so the optimizer does both."""
+    return ds.zero_optimization.stage == 0 and ds.dtype == "fp32"
+
+
+def _clip_before_step(optimizer: Optimizer, max_norm: float) -> None:
+    """Clip the global gradient norm, and leave the norm where DeepSpeed looks for it."""
+
+    def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        if max_norm > 0.0:
+            torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        optimizer._global_grad_norm = norm  # type: ignore[attr-defined]
+
+    optimizer.register_step_pre_hook(clip)
+
+
+def set_lr(engine: Engine, lr: float) -> None:
+    """The learning rate of the next step. It is a function of the step number, so no scheduler has to be saved."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def recompute_hook(cfg: RecomputeConfig, ds: DeepSpeedConfig, device: torch.device, *, preserve_rng: bool) -> Recompute:
+    """How the model runs a block in training. Raises UserError for a setting that could not act."""
+    section = ds.activation_checkpointing
+    asked = {key: value for key, value in section.model_dump().items() if value}
+    if asked and (cfg.kind != "deepspeed" or cfg.policy == "none"):
+        raise UserError(
+            f"activation_checkpointing.{next(iter(asked))}={next(iter(asked.values()))} has no effect without "
+            'DeepSpeed\'s checkpointing; set megagpt.recompute to {"policy": "full", "kind": "deepspeed"}'
+        )
+    if section.partition_activations or section.contiguous_memory_optimization:
+        raise UserError(
+            "activation_checkpointing.partition_activations and contiguous_memory_optimization split activations "
+            "over model-parallel ranks, and megagpt is data parallel only; remove them"
+        )
+    if section.number_checkpoints is not None:
+        raise UserError(
+            f"activation_checkpointing.number_checkpoints={section.number_checkpoints} sizes the buffers of "
+            "contiguous_memory_optimization, which needs model parallelism; choose blocks with megagpt.recompute"
+        )
+    if section.cpu_checkpointing and device.type == "cpu":
+        raise UserError("activation_checkpointing.cpu_checkpointing moves activations to the CPU, where they are")
+    if cfg.policy == "none":
+        return keep_activations
+    every = cfg.k or 1
+    run_again = _deepspeed_checkpoint(ds) if cfg.kind == "deepspeed" else _torch_checkpoint(preserve_rng)
+
+    def recompute(i: int, block: Block, x: Tensor) -> Tensor:
+        return run_again(block, x) if i % every == 0 else block(x)
+
+    return recompute
+
+
+def _torch_checkpoint(preserve_rng: bool) -> Callable[[Block, Tensor], Tensor]:
+    return partial(torch_checkpoint, use_reentrant=False, preserve_rng_state=preserve_rng)
+
+
+def _deepspeed_checkpoint(ds: DeepSpeedConfig) -> Callable[[Block, Tensor], Tensor]:
+    section = ds.activation_checkpointing
+    deepspeed.checkpointing.configure(
+        None,
+        partition_activations=False,
+        contiguous_checkpointing=False,
+        checkpoint_in_cpu=section.cpu_checkpointing,
+        synchronize=section.synchronize_checkpoint_boundary,
+        profile=section.profile,
+    )
+    return deepspeed.checkpointing.checkpoint
+
+
+def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
+    """All weights of one committed step in fp32, whatever its ZeRO stage and number of ranks; tied ones share."""
+    if any(step_dir.glob("*optim_states.pt")):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it is chatty
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(step_dir.parent), tag=step_dir.name)
+    else:  # stage 0: the module is whole in one file
+        file = step_dir / "mp_rank_00_model_states.pt"
+        weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
+    return {name: weight.detach().float() for name, weight in weights.items()}
+
+
+def load_engine(engine: Engine, step_dir: Path) -> None:
+    """Load what `engine.save_checkpoint` wrote: weights, moments, loss scale."""
+    engine.load_checkpoint(str(step_dir.parent), tag=step_dir.name, load_lr_scheduler_states=False)

@@ -1,0 +1,5 @@
+"""The one exception that means: the user can mend this."""
+
+
+class UserError(ValueError):
+    """What the user gave is wrong: printed as one message, exit code 2, no traceback."""

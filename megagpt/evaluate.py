@@ -1,0 +1,69 @@
+"""Validation loss on fixed blocks, weighted exactly by token over all ranks. Takes an engine or a model.
+
+Shapes: B micro_batch, T seq_len, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megagpt.data import ValBlocks, prefetched
+from megagpt.distributed import rank, sum_over_ranks, world_size
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float  # nats per token
+    tokens: int  # predicted
+    bytes: int  # of UTF-8 text that those tokens stand for
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Loss per byte of text: comparable between tokenizers."""
+        return self.loss * self.tokens / (self.bytes * math.log(2))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, blocks: ValBlocks, token_bytes: Tensor, *, micro_batch: int) -> Evaluation:
+    """Each rank takes a contiguous share of the blocks; all run the same number of forward passes.
+
+    token_bytes (vocab_size,) says how many bytes of text each token stands for, and lies on the model's device.
+    """
+    device = token_bytes.device
+    share = math.ceil(len(blocks) / world_size())
+    begin, end = rank() * share, min((rank() + 1) * share, len(blocks))
+    firsts = range(begin, begin + share, micro_batch)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+    was_training = model.training
+    model.eval()
+    for first, batch in zip(
+        firsts, prefetched(blocks.fill, firsts, (micro_batch, blocks.seq_len + 1), device), strict=True
+    ):
+        tokens, targets = batch[:, :-1], batch[:, 1:]  # (B, T) each
+        logits = model(tokens).flatten(0, 1).float()  # (B*T, V)
+        nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)  # (B, T)
+        kept = (first + torch.arange(micro_batch, device=device) < end).unsqueeze(1).expand_as(targets)  # (B, T)
+        totals[0] += (nats.double() * kept).sum()
+        totals[1] += kept.sum()
+        totals[2] += (token_bytes[targets] * kept).sum()
+    model.train(was_training)
+    nats_sum, n_tokens, n_bytes = sum_over_ranks(totals).tolist()
+    return Evaluation(nats_sum / n_tokens, int(n_tokens), int(n_bytes))
+
+
+def unigram_entropy(blocks: ValBlocks) -> float:
+    """Nats per token of the best guess that ignores context: what a model must beat to have learned anything."""
+    counts = torch.zeros(0, dtype=torch.int64)
+    for batch in prefetched(blocks.fill, range(len(blocks)), (1, blocks.seq_len + 1), torch.device("cpu")):
+        more = torch.bincount(batch[0, 1:], minlength=len(counts))
+        more[: len(counts)] += counts
+        counts = more
+    p = counts[counts > 0].double() / counts.sum()
+    return -(p * p.log()).sum().item()

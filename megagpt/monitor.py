@@ -1,0 +1,156 @@
+"""Numbers for people and machines: a line in the terminal, TensorBoard, metrics.jsonl, and DeepSpeed's monitors.
+
+Only rank 0 writes. DeepSpeed's own TensorBoard writer has no text, no hyperparameters and no purge after a resume,
+so TensorBoard is written here; its CSV, W&B and Comet writers get the same events.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from megagpt.config import RunConfig
+from megagpt.distributed import is_main, say
+from megagpt.files import write_atomically
+from megagpt.state import TrainState
+
+Events = Callable[[list[tuple[str, float, int]]], None]
+
+
+class Monitor:
+    """One per run. `resumed` is the state training goes on from: later points of an earlier attempt are dropped."""
+
+    def __init__(self, run: RunConfig, resumed: TrainState, *, also: Events) -> None:
+        self._max_steps = run.megagpt.schedule.max_steps
+        self._also = also
+        self._writer: SummaryWriter | None = None
+        if not is_main():
+            return
+        out_dir, board = run.megagpt.out_dir, run.deepspeed.tensorboard
+        self._metrics_file = out_dir / "metrics.jsonl"
+        _keep_up_to(self._metrics_file, resumed.step)
+        if board.enabled:
+            folder = Path(board.output_path or out_dir) / board.job_name
+            self._writer = SummaryWriter(str(folder), purge_step=resumed.step + 1 if resumed.step else None)
+            if resumed.step == 0:
+                self._write_hyperparameters(run)
+
+    def log(self, state: TrainState, metrics: dict[str, float], *, eta_seconds: float | None = None) -> None:
+        """Record metrics of the step just finished; "loss/train" and its like group in TensorBoard."""
+        if not is_main():
+            return
+        row = {"step": state.step, "tokens_seen": state.tokens_seen, **metrics}
+        with self._metrics_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._writer:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, state.step)
+            self._writer.flush()
+        self._also([(name, value, state.step) for name, value in metrics.items()])
+        shown = [f"{name} {_short(name, value)}" for name, value in metrics.items() if name in ON_THE_LINE]
+        if eta_seconds is not None:
+            shown.append(f"eta {timedelta(seconds=round(eta_seconds))}")
+        say(f"step {state.step:>{len(str(self._max_steps))}}/{self._max_steps} | " + " | ".join(shown))
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Show a text in TensorBoard, as it is."""
+        if self._writer:
+            self._writer.add_text(tag, "\n".join("    " + line for line in text.split("\n")), step)
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+    def _write_hyperparameters(self, run: RunConfig) -> None:
+        assert self._writer is not None
+        self.text("run_file", json.dumps(run.as_json(), indent=2), 0)
+        flat = dict(_flatten(run.as_json()))
+        events = self._writer._get_file_writer()  # add_hparams() would start a second run beside this one
+        for summary in hparams(flat, {"loss/val": 0.0}):
+            events.add_summary(summary)
+
+
+ON_THE_LINE = {
+    "loss/train",
+    "loss/val",
+    "perplexity",
+    "bits_per_byte",
+    "lr",
+    "grad_norm",
+    "tokens_per_sec",
+    "mfu",
+}
+
+
+class Stopwatch:
+    """Seconds since the last lap, by what they went to; what no section claims is the training step's."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def lap(self) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds = {"data": 0.0, "eval": 0.0, "save": 0.0} | self._seconds
+        seconds["step"] = now - self._began - sum(seconds.values())
+        self._began, self._seconds = now, {}
+        return seconds
+
+
+def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str:
+    """The run's validation losses as bars, for the end of a run in a terminal."""
+    points = [row for row in map(json.loads, metrics_file.read_text().splitlines()) if "loss/val" in row]
+    points = points[:: max(1, -(-len(points) // rows))] + points[-1:]
+    losses = [row["loss/val"] for row in points]
+    low, high = min(losses), max(losses)
+    lines = []
+    for step, loss in {row["step"]: row["loss/val"] for row in points}.items():
+        bar = "█" * (1 + round((width - 1) * (loss - low) / (high - low or 1.0)))
+        lines.append(f"  {step:>8} {loss:8.4f} {bar}")
+    return "    step loss/val\n" + "\n".join(lines)
+
+
+def _keep_up_to(metrics_file: Path, step: int) -> None:
+    """Drop rows after `step`, and a last row cut in half: a resumed run writes them again."""
+    if not metrics_file.exists():
+        metrics_file.parent.mkdir(parents=True, exist_ok=True)
+        return
+    kept = []
+    for line in metrics_file.read_bytes().splitlines(keepends=True):
+        try:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    write_atomically(metrics_file, b"".join(kept))
+
+
+def _short(name: str, value: float) -> str:
+    if name == "tokens_per_sec":
+        return f"{value:,.0f}"
+    if name == "mfu":
+        return f"{value:.1%}"
+    return f"{value:.2e}" if name == "lr" else f"{value:.4f}"
+
+
+def _flatten(node: Any, path: str = "") -> Iterator[tuple[str, str | float | bool]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _flatten(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, (str, int, float, bool)):
+        yield path, node
+    else:
+        yield path, json.dumps(node)

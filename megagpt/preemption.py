@@ -1,0 +1,37 @@
+"""Remembers that this process was asked to stop: a signal, the time limit, or a launcher that has died."""
+
+import os
+import signal
+import time
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what Slurm and the launchers send before they kill
+
+
+class Preemption:
+    """Install once per process, from the main thread; `requested` is read at step boundaries."""
+
+    def __init__(self, time_limit_minutes: float | None = None) -> None:
+        self._deadline = time.monotonic() + 60 * time_limit_minutes if time_limit_minutes else None
+        self._parent = os.getppid()
+        self._signal: int | None = None
+        for number in SIGNALS:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    @property
+    def reason(self) -> str:
+        """Why this rank wants to stop, or an empty string."""
+        if self._signal is not None:
+            return signal.Signals(self._signal).name
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return "time limit"
+        if os.getppid() != self._parent:
+            return "launcher has died"
+        return ""
+
+    @property
+    def requested(self) -> bool:
+        return bool(self.reason)

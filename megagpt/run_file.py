@@ -1,0 +1,203 @@
+"""From a JSON run file and `key.path=value` overrides to a `RunConfig`, or one message that says what is wrong."""
+
+import json
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from megagpt.config import DeepSpeedConfig, MegaGPTConfig, RunConfig
+from megagpt.errors import UserError
+
+SECTION = "megagpt"
+
+# DeepSpeed ignores a misspelt key at the top level, so the keys it reads there are listed here.
+# tests/test_run_file.py derives the same list from the installed DeepSpeed.
+DEEPSPEED_KEYS = frozenset(
+    [
+        "activation_checkpointing",
+        "aio",
+        "bf16",
+        "checkpoint",
+        "comet",
+        "comms_logger",
+        "communication_data_type",
+        "csv_monitor",
+        "data_types",
+        "dataloader_drop_last",
+        "datastates_ckpt",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_allreduce_op",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "log_level",
+        "memory_breakdown",
+        "optimizer",
+        "prescale_gradients",
+        "seq_parallel_communication_data_type",
+        "steps_per_print",
+        "tensorboard",
+        "timers",
+        "torch_autocast",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "vocabulary_size",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    ]
+)
+
+# Keys that DeepSpeed reads but that could not act here: refused with the reason instead of ignored.
+_DATA_PARALLEL = "megagpt is data parallel only; remove it"
+_OWN_DATA = "megagpt brings its own sampler; see megagpt.data"
+REFUSED_KEYS = {
+    "autotuning": "sizes are chosen by hand; remove it",
+    "bfloat16": 'write "bf16"',
+    "compile": "DeepSpeed's compiler is not used; remove it",
+    "curriculum_learning": _OWN_DATA,
+    "data_efficiency": _OWN_DATA,
+    "expert_parallel": _DATA_PARALLEL,
+    "hybrid_engine": "it is for RLHF; remove it",
+    "managed_gradient_accumulation": "the training loop relies on DeepSpeed's default; remove it",
+    "pipeline": _DATA_PARALLEL,
+    "scheduler": "the learning rate comes from megagpt.schedule",
+    "tensor_parallel": _DATA_PARALLEL,
+    "use_data_before_expert_parallelism": _DATA_PARALLEL,
+    "weight_quantization": "it is for inference; remove it",
+}
+
+
+def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, apply overrides, check every key, split off our section. Raises UserError."""
+    return parse_run(_read_json(path), overrides, where=str(path))
+
+
+def parse_run(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "run file") -> RunConfig:
+    """A RunConfig from the run file's object (which is not changed). Raises UserError."""
+    raw = json.loads(json.dumps(raw))
+    for item in overrides:
+        _override(raw, item)
+    raw.pop("$schema", None)
+    _check_keys(raw, where)
+    section = raw.pop(SECTION)
+    try:
+        return RunConfig(MegaGPTConfig(**section), DeepSpeedConfig(**raw), raw)
+    except ValidationError as error:
+        root = MegaGPTConfig if error.title == MegaGPTConfig.__name__ else DeepSpeedConfig
+        raise UserError(f"{where}: " + "; ".join(_explain(error, root))) from None
+
+
+def run_schema() -> dict[str, Any]:
+    """JSON schema of a run file, for completion in editors (`ds_configs/run.schema.json`)."""
+    schema = DeepSpeedConfig.model_json_schema()
+    section = MegaGPTConfig.model_json_schema()
+    schema["$defs"] |= section.pop("$defs")
+    schema["title"] = "megagpt run file"
+    schema["properties"] = {key: {} for key in sorted(DEEPSPEED_KEYS)} | schema["properties"] | {SECTION: section}
+    schema["properties"]["$schema"] = {"type": "string"}
+    schema["required"] = [*schema["required"], SECTION]
+    schema["additionalProperties"] = False
+    return schema
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicate_keys)
+    except FileNotFoundError:
+        raise UserError(f"run file {path} does not exist; examples are in ds_configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"run file {path} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds a JSON {type(raw).__name__}; a run file is an object {{...}}")
+    return raw
+
+
+def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+        raise UserError(f"the run file gives {', '.join(map(repr, repeated))} twice in one section; keep one")
+    return dict(pairs)
+
+
+def _override(raw: dict[str, Any], item: str) -> None:
+    """Set one dotted key; a number steps into a list. The value is JSON, or text if it is not."""
+    dotted, sep, text = item.partition("=")
+    if not sep or not dotted:
+        raise UserError(f"override {item!r} is not of the form key.path=value")
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicate_keys)
+    except json.JSONDecodeError:
+        value = text
+    *parents, leaf = dotted.split(".")
+    node: Any = raw
+    try:
+        for key in parents:
+            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+        node[int(leaf) if isinstance(node, list) else leaf] = value
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise UserError(f"override {item!r}: there is no {dotted!r} to set") from None
+
+
+def _check_keys(raw: dict[str, Any], where: str) -> None:
+    if refused := [f"{key!r} cannot act here: {why}" for key, why in REFUSED_KEYS.items() if key in raw]:
+        raise UserError(f"{where}: " + "; ".join(refused))
+    if unknown := sorted(set(raw) - DEEPSPEED_KEYS - {SECTION}):
+        hints = "; ".join(f"unknown key {key!r}{_did_you_mean(key, DEEPSPEED_KEYS | {SECTION})}" for key in unknown)
+        raise UserError(f"{where}: {hints}")
+    if not isinstance(raw.get(SECTION), dict):
+        raise UserError(f'{where}: no "{SECTION}" section; see ds_configs/README.md')
+    for dotted, value in _leaves(raw):
+        if value == "auto":
+            raise UserError(f'{where}: {dotted} is "auto"; write the number, nothing here fills it in')
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+    if items is None:
+        yield path, node
+        return
+    for key, value in items:
+        yield from _leaves(value, f"{path}.{key}" if path else str(key))
+
+
+def _explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
+    """One phrase per mistake: the dotted key, what is wrong, the value seen or the nearest right key."""
+    prefix = f"{SECTION}." if root is MegaGPTConfig else ""
+    for detail in error.errors():
+        dotted = prefix + ".".join(map(str, detail["loc"])) if detail["loc"] else SECTION
+        if detail["type"] == "extra_forbidden":
+            known = _fields_at(root, detail["loc"][:-1])
+            yield f"unknown key {dotted!r}{_did_you_mean(str(detail['loc'][-1]), known)}"
+        elif detail["type"] == "missing":
+            yield f"{dotted} is missing"
+        elif detail["type"] == "value_error":
+            yield f"{dotted}: {detail['ctx']['error']}"
+        else:
+            yield f"{dotted}={detail['input']!r}: {detail['msg']}"
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        model = inner[0]
+    return set(model.model_fields)
+
+
+def _did_you_mean(key: str, known: set[str] | frozenset[str]) -> str:
+    near = get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"

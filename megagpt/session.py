@@ -1,0 +1,223 @@
+"""One training run in progress: what `trainer.train` needs, checked and built, and what it does between steps."""
+
+import json
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagpt import checkpoint
+from megagpt.accounting import flops_per_token, peak_flops, recompute_flops_per_token
+from megagpt.config import BatchPlan, MegaGPTConfig, RunConfig, batch_plan
+from megagpt.data import TrainData, ValBlocks, open_data, prefetched, rank_samples
+from megagpt.distributed import gather_over_ranks, is_main, rank, say, together, world_size
+from megagpt.early_stopping import after_evaluation
+from megagpt.engine import Engine, build_engine, effective_config, load_engine
+from megagpt.errors import UserError
+from megagpt.evaluate import evaluate
+from megagpt.files import write_atomically
+from megagpt.generate import complete
+from megagpt.monitor import Monitor, Stopwatch, validation_curve
+from megagpt.state import TrainState
+from megagpt.tokenizer import Tokenizer, padded_vocab_size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose files were all found right, before anything is built; `saved` is the step to resume from."""
+
+    run: RunConfig
+    batch: BatchPlan
+    train_data: TrainData
+    val_blocks: ValBlocks
+    tokenizer: Tokenizer
+    vocab_size: int  # padded
+    identity: checkpoint.Identity
+    saved: checkpoint.Saved | None
+
+    @property
+    def state(self) -> TrainState:
+        return self.saved.state if self.saved else TrainState()
+
+
+def check(run: RunConfig, *, fresh: bool) -> Plan:
+    """Everything a user can have got wrong, found before a GPU is used. Collective; raises UserError."""
+    cfg = run.megagpt
+    batch = batch_plan(run.deepspeed, world_size())
+    train_data, val_blocks, datasets = together(lambda: open_data(cfg.data, cfg.model.seq_len))
+    tokenizer = together(datasets[0].tokenizer)
+    vocab_size = padded_vocab_size(tokenizer.vocab_size)
+    identity = checkpoint.identity_of(run, batch, vocab_size, [d.fingerprint for d in datasets])
+    if fresh:
+        checkpoint.set_aside(cfg.out_dir)
+    saved = checkpoint.newest_verified(cfg.out_dir)
+    if saved is not None:
+        checkpoint.check_identity(saved, identity)
+    return Plan(run, batch, train_data, val_blocks, tokenizer, vocab_size, identity, saved)
+
+
+@dataclass
+class Recent:
+    """Losses of the steps since they were last read, and the last gradient norm; on the device until then."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    grad_norm: Tensor | float | None = None
+
+    def add(self, loss: Tensor, grad_norm: Tensor | float | None) -> None:
+        self.losses.append(loss)
+        self.grad_norm = grad_norm
+
+
+class Session:
+    """A built engine and its instruments. All methods are collective: every rank calls them at the same steps."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        run, batch = plan.run, plan.batch
+        self.plan, self.device, self.cfg = plan, device, run.megagpt
+        self.effective = {**run.as_json(), **effective_config(run, batch, plan.vocab_size, device)}
+        self.engine: Engine = build_engine(run, batch, plan.vocab_size, device)
+        torch.manual_seed(self.cfg.seed + 1 + rank())  # dropout differs from rank to rank
+        if plan.saved is not None:
+            checkpoint.resume(self.engine, plan.saved)
+        if is_main():
+            self.cfg.out_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.cfg.out_dir / "run.json", json.dumps(self.effective, indent=1).encode())
+            say(_opening(plan, self.effective))
+        self.monitor = Monitor(run, plan.state, also=self.engine.monitor.write_events)
+        self.token_bytes = torch.from_numpy(plan.tokenizer.token_bytes()).to(device)
+        self.watch = Stopwatch()
+
+    def batches(self) -> Iterator[Tensor]:
+        """This rank's micro-batches (B, T + 1), endlessly, from where the plan's state stands."""
+        firsts = rank_samples(self.plan.batch, rank(), self.plan.state.samples_seen)
+        shape = (self.plan.batch.micro_batch, self.cfg.model.seq_len + 1)
+        return prefetched(self.plan.train_data.fill, firsts, shape, self.device)
+
+    def log(self, state: TrainState, recent: Recent) -> Recent:
+        """Read the losses since the last log; raises UserError if one is not finite, on all ranks alike."""
+        losses = gather_over_ranks(torch.stack(recent.losses)).cpu()  # (world_size, steps)
+        grad_norm = None if recent.grad_norm is None else float(recent.grad_norm)
+        _check_finite(losses, None if self.plan.run.deepspeed.fp16.enabled else grad_norm, state.step)
+        n_steps, seconds = losses.size(1), self.watch.lap()
+        n_tokens = n_steps * self.plan.batch.global_batch * self.cfg.model.seq_len
+        metrics = {
+            "loss/train": losses.mean().item(),
+            "lr": self.engine.optimizer.param_groups[0]["lr"],
+            **({} if grad_norm is None else {"grad_norm": grad_norm}),
+            **self._speed(n_tokens / (seconds["step"] + seconds["data"])),
+            "epoch": self.plan.train_data.epoch(state.samples_seen),
+            **{f"seconds/{name}": spent for name, spent in seconds.items()},
+        }
+        steps_left = self.cfg.schedule.max_steps - state.step
+        self.monitor.log(state, metrics, eta_seconds=steps_left * sum(seconds.values()) / n_steps)
+        return Recent()
+
+    def evaluate(self, state: TrainState) -> TrainState:
+        """Validation loss, and what it means for early stopping; the same on every rank."""
+        with self.watch.section("eval"):
+            result = evaluate(
+                self.engine, self.plan.val_blocks, self.token_bytes, micro_batch=self.plan.batch.micro_batch
+            )
+        metrics = {
+            "loss/val": result.loss,
+            "perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+        }
+        self.monitor.log(state, metrics)
+        return replace(state, stopper=after_evaluation(state.stopper, result.loss, state.step, self.cfg.early_stopping))
+
+    def show_samples(self, state: TrainState) -> None:
+        with self.watch.section("eval"):
+            texts = complete(self.engine.module, self.plan.tokenizer, self.cfg.sample.prompts, self.cfg.sample)
+            self.monitor.text("samples", "\n\n---\n\n".join(texts), state.step)
+
+    def is_new_best(self, state: TrainState) -> bool:
+        return self.cfg.early_stopping.restore_best and state.stopper.best_step == state.step
+
+    def save(self, state: TrainState) -> None:
+        with self.watch.section("save"):
+            checkpoint.save(self.engine, state, self.plan.identity, self.plan.tokenizer, self.effective)
+
+    def close(self, state: TrainState, reason: str) -> None:
+        """Say how the run ended; after early stopping, put the best weights back."""
+        stopper = state.stopper
+        if stopper.stopped and self.is_new_best(replace(state, step=stopper.best_step)):
+            load_engine(self.engine, checkpoint.step_folder(self.cfg.out_dir, stopper.best_step))
+        self.monitor.close()
+        say(ending(self.cfg, state, reason))
+
+    def _speed(self, tokens_per_sec: float) -> dict[str, float]:
+        """Throughput over all ranks without evaluating and saving; MFU and HFU where the device's peak is known."""
+        speed = {"tokens_per_sec": tokens_per_sec, "memory_gib": _peak_memory(self.device) / 2**30}
+        cuda = self.device.type == "cuda"
+        if cuda and (peak := peak_flops(torch.cuda.get_device_name(self.device))) is not None:
+            model, share = self.cfg.model, tokens_per_sec / (peak * world_size())
+            again = recompute_flops_per_token(model, self.cfg.recompute.n_blocks(model.n_layer))
+            flops = flops_per_token(model, self.plan.vocab_size)
+            speed |= {"mfu": flops * share, "hfu": (flops + again) * share}
+        return speed
+
+
+def ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> str:
+    """The last words of a run: why it ended, its validation curve, its best checkpoint and what to do next."""
+    best = state.stopper
+    if state.stopper.stopped:
+        why = (
+            f"stopped early at step {state.step}: no better than step {best.best_step} for {best.bad_evals} evaluations"
+        )
+    elif state.finished(cfg.schedule.max_steps):
+        why = f"finished at step {state.step}"
+    else:
+        why = f"stopped at step {state.step} ({reason or 'asked by another rank'}) and saved; the same command goes on"
+    lines = [why]
+    if best.best_step:
+        lines = [validation_curve(cfg.out_dir / "metrics.jsonl"), why]
+        lines.append(f"best loss/val {best.best:.4f} at step {best.best_step}")
+    if (named := checkpoint.best(cfg.out_dir)) is not None:
+        lines.append(f"best checkpoint: {named}")
+    return "\n".join(lines)
+
+
+def _opening(plan: Plan, effective: dict[str, Any]) -> str:
+    cfg, batch = plan.run.megagpt, plan.batch
+    tokens = [f"{n:,}" for n in plan.train_data.sampler.n_tokens]
+    lines = [
+        f"{cfg.out_dir}: {cfg.model.n_layer} layers, {cfg.model.n_embd} wide, vocabulary {plan.vocab_size:,}; "
+        f"{' + '.join(tokens)} training tokens; global batch {batch.global_batch} = micro-batch {batch.micro_batch} "
+        f"x accumulation {batch.accumulation} x {batch.world_size} ranks"
+    ]
+    if plan.saved is None:
+        lines.append("no checkpoint yet: starting at step 0")
+    else:
+        lines.append(f"going on from {plan.saved.step_dir}")
+        lines += [f"  changed: {line}" for line in checkpoint.changed_keys(plan.saved.step_dir, effective)]
+    return "\n".join(lines)
+
+
+def _check_finite(losses: Tensor, grad_norm: float | None, last_step: int) -> None:
+    """losses (world_size, steps up to last_step). Names the first step that went wrong and the rank that saw it."""
+    bad = (~losses.isfinite()).nonzero()  # rows (rank, step)
+    if len(bad):
+        at = int(bad[:, 1].min())
+        where = int(bad[bad[:, 1] == at][0, 0])
+        what = f"the loss is {losses[where, at]} at step {last_step - losses.size(1) + 1 + at} on rank {where}"
+    elif grad_norm is not None and not torch.tensor(grad_norm).isfinite():
+        what = f"the gradient norm is {grad_norm} at step {last_step}"
+    else:
+        return
+    raise UserError(
+        f"{what}; nothing was saved over the last checkpoint. Lower optimizer.params.lr or gradient_clipping, or "
+        "raise megagpt.schedule.warmup_steps, and start again: the run goes on from that checkpoint"
+    )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's peak resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,261 @@
+"""The Arrow format, version 1: what data_tools writes and training reads.
+
+    manifest.json       written last, atomically: without it the build is unfinished
+    tokenizer.model     the exact bytes the data was tokenized with
+    index.arrow         one row per record batch: where its rows and tokens lie in the split
+    train/v0/shard-000000.arrow ...    val/v0/...    test/v0/...
+
+A shard is an uncompressed Arrow IPC file, one document per row, whose last token is the end-of-document id.
+The tokens of a record batch are contiguous, so one column serves as documents and as a flat stream.
+Compression would cost the zero-copy reads; `list`, with its 32-bit offsets, would overflow at 2^31 tokens.
+"""
+
+import threading
+import zlib
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from megagpt.data_manifest import (
+    FORMAT,
+    VERSION,
+    Manifest,
+    ShardInfo,
+    Split,
+    Strict,
+    confined,
+    read_manifest,
+)
+from megagpt.errors import UserError
+from megagpt.files import sha256_of
+from megagpt.tokenizer import Tokenizer
+
+INDEX, TOKENIZER_MODEL, REPORT = "index.arrow", "tokenizer.model", "report.json"
+METADATA_KEY = "megagpt"
+HASH_BYTES = 16  # blake2b of a document's UTF-8 text
+
+INDEX_COLUMNS = {  # row0, tok0: the batch's first document and token, counted from the start of the split
+    "split": pa.string(),
+    "variant": pa.uint16(),
+    "shard": pa.uint32(),
+    "batch": pa.uint32(),
+    "row0": pa.uint64(),
+    "tok0": pa.uint64(),
+    "n_rows": pa.uint64(),
+    "n_tokens": pa.uint64(),
+    "byte_offset": pa.uint64(),
+    "crc32": pa.uint32(),
+}
+INDEX_SCHEMA = pa.schema([pa.field(name, type_, nullable=False) for name, type_ in INDEX_COLUMNS.items()])
+
+
+class ShardHeader(Strict):
+    """What a shard says about itself in its schema's metadata, so that no other file can stand in for it."""
+
+    format: Literal["megagpt-arrow"] = FORMAT
+    version: Literal[1] = VERSION
+    build_id: str
+    split: Split
+    variant: int
+    shard: int
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int
+    eod_id: int
+    tokenizer_sha256: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.split}/v{self.variant}/shard-{self.shard:06d}.arrow"
+
+    @property
+    def schema(self) -> pa.Schema:
+        return document_schema(self.dtype).with_metadata({METADATA_KEY: self.model_dump_json()})
+
+
+def document_schema(dtype: Literal["uint16", "uint32"]) -> pa.Schema:
+    ids = pa.field("item", pa.uint16() if dtype == "uint16" else pa.uint32(), nullable=False)
+    fields = {"tokens": pa.large_list(ids), "doc": pa.binary(HASH_BYTES), "source": pa.uint16()}
+    return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in fields.items()])
+
+
+def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    return "uint16" if vocab_size <= 65536 else "uint32"
+
+
+class Dataset:
+    """A finished, checked dataset folder. Shards are opened when they are first read."""
+
+    def __init__(self, path: Path, manifest: Manifest, index: pa.Table):
+        self.path = path
+        self.manifest = manifest
+        self._index = index
+        self.fingerprint = manifest.fingerprint
+        self.vocab_size = manifest.tokenizer.vocab_size
+        self.eod_id = manifest.tokenizer.eod_id
+
+    def tokenizer(self) -> Tokenizer:
+        info = self.manifest.tokenizer
+        return Tokenizer.load(self.path / info.file, sha256=info.sha256)
+
+    def stream(self, split: Split) -> "TokenStream":
+        if split not in self.manifest.splits or self.manifest.splits[split].documents == 0:
+            raise UserError(
+                f"{self.path} has no documents in its {split!r} split; build it from more documents or with "
+                "another val_fraction or test_fraction"
+            )
+        return TokenStream(self, split)
+
+    def index_rows(self, split: Split) -> list[dict[str, Any]]:
+        """One row per record batch of the split, in order of the stream."""
+        return self._index.filter(pc.equal(self._index["split"], split)).to_pylist()
+
+    def header(self, split: Split, shard: int) -> ShardHeader:
+        return ShardHeader(
+            build_id=self.manifest.build_id,
+            split=split,
+            variant=0,
+            shard=shard,
+            dtype=self.manifest.dtype,
+            vocab_size=self.vocab_size,
+            eod_id=self.eod_id,
+            tokenizer_sha256=self.manifest.tokenizer.sha256,
+        )
+
+    def shard_path(self, split: Split, shard: int) -> Path:
+        return self.path / self.manifest.splits[split].variants[0].shards[shard].path
+
+    def open_shard(self, split: Split, shard: int) -> pa.RecordBatchFileReader:
+        """A memory-mapped shard that says it is this one, of this build."""
+        info = self.manifest.splits[split].variants[0].shards[shard]
+        _check_size(self.path, info)  # again: reading past the end of a mapped file is a SIGBUS, not an exception
+        path = self.shard_path(split, shard)
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(path, error) from error
+        if not reader.schema.equals(self.header(split, shard).schema, check_metadata=True):
+            raise UserError(
+                f"{path} belongs to another build or another place in this one; restore the original file or "
+                "build the dataset again"
+            )
+        return reader
+
+
+class TokenStream:
+    """A split as one stream of tokens, read from memory maps without a copy on the way."""
+
+    def __init__(self, dataset: Dataset, split: Split):
+        rows = dataset.index_rows(split)
+        self._dataset = dataset
+        self._split = split
+        self._rows = rows
+        self._tok0: list[int] = [row["tok0"] for row in rows]  # a plain list: bisect beats numpy for one number
+        self._row0: list[int] = [row["row0"] for row in rows]
+        self._views: list[np.ndarray | None] = [None] * len(rows)  # opened on first use, then kept
+        self._readers: dict[int, pa.RecordBatchFileReader] = {}
+        self._lock = threading.Lock()  # opening only: a prefetch thread and the main thread share a stream
+        self.n_tokens: int = rows[-1]["tok0"] + rows[-1]["n_tokens"]
+        self.n_documents: int = rows[-1]["row0"] + rows[-1]["n_rows"]
+
+    def copy(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` (one dimension, any integer type) with the tokens from `start` on."""
+        end = start + len(out)
+        if start < 0 or end > self.n_tokens:
+            raise IndexError(f"tokens {start}..{end} are not within 0..{self.n_tokens}")
+        batch = bisect_right(self._tok0, start) - 1
+        filled = 0
+        while filled < len(out):
+            view = self._views[batch]
+            if view is None:
+                view = self._open(batch)
+            begin = start + filled - self._tok0[batch]
+            part = view[begin : begin + len(out) - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            batch += 1
+
+    def document(self, i: int) -> np.ndarray:
+        """Document i of the split, its end-of-document token included: a read-only view."""
+        if not 0 <= i < self.n_documents:
+            raise IndexError(f"document {i} is not within 0..{self.n_documents}")
+        batch = bisect_right(self._row0, i) - 1
+        tokens = self._record_batch(batch).column("tokens")
+        row = i - self._row0[batch]
+        begin, end = tokens.offsets[row : row + 2].to_pylist()
+        return _values(tokens)[begin:end]
+
+    def _open(self, batch: int) -> np.ndarray:
+        self._views[batch] = view = _values(self._record_batch(batch).column("tokens"))
+        return view
+
+    def _record_batch(self, batch: int) -> pa.RecordBatch:
+        row = self._rows[batch]
+        shard = row["shard"]
+        path = self._dataset.shard_path(self._split, shard)
+        with self._lock:
+            if shard not in self._readers:
+                self._readers[shard] = self._dataset.open_shard(self._split, shard)
+            record_batch = read_batch(self._readers[shard], row["batch"], path)
+        if (len(record_batch), len(_values(record_batch["tokens"]))) != (row["n_rows"], row["n_tokens"]):
+            raise _damaged(path, f"record batch {row['batch']} is not as long as index.arrow says")
+        return record_batch
+
+
+def open_dataset(path: Path) -> Dataset:
+    """Check everything but the tokens' own bytes (`python -m data_tools verify` does that): quick."""
+    manifest = read_manifest(path)
+    model = confined(path, manifest.tokenizer.file)
+    if not model.is_file() or sha256_of(model) != manifest.tokenizer.sha256:
+        raise UserError(f"{model} is not the tokenizer this data was made with; restore the original file")
+    for split in manifest.splits.values():
+        for variant in split.variants:
+            for shard in variant.shards:
+                _check_size(path, shard)
+    index = path / INDEX
+    if not index.is_file() or sha256_of(index) != manifest.index_sha256:
+        raise UserError(f"{index} is missing or damaged; restore it or build the dataset again")
+    return Dataset(path, manifest, pa.ipc.open_file(index.read_bytes()).read_all())
+
+
+def read_batch(reader: pa.RecordBatchFileReader, batch: int, path: Path) -> pa.RecordBatch:
+    """A record batch whose buffers are as long as it says: reading past them would kill the process."""
+    try:
+        record_batch = reader.get_batch(batch)
+        record_batch.validate()
+    except (pa.ArrowException, OSError, SystemError) as error:
+        raise _damaged(path, f"record batch {batch}: {error}") from error
+    return record_batch
+
+
+def batch_crc32(batch: pa.RecordBatch) -> int:
+    """Names the damaged batch; that no byte changed is for the shard's sha256 to say.
+
+    CRC-32 because it is in the standard library and three times as fast as its blake2b.
+    """
+    crc = 0
+    for array in (batch["tokens"].values, batch["tokens"].offsets, batch["source"]):
+        crc = zlib.crc32(array.to_numpy(zero_copy_only=True), crc)
+    return zlib.crc32(batch["doc"].buffers()[1][: HASH_BYTES * len(batch)], crc)
+
+
+def _damaged(path: Path, why: object) -> UserError:
+    return UserError(f"{path} is damaged ({why}); restore it or build the dataset again")
+
+
+def _values(tokens: pa.LargeListArray) -> np.ndarray:
+    return tokens.values.to_numpy(zero_copy_only=True)
+
+
+def _check_size(folder: Path, info: ShardInfo) -> None:
+    path = confined(folder, info.path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing; restore it or build the dataset again")
+    if (size := path.stat().st_size) != info.bytes:
+        raise UserError(
+            f"{path} has {size:,} bytes instead of {info.bytes:,} (an interrupted copy?); "
+            "restore it or build the dataset again"
+        )

@@ -1,0 +1,40 @@
+"""Everything besides weights, moments and random generators that a resumed run needs, as plain numbers."""
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from megagpt.early_stopping import EarlyStopping
+
+
+@dataclass(frozen=True)
+class TrainState:
+    step: int = 0  # optimizer updates done
+    samples_seen: int = 0  # training examples, over all ranks: the position in the data
+    tokens_seen: int = 0  # over all ranks
+    stopper: EarlyStopping = field(default_factory=EarlyStopping)
+
+    def after_step(self, global_batch: int, seq_len: int) -> "TrainState":
+        return replace(
+            self,
+            step=self.step + 1,
+            samples_seen=self.samples_seen + global_batch,
+            tokens_seen=self.tokens_seen + global_batch * seq_len,
+        )
+
+    def finished(self, max_steps: int) -> bool:
+        return self.step >= max_steps or self.stopper.stopped
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers; the infinite `best` before the first evaluation, which JSON lacks, becomes None."""
+        plain = asdict(self)
+        if math.isinf(self.stopper.best):
+            plain["stopper"]["best"] = None
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> "TrainState":
+        stopper = dict(plain["stopper"])
+        if stopper["best"] is None:
+            stopper["best"] = math.inf
+        return cls(**{**plain, "stopper": EarlyStopping(**stopper)})

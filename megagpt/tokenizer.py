@@ -1,0 +1,162 @@
+"""SentencePiece: text to token ids and back, without losing a byte.
+
+The promise decode(encode(text)) == text holds for the models that data_tools trains: identity normalization,
+no dummy prefix, spaces kept, newline and tab as pieces of their own, byte fallback.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from megagpt.errors import UserError
+
+META_SPACE = "\u2581"  # how SentencePiece spells a space inside its pieces
+KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}  # TrainerSpec.ModelType
+LOG_ERRORS_ONLY = 2
+
+
+class Tokenizer:
+    """A SentencePiece model together with the exact bytes it came from."""
+
+    def __init__(self, model_bytes: bytes, *, name: str = "tokenizer model"):
+        self._processor, self.kind, self.normalizer, has_dummy_prefix = _load(model_bytes, name)
+        self.model_bytes = model_bytes
+        self.sha256 = hashlib.sha256(model_bytes).hexdigest()
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.eod_id: int = self._processor.eos_id()
+        if self.eod_id < 0:
+            raise UserError(
+                f"{name} has no end-of-sentence piece </s>, which we store at the end of each document; "
+                "train it again without eos_id=-1"
+            )
+        self._meta_space_ids = None if has_dummy_prefix else self._byte_ids(META_SPACE)
+
+    @classmethod
+    def from_bytes(cls, model_bytes: bytes) -> "Tokenizer":
+        return cls(model_bytes)
+
+    @classmethod
+    def load(cls, path: Path | str, *, sha256: str | None = None) -> "Tokenizer":
+        """Read a model file; with `sha256`, refuse other bytes before SentencePiece parses them."""
+        try:
+            model_bytes = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"cannot read the tokenizer {path}: {error.strerror}; `python -m data_tools train-tokenizer` makes one"
+            ) from error
+        found = hashlib.sha256(model_bytes).hexdigest()
+        if sha256 is not None and found != sha256:
+            raise UserError(
+                f"{path} is not the tokenizer this data was made with: sha256 {found[:16]}..., "
+                f"expected {sha256[:16]}...; restore the original file"
+            )
+        return cls(model_bytes, name=str(path))
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids as int32, without an end-of-document id."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # A literal U+2581 would decode as a space, so it goes in as the three bytes of its UTF-8 form.
+        if self._meta_space_ids is not None and any(META_SPACE in text for text in texts):
+            return [self._encode_around_meta_space(text) for text in texts]
+        return self._encode_plain(texts)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text; control ids (end of document, beginning of sentence, padding) leave no trace."""
+        return self._processor.decode(np.asarray(ids, dtype=np.int64).tolist())
+
+    def token_bytes(self) -> np.ndarray:
+        """How many UTF-8 bytes of text each id stands for: int32, (vocab_size,); control ids stand for 0."""
+        return np.array([self._bytes_of(i) for i in range(self.vocab_size)], dtype=np.int32)
+
+    def _bytes_of(self, token: int) -> int:
+        if self._processor.is_byte(token):
+            return 1
+        if self._processor.is_control(token) or self._processor.is_unknown(token):
+            return 0
+        return len(self._processor.id_to_piece(token).replace(META_SPACE, " ").encode())
+
+    def _encode_plain(self, texts: Sequence[str]) -> list[np.ndarray]:
+        try:
+            return self._processor.encode(list(texts), return_type="numpy", num_threads=1)
+        except (RuntimeError, TypeError):  # how the bindings put it depends on the length of the list
+            for text in texts:
+                _check_is_unicode(text)
+            raise
+
+    def _encode_around_meta_space(self, text: str) -> np.ndarray:
+        first, *rest = self._encode_plain(text.split(META_SPACE))
+        return np.concatenate([first, *(ids for part in rest for ids in (self._meta_space_ids, part))])
+
+    def _byte_ids(self, text: str) -> np.ndarray | None:
+        """The byte-fallback ids that spell `text`, or None if the model has no byte fallback."""
+        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+        return np.array(ids, dtype=np.int32) if all(map(self._processor.is_byte, ids)) else None
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """The next multiple of 128: matrix shapes that GPUs multiply fast."""
+    return -(-vocab_size // 128) * 128
+
+
+def _load(model_bytes: bytes, name: str) -> tuple[sentencepiece.SentencePieceProcessor, str, str, bool]:
+    """(processor, kind, normalizer, has a dummy prefix); bytes that are no model are one clear message."""
+    sentencepiece.set_min_log_level(LOG_ERRORS_ONLY)
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        if model_bytes and processor.load_from_serialized_proto(model_bytes) and processor.get_piece_size():
+            return processor, *_describe(model_bytes)
+    except (RuntimeError, LookupError, UnicodeDecodeError):  # how bytes that make no model show
+        pass
+    raise UserError(
+        f"{name} is not a SentencePiece model; give the .model file that `python -m data_tools train-tokenizer` writes"
+    )
+
+
+def _check_is_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text holds a lone surrogate at character {error.start}, which is no Unicode text; remove it"
+        ) from error
+
+
+def _describe(model_bytes: bytes) -> tuple[str, str, bool]:
+    """(kind, normalizer, has a dummy prefix), from the protobuf: SentencePiece has no call that tells."""
+    model = dict(_protobuf_fields(model_bytes))
+    trainer_spec = dict(_protobuf_fields(model.get(2, b"")))
+    normalizer_spec = dict(_protobuf_fields(model.get(3, b"")))
+    normalizer = normalizer_spec.get(1, b"").decode()
+    return KINDS[trainer_spec.get(3, 1)], normalizer, bool(normalizer_spec.get(3, 1))
+
+
+def _protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value) of a protobuf message: varints as int, everything else as bytes."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        wire_type = tag & 7
+        if wire_type == 0:
+            value, at = _varint(message, at)
+            yield tag >> 3, value
+            continue
+        size, at = _varint(message, at) if wire_type == 2 else ({1: 8, 5: 4}[wire_type], at)
+        yield tag >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return value, at

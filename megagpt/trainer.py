@@ -1,0 +1,74 @@
+"""The training loop. Read `train` first; everything it calls is one hop away, most of it in session.py."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megagpt.config import RunConfig
+from megagpt.distributed import StopVote, say
+from megagpt.engine import set_lr
+from megagpt.loss import next_token_loss
+from megagpt.optim import lr_factor
+from megagpt.preemption import Preemption
+from megagpt.session import Recent, Session, check, ending
+from megagpt.state import TrainState
+
+
+def train(run: RunConfig, device: torch.device, *, fresh: bool = False) -> TrainState:
+    """Train until finished or told to stop; returns the state that was saved last. Collective.
+
+    Raises UserError for what is wrong with the run file or the data, and for a loss that is no longer finite.
+    """
+    plan = check(run, fresh=fresh)
+    state, schedule, every = plan.state, run.megagpt.schedule, run.megagpt.every
+    if state.finished(schedule.max_steps):
+        say(ending(run.megagpt, state))
+        return state
+    session = Session(plan, device)
+    preemption, vote = Preemption(run.megagpt.time_limit_minutes), StopVote()
+    batches, recent, stop = session.batches(), Recent(), False
+
+    while not (stop or state.finished(schedule.max_steps)):
+        set_lr(session.engine, run.deepspeed.optimizer.params.lr * lr_factor(state.step, schedule))
+        recent.add(*train_step(session, batches))
+        state = state.after_step(plan.batch.global_batch, run.megagpt.model.seq_len)
+        stop = vote(preemption.requested)
+        done = state.step == schedule.max_steps
+
+        if stop or done or any(due(state.step, cadence) for cadence in (every.log, every.eval, every.save)):
+            recent = session.log(state, recent)
+        if done or due(state.step, every.eval):
+            state = session.evaluate(state)
+        if due(state.step, every.sample):
+            session.show_samples(state)
+        if stop or state.finished(schedule.max_steps) or due(state.step, every.save) or session.is_new_best(state):
+            session.save(state)
+
+    session.close(state, preemption.reason)
+    return state
+
+
+def train_step(session: Session, batches: Iterator[Tensor]) -> tuple[Tensor, Tensor | float | None]:
+    """One optimizer update over this rank's share of a global batch: its mean loss, and the gradient norm.
+
+    Both stay on the device: reading them here would make every step wait for the GPU.
+    """
+    engine, regularization, losses = session.engine, session.cfg.regularization, []
+    for _ in range(session.plan.batch.accumulation):
+        with session.watch.section("data"):
+            batch = next(batches)  # (B, T + 1)
+        loss = next_token_loss(
+            engine(batch[:, :-1]),
+            batch[:, 1:],
+            label_smoothing=regularization.label_smoothing,
+            z_loss=regularization.z_loss,
+        )
+        engine.backward(loss)  # DeepSpeed divides by gradient_accumulation_steps
+        engine.step()  # updates the weights on the last micro-batch only
+        losses.append(loss.detach())
+    return torch.stack(losses).mean(), engine.get_global_grad_norm()
+
+
+def due(step: int, cadence: int) -> bool:
+    return cadence > 0 and step % cadence == 0

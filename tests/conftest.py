@@ -1,0 +1,41 @@
+"""Fixtures: one dataset for all tests, the engine's process group, and one launch of two real ranks."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import build_dataset, build_noise, read_json, torchrun
+
+from megagpt.distributed import init_process_group
+
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_extensions_folder(tmp_path_factory):
+    """A compile killed in another process leaves a lock there that would hang these tests without a word."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch_extensions"))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    build_noise(folder / "noise")
+    return build_dataset(folder / "corpus")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """This process as the only rank."""
+    return init_process_group()
+
+
+@pytest.fixture(scope="session")
+def two_ranks(dataset, tmp_path_factory) -> dict[str, list[Any]]:
+    """Every scenario of tests/two_ranks.py, run in one launch: name -> what rank 0 and rank 1 returned."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    done = torchrun(2, Path(__file__).with_name("two_ranks.py"), dataset, folder, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return read_json(folder / "results.json")

@@ -1,0 +1,125 @@
+"""Small texts, tokenizers and datasets for the tests of the data side. Everything here is deterministic."""
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data_tools.__main__ import main
+from data_tools.config import TokenizerConfig
+from data_tools.shard_writer import ShardWriter, write_index
+from data_tools.tokenizer_training import train_sample
+from megagpt.data_manifest import SPLITS, Manifest, Split, SplitInfo, TokenizerInfo, Variant, write_manifest
+from megagpt.shards import TOKENIZER_MODEL, ShardHeader, open_dataset, token_dtype
+from megagpt.tokenizer import Tokenizer
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "models", "that", "learn", "to", "read", "def", "return", "self"]
+VOCAB_SIZE = 300  # of the small tokenizers: 256 bytes, the special pieces, and a few of their own
+
+
+def document(seed: int, n_words: int = 60) -> str:
+    """Lines of words, some indented, some with a tab."""
+    rng = random.Random(seed)
+    return "".join(rng.choice(WORDS) + rng.choice([" ", " ", "  ", "\n", "\n    ", "\t"]) for _ in range(n_words))
+
+
+def write_texts(folder: Path, n: int, n_words: int = 60) -> list[str]:
+    """doc-000.txt ... and what they say, in order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = [document(i, n_words) for i in range(n)]
+    for i, text in enumerate(texts):
+        (folder / f"doc-{i:03d}.txt").write_bytes(text.encode())
+    return texts
+
+
+@cache
+def small_tokenizer(kind: Literal["unigram", "bpe", "char"] = "unigram") -> Tokenizer:
+    sample = [document(i) for i in range(50)]
+    return Tokenizer.from_bytes(train_sample(sample, TokenizerConfig(tokenizer_type=kind, vocab_size=VOCAB_SIZE)))
+
+
+def write_dataset(
+    folder: Path,
+    documents: Sequence[np.ndarray],
+    *,
+    split: Split = "train",
+    n_shards: int = 2,
+    batch_tokens: int = 40,
+    vocab_size: int = VOCAB_SIZE,
+    build_id: str = "a" * 32,
+) -> Manifest:
+    """A dataset of these documents (ids, the end-of-document id 2 last), in small batches and several shards."""
+    tokenizer = small_tokenizer()
+    folder.mkdir(parents=True)
+    (folder / TOKENIZER_MODEL).write_bytes(tokenizer.model_bytes)
+    shards, rows = [], []
+    for shard, part in enumerate(np.array_split(np.arange(len(documents)), n_shards)):
+        header = ShardHeader(
+            build_id=build_id,
+            split=split,
+            variant=0,
+            shard=shard,
+            dtype=token_dtype(vocab_size),
+            vocab_size=vocab_size,
+            eod_id=tokenizer.eod_id,
+            tokenizer_sha256=tokenizer.sha256,
+        )
+        writer = ShardWriter(folder, header, batch_tokens=batch_tokens)
+        for i in part:
+            writer.add(documents[i], int(i).to_bytes(16, "big"), 0)
+        info, index = writer.close()
+        shards.append(info)
+        rows += index
+    n_tokens = sum(len(ids) for ids in documents)
+    variant = Variant(id=0, kind="canonical", tokens=n_tokens, shards=tuple(shards))
+    manifest = Manifest(
+        build_id=build_id,
+        created="2026-01-01T00:00:00+00:00",
+        tool="tests",
+        tokenizer=TokenizerInfo(
+            file=TOKENIZER_MODEL,
+            sha256=tokenizer.sha256,
+            type=tokenizer.kind,
+            vocab_size=vocab_size,
+            eod_id=tokenizer.eod_id,
+            normalizer=tokenizer.normalizer,
+            sample_sha256=None,
+        ),
+        dtype=token_dtype(vocab_size),
+        splits={split: SplitInfo(documents=len(documents), bytes=n_tokens, variants=(variant,))},
+        index_sha256=write_index(folder, rows),
+        report_sha256="",
+        sources=(),
+        input_sha256="",
+        pipeline={},
+    )
+    return write_manifest(folder, manifest)
+
+
+def documents_of(folder: Path) -> dict[Split, list[str]]:
+    """The texts of each split, in order."""
+    dataset = open_dataset(folder)
+    tokenizer = dataset.tokenizer()
+    texts: dict[Split, list[str]] = {}
+    for split in SPLITS:
+        if dataset.manifest.splits[split].documents:
+            stream = dataset.stream(split)
+            texts[split] = [tokenizer.decode(stream.document(i)) for i in range(stream.n_documents)]
+    return texts
+
+
+def all_documents(folder: Path) -> list[str]:
+    return sorted(text for texts in documents_of(folder).values() for text in texts)
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file that must not depend on when and how a dataset was built."""
+    files = [path for path in folder.rglob("*") if path.suffix in (".arrow", ".model")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def run(*args: str | Path) -> int:
+    return main([str(arg) for arg in args])

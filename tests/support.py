@@ -1,0 +1,91 @@
+"""What several test files share: a synthetic corpus, run files of it, and ways to start real ranks."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_tools.build import build
+from data_tools.config import BuildConfig
+from megagpt.config import RunConfig
+from megagpt.run_file import load_run_config
+
+ROOT = Path(__file__).parents[1]
+DEBUG_RUN = ROOT / "ds_configs" / "debug_cpu.json"
+
+
+def write_corpus(path: Path, n_documents: int, *, seed: int = 0) -> Path:
+    """JSON lines of random sentences over 60 made-up words: the same on every machine, and learnable."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choice("abcdefghijklmnop") for _ in range(rng.randint(2, 7))) for _ in range(60)]
+    with path.open("w") as file:
+        for _ in range(n_documents):
+            sentences = [" ".join(rng.choices(words, k=rng.randint(3, 9))) for _ in range(rng.randint(3, 9))]
+            file.write(json.dumps({"text": ".\n".join(sentences)}) + "\n")
+    return path
+
+
+def build_dataset(folder: Path, *, n_documents: int = 400, val_fraction: float = 0.2, seed: int = 0) -> Path:
+    """A char-level dataset: its tokenizer depends on nothing that could differ between versions."""
+    corpus = write_corpus(folder.with_suffix(".jsonl"), n_documents, seed=seed)
+    options = BuildConfig(tokenizer_type="char", vocab_size=300, val_fraction=val_fraction, workers=1)
+    build([corpus], folder, options)
+    return folder
+
+
+def build_noise(folder: Path) -> Path:
+    """A few documents of random letters: there is nothing to learn beyond ln(8), so a model can only memorize."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefgh", k=100)) for _ in range(12)]
+    corpus = folder.with_suffix(".jsonl")
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    build([corpus], folder, BuildConfig(tokenizer_type="char", vocab_size=300, val_fraction=0.4, workers=1))
+    return folder
+
+
+def overrides(dataset: Path, out_dir: Path, *more: str) -> list[str]:
+    return [
+        f"megagpt.data.train.0.path={dataset}",
+        f"megagpt.data.val={dataset}",
+        f"megagpt.out_dir={out_dir}",
+        *more,
+    ]
+
+
+def debug_run(dataset: Path, out_dir: Path, *more: str) -> RunConfig:
+    """The debug run file on another dataset."""
+    return load_run_config(DEBUG_RUN, overrides(dataset, out_dir, *more))
+
+
+def metric(out_dir: Path, name: str) -> dict[int, float]:
+    """step -> value, from metrics.jsonl; a step that was written twice fails."""
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    values = [(row["step"], row[name]) for row in rows if name in row]
+    assert len(values) == len(dict(values)), f"{name} has a step twice"
+    return dict(values)
+
+
+def environment() -> dict[str, str]:
+    """The test's own, without what would make a child think that a launcher started it."""
+    drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    return {key: value for key, value in os.environ.items() if key not in drop}
+
+
+def torchrun(n_ranks: int, *args: str | Path, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+    return subprocess.run(
+        [*command, *map(str, args)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -1,0 +1,134 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import build_dataset, debug_run
+
+from megagpt.config import BatchPlan, DataConfig
+from megagpt.data import ValBlocks, open_data, prefetched, rank_samples
+from megagpt.errors import UserError
+from megagpt.shards import open_dataset
+
+CPU = torch.device("cpu")
+SEQ_LEN = 32
+
+
+@pytest.fixture(scope="module")
+def train_data(dataset):
+    data, _, _ = open_data(DataConfig(train=[{"path": dataset}], val=dataset), SEQ_LEN)
+    return data
+
+
+def global_batch(data, plan: BatchPlan, step: int) -> list[tuple[int, ...]]:
+    """The rows of one global batch, gathered from every rank's micro-batches, as a sorted list."""
+    rows = []
+    for rank in range(plan.world_size):
+        batches = prefetched(
+            data.fill, rank_samples(plan, rank, step * plan.global_batch), (plan.micro_batch, SEQ_LEN + 1), CPU
+        )
+        rows += [tuple(row) for _ in range(plan.accumulation) for row in next(batches).tolist()]
+    return sorted(rows)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_global_batches_do_not_depend_on_ranks_or_micro_batches(train_data, world_size, micro_batch):
+    plan = BatchPlan(16, micro_batch, 16 // (micro_batch * world_size), world_size)
+    for step in (0, 3):
+        assert global_batch(train_data, plan, step) == global_batch(train_data, BatchPlan(16, 16, 1, 1), step)
+
+
+def test_going_on_at_a_step_gives_the_batches_that_follow_it(train_data):
+    plan, shape = BatchPlan(8, 4, 2, 1), (4, SEQ_LEN + 1)
+    straight = prefetched(train_data.fill, rank_samples(plan, 0, 0), shape, CPU)
+    for _ in range(2 * 5):
+        next(straight)
+    resumed = prefetched(train_data.fill, rank_samples(plan, 0, 5 * 8), shape, CPU)
+    for _ in range(6):
+        assert torch.equal(next(straight).clone(), next(resumed).clone())
+
+
+def test_a_micro_batch_is_windows_of_the_stream(train_data, dataset):
+    stream = open_dataset(dataset).stream("train")
+    whole = np.empty(stream.n_tokens, dtype=np.int64)
+    stream.copy(0, whole)
+    rows = np.empty((20, SEQ_LEN + 1), dtype=np.int64)
+    train_data.fill(4090, rows)  # across the edge of what is drawn at once
+    starts = train_data.sampler.draw(4090, 20).start
+    for row, start in zip(rows, starts, strict=True):
+        assert np.array_equal(row, whole[start : start + SEQ_LEN + 1])
+
+
+def test_reading_ahead_does_not_overwrite_the_batch_in_use(train_data):
+    plan, shape = BatchPlan(4, 4, 1, 1), (4, SEQ_LEN + 1)
+    expected = [rows.clone() for rows, _ in zip(prefetched(train_data.fill, range(0, 40, 4), shape, CPU), range(10))]
+    batches = prefetched(train_data.fill, rank_samples(plan, 0, 0), shape, CPU)
+    for i, batch in zip(range(10), batches, strict=False):
+        assert torch.equal(batch, expected[i])
+
+
+def test_an_error_while_reading_ahead_reaches_the_loop():
+    def fill(first, rows):
+        raise UserError(f"shard of sample {first} is gone")
+
+    with pytest.raises(UserError, match="sample 0 is gone"):
+        next(prefetched(fill, [0, 4], (4, 5), CPU))
+
+
+def test_epochs_are_counted_in_windows(train_data):
+    assert train_data.epoch(train_data.sampler.n_windows(0)) == pytest.approx(1.0)
+
+
+def test_validation_blocks_are_the_streams_first_and_overlap_by_one(dataset):
+    stream = open_dataset(dataset).stream("val")
+    whole = np.empty(stream.n_tokens, dtype=np.int64)
+    stream.copy(0, whole)
+    blocks = ValBlocks(stream, SEQ_LEN, max_tokens=100)
+    assert len(blocks) == 3
+    rows = np.empty((3, SEQ_LEN + 1), dtype=np.int64)
+    blocks.fill(0, rows)
+    assert [row.tolist() for row in rows] == [whole[i * 32 : i * 32 + 33].tolist() for i in range(3)]
+
+
+def test_too_little_validation_data_is_refused_with_what_there_is(dataset):
+    stream = open_dataset(dataset).stream("val")
+    available = (stream.n_tokens - 1) // SEQ_LEN * SEQ_LEN
+    with pytest.raises(UserError, match=f"set val_tokens to {available}"):
+        ValBlocks(stream, SEQ_LEN, max_tokens=10**9)
+    with pytest.raises(UserError, match="larger val_fraction"):
+        ValBlocks(stream, 10**6)
+
+
+def test_datasets_of_two_tokenizers_are_refused_with_the_way_out(dataset, tmp_path):
+    other = build_dataset(tmp_path / "other", n_documents=40, seed=1)
+    mixed = DataConfig(train=[{"path": dataset}, {"path": other}], val=dataset)
+    if open_dataset(other).manifest.tokenizer.sha256 == open_dataset(dataset).manifest.tokenizer.sha256:
+        pytest.fail("the two corpora gave one tokenizer: the test would prove nothing")
+    with pytest.raises(UserError, match=r"tokenized with another model.*build it again with tokenizer="):
+        open_data(mixed, SEQ_LEN)
+
+
+def test_a_sequence_longer_than_the_data_is_refused(dataset):
+    with pytest.raises(UserError, match="lower seq_len to"):
+        open_data(DataConfig(train=[{"path": dataset}], val=dataset), 10**6)
+
+
+def test_a_dataset_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="nothing"):
+        open_data(debug_run(tmp_path / "nothing", tmp_path).megagpt.data, SEQ_LEN)
+
+
+def test_a_shard_missing_or_cut_short_is_found_before_training(dataset, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    shard = next(Path(copy).glob("train/v0/*.arrow"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-10])
+    with pytest.raises(UserError, match=shard.name):
+        open_data(DataConfig(train=[{"path": copy}], val=copy), SEQ_LEN)
+    shard.unlink()
+    with pytest.raises(UserError, match=shard.name):
+        open_data(DataConfig(train=[{"path": copy}], val=copy), SEQ_LEN)

@@ -1,0 +1,116 @@
+"""What two real ranks did (tests/two_ranks.py), and what one rank does with the same run files."""
+
+import pytest
+import torch
+from support import debug_run, metric
+
+from megagpt import checkpoint
+from megagpt.data import open_data
+from megagpt.errors import UserError
+from megagpt.evaluate import evaluate
+from megagpt.model import GPT
+from megagpt.trainer import train
+
+WITHIN = 1e-4  # nats: reductions add in another order, nothing else differs
+
+
+def equal_losses(found: dict, expected: dict) -> None:
+    assert {int(step) for step in found} == set(expected) == set(range(1, 21))
+    for step, loss in expected.items():
+        assert found[str(step)] == pytest.approx(loss, abs=WITHIN), f"step {step}"
+
+
+@pytest.fixture(scope="module")
+def one_rank(dataset, device, tmp_path_factory) -> dict[int, float]:
+    out_dir = tmp_path_factory.mktemp("one_rank") / "run"
+    train(debug_run(dataset, out_dir), device)
+    return metric(out_dir, "loss/train")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_on_two_ranks_equals_stage_1_on_one(two_ranks, one_rank, stage):
+    equal_losses(two_ranks["losses_of_every_stage"][0][f"stage{stage}"], one_rank)
+
+
+def test_optimizer_offload_changes_no_loss(two_ranks, one_rank):
+    equal_losses(two_ranks["losses_of_every_stage"][0]["offload"], one_rank)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_zero_stage_equals_stage_1_on_one_rank(dataset, device, one_rank, tmp_path, stage):
+    train(debug_run(dataset, tmp_path / "run", f"zero_optimization.stage={stage}"), device)
+    equal_losses({str(k): v for k, v in metric(tmp_path / "run", "loss/train").items()}, one_rank)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_a_signal_to_one_rank_stops_both_at_one_step_and_resuming_is_bit_exact(two_ranks, stage):
+    """With dropout (each rank's own random stream), recompute and accumulation, in the middle of warmup."""
+    ranks = [found[stage] for found in two_ranks["stopped_by_a_signal_to_one_rank"]]
+    assert [found["cut_at"] for found in ranks] == [8, 8]  # the vote cast after step 7 is read after step 8
+    for found in ranks:
+        straight, resumed = found["states"]
+        assert straight == resumed
+    straight, cut = ranks[0]["losses"]
+    assert straight == cut
+    assert set(map(int, cut)) == set(range(1, 21))
+    assert ranks[0]["weights"][0] == ranks[0]["weights"][1]
+
+
+def test_overfitting_stops_by_itself_on_both_ranks_with_the_best_weights(two_ranks):
+    first, second = two_ranks["overfitting"]
+    assert first["state"] == second["state"]
+    stopper, step = first["state"]["stopper"], first["state"]["step"]
+    assert stopper["stopped"]
+    assert step < 1000
+    assert step - stopper["best_step"] >= 12 * 20  # patience x every.eval; small gains count as none
+    val, losses = first["val"], first["train"]
+    assert val[str(step)] > stopper["best"] + 0.02  # it turned up
+    assert losses[str(step)] < stopper["best"] - 0.05  # while training went on falling: memorized
+    assert first["best_step"] == f"step_{stopper['best_step']:08d}"
+    for found in (first, second):
+        in_memory, on_disk = found["weights"]
+        assert in_memory == on_disk
+
+
+def test_a_resume_in_the_middle_of_patience_stops_at_the_same_step(two_ranks):
+    for found in two_ranks["overfitting"]:
+        assert 0 < found["cut"]["stopper"]["bad_evals"] < 12
+        assert found["resumed"] == found["state"]
+
+
+def test_a_finished_run_started_again_changes_nothing(two_ranks):
+    for found in two_ranks["overfitting"]:
+        assert found["again"] == found["state"]
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_saves_nothing(two_ranks):
+    for found in two_ranks["a_loss_that_is_not_finite_on_one_rank"]:
+        assert found["message"].startswith("the loss is nan at step 13 on rank 1")
+        assert found["committed"] == ["step_00000010"]
+
+
+def test_a_mistake_that_one_rank_sees_is_raised_on_all(two_ranks):
+    assert two_ranks["a_mistake_that_one_rank_alone_sees"] == ["no such file (on rank 1)"] * 2
+
+
+def test_a_vote_to_stop_reaches_every_rank_at_the_same_boundary(two_ranks):
+    assert two_ranks["votes"] == [[False, False, False, True, True, True]] * 2
+
+
+def test_validation_loss_is_weighted_by_token_whatever_the_ranks(two_ranks, dataset, tmp_path):
+    run = debug_run(dataset, tmp_path, "megagpt.data.val_tokens=320")
+    _, blocks, datasets = open_data(run.megagpt.data, run.megagpt.model.seq_len)
+    torch.manual_seed(0)
+    model = GPT(run.megagpt.model, 384)
+    token_bytes = torch.from_numpy(datasets[0].tokenizer().token_bytes())
+    expected = evaluate(model, blocks, token_bytes, micro_batch=5)
+    for found in two_ranks["validation_loss"]:
+        assert (found["tokens"], found["bytes"]) == (320, expected.bytes)
+        assert found["loss"] == pytest.approx(expected.loss, rel=1e-6)
+
+
+def test_another_number_of_ranks_is_refused_with_both_numbers(two_ranks, dataset, device):
+    out_dir = dataset.parent / "by_two_ranks"
+    assert checkpoint.committed(out_dir)
+    with pytest.raises(UserError, match="saved with world_size 2, and this run has 1"):
+        train(debug_run(dataset, out_dir, "megagpt.schedule.max_steps=8"), device)

@@ -1,0 +1,215 @@
+"""The DeepSpeed engine on one rank; several ranks are in test_distributed.py."""
+
+import math
+
+import pytest
+import torch
+from support import debug_run
+
+from megagpt.config import batch_plan
+from megagpt.engine import build_engine, effective_config, recompute_hook
+from megagpt.errors import UserError
+from megagpt.loss import next_token_loss
+
+VOCAB = 384
+POLICIES = {
+    "none": [],
+    "full": ['megagpt.recompute={"policy": "full"}'],
+    "every 2": ['megagpt.recompute={"policy": "every_k", "k": 2}'],
+    "deepspeed full": ['megagpt.recompute={"policy": "full", "kind": "deepspeed"}'],
+    "deepspeed every 2": ['megagpt.recompute={"policy": "every_k", "k": 2, "kind": "deepspeed"}'],
+}
+
+
+@pytest.fixture
+def engine_of(dataset, device, tmp_path):
+    def build(*overrides):
+        run = debug_run(dataset, tmp_path / "run", "megagpt.model.n_layer=4", *overrides)
+        return build_engine(run, batch_plan(run.deepspeed, 1), VOCAB, device)
+
+    return build
+
+
+def tokens(*shape):
+    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(0))
+
+
+def loss_and_gradients(engine):
+    """With dropout on: the same seed must give the same masks when a block is computed again."""
+    engine.train()
+    torch.manual_seed(5)
+    batch = tokens(4, 65)
+    loss = next_token_loss(engine.module(batch[:, :-1]), batch[:, 1:])
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in engine.module.named_parameters()}
+
+
+@pytest.mark.parametrize("policy", list(POLICIES)[1:])
+def test_recomputing_activations_changes_no_gradient(engine_of, policy):
+    common = ["zero_optimization.stage=0", "megagpt.regularization.dropout=0.2"]
+    loss, gradients = loss_and_gradients(engine_of(*common))
+    again, recomputed = loss_and_gradients(engine_of(*common, *POLICIES[policy]))
+    assert again == loss
+    for name, gradient in gradients.items():
+        assert torch.equal(recomputed[name], gradient), name
+
+
+def saved_bytes(engine) -> int:
+    """What autograd holds on to between forward and backward, parameters aside."""
+    held: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in engine.module.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = tokens(4, 65)
+    engine.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        x = engine.module.wte(batch[:, :-1])
+        for i, block in enumerate(engine.module.blocks()):
+            x = engine.module.recompute(i, block, x)
+    x.sum().backward()
+    return sum(held.values())
+
+
+def test_recompute_really_frees_activations(engine_of):
+    """One block keeps about 34 C bytes per token in 16 bit (Korthikanti et al. 2022, equation 2); recomputed, 4 C.
+
+    So with 4 blocks in fp32, full recompute keeps one (B, T, C) input each, and every 2 lies in between.
+    """
+    kept = {policy: saved_bytes(engine_of("zero_optimization.stage=0", *POLICIES[policy])) for policy in POLICIES}
+    block_input = 4 * 64 * 64 * 4  # B x T x C in fp32
+    assert kept["full"] <= 6 * block_input
+    assert kept["none"] > 10 * kept["full"]
+    assert kept["every 2"] == pytest.approx((kept["none"] + kept["full"]) / 2, rel=0.05)
+    # DeepSpeed keeps a recomputed block's input outside of autograd, where these hooks do not see it
+    assert kept["deepspeed full"] + 4 * block_input == pytest.approx(kept["full"], rel=0.01)
+    assert kept["deepspeed every 2"] + 2 * block_input == pytest.approx(kept["every 2"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["activation_checkpointing.partition_activations=true"], "partition_activations=True has no effect without"),
+        (
+            [*POLICIES["deepspeed full"], "activation_checkpointing.partition_activations=true"],
+            "split activations over model-parallel ranks",
+        ),
+        (
+            [*POLICIES["deepspeed full"], "activation_checkpointing.contiguous_memory_optimization=true"],
+            "split activations over model-parallel ranks",
+        ),
+        (
+            [*POLICIES["deepspeed full"], "activation_checkpointing.number_checkpoints=4"],
+            "number_checkpoints=4 sizes the buffers",
+        ),
+        (
+            [*POLICIES["deepspeed full"], "activation_checkpointing.cpu_checkpointing=true"],
+            "moves activations to the CPU, where they are",
+        ),
+    ],
+)
+def test_what_cannot_act_is_refused(dataset, device, tmp_path, overrides, complaint):
+    run = debug_run(dataset, tmp_path, *overrides)
+    with pytest.raises(UserError, match=complaint):
+        recompute_hook(run.megagpt.recompute, run.deepspeed, device, preserve_rng=False)
+
+
+def test_deepspeeds_checkpointing_is_configured_from_its_section(engine_of):
+    from deepspeed.runtime.activation_checkpointing import checkpointing
+
+    engine_of(*POLICIES["deepspeed full"], "activation_checkpointing.profile=true")
+    assert checkpointing.is_configured()
+    assert checkpointing.PROFILE_TIME
+    engine_of(*POLICIES["deepspeed full"])
+    assert not checkpointing.PROFILE_TIME
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_initial_weights_survive_zero(engine_of, stage):
+    """Under zero.Init a layer is sharded as soon as it is built: a later write to it would be lost."""
+    import deepspeed
+
+    module = engine_of(f"zero_optimization.stage={stage}", "megagpt.model.n_embd=256").module
+    for name, p in module.named_parameters():
+        with deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
+            if name.endswith("c_proj.weight"):
+                assert p.std().item() == pytest.approx(0.02 / math.sqrt(2 * 4), rel=0.03), name
+            elif p.ndim == 2 and name != "wpe.weight":
+                assert p.std().item() == pytest.approx(0.02, rel=0.03), name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_weight_decay_acts_on_matrices_alone_at_every_stage(engine_of, stage):
+    groups = engine_of(f"zero_optimization.stage={stage}").optimizer.param_groups
+    assert sorted({group["weight_decay"] for group in groups}) == [0.0, 0.1]
+
+
+def test_bf16_trains_with_fp32_masters(engine_of):
+    engine = engine_of("bf16.enabled=true")
+    batch = tokens(4, 65)
+    losses = []
+    for _ in range(8):
+        loss = next_token_loss(engine(batch[:, :-1]), batch[:, 1:])
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    assert {p.dtype for p in engine.module.parameters()} == {torch.bfloat16}
+    assert {p.dtype for group in engine.optimizer.optimizer.param_groups for p in group["params"]} == {torch.float32}
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize(("stage", "clip"), [(0, 0.5), (1, 0.5), (3, 0.5), (0, 0.0)])
+def test_gradients_are_clipped_and_the_norm_before_clipping_is_reported(engine_of, stage, clip):
+    """Adam hides the scale of gradients, so its first moment is what shows the clipping: (1 - beta1) x gradient."""
+    engine = engine_of(f"zero_optimization.stage={stage}", f"gradient_clipping={clip}")
+    batch = tokens(4, 65)
+    for _ in range(engine.gradient_accumulation_steps()):
+        engine.backward(next_token_loss(engine(batch[:, :-1]), batch[:, 1:]))
+        engine.step()
+    inner = engine.optimizer if stage == 0 else engine.optimizer.optimizer
+    moments = [state["exp_avg"].flatten() for state in inner.state.values()]
+    norm = float(engine.get_global_grad_norm())
+    assert norm > 0.6
+    assert torch.cat(moments).norm().item() / 0.1 == pytest.approx(clip or norm, rel=1e-3)
+
+
+def test_what_the_run_file_says_is_not_overwritten(dataset, device, tmp_path):
+    run = debug_run(dataset, tmp_path, "zero_optimization.reduce_bucket_size=1234", "timers.throughput.enabled=true")
+    config = effective_config(run, batch_plan(run.deepspeed, 1), VOCAB, device)
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1234
+    assert config["timers"]["throughput"]["enabled"] is True
+    assert config["gradient_accumulation_steps"] == 2
+    assert "throughput" not in str(run.deepspeed_raw.get("zero_optimization"))
+
+
+def test_a_mistake_inside_deepspeeds_own_sections_is_one_message(dataset, device, tmp_path):
+    run = debug_run(dataset, tmp_path, "zero_optimization.overlap_com=true")
+    with pytest.raises(UserError, match="overlap_com"):
+        build_engine(run, batch_plan(run.deepspeed, 1), VOCAB, device)
+
+
+def test_a_steady_step_reads_nothing_back_from_the_device(engine_of):
+    """On a GPU each `_local_scalar_dense` makes the host wait. Ours adds none to what DeepSpeed does by itself."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    engine = engine_of()
+    batch = tokens(4, 65)
+    counts = []
+    for _ in range(3):
+        with Reads() as reads:
+            loss = next_token_loss(engine(batch[:, :-1]), batch[:, 1:])
+            engine.backward(loss)
+            engine.step()
+        counts.append(reads.count)
+    assert counts[-1] == 0, counts

@@ -1,0 +1,115 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from megagpt.attention import ATTENTION
+from megagpt.config import ModelConfig
+from megagpt.loss import next_token_loss
+from megagpt.model import GPT
+
+TINY = ModelConfig(n_layer=3, n_head=2, n_embd=32, seq_len=16)
+VOCAB = 128
+
+
+def build(dropout: float = 0.0, **changes) -> GPT:
+    torch.manual_seed(0)
+    return GPT(TINY.model_copy(update=changes), VOCAB, dropout=dropout)
+
+
+def some_tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_logits_equal_hugging_faces_on_the_same_weights():
+    transformers = pytest.importorskip("transformers", reason="the huggingface extra is not installed")
+    ours = build().eval()
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=VOCAB, n_positions=16, n_embd=32, n_layer=3, n_head=2)
+    ).eval()
+    weights = {}
+    for name, weight in ours.state_dict().items():
+        transposed = name.endswith("weight") and any(part in name for part in ("c_attn", "c_proj", "c_fc"))
+        weights[name if name.startswith("lm_head") else f"transformer.{name}"] = weight.T if transposed else weight
+    theirs.load_state_dict(weights)
+    tokens = some_tokens(2, 16)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_parameters_carry_gpt2s_names():
+    block = "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj".split()
+    modules = ["wte", "wpe", *(f"h.{i}.{part}" for i in range(3) for part in block), "ln_f", "lm_head"]
+    assert [name.removesuffix(".weight") for name in build().state_dict() if name.endswith("weight")] == modules
+
+
+@pytest.mark.parametrize("n_keys", [1, 5, 9])
+def test_attention_variants_agree_with_and_without_a_past(n_keys):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, min(4, n_keys), 8), torch.randn(2, 3, n_keys, 8), torch.randn(2, 3, n_keys, 8)
+    torch.testing.assert_close(ATTENTION["sdpa"](q, k, v), ATTENTION["eager"](q, k, v))
+
+
+def test_a_token_never_sees_its_future():
+    model, tokens = build().eval(), some_tokens(1, 16)
+    changed = tokens.clone()
+    changed[0, 9] = (changed[0, 9] + 1) % VOCAB
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :9], after[:, :9], atol=0, rtol=0)
+    assert not torch.allclose(before[:, 9], after[:, 9])
+
+
+def test_untrained_loss_is_the_log_of_the_padded_vocabulary():
+    tokens = some_tokens(8, 17)
+    loss = next_token_loss(build()(tokens[:, :-1]), tokens[:, 1:])
+    assert loss.item() == pytest.approx(math.log(VOCAB), rel=0.02)
+
+
+def test_projections_into_the_residual_stream_start_smaller():
+    model = GPT(ModelConfig(n_layer=8, n_head=4, n_embd=256, seq_len=16), VOCAB)
+    for name, p in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert p.std().item() == pytest.approx(0.02 / math.sqrt(16), rel=0.03)
+        elif p.ndim == 2 and "wpe" not in name:
+            assert p.std().item() == pytest.approx(0.02, rel=0.03)
+
+
+def test_head_and_embedding_are_one_parameter():
+    model = build()
+    assert model.lm_head.weight is model.wte.weight
+
+
+def test_dropout_acts_in_training_alone():
+    model, tokens = build(dropout=0.5), some_tokens(2, 16)
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
+def test_dropout_touches_embeddings_attention_and_residuals(monkeypatch):
+    calls = []
+    original = nn.functional.dropout
+    monkeypatch.setattr(
+        "megagpt.model.F.dropout", lambda x, p, training: calls.append((tuple(x.shape), p)) or original(x, p, training)
+    )
+    attention_p = []
+    sdpa = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "megagpt.attention.F.scaled_dot_product_attention",
+        lambda *args, dropout_p, **kwargs: attention_p.append(dropout_p) or sdpa(*args, dropout_p=dropout_p, **kwargs),
+    )
+    build(dropout=0.25)(some_tokens(2, 16))
+    assert calls == [((2, 16, 32), 0.25)] * (1 + 2 * TINY.n_layer)
+    assert attention_p == [0.25] * TINY.n_layer
+
+
+def test_too_many_positions_are_refused_with_both_numbers():
+    with pytest.raises(ValueError, match="position 17 does not fit the model's seq_len=16"):
+        build()(some_tokens(1, 17))
+
+
+def test_cached_logits_equal_uncached():
+    model, tokens = build().eval(), some_tokens(2, 16)
+    caches = model.new_caches(2)
+    pieces = [model(tokens[:, a:b], caches) for a, b in [(0, 5), (5, 6), (6, 10), (10, 16)]]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), atol=1e-5, rtol=1e-5)

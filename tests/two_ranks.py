@@ -1,0 +1,222 @@
+"""Scenarios for two real gloo ranks, started once by the `two_ranks` fixture: starting processes is what costs.
+
+Each function returns, on every rank, what its test in test_distributed.py judges.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from support import debug_run, metric
+
+from megagpt import checkpoint, session, trainer
+from megagpt.data import open_data
+from megagpt.distributed import StopVote, gather_objects, init_process_group, rank
+from megagpt.engine import Engine, consolidated_weights
+from megagpt.errors import UserError
+from megagpt.evaluate import evaluate
+from megagpt.model import GPT
+from megagpt.state import TrainState
+
+DEVICE = init_process_group()
+
+
+def train(dataset: Path, out_dir: Path, *more: str) -> TrainState:
+    return trainer.train(debug_run(dataset, out_dir, *more), DEVICE)
+
+
+def losses_of_every_stage(dataset: Path, folder: Path) -> dict[str, dict[int, float]]:
+    for stage in range(4):
+        train(dataset, folder / f"stage{stage}", f"zero_optimization.stage={stage}")
+    train(dataset, folder / "offload", "zero_optimization.stage=2", "zero_optimization.offload_optimizer.device=cpu")
+    return {run.name: metric(run, "loss/train") for run in sorted(folder.iterdir())}
+
+
+def stopped_by_a_signal_to_one_rank(dataset: Path, folder: Path) -> dict[str, Any]:
+    """Straight, and cut at a step when only rank 1 gets SIGTERM; with dropout, recompute and accumulation."""
+    found = {}
+    for stage in (1, 3):
+        options = [
+            f"zero_optimization.stage={stage}",
+            "megagpt.regularization.dropout=0.1",
+            'megagpt.recompute={"policy": "every_k", "k": 2}',
+            "train_micro_batch_size_per_gpu=2",
+            "megagpt.schedule.warmup_steps=10",
+        ]
+        straight = train(dataset, folder / f"straight{stage}", *options)
+        with after_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM) if rank() == 1 else None):
+            cut = train(dataset, folder / f"cut{stage}", *options)
+        resumed = train(dataset, folder / f"cut{stage}", *options)
+        found[f"stage{stage}"] = {
+            "cut_at": cut.step,
+            "states": [asdict(straight), asdict(resumed)],
+            "losses": [metric(folder / f"{run}{stage}", "loss/train") for run in ("straight", "cut")],
+            "weights": [digest(newest_weights(folder / f"{run}{stage}")) for run in ("straight", "cut")],
+        }
+    return found
+
+
+OVERFIT = [
+    "zero_optimization.stage=1",
+    "optimizer.params.lr=0.002",
+    "optimizer.params.weight_decay=0.0",
+    "megagpt.data.val_tokens=null",
+    "megagpt.schedule.max_steps=1000",
+    "megagpt.schedule.shape=constant",
+    'megagpt.every={"log": 20, "eval": 20, "save": 100}',
+    'megagpt.early_stopping={"patience": 12, "min_delta": 0.001}',
+]
+
+
+def overfitting(dataset: Path, folder: Path) -> dict[str, Any]:
+    """Nothing to learn but the training text: the run must end by itself, the best weights back in the engine."""
+    noise = dataset.parent / "noise"
+    engines: list[Engine] = []
+    with keeping_the_engine(engines):
+        state = train(noise, folder / "whole", *OVERFIT)
+    best = checkpoint.best(folder / "whole")
+    assert best is not None
+    in_memory = {name: p.detach() for name, p in engines[0].module.state_dict().items()}
+    middle_of_patience = state.step - 90
+    with after_step(middle_of_patience, lambda: os.kill(os.getpid(), signal.SIGUSR1)):
+        cut = train(noise, folder / "cut", *OVERFIT)
+    resumed = train(noise, folder / "cut", *OVERFIT)
+    return {
+        "state": asdict(state),
+        "cut": asdict(cut),
+        "resumed": asdict(resumed),
+        "val": metric(folder / "whole", "loss/val"),
+        "train": metric(folder / "whole", "loss/train"),
+        "best_step": best.name,
+        "weights": [digest(in_memory), digest(consolidated_weights(best))],
+        "again": asdict(train(noise, folder / "whole", *OVERFIT)),
+    }
+
+
+def a_loss_that_is_not_finite_on_one_rank(dataset: Path, folder: Path) -> dict[str, Any]:
+    original = trainer.next_token_loss
+    steps = 0
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        return original(*args, **kwargs) * (float("nan") if rank() == 1 and steps == 13 else 1.0)
+
+    trainer.next_token_loss = poisoned
+    try:
+        train(dataset, folder / "run", "megagpt.every.log=20", "megagpt.every.save=10")
+    except UserError as error:
+        message = str(error)
+    finally:
+        trainer.next_token_loss = original
+    return {"message": message, "committed": [path.name for path in checkpoint.committed(folder / "run")]}
+
+
+def a_mistake_that_one_rank_alone_sees(dataset: Path, folder: Path) -> str:
+    try:
+        session.together(lambda: (_ for _ in ()).throw(UserError("no such file")) if rank() == 1 else None)
+    except UserError as error:
+        return str(error)
+    return "nothing raised"
+
+
+def validation_loss(dataset: Path, folder: Path) -> dict[str, float]:
+    """Five blocks over two ranks, micro-batch 2: the second rank gets fewer blocks than it has rows."""
+    run = debug_run(dataset, folder, "megagpt.data.val_tokens=320")
+    _, blocks, datasets = open_data(run.megagpt.data, run.megagpt.model.seq_len)
+    torch.manual_seed(0)
+    model = GPT(run.megagpt.model, 384)
+    token_bytes = torch.from_numpy(datasets[0].tokenizer().token_bytes())
+    return asdict(evaluate(model, blocks, token_bytes, micro_batch=2))
+
+
+def votes(dataset: Path, folder: Path) -> list[bool]:
+    """Rank 1 alone asks to stop at the third boundary."""
+    vote = StopVote()
+    return [vote(rank() == 1 and boundary == 2) for boundary in range(6)]
+
+
+def another_number_of_ranks(dataset: Path, folder: Path) -> None:
+    """Left for a test with one rank to find."""
+    train(dataset, dataset.parent / "by_two_ranks", "megagpt.schedule.max_steps=4")
+
+
+class after_step:
+    """Do something on this rank when a step has been taken, before the vote on stopping is cast."""
+
+    def __init__(self, step: int, action: Any) -> None:
+        self.step, self.action, self.original = step, action, trainer.train_step
+
+    def __enter__(self) -> None:
+        taken = 0
+
+        def counted(*args: Any) -> Any:
+            nonlocal taken
+            result = self.original(*args)
+            taken += 1
+            if taken == self.step:
+                self.action()
+            return result
+
+        trainer.train_step = counted
+
+    def __exit__(self, *_: object) -> None:
+        trainer.train_step = self.original
+
+
+class keeping_the_engine:
+    def __init__(self, engines: list[Engine]) -> None:
+        self.engines, self.original = engines, session.build_engine
+
+    def __enter__(self) -> None:
+        def build(*args: Any) -> Engine:
+            self.engines.append(self.original(*args))
+            return self.engines[-1]
+
+        session.build_engine = build
+
+    def __exit__(self, *_: object) -> None:
+        session.build_engine = self.original
+
+
+def newest_weights(out_dir: Path) -> dict[str, torch.Tensor]:
+    return consolidated_weights(checkpoint.committed(out_dir)[-1])
+
+
+def digest(weights: dict[str, torch.Tensor]) -> str:
+    """sha256 over all bytes of all weights."""
+    whole = hashlib.sha256()
+    for name in sorted(weights):
+        whole.update(name.encode() + weights[name].contiguous().float().numpy().tobytes())
+    return whole.hexdigest()
+
+
+SCENARIOS = [
+    losses_of_every_stage,
+    stopped_by_a_signal_to_one_rank,
+    overfitting,
+    a_loss_that_is_not_finite_on_one_rank,
+    a_mistake_that_one_rank_alone_sees,
+    validation_loss,
+    votes,
+    another_number_of_ranks,
+]
+
+
+def main(dataset: Path, folder: Path) -> None:
+    results = {}
+    for scenario in SCENARIOS:
+        print(f"=== {scenario.__name__}", flush=True)
+        results[scenario.__name__] = gather_objects(scenario(dataset, folder / scenario.__name__))
+    if rank() == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
