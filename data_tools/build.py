@@ -42,7 +42,7 @@ from megagpt.shards import INDEX, REPORT, TOKENIZER_MODEL, ShardHeader, token_dt
 from megagpt.tokenizer import Tokenizer
 
 OURS = (*SPLITS, TOKENIZER_MODEL, INDEX, REPORT)  # what an unfinished build leaves behind, besides BUILD_DIR
-LOCK = "lock"
+LOCK = "megagpt.lock"  # in BUILD_DIR: what tells our leftovers, which are deleted, from somebody's files
 
 
 def build(inputs: Sequence[Path], out: Path, config: BuildConfig, scheduler: str | None = None) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _claimed(out: Path) -> Iterator[tuple[Path, Path]]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
     _refuse_finished(folder)
-    if folder.exists() and any(folder.iterdir()) and not scratch.is_dir():
+    if folder.exists() and any(folder.iterdir()) and not (scratch / LOCK).is_file():
         raise UserError(f"--out {out} holds files that are no unfinished build; give another folder")
     scratch.mkdir(parents=True, exist_ok=True)
     with (scratch / LOCK).open("w") as lock:

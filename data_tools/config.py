@@ -8,13 +8,14 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from megagpt.data_manifest import Strict
+from megagpt.config import Strict
 from megagpt.errors import UserError
 
 
 class ReadConfig(Strict):
     text_field: str = Field(default="text", description="the field or column of JSON lines and Parquet")
     include: tuple[str, ...] = Field(default=(), description="in folders, only names like these: '*.py,*.md'")
+    split_text_at: str = Field(default="", description="cut text files into documents after each of these")
     strict: bool = Field(default=False, description="stop at a record that cannot be read, rather than skip it")
     seed: int = 1234
     workers: int | None = Field(default=None, ge=1, description="processes; all cores if not given")

@@ -171,7 +171,16 @@ def _read_text(piece: Piece, config: ReadConfig) -> Iterator[Document | Skipped]
     if problem:
         yield Skipped(problem.split(" (")[0], partial(str, path))
     else:
-        yield Document(data.decode(), piece.file.source, f"{piece.number}:0")
+        for i, text in enumerate(_documents_in(data.decode(), config.split_text_at)):
+            yield Document(text, piece.file.source, f"{piece.number}:{i}")
+
+
+def _documents_in(text: str, separator: str) -> list[str]:
+    """The whole text, or what ends in each separator, which stays part of it."""
+    if not separator:
+        return [text]
+    *cut, last = text.split(separator)
+    return [*(part + separator for part in cut), *([last] if last else [])]
 
 
 def _why_not_text(data: bytes) -> str | None:

@@ -1,5 +1,6 @@
 """The `verify` command: reads every byte of a dataset and says what is not as the build left it, and where."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,31 @@ from megagpt.errors import UserError
 from megagpt.files import sha256_of
 from megagpt.shards import REPORT, Dataset, batch_crc32, open_dataset, read_batch
 
+Row = dict[str, Any]  # of the index
+
 
 def verify(folder: Path) -> str:
     """One line that says all is well, or a UserError with every finding."""
     dataset = open_dataset(folder)  # manifest, index, tokenizer.model, and each shard's size
     findings = [*_check_report(dataset), *_check_tokenizer(dataset)]
-    shards = [
-        (split, number, shard)
-        for split, info in dataset.manifest.splits.items()
-        for number, shard in enumerate(info.variants[0].shards)
-    ]
-    for split, number, shard in tqdm(shards, desc="verifying", unit="shard", delay=2, disable=None):
-        findings += _check_shard(dataset, split, number, shard)
+    shards = list(_shards(dataset))
+    for split, number, info, rows in tqdm(shards, desc="verifying", unit="shard", delay=2, disable=None):
+        findings += _check_shard(dataset, split, number, info, rows)
     if findings:
         advice = "restore the damaged files or build the dataset again"
         raise UserError("\n".join([f"{folder} is damaged:", *findings, advice]))
-    n_bytes, n_tokens = sum(shard.bytes for *_, shard in shards), sum(shard.tokens for *_, shard in shards)
+    n_bytes, n_tokens = sum(info.bytes for _, _, info, _ in shards), sum(info.tokens for _, _, info, _ in shards)
     return f"{folder} is whole: {len(shards)} shards, {n_tokens:,} tokens, {human(n_bytes)} read"
+
+
+def _shards(dataset: Dataset) -> Iterator[tuple[Split, int, ShardInfo, list[Row]]]:
+    """(split, number, what the manifest says, what the index says) of every shard."""
+    for split, content in dataset.manifest.splits.items():
+        rows = defaultdict(list)
+        for row in dataset.index_rows(split):
+            rows[row["shard"]].append(row)
+        for number, info in enumerate(content.variants[0].shards):
+            yield split, number, info, rows[number]
 
 
 def _check_report(dataset: Dataset) -> Iterator[str]:
@@ -45,17 +54,15 @@ def _check_tokenizer(dataset: Dataset) -> Iterator[str]:
         yield f"{dataset.path / info.file}: its vocabulary or end-of-document id is not the manifest's"
 
 
-def _check_shard(dataset: Dataset, split: Split, number: int, info: ShardInfo) -> list[str]:
+def _check_shard(dataset: Dataset, split: Split, number: int, info: ShardInfo, rows: list[Row]) -> list[str]:
     path = dataset.path / info.path
-    rows = [row for row in dataset.index_rows(split) if row["shard"] == number]
     findings = []
     try:
         reader = dataset.open_shard(split, number)
         for row in rows:
+            batch = read_batch(reader, row["batch"], path)
             where = f"{path}: record batch {row['batch']} (tokens from {row['tok0']:,} of {split})"
-            findings += [
-                f"{where} {problem}" for problem in _check_batch(read_batch(reader, row["batch"], path), row, dataset)
-            ]
+            findings += [f"{where} {problem}" for problem in _check_batch(batch, row, dataset)]
     except UserError as error:
         findings.append(str(error))
     if sum(row["n_rows"] for row in rows) != info.documents or sum(row["n_tokens"] for row in rows) != info.tokens:
@@ -65,7 +72,7 @@ def _check_shard(dataset: Dataset, split: Split, number: int, info: ShardInfo) -
     return findings
 
 
-def _check_batch(batch: pa.RecordBatch, row: dict[str, Any], dataset: Dataset) -> Iterator[str]:
+def _check_batch(batch: pa.RecordBatch, row: Row, dataset: Dataset) -> Iterator[str]:
     if batch_crc32(batch) != row["crc32"]:
         yield "has changed"
         return

@@ -7,8 +7,9 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from distributed import Client, KilledWorker, LocalCluster, as_completed
 from tqdm import tqdm
@@ -19,9 +20,9 @@ SMALL_BYTES = 2**24  # below it, starting processes costs more than they save
 CONNECT_SECONDS = 10.0
 
 
-class RunAll(Protocol):
-    def __call__(self, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], what: str) -> list[Any]:
-        """task(*arguments[i]) for every i, in any order; the results in the order of the arguments."""
+Arguments = Sequence[tuple[Any, ...]]
+RunAll = Callable[[Callable[..., Any], Arguments, str], list[Any]]
+"""run_all(task, arguments, what): task(*arguments[i]) for every i, in any order; the results in order."""
 
 
 @contextmanager
@@ -31,14 +32,10 @@ def start_workers(n: int | None, scheduler: str | None, scratch: Path, *, total_
         yield _run_here
         return
     with _connect(n, scheduler, scratch) as client:
-
-        def run_all(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], what: str) -> list[Any]:
-            return _run_on(client, task, arguments, what)
-
-        yield run_all
+        yield partial(_run_on, client)
 
 
-def _run_here(task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], what: str) -> list[Any]:
+def _run_here(task: Callable[..., Any], arguments: Arguments, what: str) -> list[Any]:
     return [task(*args) for args in _progress(arguments, len(arguments), what)]
 
 
@@ -69,7 +66,7 @@ def _connect(n: int, scheduler: str | None, scratch: Path) -> Iterator[Client]:
         yield client
 
 
-def _run_on(client: Client, task: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], what: str) -> list[Any]:
+def _run_on(client: Client, task: Callable[..., Any], arguments: Arguments, what: str) -> list[Any]:
     futures = [client.submit(task, *args, pure=False) for args in arguments]
     results = {}
     try:

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from megagpt.config import Strict
 from megagpt.errors import UserError
 from megagpt.files import write_atomically
 
@@ -19,12 +20,6 @@ MANIFEST = "manifest.json"
 BUILD_DIR = ".build"  # temporary files of an unfinished build
 NOT_IN_FINGERPRINT = {"created", "tool", "report_sha256", "fingerprint", "sha256"}
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
-
-
-class Strict(BaseModel):
-    """Frozen, and an unknown key is an error rather than a silent default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ShardInfo(Strict):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
@@ -19,6 +20,7 @@ from megagpt.config import BatchPlan, DeepSpeedConfig, RecomputeConfig, RunConfi
 from megagpt.errors import UserError
 from megagpt.model import GPT, Block, Recompute, keep_activations
 from megagpt.optim import decay_groups
+from megagpt.run_file import explain
 
 os.environ.setdefault(
     "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,6 +28,7 @@ os.environ.setdefault(
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # names that DeepSpeed uses
 
 import deepspeed  # noqa: E402
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine as Engine  # noqa: E402
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
 
@@ -41,20 +44,35 @@ def build_engine(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torc
     config = effective_config(run, batch, vocab_size, device)
     if _clips_itself(ds):
         config["gradient_clipping"] = 0.0
+    _check_deepspeed_keys(config)
     torch.manual_seed(cfg.seed)  # the same weights on every rank
+    with deepspeed.zero.Init(config_dict_or_path=config, enabled=ds.zero_optimization.stage == 3):
+        model = GPT(cfg.model, vocab_size, dropout=cfg.regularization.dropout)
+    model.recompute = recompute_hook(cfg.recompute, ds, device, preserve_rng=model.dropout > 0.0)
+    groups = decay_groups(model, ds.optimizer.params.weight_decay, cfg.regularization.weight_decay_on)
     try:
-        with deepspeed.zero.Init(config_dict_or_path=config, enabled=ds.zero_optimization.stage == 3):
-            model = GPT(cfg.model, vocab_size, dropout=cfg.regularization.dropout)
-        model.recompute = recompute_hook(cfg.recompute, ds, device, preserve_rng=model.dropout > 0.0)
         engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=decay_groups(model, ds.optimizer.params.weight_decay, cfg.regularization.weight_decay_on),
+            model_parameters=groups,
             optimizer=partial(build_optimizer, ds=ds, device=device),
             config=config,
         )
-    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+    except (ValueError, AssertionError, NotImplementedError) as error:
         raise UserError(f"DeepSpeed refuses the run file: {error}") from error
     return engine
+
+
+def _check_deepspeed_keys(config: dict[str, Any]) -> None:
+    """Let DeepSpeed check its own sections before the model takes memory; raises UserError with its reason."""
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    except ValidationError as error:
+        wrong = error.errors()[0]["loc"][0]
+        section = next((key for key, value in config.items() if isinstance(value, dict) and wrong in value), "")
+        models = {model.__name__: model for model in DeepSpeedConfigModel.__subclasses__()}
+        raise UserError(explain(error, models[error.title], section=section)) from error
+    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+        raise UserError(f"DeepSpeed refuses the run file: {error}") from error
 
 
 def effective_config(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> dict[str, Any]:
@@ -198,5 +216,11 @@ def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
 
 
 def load_engine(engine: Engine, step_dir: Path) -> None:
-    """Load what `engine.save_checkpoint` wrote: weights, moments, loss scale."""
+    """Load what `engine.save_checkpoint` wrote: weights, moments, loss scale. Adam's settings stay the run file's."""
+    settings = [{key: group[key] for key in ADAM_SETTINGS} for group in engine.optimizer.param_groups]
     engine.load_checkpoint(str(step_dir.parent), tag=step_dir.name, load_lr_scheduler_states=False)
+    for group, current in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(current)
+
+
+ADAM_SETTINGS = ("betas", "eps", "weight_decay")  # lr is set anew at every step

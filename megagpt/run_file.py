@@ -70,6 +70,7 @@ REFUSED_KEYS = {
     "hybrid_engine": "it is for RLHF; remove it",
     "managed_gradient_accumulation": "the training loop relies on DeepSpeed's default; remove it",
     "pipeline": _DATA_PARALLEL,
+    "sequence_parallel_size": _DATA_PARALLEL,
     "scheduler": "the learning rate comes from megagpt.schedule",
     "tensor_parallel": _DATA_PARALLEL,
     "use_data_before_expert_parallelism": _DATA_PARALLEL,
@@ -93,8 +94,9 @@ def parse_run(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str 
     try:
         return RunConfig(MegaGPTConfig(**section), DeepSpeedConfig(**raw), raw)
     except ValidationError as error:
-        root = MegaGPTConfig if error.title == MegaGPTConfig.__name__ else DeepSpeedConfig
-        raise UserError(f"{where}: " + "; ".join(_explain(error, root))) from None
+        ours = error.title == MegaGPTConfig.__name__
+        mistakes = explain(error, MegaGPTConfig if ours else DeepSpeedConfig, section=SECTION if ours else "")
+        raise UserError(f"{where}: {mistakes}") from None
 
 
 def run_schema() -> dict[str, Any]:
@@ -172,11 +174,14 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, f"{path}.{key}" if path else str(key))
 
 
-def _explain(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
-    """One phrase per mistake: the dotted key, what is wrong, the value seen or the nearest right key."""
-    prefix = f"{SECTION}." if root is MegaGPTConfig else ""
+def explain(error: ValidationError, root: type[BaseModel], *, section: str) -> str:
+    """Each mistake in a phrase: the dotted key, what is wrong, the value seen or the nearest right key."""
+    return "; ".join(_phrases(error, root, section))
+
+
+def _phrases(error: ValidationError, root: type[BaseModel], section: str) -> Iterator[str]:
     for detail in error.errors():
-        dotted = prefix + ".".join(map(str, detail["loc"])) if detail["loc"] else SECTION
+        dotted = ".".join(map(str, (section, *detail["loc"]) if section else detail["loc"]))
         if detail["type"] == "extra_forbidden":
             known = _fields_at(root, detail["loc"][:-1])
             yield f"unknown key {dotted!r}{_did_you_mean(str(detail['loc'][-1]), known)}"

@@ -20,13 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from megagpt.config import Strict
 from megagpt.data_manifest import (
     FORMAT,
     VERSION,
     Manifest,
     ShardInfo,
     Split,
-    Strict,
     confined,
     read_manifest,
 )

@@ -62,7 +62,7 @@ def test_a_micro_batch_is_windows_of_the_stream(train_data, dataset):
 
 def test_reading_ahead_does_not_overwrite_the_batch_in_use(train_data):
     plan, shape = BatchPlan(4, 4, 1, 1), (4, SEQ_LEN + 1)
-    expected = [rows.clone() for rows, _ in zip(prefetched(train_data.fill, range(0, 40, 4), shape, CPU), range(10))]
+    expected = [rows.clone() for rows in prefetched(train_data.fill, range(0, 40, 4), shape, CPU)]
     batches = prefetched(train_data.fill, rank_samples(plan, 0, 0), shape, CPU)
     for i, batch in zip(range(10), batches, strict=False):
         assert torch.equal(batch, expected[i])

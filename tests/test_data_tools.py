@@ -129,6 +129,21 @@ def test_jsonl_cut_anywhere_yields_each_line_once(
     assert len(items) == len(texts)
 
 
+@given(text=st.text(st.sampled_from("ab\n"), min_size=1, max_size=60))
+def test_one_text_can_be_cut_into_documents_without_losing_a_byte(
+    text: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text(text)
+    config = ReadConfig(split_text_at="\n\n")
+    [unit] = plan_units(find_files([path], config))
+    documents = [item.text for item in read_unit(unit, config) if isinstance(item, Document)]
+    blank = len(text) - sum(map(len, documents))
+    assert "".join(documents).replace("\n", "") == text.replace("\n", "")
+    assert blank <= text.count("\n")
+    assert all(part.find("\n\n") in (-1, len(part) - 2) for part in documents)
+
+
 @given(text=st.text(st.sampled_from("ab \n\u00e9"), max_size=60), most=st.integers(1, 10))
 def test_cut_pieces_make_the_text_again_and_end_at_white_space(text: str, most: int) -> None:
     pieces = cut(text, most)

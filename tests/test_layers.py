@@ -67,4 +67,4 @@ def test_only_the_command_imports_inside_functions():
 
 def test_the_builder_needs_only_the_format_and_the_tokenizer():
     used = {module for path in (ROOT / "data_tools").glob("*.py") for module in megagpt_modules(path)}
-    assert used <= {"errors", "files", "shards", "data_manifest", "tokenizer"}
+    assert used <= {"errors", "files", "config", "shards", "data_manifest", "tokenizer"}

@@ -38,7 +38,7 @@ def test_logits_equal_hugging_faces_on_the_same_weights():
 
 
 def test_parameters_carry_gpt2s_names():
-    block = "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj".split()
+    block = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
     modules = ["wte", "wpe", *(f"h.{i}.{part}" for i in range(3) for part in block), "ln_f", "lm_head"]
     assert [name.removesuffix(".weight") for name in build().state_dict() if name.endswith("weight")] == modules
 

@@ -1,0 +1,208 @@
+import json
+
+import pytest
+import torch
+from support import debug_run, metric, write_corpus
+
+from data_tools.build import build
+from data_tools.config import BuildConfig
+from megagpt import checkpoint
+from megagpt.checkpoint import COMMIT, committed, load_model
+from megagpt.engine import consolidated_weights
+from megagpt.errors import UserError
+from megagpt.trainer import train
+
+CPU = torch.device("cpu")
+DROPOUT = "megagpt.regularization.dropout=0.1"
+CONSTANT = ["megagpt.schedule.shape=constant", "megagpt.schedule.warmup_steps=0"]  # a shorter run has the same rates
+SAVE_OFTEN = 'megagpt.every={"log": 1, "eval": 4, "save": 2}'
+FIRST_IS_BEST = "megagpt.early_stopping.min_delta=100"  # nats: no later evaluation is that much better
+SCHEDULE = [*CONSTANT, SAVE_OFTEN, "megagpt.data.val_tokens=256"]
+
+
+@pytest.fixture
+def run_to(dataset, device, tmp_path):
+    def run(name: str, max_steps: int, *overrides: str, fresh: bool = False):
+        options = [*SCHEDULE, f"megagpt.schedule.max_steps={max_steps}", *overrides]
+        return train(debug_run(dataset, tmp_path / name, *options), device, fresh=fresh)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "offload"),
+    [
+        (0, "fp32", "none"),
+        (0, "bf16", "none"),
+        (1, "bf16", "none"),
+        (2, "fp32", "none"),
+        (2, "fp32", "cpu"),
+        (3, "fp32", "none"),
+        (3, "bf16", "none"),
+    ],
+)
+def test_stopping_twice_and_going_on_equals_a_straight_run_to_the_last_bit(run_to, tmp_path, stage, dtype, offload):
+    options = [
+        DROPOUT,
+        f"zero_optimization.stage={stage}",
+        f"zero_optimization.offload_optimizer.device={offload}",
+        f"bf16.enabled={json.dumps(dtype == 'bf16')}",
+    ]
+    run_to("straight", 8, *options)
+    for max_steps in (3, 5, 8):
+        run_to("cut", max_steps, *options)
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    assert metric(cut, "loss/train") == metric(straight, "loss/train")
+    weights, again = (consolidated_weights(committed(run)[-1]) for run in (straight, cut))
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_without_the_random_generators_a_resume_with_dropout_differs(run_to, tmp_path, monkeypatch):
+    """The control: the test above could not pass by chance."""
+    run_to("straight", 6, DROPOUT)
+    monkeypatch.setattr(checkpoint, "_set_rng_state", lambda saved: None)
+    for max_steps in (3, 6):
+        run_to("cut", max_steps, DROPOUT)
+    assert metric(tmp_path / "cut", "loss/train")[6] != metric(tmp_path / "straight", "loss/train")[6]
+
+
+@pytest.fixture
+def saved(run_to, tmp_path):
+    run_to("run", 6)
+    return tmp_path / "run"
+
+
+def test_the_two_newest_steps_and_the_best_stay(run_to, tmp_path):
+    run_to("run", 10, FIRST_IS_BEST, "megagpt.early_stopping.restore_best=false")
+    steps = [path.name for path in committed(tmp_path / "run")]
+    assert steps == ["step_00000004", "step_00000008", "step_00000010"]
+    hints = {name: (tmp_path / "run/checkpoints" / name).read_text().strip() for name in ("latest", "best")}
+    assert hints == {"latest": "step_00000010", "best": "step_00000004"}
+
+
+def test_a_step_without_commit_is_no_checkpoint(saved, run_to):
+    (committed(saved)[-1] / COMMIT).unlink()
+    assert run_to("run", 7).step == 7
+    assert metric(saved, "loss/train").keys() == set(range(1, 8))
+
+
+@pytest.mark.parametrize("name", ["zero_pp_rank_0_mp_rank_00_optim_states.pt", "rng.0.json", "tokenizer.model"])
+def test_one_flipped_bit_sends_the_run_to_the_step_before(saved, run_to, capsys, name):
+    expected = metric(saved, "loss/train")
+    damaged = committed(saved)[-1] / name
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    run_to("run", 6)
+    assert f"checkpoint passed over: {damaged} is damaged" in capsys.readouterr().out
+    assert metric(saved, "loss/train") == expected
+
+
+def test_a_file_that_is_gone_sends_the_run_to_the_step_before(saved, run_to, capsys):
+    (committed(saved)[-1] / "mp_rank_00_model_states.pt").unlink()
+    assert run_to("run", 6).step == 6
+    assert "mp_rank_00_model_states.pt is missing" in capsys.readouterr().out
+
+
+def test_when_no_committed_step_is_whole_nothing_starts_silently_from_zero(saved, run_to):
+    for step_dir in committed(saved):
+        (step_dir / "rng.0.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole .*rng\.0\.json.*--fresh"):
+        run_to("run", 8)
+
+
+def test_fresh_keeps_the_old_run_beside_the_new_one(saved, run_to):
+    before = metric(saved, "loss/train")
+    run_to("run", 2, fresh=True)
+    assert metric(saved, "loss/train").keys() == {1, 2}
+    assert metric(saved.with_name("run.old1"), "loss/train") == before
+    run_to("run", 2, fresh=True)
+    assert committed(saved.with_name("run.old2"))
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("zero_optimization.stage=2", "zero_stage 1, and this run has 2"),
+        ("bf16.enabled=true", "dtype fp32, and this run has bf16"),
+        ("megagpt.model.n_layer=3", r"model {'n_layer': 2}, and this run has {'n_layer': 3}"),
+        ("megagpt.data.seed=5", r"data {'seed': 1234}, and this run has {'seed': 5}"),
+    ],
+)
+def test_a_run_that_is_another_run_is_refused_with_both_values(saved, run_to, override, complaint):
+    with pytest.raises(UserError, match=complaint):
+        run_to("run", 8, override)
+
+
+def test_other_data_is_refused_even_with_the_same_tokenizer(saved, device, dataset, tmp_path):
+    corpus = write_corpus(tmp_path / "other.jsonl", 400)
+    other = BuildConfig(tokenizer=dataset / "tokenizer.model", val_fraction=0.2, workers=1, seed=5)
+    build([corpus], tmp_path / "other", other)
+    options = [*SCHEDULE, "megagpt.schedule.max_steps=8"]
+    with pytest.raises(UserError, match=r"was saved with data {'fingerprints'"):
+        train(debug_run(tmp_path / "other", saved, *options), device)
+
+
+def test_what_changed_in_the_run_file_is_said_and_acts(saved, run_to, capsys):
+    run_to("run", 8, "optimizer.params.lr=0.001", "optimizer.params.weight_decay=0.0")
+    out = capsys.readouterr().out
+    assert "changed: optimizer.params.lr: 0.003 -> 0.001" in out
+    assert "changed: megagpt.schedule.max_steps: 6 -> 8" in out
+    assert metric(saved, "lr")[8] == 0.001
+
+
+def test_loaded_weight_decay_is_the_run_files(saved, dataset, device, run_to, monkeypatch):
+    """Loading Adam's state brings back the saved settings of its groups: the run file must win."""
+    from megagpt import session
+
+    engines = []
+    build = session.build_engine
+    monkeypatch.setattr(session, "build_engine", lambda *args: engines.append(build(*args)) or engines[-1])
+    run_to("run", 8, "optimizer.params.weight_decay=0.03", "optimizer.params.betas=[0.8, 0.9]")
+    groups = engines[0].optimizer.param_groups
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.03]
+    assert {tuple(group["betas"]) for group in groups} == {(0.8, 0.9)}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_models_weights_are_the_engines(run_to, tmp_path, monkeypatch, stage):
+    import deepspeed
+
+    from megagpt import session
+
+    engines = []
+    build = session.build_engine
+    monkeypatch.setattr(session, "build_engine", lambda *args: engines.append(build(*args)) or engines[-1])
+    run_to("run", 3, f"zero_optimization.stage={stage}", "megagpt.early_stopping.restore_best=false")
+    model, tokenizer, step_dir = load_model(tmp_path / "run", CPU)
+    assert step_dir.name == "step_00000003"
+    assert not model.training
+    assert tokenizer.vocab_size <= model.wte.num_embeddings
+    for name, p in engines[0].module.named_parameters():
+        with deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
+            assert torch.equal(p, model.get_parameter(name)), name
+    assert model.lm_head.weight is model.wte.weight
+
+
+def test_a_run_folder_stands_for_its_best_step(run_to, tmp_path):
+    run_to("run", 8, FIRST_IS_BEST)
+    best = checkpoint.best(tmp_path / "run")
+    assert load_model(tmp_path / "run", CPU)[2] == best
+    latest = committed(tmp_path / "run")[-1]
+    assert latest != best
+    assert load_model(latest, CPU)[2] == latest
+
+
+def test_a_folder_without_checkpoints_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no committed checkpoint"):
+        load_model(tmp_path, CPU)
+
+
+def test_damaged_weights_are_not_loaded(saved):
+    step_dir = checkpoint.best(saved)
+    victim = next(step_dir.glob("*optim_states.pt"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{victim.name} is damaged"):
+        load_model(saved, CPU)

@@ -1,0 +1,197 @@
+"""The programs as people start them: real processes, real signals, exit codes, and what they print."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import DEBUG_RUN, ROOT, environment, metric, overrides, torchrun
+
+from megagpt.__main__ import main, pretrain
+from megagpt.checkpoint import committed
+
+PRETRAIN = ROOT / "launch" / "pretrain.py"
+
+
+def arguments(dataset, out_dir, *more):
+    return ["--deepspeed_config", str(DEBUG_RUN), *overrides(dataset, out_dir, *more)]
+
+
+def start(command, **variables) -> subprocess.Popen:
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=environment() | variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_75_and_the_same_command_finishes(dataset, tmp_path, number):
+    command = [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.every.save=0")]
+    process = start([*command, "megagpt.schedule.max_steps=100000"])
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert f"({number.name}) and saved" in out
+    [step_dir] = committed(tmp_path / "run")
+    stopped_at = int(step_dir.name.removeprefix("step_"))
+
+    process = start([*command, f"megagpt.schedule.max_steps={stopped_at + 2}"])
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert f"going on from {step_dir}" in out
+    assert list(metric(tmp_path / "run", "loss/train"))[-1] == stopped_at + 2
+
+
+def test_a_time_limit_saves_and_exits_75(dataset, device, tmp_path, capsys):
+    limits = ["megagpt.schedule.max_steps=100000", "megagpt.time_limit_minutes=0.01"]
+    assert pretrain(arguments(dataset, tmp_path / "run", *limits)) == 75
+    assert "(time limit) and saved" in capsys.readouterr().out
+    assert committed(tmp_path / "run")
+
+
+def test_the_deepspeed_launcher_trains_on_two_ranks(dataset, tmp_path):
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    done = start([deepspeed, "--num_gpus", "2", PRETRAIN, *arguments(dataset, tmp_path / "run")])
+    out, err = done.communicate(timeout=300)
+    assert done.returncode == 0, err
+    assert "accumulation 1 x 2 ranks" in out
+    assert "finished at step 20" in out
+    assert out.count("step 20/20 | loss/train") == 1
+
+
+def test_srun_starts_ranks_by_slurms_variables(dataset, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [
+        start(
+            [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.schedule.max_steps=4")],
+            SLURM_PROCID=str(r),
+            SLURM_NTASKS="2",
+            SLURM_LOCALID=str(r),
+            SLURM_NTASKS_PER_NODE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for r in range(2)
+    ]
+    results = [process.communicate(timeout=300) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], results
+    assert "x 2 ranks" in results[0][0]
+    assert "step" not in results[1][0]
+
+
+def test_a_mistake_is_printed_once_for_all_ranks_without_a_traceback(dataset, tmp_path):
+    done = torchrun(2, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.model.n_layers=3"))
+    assert done.returncode != 0
+    ours = done.stderr.split("torch/distributed/elastic")[0]  # what torchrun adds about its child is its own
+    assert ours.count("error: ") == 1
+    assert "Traceback" not in ours
+    assert "did you mean 'n_layer'?" in ours
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("mistakes", "complaint"),
+    [
+        (["megagpt.data.val=nowhere"], "nowhere"),
+        (["gradient_cliping=1"], "did you mean 'gradient_clipping'?"),
+        (["train_batch_size=7"], "set train_batch_size to 8"),
+        (["megagpt.model.seq_len=1000000"], "lower seq_len to"),
+        (["megagpt.data.val_tokens=100000000"], "too little validation data"),
+        (["zero_optimization.overlap_com=true"], "'zero_optimization.overlap_com'; did you mean 'overlap_comm'?"),
+        (["fp16.enabled=true"], "fp16 is not supported on your device"),
+        (["bf16.enabled=true", "fp16.enabled=true"], "bfloat16 and fp16 modes cannot be simultaneously enabled"),
+        (["activation_checkpointing.cpu_checkpointing=true"], "has no effect without"),
+    ],
+)
+def test_a_mistake_ends_with_2_and_one_line_and_leaves_nothing(dataset, device, tmp_path, capsys, mistakes, complaint):
+    assert pretrain(arguments(dataset, tmp_path / "run", *mistakes)) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    assert complaint in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_and_overrides_come_in_any_order(dataset, device, tmp_path, capsys):
+    first, *rest = overrides(dataset, tmp_path / "run", "megagpt.schedule.max_steps=4")
+    assert pretrain([first, "--deepspeed_config", str(DEBUG_RUN), rest[0], "--fresh", "--local_rank=0", *rest[1:]]) == 0
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, device, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("launch") / "run"
+    assert pretrain(arguments(dataset, out_dir)) == 0
+    return out_dir
+
+
+def test_generate_prints_texts_that_begin_with_the_prompt(trained, capsys):
+    command = ["generate", str(trained), "--prompt", "ab", "--max-tokens", "5", "--batch", "2", "--seed", "1"]
+    capsys.readouterr()
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    texts = first.split("\n---\n")
+    assert texts[2:] == [""]
+    assert all(text.startswith("ab") for text in texts[:2])
+    assert main(command) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_evaluate_agrees_with_the_run(trained, dataset, capsys):
+    capsys.readouterr()
+    assert main(["evaluate", str(trained), "--data", str(dataset), "--tokens", "2048"]) == 0
+    out = capsys.readouterr().out
+    printed = float(re.search(r"loss (\d+\.\d+) nats", out)[1])
+    assert printed == pytest.approx(metric(trained, "loss/val")[20], abs=1e-4)
+    entropy = float(re.search(r"would give (\d+\.\d+) nats", out)[1])
+    assert 2.0 < entropy < 3.0  # 16 letters, space, newline and full stop
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        (["generate", "nowhere"], "nowhere holds no committed checkpoint"),
+        (["generate", "RUN", "--temperature", "-1"], "--temperature=-1.0"),
+        (["generate", "RUN", "--top-p", "2"], "--top-p=2.0"),
+        (["evaluate", "RUN", "--data", "nowhere"], "nowhere"),
+        (["evaluate", "RUN", "--data", "NOISE"], "was tokenized with another model"),
+    ],
+)
+def test_a_mistake_after_training_is_one_line_too(trained, dataset, capsys, command, complaint):
+    names = {"RUN": str(trained), "NOISE": str(dataset.parent / "noise")}
+    capsys.readouterr()
+    assert main([names.get(part, part) for part in command]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    assert complaint in printed
+
+
+@pytest.mark.parametrize(
+    "command", ["import megagpt", "import sys; sys.argv[1:] = ['--help']; import megagpt.__main__ as m; m.main()"]
+)
+def test_help_and_import_wait_for_nothing_heavy(command):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", command], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert not imported & {"deepspeed", "torch", "numpy", "pyarrow", "pydantic"}
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["evaluate"]])
+def test_every_command_has_help_with_an_example(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    assert ("example: megagpt" in capsys.readouterr().out) == bool(command)

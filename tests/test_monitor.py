@@ -1,0 +1,103 @@
+import json
+
+import pytest
+from support import debug_run, metric
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megagpt.monitor import Monitor, Stopwatch, validation_curve
+from megagpt.state import TrainState
+from megagpt.trainer import train
+
+
+def board(out_dir) -> EventAccumulator:
+    return EventAccumulator(str(out_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, device, tmp_path_factory):
+    """A run that saved at step 10 and logged until 14, and then went on from 10 to the end."""
+    out_dir = tmp_path_factory.mktemp("monitor") / "run"
+    options = ["megagpt.sample.max_tokens=8", 'megagpt.sample.prompts=["ab\\nc"]']
+    train(debug_run(dataset, out_dir, *options, "megagpt.schedule.max_steps=14"), device)
+    for path in (out_dir / "checkpoints").glob("step_00000014"):
+        (path / "COMMIT").unlink()  # as if the save had been cut off
+    train(debug_run(dataset, out_dir, *options), device)
+    return out_dir
+
+
+def test_tensorboard_holds_every_promised_curve(finished):
+    scalars = set(board(finished).Tags()["scalars"])
+    assert scalars >= {
+        *("loss/train", "loss/val", "perplexity", "bits_per_byte", "lr", "grad_norm", "tokens_per_sec", "epoch"),
+        *("memory_gib", "seconds/data", "seconds/step", "seconds/eval", "seconds/save"),
+    }
+    assert "mfu" not in scalars  # a CPU's peak is unknown, and no guess is drawn
+
+
+def test_a_resumed_run_goes_on_with_one_curve(finished):
+    """Steps 11 to 14 were drawn by the first attempt and again by the second."""
+    steps = [event.step for event in board(finished).Scalars("loss/train")]
+    assert steps == list(range(1, 21))
+    assert list(metric(finished, "loss/train")) == list(range(1, 21))
+
+
+def test_tensorboard_and_metrics_file_say_the_same(finished):
+    drawn = {event.step: event.value for event in board(finished).Scalars("loss/val")}
+    assert drawn == pytest.approx(metric(finished, "loss/val"))
+
+
+def test_samples_run_file_and_hyperparameters_can_be_read(finished):
+    events = board(finished)
+    tags = events.Tags()["tensors"]
+    assert {"samples/text_summary", "run_file/text_summary"} <= set(tags)
+    [run_file] = events.Tensors("run_file/text_summary")
+    assert '"n_embd": 64' in run_file.tensor_proto.string_val[0].decode()
+    samples = events.Tensors("samples/text_summary")
+    assert [event.step for event in samples] == [10, 20]
+    assert samples[0].tensor_proto.string_val[0].decode().startswith("    ab\n    c")
+    assert "_hparams_/experiment" in events.summary_metadata
+
+
+def test_a_row_that_was_cut_in_half_is_dropped(dataset, tmp_path):
+    run = debug_run(dataset, tmp_path, "tensorboard.enabled=false")
+    whole = b'{"step": 1, "loss/val": 2.0}\n{"step": 2, "loss/val": 1.5}\n{"step": 3, "loss/val": 1.0}\n{"step": 2'
+    (tmp_path / "metrics.jsonl").write_bytes(whole)
+    Monitor(run, TrainState(step=2), also=lambda events: None)
+    assert metric(tmp_path, "loss/val") == {1: 2.0, 2: 1.5}
+
+
+def test_other_writers_get_the_same_numbers(dataset, tmp_path):
+    events = []
+    monitor = Monitor(debug_run(dataset, tmp_path, "tensorboard.enabled=false"), TrainState(), also=events.extend)
+    monitor.log(TrainState(step=3, tokens_seen=9), {"loss/train": 1.5, "lr": 0.1})
+    assert events == [("loss/train", 1.5, 3), ("lr", 0.1, 3)]
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row == {"step": 3, "tokens_seen": 9, "loss/train": 1.5, "lr": 0.1}
+
+
+def test_the_log_line_is_for_people(dataset, tmp_path, capsys):
+    monitor = Monitor(debug_run(dataset, tmp_path, "tensorboard.enabled=false"), TrainState(), also=lambda events: None)
+    metrics = {"loss/train": 3.4124, "lr": 6e-4, "tokens_per_sec": 12345.6, "seconds/data": 1.0}
+    monitor.log(TrainState(step=7), metrics, eta_seconds=3725)
+    line = "step  7/20 | loss/train 3.4124 | lr 6.00e-04 | tokens_per_sec 12,346 | eta 1:02:05\n"
+    assert capsys.readouterr().out == line
+
+
+def test_a_stopwatch_claims_every_second_once(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 4.0, 9.0, 10.0])
+    monkeypatch.setattr("megagpt.monitor.time.perf_counter", lambda: next(now))
+    watch = Stopwatch()  # 0
+    with watch.section("data"):  # 1 to 3
+        pass
+    with watch.section("eval"):  # 4 to 9
+        pass
+    assert watch.lap() == {"data": 2.0, "eval": 5.0, "save": 0.0, "step": 3.0}  # at 10
+
+
+def test_the_curve_in_the_terminal_keeps_the_last_point(tmp_path):
+    rows = [{"step": i, "loss/val": 5.0 - i / 100} for i in range(1, 101)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = validation_curve(tmp_path / "metrics.jsonl").splitlines()
+    assert len(lines) <= 14
+    assert lines[1].split()[:2] == ["1", "4.9900"]
+    assert lines[-1].split() == ["100", "4.0000", "█"]
