@@ -29,9 +29,11 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
 
     from megagpt.distributed import init_process_group, is_main, together
+    from megagpt.launcher import check_hostfile
     from megagpt.run_file import load_run_config
 
     try:
+        check_hostfile()
         device = init_process_group()
         run = together(lambda: load_run_config(args.deepspeed_config, args.overrides))
         from megagpt.trainer import (

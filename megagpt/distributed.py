@@ -1,6 +1,7 @@
 """Rank facts and the few collectives the rest of the package needs. All of it works without a process group."""
 
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -42,9 +43,10 @@ def init_process_group() -> torch.device:
 def _local_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    wanted, there_are = max(_ranks_on_this_host(), local_rank + 1), torch.cuda.device_count()
+    if wanted > there_are:
         raise UserError(
-            f"local rank {local_rank} needs GPU {local_rank}, but this machine has {torch.cuda.device_count()}; "
+            f"{wanted} ranks need {wanted} GPUs, but {socket.gethostname()} has {there_are}; "
             "lower --num_gpus, the hostfile's slots or --ntasks-per-node"
         )
     torch.cuda.set_device(local_rank)
@@ -57,7 +59,7 @@ def _ranks_on_this_host() -> int:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:

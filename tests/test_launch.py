@@ -70,6 +70,16 @@ def test_the_deepspeed_launcher_trains_on_two_ranks(dataset, tmp_path):
     assert out.count("step 20/20 | loss/train") == 1
 
 
+def test_a_hostfile_that_does_not_exist_is_no_silent_single_node_run(dataset, tmp_path):
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    command = [deepspeed, "--hostfile", tmp_path / "hosts", PRETRAIN, *arguments(dataset, tmp_path / "run")]
+    process = start(command)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert err.count(f"error: --hostfile {tmp_path / 'hosts'} does not exist") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_srun_starts_ranks_by_slurms_variables(dataset, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

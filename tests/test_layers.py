@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megagpt"
 FLOORS = [
     {"errors", "files"},
-    {"config", "distributed", "preemption", "tokenizer"},
+    {"config", "distributed", "launcher", "preemption", "tokenizer"},
     {"run_file", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
     {"shards", "model", "state"},
     {"data"},

@@ -1,0 +1,45 @@
+"""What the launcher above this process was told, where it keeps a mistake to itself."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megagpt.errors import UserError
+
+
+def check_hostfile() -> None:
+    """`deepspeed --hostfile X` trains on one machine, with a warning, if X does not exist: raises UserError instead."""
+    for arguments, folder in _ancestors():
+        named = _named_hostfile(arguments)
+        if named is not None and not (folder / named).is_file():
+            raise UserError(
+                f"--hostfile {named} does not exist, and deepspeed would train on this machine alone; "
+                "launch/hostfile.example shows one"
+            )
+
+
+def _named_hostfile(arguments: list[str]) -> str | None:
+    """The value of the launcher's own -H or --hostfile, which stand before the script's name."""
+    if not any(Path(part).name in ("deepspeed", "ds", "deepspeed.pt") for part in arguments[:3]):
+        return None
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if option.endswith(".py"):
+            return None
+        if option in ("-H", "--hostfile"):
+            return value
+        if option.startswith("--hostfile="):
+            return option.removeprefix("--hostfile=")
+    return None
+
+
+def _ancestors() -> Iterator[tuple[list[str], Path]]:
+    """(command line, working folder) of the processes above this one, as far as they may be read."""
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            process = Path(f"/proc/{pid}")
+            arguments = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            yield arguments, (process / "cwd").readlink()
+            pid = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError):
+            return
