@@ -93,7 +93,7 @@ class Stopwatch:
     """Seconds since the last lap, by what they went to; what no section claims is the training step's."""
 
     def __init__(self) -> None:
-        self._began = time.perf_counter()
+        self._started = self._began = time.perf_counter()
         self._seconds: dict[str, float] = {}
 
     @contextmanager
@@ -101,6 +101,10 @@ class Stopwatch:
         began = time.perf_counter()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def total(self) -> float:
+        """Seconds up to the last lap."""
+        return self._began - self._started
 
     def lap(self) -> dict[str, float]:
         now = time.perf_counter()

@@ -112,8 +112,8 @@ class Session:
             "epoch": self.plan.train_data.epoch(state.samples_seen),
             **{f"seconds/{name}": spent for name, spent in seconds.items()},
         }
-        steps_left = self.cfg.schedule.max_steps - state.step
-        self.monitor.log(state, metrics, eta_seconds=steps_left * sum(seconds.values()) / n_steps)
+        steps_left, steps_done = self.cfg.schedule.max_steps - state.step, state.step - self.plan.state.step
+        self.monitor.log(state, metrics, eta_seconds=steps_left * self.watch.total() / steps_done)
         return Recent()
 
     def evaluate(self, state: TrainState) -> TrainState:

@@ -92,6 +92,7 @@ def test_a_stopwatch_claims_every_second_once(monkeypatch):
     with watch.section("eval"):  # 4 to 9
         pass
     assert watch.lap() == {"data": 2.0, "eval": 5.0, "save": 0.0, "step": 3.0}  # at 10
+    assert watch.total() == 10.0
 
 
 def test_the_curve_in_the_terminal_keeps_the_last_point(tmp_path):
