@@ -20,13 +20,13 @@ def train(run: RunConfig, device: torch.device, *, fresh: bool = False) -> Train
 
     Raises UserError for what is wrong with the run file or the data, and for a loss that is no longer finite.
     """
+    preemption, vote = Preemption(run.megagpt.time_limit_minutes), StopVote()
     plan = check(run, fresh=fresh)
     state, schedule, every = plan.state, run.megagpt.schedule, run.megagpt.every
     if state.finished(schedule.max_steps):
         say(ending(run.megagpt, state))
         return state
     session = Session(plan, device)
-    preemption, vote = Preemption(run.megagpt.time_limit_minutes), StopVote()
     batches, recent, stop = session.batches(), Recent(), False
 
     while not (stop or state.finished(schedule.max_steps)):

@@ -1,5 +1,6 @@
 """The programs as people start them: real processes, real signals, exit codes, and what they print."""
 
+import os
 import re
 import signal
 import socket
@@ -68,6 +69,7 @@ def test_the_deepspeed_launcher_trains_on_two_ranks(dataset, tmp_path):
     assert "accumulation 1 x 2 ranks" in out
     assert "finished at step 20" in out
     assert out.count("step 20/20 | loss/train") == 1
+    assert not list(Path(os.environ["TORCH_EXTENSIONS_DIR"]).iterdir())  # nothing was compiled on the way
 
 
 def test_a_hostfile_that_does_not_exist_is_no_silent_single_node_run(dataset, tmp_path):
