@@ -124,8 +124,9 @@ def save(
         }
         write_atomically(step_dir / COMMIT, json.dumps(record, indent=1).encode())
         _hint(out_dir, "latest", step_dir)
-        if state.stopper.best_step == state.step:
-            _hint(out_dir, "best", step_dir)
+        best_dir = step_folder(out_dir, state.stopper.best_step)
+        if (best_dir / COMMIT).is_file():
+            _hint(out_dir, "best", best_dir)
         _prune(out_dir)
     barrier()
 
@@ -146,16 +147,19 @@ def newest_verified(out_dir: Path) -> Saved | None:
     Raises UserError if steps were committed and none verifies: a silent start from step 0 would lose the run.
     """
     candidates = broadcast_object(committed(out_dir))
-    refused = []
+    refused: list[Path] = []
+    first_damage = ""
     for step_dir in reversed(candidates):
         damage = next(filter(None, gather_objects(_damage(step_dir))), None)
         if damage is None:
+            _put_aside(refused)
             return _read_commit(step_dir)
-        refused.append(damage)
+        refused.append(step_dir)
         say(f"checkpoint passed over: {damage}")
+        first_damage = first_damage or damage
     if refused:
         raise UserError(
-            f"no checkpoint in {folder(out_dir)} is whole ({refused[0]}); restore the file, or give --fresh to "
+            f"no checkpoint in {folder(out_dir)} is whole ({first_damage}); restore the file, or give --fresh to "
             "start again at step 0 (the old run is kept beside the new one)"
         )
     return None
@@ -254,6 +258,14 @@ def _damage(step_dir: Path, of_rank: int | None = None) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{step_dir / COMMIT} is damaged"
     return None
+
+
+def _put_aside(damaged: list[Path]) -> None:
+    """Damaged steps keep their files for a look, but no longer count among the newest."""
+    if is_main():
+        for step_dir in damaged:
+            step_dir.rename(step_dir.with_name(f"damaged_{step_dir.name}"))
+    barrier()
 
 
 def _prune(out_dir: Path) -> None:

@@ -218,7 +218,8 @@ def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
 def load_engine(engine: Engine, step_dir: Path) -> None:
     """Load what `engine.save_checkpoint` wrote: weights, moments, loss scale. Adam's settings stay the run file's."""
     settings = [{key: group[key] for key in ADAM_SETTINGS} for group in engine.optimizer.param_groups]
-    engine.load_checkpoint(str(step_dir.parent), tag=step_dir.name, load_lr_scheduler_states=False)
+    loaded, _ = engine.load_checkpoint(str(step_dir.parent), tag=step_dir.name, load_lr_scheduler_states=False)
+    assert loaded is not None, f"DeepSpeed found nothing to load in {step_dir}"  # it only warns
     for group, current in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(current)
 

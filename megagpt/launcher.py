@@ -6,6 +6,13 @@ from pathlib import Path
 
 from megagpt.errors import UserError
 
+LAUNCHERS = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID")  # deepspeed, torchrun and srun each set one
+
+
+def has_launcher() -> bool:
+    """Whether a launcher started this rank, rather than a person."""
+    return any(name in os.environ for name in LAUNCHERS)
+
 
 def check_hostfile() -> None:
     """`deepspeed --hostfile X` trains on one machine, with a warning, if X does not exist: raises UserError instead."""

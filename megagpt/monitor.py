@@ -37,7 +37,8 @@ class Monitor:
         _keep_up_to(self._metrics_file, resumed.step)
         if board.enabled:
             folder = Path(board.output_path or out_dir) / board.job_name
-            self._writer = SummaryWriter(str(folder), purge_step=resumed.step + 1 if resumed.step else None)
+            # an earlier attempt may have drawn more than it saved: from here on the curve is ours
+            self._writer = SummaryWriter(str(folder), purge_step=resumed.step + 1 if resumed.step else 0)
             if resumed.step == 0:
                 self._write_hyperparameters(run)
 

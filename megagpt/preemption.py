@@ -9,11 +9,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what Slurm and the launchers send 
 
 
 class Preemption:
-    """Install once per process, from the main thread; `requested` is read at step boundaries."""
+    """Install once per process, from the main thread; `requested` is read at step boundaries.
 
-    def __init__(self, time_limit_minutes: float | None = None) -> None:
+    A launcher's ranks stop when it has died; a process that a person started may outlive the shell it came from.
+    """
+
+    def __init__(self, time_limit_minutes: float | None = None, *, has_launcher: bool = False) -> None:
         self._deadline = time.monotonic() + 60 * time_limit_minutes if time_limit_minutes else None
-        self._parent = os.getppid()
+        self._launcher = os.getppid() if has_launcher else None
         self._signal: int | None = None
         for number in SIGNALS:
             signal.signal(number, self._remember)
@@ -28,7 +31,7 @@ class Preemption:
             return signal.Signals(self._signal).name
         if self._deadline is not None and time.monotonic() > self._deadline:
             return "time limit"
-        if os.getppid() != self._parent:
+        if self._launcher is not None and os.getppid() != self._launcher:
             return "launcher has died"
         return ""
 

@@ -137,7 +137,8 @@ def _override(raw: dict[str, Any], item: str) -> None:
     """Set one dotted key; a number steps into a list. The value is JSON, or text if it is not."""
     dotted, sep, text = item.partition("=")
     if not sep or not dotted:
-        raise UserError(f"override {item!r} is not of the form key.path=value")
+        hint = "; a run file goes after --deepspeed_config" if item.endswith(".json") else ""
+        raise UserError(f"override {item!r} is not of the form key.path=value{hint}")
     try:
         value = json.loads(text, object_pairs_hook=_no_duplicate_keys)
     except json.JSONDecodeError:

@@ -144,9 +144,9 @@ class Session:
 
     def close(self, state: TrainState, reason: str) -> None:
         """Say how the run ended; after early stopping, put the best weights back."""
-        stopper = state.stopper
-        if stopper.stopped and self.is_new_best(replace(state, step=stopper.best_step)):
-            load_engine(self.engine, checkpoint.step_folder(self.cfg.out_dir, stopper.best_step))
+        best = checkpoint.best(self.cfg.out_dir)
+        if state.stopper.stopped and self.cfg.early_stopping.restore_best and best is not None:
+            load_engine(self.engine, best)
         self.monitor.close()
         say(ending(self.cfg, state, reason))
 

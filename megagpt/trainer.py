@@ -8,6 +8,7 @@ from torch import Tensor
 from megagpt.config import RunConfig
 from megagpt.distributed import StopVote, say
 from megagpt.engine import set_lr
+from megagpt.launcher import has_launcher
 from megagpt.loss import next_token_loss
 from megagpt.optim import lr_factor
 from megagpt.preemption import Preemption
@@ -20,7 +21,7 @@ def train(run: RunConfig, device: torch.device, *, fresh: bool = False) -> Train
 
     Raises UserError for what is wrong with the run file or the data, and for a loss that is no longer finite.
     """
-    preemption, vote = Preemption(run.megagpt.time_limit_minutes), StopVote()
+    preemption, vote = Preemption(run.megagpt.time_limit_minutes, has_launcher=has_launcher()), StopVote()
     plan = check(run, fresh=fresh)
     state, schedule, every = plan.state, run.megagpt.schedule, run.megagpt.every
     if state.finished(schedule.max_steps):

@@ -98,6 +98,8 @@ def test_one_flipped_bit_sends_the_run_to_the_step_before(saved, run_to, capsys,
     run_to("run", 6)
     assert f"checkpoint passed over: {damaged} is damaged" in capsys.readouterr().out
     assert metric(saved, "loss/train") == expected
+    assert (saved / "checkpoints" / "damaged_step_00000006" / name).read_bytes() == bytes(content)
+    assert [path.name for path in committed(saved)][-2:] == ["step_00000004", "step_00000006"]
 
 
 def test_a_file_that_is_gone_sends_the_run_to_the_step_before(saved, run_to, capsys):

@@ -32,6 +32,11 @@ def test_every_zero_stage_on_two_ranks_equals_stage_1_on_one(two_ranks, one_rank
     equal_losses(two_ranks["losses_of_every_stage"][0][f"stage{stage}"], one_rank)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_bucket_smaller_than_a_parameter_changes_no_loss(two_ranks, one_rank, stage):
+    equal_losses(two_ranks["losses_of_every_stage"][0][f"bucket{stage}"], one_rank)
+
+
 def test_optimizer_offload_changes_no_loss(two_ranks, one_rank):
     equal_losses(two_ranks["losses_of_every_stage"][0]["offload"], one_rank)
 

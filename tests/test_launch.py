@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from support import DEBUG_RUN, ROOT, environment, metric, overrides, torchrun
 
 from megagpt.__main__ import main, pretrain
 from megagpt.checkpoint import committed
+from megagpt.launcher import LAUNCHERS, has_launcher
+from megagpt.preemption import Preemption
 
 PRETRAIN = ROOT / "launch" / "pretrain.py"
 
@@ -52,6 +55,34 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_finishes(dataset, tmp_
     assert process.returncode == 0, err
     assert f"going on from {step_dir}" in out
     assert list(metric(tmp_path / "run", "loss/train"))[-1] == stopped_at + 2
+
+
+def test_ranks_whose_launcher_was_killed_save_and_end(dataset, tmp_path):
+    options = ["megagpt.schedule.max_steps=100000", "megagpt.every.save=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
+    launcher = start([*torchrun, PRETRAIN, *arguments(dataset, tmp_path / "run", *options)])
+    assert launcher.stdout is not None
+    for line in launcher.stdout:
+        if line.startswith("step"):
+            break
+    ranks = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+    assert committed(tmp_path / "run")
+    launcher.communicate()
+
+
+def test_a_run_that_a_person_started_outlives_its_shell(monkeypatch):
+    with monkeypatch.context() as patch:
+        for name in LAUNCHERS:
+            patch.delenv(name, raising=False)
+        by_a_person = Preemption(has_launcher=has_launcher())
+        patch.setenv("TORCHELASTIC_RUN_ID", "x")
+        by_a_launcher = Preemption(has_launcher=has_launcher())
+        patch.setattr("megagpt.preemption.os.getppid", lambda: 1)
+        assert by_a_launcher.reason == "launcher has died"
+        assert not by_a_person.requested
 
 
 def test_a_time_limit_saves_and_exits_75(dataset, device, tmp_path, capsys):

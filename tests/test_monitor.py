@@ -2,6 +2,7 @@ import json
 
 import pytest
 from support import debug_run, metric
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megagpt.monitor import Monitor, Stopwatch, validation_curve
@@ -39,6 +40,22 @@ def test_a_resumed_run_goes_on_with_one_curve(finished):
     steps = [event.step for event in board(finished).Scalars("loss/train")]
     assert steps == list(range(1, 21))
     assert list(metric(finished, "loss/train")) == list(range(1, 21))
+
+
+def test_an_attempt_that_never_saved_leaves_no_second_curve(dataset, device, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megagpt.session.checkpoint.save", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            train(debug_run(dataset, tmp_path), device)
+    assert len(board(tmp_path).Scalars("loss/train")) == 10
+    train(debug_run(dataset, tmp_path), device)
+    assert [event.step for event in board(tmp_path).Scalars("loss/train")] == list(range(1, 21))
+    shown = plugin_event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # the server's own reader
+    assert [event.step for event in shown.Tensors("run_file/text_summary")] == [0]
+    assert [event.step for event in shown.Tensors("samples/text_summary")] == [10, 20]
 
 
 def test_tensorboard_and_metrics_file_say_the_same(finished):
