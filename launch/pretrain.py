@@ -1,11 +1,16 @@
 """Train: the program that `deepspeed`, `torchrun`, `srun` or plain `python` starts, once per rank."""
 
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout on a shared disk needs no install
 
 from megagpt.__main__ import pretrain
+from megagpt.preemption import SIGNALS
 
 if __name__ == "__main__":
-    sys.exit(pretrain())
+    code = pretrain()
+    for number in SIGNALS:  # the first rank to end makes launchers signal the others, whose code must stand
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagpt.errors import UserError
+from megagpt.errors import OwnRankError, UserError
 
 SAVED_AND_WANTS_RESTART = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -18,6 +18,7 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code: 0 finished, 2 what the user gave is wrong, 75 saved and wants to go on."""
     parser = argparse.ArgumentParser(
         prog="launch/pretrain.py",
+        allow_abbrev=False,
         description="Train a GPT-2 as a run file says; goes on by itself when out_dir holds a checkpoint.",
         epilog="example: deepspeed --hostfile hosts launch/pretrain.py --deepspeed_config ds_configs/gpt2_124m.json "
         "megagpt.out_dir=runs/mine optimizer.params.lr=3e-4",
@@ -28,8 +29,11 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys of the run file")
     args = parser.parse_intermixed_args(argv)
 
+    from megagpt.launcher import check_hostfile, watch
+    from megagpt.preemption import Preemption
+
+    preemption = Preemption(launcher_alive=watch())  # before torch, so that no signal is missed
     from megagpt.distributed import init_process_group, is_main, together
-    from megagpt.launcher import check_hostfile
     from megagpt.run_file import load_run_config
 
     try:
@@ -40,9 +44,9 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
             train,
         )  # DeepSpeed takes seconds to import: not before the run file is right
 
-        state = train(run, device, fresh=args.fresh)
+        state = train(run, device, fresh=args.fresh, preemption=preemption)
     except UserError as error:
-        if is_main():
+        if is_main() or isinstance(error, OwnRankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0 if state.finished(run.megagpt.schedule.max_steps) else SAVED_AND_WANTS_RESTART
@@ -72,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     generate.add_argument("--top-k", type=int, default=50, help="0: the whole vocabulary")
     generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--batch", type=int, default=1, help="texts for each prompt")
+    generate.add_argument("--batch", type=_positive, default=1, help="texts for each prompt")
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=_generate)
 
@@ -84,11 +88,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's folder (its best step) or one step's")
     evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="a dataset made by data_tools")
     evaluate.add_argument("--split", choices=("train", "val", "test"), default="val")
-    evaluate.add_argument("--tokens", type=int, help="only the first so many; default: all")
-    evaluate.add_argument("--micro-batch", type=int, default=8)
+    evaluate.add_argument("--tokens", type=_positive, help="only the first so many; default: all")
+    evaluate.add_argument("--micro-batch", type=_positive, default=8)
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
     evaluate.set_defaults(run=_evaluate)
     return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def _generate(args: argparse.Namespace) -> int:

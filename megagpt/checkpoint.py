@@ -9,25 +9,25 @@ Every rank writes and hashes its own files; when all agree, rank 0 commits. Load
 commit and files verify, the same one on every rank.
 """
 
-import base64
+import hashlib
 import json
-import random
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megagpt.config import BatchPlan, ModelConfig, RunConfig
-from megagpt.distributed import barrier, broadcast_object, gather_objects, is_main, rank, say
+from megagpt.distributed import barrier, broadcast_object, gather_objects, is_main, rank, say, together
 from megagpt.engine import Engine, consolidated_weights, load_engine
 from megagpt.errors import UserError
 from megagpt.files import fsync, sha256_of, write_atomically
 from megagpt.model import GPT
+from megagpt.rng import rng_state, set_rng_state
 from megagpt.state import TrainState
 from megagpt.tokenizer import Tokenizer
 
@@ -46,6 +46,7 @@ class Identity:
     model: dict[str, Any]
     vocab_size: int
     data: dict[str, Any]
+    weight_decay_on: str  # which parameters share Adam's groups
 
 
 def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, fingerprints: list[str]) -> Identity:
@@ -63,6 +64,7 @@ def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, fingerprints:
             "weights": [d.weight for d in cfg.data.train],
             "seed": cfg.data.seed,
         },
+        weight_decay_on=cfg.regularization.weight_decay_on,
     )
 
 
@@ -73,6 +75,7 @@ class Saved:
     step_dir: Path
     state: TrainState
     identity: dict[str, Any]
+    passed_over: tuple[Path, ...] = ()  # newer steps that are damaged
 
 
 def folder(out_dir: Path) -> Path:
@@ -100,7 +103,8 @@ def save(
 ) -> None:
     """Write and commit one step; collective. Older steps are removed only after that.
 
-    `effective` is the run file with all defaults written out.
+    `effective` is the run file with all defaults written out. Raises UserError, on every rank, if a file of one of
+    them cannot be written: the step before stands.
     """
     out_dir = Path(effective["megagpt"]["out_dir"])
     step_dir = step_folder(out_dir, state.step)
@@ -108,12 +112,8 @@ def save(
         _remove(step_dir)
     barrier()
     engine.save_checkpoint(str(folder(out_dir)), tag=step_dir.name, save_latest=False)
-    write_atomically(step_dir / f"rng.{rank()}.json", json.dumps(_rng_state()).encode())
-    if is_main():
-        write_atomically(step_dir / "run.json", json.dumps(effective, indent=1).encode())
-        write_atomically(step_dir / "tokenizer.model", tokenizer.model_bytes)
-    barrier()
-    manifests = gather_objects(_write_manifest(step_dir))
+    together(lambda: _write_own_files(step_dir, tokenizer, effective))
+    manifests = gather_objects(together(lambda: _write_manifest(step_dir)))
     if is_main():
         record = {
             "format": "megagpt-checkpoint",
@@ -122,23 +122,63 @@ def save(
             "identity": asdict(identity),
             "manifests": manifests,
         }
-        write_atomically(step_dir / COMMIT, json.dumps(record, indent=1).encode())
-        _hint(out_dir, "latest", step_dir)
-        best_dir = step_folder(out_dir, state.stopper.best_step)
-        if (best_dir / COMMIT).is_file():
-            _hint(out_dir, "best", best_dir)
-        _prune(out_dir)
+        write_atomically(step_dir / COMMIT, json.dumps(record | {"sha256": _digest(record)}, indent=1).encode())
+        try:
+            _point_to(out_dir, step_dir, state)
+            _prune(out_dir)
+        except OSError as error:  # the step is committed all the same
+            say(f"an older checkpoint could not be removed: {error}")
     barrier()
+
+
+def _write_own_files(step_dir: Path, tokenizer: Tokenizer, effective: dict[str, Any]) -> None:
+    with _disk_errors(step_dir):
+        write_atomically(step_dir / f"rng.{rank()}.json", json.dumps(rng_state()).encode())
+        if is_main():
+            write_atomically(step_dir / "run.json", json.dumps(effective, indent=1).encode())
+            write_atomically(step_dir / "tokenizer.model", tokenizer.model_bytes)
+
+
+@contextmanager
+def _disk_errors(step_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{step_dir} could not be saved: {error}; the step before it stands") from error
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _point_to(out_dir: Path, step_dir: Path, state: TrainState) -> None:
+    """The hints: the step just saved, and the best of the committed ones, early stopping's own if it was saved."""
+    _hint(out_dir, "latest", step_dir)
+    best_dir = step_folder(out_dir, state.stopper.best_step)
+    if (best_dir / COMMIT).is_file():
+        _hint(out_dir, "best", best_dir)
+    else:
+        losses = {path: _read_commit(path).state.val_loss for path in committed(out_dir)}
+        if known := {path: loss for path, loss in losses.items() if loss is not None}:
+            _hint(out_dir, "best", min(known, key=lambda path: known[path]))
 
 
 def set_aside(out_dir: Path) -> None:
-    """Rename an old run's folder, so that a fresh one can begin under its name. Collective."""
-    barrier()
-    if is_main() and out_dir.exists():
-        aside = next(p for n in count(1) if not (p := out_dir.with_name(f"{out_dir.name}.old{n}")).exists())
-        out_dir.rename(aside)
+    """Rename an old run's folder, so that a fresh one can begin under its name. Collective; raises UserError."""
+
+    def rename() -> None:
+        is_run = (out_dir / "run.json").is_file() or folder(out_dir).is_dir()
+        if not (is_main() and is_run):
+            return
+        free = (out_dir.with_name(f"{out_dir.name}.old{n}") for n in count(1))
+        aside = next(path for path in free if not path.exists())
+        try:
+            out_dir.rename(aside)
+        except OSError as error:
+            raise UserError(f"--fresh cannot rename {out_dir}: {error}; give another megagpt.out_dir") from error
         say(f"the old run is now {aside}")
-    barrier()
+
+    together(rename)
 
 
 def newest_verified(out_dir: Path) -> Saved | None:
@@ -152,8 +192,7 @@ def newest_verified(out_dir: Path) -> Saved | None:
     for step_dir in reversed(candidates):
         damage = next(filter(None, gather_objects(_damage(step_dir))), None)
         if damage is None:
-            _put_aside(refused)
-            return _read_commit(step_dir)
+            return replace(_read_commit(step_dir), passed_over=tuple(refused))
         refused.append(step_dir)
         say(f"checkpoint passed over: {damage}")
         first_damage = first_damage or damage
@@ -168,7 +207,19 @@ def newest_verified(out_dir: Path) -> Saved | None:
 def resume(engine: Engine, saved: Saved) -> None:
     """Load weights, moments and this rank's random generators. Collective."""
     load_engine(engine, saved.step_dir)
-    _set_rng_state(json.loads((saved.step_dir / f"rng.{rank()}.json").read_bytes()))
+    set_rng_state(json.loads((saved.step_dir / f"rng.{rank()}.json").read_bytes()))
+    if is_main():
+        _put_aside(saved.passed_over)
+    barrier()
+
+
+def restore(engine: Engine, step_dir: Path) -> None:
+    """Load the weights of a step that was saved earlier, if it is still whole. Collective."""
+    damage = next(filter(None, gather_objects(_damage(step_dir))), None)
+    if damage is None:
+        load_engine(engine, step_dir)
+    else:
+        say(f"the best weights could not be put back: {damage}")
 
 
 def check_identity(saved: Saved, now: Identity) -> None:
@@ -196,8 +247,10 @@ def changed_keys(step_dir: Path, effective: dict[str, Any]) -> list[str]:
 def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
     """Model (fp32, eval mode), tokenizer and step folder of a run folder (its best step) or one step's folder."""
     step_dir = _step_of(path)
+    if damage := _damage(step_dir, 0):  # which reads COMMIT too
+        raise UserError(f"{damage}; restore the file or name another step")
     saved = _read_commit(step_dir)
-    for r in range(saved.identity["world_size"]):
+    for r in range(1, saved.identity["world_size"]):
         if damage := _damage(step_dir, r):
             raise UserError(f"{damage}; restore the file or name another step")
     tokenizer = Tokenizer.load(step_dir / "tokenizer.model")
@@ -223,13 +276,15 @@ def _step_of(path: Path) -> Path:
 def _write_manifest(step_dir: Path) -> str:
     """Make this rank's files durable and list them; returns the sha256 of the list."""
     listed = {}
-    for path in sorted(step_dir.iterdir()):
-        if path.is_file() and _owner(path.name) == rank():
+    manifest = step_dir / f"manifest.{rank()}.json"
+    with _disk_errors(step_dir):
+        for path in sorted(step_dir.iterdir()):
+            if path.name.startswith("manifest.") or _owner(path.name) != rank():
+                continue  # another rank writes its own manifest at this moment
             fsync(path)
             listed[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    manifest = step_dir / f"manifest.{rank()}.json"
-    write_atomically(manifest, json.dumps(listed, indent=1).encode())
-    return sha256_of(manifest)
+        write_atomically(manifest, json.dumps(listed, indent=1).encode())
+        return sha256_of(manifest)
 
 
 def _owner(name: str) -> int:
@@ -243,7 +298,10 @@ def _damage(step_dir: Path, of_rank: int | None = None) -> str | None:
     """What is wrong with the files of one rank (default: this one), or None."""
     r = rank() if of_rank is None else of_rank
     try:
-        manifests = json.loads((step_dir / COMMIT).read_bytes())["manifests"]
+        record = json.loads((step_dir / COMMIT).read_bytes())
+        if record.pop("sha256") != _digest(record):
+            return f"{step_dir / COMMIT} was changed"
+        manifests = record["manifests"]
         if r >= len(manifests):
             return None  # another number of ranks: check_identity says so
         manifest = step_dir / f"manifest.{r}.json"
@@ -255,17 +313,18 @@ def _damage(step_dir: Path, of_rank: int | None = None) -> str | None:
                 return f"{path} is damaged"
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{step_dir / COMMIT} is damaged"
     return None
 
 
-def _put_aside(damaged: list[Path]) -> None:
+def _put_aside(damaged: tuple[Path, ...]) -> None:
     """Damaged steps keep their files for a look, but no longer count among the newest."""
-    if is_main():
-        for step_dir in damaged:
-            step_dir.rename(step_dir.with_name(f"damaged_{step_dir.name}"))
-    barrier()
+    for step_dir in damaged:
+        free = (step_dir.with_name(f"damaged{n}_{step_dir.name}") for n in count(1))
+        step_dir.rename(next(path for path in free if not path.exists()))
 
 
 def _prune(out_dir: Path) -> None:
@@ -282,33 +341,6 @@ def _remove(step_dir: Path) -> None:
 
 def _hint(out_dir: Path, name: str, step_dir: Path) -> None:
     write_atomically(folder(out_dir) / name, step_dir.name.encode() + b"\n")
-
-
-def _rng_state() -> dict[str, Any]:
-    """Every random generator of this process, as plain JSON."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
-    numpy_state = np.random.get_state(legacy=False)
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-    return {
-        "python": random.getstate(),
-        "numpy": numpy_state,
-        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-        "cuda": base64.b64encode(cuda.numpy().tobytes()).decode(),
-    }
-
-
-def _set_rng_state(saved: dict[str, Any]) -> None:
-    version, internal, gauss = saved["python"]
-    random.setstate((version, tuple(internal), gauss))
-    saved["numpy"]["state"]["key"] = np.array(saved["numpy"]["state"]["key"], dtype=np.uint32)
-    np.random.set_state(saved["numpy"])
-    torch.set_rng_state(_bytes(saved["torch"]))
-    if saved["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(saved["cuda"]))
-
-
-def _bytes(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 def _difference(before: Any, after: Any) -> tuple[Any, Any]:

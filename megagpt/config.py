@@ -204,6 +204,12 @@ class ZeroConfig(BaseModel):
     offload_optimizer: OffloadConfig = OffloadConfig()
     offload_param: OffloadConfig = OffloadConfig()
 
+    @model_validator(mode="after")
+    def _parameters_are_offloaded_at_stage_3(self) -> Self:
+        if self.offload_param.device != "none" and self.stage != 3:
+            raise ValueError(f"offload_param has no effect at stage={self.stage}; set stage to 3 or remove it")
+        return self
+
 
 class DeepSpeedConfig(BaseModel):
     """The DeepSpeed keys that decide something here too. All others pass through to DeepSpeed as written."""

@@ -91,13 +91,16 @@ def open_data(cfg: DataConfig, seq_len: int) -> tuple[TrainData, ValBlocks, list
                 f"(sha256 {other.manifest.tokenizer.sha256[:12]} and {first.manifest.tokenizer.sha256[:12]}); "
                 f"build it again with tokenizer={first.path / first.manifest.tokenizer.file}"
             )
+    streams = [*(d.stream("train") for d in datasets[:-1]), datasets[-1].stream("val")]
+    for stream in streams:
+        stream.open_all()  # a shard of another build is found here, not by one rank in the middle of a run
     train = TrainData(
-        [d.stream("train") for d in datasets[:-1]],
+        streams[:-1],
         [d.weight for d in cfg.train],
         seq_len=seq_len,
         seed=cfg.seed,
     )
-    return train, ValBlocks(datasets[-1].stream("val"), seq_len, cfg.val_tokens), datasets
+    return train, ValBlocks(streams[-1], seq_len, cfg.val_tokens), datasets
 
 
 def rank_samples(batch: BatchPlan, rank: int, first: int) -> Iterator[int]:
@@ -126,7 +129,11 @@ def prefetched(fill: Fill, firsts: Iterable[int], shape: tuple[int, int], device
         fill(first, slots[slot].numpy())
         return slots[slot]
 
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
+    def use_own_gpu() -> None:
+        if on_gpu:
+            torch.cuda.set_device(device)  # a thread begins on GPU 0, whichever its process uses
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=use_own_gpu) as pool:
         pending = None
         for i, first in enumerate(firsts):
             following = pool.submit(load, i % 2, first)

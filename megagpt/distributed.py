@@ -10,17 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagpt.errors import UserError
+from megagpt.errors import OwnRankError, UserError
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)  # the first torch.compile or a cold file system can take longer than the usual 10
+TIMEOUT = timedelta(minutes=30)  # hashing a large checkpoint on a cold file system can take longer than the usual 10
 
 
 def init_process_group() -> torch.device:
     """Join the ranks that deepspeed, torchrun or srun started, or stand alone; returns this rank's device.
 
-    Raises UserError if this rank has no GPU of its own on a machine that has some.
+    Raises OwnRankError if this rank has no GPU of its own on a machine that has some.
     """
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
@@ -33,7 +33,7 @@ def init_process_group() -> torch.device:
         return device
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
     else:  # plain `python launch/pretrain.py`: no port, so two of them never collide
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -43,9 +43,12 @@ def init_process_group() -> torch.device:
 def _local_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    wanted, there_are = max(_ranks_on_this_host(), local_rank + 1), torch.cuda.device_count()
+    there_are = torch.cuda.device_count()
+    if there_are == 1 and "SLURM_LOCALID" in os.environ:
+        local_rank = 0  # --gpus-per-task shows each task its own GPU alone
+    wanted = local_rank + 1
     if wanted > there_are:
-        raise UserError(
+        raise OwnRankError(
             f"{wanted} ranks need {wanted} GPUs, but {socket.gethostname()} has {there_are}; "
             "lower --num_gpus, the hostfile's slots or --ntasks-per-node"
         )
@@ -55,7 +58,7 @@ def _local_device(local_rank: int) -> torch.device:
 
 def _ranks_on_this_host() -> int:
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")  # torchrun, deepspeed, srun
-    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
+    return next((int(os.environ[name]) for name in names if name in os.environ and "RANK" in os.environ), 1)
 
 
 def rank() -> int:
@@ -116,7 +119,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def together(check: Callable[[], T]) -> T:
-    """Run something that only this rank's host can judge; if it fails on one rank, every rank raises that UserError.
+    """Run something that only this rank's host can judge; if it fails on one rank, every rank raises its message.
 
     Without this the others would wait in their next collective for a rank that has gone.
     """

@@ -106,13 +106,14 @@ def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.dev
     if run.deepspeed.bf16.enabled:
         filled["bf16.check_grad_overflow"] = False  # a pass over all gradients; the loop checks loss and norm
     if stage > 0:
-        # DeepSpeed's 5e8 elements would put a small model in one bucket: no overlap, and gigabytes of buffer
+        # DeepSpeed's 5e8 elements would be gigabytes of buffer, and one bucket, so nothing could ever overlap
         filled["zero_optimization.reduce_bucket_size"] = min(bucket, 50_000_000)
         filled["zero_optimization.allgather_bucket_size"] = min(bucket, 50_000_000)
     if stage in (1, 2) and batch.world_size == 1:
         filled["zero_optimization.contiguous_gradients"] = False  # no peers: no hooks and copies for their sake
     if run.deepspeed.zero_optimization.offload_optimizer.device != "none":
-        filled["zero_force_ds_cpu_optimizer"] = device.type == "cuda"  # see build_optimizer
+        ours = device.type == "cpu" or run.deepspeed.optimizer.params.torch_adam  # see build_optimizer
+        filled["zero_force_ds_cpu_optimizer"] = not ours
     return filled
 
 
@@ -121,11 +122,13 @@ def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, devic
     p = ds.optimizer.params
     decoupled = ds.optimizer.type == "AdamW" or p.adam_w_mode
     adam: dict[str, Any] = {"lr": p.lr, "betas": p.betas, "eps": p.eps}
-    if device.type == "cuda" and not p.torch_adam:
-        if ds.zero_optimization.offload_optimizer.device != "none":
-            return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **adam)
-        return deepspeed.ops.adam.FusedAdam(groups, adam_w_mode=decoupled, **adam)
-    optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **adam)
+    optimizer: Optimizer
+    if device.type == "cpu" or p.torch_adam:
+        optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **adam)
+    elif ds.zero_optimization.offload_optimizer.device != "none":
+        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **adam)
+    else:
+        optimizer = deepspeed.ops.adam.FusedAdam(groups, adam_w_mode=decoupled, **adam)
     if _clips_itself(ds):
         _clip_before_step(optimizer, ds.gradient_clipping)
     return optimizer
@@ -205,7 +208,10 @@ def _deepspeed_checkpoint(ds: DeepSpeedConfig) -> Callable[[Block, Tensor], Tens
 
 
 def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
-    """All weights of one committed step in fp32, whatever its ZeRO stage and number of ranks; tied ones share."""
+    """All weights of one committed step, whatever its ZeRO stage and number of ranks; tied ones share.
+
+    fp32 tensors of the masters' values, but at stage 0 in 16 bit of the weights that the model computes with.
+    """
     if any(step_dir.glob("*optim_states.pt")):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it is chatty
             weights = get_fp32_state_dict_from_zero_checkpoint(str(step_dir.parent), tag=step_dir.name)

@@ -41,9 +41,11 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     use_cache: bool = True,
+    until_ended: bool = True,
 ) -> Tensor:
     """prompt (B, T) -> (B, T + up to max_tokens); a text that ended is filled with eod_id.
 
+    Without until_ended it takes max_tokens steps in any case: ranks that share a model (ZeRO-3) stay in step.
     When the positions are used up, the later half of the window becomes the context and generation goes on.
     """
     was_training, seq_len = model.training, model.cfg.seq_len
@@ -60,7 +62,7 @@ def generate(
         picked = pick(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         tokens = torch.cat([tokens, picked.masked_fill(ended, eod_id)], dim=1)
         ended |= picked == eod_id
-        if ended.all():
+        if until_ended and ended.all():
             break
     model.train(was_training)
     return tokens
@@ -74,6 +76,7 @@ def complete(
     *,
     batch: int = 1,
     seed: int = 0,
+    until_ended: bool = True,
 ) -> list[str]:
     """`batch` continuations of each prompt, prompt included. The same seed gives the same texts.
 
@@ -94,6 +97,7 @@ def complete(
             temperature=cfg.temperature,
             top_k=cfg.top_k,
             top_p=cfg.top_p,
+            until_ended=until_ended,
         )
         texts += [tokenizer.decode(row[1:]) for row in out.cpu().numpy()]
     return texts

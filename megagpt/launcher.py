@@ -1,7 +1,7 @@
 """What the launcher above this process was told, where it keeps a mistake to itself."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megagpt.errors import UserError
@@ -9,9 +9,18 @@ from megagpt.errors import UserError
 LAUNCHERS = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID")  # deepspeed, torchrun and srun each set one
 
 
-def has_launcher() -> bool:
-    """Whether a launcher started this rank, rather than a person."""
-    return any(name in os.environ for name in LAUNCHERS)
+def watch() -> Callable[[], bool]:
+    """A function that says whether the launcher above this rank is alive; always, if a person started this process.
+
+    A person's process may outlive its shell; a launcher's ranks must not outlive the launcher. `deepspeed` is two
+    processes, of which the lower survives the upper, so both are watched.
+    """
+    if not any(name in os.environ for name in LAUNCHERS):
+        return lambda: True
+    parent = os.getppid()
+    two = any("deepspeed.launcher.launch" in part for part in _arguments(parent))
+    above = _parent(parent) if two else 0
+    return lambda: os.getppid() == parent and (not two or _parent(parent) == above)
 
 
 def check_hostfile() -> None:
@@ -44,9 +53,19 @@ def _ancestors() -> Iterator[tuple[list[str], Path]]:
     pid = os.getppid()
     while pid > 1:
         try:
-            process = Path(f"/proc/{pid}")
-            arguments = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            yield arguments, (process / "cwd").readlink()
-            pid = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, ValueError):
+            yield _arguments(pid), Path(f"/proc/{pid}/cwd").readlink()
+        except OSError:
             return
+        pid = _parent(pid)
+
+
+def _arguments(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+
+
+def _parent(pid: int) -> int:
+    """The parent of a process; 0 if it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0

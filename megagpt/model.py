@@ -24,7 +24,7 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=bias)
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.std)
+        draw_normal(self.weight, self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -33,7 +33,13 @@ class Embedding(nn.Embedding):
     """nn.Embedding with GPT-2's init, for the same reason."""
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.02)
+        draw_normal(self.weight, 0.02)
+
+
+@torch.no_grad()
+def draw_normal(weight: Tensor, std: float) -> None:
+    """Draw on the CPU in fp32, wherever ZeRO-3 has put the weight and in whatever type: the same at every stage."""
+    weight.copy_(torch.normal(0.0, std, weight.shape, device="cpu"))
 
 
 class KeyValueCache:

@@ -53,7 +53,8 @@ class Monitor:
             for name, value in metrics.items():
                 self._writer.add_scalar(name, value, state.step)
             self._writer.flush()
-        self._also([(name, value, state.step) for name, value in metrics.items()])
+        # DeepSpeed counts its own events in samples, and W&B drops an event whose count is behind the last one's
+        self._also([(name, value, state.samples_seen) for name, value in metrics.items()])
         shown = [f"{name} {_short(name, value)}" for name, value in metrics.items() if name in ON_THE_LINE]
         if eta_seconds is not None:
             shown.append(f"eta {timedelta(seconds=round(eta_seconds))}")
@@ -117,7 +118,10 @@ class Stopwatch:
 
 def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str:
     """The run's validation losses as bars, for the end of a run in a terminal."""
-    points = [row for row in map(json.loads, metrics_file.read_text().splitlines()) if "loss/val" in row]
+    lines_of_file = metrics_file.read_text().splitlines() if metrics_file.is_file() else []
+    points = [row for row in map(json.loads, lines_of_file) if "loss/val" in row]
+    if not points:
+        return "    no validation losses in metrics.jsonl"
     points = points[:: max(1, -(-len(points) // rows))] + points[-1:]
     losses = [row["loss/val"] for row in points]
     low, high = min(losses), max(losses)

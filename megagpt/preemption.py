@@ -1,22 +1,20 @@
 """Remembers that this process was asked to stop: a signal, the time limit, or a launcher that has died."""
 
-import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what Slurm and the launchers send before they kill
 
 
 class Preemption:
-    """Install once per process, from the main thread; `requested` is read at step boundaries.
+    """Install once per process, from the main thread, before anything slow; `requested` is read at step boundaries."""
 
-    A launcher's ranks stop when it has died; a process that a person started may outlive the shell it came from.
-    """
-
-    def __init__(self, time_limit_minutes: float | None = None, *, has_launcher: bool = False) -> None:
-        self._deadline = time.monotonic() + 60 * time_limit_minutes if time_limit_minutes else None
-        self._launcher = os.getppid() if has_launcher else None
+    def __init__(self, *, launcher_alive: Callable[[], bool] = lambda: True) -> None:
+        self._began = time.monotonic()
+        self._launcher_alive = launcher_alive
+        self.time_limit_minutes: float | None = None  # known once the run file is read
         self._signal: int | None = None
         for number in SIGNALS:
             signal.signal(number, self._remember)
@@ -29,9 +27,9 @@ class Preemption:
         """Why this rank wants to stop, or an empty string."""
         if self._signal is not None:
             return signal.Signals(self._signal).name
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        if self.time_limit_minutes is not None and time.monotonic() > self._began + 60 * self.time_limit_minutes:
             return "time limit"
-        if self._launcher is not None and os.getppid() != self._launcher:
+        if not self._launcher_alive():
             return "launcher has died"
         return ""
 

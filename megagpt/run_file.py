@@ -20,14 +20,12 @@ DEEPSPEED_KEYS = frozenset(
         "activation_checkpointing",
         "aio",
         "bf16",
-        "checkpoint",
         "comet",
         "comms_logger",
         "communication_data_type",
         "csv_monitor",
         "data_types",
         "dataloader_drop_last",
-        "datastates_ckpt",
         "disable_allgather",
         "disable_python_gc",
         "dump_state",
@@ -57,15 +55,29 @@ DEEPSPEED_KEYS = frozenset(
     ]
 )
 
+# Its sections that are plain dictionaries ignore a misspelt key too; the typed ones refuse it themselves.
+DEEPSPEED_SECTIONS = {
+    "aio": {"block_size", "intra_op_parallelism", "overlap_events", "queue_depth", "single_submit", "use_gds"},
+    "data_types": {"buffer_dtype", "grad_accum_dtype", "keep_in_fp32_modules", "param_dtype"},
+    "flops_profiler": {
+        *("detailed", "enabled", "module_depth", "output_file", "profile_step", "recompute_fwd_factor", "top_modules"),
+    },
+    "timers": {"throughput"},
+    "torch_autocast": {"dtype", "enabled", "lower_precision_safe_modules"},
+}
+
 # Keys that DeepSpeed reads but that could not act here: refused with the reason instead of ignored.
 _DATA_PARALLEL = "megagpt is data parallel only; remove it"
+_OWN_CHECKPOINTS = "megagpt commits checkpoints itself; see megagpt.every.save"
 _OWN_DATA = "megagpt brings its own sampler; see megagpt.data"
 REFUSED_KEYS = {
     "autotuning": "sizes are chosen by hand; remove it",
     "bfloat16": 'write "bf16"',
+    "checkpoint": _OWN_CHECKPOINTS,
     "compile": "DeepSpeed's compiler is not used; remove it",
     "curriculum_learning": _OWN_DATA,
     "data_efficiency": _OWN_DATA,
+    "datastates_ckpt": _OWN_CHECKPOINTS,
     "expert_parallel": _DATA_PARALLEL,
     "hybrid_engine": "it is for RLHF; remove it",
     "managed_gradient_accumulation": "the training loop relies on DeepSpeed's default; remove it",
@@ -159,11 +171,21 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
     if unknown := sorted(set(raw) - DEEPSPEED_KEYS - {SECTION}):
         hints = "; ".join(f"unknown key {key!r}{_did_you_mean(key, DEEPSPEED_KEYS | {SECTION})}" for key in unknown)
         raise UserError(f"{where}: {hints}")
+    for name, known in DEEPSPEED_SECTIONS.items():
+        for key in sorted(_keys_of(raw, name) - known):
+            raise UserError(f"{where}: unknown key {f'{name}.{key}'!r}{_did_you_mean(key, known)}")
     if not isinstance(raw.get(SECTION), dict):
         raise UserError(f'{where}: no "{SECTION}" section; see ds_configs/README.md')
     for dotted, value in _leaves(raw):
-        if value == "auto":
+        if value == "auto" and not dotted.startswith(f"{SECTION}.sample."):
             raise UserError(f'{where}: {dotted} is "auto"; write the number, nothing here fills it in')
+
+
+def _keys_of(raw: dict[str, Any], section: str) -> set[str]:
+    found = raw.get(section, {})
+    if not isinstance(found, dict):
+        raise UserError(f"{section}={found!r} is not a section {{...}}")
+    return set(found)
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -106,7 +106,8 @@ class Sampler:
         for e in np.unique(epoch).tolist():
             mine = epoch == e
             window = permute(i[mine], self.n_windows(k), _key(self.seed, 1, k, e))
-            phase = _key(self.seed, 2, k, e) % self.seq_len
+            round_, turn = divmod(e, self.seq_len)  # seq_len epochs go through all phases before one comes again
+            [phase] = permute(np.array([turn]), self.seq_len, _key(self.seed, 2, k, round_))
             starts[mine] = phase + window * self.seq_len
         return starts
 

@@ -16,8 +16,8 @@ from megagpt.config import BatchPlan, MegaGPTConfig, RunConfig, batch_plan
 from megagpt.data import TrainData, ValBlocks, open_data, prefetched, rank_samples
 from megagpt.distributed import gather_over_ranks, is_main, rank, say, together, world_size
 from megagpt.early_stopping import after_evaluation
-from megagpt.engine import Engine, build_engine, effective_config, load_engine
-from megagpt.errors import UserError
+from megagpt.engine import Engine, build_engine, effective_config
+from megagpt.errors import OwnRankError, UserError
 from megagpt.evaluate import evaluate
 from megagpt.files import write_atomically
 from megagpt.generate import complete
@@ -95,7 +95,10 @@ class Session:
         """This rank's micro-batches (B, T + 1), endlessly, from where the plan's state stands."""
         firsts = rank_samples(self.plan.batch, rank(), self.plan.state.samples_seen)
         shape = (self.plan.batch.micro_batch, self.cfg.model.seq_len + 1)
-        return prefetched(self.plan.train_data.fill, firsts, shape, self.device)
+        try:
+            yield from prefetched(self.plan.train_data.fill, firsts, shape, self.device)
+        except UserError as error:  # a shard that went bad since it was opened
+            raise OwnRankError(str(error)) from error
 
     def log(self, state: TrainState, recent: Recent) -> Recent:
         """Read the losses since the last log; raises UserError if one is not finite, on all ranks alike."""
@@ -128,11 +131,13 @@ class Session:
             "bits_per_byte": result.bits_per_byte,
         }
         self.monitor.log(state, metrics)
-        return replace(state, stopper=after_evaluation(state.stopper, result.loss, state.step, self.cfg.early_stopping))
+        stopper = after_evaluation(state.stopper, result.loss, state.step, self.cfg.early_stopping)
+        return replace(state, val_loss=result.loss, stopper=stopper)
 
     def show_samples(self, state: TrainState) -> None:
         with self.watch.section("eval"):
-            texts = complete(self.engine.module, self.plan.tokenizer, self.cfg.sample.prompts, self.cfg.sample)
+            cfg = self.cfg.sample
+            texts = complete(self.engine.module, self.plan.tokenizer, cfg.prompts, cfg, until_ended=False)
             self.monitor.text("samples", "\n\n---\n\n".join(texts), state.step)
 
     def is_new_best(self, state: TrainState) -> bool:
@@ -144,17 +149,16 @@ class Session:
 
     def close(self, state: TrainState, reason: str) -> None:
         """Say how the run ended; after early stopping, put the best weights back."""
-        best = checkpoint.best(self.cfg.out_dir)
-        if state.stopper.stopped and self.cfg.early_stopping.restore_best and best is not None:
-            load_engine(self.engine, best)
+        if state.stopper.stopped and self.cfg.early_stopping.restore_best:
+            checkpoint.restore(self.engine, checkpoint.step_folder(self.cfg.out_dir, state.stopper.best_step))
         self.monitor.close()
-        say(ending(self.cfg, state, reason))
+        say_ending(self.cfg, state, reason)
 
     def _speed(self, tokens_per_sec: float) -> dict[str, float]:
         """Throughput over all ranks without evaluating and saving; MFU and HFU where the device's peak is known."""
         speed = {"tokens_per_sec": tokens_per_sec, "memory_gib": _peak_memory(self.device) / 2**30}
-        cuda = self.device.type == "cuda"
-        if cuda and (peak := peak_flops(torch.cuda.get_device_name(self.device))) is not None:
+        known = self.device.type == "cuda" and self.plan.run.deepspeed.dtype != "fp32"  # the peaks are of 16 bit
+        if known and (peak := peak_flops(torch.cuda.get_device_name(self.device))) is not None:
             model, share = self.cfg.model, tokens_per_sec / (peak * world_size())
             again = recompute_flops_per_token(model, self.cfg.recompute.n_blocks(model.n_layer))
             flops = flops_per_token(model, self.plan.vocab_size)
@@ -162,8 +166,10 @@ class Session:
         return speed
 
 
-def ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> str:
-    """The last words of a run: why it ended, its validation curve, its best checkpoint and what to do next."""
+def say_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> None:
+    """The last words of a run: its validation curve, why it ended, and its best checkpoint."""
+    if not is_main():
+        return
     best = state.stopper
     if state.stopper.stopped:
         why = (
@@ -179,7 +185,7 @@ def ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> str:
         lines.append(f"best loss/val {best.best:.4f} at step {best.best_step}")
     if (named := checkpoint.best(cfg.out_dir)) is not None:
         lines.append(f"best checkpoint: {named}")
-    return "\n".join(lines)
+    say("\n".join(lines))
 
 
 def _opening(plan: Plan, effective: dict[str, Any]) -> str:

@@ -178,6 +178,11 @@ class TokenStream:
             filled += len(part)
             batch += 1
 
+    def open_all(self) -> None:
+        """Open every shard now and check that it is this build's, rather than when its first token is read."""
+        for shard in {row["shard"] for row in self._rows}:
+            self._reader(shard)
+
     def document(self, i: int) -> np.ndarray:
         """Document i of the split, its end-of-document token included: a read-only view."""
         if not 0 <= i < self.n_documents:
@@ -192,14 +197,19 @@ class TokenStream:
         self._views[batch] = view = _values(self._record_batch(batch).column("tokens"))
         return view
 
+    def _reader(self, shard: int) -> pa.RecordBatchFileReader:
+        with self._lock:
+            if shard not in self._readers:
+                self._readers[shard] = self._dataset.open_shard(self._split, shard)
+            return self._readers[shard]
+
     def _record_batch(self, batch: int) -> pa.RecordBatch:
         row = self._rows[batch]
         shard = row["shard"]
         path = self._dataset.shard_path(self._split, shard)
+        reader = self._reader(shard)
         with self._lock:
-            if shard not in self._readers:
-                self._readers[shard] = self._dataset.open_shard(self._split, shard)
-            record_batch = read_batch(self._readers[shard], row["batch"], path)
+            record_batch = read_batch(reader, row["batch"], path)
         if (len(record_batch), len(_values(record_batch["tokens"]))) != (row["n_rows"], row["n_tokens"]):
             raise _damaged(path, f"record batch {row['batch']} is not as long as index.arrow says")
         return record_batch

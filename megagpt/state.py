@@ -12,6 +12,7 @@ class TrainState:
     step: int = 0  # optimizer updates done
     samples_seen: int = 0  # training examples, over all ranks: the position in the data
     tokens_seen: int = 0  # over all ranks
+    val_loss: float | None = None  # of the last evaluation, nats per token
     stopper: EarlyStopping = field(default_factory=EarlyStopping)
 
     def after_step(self, global_batch: int, seq_len: int) -> "TrainState":

@@ -6,26 +6,28 @@ import torch
 from torch import Tensor
 
 from megagpt.config import RunConfig
-from megagpt.distributed import StopVote, say
+from megagpt.distributed import StopVote
 from megagpt.engine import set_lr
-from megagpt.launcher import has_launcher
 from megagpt.loss import next_token_loss
 from megagpt.optim import lr_factor
 from megagpt.preemption import Preemption
-from megagpt.session import Recent, Session, check, ending
+from megagpt.session import Recent, Session, check, say_ending
 from megagpt.state import TrainState
 
 
-def train(run: RunConfig, device: torch.device, *, fresh: bool = False) -> TrainState:
+def train(
+    run: RunConfig, device: torch.device, *, fresh: bool = False, preemption: Preemption | None = None
+) -> TrainState:
     """Train until finished or told to stop; returns the state that was saved last. Collective.
 
     Raises UserError for what is wrong with the run file or the data, and for a loss that is no longer finite.
     """
-    preemption, vote = Preemption(run.megagpt.time_limit_minutes, has_launcher=has_launcher()), StopVote()
+    preemption, vote = preemption or Preemption(), StopVote()
+    preemption.time_limit_minutes = run.megagpt.time_limit_minutes
     plan = check(run, fresh=fresh)
     state, schedule, every = plan.state, run.megagpt.schedule, run.megagpt.every
     if state.finished(schedule.max_steps):
-        say(ending(run.megagpt, state))
+        say_ending(run.megagpt, state)
         return state
     session = Session(plan, device)
     batches, recent, stop = session.batches(), Recent(), False

@@ -61,7 +61,7 @@ def test_stopping_twice_and_going_on_equals_a_straight_run_to_the_last_bit(run_t
 def test_without_the_random_generators_a_resume_with_dropout_differs(run_to, tmp_path, monkeypatch):
     """The control: the test above could not pass by chance."""
     run_to("straight", 6, DROPOUT)
-    monkeypatch.setattr(checkpoint, "_set_rng_state", lambda saved: None)
+    monkeypatch.setattr(checkpoint, "set_rng_state", lambda saved: None)
     for max_steps in (3, 6):
         run_to("cut", max_steps, DROPOUT)
     assert metric(tmp_path / "cut", "loss/train")[6] != metric(tmp_path / "straight", "loss/train")[6]
@@ -81,6 +81,51 @@ def test_the_two_newest_steps_and_the_best_stay(run_to, tmp_path):
     assert hints == {"latest": "step_00000010", "best": "step_00000004"}
 
 
+def test_without_restore_best_the_best_is_the_lowest_loss_that_was_saved(run_to, tmp_path):
+    """Evaluated every 2 steps, saved every 4: the lowest loss of all may lie between two saves."""
+    cadence = 'megagpt.every={"log": 1, "eval": 2, "save": 4}'
+    run_to("run", 12, cadence, "megagpt.early_stopping.restore_best=false")
+    losses = {
+        path: json.loads((path / COMMIT).read_text())["state"]["val_loss"] for path in committed(tmp_path / "run")
+    }
+    assert len(losses) >= 2
+    assert checkpoint.best(tmp_path / "run") == min(losses, key=losses.get)
+
+
+def test_an_edited_commit_record_is_noticed(saved, run_to, capsys):
+    """Eight samples more would silently change which data comes next."""
+    commit = committed(saved)[-1] / COMMIT
+    commit.write_text(commit.read_text().replace('"samples_seen": 48', '"samples_seen": 56'))
+    run_to("run", 7)
+    assert f"checkpoint passed over: {commit} was changed" in capsys.readouterr().out
+
+
+def test_a_file_that_another_rank_is_writing_gets_into_no_manifest(tmp_path):
+    (tmp_path / "rng.0.json").write_text("{}")
+    (tmp_path / "manifest.1.json.tmp").write_text("{")
+    checkpoint._write_manifest(tmp_path)
+    assert list(json.loads((tmp_path / "manifest.0.json").read_text())) == ["rng.0.json"]
+
+
+def test_a_full_disk_ends_in_one_message_and_the_step_before_stands(saved, run_to, monkeypatch):
+    def full(path, data):
+        if path.name == "rng.0.json":
+            raise OSError(28, "No space left on device", str(path))
+
+    before = committed(saved)
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    with pytest.raises(UserError, match=r"could not be saved: .*No space left on device.*the step before it stands"):
+        run_to("run", 8)
+    assert committed(saved) == before
+
+
+def test_fresh_leaves_a_folder_that_is_no_run_alone(dataset, device, tmp_path):
+    (tmp_path / "precious").touch()
+    run = debug_run(dataset, tmp_path, *SCHEDULE, "megagpt.schedule.max_steps=1")
+    train(run, device, fresh=True)
+    assert (tmp_path / "precious").exists()
+
+
 def test_a_step_without_commit_is_no_checkpoint(saved, run_to):
     (committed(saved)[-1] / COMMIT).unlink()
     assert run_to("run", 7).step == 7
@@ -98,7 +143,7 @@ def test_one_flipped_bit_sends_the_run_to_the_step_before(saved, run_to, capsys,
     run_to("run", 6)
     assert f"checkpoint passed over: {damaged} is damaged" in capsys.readouterr().out
     assert metric(saved, "loss/train") == expected
-    assert (saved / "checkpoints" / "damaged_step_00000006" / name).read_bytes() == bytes(content)
+    assert (saved / "checkpoints" / "damaged1_step_00000006" / name).read_bytes() == bytes(content)
     assert [path.name for path in committed(saved)][-2:] == ["step_00000004", "step_00000006"]
 
 
@@ -130,6 +175,7 @@ def test_fresh_keeps_the_old_run_beside_the_new_one(saved, run_to):
         ("zero_optimization.stage=2", "zero_stage 1, and this run has 2"),
         ("bf16.enabled=true", "dtype fp32, and this run has bf16"),
         ("megagpt.model.n_layer=3", r"model {'n_layer': 2}, and this run has {'n_layer': 3}"),
+        ("megagpt.regularization.weight_decay_on=all", "weight_decay_on matrices, and this run has all"),
         ("megagpt.data.seed=5", r"data {'seed': 1234}, and this run has {'seed': 5}"),
     ],
 )

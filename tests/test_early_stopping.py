@@ -1,3 +1,4 @@
+import json
 import math
 from functools import reduce
 
@@ -42,6 +43,12 @@ def test_stopping_and_going_on_from_json_changes_nothing(values, cut, patience):
     half = run(values[:cut], cfg)
     restored = TrainState.from_json(TrainState(stopper=half).as_json()).stopper
     assert run(values[cut:], cfg, restored, first=len(values[:cut]) + 1) == run(values, cfg)
+
+
+def test_what_a_resumed_run_needs_is_under_a_kilobyte():
+    stopper = EarlyStopping(best=1 / 3, best_step=10**12, bad_evals=10**6)
+    state = TrainState(step=10**12, samples_seen=10**15, tokens_seen=10**18, val_loss=1 / 3, stopper=stopper)
+    assert len(json.dumps(state.as_json())) < 1000
 
 
 @given(losses)

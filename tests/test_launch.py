@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,8 +15,6 @@ from support import DEBUG_RUN, ROOT, environment, metric, overrides, torchrun
 
 from megagpt.__main__ import main, pretrain
 from megagpt.checkpoint import committed
-from megagpt.launcher import LAUNCHERS, has_launcher
-from megagpt.preemption import Preemption
 
 PRETRAIN = ROOT / "launch" / "pretrain.py"
 
@@ -73,16 +72,33 @@ def test_ranks_whose_launcher_was_killed_save_and_end(dataset, tmp_path):
     launcher.communicate()
 
 
-def test_a_run_that_a_person_started_outlives_its_shell(monkeypatch):
-    with monkeypatch.context() as patch:
-        for name in LAUNCHERS:
-            patch.delenv(name, raising=False)
-        by_a_person = Preemption(has_launcher=has_launcher())
-        patch.setenv("TORCHELASTIC_RUN_ID", "x")
-        by_a_launcher = Preemption(has_launcher=has_launcher())
-        patch.setattr("megagpt.preemption.os.getppid", lambda: 1)
-        assert by_a_launcher.reason == "launcher has died"
-        assert not by_a_person.requested
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_whose_deepspeed_command_was_ended_save_and_end(dataset, tmp_path, number):
+    """`deepspeed` dies and its lower half, launch.py, lives on with the ranks."""
+    options = ["megagpt.schedule.max_steps=100000", "megagpt.every.save=0"]
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    command = start([deepspeed, "--num_gpus", "1", PRETRAIN, *arguments(dataset, tmp_path / "run", *options)])
+    assert command.stdout is not None
+    for line in command.stdout:
+        if line.startswith("step"):
+            break
+    below = psutil.Process(command.pid).children(recursive=True)
+    command.send_signal(number)
+    _, alive = psutil.wait_procs(below, timeout=60)
+    assert not alive
+    assert committed(tmp_path / "run")
+    command.communicate()
+
+
+def test_a_run_that_a_person_started_outlives_its_shell(dataset, tmp_path):
+    """The shell ends when it has seen the first step; the run goes on to its end."""
+    out, steps = tmp_path / "out", "megagpt.schedule.max_steps=400"
+    train = shlex.join(map(str, [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", steps)]))
+    shell = start(["bash", "-c", f"touch {out}; {train} >{out} 2>&1 & echo $!; tail -f {out} | grep -q -m 1 ^step"])
+    pid, _ = shell.communicate(timeout=120)
+    assert "finished" not in out.read_text()
+    psutil.wait_procs([psutil.Process(int(pid))], timeout=120)
+    assert "finished at step 400" in out.read_text()
 
 
 def test_a_time_limit_saves_and_exits_75(dataset, device, tmp_path, capsys):
@@ -111,6 +127,38 @@ def test_a_hostfile_that_does_not_exist_is_no_silent_single_node_run(dataset, tm
     assert process.returncode == 2
     assert err.count(f"error: --hostfile {tmp_path / 'hosts'} does not exist") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued", "passed"),
+    [
+        (75, 0, True, "--fresh a.b=1"),
+        (75, 2, True, "a.b=1"),
+        (0, 0, False, "--fresh a.b=1"),
+        (2, 1, False, "a.b=1"),
+    ],
+)
+def test_the_batch_script_requeues_on_75_alone_and_starts_fresh_once(tmp_path, code, restarts, requeued, passed):
+    """Slurm's two commands stand in as scripts that write down what they were given."""
+    calls = tmp_path / "calls"
+    for name, answer in {
+        "srun": f"exit {code}",
+        "scontrol": 'case "$1" in show) echo node7; echo node8;; esac',
+    }.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $* $MASTER_ADDR:$MASTER_PORT" >>{calls}\n{answer}\n')
+        (tmp_path / name).chmod(0o755)
+    done = start(
+        ["bash", ROOT / "launch/slurm/pretrain.sbatch", "run.json", "--fresh", "a.b=1"],
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        SLURM_JOB_ID="4321",
+        SLURM_JOB_NODELIST="node[7-8]",
+        SLURM_RESTART_COUNT=str(restarts),
+    )
+    done.communicate(timeout=60)
+    assert done.returncode == code
+    written = calls.read_text()
+    assert f"launch/pretrain.py --deepspeed_config run.json {passed} node7:24321" in written
+    assert ("scontrol requeue 4321" in written) == requeued
 
 
 def test_srun_starts_ranks_by_slurms_variables(dataset, tmp_path):

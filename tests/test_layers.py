@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megagpt"
 FLOORS = [
-    {"errors", "files"},
+    {"errors", "files", "rng"},
     {"config", "distributed", "launcher", "preemption", "tokenizer"},
     {"run_file", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
     {"shards", "model", "state"},

@@ -86,8 +86,8 @@ def test_a_row_that_was_cut_in_half_is_dropped(dataset, tmp_path):
 def test_other_writers_get_the_same_numbers(dataset, tmp_path):
     events = []
     monitor = Monitor(debug_run(dataset, tmp_path, "tensorboard.enabled=false"), TrainState(), also=events.extend)
-    monitor.log(TrainState(step=3, tokens_seen=9), {"loss/train": 1.5, "lr": 0.1})
-    assert events == [("loss/train", 1.5, 3), ("lr", 0.1, 3)]
+    monitor.log(TrainState(step=3, samples_seen=24, tokens_seen=9), {"loss/train": 1.5, "lr": 0.1})
+    assert events == [("loss/train", 1.5, 24), ("lr", 0.1, 24)]  # counted in samples, as DeepSpeed's own are
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row == {"step": 3, "tokens_seen": 9, "loss/train": 1.5, "lr": 0.1}
 

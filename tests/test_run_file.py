@@ -8,7 +8,7 @@ from support import DEBUG_RUN, ROOT
 
 from megagpt.config import DeepSpeedConfig, batch_plan
 from megagpt.errors import UserError
-from megagpt.run_file import DEEPSPEED_KEYS, REFUSED_KEYS, load_run_config, parse_run, run_schema
+from megagpt.run_file import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS, load_run_config, parse_run, run_schema
 
 RUN_FILES = sorted(path for path in (ROOT / "ds_configs").glob("*.json") if "megagpt" in json.loads(path.read_text()))
 GOOD = {
@@ -69,6 +69,11 @@ def test_our_section_is_split_off_and_the_rest_is_as_written():
         (["train_batch_size=auto"], 'train_batch_size is "auto"'),
         (["zero_optimization.reduce_bucket_size=auto"], 'zero_optimization.reduce_bucket_size is "auto"'),
         (["scheduler.type=WarmupLR"], "'scheduler' cannot act here: the learning rate comes from megagpt.schedule"),
+        (["flops_profiler.enabeld=true"], "unknown key 'flops_profiler.enabeld'; did you mean 'enabled'?"),
+        (["data_types.grad_acum_dtype=fp32"], "did you mean 'grad_accum_dtype'?"),
+        (["timers=3"], "timers=3 is not a section"),
+        (["checkpoint.writer.decoupled=true"], "'checkpoint' cannot act here: megagpt commits checkpoints itself"),
+        (["zero_optimization.offload_param.device=cpu"], "offload_param has no effect at stage=0"),
         (["pipeline.stages=2"], "'pipeline' cannot act here"),
         (["megagpt.schedule.max_steps"], "not of the form key.path=value"),
         (["megagpt.data.train.7.path=x"], "there is no 'megagpt.data.train.7.path' to set"),
@@ -137,25 +142,31 @@ def test_the_list_of_deepspeeds_keys_is_the_installed_deepspeeds(device):
     """DeepSpeed says nothing about a key it does not know, so record which ones it asks for."""
     from deepspeed.runtime import config as ds
 
-    asked: set[str] = set()
-
     class Recorder(dict):
+        def __init__(self, **content):
+            super().__init__(**content)
+            self.asked = set()
+
         def get(self, key, default=None):
-            asked.add(key)
+            self.asked.add(key)
             return super().get(key, default)
 
         def __contains__(self, key):
-            asked.add(key)
+            self.asked.add(key)
             return super().__contains__(key)
 
         def __getitem__(self, key):
-            asked.add(key)
+            self.asked.add(key)
             return super().__getitem__(key)
 
         def keys(self):
             return self
 
-    ds.DeepSpeedConfig(Recorder(train_batch_size=4, optimizer={"type": "AdamW"}))
+    sections = {name: Recorder(enabled=False) for name in DEEPSPEED_SECTIONS}
+    whole = Recorder(train_batch_size=4, optimizer={"type": "AdamW"}, **sections)
+    ds.DeepSpeedConfig(whole)
+    assert {name: section.asked for name, section in sections.items()} == DEEPSPEED_SECTIONS
+    asked = whole.asked
     assert asked - set(ds._REMOVED_TOP_LEVEL_CONFIG_KEYS) - set(REFUSED_KEYS) == DEEPSPEED_KEYS
 
 
