@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megagpt import checkpoint
 from megagpt.accounting import flops_per_token, peak_flops, recompute_flops_per_token
+from megagpt.commits import Saved, best, step_folder
 from megagpt.config import BatchPlan, MegaGPTConfig, RunConfig, batch_plan
 from megagpt.data import TrainData, ValBlocks, open_data, prefetched, rank_samples
 from megagpt.distributed import gather_over_ranks, is_main, rank, say, together, world_size
@@ -37,7 +38,7 @@ class Plan:
     tokenizer: Tokenizer
     vocab_size: int  # padded
     identity: checkpoint.Identity
-    saved: checkpoint.Saved | None
+    saved: Saved | None
 
     @property
     def state(self) -> TrainState:
@@ -150,7 +151,7 @@ class Session:
     def close(self, state: TrainState, reason: str) -> None:
         """Say how the run ended; after early stopping, put the best weights back."""
         if state.stopper.stopped and self.cfg.early_stopping.restore_best:
-            checkpoint.restore(self.engine, checkpoint.step_folder(self.cfg.out_dir, state.stopper.best_step))
+            checkpoint.restore(self.engine, step_folder(self.cfg.out_dir, state.stopper.best_step))
         self.monitor.close()
         say_ending(self.cfg, state, reason)
 
@@ -170,20 +171,19 @@ def say_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> None:
     """The last words of a run: its validation curve, why it ended, and its best checkpoint."""
     if not is_main():
         return
-    best = state.stopper
-    if state.stopper.stopped:
-        why = (
-            f"stopped early at step {state.step}: no better than step {best.best_step} for {best.bad_evals} evaluations"
-        )
+    stopper = state.stopper
+    if stopper.stopped:
+        evaluations = f"{stopper.bad_evals} evaluations"
+        why = f"stopped early at step {state.step}: no better than step {stopper.best_step} for {evaluations}"
     elif state.finished(cfg.schedule.max_steps):
         why = f"finished at step {state.step}"
     else:
         why = f"stopped at step {state.step} ({reason or 'asked by another rank'}) and saved; the same command goes on"
     lines = [why]
-    if best.best_step:
+    if stopper.best_step:
         lines = [validation_curve(cfg.out_dir / "metrics.jsonl"), why]
-        lines.append(f"best loss/val {best.best:.4f} at step {best.best_step}")
-    if (named := checkpoint.best(cfg.out_dir)) is not None:
+        lines.append(f"best loss/val {stopper.best:.4f} at step {stopper.best_step}")
+    if (named := best(cfg.out_dir)) is not None:
         lines.append(f"best checkpoint: {named}")
     say("\n".join(lines))
 

@@ -7,7 +7,8 @@ from support import debug_run, metric, write_corpus
 from data_tools.build import build
 from data_tools.config import BuildConfig
 from megagpt import checkpoint
-from megagpt.checkpoint import COMMIT, committed, load_model
+from megagpt.checkpoint import load_model
+from megagpt.commits import COMMIT, best, committed, write_manifest
 from megagpt.engine import consolidated_weights
 from megagpt.errors import UserError
 from megagpt.trainer import train
@@ -89,7 +90,7 @@ def test_without_restore_best_the_best_is_the_lowest_loss_that_was_saved(run_to,
         path: json.loads((path / COMMIT).read_text())["state"]["val_loss"] for path in committed(tmp_path / "run")
     }
     assert len(losses) >= 2
-    assert checkpoint.best(tmp_path / "run") == min(losses, key=losses.get)
+    assert best(tmp_path / "run") == min(losses, key=losses.get)
 
 
 def test_an_edited_commit_record_is_noticed(saved, run_to, capsys):
@@ -103,7 +104,7 @@ def test_an_edited_commit_record_is_noticed(saved, run_to, capsys):
 def test_a_file_that_another_rank_is_writing_gets_into_no_manifest(tmp_path):
     (tmp_path / "rng.0.json").write_text("{}")
     (tmp_path / "manifest.1.json.tmp").write_text("{")
-    checkpoint._write_manifest(tmp_path)
+    write_manifest(tmp_path)
     assert list(json.loads((tmp_path / "manifest.0.json").read_text())) == ["rng.0.json"]
 
 
@@ -236,10 +237,10 @@ def test_a_models_weights_are_the_engines(run_to, tmp_path, monkeypatch, stage):
 
 def test_a_run_folder_stands_for_its_best_step(run_to, tmp_path):
     run_to("run", 8, FIRST_IS_BEST)
-    best = checkpoint.best(tmp_path / "run")
-    assert load_model(tmp_path / "run", CPU)[2] == best
+    best_dir = best(tmp_path / "run")
+    assert load_model(tmp_path / "run", CPU)[2] == best_dir
     latest = committed(tmp_path / "run")[-1]
-    assert latest != best
+    assert latest != best_dir
     assert load_model(latest, CPU)[2] == latest
 
 
@@ -249,7 +250,7 @@ def test_a_folder_without_checkpoints_is_named(tmp_path):
 
 
 def test_damaged_weights_are_not_loaded(saved):
-    step_dir = checkpoint.best(saved)
+    step_dir = best(saved)
     victim = next(step_dir.glob("*optim_states.pt"))
     victim.write_bytes(victim.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{victim.name} is damaged"):

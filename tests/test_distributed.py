@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import debug_run, metric
 
-from megagpt import checkpoint
+from megagpt.commits import committed
 from megagpt.data import open_data
 from megagpt.errors import UserError
 from megagpt.evaluate import evaluate
@@ -116,6 +116,6 @@ def test_validation_loss_is_weighted_by_token_whatever_the_ranks(two_ranks, data
 
 def test_another_number_of_ranks_is_refused_with_both_numbers(two_ranks, dataset, device):
     out_dir = dataset.parent / "by_two_ranks"
-    assert checkpoint.committed(out_dir)
+    assert committed(out_dir)
     with pytest.raises(UserError, match="saved with world_size 2, and this run has 1"):
         train(debug_run(dataset, out_dir, "megagpt.schedule.max_steps=8"), device)

@@ -14,7 +14,7 @@ import pytest
 from support import DEBUG_RUN, ROOT, environment, metric, overrides, torchrun
 
 from megagpt.__main__ import main, pretrain
-from megagpt.checkpoint import committed
+from megagpt.commits import committed
 
 PRETRAIN = ROOT / "launch" / "pretrain.py"
 

@@ -12,7 +12,7 @@ FLOORS = [
     {"config", "distributed", "launcher", "preemption", "tokenizer"},
     {"run_file", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
     {"shards", "model", "state"},
-    {"data"},
+    {"data", "commits"},
     {"engine"},
     {"checkpoint", "evaluate", "generate", "monitor"},
     {"session"},

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from support import debug_run, metric
 
-from megagpt import checkpoint, session, trainer
+from megagpt import session, trainer
+from megagpt.commits import best, committed
 from megagpt.data import open_data
 from megagpt.distributed import StopVote, gather_objects, init_process_group, rank
 from megagpt.engine import Engine, consolidated_weights
@@ -82,8 +83,8 @@ def overfitting(dataset: Path, folder: Path) -> dict[str, Any]:
     engines: list[Engine] = []
     with keeping_the_engine(engines):
         state = train(noise, folder / "whole", *OVERFIT)
-    best = checkpoint.best(folder / "whole")
-    assert best is not None
+    best_dir = best(folder / "whole")
+    assert best_dir is not None
     in_memory = {name: p.detach() for name, p in engines[0].module.state_dict().items()}
     middle_of_patience = state.step - 90
     with after_step(middle_of_patience, lambda: os.kill(os.getpid(), signal.SIGUSR1)):
@@ -95,8 +96,8 @@ def overfitting(dataset: Path, folder: Path) -> dict[str, Any]:
         "resumed": asdict(resumed),
         "val": metric(folder / "whole", "loss/val"),
         "train": metric(folder / "whole", "loss/train"),
-        "best_step": best.name,
-        "weights": [digest(in_memory), digest(consolidated_weights(best))],
+        "best_step": best_dir.name,
+        "weights": [digest(in_memory), digest(consolidated_weights(best_dir))],
         "again": asdict(train(noise, folder / "whole", *OVERFIT)),
     }
 
@@ -117,7 +118,7 @@ def a_loss_that_is_not_finite_on_one_rank(dataset: Path, folder: Path) -> dict[s
         message = str(error)
     finally:
         trainer.next_token_loss = original
-    return {"message": message, "committed": [path.name for path in checkpoint.committed(folder / "run")]}
+    return {"message": message, "committed": [path.name for path in committed(folder / "run")]}
 
 
 def a_mistake_that_one_rank_alone_sees(dataset: Path, folder: Path) -> str:
@@ -188,7 +189,7 @@ class keeping_the_engine:
 
 
 def newest_weights(out_dir: Path) -> dict[str, torch.Tensor]:
-    return consolidated_weights(checkpoint.committed(out_dir)[-1])
+    return consolidated_weights(committed(out_dir)[-1])
 
 
 def digest(weights: dict[str, torch.Tensor]) -> str:

@@ -1,0 +1,168 @@
+"""Committed steps on disk: which there are, whether they are whole, which of them stay.
+
+    checkpoints/step_00001000/    DeepSpeed's files, rng.<rank>.json, run.json, tokenizer.model
+                                  manifest.<rank>.json: size and sha256 of the files of one rank
+                                  COMMIT: written last; without it the folder is not a checkpoint
+    checkpoints/latest, best      hints for people and tools, replaced atomically
+
+Nothing here talks to other ranks, but for saying something once.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from megagpt.distributed import rank
+from megagpt.errors import UserError
+from megagpt.files import fsync, sha256_of, write_atomically
+from megagpt.state import TrainState
+
+COMMIT = "COMMIT"
+KEEP = 2  # newest committed steps that stay, besides the best
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One committed step, verified: where it lies, and what its commit record says."""
+
+    step_dir: Path
+    state: TrainState
+    identity: dict[str, Any]
+    passed_over: tuple[Path, ...] = ()  # newer steps that are damaged
+
+
+def folder(out_dir: Path) -> Path:
+    return out_dir / "checkpoints"
+
+
+def step_folder(out_dir: Path, step: int) -> Path:
+    return folder(out_dir) / f"step_{step:08d}"
+
+
+def best(out_dir: Path) -> Path | None:
+    """The committed step that the `best` hint names."""
+    hint = folder(out_dir) / "best"
+    step_dir = folder(out_dir) / hint.read_text().strip() if hint.is_file() else None
+    return step_dir if step_dir is not None and (step_dir / COMMIT).is_file() else None
+
+
+def committed(out_dir: Path) -> list[Path]:
+    """Committed steps, oldest first."""
+    return sorted(path.parent for path in folder(out_dir).glob(f"step_*/{COMMIT}"))
+
+
+def read_commit(step_dir: Path) -> Saved:
+    record = json.loads((step_dir / COMMIT).read_bytes())
+    return Saved(step_dir, TrainState.from_json(record["state"]), record["identity"])
+
+
+def write_manifest(step_dir: Path) -> str:
+    """Make this rank's files durable and list them; returns the sha256 of the list."""
+    listed = {}
+    manifest = step_dir / f"manifest.{rank()}.json"
+    with disk_errors(step_dir):
+        for path in sorted(step_dir.iterdir()):
+            if path.name.startswith("manifest.") or _owner(path.name) != rank():
+                continue  # another rank writes its own manifest at this moment
+            fsync(path)
+            listed[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        write_atomically(manifest, json.dumps(listed, indent=1).encode())
+        return sha256_of(manifest)
+
+
+def _owner(name: str) -> int:
+    """The rank that wrote a file: DeepSpeed puts it into the names of shards, and all else is rank 0's."""
+    if name.startswith("rng."):
+        return int(name.split(".")[1])
+    return int(name.split("zero_pp_rank_")[1].split("_")[0]) if "zero_pp_rank_" in name else 0
+
+
+@contextmanager
+def disk_errors(step_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{step_dir} could not be saved: {error}; the step before it stands") from error
+
+
+def write_commit(step_dir: Path, state: TrainState, identity: dict[str, Any], manifests: list[str]) -> None:
+    """Last of a step's files: from here on it counts. `manifests` holds the sha256 of each rank's."""
+    record = {
+        "format": "megagpt-checkpoint",
+        "version": 1,
+        "state": state.as_json(),
+        "identity": identity,
+        "manifests": manifests,
+    }
+    write_atomically(step_dir / COMMIT, json.dumps(record | {"sha256": _digest(record)}, indent=1).encode())
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def damage_of(step_dir: Path, of_rank: int | None = None) -> str | None:
+    """What is wrong with the files of one rank (default: this one), or None."""
+    r = rank() if of_rank is None else of_rank
+    try:
+        record = json.loads((step_dir / COMMIT).read_bytes())
+        if record.pop("sha256") != _digest(record):
+            return f"{step_dir / COMMIT} was changed"
+        manifests = record["manifests"]
+        if r >= len(manifests):
+            return None  # another number of ranks: check_identity says so
+        manifest = step_dir / f"manifest.{r}.json"
+        if sha256_of(manifest) != manifests[r]:
+            return f"{manifest} was changed"
+        for name, info in json.loads(manifest.read_bytes()).items():
+            path = step_dir / name
+            if path.stat().st_size != info["bytes"] or sha256_of(path) != info["sha256"]:
+                return f"{path} is damaged"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{step_dir / COMMIT} is damaged"
+    return None
+
+
+def point_to(out_dir: Path, step_dir: Path, state: TrainState) -> None:
+    """The hints: the step just saved, and the best of the committed ones, early stopping's own if it was saved."""
+    _hint(out_dir, "latest", step_dir)
+    best_dir = step_folder(out_dir, state.stopper.best_step)
+    if (best_dir / COMMIT).is_file():
+        _hint(out_dir, "best", best_dir)
+    else:
+        losses = {path: read_commit(path).state.val_loss for path in committed(out_dir)}
+        if known := {path: loss for path, loss in losses.items() if loss is not None}:
+            _hint(out_dir, "best", min(known, key=lambda path: known[path]))
+
+
+def _hint(out_dir: Path, name: str, step_dir: Path) -> None:
+    write_atomically(folder(out_dir) / name, step_dir.name.encode() + b"\n")
+
+
+def prune(out_dir: Path) -> None:
+    steps = committed(out_dir)
+    for step_dir in steps[:-KEEP]:
+        if step_dir != best(out_dir):
+            remove(step_dir)
+
+
+def put_aside(damaged: tuple[Path, ...]) -> None:
+    """Damaged steps keep their files for a look, but no longer count among the newest."""
+    for step_dir in damaged:
+        free = (step_dir.with_name(f"damaged{n}_{step_dir.name}") for n in count(1))
+        step_dir.rename(next(path for path in free if not path.exists()))
+
+
+def remove(step_dir: Path) -> None:
+    (step_dir / COMMIT).unlink(missing_ok=True)  # first, so that a half-removed folder is no checkpoint
+    shutil.rmtree(step_dir)
