@@ -40,9 +40,8 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
         check_hostfile()
         device = init_process_group()
         run = together(lambda: load_run_config(args.deepspeed_config, args.overrides))
-        from megagpt.trainer import (
-            train,
-        )  # DeepSpeed takes seconds to import: not before the run file is right
+        # after the run file is found right, because DeepSpeed takes seconds to import
+        from megagpt.trainer import train
 
         state = train(run, device, fresh=args.fresh, preemption=preemption)
     except UserError as error:

@@ -5,7 +5,7 @@
                                   COMMIT: written last; without it the folder is not a checkpoint
     checkpoints/latest, best      hints for people and tools, replaced atomically
 
-Nothing here talks to other ranks, but for saying something once.
+Nothing here talks to other ranks: checkpoint.py does.
 """
 
 import hashlib

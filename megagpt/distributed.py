@@ -139,7 +139,7 @@ def together(check: Callable[[], T]) -> T:
 class StopVote:
     """Agrees on stopping without making a step wait: the vote cast at one step boundary is read at the next.
 
-    The ballot is a MAX all-reduce on the host, over a gloo group of its own, so the GPU is never synchronised.
+    The ballot is a MAX all-reduce on the host, over a gloo group of its own, so the GPU is never synchronized.
     Every rank reads the same vote at the same step, even when only one of them was told to stop.
     """
 

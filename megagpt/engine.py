@@ -22,9 +22,8 @@ from megagpt.model import GPT, Block, Recompute, keep_activations
 from megagpt.optim import decay_groups
 from megagpt.run_file import explain
 
-os.environ.setdefault(
-    "DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu"
-)  # or DeepSpeed warns: it guesses
+# left to itself, DeepSpeed guesses the same and warns that it did
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # names that DeepSpeed uses
 
 import deepspeed  # noqa: E402
@@ -33,6 +32,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine as Engine  # noqa: E402
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
 
 __all__ = ["Engine", "build_engine", "consolidated_weights", "load_engine", "recompute_hook", "set_lr"]
+
+# Sections that we act on ourselves: Adam is built below, activations and TensorBoard have rooms of their own.
+KEPT_FROM_DEEPSPEED = {"optimizer", "activation_checkpointing", "tensorboard"}
+ADAM_SETTINGS = ("betas", "eps", "weight_decay")  # lr is set anew at every step
 
 
 def build_engine(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> Engine:
@@ -57,7 +60,7 @@ def build_engine(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torc
             optimizer=partial(build_optimizer, ds=ds, device=device),
             config=config,
         )
-    except (ValueError, AssertionError, NotImplementedError) as error:
+    except (ValueError, AssertionError, NotImplementedError) as error:  # how DeepSpeed refuses a combination
         raise UserError(f"DeepSpeed refuses the run file: {error}") from error
     return engine
 
@@ -88,10 +91,6 @@ def effective_config(run: RunConfig, batch: BatchPlan, vocab_size: int, device: 
     return config
 
 
-# Sections that we act on ourselves: Adam is built below, activations and TensorBoard have rooms of their own.
-KEPT_FROM_DEEPSPEED = {"optimizer", "activation_checkpointing", "tensorboard"}
-
-
 def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> dict[str, Any]:
     """The keys that a run file may leave out, with the reason for each value."""
     stage = run.deepspeed.zero_optimization.stage
@@ -100,7 +99,7 @@ def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.dev
     bucket = largest if batch.world_size == 1 else max(largest, n_params(run.megagpt.model, vocab_size) // 8)
     filled: dict[str, Any] = {
         "gradient_accumulation_steps": batch.accumulation,
-        "timers.throughput.enabled": False,  # else the device is synchronised at every forward and step
+        "timers.throughput.enabled": False,  # else the device is synchronized at every forward and step
         "steps_per_print": None,  # our monitor prints
     }
     if run.deepspeed.bf16.enabled:
@@ -228,6 +227,3 @@ def load_engine(engine: Engine, step_dir: Path) -> None:
     assert loaded is not None, f"DeepSpeed found nothing to load in {step_dir}"  # it only warns
     for group, current in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(current)
-
-
-ADAM_SETTINGS = ("betas", "eps", "weight_decay")  # lr is set anew at every step

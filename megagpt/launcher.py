@@ -60,7 +60,11 @@ def _ancestors() -> Iterator[tuple[list[str], Path]]:
 
 
 def _arguments(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    """The command line of a process; none if it is gone, or another user's on a machine that hides those."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
 
 
 def _parent(pid: int) -> int:

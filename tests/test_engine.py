@@ -213,3 +213,6 @@ def test_a_steady_step_reads_nothing_back_from_the_device(engine_of):
             engine.step()
         counts.append(reads.count)
     assert counts[-1] == 0, counts
+    with Reads() as reads:
+        loss.item()
+    assert reads.count == 1  # the control: a read is seen
