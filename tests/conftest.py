@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from support import build_dataset, build_noise, read_json, torchrun
 
 from megagpt.distributed import init_process_group
 
+settings.register_profile("megagpt", deadline=None)  # how long an example takes is for benchmarks to say
+settings.load_profile("megagpt")
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
 
