@@ -69,7 +69,7 @@ def build(inputs: Sequence[Path], out: Path, config: BuildConfig, scheduler: str
         sources = _sources(inputs, files, tally)
         report = make_report(tally, sources, seconds)
         write_atomically(folder / REPORT, json.dumps(report, indent=1).encode() + b"\n")
-        index_sha256 = write_index(folder, [row for _, rows in written for row in rows])
+        index_sha256 = write_index(folder / INDEX, [row for _, rows in written for row in rows])
         manifest = Manifest(
             build_id=build_id,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -79,6 +79,7 @@ def build(inputs: Sequence[Path], out: Path, config: BuildConfig, scheduler: str
             splits=_describe_splits(tally, [info for info, _ in written]),
             index_sha256=index_sha256,
             report_sha256=sha256_of(folder / REPORT),
+            other_files={},
             sources=sources,
             input_sha256=tally.input_sha256,
             pipeline=config.pipeline(),

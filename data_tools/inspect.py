@@ -1,6 +1,7 @@
 """The `inspect` command: what a dataset holds, and its documents as text."""
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def inspect(folder: Path, *, split: Split = "train", documents: int = 0, as_json
 
 def _texts(dataset: Dataset, split: Split, n: int) -> list[str]:
     stream, tokenizer = dataset.stream(split), dataset.tokenizer()
-    return [tokenizer.decode(stream.document(i)) for i in range(min(n, stream.n_documents))]
+    return [tokenizer.decode(ids) for ids in islice(stream.documents(), n)]
 
 
 def _describe(dataset: Dataset) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data_tools.shard_writer import ShardWriter
+from data_tools.shard_writer import Row, ShardWriter
 from megagpt.data_manifest import SPLITS, ShardInfo, Split
 from megagpt.shards import HASH_BYTES, ShardHeader
 
@@ -33,10 +33,12 @@ def write_shard(
     read = [_rows_between(low, high, part, header.split) for part in parts]
     rows = Rows(*(np.concatenate(columns) for columns in zip(*read, strict=True)))
     ends = np.cumsum(rows.lengths)
-    writer = ShardWriter(folder, header)
+    path = folder / header.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = ShardWriter(path, header)
     for i in np.argsort(rows.keys, kind="stable"):
         tokens = rows.tokens[ends[i] - rows.lengths[i] : ends[i]]
-        writer.add(tokens, rows.docs[i].tobytes(), int(rows.sources[i]))
+        writer.add(Row(tokens, rows.docs[i].tobytes(), int(rows.sources[i])))
     return writer.close()
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from data_tools.config import BuildConfig
 from data_tools.read import Document, Skipped, Unit, read_unit
-from data_tools.shard_writer import document_columns, narrow
+from data_tools.shard_writer import Row, document_columns, narrow
 from data_tools.tokenizer_training import keyed_hash
 from megagpt.data_manifest import SPLITS, Split
 from megagpt.files import make_durable
@@ -66,11 +66,9 @@ class Tally:
         return total
 
 
-class Row(NamedTuple):
+class KeyedRow(NamedTuple):
     key: int
-    tokens: np.ndarray
-    doc: bytes
-    source: int
+    row: Row
 
 
 def tokenize_unit(unit: Unit, number: int, folder: Path, model: Path, model_sha256: str, config: BuildConfig) -> Tally:
@@ -78,7 +76,7 @@ def tokenize_unit(unit: Unit, number: int, folder: Path, model: Path, model_sha2
     tokenizer = _load_tokenizer(model, model_sha256)
     tally = Tally()
     digest = hashlib.sha256()
-    rows: dict[Split, list[Row]] = {split: [] for split in SPLITS}
+    rows: dict[Split, list[KeyedRow]] = {split: [] for split in SPLITS}
     buffered = 0
     for group in _groups(read_unit(unit, config), tally):
         for document, tokens in zip(group, _encode(tokenizer, group), strict=True):
@@ -86,7 +84,7 @@ def tokenize_unit(unit: Unit, number: int, folder: Path, model: Path, model_sha2
             doc = hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
             key = keyed_hash(doc + document.position.encode(), config.seed)
             split = split_of(doc, config)
-            rows[split].append(Row(key, tokens, doc, document.source))
+            rows[split].append(KeyedRow(key, Row(tokens, doc, document.source)))
             tally.counts[document.source, split].add(Count(1, len(text), len(tokens)))
             digest.update(doc)
             buffered += len(tokens)
@@ -152,7 +150,7 @@ def _encode(tokenizer: Tokenizer, group: Sequence[Document]) -> Iterator[np.ndar
         yield narrow(np.concatenate([*ids, eod]), tokenizer.vocab_size)
 
 
-def _write_part(rows: dict[Split, list[Row]], folder: Path, name: str, tokenizer: Tokenizer) -> str:
+def _write_part(rows: dict[Split, list[KeyedRow]], folder: Path, name: str, tokenizer: Tokenizer) -> str:
     """Sorted by key, and emptied for the next part."""
     dtype = token_dtype(tokenizer.vocab_size)
     schema = document_schema(dtype).append(pa.field("key", pa.uint64()))
@@ -160,9 +158,7 @@ def _write_part(rows: dict[Split, list[Row]], folder: Path, name: str, tokenizer
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for split in SPLITS:
             ordered = sorted(rows[split], key=lambda row: row.key)
-            columns = document_columns(
-                [row.tokens for row in ordered], [row.doc for row in ordered], [row.source for row in ordered], dtype
-            )
+            columns = document_columns([row.row for row in ordered], dtype)
             keys = pa.array([row.key for row in ordered], pa.uint64())
             writer.write_batch(pa.record_batch([*columns, keys], schema=schema))
             rows[split].clear()

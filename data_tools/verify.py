@@ -13,7 +13,7 @@ from data_tools.report import human
 from megagpt.data_manifest import ShardInfo, Split
 from megagpt.errors import UserError
 from megagpt.files import sha256_of
-from megagpt.shards import REPORT, Dataset, batch_crc32, open_dataset, read_batch
+from megagpt.shards import REPORT, Dataset, batch_xxh3, open_dataset, read_batch
 
 Row = dict[str, Any]  # of the index
 
@@ -58,7 +58,7 @@ def _check_shard(dataset: Dataset, split: Split, number: int, info: ShardInfo, r
     path = dataset.path / info.path
     findings = []
     try:
-        reader = dataset.open_shard(split, number)
+        reader = dataset.open_shard(split, 0, number)
         for row in rows:
             batch = read_batch(reader, row["batch"], path)
             where = f"{path}: record batch {row['batch']} (tokens from {row['tok0']:,} of {split})"
@@ -73,7 +73,7 @@ def _check_shard(dataset: Dataset, split: Split, number: int, info: ShardInfo, r
 
 
 def _check_batch(batch: pa.RecordBatch, row: Row, dataset: Dataset) -> Iterator[str]:
-    if batch_crc32(batch) != row["crc32"]:
+    if batch_xxh3(batch) != row["xxh3"]:
         yield "has changed"
         return
     tokens = batch["tokens"].values.to_numpy()

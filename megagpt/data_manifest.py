@@ -18,7 +18,7 @@ FORMAT: Literal["megagpt-arrow"] = "megagpt-arrow"
 VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 BUILD_DIR = ".build"  # temporary files of an unfinished build
-NOT_IN_FINGERPRINT = {"created", "tool", "report_sha256", "fingerprint", "sha256"}
+NOT_IN_FINGERPRINT = {"created", "tool", "report_sha256", "other_files", "fingerprint", "sha256"}
 SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -32,10 +32,10 @@ class ShardInfo(Strict):
 
 
 class Variant(Strict):
-    """One tokenization of a split's documents. Version 1 has the canonical one only."""
+    """One tokenization of a split's documents; epochs of training take them in turn."""
 
     id: int
-    kind: str
+    kind: Literal["canonical", "unigram-sampling", "bpe-dropout"]
     tokens: int
     shards: tuple[ShardInfo, ...]
 
@@ -79,6 +79,7 @@ class Manifest(Strict):
     splits: dict[Split, SplitInfo]
     index_sha256: str
     report_sha256: str
+    other_files: dict[str, str]  # path -> sha256: provenance, rejected documents, the report's page
     sources: tuple[SourceInfo, ...]
     input_sha256: str
     pipeline: dict[str, Any]  # the build's configuration, every option resolved

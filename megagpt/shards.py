@@ -3,22 +3,24 @@
     manifest.json       written last, atomically: without it the build is unfinished
     tokenizer.model     the exact bytes the data was tokenized with
     index.arrow         one row per record batch: where its rows and tokens lie in the split
-    train/v0/shard-000000.arrow ...    val/v0/...    test/v0/...
+    train/v0/shard-000000.arrow ...    train/v1/...    val/v0/...    test/v0/...
 
-A shard is an uncompressed Arrow IPC file, one document per row, whose last token is the end-of-document id.
+A shard is an uncompressed Arrow IPC file, one document per row, whose last token is the end-of-document id. A document
+too long for one row follows in further rows, numbered by `part`, and only the last of them ends in that id.
 The tokens of a record batch are contiguous, so one column serves as documents and as a flat stream.
 Compression would cost the zero-copy reads; `list`, with its 32-bit offsets, would overflow at 2^31 tokens.
 """
 
 import threading
-import zlib
 from bisect import bisect_right
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from megagpt.config import Strict
 from megagpt.data_manifest import (
@@ -38,7 +40,7 @@ INDEX, TOKENIZER_MODEL, REPORT = "index.arrow", "tokenizer.model", "report.json"
 METADATA_KEY = "megagpt"
 HASH_BYTES = 16  # blake2b of a document's UTF-8 text
 
-INDEX_COLUMNS = {  # row0, tok0: the batch's first document and token, counted from the start of the split
+INDEX_COLUMNS = {  # row0, tok0: the batch's first row and token, counted from the start of the split's variant
     "split": pa.string(),
     "variant": pa.uint16(),
     "shard": pa.uint32(),
@@ -48,7 +50,7 @@ INDEX_COLUMNS = {  # row0, tok0: the batch's first document and token, counted f
     "n_rows": pa.uint64(),
     "n_tokens": pa.uint64(),
     "byte_offset": pa.uint64(),
-    "crc32": pa.uint32(),
+    "xxh3": pa.uint64(),
 }
 INDEX_SCHEMA = pa.schema([pa.field(name, type_, nullable=False) for name, type_ in INDEX_COLUMNS.items()])
 
@@ -78,7 +80,12 @@ class ShardHeader(Strict):
 
 def document_schema(dtype: Literal["uint16", "uint32"]) -> pa.Schema:
     ids = pa.field("item", pa.uint16() if dtype == "uint16" else pa.uint32(), nullable=False)
-    fields = {"tokens": pa.large_list(ids), "doc": pa.binary(HASH_BYTES), "source": pa.uint16()}
+    fields = {
+        "tokens": pa.large_list(ids),
+        "doc": pa.binary(HASH_BYTES),
+        "source": pa.uint16(),
+        "part": pa.uint32(),  # 0, and 1, 2, ... for the further rows of a long document
+    }
     return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in fields.items()])
 
 
@@ -101,23 +108,24 @@ class Dataset:
         info = self.manifest.tokenizer
         return Tokenizer.load(self.path / info.file, sha256=info.sha256)
 
-    def stream(self, split: Split) -> "TokenStream":
+    def stream(self, split: Split, variant: int = 0) -> "TokenStream":
         if split not in self.manifest.splits or self.manifest.splits[split].documents == 0:
             raise UserError(
                 f"{self.path} has no documents in its {split!r} split; build it from more documents or with "
                 "another val_fraction or test_fraction"
             )
-        return TokenStream(self, split)
+        return TokenStream(self, split, variant)
 
-    def index_rows(self, split: Split) -> list[dict[str, Any]]:
-        """One row per record batch of the split, in order of the stream."""
-        return self._index.filter(pc.equal(self._index["split"], split)).to_pylist()
+    def index_rows(self, split: Split, variant: int = 0) -> list[dict[str, Any]]:
+        """One row per record batch of the split's variant, in order of the stream."""
+        wanted = pc.and_(pc.equal(self._index["split"], split), pc.equal(self._index["variant"], variant))
+        return self._index.filter(wanted).to_pylist()
 
-    def header(self, split: Split, shard: int) -> ShardHeader:
+    def header(self, split: Split, variant: int, shard: int) -> ShardHeader:
         return ShardHeader(
             build_id=self.manifest.build_id,
             split=split,
-            variant=0,
+            variant=variant,
             shard=shard,
             dtype=self.manifest.dtype,
             vocab_size=self.vocab_size,
@@ -125,19 +133,19 @@ class Dataset:
             tokenizer_sha256=self.manifest.tokenizer.sha256,
         )
 
-    def shard_path(self, split: Split, shard: int) -> Path:
-        return self.path / self.manifest.splits[split].variants[0].shards[shard].path
+    def shard_path(self, split: Split, variant: int, shard: int) -> Path:
+        return self.path / self.manifest.splits[split].variants[variant].shards[shard].path
 
-    def open_shard(self, split: Split, shard: int) -> pa.RecordBatchFileReader:
+    def open_shard(self, split: Split, variant: int, shard: int) -> pa.RecordBatchFileReader:
         """A memory-mapped shard that says it is this one, of this build."""
-        info = self.manifest.splits[split].variants[0].shards[shard]
+        info = self.manifest.splits[split].variants[variant].shards[shard]
         _check_size(self.path, info)  # again: reading past the end of a mapped file is a SIGBUS, not an exception
-        path = self.shard_path(split, shard)
+        path = self.shard_path(split, variant, shard)
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
         except (pa.ArrowException, OSError) as error:
             raise _damaged(path, error) from error
-        if not reader.schema.equals(self.header(split, shard).schema, check_metadata=True):
+        if not reader.schema.equals(self.header(split, variant, shard).schema, check_metadata=True):
             raise UserError(
                 f"{path} belongs to another build or another place in this one; restore the original file or "
                 "build the dataset again"
@@ -146,12 +154,13 @@ class Dataset:
 
 
 class TokenStream:
-    """A split as one stream of tokens, read from memory maps without a copy on the way."""
+    """A split's variant as one stream of tokens, read from memory maps without a copy on the way."""
 
-    def __init__(self, dataset: Dataset, split: Split):
-        rows = dataset.index_rows(split)
+    def __init__(self, dataset: Dataset, split: Split, variant: int = 0):
+        rows = dataset.index_rows(split, variant)
         self._dataset = dataset
         self._split = split
+        self._variant = variant
         self._rows = rows
         self._tok0: list[int] = [row["tok0"] for row in rows]  # a plain list: bisect beats numpy for one number
         self._row0: list[int] = [row["row0"] for row in rows]
@@ -159,7 +168,7 @@ class TokenStream:
         self._readers: dict[int, pa.RecordBatchFileReader] = {}
         self._lock = threading.Lock()  # opening only: a prefetch thread and the main thread share a stream
         self.n_tokens: int = rows[-1]["tok0"] + rows[-1]["n_tokens"]
-        self.n_documents: int = rows[-1]["row0"] + rows[-1]["n_rows"]
+        self.n_rows: int = rows[-1]["row0"] + rows[-1]["n_rows"]
 
     def copy(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (one dimension, any integer type) with the tokens from `start` on."""
@@ -183,10 +192,19 @@ class TokenStream:
         for shard in {row["shard"] for row in self._rows}:
             self._reader(shard)
 
-    def document(self, i: int) -> np.ndarray:
-        """Document i of the split, its end-of-document token included: a read-only view."""
-        if not 0 <= i < self.n_documents:
-            raise IndexError(f"document {i} is not within 0..{self.n_documents}")
+    def documents(self) -> Iterator[np.ndarray]:
+        """Every document in order, its end-of-document token included."""
+        parts: list[np.ndarray] = []
+        for i in range(self.n_rows):
+            parts.append(self.row(i))
+            if parts[-1][-1] == self._dataset.eod_id:
+                yield parts[0] if len(parts) == 1 else np.concatenate(parts)
+                parts = []
+
+    def row(self, i: int) -> np.ndarray:
+        """Row i: a document, or a part of a long one; a read-only view."""
+        if not 0 <= i < self.n_rows:
+            raise IndexError(f"row {i} is not within 0..{self.n_rows}")
         batch = bisect_right(self._row0, i) - 1
         tokens = self._record_batch(batch).column("tokens")
         row = i - self._row0[batch]
@@ -200,13 +218,13 @@ class TokenStream:
     def _reader(self, shard: int) -> pa.RecordBatchFileReader:
         with self._lock:
             if shard not in self._readers:
-                self._readers[shard] = self._dataset.open_shard(self._split, shard)
+                self._readers[shard] = self._dataset.open_shard(self._split, self._variant, shard)
             return self._readers[shard]
 
     def _record_batch(self, batch: int) -> pa.RecordBatch:
         row = self._rows[batch]
         shard = row["shard"]
-        path = self._dataset.shard_path(self._split, shard)
+        path = self._dataset.shard_path(self._split, self._variant, shard)
         reader = self._reader(shard)
         with self._lock:
             record_batch = read_batch(reader, row["batch"], path)
@@ -241,15 +259,13 @@ def read_batch(reader: pa.RecordBatchFileReader, batch: int, path: Path) -> pa.R
     return record_batch
 
 
-def batch_crc32(batch: pa.RecordBatch) -> int:
-    """Names the damaged batch; that no byte changed is for the shard's sha256 to say.
-
-    CRC-32 because it is in the standard library and three times as fast as its blake2b.
-    """
-    crc = 0
-    for array in (batch["tokens"].values, batch["tokens"].offsets, batch["source"]):
-        crc = zlib.crc32(array.to_numpy(zero_copy_only=True), crc)
-    return zlib.crc32(batch["doc"].buffers()[1][: HASH_BYTES * len(batch)], crc)
+def batch_xxh3(batch: pa.RecordBatch) -> int:
+    """Names the damaged batch, at memory speed; that no byte changed is for the shard's sha256 to say."""
+    digest = xxhash.xxh3_64()
+    for array in (batch["tokens"].values, batch["tokens"].offsets, batch["source"], batch["part"]):
+        digest.update(array.to_numpy(zero_copy_only=True))
+    digest.update(batch["doc"].buffers()[1][: HASH_BYTES * len(batch)])
+    return digest.intdigest()
 
 
 def _damaged(path: Path, why: object) -> UserError:

@@ -10,10 +10,10 @@ import numpy as np
 
 from data_tools.__main__ import main
 from data_tools.config import TokenizerConfig
-from data_tools.shard_writer import ShardWriter, write_index
+from data_tools.shard_writer import Row, ShardWriter, write_index
 from data_tools.tokenizer_training import train_sample
 from megagpt.data_manifest import SPLITS, Manifest, Split, SplitInfo, TokenizerInfo, Variant, write_manifest
-from megagpt.shards import TOKENIZER_MODEL, ShardHeader, open_dataset, token_dtype
+from megagpt.shards import INDEX, TOKENIZER_MODEL, ShardHeader, open_dataset, token_dtype
 from megagpt.tokenizer import Tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "models", "that", "learn", "to", "read", "def", "return", "self"]
@@ -67,9 +67,11 @@ def write_dataset(
             eod_id=tokenizer.eod_id,
             tokenizer_sha256=tokenizer.sha256,
         )
-        writer = ShardWriter(folder, header, batch_tokens=batch_tokens)
+        path = folder / header.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer = ShardWriter(path, header, batch_tokens=batch_tokens)
         for i in part:
-            writer.add(documents[i], int(i).to_bytes(16, "big"), 0)
+            writer.add(Row(documents[i], int(i).to_bytes(16, "big"), 0))
         info, index = writer.close()
         shards.append(info)
         rows += index
@@ -90,8 +92,9 @@ def write_dataset(
         ),
         dtype=token_dtype(vocab_size),
         splits={split: SplitInfo(documents=len(documents), bytes=n_tokens, variants=(variant,))},
-        index_sha256=write_index(folder, rows),
+        index_sha256=write_index(folder / INDEX, rows),
         report_sha256="",
+        other_files={},
         sources=(),
         input_sha256="",
         pipeline={},
@@ -107,7 +110,7 @@ def documents_of(folder: Path) -> dict[Split, list[str]]:
     for split in SPLITS:
         if dataset.manifest.splits[split].documents:
             stream = dataset.stream(split)
-            texts[split] = [tokenizer.decode(stream.document(i)) for i in range(stream.n_documents)]
+            texts[split] = [tokenizer.decode(ids) for ids in stream.documents()]
     return texts
 
 

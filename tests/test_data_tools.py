@@ -160,7 +160,7 @@ def test_a_document_of_many_pieces_is_one_document(
     texts = write_texts(tmp_path / "in", 3, n_words=400)
     build([tmp_path / "in"], tmp_path / "out", BuildConfig(tokenizer=model, val_fraction=0))
     assert all_documents(tmp_path / "out") == sorted(texts)
-    assert open_dataset(tmp_path / "out").stream("train").n_documents == 3
+    assert open_dataset(tmp_path / "out").stream("train").n_rows == 3
 
 
 def test_a_source_tree_is_read_without_its_caches_and_binaries(tmp_path: Path, model: Path) -> None:

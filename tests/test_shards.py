@@ -14,7 +14,7 @@ from data_helpers import VOCAB_SIZE, small_tokenizer, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.shard_writer import ShardWriter, narrow
+from data_tools.shard_writer import Row, ShardWriter, narrow
 from megagpt.data_manifest import Manifest, read_manifest, write_manifest
 from megagpt.errors import UserError
 from megagpt.shards import Dataset, ShardHeader, TokenStream, open_dataset, token_dtype
@@ -64,9 +64,10 @@ def test_any_window_is_that_stretch_of_the_documents(
 
 
 def test_documents_come_back_as_they_were_written(stream: TokenStream) -> None:
-    assert (stream.n_documents, stream.n_tokens) == (40, len(FLAT))
+    assert (stream.n_rows, stream.n_tokens) == (40, len(FLAT))
     for i, ids in enumerate(DOCUMENTS):
-        np.testing.assert_array_equal(stream.document(i), ids)
+        np.testing.assert_array_equal(stream.row(i), ids)
+    assert [len(ids) for ids in stream.documents()] == [len(ids) for ids in DOCUMENTS]
 
 
 def test_nothing_outside_the_stream_can_be_read(stream: TokenStream) -> None:
@@ -75,7 +76,7 @@ def test_nothing_outside_the_stream_can_be_read(stream: TokenStream) -> None:
             stream.copy(start, np.zeros(10, np.int64))
     for i in (-1, 40):
         with pytest.raises(IndexError, match="not within"):
-            stream.document(i)
+            stream.row(i)
 
 
 def test_reading_copies_nothing_on_the_way(written: Path) -> None:
@@ -83,7 +84,7 @@ def test_reading_copies_nothing_on_the_way(written: Path) -> None:
     before = pa.total_allocated_bytes()
     stream = dataset.stream("train")
     stream.copy(0, np.zeros(stream.n_tokens, np.int64))
-    document = stream.document(7)
+    document = stream.row(7)
     assert pa.total_allocated_bytes() == before
     assert not document.flags.owndata
     assert not document.flags.writeable
@@ -127,7 +128,7 @@ def test_a_document_longer_than_a_batch_is_one_row(tmp_path: Path) -> None:
     documents = [np.array([5, EOD]), np.append(np.full(500, 9), EOD), np.array([6, EOD])]
     write_dataset(tmp_path / "corpus", documents, n_shards=1, batch_tokens=100)
     stream = open_dataset(tmp_path / "corpus").stream("train")
-    assert [len(stream.document(i)) for i in range(3)] == [2, 501, 2]
+    assert [len(stream.row(i)) for i in range(3)] == [2, 501, 2]
 
 
 def test_a_shard_is_a_plain_arrow_file_of_the_promised_schema(written: Path) -> None:
@@ -136,6 +137,7 @@ def test_a_shard_is_a_plain_arrow_file_of_the_promised_schema(written: Path) -> 
     assert reader.schema.field("tokens") == pa.field("tokens", pa.large_list(ids), nullable=False)
     assert reader.schema.field("doc") == pa.field("doc", pa.binary(16), nullable=False)
     assert reader.schema.field("source") == pa.field("source", pa.uint16(), nullable=False)
+    assert reader.schema.field("part") == pa.field("part", pa.uint32(), nullable=False)
     metadata = json.loads(reader.schema.metadata[b"megagpt"])
     assert (metadata["format"], metadata["version"], metadata["eod_id"]) == ("megagpt-arrow", 1, EOD)
     reader.read_all().validate(full=True)
@@ -146,8 +148,8 @@ def test_ids_take_16_bits_up_to_a_vocabulary_of_65536(tmp_path: Path) -> None:
     documents = [np.array([70_000, EOD])]
     write_dataset(tmp_path / "corpus", documents, n_shards=1, vocab_size=70_001)
     stream = open_dataset(tmp_path / "corpus").stream("train")
-    assert stream.document(0).tolist() == [70_000, EOD]
-    assert stream.document(0).dtype == np.uint32
+    assert stream.row(0).tolist() == [70_000, EOD]
+    assert stream.row(0).dtype == np.uint32
 
 
 @pytest.mark.parametrize("wrong", [VOCAB_SIZE, 65536 + 5, -1])
@@ -159,21 +161,30 @@ def test_an_id_outside_the_vocabulary_is_never_written(wrong: int) -> None:
 def test_a_document_without_its_end_is_never_written(tmp_path: Path) -> None:
     header = open_header(tmp_path)
     with pytest.raises(ValueError, match="does not end in the end-of-document id 2"):
-        ShardWriter(tmp_path, header).add(np.array([5, 6]), bytes(16), 0)
+        ShardWriter(tmp_path / "a.arrow", header).add(Row(np.array([5, 6]), bytes(16), 0))
 
 
 def test_a_shard_has_its_name_only_once_it_is_whole(tmp_path: Path) -> None:
     header = open_header(tmp_path)
-    writer = ShardWriter(tmp_path, header)
-    writer.add(np.array([5, EOD]), bytes(16), 0)
-    assert not (tmp_path / header.path).exists()
+    writer = ShardWriter(tmp_path / "a.arrow", header)
+    writer.add(Row(np.array([5, EOD]), bytes(16), 0))
+    assert not (tmp_path / "a.arrow").exists()
     writer.close()
-    assert (tmp_path / header.path).exists()
+    assert (tmp_path / "a.arrow").exists()
+
+
+def test_a_long_document_in_parts_reads_as_one(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path / "a.arrow", open_header(tmp_path), batch_tokens=4)
+    rows = [[5, EOD], [6, 6, 6], [7, 7], [8, EOD], [9, EOD]]
+    for part, ids in enumerate(rows):
+        writer.add(Row(np.array(ids), bytes(16), 0, part=max(0, part - 1) if part < 4 else 0, is_last=ids[-1] == EOD))
+    info, index = writer.close()
+    assert (info.documents, info.tokens, sum(row["n_rows"] for row in index)) == (3, 11, 5)
 
 
 def open_header(folder: Path) -> ShardHeader:
     write_dataset(folder / "other", DOCUMENTS)
-    return open_dataset(folder / "other").header("train", 9)
+    return open_dataset(folder / "other").header("train", 0, 9)
 
 
 def rewrite(folder: Path, change: Callable[[dict], None]) -> None:
