@@ -1,4 +1,4 @@
-"""Micro-batches on the device: windows copied from memory-mapped shards, one micro-batch ahead.
+"""Micro-batches on the device: rows of tokens copied from memory-mapped shards, one micro-batch ahead.
 
 Shapes: B micro_batch, T seq_len. A micro-batch is (B, T + 1): inputs are its first T columns, targets its last T.
 """
@@ -15,39 +15,11 @@ from torch import Tensor
 
 from megagpt.config import BatchPlan, DataConfig
 from megagpt.errors import UserError
-from megagpt.sampler import Sampler, Windows
+from megagpt.samples import TrainData
 from megagpt.shards import Dataset, TokenStream, open_dataset
 
 Fill = Callable[[int, NDArray[np.int64]], None]
 """Fill(first, rows) writes samples first, first + 1, ... into the rows of a (B, T + 1) array."""
-
-DRAW = 4096  # samples whose windows are computed at once: the arithmetic is vectorized, a single one is dear
-
-
-class TrainData:
-    """The weighted training datasets as one endless, shuffled sequence of samples."""
-
-    def __init__(self, streams: list[TokenStream], weights: list[float], *, seq_len: int, seed: int) -> None:
-        self._streams = streams
-        self.sampler = Sampler(tuple(s.n_tokens for s in streams), tuple(weights), seq_len, seed)
-        self._drawn: tuple[int, Windows] | None = None
-
-    def fill(self, first: int, rows: NDArray[np.int64]) -> None:
-        for i, row in enumerate(rows):
-            windows, at = self._windows(first + i)
-            self._streams[windows.dataset[at]].copy(int(windows.start[at]), row)
-
-    def epoch(self, sample: int) -> float:
-        """Passes over the first dataset after so many samples of all datasets together."""
-        share = self.sampler.shares[0] / sum(self.sampler.shares)
-        return sample * share / self.sampler.n_windows(0)
-
-    def _windows(self, g: int) -> tuple[Windows, int]:
-        """The drawn stretch of samples that holds g, and g's place in it."""
-        first = g // DRAW * DRAW
-        if self._drawn is None or self._drawn[0] != first:
-            self._drawn = (first, self.sampler.draw(first, DRAW))
-        return self._drawn[1], g - first
 
 
 class ValBlocks:

@@ -14,7 +14,7 @@ from megagpt import checkpoint
 from megagpt.accounting import flops_per_token, peak_flops, recompute_flops_per_token
 from megagpt.commits import Saved, best, step_folder
 from megagpt.config import BatchPlan, MegaGPTConfig, RunConfig, batch_plan
-from megagpt.data import TrainData, ValBlocks, open_data, prefetched, rank_samples
+from megagpt.data import ValBlocks, open_data, prefetched, rank_samples
 from megagpt.distributed import gather_over_ranks, is_main, rank, say, together, world_size
 from megagpt.early_stopping import after_evaluation
 from megagpt.engine import Engine, build_engine, effective_config
@@ -23,6 +23,7 @@ from megagpt.evaluate import evaluate
 from megagpt.files import write_atomically
 from megagpt.generate import complete
 from megagpt.monitor import Monitor, Stopwatch, validation_curve
+from megagpt.samples import TrainData
 from megagpt.state import TrainState
 from megagpt.tokenizer import Tokenizer, padded_vocab_size
 
