@@ -6,7 +6,7 @@ Imports stand inside the functions so that --help answers at once.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megagpt.errors import OwnRankError, UserError
@@ -25,9 +25,12 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/gpt2_124m.json"), metavar="RUN.json")
     parser.add_argument("--fresh", action="store_true", help="start at step 0; an old run in out_dir is renamed")
+    parser.add_argument("--sample-report", type=_positive, metavar="N", help="print what the next N samples draw; exit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys of the run file")
     args = parser.parse_intermixed_args(argv)
+    if args.sample_report is not None:
+        return _or_2(lambda: _sample_report(args))
 
     from megagpt.launcher import check_hostfile, watch
     from megagpt.preemption import Preemption
@@ -53,8 +56,13 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    return _or_2(lambda: args.run(args))
+
+
+def _or_2(command: Callable[[], int]) -> int:
+    """The command's exit code; 2 and one line for what the user gave that is wrong."""
     try:
-        return args.run(args)
+        return command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -98,6 +106,14 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
+
+
+def _sample_report(args: argparse.Namespace) -> int:
+    from megagpt.run_file import load_run_config
+    from megagpt.sample_report import sample_report
+
+    print(sample_report(load_run_config(args.deepspeed_config, args.overrides), args.sample_report, fresh=args.fresh))
+    return 0
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -35,8 +35,10 @@ from megagpt.distributed import barrier, broadcast_object, gather_objects, is_ma
 from megagpt.engine import Engine, consolidated_weights, load_engine
 from megagpt.errors import UserError
 from megagpt.files import write_atomically
+from megagpt.mixture import Mixture
 from megagpt.model import GPT
 from megagpt.rng import rng_state, set_rng_state
+from megagpt.shards import Dataset
 from megagpt.state import TrainState
 from megagpt.tokenizer import Tokenizer
 
@@ -51,12 +53,12 @@ class Identity:
     dtype: str
     model: dict[str, Any]
     vocab_size: int
-    data: dict[str, Any]
+    tokenizer: str  # sha256
+    data: dict[str, Any]  # the order of the samples, and what the model is validated on; mixture.py has the rest
     weight_decay_on: str  # which parameters share Adam's groups
 
 
-def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, fingerprints: list[str]) -> Identity:
-    """fingerprints: of the training datasets in the run file's order, then of the validation dataset."""
+def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Dataset) -> Identity:
     cfg, ds = run.megagpt, run.deepspeed
     return Identity(
         world_size=batch.world_size,
@@ -65,17 +67,19 @@ def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, fingerprints:
         dtype=ds.dtype,
         model=cfg.model.model_dump(),
         vocab_size=vocab_size,
-        data={
-            "fingerprints": fingerprints,
-            "weights": [d.weight for d in cfg.data.train],
-            "seed": cfg.data.seed,
-        },
+        tokenizer=val.manifest.tokenizer.sha256,
+        data={"seed": cfg.data.seed, "val": val.fingerprint},
         weight_decay_on=cfg.regularization.weight_decay_on,
     )
 
 
 def save(
-    engine: Engine, state: TrainState, identity: Identity, tokenizer: Tokenizer, effective: dict[str, Any]
+    engine: Engine,
+    state: TrainState,
+    mixture: Mixture,
+    identity: Identity,
+    tokenizer: Tokenizer,
+    effective: dict[str, Any],
 ) -> None:
     """Write and commit one step; collective. Older steps are removed only after that.
 
@@ -89,9 +93,9 @@ def save(
     barrier()
     engine.save_checkpoint(str(folder(out_dir)), tag=step_dir.name, save_latest=False)
     together(lambda: _write_own_files(step_dir, tokenizer, effective))
-    manifests = gather_objects(together(lambda: write_manifest(step_dir)))
+    manifests = gather_objects(together(lambda: write_manifest(step_dir, rank())))
     if is_main():
-        write_commit(step_dir, state, asdict(identity), manifests)
+        write_commit(step_dir, state, mixture, asdict(identity), manifests)
         try:
             point_to(out_dir, step_dir, state)
             prune(out_dir)
@@ -135,7 +139,7 @@ def newest_verified(out_dir: Path) -> Saved | None:
     refused: list[Path] = []
     first_damage = ""
     for step_dir in reversed(candidates):
-        damage = next(filter(None, gather_objects(damage_of(step_dir))), None)
+        damage = next(filter(None, gather_objects(damage_of(step_dir, rank()))), None)
         if damage is None:
             return replace(read_commit(step_dir), passed_over=tuple(refused))
         refused.append(step_dir)
@@ -160,7 +164,7 @@ def resume(engine: Engine, saved: Saved) -> None:
 
 def restore(engine: Engine, step_dir: Path) -> None:
     """Load the weights of a step that was saved earlier, if it is still whole. Collective."""
-    damage = next(filter(None, gather_objects(damage_of(step_dir))), None)
+    damage = next(filter(None, gather_objects(damage_of(step_dir, rank()))), None)
     if damage is None:
         load_engine(engine, step_dir)
     else:

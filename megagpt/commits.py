@@ -18,12 +18,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from megagpt.distributed import rank
 from megagpt.errors import UserError
 from megagpt.files import fsync, sha256_of, write_atomically
+from megagpt.mixture import Mixture
 from megagpt.state import TrainState
 
 COMMIT = "COMMIT"
+VERSION = 2
 KEEP = 2  # newest committed steps that stay, besides the best
 
 
@@ -33,6 +34,7 @@ class Saved:
 
     step_dir: Path
     state: TrainState
+    mixture: Mixture
     identity: dict[str, Any]
     passed_over: tuple[Path, ...] = ()  # newer steps that are damaged
 
@@ -58,17 +60,31 @@ def committed(out_dir: Path) -> list[Path]:
 
 
 def read_commit(step_dir: Path) -> Saved:
+    """Raises UserError if another version of megagpt wrote it."""
     record = json.loads((step_dir / COMMIT).read_bytes())
-    return Saved(step_dir, TrainState.from_json(record["state"]), record["identity"])
+    if record["version"] != VERSION:
+        raise UserError(
+            f"{step_dir} was saved in format {record['version']}, and this megagpt reads format {VERSION}; go on with "
+            "the megagpt that saved it, or give another megagpt.out_dir for a new run"
+        )
+    state, mixture = TrainState.from_json(record["state"]), Mixture.from_json(record["mixture"])
+    return Saved(step_dir, state, mixture, record["identity"])
 
 
-def write_manifest(step_dir: Path) -> str:
+def newest_record(out_dir: Path) -> Saved | None:
+    """What the newest step's commit record says, if it is whole; the step's other files are not looked at."""
+    whole = (path for path in reversed(committed(out_dir)) if _record_of(path) is not None)
+    step_dir = next(whole, None)
+    return None if step_dir is None else read_commit(step_dir)
+
+
+def write_manifest(step_dir: Path, rank: int) -> str:
     """Make this rank's files durable and list them; returns the sha256 of the list."""
     listed = {}
-    manifest = step_dir / f"manifest.{rank()}.json"
+    manifest = step_dir / f"manifest.{rank}.json"
     with disk_errors(step_dir):
         for path in sorted(step_dir.iterdir()):
-            if path.name.startswith("manifest.") or _owner(path.name) != rank():
+            if path.name.startswith("manifest.") or _owner(path.name) != rank:
                 continue  # another rank writes its own manifest at this moment
             fsync(path)
             listed[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -91,12 +107,15 @@ def disk_errors(step_dir: Path) -> Iterator[None]:
         raise UserError(f"{step_dir} could not be saved: {error}; the step before it stands") from error
 
 
-def write_commit(step_dir: Path, state: TrainState, identity: dict[str, Any], manifests: list[str]) -> None:
+def write_commit(
+    step_dir: Path, state: TrainState, mixture: Mixture, identity: dict[str, Any], manifests: list[str]
+) -> None:
     """Last of a step's files: from here on it counts. `manifests` holds the sha256 of each rank's."""
     record = {
         "format": "megagpt-checkpoint",
-        "version": 1,
+        "version": VERSION,
         "state": state.as_json(),
+        "mixture": mixture.as_json(),
         "identity": identity,
         "manifests": manifests,
     }
@@ -107,18 +126,25 @@ def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def damage_of(step_dir: Path, of_rank: int | None = None) -> str | None:
-    """What is wrong with the files of one rank (default: this one), or None."""
-    r = rank() if of_rank is None else of_rank
+def _record_of(step_dir: Path) -> dict[str, Any] | None:
+    """The commit record, if it is what was written."""
     try:
-        record = json.loads((step_dir / COMMIT).read_bytes())
-        if record.pop("sha256") != _digest(record):
+        record: dict[str, Any] = json.loads((step_dir / COMMIT).read_bytes())
+        return record if record.pop("sha256") == _digest(record) else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def damage_of(step_dir: Path, rank: int) -> str | None:
+    """What is wrong with the files of one rank, or None."""
+    try:
+        if (record := _record_of(step_dir)) is None:
             return f"{step_dir / COMMIT} was changed"
         manifests = record["manifests"]
-        if r >= len(manifests):
+        if rank >= len(manifests):
             return None  # another number of ranks: check_identity says so
-        manifest = step_dir / f"manifest.{r}.json"
-        if sha256_of(manifest) != manifests[r]:
+        manifest = step_dir / f"manifest.{rank}.json"
+        if sha256_of(manifest) != manifests[rank]:
             return f"{manifest} was changed"
         for name, info in json.loads(manifest.read_bytes()).items():
             path = step_dir / name

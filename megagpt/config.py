@@ -27,7 +27,7 @@ class ModelConfig(Strict):
     n_layer: int = Field(default=12, gt=0)
     n_head: int = Field(default=12, gt=0)
     n_embd: int = Field(default=768, gt=0)
-    seq_len: int = Field(default=1024, gt=0, description="tokens per training example")
+    seq_len: int = Field(default=1024, gt=0, description="positions that the model has")
     attention: Literal["sdpa", "eager"] = "sdpa"
 
     @model_validator(mode="after")
@@ -54,6 +54,7 @@ class DataConfig(Strict):
     val: Path
     val_tokens: int | None = Field(default=None, gt=0, description="validate on the first so many; null: all")
     seed: int = Field(default=1234, ge=0, description="order of the training samples")
+    seq_len: int | None = Field(default=None, gt=0, description="tokens per training example; null: model.seq_len")
 
 
 class ScheduleConfig(Strict):
@@ -148,6 +149,20 @@ class MegaGPTConfig(Strict):
     sample: SampleConfig = SampleConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     time_limit_minutes: float | None = Field(default=None, gt=0, description="then save and exit with code 75")
+
+    @model_validator(mode="after")
+    def _examples_fit_the_model(self) -> Self:
+        if self.seq_len > self.model.seq_len:
+            raise ValueError(
+                f"data.seq_len={self.seq_len} is more than the model's positions, model.seq_len={self.model.seq_len}; "
+                "lower it, or begin a run with a longer model.seq_len"
+            )
+        return self
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per training example: as many as the model has positions, or fewer."""
+        return self.data.seq_len or self.model.seq_len
 
 
 # --- the DeepSpeed keys that we read too ----------------------------------------------------------------------

@@ -6,7 +6,6 @@ Shapes: B micro_batch, T seq_len. A micro-batch is (B, T + 1): inputs are its fi
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from megagpt.config import BatchPlan, DataConfig
 from megagpt.errors import UserError
-from megagpt.samples import TrainData
-from megagpt.shards import Dataset, TokenStream, open_dataset
+from megagpt.samples import open_datasets
+from megagpt.shards import Dataset, TokenStream
 
 Fill = Callable[[int, NDArray[np.int64]], None]
 """Fill(first, rows) writes samples first, first + 1, ... into the rows of a (B, T + 1) array."""
@@ -34,6 +33,7 @@ class ValBlocks:
                 f"too little validation data for {asked}: {stream.n_tokens:,} tokens are {available} blocks of "
                 f"seq_len={seq_len}; "
                 + (f"set val_tokens to {available * seq_len}, or " if available else "")
+                + ("" if available else f"lower seq_len to {max(1, stream.n_tokens - 1)} or less, or ")
                 + "build the data with a larger val_fraction"
             )
         self._stream, self.seq_len = stream, seq_len
@@ -49,30 +49,15 @@ class ValBlocks:
         return self.n_blocks
 
 
-def open_data(cfg: DataConfig, seq_len: int) -> tuple[TrainData, ValBlocks, list[Dataset]]:
-    """Training samples, validation blocks and the datasets behind them (validation's last).
+def open_data(cfg: DataConfig, seq_len: int) -> tuple[ValBlocks, list[Dataset]]:
+    """Validation blocks of the model's whole seq_len, and all datasets: training's in order, validation's last.
 
     Raises UserError for a missing, unfinished or damaged dataset, too little data, or two tokenizers.
     """
-    datasets = [open_dataset(Path(d.path)) for d in cfg.train] + [open_dataset(cfg.val)]
-    first = datasets[0]
-    for other in datasets[1:]:
-        if other.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
-            raise UserError(
-                f"{other.path} was tokenized with another model than {first.path} "
-                f"(sha256 {other.manifest.tokenizer.sha256[:12]} and {first.manifest.tokenizer.sha256[:12]}); "
-                f"build it again with tokenizer={first.path / first.manifest.tokenizer.file}"
-            )
-    streams = [*(d.stream("train") for d in datasets[:-1]), datasets[-1].stream("val")]
-    for stream in streams:
-        stream.open_all()  # a shard of another build is found here, not by one rank in the middle of a run
-    train = TrainData(
-        streams[:-1],
-        [d.weight for d in cfg.train],
-        seq_len=seq_len,
-        seed=cfg.seed,
-    )
-    return train, ValBlocks(streams[-1], seq_len, cfg.val_tokens), datasets
+    datasets = open_datasets([*(d.path for d in cfg.train), cfg.val])
+    val = datasets[-1].stream("val")
+    val.open_all()  # a shard of another build is found here, not by one rank in the middle of a run
+    return ValBlocks(val, seq_len, cfg.val_tokens), datasets
 
 
 def rank_samples(batch: BatchPlan, rank: int, first: int) -> Iterator[int]:

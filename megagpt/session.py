@@ -23,7 +23,7 @@ from megagpt.evaluate import evaluate
 from megagpt.files import write_atomically
 from megagpt.generate import complete
 from megagpt.monitor import Monitor, Stopwatch, validation_curve
-from megagpt.samples import TrainData
+from megagpt.samples import TrainData, plan_mixture, source_of
 from megagpt.state import TrainState
 from megagpt.tokenizer import Tokenizer, padded_vocab_size
 
@@ -50,15 +50,18 @@ def check(run: RunConfig, *, fresh: bool) -> Plan:
     """Everything a user can have got wrong, found before a GPU is used. Collective; raises UserError."""
     cfg = run.megagpt
     batch = batch_plan(run.deepspeed, world_size())
-    train_data, val_blocks, datasets = together(lambda: open_data(cfg.data, cfg.model.seq_len))
+    val_blocks, datasets = together(lambda: open_data(cfg.data, cfg.model.seq_len))
     tokenizer = together(datasets[0].tokenizer)
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
-    identity = checkpoint.identity_of(run, batch, vocab_size, [d.fingerprint for d in datasets])
-    if fresh:
-        checkpoint.set_aside(cfg.out_dir)
-    saved = checkpoint.newest_verified(cfg.out_dir)
+    identity = checkpoint.identity_of(run, batch, vocab_size, val=datasets[-1])
+    saved = None if fresh else checkpoint.newest_verified(cfg.out_dir)
     if saved is not None:
         checkpoint.check_identity(saved, identity)
+    mixture = together(lambda: plan_mixture(cfg, batch.global_batch, [source_of(d) for d in datasets[:-1]], saved))
+    train_data = TrainData(mixture, datasets[:-1])
+    together(train_data.open_all)
+    if fresh:
+        checkpoint.set_aside(cfg.out_dir)
     return Plan(run, batch, train_data, val_blocks, tokenizer, vocab_size, identity, saved)
 
 
@@ -96,7 +99,7 @@ class Session:
     def batches(self) -> Iterator[Tensor]:
         """This rank's micro-batches (B, T + 1), endlessly, from where the plan's state stands."""
         firsts = rank_samples(self.plan.batch, rank(), self.plan.state.samples_seen)
-        shape = (self.plan.batch.micro_batch, self.cfg.model.seq_len + 1)
+        shape = (self.plan.batch.micro_batch, self.cfg.seq_len + 1)
         try:
             yield from prefetched(self.plan.train_data.fill, firsts, shape, self.device)
         except UserError as error:  # a shard that went bad since it was opened
@@ -108,13 +111,13 @@ class Session:
         grad_norm = None if recent.grad_norm is None else float(recent.grad_norm)
         _check_finite(losses, None if self.plan.run.deepspeed.fp16.enabled else grad_norm, state.step)
         n_steps, seconds = losses.size(1), self.watch.lap()
-        n_tokens = n_steps * self.plan.batch.global_batch * self.cfg.model.seq_len
+        n_tokens = n_steps * self.plan.batch.global_batch * self.cfg.seq_len
         metrics = {
             "loss/train": losses.mean().item(),
             "lr": self.engine.optimizer.param_groups[0]["lr"],
             **({} if grad_norm is None else {"grad_norm": grad_norm}),
             **self._speed(n_tokens / (seconds["step"] + seconds["data"])),
-            "epoch": self.plan.train_data.epoch(state.samples_seen),
+            "epoch": self.plan.train_data.epochs(state.samples_seen)[0],  # of the first dataset
             **{f"seconds/{name}": spent for name, spent in seconds.items()},
         }
         steps_left, steps_done = self.cfg.schedule.max_steps - state.step, state.step - self.plan.state.step
@@ -147,7 +150,14 @@ class Session:
 
     def save(self, state: TrainState) -> None:
         with self.watch.section("save"):
-            checkpoint.save(self.engine, state, self.plan.identity, self.plan.tokenizer, self.effective)
+            checkpoint.save(
+                self.engine,
+                state,
+                self.plan.train_data.mixture,
+                self.plan.identity,
+                self.plan.tokenizer,
+                self.effective,
+            )
 
     def close(self, state: TrainState, reason: str) -> None:
         """Say how the run ended; after early stopping, put the best weights back."""
@@ -161,7 +171,8 @@ class Session:
         speed = {"tokens_per_sec": tokens_per_sec, "memory_gib": _peak_memory(self.device) / 2**30}
         known = self.device.type == "cuda" and self.plan.run.deepspeed.dtype != "fp32"  # the peaks are of 16 bit
         if known and (peak := peak_flops(torch.cuda.get_device_name(self.device))) is not None:
-            model, share = self.cfg.model, tokens_per_sec / (peak * world_size())
+            model = self.cfg.model.model_copy(update={"seq_len": self.cfg.seq_len})  # attention costs what is trained
+            share = tokens_per_sec / (peak * world_size())
             again = recompute_flops_per_token(model, self.cfg.recompute.n_blocks(model.n_layer))
             flops = flops_per_token(model, self.plan.vocab_size)
             speed |= {"mfu": flops * share, "hfu": (flops + again) * share}
@@ -191,7 +202,7 @@ def say_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> None:
 
 def _opening(plan: Plan, effective: dict[str, Any]) -> str:
     cfg, batch = plan.run.megagpt, plan.batch
-    tokens = [f"{n:,}" for n in plan.train_data.sampler.n_tokens]
+    tokens = [f"{dataset.variants('train')[0].tokens:,}" for dataset in plan.train_data.datasets]
     lines = [
         f"{cfg.out_dir}: {cfg.model.n_layer} layers, {cfg.model.n_embd} wide, vocabulary {plan.vocab_size:,}; "
         f"{' + '.join(tokens)} training tokens; global batch {batch.global_batch} = micro-batch {batch.micro_batch} "
@@ -202,6 +213,8 @@ def _opening(plan: Plan, effective: dict[str, Any]) -> str:
     else:
         lines.append(f"going on from {plan.saved.step_dir}")
         lines += [f"  changed: {line}" for line in checkpoint.changed_keys(plan.saved.step_dir, effective)]
+        if plan.train_data.mixture.segments != plan.saved.mixture.segments:
+            lines.append(f"  samples from now on: {plan.train_data.describe(plan.saved.state.samples_seen)}")
     return "\n".join(lines)
 
 

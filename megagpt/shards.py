@@ -29,6 +29,7 @@ from megagpt.data_manifest import (
     Manifest,
     ShardInfo,
     Split,
+    Variant,
     confined,
     read_manifest,
 )
@@ -108,12 +109,17 @@ class Dataset:
         info = self.manifest.tokenizer
         return Tokenizer.load(self.path / info.file, sha256=info.sha256)
 
-    def stream(self, split: Split, variant: int = 0) -> "TokenStream":
+    def variants(self, split: Split) -> tuple[Variant, ...]:
+        """Of a split that has documents; raises UserError for one that has none."""
         if split not in self.manifest.splits or self.manifest.splits[split].documents == 0:
             raise UserError(
                 f"{self.path} has no documents in its {split!r} split; build it from more documents or with "
                 "another val_fraction or test_fraction"
             )
+        return self.manifest.splits[split].variants
+
+    def stream(self, split: Split, variant: int = 0) -> "TokenStream":
+        self.variants(split)
         return TokenStream(self, split, variant)
 
     def index_rows(self, split: Split, variant: int = 0) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def train(
     while not (stop or state.finished(schedule.max_steps)):
         set_lr(session.engine, run.deepspeed.optimizer.params.lr * lr_factor(state.step, schedule))
         recent.add(*train_step(session, batches))
-        state = state.after_step(plan.batch.global_batch, run.megagpt.model.seq_len)
+        state = state.after_step(plan.batch.global_batch, run.megagpt.seq_len)
         stop = vote(preemption.requested)
         done = state.step == schedule.max_steps
 

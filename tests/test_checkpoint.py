@@ -1,4 +1,6 @@
+import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from megagpt.checkpoint import load_model
 from megagpt.commits import COMMIT, best, committed, write_manifest
 from megagpt.engine import consolidated_weights
 from megagpt.errors import UserError
+from megagpt.samples import TrainData, open_run
 from megagpt.trainer import train
 
 CPU = torch.device("cpu")
@@ -104,7 +107,7 @@ def test_an_edited_commit_record_is_noticed(saved, run_to, capsys):
 def test_a_file_that_another_rank_is_writing_gets_into_no_manifest(tmp_path):
     (tmp_path / "rng.0.json").write_text("{}")
     (tmp_path / "manifest.1.json.tmp").write_text("{")
-    write_manifest(tmp_path)
+    write_manifest(tmp_path, 0)
     assert list(json.loads((tmp_path / "manifest.0.json").read_text())) == ["rng.0.json"]
 
 
@@ -185,13 +188,91 @@ def test_a_run_that_is_another_run_is_refused_with_both_values(saved, run_to, ov
         run_to("run", 8, override)
 
 
-def test_other_data_is_refused_even_with_the_same_tokenizer(saved, device, dataset, tmp_path):
+def test_other_validation_data_is_refused_even_with_the_same_tokenizer(saved, device, dataset, tmp_path):
     corpus = write_corpus(tmp_path / "other.jsonl", 400)
     other = BuildConfig(tokenizer=dataset / "tokenizer.model", val_fraction=0.2, workers=1, seed=5)
     build([corpus], tmp_path / "other", other)
     options = [*SCHEDULE, "megagpt.schedule.max_steps=8"]
-    with pytest.raises(UserError, match=r"was saved with data {'fingerprints'"):
+    with pytest.raises(UserError, match=r"was saved with data {'val'"):
         train(debug_run(tmp_path / "other", saved, *options), device)
+
+
+@pytest.fixture
+def other(dataset, tmp_path):
+    """Another corpus with the tokenizer of the first."""
+    corpus = write_corpus(tmp_path / "other.jsonl", 400, seed=9)
+    build([corpus], tmp_path / "other", BuildConfig(tokenizer=dataset / "tokenizer.model", workers=1))
+    return tmp_path / "other"
+
+
+@pytest.fixture
+def rows_seen(monkeypatch):
+    """Sample -> its row, as training last read it."""
+    rows = {}
+    fill = TrainData.fill
+
+    def noting(self, first, into):
+        fill(self, first, into)
+        rows.update({first + i: row.tolist() for i, row in enumerate(into)})
+
+    monkeypatch.setattr(TrainData, "fill", noting)
+    return rows
+
+
+def test_weights_length_and_global_batch_change_between_resumes_and_no_token_is_lost(
+    run_to, dataset, other, tmp_path, rows_seen, capsys
+):
+    """The mixture's own test says that such a history reads each token once; this one, that training follows it."""
+    both = f'megagpt.data.train=[{{"path": "{other}", "weight": 3}}, {{"path": "{dataset}"}}]'
+    run_to("run", 3)
+    run_to("run", 5, both)
+    run_to("run", 7, both, "train_batch_size=4")
+    capsys.readouterr()
+    state = run_to("run", 9, both, "train_batch_size=4", "megagpt.data.seq_len=24")
+    assert "samples from now on: 24 tokens, 75.00% from" in capsys.readouterr().out
+    assert (state.step, state.samples_seen, state.tokens_seen) == (9, 56, 48 * 64 + 8 * 24)
+    data = open_run(tmp_path / "run")
+    assert [(s.first_sample, s.seq_len) for s in data.mixture.segments] == [(0, 64), (24, 64), (48, 24)]
+    assert [len(data.mixture.samples_of(step)) for step in range(1, 10)] == [8] * 5 + [4] * 4
+    inputs = set()
+    for sample in range(56):
+        pieces = data.pieces(sample)
+        assert [t for piece in pieces for t in piece.tokens.tolist()] == rows_seen[sample][:-1]
+        for piece in pieces:
+            tokens = {(piece.dataset.path, piece.start + i) for i in range(len(piece.tokens))}
+            assert not inputs & tokens
+            inputs |= tokens
+    assert len(inputs) == state.tokens_seen
+    assert {path for path, _ in inputs} == {dataset, other}
+
+
+def test_a_dataset_that_a_run_has_left_is_needed_only_to_see_its_samples(run_to, dataset, other, tmp_path):
+    run_to("run", 2, f"megagpt.data.train.0.path={other}")
+    shutil.move(other, tmp_path / "away")
+    run_to("run", 4)
+    data = open_run(tmp_path / "run")
+    assert data.pieces(16)[0].dataset.path == dataset
+    with pytest.raises(UserError, match=r"sample 0 was drawn from .*other .*no longer there"):
+        data.pieces(0)
+
+
+def test_a_training_dataset_built_anew_in_its_place_is_refused(run_to, dataset, other, tmp_path):
+    run_to("run", 2, f"megagpt.data.train.0.path={other}")
+    shutil.rmtree(other)
+    corpus = write_corpus(tmp_path / "newer.jsonl", 300, seed=10)
+    build([corpus], other, BuildConfig(tokenizer=dataset / "tokenizer.model", workers=1))
+    with pytest.raises(UserError, match=r"other was built anew since this run last read it"):
+        run_to("run", 4, f"megagpt.data.train.0.path={other}")
+
+
+def test_a_checkpoint_of_another_format_is_refused_by_number(saved, run_to):
+    commit = committed(saved)[-1] / COMMIT
+    record = json.loads(commit.read_text()) | {"version": 1}
+    del record["sha256"]
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    commit.write_text(json.dumps(record | {"sha256": digest}))
+    with pytest.raises(UserError, match=r"was saved in format 1, and this megagpt reads format 2"):
+        run_to("run", 8)
 
 
 def test_what_changed_in_the_run_file_is_said_and_acts(saved, run_to, capsys):

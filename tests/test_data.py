@@ -8,6 +8,8 @@ from support import build_dataset, debug_run
 from megagpt.config import BatchPlan, DataConfig
 from megagpt.data import ValBlocks, open_data, prefetched, rank_samples
 from megagpt.errors import UserError
+from megagpt.mixture import Mixture
+from megagpt.samples import TrainData, source_of
 from megagpt.shards import open_dataset
 
 CPU = torch.device("cpu")
@@ -16,8 +18,9 @@ SEQ_LEN = 32
 
 @pytest.fixture(scope="module")
 def train_data(dataset):
-    data, _, _ = open_data(DataConfig(train=[{"path": dataset}], val=dataset), SEQ_LEN)
-    return data
+    opened = open_dataset(dataset)
+    mixture = Mixture(1234).going_on([(source_of(opened), 1.0)], step=0, sample=0, seq_len=SEQ_LEN, global_batch=8)
+    return TrainData(mixture, [opened])
 
 
 def global_batch(data, plan: BatchPlan, step: int) -> list[tuple[int, ...]]:
@@ -55,7 +58,7 @@ def test_a_micro_batch_is_windows_of_the_stream(train_data, dataset):
     stream.copy(0, whole)
     rows = np.empty((20, SEQ_LEN + 1), dtype=np.int64)
     train_data.fill(4090, rows)  # across the edge of what is drawn at once
-    starts = train_data.sampler.draw(4090, 20).start
+    starts = train_data.mixture.sampler(4090).draw(4090, 20).start
     for row, start in zip(rows, starts, strict=True):
         assert np.array_equal(row, whole[start : start + SEQ_LEN + 1])
 
@@ -77,7 +80,9 @@ def test_an_error_while_reading_ahead_reaches_the_loop():
 
 
 def test_epochs_are_counted_in_windows(train_data):
-    assert train_data.epoch(train_data.sampler.n_windows(0)) == pytest.approx(1.0)
+    [n_windows] = [(tokens - 1) // SEQ_LEN - 1 for tokens in train_data.mixture.sources[0].n_tokens]
+    assert train_data.epochs(n_windows) == [1.0]
+    assert train_data.epochs(n_windows + 1) == [1 + 1 / n_windows]
 
 
 def test_validation_blocks_are_the_streams_first_and_overlap_by_one(dataset):

@@ -15,6 +15,8 @@ from support import DEBUG_RUN, ROOT, environment, metric, overrides, torchrun
 
 from megagpt.__main__ import main, pretrain
 from megagpt.commits import committed
+from megagpt.samples import open_run
+from megagpt.shards import open_dataset
 
 PRETRAIN = ROOT / "launch" / "pretrain.py"
 
@@ -214,6 +216,40 @@ def test_a_mistake_ends_with_2_and_one_line_and_leaves_nothing(dataset, device, 
     assert printed.count("\n") == 1
     assert complaint in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sample_report_says_what_training_would_draw_and_starts_nothing(dataset, device, tmp_path, capsys):
+    report = arguments(dataset, tmp_path / "run", "--sample-report", "100")
+    assert pretrain(report) == 0
+    out = capsys.readouterr().out
+    assert "starts at step 0; its next 100 samples are 0 to 99, 12.5 steps, 6,400 tokens in samples of 64:" in out
+    assert not (tmp_path / "run").exists()
+
+    assert pretrain(arguments(dataset, tmp_path / "run", "megagpt.schedule.max_steps=5")) == 0
+    capsys.readouterr()
+    assert pretrain(report) == 0
+    out = capsys.readouterr().out
+    assert "step_00000005; its next 100 samples are 40 to 139" in out
+    n_windows = (open_dataset(dataset).stream("train").n_tokens - 1) // 64 - 1
+    [row] = [line.split() for line in out.splitlines() if line.endswith(f" {dataset}")]
+    assert row == ["100", "6,400", "100.00%", f"{40 / n_windows:.4f}", "to", f"{140 / n_windows:.4f}", str(dataset)]
+    first = open_run(tmp_path / "run").pieces(40)[0]
+    assert f"sample 40: {dataset} variant 0, epoch 0, tokens {first.start:,} to {first.start + 63:,}" in out
+    assert pretrain([*report, "--fresh"]) == 0
+    assert "samples are 0 to 99" in capsys.readouterr().out
+
+    assert pretrain([*report, "megagpt.data.train.0.path=nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_tool_sees_a_steps_samples_without_torch(trained):
+    code = (
+        "import sys; from pathlib import Path; from megagpt.samples import open_run\n"
+        "data = open_run(Path(sys.argv[1]))\n"
+        "print(sum(len(p.tokens) for s in data.mixture.samples_of(20) for p in data.pieces(s)), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, trained], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == [str(8 * 64), "False"]
 
 
 def test_flags_and_overrides_come_in_any_order(dataset, device, tmp_path, capsys):

@@ -9,11 +9,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megagpt"
 FLOORS = [
     {"errors", "files", "rng"},
-    {"config", "distributed", "launcher", "preemption", "tokenizer"},
+    {"config", "distributed", "launcher", "permutation", "preemption", "tokenizer"},
     {"run_file", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
-    {"shards", "model", "state"},
-    {"samples", "commits"},
-    {"data"},
+    {"mixture", "shards", "model", "state"},
+    {"commits"},
+    {"samples"},
+    {"data", "sample_report"},
     {"engine"},
     {"checkpoint", "evaluate", "generate", "monitor"},
     {"session"},
@@ -68,4 +69,4 @@ def test_only_the_command_imports_inside_functions():
 
 def test_the_builder_needs_only_the_format_and_the_tokenizer():
     used = {module for path in (ROOT / "data_tools").glob("*.py") for module in megagpt_modules(path)}
-    assert used <= {"errors", "files", "config", "shards", "data_manifest", "tokenizer"}
+    assert used <= {"errors", "files", "config", "shards", "data_manifest", "tokenizer", "samples"}

@@ -80,6 +80,7 @@ def test_our_section_is_split_off_and_the_rest_is_as_written():
         (["megagpt.schedule.max_steps.x=1"], "there is no 'megagpt.schedule.max_steps.x' to set"),
         (["zero_optimization.stage=4"], "zero_optimization.stage=4"),
         (["bf16=true"], "bf16=True"),
+        (["megagpt.model.seq_len=64", "megagpt.data.seq_len=65"], "data.seq_len=65 is more than the model's positions"),
     ],
 )
 def test_a_mistake_is_named_with_the_way_out(overrides, complaint):

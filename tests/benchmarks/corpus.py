@@ -1,6 +1,6 @@
 """A corpus of any size for the benchmarks of the builder, made of this machine's own text: Python and its packages.
 
-    python tests/benchmarks/corpus.py OUT.jsonl --megabytes 64
+python tests/benchmarks/corpus.py OUT.jsonl --megabytes 64
 """
 
 import argparse
