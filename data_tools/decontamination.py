@@ -1,0 +1,54 @@
+"""Training documents that contain what the model will be tested on are found by runs of words they share.
+
+The rule of GPT-3 (Brown et al., 2020, appendix C: runs of 13 words) as datatrove's n-gram filter applies it: a
+document with a run in common is left out as a whole. Words are those of `data_tools.words`.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field
+
+from data_tools.words import ngram_hashes, word_hashes
+from megagpt.config import Strict
+from megagpt.errors import UserError
+from megagpt.files import make_durable
+
+
+class DecontaminationConfig(Strict):
+    files: tuple[Path, ...] = Field(default=(), description="test sets, text or .jsonl; none: no decontamination")
+    ngram: int = Field(default=13, gt=0, description="words in a run; a text with fewer is not looked for")
+    min_hits: int = Field(default=1, gt=0, description="a document with so many different runs in common is left out")
+
+
+def write_ngrams(texts: Iterable[str], out: Path, cfg: DecontaminationConfig) -> dict[str, int]:
+    """The texts' runs as a .npy file of rising uint64; how many texts, how many too short for a run, how many runs.
+
+    Raises UserError if there are none to look for. Memory: 24 bytes for each run of the texts.
+    """
+    runs = [ngram_hashes(word_hashes(text), cfg.ngram) for text in texts]
+    unique = np.unique(np.concatenate([np.empty(0, np.uint64), *runs]))
+    if not len(unique):
+        raise UserError(
+            f"decontamination: none of {len(runs)} texts has a run of ngram={cfg.ngram} words; set a smaller ngram"
+        )
+    temporary = out.with_name(out.name + ".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, unique)
+    make_durable(temporary, out)
+    return {"texts": len(runs), "short": sum(len(found) == 0 for found in runs), "ngrams": len(unique)}
+
+
+def read_ngrams(path: Path) -> np.ndarray:
+    """The runs, memory-mapped."""
+    ngrams: np.ndarray = np.load(path, mmap_mode="r")
+    return ngrams
+
+
+def contaminated(text: str, ngrams: np.ndarray, cfg: DecontaminationConfig) -> bool:
+    """Whether the text has cfg.min_hits different runs among `ngrams`, which are `read_ngrams`'."""
+    runs = ngram_hashes(word_hashes(text), cfg.ngram)
+    at = np.minimum(np.searchsorted(ngrams, runs), len(ngrams) - 1)
+    hits = runs[ngrams[at] == runs]
+    return len(hits) >= cfg.min_hits and len(np.unique(hits)) >= cfg.min_hits
