@@ -3,7 +3,7 @@
 A unit is a numbered slice of the input, and a document has the order number unit * 2^32 + row. Each function here
 is one task: it depends on its inputs alone, in memory too, and its output has its name once it is whole.
 
-    write_bands   for each unit: the keys under which its documents meet copies of themselves
+    write_bands   for each unit: its documents' keys in each band
     link          for each band and range of keys: which documents share a key
     cluster       once: what is linked, directly or not, is one cluster; its first document stands for it
     duplicates_in for each unit: its documents that stand behind an earlier one
@@ -63,14 +63,15 @@ class Duplicates(NamedTuple):
 
 
 def write_bands(pieces: Iterable[tuple[int, str]], n_documents: int, out: Path, cfg: DedupConfig, *, seed: int) -> None:
-    """The keys of a unit's documents: record batch 0 the exact band, batches 1 to cfg.bands the signatures' bands
-    (method near).
+    """The keys under which a unit's documents meet copies of themselves, a record batch for each band.
 
-    `pieces` are (row, text), the pieces of a document one after the other. Batches are sorted by key, then row. A
-    document without words is in the exact band alone. Memory: 16 bytes for each document and band.
+    Batch 0 is the exact band; with method near, 1 to cfg.bands are those of the signatures, which documents without
+    words are not in. Batches are sorted by key, then row. `pieces` are (row, text) with row < n_documents, the pieces
+    of a document one after the other; rows may be missing. Memory: 16 bytes for each document and band.
     """
-    keys = np.zeros((n_documents, cfg.n_bands, 2), ">u8")
-    present = np.zeros((n_documents, cfg.n_bands), bool)
+    size = cfg.n_bands * DIGEST_BYTES
+    keys = bytearray(n_documents * size)
+    n_keys = np.zeros(n_documents, np.int32)
     for row, group in groupby(pieces, key=itemgetter(0)):
         digest = TextDigest()
         signature = MinHash(cfg.bands * cfg.rows, cfg.ngram, seed) if cfg.method == "near" else None
@@ -79,10 +80,10 @@ def write_bands(pieces: Iterable[tuple[int, str]], n_documents: int, out: Path, 
             if signature:
                 signature.update(text)
         found = digest.digest() + (signature.band_keys(cfg.bands) if signature else b"")
-        n_found = len(found) // DIGEST_BYTES
-        keys[row, :n_found] = np.frombuffer(found, ">u8").reshape(-1, 2)
-        present[row, :n_found] = True
-    _write(out, BANDS, (_sorted_band(keys[:, band], present[:, band]) for band in range(cfg.n_bands)))
+        keys[row * size : row * size + len(found)] = found
+        n_keys[row] = len(found) // DIGEST_BYTES
+    halves = np.frombuffer(keys, ">u8").reshape(n_documents, cfg.n_bands, 2)
+    _write(out, BANDS, (_sorted_band(halves[:, band], n_keys > band) for band in range(cfg.n_bands)))
 
 
 def _sorted_band(keys: np.ndarray, present: np.ndarray) -> list[np.ndarray]:

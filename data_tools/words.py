@@ -5,13 +5,13 @@ Shapes: W words, N runs of n words (N = W - n + 1).
 
 import re
 import unicodedata
-from collections.abc import Iterable
 
 import numpy as np
 import xxhash
 
 WORD = re.compile(r"\w+")
-ASCII_WORDS = bytes(code if WORD.match(chr(code)) else ord(" ") for code in range(128)).ljust(256)
+BETWEEN_BEYOND_ASCII = re.compile(r"[^\x00-\x7f\w]")  # the range first and no "+": three times as fast
+BETWEEN = bytes(ord(" ") if code < 128 and not WORD.match(chr(code)) else code for code in range(256))
 ODD = np.uint64(0x9E3779B97F4A7C15)  # the golden ratio's fraction: a multiplier whose bits look random
 
 
@@ -21,10 +21,10 @@ def word_hashes(text: str) -> np.ndarray:
     Python's Unicode tables and a published hash decide, so that all machines with one version of Python agree.
     """
     text = unicodedata.normalize("NFC", text).casefold()
-    words: Iterable[bytes]
-    # The same words as the expression finds, three times as fast; most documents are ASCII, or few.
-    words = text.encode().translate(ASCII_WORDS).split() if text.isascii() else map(str.encode, WORD.findall(text))
-    return np.fromiter(map(xxhash.xxh3_64_intdigest, words), np.uint64)
+    if not text.isascii():
+        text = BETWEEN_BEYOND_ASCII.sub(" ", text)
+    words = text.encode().translate(BETWEEN).split()  # what WORD.findall finds, three times as fast
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, words), np.uint64, len(words))
 
 
 def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:

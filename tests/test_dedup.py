@@ -241,6 +241,14 @@ def test_units_without_documents_are_fine(tmp_path):
     assert counts == {"clusters": 0, "exact": 0, "near": 0}
 
 
+def test_rows_that_were_dropped_before_are_no_copies_of_each_other(tmp_path):
+    write_bands([(1, "a"), (4, "b"), (5, "a")], 7, tmp_path / "bands", NEAR, seed=1)
+    for band in range(NEAR.n_bands):
+        assert sorted(read(tmp_path / "bands", band)[2]) == [1, 4, 5]
+        assert link([tmp_path / "bands"], band, 0, 1, tmp_path / "links") == 1
+        assert read(tmp_path / "links") == [[1], [5]]
+
+
 def test_a_duplicate_points_across_units(tmp_path):
     found, _ = duplicates(tmp_path, [["x", "a"], ["b"], ["c", "d", "a", "a"]], EXACT)
     assert [group.rows.tolist() for group in found] == [[], [], [2, 3]]
