@@ -4,25 +4,26 @@ A balanced Feistel network on the smallest even number of bits that holds the ra
 walking for ranges that are not a power of four (Black and Rogaway 2002).
 """
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 8
 _64_BITS = (1 << 64) - 1
+_A, _B = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # of splitmix64's finalizer (Steele, Lea and Flood 2014)
+_SHIFTS = tuple(map(np.uint64, (30, 27, 31)))
+_FACTORS = tuple(map(np.uint64, (_A, _B)))
 U64 = NDArray[np.uint64]
 
 
 def permute(values: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64]:
     """A keyed permutation of range(n), applied to each value."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
-    round_keys = [key_of(key, r) for r in range(ROUNDS)]
+    round_keys = [np.uint64(key_of(key, r)) for r in range(ROUNDS)]
     out = _feistel(values.astype(np.uint64), half, round_keys)
     outside = np.flatnonzero(out >= n)
     while outside.size:  # walk the cycle until it comes back into the range
-        out[outside] = _feistel(out[outside], half, round_keys)
-        outside = outside[out[outside] >= n]
+        out[outside] = walked = _feistel(out[outside], half, round_keys)
+        outside = outside[walked >= n]
     return out.astype(np.int64)
 
 
@@ -30,21 +31,30 @@ def key_of(*parts: int) -> int:
     """One 64-bit key from several numbers."""
     key = 0
     for part in parts:
-        key = int(_mix(((key ^ part) + 0x9E3779B97F4A7C15) & _64_BITS) & _64_BITS)
+        key = _mix(((key ^ part) + 0x9E3779B97F4A7C15) & _64_BITS)
     return key
 
 
-def _feistel(x: U64, half: int, round_keys: list[int]) -> U64:
+def _feistel(x: U64, half: int, round_keys: list[np.uint64]) -> U64:
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left: U64 = x >> bits
     right: U64 = x & mask
     for key in round_keys:
-        left, right = right, left ^ (_mix(right ^ np.uint64(key)) & mask)
+        left, right = right, left ^ (_mix_all(right ^ key) & mask)
     return (left << bits) | right
 
 
-def _mix(x: Any) -> Any:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014) on an int or an array: every bit reaches every bit."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _64_BITS
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _64_BITS
+def _mix(x: int) -> int:
+    """Every bit of 64 reaches every bit."""
+    x = (x ^ (x >> 30)) * _A & _64_BITS
+    x = (x ^ (x >> 27)) * _B & _64_BITS
     return x ^ (x >> 31)
+
+
+def _mix_all(x: U64) -> U64:
+    """The same of each element; products of uint64 wrap around by themselves. Overwrites x."""
+    for shift, factor in zip(_SHIFTS[:2], _FACTORS, strict=True):
+        x ^= x >> shift
+        x *= factor
+    x ^= x >> _SHIFTS[2]
+    return x

@@ -18,7 +18,7 @@ from megagpt.sampler import PERIOD
 from megagpt.shards import Dataset, TokenStream, open_dataset
 from megagpt.state import TrainState
 
-DRAW = 4096  # samples whose windows are computed at once: the arithmetic is vectorized, a single one is dear
+DRAW = 16384  # samples whose windows are computed at once: the arithmetic is vectorized, a single one is dear
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,18 @@ class Piece:
 
 def train_variant(dataset: Dataset, variant: int) -> TokenStream:
     return dataset.stream("train", variant)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Samples drawn at once, as plain lists: sample i is stretches first[i] to last[i] of `length` inputs each."""
+
+    samples: range
+    first: list[int]
+    last: list[int]
+    streams: list[TokenStream]
+    start: list[int]
+    length: list[int]
 
 
 class TrainData:
@@ -62,23 +74,7 @@ class TrainData:
         ]
         self._firsts = [segment.first_sample for segment in mixture.segments]
         self._samplers = [mixture.sampler(first) for first in self._firsts]
-        self._drawn = range(0)
-        self._begin: list[int] = []
-        self._stretches: list[tuple[int, int, int, int]] = []  # dataset, epoch, start, length
-
-    def fill(self, first: int, rows: NDArray[np.int64]) -> None:
-        """Samples first, first + 1, ... into rows of seq_len + 1 tokens.
-
-        Where a sample is made of several stretches, the target of each one's last input is the next one's first token.
-        """
-        for sample, row in enumerate(rows, first):
-            *broken_off, last = self._of(sample)
-            rest = row
-            for k, epoch, start, length in broken_off:
-                self._stream(k, epoch).copy(start, rest[:length])
-                rest = rest[length:]
-            k, epoch, start, _ = last
-            self._stream(k, epoch).copy(start, rest)
+        self._block = Block(range(0), [], [], [], [], [])
 
     def open_all(self) -> None:
         """Open every shard now: one of another build is found here, not by one rank in the middle of a run."""
@@ -86,20 +82,32 @@ class TrainData:
             for stream in streams:
                 stream.open_all()
 
+    def fill(self, first: int, rows: NDArray[np.int64]) -> None:
+        """Samples first, first + 1, ... into rows of seq_len + 1 tokens.
+
+        Where a sample is made of several stretches, the target of each one's last input is the next one's first token.
+        """
+        end = first + len(rows)
+        while first < end:
+            block = self._block_of(first)
+            i, n = first - block.samples.start, min(end, block.samples.stop) - first
+            for row, at, last in zip(rows[:n], block.first[i : i + n], block.last[i : i + n], strict=True):
+                while at < last:
+                    block.streams[at].copy(block.start[at], row[: block.length[at]])
+                    row = row[block.length[at] :]
+                    at += 1
+                block.streams[last].copy(block.start[last], row)
+            first, rows = first + n, rows[n:]
+
     def pieces(self, sample: int) -> list[Piece]:
         """Where the inputs of a sample, past or to come, lie and what they are; raises UserError for a dataset gone."""
-        pieces = []
-        for k, epoch, start, length in self._of(sample):
-            source = self.mixture.sources[k]
-            if not (streams := self._streams[k]):
-                raise UserError(
-                    f"sample {sample} was drawn from {source.path} (fingerprint {source.fingerprint[:12]}), which is "
-                    "no longer there; restore it to see the sample"
-                )
-            variant = epoch % len(streams)
-            tokens = np.empty(length, dtype=np.int64)
-            streams[variant].copy(start, tokens)
-            pieces.append(Piece(self._by_fingerprint[source.fingerprint], variant, epoch, start, tokens))
+        drawn, pieces = self._samplers[self._segment(sample)].draw(sample, 1), []
+        columns = (drawn.dataset, drawn.epoch, drawn.start, drawn.length)
+        for k, epoch, start, length in zip(*(column.tolist() for column in columns), strict=True):
+            variant, tokens = epoch % len(self.mixture.sources[k].n_tokens), np.empty(length, dtype=np.int64)
+            self._variants(k)[variant].copy(start, tokens)
+            dataset = self._by_fingerprint[self.mixture.sources[k].fingerprint]
+            pieces.append(Piece(dataset, variant, epoch, start, tokens))
         return pieces
 
     def epochs(self, sample: int) -> list[float]:
@@ -110,7 +118,7 @@ class TrainData:
 
     def describe(self, sample: int) -> str:
         """Of what the samples from this one on are made."""
-        segment = self.mixture.sampler(sample).segment
+        segment = self._samplers[self._segment(sample)].segment
         shares = {
             source.fingerprint: share / PERIOD
             for source, share in zip(self.mixture.sources, segment.shares, strict=True)
@@ -121,28 +129,35 @@ class TrainData:
         ]
         return f"{segment.seq_len} tokens, " + ", ".join(parts)
 
-    def _stream(self, k: int, epoch: int) -> TokenStream:
-        streams = self._streams[k]
-        return streams[epoch % len(streams)]
+    def _variants(self, k: int) -> list[TokenStream]:
+        if not self._streams[k]:
+            source = self.mixture.sources[k]
+            raise UserError(
+                f"these samples were drawn from {source.path} (fingerprint {source.fingerprint[:12]}), which is no "
+                "longer there; restore it to see them"
+            )
+        return self._streams[k]
 
     def _segment(self, sample: int) -> int:
         return bisect_right(self._firsts, sample) - 1
 
-    def _of(self, sample: int) -> list[tuple[int, int, int, int]]:
-        if sample not in self._drawn:
-            self._draw(sample)
-        i = sample - self._drawn.start
-        return self._stretches[self._begin[i] : self._begin[i + 1]]
-
-    def _draw(self, sample: int) -> None:
-        """The block of DRAW samples around this one, as far as its segment goes."""
-        segment, block = self._segment(sample), sample // DRAW * DRAW
-        first, end = max(block, self._firsts[segment]), min([block + DRAW, *self._firsts[segment + 1 :]])
-        drawn = self._samplers[segment].draw(first, end - first)
-        columns = (drawn.dataset, drawn.epoch, drawn.start, drawn.length)
-        self._begin = drawn.begin.tolist()
-        self._stretches = list(zip(*(column.tolist() for column in columns), strict=True))
-        self._drawn = range(first, end)
+    def _block_of(self, sample: int) -> Block:
+        """The DRAW samples around this one, as far as its segment goes."""
+        if sample not in self._block.samples:
+            segment, begin = self._segment(sample), sample // DRAW * DRAW
+            first, end = max(begin, self._firsts[segment]), min([begin + DRAW, *self._firsts[segment + 1 :]])
+            drawn = self._samplers[segment].draw(first, end - first)
+            by_dataset = {k: self._variants(k) for k in np.unique(drawn.dataset).tolist()}
+            variants = zip(drawn.dataset.tolist(), drawn.epoch.tolist(), strict=True)
+            self._block = Block(
+                range(first, end),
+                drawn.begin[:-1].tolist(),
+                (drawn.begin[1:] - 1).tolist(),
+                [by_dataset[k][epoch % len(by_dataset[k])] for k, epoch in variants],
+                drawn.start.tolist(),
+                drawn.length.tolist(),
+            )
+        return self._block
 
 
 def open_datasets(paths: Sequence[Path]) -> list[Dataset]:

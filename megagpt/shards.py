@@ -178,10 +178,15 @@ class TokenStream:
 
     def copy(self, start: int, out: np.ndarray) -> None:
         """Fill `out` (one dimension, any integer type) with the tokens from `start` on."""
-        end = start + len(out)
-        if start < 0 or end > self.n_tokens:
-            raise IndexError(f"tokens {start}..{end} are not within 0..{self.n_tokens}")
+        n = len(out)
+        if start < 0 or start + n > self.n_tokens:
+            raise IndexError(f"tokens {start}..{start + n} are not within 0..{self.n_tokens}")
         batch = bisect_right(self._tok0, start) - 1
+        view = self._views[batch]
+        begin = start - self._tok0[batch]
+        if view is not None and begin + n <= len(view):  # nearly always
+            out[:] = view[begin : begin + n]
+            return
         filled = 0
         while filled < len(out):
             view = self._views[batch]

@@ -252,7 +252,7 @@ def test_a_dataset_that_a_run_has_left_is_needed_only_to_see_its_samples(run_to,
     run_to("run", 4)
     data = open_run(tmp_path / "run")
     assert data.pieces(16)[0].dataset.path == dataset
-    with pytest.raises(UserError, match=r"sample 0 was drawn from .*other .*no longer there"):
+    with pytest.raises(UserError, match=r"samples were drawn from .*other .*no longer there"):
         data.pieces(0)
 
 

@@ -9,7 +9,7 @@ from megagpt.config import BatchPlan, DataConfig
 from megagpt.data import ValBlocks, open_data, prefetched, rank_samples
 from megagpt.errors import UserError
 from megagpt.mixture import Mixture
-from megagpt.samples import TrainData, source_of
+from megagpt.samples import DRAW, TrainData, source_of
 from megagpt.shards import open_dataset
 
 CPU = torch.device("cpu")
@@ -57,8 +57,8 @@ def test_a_micro_batch_is_windows_of_the_stream(train_data, dataset):
     whole = np.empty(stream.n_tokens, dtype=np.int64)
     stream.copy(0, whole)
     rows = np.empty((20, SEQ_LEN + 1), dtype=np.int64)
-    train_data.fill(4090, rows)  # across the edge of what is drawn at once
-    starts = train_data.mixture.sampler(4090).draw(4090, 20).start
+    train_data.fill(DRAW - 6, rows)  # across the edge of what is drawn at once
+    starts = train_data.mixture.sampler(0).draw(DRAW - 6, 20).start
     for row, start in zip(rows, starts, strict=True):
         assert np.array_equal(row, whole[start : start + SEQ_LEN + 1])
 
