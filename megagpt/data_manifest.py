@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -117,9 +118,19 @@ def confined(folder: Path, relative: str) -> Path:
     """A path that a manifest names, refused if it leads out of the folder."""
     parts = relative.split("/")
     safe = all(SAFE_NAME.fullmatch(part) and set(part) != {"."} for part in parts)
-    if not safe or not (folder / relative).resolve().is_relative_to(folder.resolve()):
+    if not safe or _leads_out(folder, parts):
         raise UserError(f"{folder / MANIFEST} names {relative!r}, which leads out of its folder; do not use it")
     return folder / relative
+
+
+def _leads_out(folder: Path, parts: list[str]) -> bool:
+    """Only a link can, and looking for one is ten times as fast as to resolve each of thousands of shards."""
+    below = str(folder)
+    for part in parts:
+        below = f"{below}/{part}"
+        if os.path.islink(below):
+            return not (folder / "/".join(parts)).resolve().is_relative_to(folder.resolve())
+    return False
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

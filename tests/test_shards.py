@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -303,3 +305,20 @@ def test_a_shard_truncated_after_the_open_is_refused_and_kills_nothing(damaged: 
 def test_an_empty_split_says_what_to_do(written: Path) -> None:
     with pytest.raises(UserError, match=r"no documents in its 'val' split; build it .*val_fraction"):
         open_dataset(written).stream("val")
+
+
+def test_a_link_that_stays_inside_the_folder_is_followed(damaged: Path) -> None:
+    (damaged / SHARD).rename(damaged / "kept.arrow")
+    (damaged / SHARD).symlink_to(damaged / "kept.arrow")
+    assert np.array_equal(np.concatenate(list(open_dataset(damaged).stream("train").documents())), FLAT)
+
+
+def test_reading_does_not_import_pandas(written: Path) -> None:
+    """Arrow's own conversions do, wherever it is installed: half a second and tens of megabytes."""
+    code = (
+        "import sys; from pathlib import Path; import numpy as np; from megagpt.shards import open_dataset\n"
+        "stream = open_dataset(Path(sys.argv[1])).stream('train'); stream.copy(0, np.empty(stream.n_tokens, int))\n"
+        "print('pandas' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, written], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
