@@ -124,10 +124,10 @@ class Dataset:
         return TokenStream(self, split, variant)
 
     def index(self, split: Split, variant: int = 0) -> dict[str, np.ndarray]:
-        """Columns with one row per record batch of the split's variant, in order of the stream."""
-        names = pc.dictionary_encode(self._index["split"])
-        number = names.dictionary.to_pylist().index(split)
-        mine = (numbers(names.indices) == number) & (numbers(self._index["variant"]) == variant)
+        """Columns with one row per record batch of the split's variant, in order of the stream; none if it is empty."""
+        splits = pc.dictionary_encode(self._index["split"])
+        is_split = np.array([name == split for name in splits.dictionary.to_pylist()])
+        mine = is_split[numbers(splits.indices)] & (numbers(self._index["variant"]) == variant)
         return {name: numbers(self._index[name])[mine] for name in INDEX_COLUMNS if name != "split"}
 
     def index_rows(self, split: Split, variant: int = 0) -> list[dict[str, int]]:

@@ -302,6 +302,10 @@ def test_a_shard_truncated_after_the_open_is_refused_and_kills_nothing(damaged: 
         read_all(dataset)
 
 
+def test_an_empty_split_has_no_index_rows(written: Path) -> None:
+    assert open_dataset(written).index_rows("val") == []
+
+
 def test_an_empty_split_says_what_to_do(written: Path) -> None:
     with pytest.raises(UserError, match=r"no documents in its 'val' split; build it .*val_fraction"):
         open_dataset(written).stream("val")
