@@ -145,7 +145,7 @@ def _generate(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     import torch
 
-    from megagpt.checkpoint import load_model
+    from megagpt.checkpoint import load_model, packing_of
     from megagpt.data import ValBlocks
     from megagpt.evaluate import evaluate, unigram_entropy
     from megagpt.shards import open_dataset
@@ -158,7 +158,8 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"{args.data} was tokenized with another model than {step_dir} was trained on; build it again with "
             f"tokenizer={step_dir / 'tokenizer.model'}"
         )
-    blocks = ValBlocks(dataset.stream(args.split), model.cfg.seq_len, args.tokens)
+    document_end = tokenizer.eod_id if packing_of(step_dir).masked else None
+    blocks = ValBlocks(dataset.stream(args.split), model.cfg.seq_len, args.tokens, document_end=document_end)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
     result = evaluate(model, blocks, token_bytes, micro_batch=args.micro_batch)
     row = {

@@ -1,7 +1,7 @@
 """Causal attention variants: plain functions of (q, k, v), chosen by name in the run file.
 
 The queries are the last T of the S positions that the keys cover, so one function serves training (T = S)
-and generation with a key-value cache (T < S).
+and generation with a key-value cache (T < S). A mask (B, 1, T, S), true where a query may look, replaces that rule.
 
 Shapes: B batch, H heads, T query positions, S key positions, D head width.
 """
@@ -13,19 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
     """The textbook formula in fp32 (Vaswani et al. 2017, section 3.2.1): the reference for the other variant."""
     scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
-    weights = scores.masked_fill(~_visible(q, k), -math.inf).softmax(dim=-1)
+    visible = _visible(q, k) if mask is None else mask
+    weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
     return F.dropout(weights, dropout).to(v.dtype) @ v  # (B, H, T, D)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
     """PyTorch's fused kernels, which never write the (T, S) scores to memory."""
     T, S = q.size(-2), k.size(-2)
-    if T == S:
+    if mask is None and T == S:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    mask = None if T == 1 else _visible(q, k)  # is_causal would align T < S to the wrong corner
+    if mask is None and T > 1:
+        mask = _visible(q, k)  # is_causal would align T < S to the wrong corner
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 

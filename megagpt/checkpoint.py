@@ -30,7 +30,7 @@ from megagpt.commits import (
     write_commit,
     write_manifest,
 )
-from megagpt.config import BatchPlan, ModelConfig, RunConfig
+from megagpt.config import BatchPlan, ModelConfig, PackingConfig, RunConfig
 from megagpt.distributed import barrier, broadcast_object, gather_objects, is_main, rank, say, together
 from megagpt.engine import Engine, consolidated_weights, load_engine
 from megagpt.errors import UserError
@@ -68,7 +68,11 @@ def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Dataset)
         model=cfg.model.model_dump(),
         vocab_size=vocab_size,
         tokenizer=val.manifest.tokenizer.sha256,
-        data={"seed": cfg.data.seed, "val": val.fingerprint},
+        data={
+            "seed": cfg.data.seed,
+            "val": val.fingerprint,
+            "best-fit rows of": cfg.seq_len if cfg.packing.kind == "best-fit" else None,  # their numbers are the order
+        },
         weight_decay_on=cfg.regularization.weight_decay_on,
     )
 
@@ -206,6 +210,12 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
     model = GPT(ModelConfig(**saved.identity["model"]), saved.identity["vocab_size"])
     model.load_state_dict(consolidated_weights(step_dir))
     return model.to(device).eval(), tokenizer, step_dir
+
+
+def packing_of(step_dir: Path) -> PackingConfig:
+    """How the documents of a step's run were packed: its model is to be evaluated with attention masked alike."""
+    section = json.loads((step_dir / "run.json").read_bytes())["megagpt"]
+    return PackingConfig(**section.get("packing", {}))  # a step of an older megagpt has none
 
 
 def _step_of(path: Path) -> Path:

@@ -135,6 +135,83 @@ class RecomputeConfig(Strict):
         return 0 if self.policy == "none" else -(-n_layer // (self.k or 1))
 
 
+class FimConfig(Strict):
+    """Fill-in-the-middle (Bavarian et al. 2022): part of a sample is cut in three, the middle put last."""
+
+    rate: float = Field(default=0.0, ge=0.0, le=1.0, description="share of the documents' parts that it acts on")
+    spm_rate: float = Field(default=0.5, ge=0.0, le=1.0, description="of those: suffix before prefix")
+    pieces: tuple[str, str, str] | None = Field(
+        default=None,
+        description="the tokenizer's pieces for prefix, suffix and middle; null: ids that pad the vocabulary",
+    )
+
+
+class SpanCorruptionConfig(Strict):
+    """Spans of a document's part of a sample are replaced by sentinels and appended (Raffel et al. 2020)."""
+
+    rate: float = Field(default=0.0, ge=0.0, le=1.0, description="share of the documents' parts that it acts on")
+    density: float = Field(default=0.15, gt=0.0, le=0.5, description="share of their tokens in spans")
+    mean_span: float = Field(default=3.0, ge=1.0, description="tokens per span")
+    sentinels: int = Field(default=16, gt=0, description="ids that number the spans, in turn, without pieces")
+    pieces: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="the tokenizer's pieces for sentinels; null: ids that pad the vocabulary",
+    )
+
+
+class TokenDropoutConfig(Strict):
+    """Hide inputs, keep targets (Bowman et al. 2016, word dropout)."""
+
+    rate: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of the inputs")
+    piece: str = Field(default="<unk>", description="the tokenizer's piece that stands in for them")
+
+
+class GoldfishConfig(Strict):
+    """No loss on one token in k, chosen by the tokens before it (Hans et al. 2024): so no text is learned whole."""
+
+    k: int = Field(default=0, ge=0, description="drop one target in so many; 0: none")
+    context: int = Field(default=13, gt=0, description="tokens before a target that decide on it")
+
+    @model_validator(mode="after")
+    def _something_is_left_to_learn(self) -> Self:
+        if self.k == 1:
+            raise ValueError("k=1 would drop every target; set k to 2 or more, or to 0 for none")
+        return self
+
+
+class AugmentConfig(Strict):
+    """Changes to the training samples, each off by default; see megagpt/augment.py for their order."""
+
+    fim: FimConfig = FimConfig()
+    span_corruption: SpanCorruptionConfig = SpanCorruptionConfig()
+    token_dropout: TokenDropoutConfig = TokenDropoutConfig()
+    goldfish: GoldfishConfig = GoldfishConfig()
+
+    @model_validator(mode="after")
+    def _one_rearrangement_for_each_part(self) -> Self:
+        if self.fim.rate + self.span_corruption.rate > 1.0:
+            raise ValueError(
+                f"fim.rate={self.fim.rate} + span_corruption.rate={self.span_corruption.rate} exceed 1: at most one "
+                "of them acts on a part of a sample; lower one"
+            )
+        return self
+
+
+class PackingConfig(Strict):
+    """How documents become samples of seq_len tokens."""
+
+    kind: Literal["concatenate", "concatenate-masked", "best-fit"] = Field(
+        default="concatenate",
+        description="windows of the stream; the same without attention across documents; whole documents, padded",
+    )
+
+    @property
+    def masked(self) -> bool:
+        """Attention stays inside each document, and positions begin anew in it."""
+        return self.kind != "concatenate"
+
+
 class MegaGPTConfig(Strict):
     """The "megagpt" section of a run file."""
 
@@ -148,6 +225,8 @@ class MegaGPTConfig(Strict):
     every: EveryConfig = EveryConfig()
     sample: SampleConfig = SampleConfig()
     recompute: RecomputeConfig = RecomputeConfig()
+    augment: AugmentConfig = AugmentConfig()
+    packing: PackingConfig = PackingConfig()
     time_limit_minutes: float | None = Field(default=None, gt=0, description="then save and exit with code 75")
 
     @model_validator(mode="after")

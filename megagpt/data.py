@@ -1,30 +1,38 @@
 """Micro-batches on the device: rows of tokens copied from memory-mapped shards, one micro-batch ahead.
 
-Shapes: B micro_batch, T seq_len. A micro-batch is (B, T + 1): inputs are its first T columns, targets its last T.
+Shapes: B micro_batch, T seq_len.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from megagpt.config import BatchPlan, DataConfig
 from megagpt.errors import UserError
+from megagpt.rows import Fill, Rework, Row
 from megagpt.samples import open_datasets
 from megagpt.shards import Dataset, TokenStream
 
-Fill = Callable[[int, NDArray[np.int64]], None]
-"""Fill(first, rows) writes samples first, first + 1, ... into the rows of a (B, T + 1) array."""
+
+class Batch(NamedTuple):
+    """A micro-batch on the device."""
+
+    inputs: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64, IGNORE where there is no loss
+    documents: Tensor | None  # (B, T), numbered in each row; None: attention crosses documents
 
 
 class ValBlocks:
     """The first blocks of a validation split, in order: the same ones at every evaluation."""
 
-    def __init__(self, stream: TokenStream, seq_len: int, max_tokens: int | None = None) -> None:
+    def __init__(
+        self, stream: TokenStream, seq_len: int, max_tokens: int | None = None, *, document_end: int | None = None
+    ) -> None:
+        """document_end is the id behind which attention begins anew, for a model that was trained so."""
         available = (stream.n_tokens - 1) // seq_len
         wanted = available if max_tokens is None else max_tokens // seq_len
         if not 0 < wanted <= available:
@@ -36,10 +44,10 @@ class ValBlocks:
                 + ("" if available else f"lower seq_len to {max(1, stream.n_tokens - 1)} or less, or ")
                 + "build the data with a larger val_fraction"
             )
-        self._stream, self.seq_len = stream, seq_len
+        self._stream, self.seq_len, self.document_end = stream, seq_len, document_end
         self.n_blocks = wanted
 
-    def fill(self, first: int, rows: NDArray[np.int64]) -> None:
+    def fill(self, first: int, rows: Row) -> None:
         """Rows past the last block repeat the first one; evaluate() gives them no weight."""
         for i, row in enumerate(rows):
             block = first + i if first + i < self.n_blocks else 0
@@ -49,15 +57,18 @@ class ValBlocks:
         return self.n_blocks
 
 
-def open_data(cfg: DataConfig, seq_len: int) -> tuple[ValBlocks, list[Dataset]]:
+def open_data(cfg: DataConfig, seq_len: int, *, masked: bool = False) -> tuple[ValBlocks, list[Dataset]]:
     """Validation blocks of the model's whole seq_len, and all datasets: training's in order, validation's last.
+
+    The blocks are windows of the stream with every packing; `masked` keeps attention within documents there too.
 
     Raises UserError for a missing, unfinished or damaged dataset, too little data, or two tokenizers.
     """
     datasets = open_datasets([*(d.path for d in cfg.train), cfg.val])
     val = datasets[-1].stream("val")
     val.open_all()  # a shard of another build is found here, not by one rank in the middle of a run
-    return ValBlocks(val, seq_len, cfg.val_tokens), datasets
+    document_end = datasets[-1].eod_id if masked else None
+    return ValBlocks(val, seq_len, cfg.val_tokens, document_end=document_end), datasets
 
 
 def rank_samples(batch: BatchPlan, rank: int, first: int) -> Iterator[int]:
@@ -71,20 +82,43 @@ def rank_samples(batch: BatchPlan, rank: int, first: int) -> Iterator[int]:
         yield from range(begin, begin + share, batch.micro_batch)
 
 
-def prefetched(fill: Fill, firsts: Iterable[int], shape: tuple[int, int], device: torch.device) -> Iterator[Tensor]:
-    """(B, T + 1) micro-batches on the device; while one is in use, a thread copies the next into pinned memory.
+def prefetched(
+    fill: Fill,
+    firsts: Iterable[int],
+    shape: tuple[int, int],
+    device: torch.device,
+    *,
+    rework: Rework | None = None,
+    document_end: int | None = None,
+) -> Iterator[Batch]:
+    """Micro-batches on the device; while one is in use, a thread copies the next into pinned memory.
 
+    shape is (B, T + 1), of the rows that `fill` writes. Without a `rework` inputs and targets are two views of them.
     A micro-batch is valid until the next one is taken: its memory is then written again.
     """
     on_gpu = device.type == "cuda"
+    B, T = shape[0], shape[1] - 1
     slots = [torch.empty(shape, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
+    reworked = [torch.empty((B, T), dtype=torch.int64, pin_memory=on_gpu) for _ in range(2 if rework else 0)]
     sent: list[torch.cuda.Event | None] = [None, None]
 
-    def load(slot: int, first: int) -> Tensor:
+    def load(slot: int, first: int) -> int:
         if (event := sent[slot]) is not None:
             event.synchronize()  # the copy to the device that still reads this slot
-        fill(first, slots[slot].numpy())
-        return slots[slot]
+        rows = slots[slot].numpy()
+        fill(first, rows)
+        if rework is not None:
+            rework(first, rows, reworked[slot].numpy())
+        return slot
+
+    def send(slot: int) -> Batch:
+        rows = slots[slot].to(device, non_blocking=True)  # on a CPU no copy
+        targets = reworked[slot].to(device, non_blocking=True) if reworked else rows[:, 1:]
+        if on_gpu:
+            sent[slot] = torch.cuda.Event()
+            sent[slot].record()  # type: ignore[union-attr]
+        inputs = rows[:, :-1]
+        return Batch(inputs, targets, None if document_end is None else document_numbers(inputs, document_end))
 
     def use_own_gpu() -> None:
         if on_gpu:
@@ -95,16 +129,12 @@ def prefetched(fill: Fill, firsts: Iterable[int], shape: tuple[int, int], device
         for i, first in enumerate(firsts):
             following = pool.submit(load, i % 2, first)
             if pending is not None:
-                yield _to_device(pending.result(), device, sent, (i - 1) % 2)
+                yield send(pending.result())
             pending = following
         if pending is not None:
-            yield _to_device(pending.result(), device, sent, i % 2)
+            yield send(pending.result())
 
 
-def _to_device(batch: Tensor, device: torch.device, sent: list[torch.cuda.Event | None], slot: int) -> Tensor:
-    if device.type != "cuda":
-        return batch
-    on_device = batch.to(device, non_blocking=True)
-    sent[slot] = torch.cuda.Event()
-    sent[slot].record()  # type: ignore[union-attr]
-    return on_device
+def document_numbers(inputs: Tensor, eod_id: int) -> Tensor:
+    """(B, T): the end of a document, as an input, begins the next one, since the token it predicts is that one's."""
+    return (inputs == eod_id).cumsum(1)

@@ -183,17 +183,17 @@ def recompute_hook(cfg: RecomputeConfig, ds: DeepSpeedConfig, device: torch.devi
     every = cfg.k or 1
     run_again = _deepspeed_checkpoint(ds) if cfg.kind == "deepspeed" else _torch_checkpoint(preserve_rng)
 
-    def recompute(i: int, block: Block, x: Tensor) -> Tensor:
-        return run_again(block, x) if i % every == 0 else block(x)
+    def recompute(i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return run_again(block, x, mask) if i % every == 0 else block(x, mask)
 
     return recompute
 
 
-def _torch_checkpoint(preserve_rng: bool) -> Callable[[Block, Tensor], Tensor]:
+def _torch_checkpoint(preserve_rng: bool) -> Callable[[Block, Tensor, Tensor | None], Tensor]:
     return partial(torch_checkpoint, use_reentrant=False, preserve_rng_state=preserve_rng)
 
 
-def _deepspeed_checkpoint(ds: DeepSpeedConfig) -> Callable[[Block, Tensor], Tensor]:
+def _deepspeed_checkpoint(ds: DeepSpeedConfig) -> Callable[[Block, Tensor, Tensor | None], Tensor]:
     section = ds.activation_checkpointing
     deepspeed.checkpointing.configure(
         None,

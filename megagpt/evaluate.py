@@ -43,11 +43,10 @@ def evaluate(model: nn.Module, blocks: ValBlocks, token_bytes: Tensor, *, micro_
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
     was_training = model.training
     model.eval()
-    for first, batch in zip(
-        firsts, prefetched(blocks.fill, firsts, (micro_batch, blocks.seq_len + 1), device), strict=True
-    ):
-        tokens, targets = batch[:, :-1], batch[:, 1:]  # (B, T) each
-        logits = model(tokens).flatten(0, 1).float()  # (B*T, V)
+    shape = (micro_batch, blocks.seq_len + 1)
+    batches = prefetched(blocks.fill, firsts, shape, device, document_end=blocks.document_end)
+    for first, (inputs, targets, documents) in zip(firsts, batches, strict=True):
+        logits = model(inputs, documents=documents).flatten(0, 1).float()  # (B*T, V)
         nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)  # (B, T)
         kept = (first + torch.arange(micro_batch, device=device) < end).unsqueeze(1).expand_as(targets)  # (B, T)
         totals[0] += (nats.double() * kept).sum()
@@ -62,7 +61,7 @@ def unigram_entropy(blocks: ValBlocks) -> float:
     """Nats per token of the best guess that ignores context: what a model must beat to have learned anything."""
     counts = torch.zeros(0, dtype=torch.int64)
     for batch in prefetched(blocks.fill, range(len(blocks)), (1, blocks.seq_len + 1), torch.device("cpu")):
-        more = torch.bincount(batch[0, 1:], minlength=len(counts))
+        more = torch.bincount(batch.targets[0], minlength=len(counts))
         more[: len(counts)] += counts
         counts = more
     p = counts[counts > 0].double() / counts.sum()

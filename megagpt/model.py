@@ -6,7 +6,8 @@ Nothing here knows about ranks or DeepSpeed. Two things are handed in: `GPT.reco
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -69,13 +70,13 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(cfg.n_embd, 3 * cfg.n_embd)
         self.c_proj = Linear(cfg.n_embd, cfg.n_embd, std=residual_std(cfg))
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is not None:
             k, v = cache.append(k, v)  # each (B, H, S, D)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = self.attend(q, k, v, self.dropout if self.training else 0.0, mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -100,18 +101,20 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(cfg.n_embd)
         self.mlp = MLP(cfg, dropout)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
 
-Recompute = Callable[[int, Block, Tensor], Tensor]
-"""Runs block number i on x (B, T, C), keeping its activations for backward or computing them again then."""
+class Recompute(Protocol):
+    """Runs block number i on x (B, T, C), keeping its activations for backward or computing them again then."""
+
+    def __call__(self, i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor: ...
 
 
-def keep_activations(i: int, block: Block, x: Tensor) -> Tensor:
+def keep_activations(i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """The `none` policy: run the block, keep everything."""
-    return block(x)
+    return block(x, mask)
 
 
 class GPT(nn.Module):
@@ -128,20 +131,25 @@ class GPT(nn.Module):
         self.lm_head.weight = self.wte.weight  # tied (Press and Wolf 2017)
         self.recompute: Recompute = keep_activations
 
-    def forward(self, tokens: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, caches: list[KeyValueCache] | None = None, *, documents: Tensor | None = None
+    ) -> Tensor:
         """With caches (one per layer), tokens continue the positions already in them.
 
+        With documents (B, T), numbers that change where a document begins, each is read as if it stood alone.
         Raises ValueError if the positions do not fit seq_len.
         """
         begin = caches[0].length if caches else 0
         end = begin + tokens.size(1)
         if end > self.cfg.seq_len:
             raise ValueError(f"position {end} does not fit the model's seq_len={self.cfg.seq_len}")
-        positions = torch.arange(begin, end, device=tokens.device)
+        positions, mask = torch.arange(begin, end, device=tokens.device), None  # (T,)
+        if documents is not None:
+            positions, mask = apart(documents)
         x = F.dropout(self.wte(tokens) + self.wpe(positions), self.dropout, self.training)  # (B, T, C)
         recompute = self.recompute if self.training else keep_activations
         for i, block in enumerate(self.blocks()):
-            x = block(x, caches[i]) if caches else recompute(i, block, x)  # (B, T, C)
+            x = block(x, cache=caches[i]) if caches else recompute(i, block, x, mask)  # (B, T, C)
         return self.lm_head(self.ln_f(x))  # (B, T, V)
 
     def blocks(self) -> Iterator[Block]:
@@ -152,6 +160,16 @@ class GPT(nn.Module):
     def new_caches(self, batch: int) -> list[KeyValueCache]:
         """Empty key-value caches for generating `batch` texts."""
         return [KeyValueCache(batch, self.cfg, self.wte.weight) for _ in self.h]
+
+
+def apart(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions (B, T) counted anew in each document, and who sees whom (B, 1, T, T): the same document's past."""
+    T = documents.size(1)
+    place = torch.arange(T, device=documents.device)
+    begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0  # (B, T)
+    positions = place - torch.where(begins, place, 0).cummax(1).values
+    seen = place.unsqueeze(1) - place  # (T, T): how far back
+    return positions, (seen >= 0) & (seen <= positions.unsqueeze(-1)).unsqueeze(1)
 
 
 def residual_std(cfg: ModelConfig) -> float:

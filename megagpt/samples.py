@@ -4,18 +4,22 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from megagpt.augment import GoldfishTokens
 from megagpt.commits import Saved, newest_record
 from megagpt.config import MegaGPTConfig
 from megagpt.errors import UserError
 from megagpt.mixture import Mixture, Source
+from megagpt.packing import PackedRows, plan_rows
+from megagpt.rows import Row, Tokens, unmarked
 from megagpt.sampler import PERIOD
-from megagpt.shards import Dataset, TokenStream, open_dataset
+from megagpt.shards import Dataset, open_dataset
 from megagpt.state import TrainState
 
 DRAW = 16384  # samples whose windows are computed at once: the arithmetic is vectorized, a single one is dear
@@ -23,7 +27,10 @@ DRAW = 16384  # samples whose windows are computed at once: the arithmetic is ve
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive inputs of a sample: `tokens`, which begin at token `start` of this variant of the train split."""
+    """Consecutive inputs of a sample: `tokens`, which begin at token `start` of this variant of the train split.
+
+    Of a packed row: a document, or a chunk of one.
+    """
 
     dataset: Dataset
     variant: int
@@ -32,8 +39,26 @@ class Piece:
     tokens: NDArray[np.int64]
 
 
-def train_variant(dataset: Dataset, variant: int) -> TokenStream:
+OpenVariant = Callable[[Dataset, int], Tokens]
+
+
+def train_variant(dataset: Dataset, variant: int) -> Tokens:
     return dataset.stream("train", variant)
+
+
+def row_opener(cfg: MegaGPTConfig) -> OpenVariant:
+    """How a run reads a variant: as it is, marked as the goldfish says, or packed. Each is opened and planned once."""
+
+    @cache
+    def open_variant(dataset: Dataset, variant: int) -> Tokens:
+        stream = dataset.stream("train", variant)
+        goldfish = cfg.augment.goldfish
+        tokens = GoldfishTokens(stream, dataset.eod_id, goldfish) if goldfish.k else stream
+        if cfg.packing.kind != "best-fit":
+            return tokens
+        return PackedRows(tokens, plan_rows(stream.document_lengths(), cfg.seq_len), dataset.eod_id)
+
+    return open_variant
 
 
 @dataclass(frozen=True)
@@ -43,7 +68,7 @@ class Block:
     samples: range
     first: list[int]
     last: list[int]
-    streams: list[TokenStream]
+    streams: list[Tokens]
     start: list[int]
     length: list[int]
 
@@ -61,7 +86,7 @@ class TrainData:
         datasets: Sequence[Dataset],
         *,
         earlier: Sequence[Dataset] = (),
-        open_variant: Callable[[Dataset, int], TokenStream] = train_variant,
+        open_variant: OpenVariant = train_variant,
     ) -> None:
         self.mixture = mixture
         self.datasets = datasets
@@ -82,7 +107,7 @@ class TrainData:
             for stream in streams:
                 stream.open_all()
 
-    def fill(self, first: int, rows: NDArray[np.int64]) -> None:
+    def fill(self, first: int, rows: Row) -> None:
         """Samples first, first + 1, ... into rows of seq_len + 1 tokens.
 
         Where a sample is made of several stretches, the target of each one's last input is the next one's first token.
@@ -104,10 +129,11 @@ class TrainData:
         drawn, pieces = self._samplers[self._segment(sample)].draw(sample, 1), []
         columns = (drawn.dataset, drawn.epoch, drawn.start, drawn.length)
         for k, epoch, start, length in zip(*(column.tolist() for column in columns), strict=True):
-            variant, tokens = epoch % len(self.mixture.sources[k].n_tokens), np.empty(length, dtype=np.int64)
-            self._variants(k)[variant].copy(start, tokens)
+            variant = epoch % len(self.mixture.sources[k].n_tokens)
+            stream = self._variants(k)[variant]
             dataset = self._by_fingerprint[self.mixture.sources[k].fingerprint]
-            pieces.append(Piece(dataset, variant, epoch, start, tokens))
+            for at, tokens in _pieces(stream, start, length):
+                pieces.append(Piece(dataset, variant, epoch, at, unmarked(tokens)))
         return pieces
 
     def epochs(self, sample: int) -> list[float]:
@@ -116,8 +142,17 @@ class TrainData:
         by_fingerprint = {source.fingerprint: n for source, n in zip(self.mixture.sources, done, strict=True)}
         return [by_fingerprint[dataset.fingerprint] for dataset in self.datasets]
 
-    def describe(self, sample: int) -> str:
-        """Of what the samples from this one on are made."""
+    def packing(self) -> list[str]:
+        """How full the rows are: a line for each variant whose documents are packed."""
+        streams = [
+            (source.path, variant, stream)
+            for source, variants in zip(self.mixture.sources, self._streams, strict=True)
+            for variant, stream in enumerate(variants)
+        ]
+        return [f"{path}, variant {v}: {s.plan}" for path, v, s in streams if isinstance(s, PackedRows)]
+
+    def describe(self, sample: int, seq_len: int) -> str:
+        """Of what the samples of seq_len tokens from this one on are made."""
         segment = self._samplers[self._segment(sample)].segment
         shares = {
             source.fingerprint: share / PERIOD
@@ -127,9 +162,9 @@ class TrainData:
             f"{shares[dataset.fingerprint]:.2%} from {dataset.path} (epoch {epoch:.3f})"
             for dataset, epoch in zip(self.datasets, self.epochs(sample), strict=True)
         ]
-        return f"{segment.seq_len} tokens, " + ", ".join(parts)
+        return f"{seq_len} tokens, " + ", ".join(parts)
 
-    def _variants(self, k: int) -> list[TokenStream]:
+    def _variants(self, k: int) -> list[Tokens]:
         if not self._streams[k]:
             source = self.mixture.sources[k]
             raise UserError(
@@ -181,13 +216,13 @@ def plan_mixture(cfg: MegaGPTConfig, global_batch: int, sources: Sequence[Source
         [(source, d.weight) for source, d in zip(sources, cfg.data.train, strict=True)],
         step=state.step,
         sample=state.samples_seen,
-        seq_len=cfg.seq_len,
+        seq_len=1 if cfg.packing.kind == "best-fit" else cfg.seq_len,  # see PackedRows
         global_batch=global_batch,
     )
 
 
-def source_of(dataset: Dataset) -> Source:
-    tokens = tuple(variant.tokens for variant in dataset.variants("train"))
+def source_of(dataset: Dataset, open_variant: OpenVariant = train_variant) -> Source:
+    tokens = tuple(open_variant(dataset, v).n_tokens for v in range(len(dataset.variants("train"))))
     return Source(str(dataset.path), dataset.fingerprint, tokens)
 
 
@@ -210,8 +245,9 @@ def open_run(out_dir: Path) -> TrainData:
 def open_samples(cfg: MegaGPTConfig, global_batch: int, saved: Saved | None) -> TrainData:
     """All samples, past and to come, of a run that stands at a saved step or has yet to begin. Raises UserError."""
     datasets = open_datasets([d.path for d in cfg.data.train])
-    mixture = plan_mixture(cfg, global_batch, [source_of(d) for d in datasets], saved)
-    return TrainData(mixture, datasets, earlier=_earlier(mixture, datasets))
+    open_rows = row_opener(cfg)
+    mixture = plan_mixture(cfg, global_batch, [source_of(d, open_rows) for d in datasets], saved)
+    return TrainData(mixture, datasets, earlier=_earlier(mixture, datasets), open_variant=open_rows)
 
 
 def _earlier(mixture: Mixture, datasets: Sequence[Dataset]) -> list[Dataset]:
@@ -226,3 +262,12 @@ def _earlier(mixture: Mixture, datasets: Sequence[Dataset]) -> list[Dataset]:
             if dataset.fingerprint == source.fingerprint:
                 found.append(dataset)
     return found
+
+
+def _pieces(stream: Tokens, start: int, length: int) -> list[tuple[int, Row]]:
+    """Where in the stream the tokens of a stretch, or of a packed row, lie, and the tokens."""
+    if isinstance(stream, PackedRows):
+        return stream.pieces(start)
+    tokens = np.empty(length, dtype=np.int64)
+    stream.copy(start, tokens)
+    return [(start, tokens)]

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from megagpt import checkpoint
 from megagpt.accounting import flops_per_token, peak_flops, recompute_flops_per_token
+from megagpt.augment import rework_of
 from megagpt.commits import Saved, best, step_folder
 from megagpt.config import BatchPlan, MegaGPTConfig, RunConfig, batch_plan
-from megagpt.data import ValBlocks, open_data, prefetched, rank_samples
+from megagpt.data import Batch, ValBlocks, open_data, prefetched, rank_samples
 from megagpt.distributed import gather_over_ranks, is_main, rank, say, together, world_size
 from megagpt.early_stopping import after_evaluation
 from megagpt.engine import Engine, build_engine, effective_config
@@ -23,7 +24,8 @@ from megagpt.evaluate import evaluate
 from megagpt.files import write_atomically
 from megagpt.generate import complete
 from megagpt.monitor import Monitor, Stopwatch, validation_curve
-from megagpt.samples import TrainData, plan_mixture, source_of
+from megagpt.rows import Rework
+from megagpt.samples import TrainData, plan_mixture, row_opener, source_of
 from megagpt.state import TrainState
 from megagpt.tokenizer import Tokenizer, padded_vocab_size
 
@@ -35,6 +37,7 @@ class Plan:
     run: RunConfig
     batch: BatchPlan
     train_data: TrainData
+    rework: Rework | None  # what becomes of its rows
     val_blocks: ValBlocks
     tokenizer: Tokenizer
     vocab_size: int  # padded
@@ -50,19 +53,22 @@ def check(run: RunConfig, *, fresh: bool) -> Plan:
     """Everything a user can have got wrong, found before a GPU is used. Collective; raises UserError."""
     cfg = run.megagpt
     batch = batch_plan(run.deepspeed, world_size())
-    val_blocks, datasets = together(lambda: open_data(cfg.data, cfg.model.seq_len))
+    val_blocks, datasets = together(lambda: open_data(cfg.data, cfg.model.seq_len, masked=cfg.packing.masked))
     tokenizer = together(datasets[0].tokenizer)
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
+    rework = together(lambda: rework_of(cfg.augment, cfg.packing, tokenizer, vocab_size, cfg.data.seed))
     identity = checkpoint.identity_of(run, batch, vocab_size, val=datasets[-1])
     saved = None if fresh else checkpoint.newest_verified(cfg.out_dir)
     if saved is not None:
         checkpoint.check_identity(saved, identity)
-    mixture = together(lambda: plan_mixture(cfg, batch.global_batch, [source_of(d) for d in datasets[:-1]], saved))
-    train_data = TrainData(mixture, datasets[:-1])
+    open_rows = row_opener(cfg)
+    sources = together(lambda: [source_of(dataset, open_rows) for dataset in datasets[:-1]])
+    mixture = together(lambda: plan_mixture(cfg, batch.global_batch, sources, saved))
+    train_data = TrainData(mixture, datasets[:-1], open_variant=open_rows)
     together(train_data.open_all)
     if fresh:
         checkpoint.set_aside(cfg.out_dir)
-    return Plan(run, batch, train_data, val_blocks, tokenizer, vocab_size, identity, saved)
+    return Plan(run, batch, train_data, rework, val_blocks, tokenizer, vocab_size, identity, saved)
 
 
 @dataclass
@@ -96,12 +102,19 @@ class Session:
         self.token_bytes = torch.from_numpy(plan.tokenizer.token_bytes()).to(device)
         self.watch = Stopwatch()
 
-    def batches(self) -> Iterator[Tensor]:
-        """This rank's micro-batches (B, T + 1), endlessly, from where the plan's state stands."""
+    def batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches, endlessly, from where the plan's state stands."""
         firsts = rank_samples(self.plan.batch, rank(), self.plan.state.samples_seen)
         shape = (self.plan.batch.micro_batch, self.cfg.seq_len + 1)
         try:
-            yield from prefetched(self.plan.train_data.fill, firsts, shape, self.device)
+            yield from prefetched(
+                self.plan.train_data.fill,
+                firsts,
+                shape,
+                self.device,
+                rework=self.plan.rework,
+                document_end=self.plan.val_blocks.document_end,
+            )
         except UserError as error:  # a shard that went bad since it was opened
             raise OwnRankError(str(error)) from error
 
@@ -208,13 +221,16 @@ def _opening(plan: Plan, effective: dict[str, Any]) -> str:
         f"{' + '.join(tokens)} training tokens; global batch {batch.global_batch} = micro-batch {batch.micro_batch} "
         f"x accumulation {batch.accumulation} x {batch.world_size} ranks"
     ]
+    lines += plan.train_data.packing()
     if plan.saved is None:
         lines.append("no checkpoint yet: starting at step 0")
     else:
         lines.append(f"going on from {plan.saved.step_dir}")
         lines += [f"  changed: {line}" for line in checkpoint.changed_keys(plan.saved.step_dir, effective)]
         if plan.train_data.mixture.segments != plan.saved.mixture.segments:
-            lines.append(f"  samples from now on: {plan.train_data.describe(plan.saved.state.samples_seen)}")
+            lines.append(
+                f"  samples from now on: {plan.train_data.describe(plan.saved.state.samples_seen, cfg.seq_len)}"
+            )
     return "\n".join(lines)
 
 

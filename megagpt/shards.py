@@ -220,6 +220,15 @@ class TokenStream:
                 yield parts[0] if len(parts) == 1 else np.concatenate(parts)
                 parts = []
 
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of every document in order, end-of-document tokens included: int64. Reads no token."""
+        begins: list[np.ndarray] = []  # of the rows that begin a document
+        for i, tok0 in enumerate(self._tok0):
+            batch = self._record_batch(i)
+            offsets = numbers(batch.column("tokens").offsets)
+            begins.append(tok0 + offsets[:-1][numbers(batch.column("part")) == 0])
+        return np.diff(np.concatenate(begins), append=self.n_tokens)
+
     def row(self, i: int) -> np.ndarray:
         """Row i: a document, or a part of a long one; a read-only view."""
         if not 0 <= i < self.n_rows:

@@ -70,6 +70,11 @@ class Tokenizer:
         """The text; control ids (end of document, beginning of sentence, padding) leave no trace."""
         return self._processor.decode(np.asarray(ids, dtype=np.int64).tolist())
 
+    def piece_id(self, piece: str) -> int | None:
+        """The id of a piece as the model spells it, or None if it has no such piece."""
+        found = self._processor.piece_to_id(piece)
+        return found if self._processor.id_to_piece(found) == piece else None
+
     def token_bytes(self) -> np.ndarray:
         """How many UTF-8 bytes of text each id stands for: int32, (vocab_size,); control ids stand for 0."""
         return np.array([self._bytes_of(i) for i in range(self.vocab_size)], dtype=np.int32)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from megagpt.config import RunConfig
+from megagpt.data import Batch
 from megagpt.distributed import StopVote
 from megagpt.engine import set_lr
-from megagpt.loss import next_token_loss
+from megagpt.loss import kept_share, next_token_loss
 from megagpt.optim import lr_factor
 from megagpt.preemption import Preemption
 from megagpt.session import Recent, Session, check, say_ending
@@ -52,25 +53,30 @@ def train(
     return state
 
 
-def train_step(session: Session, batches: Iterator[Tensor]) -> tuple[Tensor, Tensor | float | None]:
+def train_step(session: Session, batches: Iterator[Batch]) -> tuple[Tensor, Tensor | float | None]:
     """One optimizer update over this rank's share of a global batch: its mean loss, and the gradient norm.
 
-    Both stay on the device: reading them here would make every step wait for the GPU.
+    Every target with a loss weighs the same, in whichever micro-batch and on whichever rank: the gradient is that of
+    their sum over the number of all targets, ignored ones included. That number is known without asking other ranks.
+    Both results stay on the device: reading them here would make every step wait for the GPU.
     """
-    engine, regularization, losses = session.engine, session.cfg.regularization, []
+    engine, regularization, losses, shares = session.engine, session.cfg.regularization, [], []
     for _ in range(session.plan.batch.accumulation):
         with session.watch.section("data"):
-            batch = next(batches)  # (B, T + 1)
+            batch = next(batches)
         loss = next_token_loss(
-            engine(batch[:, :-1]),
-            batch[:, 1:],
+            engine(batch.inputs, documents=batch.documents),
+            batch.targets,
             label_smoothing=regularization.label_smoothing,
             z_loss=regularization.z_loss,
         )
+        shares.append(kept_share(batch.targets))
+        loss = loss * shares[-1]
         engine.backward(loss)  # DeepSpeed divides by gradient_accumulation_steps
         engine.step()  # updates the weights on the last micro-batch only
         losses.append(loss.detach())
-    return torch.stack(losses).mean(), engine.get_global_grad_norm()
+    kept = torch.stack(shares).mean().clamp(min=1e-9)  # a step may be all padding
+    return torch.stack(losses).mean() / kept, engine.get_global_grad_norm()
 
 
 def due(step: int, cadence: int) -> bool:

@@ -30,7 +30,7 @@ def global_batch(data, plan: BatchPlan, step: int) -> list[tuple[int, ...]]:
         batches = prefetched(
             data.fill, rank_samples(plan, rank, step * plan.global_batch), (plan.micro_batch, SEQ_LEN + 1), CPU
         )
-        rows += [tuple(row) for _ in range(plan.accumulation) for row in next(batches).tolist()]
+        rows += [tuple(row) for _ in range(plan.accumulation) for row in next(batches).inputs.tolist()]
     return sorted(rows)
 
 
@@ -49,7 +49,7 @@ def test_going_on_at_a_step_gives_the_batches_that_follow_it(train_data):
         next(straight)
     resumed = prefetched(train_data.fill, rank_samples(plan, 0, 5 * 8), shape, CPU)
     for _ in range(6):
-        assert torch.equal(next(straight).clone(), next(resumed).clone())
+        assert torch.equal(next(straight).targets, next(resumed).targets)
 
 
 def test_a_micro_batch_is_windows_of_the_stream(train_data, dataset):
@@ -65,10 +65,10 @@ def test_a_micro_batch_is_windows_of_the_stream(train_data, dataset):
 
 def test_reading_ahead_does_not_overwrite_the_batch_in_use(train_data):
     plan, shape = BatchPlan(4, 4, 1, 1), (4, SEQ_LEN + 1)
-    expected = [rows.clone() for rows in prefetched(train_data.fill, range(0, 40, 4), shape, CPU)]
+    expected = [batch.inputs.clone() for batch in prefetched(train_data.fill, range(0, 40, 4), shape, CPU)]
     batches = prefetched(train_data.fill, rank_samples(plan, 0, 0), shape, CPU)
     for i, batch in zip(range(10), batches, strict=False):
-        assert torch.equal(batch, expected[i])
+        assert torch.equal(batch.inputs, expected[i])
 
 
 def test_an_error_while_reading_ahead_reaches_the_loop():

@@ -8,10 +8,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megagpt"
 FLOORS = [
-    {"errors", "files", "rng"},
+    {"errors", "files", "rng", "rows"},
     {"config", "distributed", "launcher", "permutation", "preemption", "tokenizer"},
     {"run_file", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
-    {"mixture", "shards", "model", "state"},
+    {"mixture", "shards", "model", "state", "augment", "packing"},
     {"commits"},
     {"samples"},
     {"data", "sample_report"},
