@@ -13,8 +13,10 @@ a resumed run, or one on another number of ranks, sees the same rows. Validation
 Shapes: B micro_batch, T seq_len.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.random import Generator, Philox
@@ -40,7 +42,9 @@ def rework_of(
     if cfg.fim.rate or cfg.span_corruption.rate or cfg.token_dropout.rate:
         fim_ids, span_ids = sentinels(cfg, tokenizer, vocab_size)
         hidden = _piece_id(tokenizer, cfg.token_dropout.piece, "token_dropout.piece") if cfg.token_dropout.rate else 0
-        return Augment(cfg, seed, tokenizer.eod_id, fim_ids, span_ids, hidden)
+        droppable = np.ones(vocab_size, dtype=np.bool_)
+        droppable[[tokenizer.eod_id, *fim_ids, *span_ids]] = False  # they say where documents and their parts begin
+        return Augment(cfg, seed, tokenizer.eod_id, fim_ids, span_ids, hidden, droppable)
     if cfg.goldfish.k or packing.kind == "best-fit":
         return lambda first, rows, targets: split(rows, targets)
     return None
@@ -56,6 +60,7 @@ class Augment:
     fim_ids: Sequence[int]
     span_ids: Sequence[int]
     hidden_id: int  # what a dropped input becomes
+    droppable: NDArray[np.bool_]  # (V,): whether an input may be
 
     def __call__(self, first: int, rows: Row, targets: Row) -> None:
         generators = [sample_generator(self.seed, first + i) for i in range(len(rows))]
@@ -64,10 +69,8 @@ class Augment:
                 row[:] = self._rearranged(row, rng)
         split(rows, targets)
         if self.cfg.token_dropout.rate:
-            kept = [self.eod_id, *self.fim_ids, *self.span_ids]  # they say where documents and their parts begin
             for row, rng in zip(rows, generators, strict=True):
-                dropped = rng.random(len(row)) < self.cfg.token_dropout.rate
-                row[dropped & ~np.isin(row, kept)] = self.hidden_id
+                row[(rng.random(len(row)) < self.cfg.token_dropout.rate) & self.droppable[row]] = self.hidden_id
 
     def _rearranged(self, row: Row, rng: Generator) -> Row:
         """The row with some of its documents' parts rearranged; what the sentinels push out at its end is lost."""
@@ -121,16 +124,16 @@ def corrupt_spans(
     body, end = _without_end(part, eod_id)
     n = len(body)
     if _corrupted_length(n, cfg) > room:  # the least text that fills it: a token or two of the last span go
-        n = next(m for m in range(room // 2, n + 1) if _corrupted_length(m, cfg) >= room)
+        shorter = range(room // 2, n)
+        n = room // 2 + bisect_left(shorter, room, key=lambda m: _corrupted_length(m, cfg))
         end = end[:0]
     n_noise, n_spans = _noise(n, cfg)
     noise, kept = _lengths(n_noise, n_spans, rng), _lengths(n - n_noise, n_spans, rng)
-    cuts = np.cumsum(np.stack([kept, noise], axis=1).ravel())
-    pieces = np.split(body[:n], cuts[:-1])  # kept, noise, kept, noise, ...
-    sentinel = [np.array([ids[i % len(ids)]]) for i in range(n_spans)]
-    text = [x for i in range(n_spans) for x in (pieces[2 * i], sentinel[i])]
-    spans = [x for i in range(n_spans) for x in (sentinel[i], pieces[2 * i + 1])]
-    return np.concatenate([*text, *spans, end])
+    is_noise = np.repeat(np.arange(2 * n_spans) % 2 == 1, np.stack([kept, noise], axis=1).ravel())
+    sentinel = np.resize(ids, n_spans)
+    text = np.insert(body[:n][~is_noise], np.cumsum(kept), sentinel)
+    spans = np.insert(body[:n][is_noise], np.cumsum(noise) - noise, sentinel)
+    return np.concatenate([text, spans, end])
 
 
 def goldfish_mask(tokens: Row, eod_id: int, cfg: GoldfishConfig) -> NDArray[np.bool_]:
@@ -138,15 +141,27 @@ def goldfish_mask(tokens: Row, eod_id: int, cfg: GoldfishConfig) -> NDArray[np.b
 
     The same text loses the same tokens wherever it stands. The first h of a document are all kept.
     """
-    hashed = np.zeros(len(tokens), dtype=np.uint64)
-    inside = np.ones(len(tokens), dtype=np.bool_)  # all the tokens so far belong to the same document
-    padded = np.concatenate([np.full(cfg.context, eod_id), tokens])
-    for back in range(1, cfg.context + 1):
-        before = padded[cfg.context - back : len(padded) - back]
-        inside &= before != eod_id
-        hashed = (hashed ^ before.astype(np.uint64)) * MULTIPLIER
-        hashed ^= hashed >> np.uint64(32)
-    return inside & (hashed % np.uint64(cfg.k) == 0)
+    n, h = len(tokens), cfg.context
+    up, down = _powers(n + 1)
+    so_far = np.zeros(n + 1, dtype=np.uint64)  # a polynomial of the tokens before each place, modulo 2^64
+    np.cumsum(tokens.astype(np.uint64) * down[:n], out=so_far[1:])
+    hashed = so_far[:n].copy()
+    hashed[h:] -= so_far[: max(0, n - h)]  # of the last h of them alone,
+    hashed *= up[:n]  # wherever they stand
+    for shift in (32, 29):
+        hashed = (hashed ^ (hashed >> np.uint64(shift))) * MULTIPLIER
+    place = np.arange(n)
+    begin = np.zeros(n, dtype=np.int64)  # of each token's document, as far as it lies in here
+    begin[1:] = np.maximum.accumulate(np.where(tokens[:-1] == eod_id, place[1:], 0))
+    return (place - begin >= h) & ((hashed >> np.uint64(32)) % np.uint64(cfg.k) == 0)
+
+
+@lru_cache(maxsize=4)
+def _powers(n: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """MULTIPLIER^i and its inverse modulo 2^64, for i below n."""
+    up, down = np.full((2, n), 1, dtype=np.uint64)
+    up[1:], down[1:] = MULTIPLIER, pow(int(MULTIPLIER), -1, 2**64)
+    return np.cumprod(up), np.cumprod(down)
 
 
 class GoldfishTokens:
