@@ -9,6 +9,7 @@ from megagpt.config import BatchPlan, DataConfig
 from megagpt.data import ValBlocks, open_data, prefetched, rank_samples
 from megagpt.errors import UserError
 from megagpt.mixture import Mixture
+from megagpt.rows import IGNORE, marked, split
 from megagpt.samples import DRAW, TrainData, source_of
 from megagpt.shards import open_dataset
 
@@ -69,6 +70,35 @@ def test_reading_ahead_does_not_overwrite_the_batch_in_use(train_data):
     batches = prefetched(train_data.fill, rank_samples(plan, 0, 0), shape, CPU)
     for i, batch in zip(range(10), batches, strict=False):
         assert torch.equal(batch.inputs, expected[i])
+
+
+def test_inputs_and_targets_are_one_apart_and_share_their_memory(train_data):
+    batch = next(prefetched(train_data.fill, [0], (4, SEQ_LEN + 1), CPU))
+    rows = np.empty((4, SEQ_LEN + 1), dtype=np.int64)
+    train_data.fill(0, rows)
+    assert np.array_equal(batch.inputs, rows[:, :-1])
+    assert np.array_equal(batch.targets, rows[:, 1:])
+    assert batch.targets.data_ptr() == batch.inputs.data_ptr() + 8
+    assert batch.documents is None
+
+
+def test_reworked_batches_are_their_samples_in_order(train_data):
+    """A rework of its own: every token of sample g goes up by g, and every third is no target."""
+
+    def rework(first, rows, targets):
+        rows += np.arange(first, first + len(rows))[:, None]
+        rows[:, ::3] = marked(rows[:, ::3])
+        split(rows, targets)
+
+    batches = prefetched(train_data.fill, range(0, 40, 4), (4, SEQ_LEN + 1), CPU, rework=rework, document_end=7)
+    for first, batch in zip(range(0, 40, 4), batches, strict=True):
+        rows = np.empty((4, SEQ_LEN + 1), dtype=np.int64)
+        train_data.fill(first, rows)
+        rows += np.arange(first, first + 4)[:, None]
+        assert np.array_equal(batch.inputs, rows[:, :-1])
+        rows[:, ::3] = IGNORE
+        assert np.array_equal(batch.targets, rows[:, 1:])
+        assert np.array_equal(batch.documents, np.cumsum(batch.inputs.numpy() == 7, axis=1))
 
 
 def test_an_error_while_reading_ahead_reaches_the_loop():

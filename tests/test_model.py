@@ -7,7 +7,7 @@ from torch import nn
 from megagpt.attention import ATTENTION
 from megagpt.config import ModelConfig
 from megagpt.loss import next_token_loss
-from megagpt.model import GPT
+from megagpt.model import GPT, apart
 
 TINY = ModelConfig(n_layer=3, n_head=2, n_embd=32, seq_len=16)
 VOCAB = 128
@@ -48,6 +48,29 @@ def test_attention_variants_agree_with_and_without_a_past(n_keys):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 3, min(4, n_keys), 8), torch.randn(2, 3, n_keys, 8), torch.randn(2, 3, n_keys, 8)
     torch.testing.assert_close(ATTENTION["sdpa"](q, k, v), ATTENTION["eager"](q, k, v))
+
+
+def test_attention_variants_agree_under_a_mask():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 9, 8)
+    _, mask = apart(torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [4, 4, 4, 4, 4, 4, 4, 4, 5]]))
+    masked = ATTENTION["sdpa"](q, k, v, mask=mask)
+    torch.testing.assert_close(masked, ATTENTION["eager"](q, k, v, mask=mask))
+    torch.testing.assert_close(masked[0, :, 3:5], ATTENTION["eager"](*(x[:1, :, 3:5] for x in (q, k, v)))[0])
+
+
+def test_documents_kept_apart_by_hand():
+    positions, mask = apart(torch.tensor([[3, 3, 4, 4, 4]]))
+    assert positions.tolist() == [[0, 1, 0, 1, 2]]
+    assert mask.int().tolist() == [
+        [[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]]
+    ]
+
+
+def test_one_document_is_what_no_documents_are():
+    tokens = some_tokens(2, 16)
+    model = build().eval()
+    torch.testing.assert_close(model(tokens, documents=torch.zeros_like(tokens)), model(tokens))
 
 
 def test_a_token_never_sees_its_future():

@@ -19,13 +19,14 @@ from corpus import jsonl_corpus
 from data_tools.build import build
 from data_tools.config import BuildConfig
 from megagpt.augment import rework_of
-from megagpt.config import AugmentConfig, BatchPlan, DataConfig, ModelConfig, PackingConfig
+from megagpt.config import AugmentConfig, BatchPlan, DataConfig, MegaGPTConfig, ModelConfig
 from megagpt.data import ValBlocks, open_data, prefetched, rank_samples
 from megagpt.evaluate import evaluate
 from megagpt.generate import generate
 from megagpt.loss import kept_share, next_token_loss
 from megagpt.model import GPT
 from megagpt.optim import decay_groups
+from megagpt.samples import open_samples
 from megagpt.shards import TokenStream, open_dataset
 from megagpt.tokenizer import Tokenizer, padded_vocab_size
 
@@ -87,18 +88,25 @@ def main() -> None:
     print(f"{time.monotonic() - began:.0f} seconds in all")
 
 
-def trained(data: Path, cfg: AugmentConfig, seed: int, n_steps: int, lr: float, n_prompts: int) -> Result:
-    sources = DataConfig(train=[{"path": data}], val=data, seed=seed)
-    train_data, blocks, [dataset, _] = open_data(sources, MODEL.seq_len, goldfish=cfg.goldfish)
+def trained(data: Path, augment: AugmentConfig, seed: int, n_steps: int, lr: float, n_prompts: int) -> Result:
+    run = MegaGPTConfig(
+        out_dir=data.parent / "run",  # nothing is written there
+        model=MODEL,
+        data=DataConfig(train=[{"path": data}], val=data, seed=seed),
+        schedule={"max_steps": n_steps},
+        augment=augment,
+    )
+    samples = open_samples(run, BATCH, None)
+    blocks, [dataset, _] = open_data(run.data, MODEL.seq_len)
     tokenizer = dataset.tokenizer()
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
-    rework = rework_of(cfg, PackingConfig(), tokenizer, vocab_size, seed)
+    rework = rework_of(augment, run.packing, tokenizer, vocab_size, seed)
     torch.manual_seed(seed)
     model = GPT(MODEL, vocab_size)
     optimizer = torch.optim.AdamW(decay_groups(model, 0.0), lr=lr, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, n_steps, pct_start=0.1)
     firsts = rank_samples(BatchPlan(BATCH, BATCH, 1, 1), 0, 0)
-    batches = prefetched(train_data.fill, firsts, (BATCH, MODEL.seq_len + 1), CPU, rework=rework)
+    batches = prefetched(samples.fill, firsts, (BATCH, MODEL.seq_len + 1), CPU, rework=rework)
     losses: list[float] = []
     validation: dict[int, float] = {}
     every = max(1, n_steps // 10)
