@@ -221,8 +221,10 @@ def plan_mixture(cfg: MegaGPTConfig, global_batch: int, sources: Sequence[Source
     )
 
 
-def source_of(dataset: Dataset, open_variant: OpenVariant = train_variant) -> Source:
-    tokens = tuple(open_variant(dataset, v).n_tokens for v in range(len(dataset.variants("train"))))
+def source_of(dataset: Dataset, open_variant: OpenVariant | None = None) -> Source:
+    """Its tokens as the manifest counts them, or as what `open_variant` makes of them does: see PackedRows."""
+    variants = dataset.variants("train")
+    tokens = tuple(open_variant(dataset, v.id).n_tokens if open_variant else v.tokens for v in variants)
     return Source(str(dataset.path), dataset.fingerprint, tokens)
 
 
