@@ -8,8 +8,8 @@ import re
 
 from pydantic import Field
 
-from data_tools.repetition import duplicates
 from data_tools.page import PUNCTUATION, TERMINAL_PUNCTUATION, Page, count_sentences, split_words
+from data_tools.repetition import duplicates
 from megagpt.config import Strict
 
 CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")

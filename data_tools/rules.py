@@ -12,9 +12,9 @@ from pydantic import Field, field_validator
 
 from data_tools.cleaning import CleanConfig, clean, line_dropper, switch_repairs
 from data_tools.language import LanguageConfig, language, load_model
+from data_tools.page import Page
 from data_tools.quality import C4Config, FineWebConfig, GopherQualityConfig, c4, c4_lines, fineweb, gopher_quality
 from data_tools.repetition import GopherRepetitionConfig, gopher_repetition
-from data_tools.page import Page
 from megagpt.config import Strict
 from megagpt.errors import UserError
 
