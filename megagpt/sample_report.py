@@ -2,6 +2,7 @@
 
 from megagpt.commits import newest_record
 from megagpt.config import RunConfig
+from megagpt.errors import UserError
 from megagpt.samples import TrainData, open_samples
 from megagpt.state import TrainState
 
@@ -12,6 +13,11 @@ def sample_report(run: RunConfig, n: int, *, fresh: bool = False) -> str:
     """Of the n samples that come next in this run, or first in a fresh one. Raises UserError as training would."""
     cfg = run.megagpt
     saved = None if fresh else newest_record(cfg.out_dir)
+    if saved and saved.mixture.seed != cfg.data.seed:
+        raise UserError(
+            f"{saved.step_dir} was saved with data.seed={saved.mixture.seed}, and this run has {cfg.data.seed}; start "
+            "it as it was, or give --fresh to see a new run's samples"
+        )
     data = open_samples(cfg, run.deepspeed.train_batch_size, saved)
     state = saved.state if saved else TrainState()
     first = state.samples_seen

@@ -50,33 +50,40 @@ def write_dataset(
     batch_tokens: int = 40,
     vocab_size: int = VOCAB_SIZE,
     build_id: str = "a" * 32,
+    resampled: Sequence[Sequence[np.ndarray]] = (),
 ) -> Manifest:
-    """A dataset of these documents (ids, the end-of-document id 2 last), in small batches and several shards."""
+    """A dataset of these documents (ids, the end-of-document id 2 last), in small batches and several shards.
+
+    Each of `resampled` is a further tokenization of them, as a variant.
+    """
     tokenizer = small_tokenizer()
     folder.mkdir(parents=True)
     (folder / TOKENIZER_MODEL).write_bytes(tokenizer.model_bytes)
-    shards, rows = [], []
-    for shard, part in enumerate(np.array_split(np.arange(len(documents)), n_shards)):
-        header = ShardHeader(
-            build_id=build_id,
-            split=split,
-            variant=0,
-            shard=shard,
-            dtype=token_dtype(vocab_size),
-            vocab_size=vocab_size,
-            eod_id=tokenizer.eod_id,
-            tokenizer_sha256=tokenizer.sha256,
-        )
-        path = folder / header.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer = ShardWriter(path, header, batch_tokens=batch_tokens)
-        for i in part:
-            writer.add(Row(documents[i], int(i).to_bytes(16, "big"), 0))
-        info, index = writer.close()
-        shards.append(info)
-        rows += index
-    n_tokens = sum(len(ids) for ids in documents)
-    variant = Variant(id=0, kind="canonical", tokens=n_tokens, shards=tuple(shards))
+    variants, rows = [], []
+    for number, tokenization in enumerate([documents, *resampled]):
+        shards = []
+        for shard, part in enumerate(np.array_split(np.arange(len(tokenization)), n_shards)):
+            header = ShardHeader(
+                build_id=build_id,
+                split=split,
+                variant=number,
+                shard=shard,
+                dtype=token_dtype(vocab_size),
+                vocab_size=vocab_size,
+                eod_id=tokenizer.eod_id,
+                tokenizer_sha256=tokenizer.sha256,
+            )
+            path = folder / header.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            writer = ShardWriter(path, header, batch_tokens=batch_tokens)
+            for i in part:
+                writer.add(Row(tokenization[i], int(i).to_bytes(16, "big"), 0))
+            info, index = writer.close()
+            shards.append(info)
+            rows += index
+        n_tokens = sum(len(ids) for ids in tokenization)
+        kind: Literal["canonical", "unigram-sampling"] = "unigram-sampling" if number else "canonical"
+        variants.append(Variant(id=number, kind=kind, tokens=n_tokens, shards=tuple(shards)))
     manifest = Manifest(
         build_id=build_id,
         created="2026-01-01T00:00:00+00:00",
@@ -91,7 +98,7 @@ def write_dataset(
             sample_sha256=None,
         ),
         dtype=token_dtype(vocab_size),
-        splits={split: SplitInfo(documents=len(documents), bytes=n_tokens, variants=(variant,))},
+        splits={split: SplitInfo(documents=len(documents), bytes=variants[0].tokens, variants=tuple(variants))},
         index_sha256=write_index(folder / INDEX, rows),
         report_sha256="",
         other_files={},

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_helpers import write_dataset
 from support import build_dataset, debug_run
 
 from megagpt.config import BatchPlan, DataConfig
@@ -62,6 +63,43 @@ def test_a_micro_batch_is_windows_of_the_stream(train_data, dataset):
     starts = train_data.mixture.sampler(0).draw(DRAW - 6, 20).start
     for row, start in zip(rows, starts, strict=True):
         assert np.array_equal(row, whole[start : start + SEQ_LEN + 1])
+
+
+def test_epochs_read_the_variants_in_turn(tmp_path):
+    rng = np.random.default_rng(0)
+    variants = [[np.append(rng.integers(3, 300, 90 + 30 * v), 2) for _ in range(10)] for v in range(3)]
+    write_dataset(tmp_path / "data", variants[0], resampled=variants[1:])
+    opened = open_dataset(tmp_path / "data")
+    mixture = Mixture(1).going_on([(source_of(opened), 1.0)], step=0, sample=0, seq_len=8, global_batch=1)
+    data, first = TrainData(mixture, [opened]), 0
+    for epoch in range(6):
+        flat = np.concatenate(variants[epoch % 3])
+        rows = np.empty(((len(flat) - 1) // 8 - 1, 9), dtype=np.int64)  # all windows of the epoch
+        data.fill(first, rows)
+        for i, row in enumerate(rows):
+            [piece] = data.pieces(first + i)
+            assert (piece.variant, piece.epoch) == (epoch % 3, epoch)
+            assert np.array_equal(row, flat[piece.start : piece.start + 9])
+            assert np.array_equal(row[:-1], piece.tokens)
+        first += len(rows)
+
+
+def test_a_sample_of_several_stretches_is_their_tokens_one_after_the_other(tmp_path):
+    """The target of a stretch's last input is the next stretch's first token; the row ends with the stream's next."""
+    flat = np.append(np.arange(3, 300).repeat(2)[:500], 2)
+    write_dataset(tmp_path / "data", [flat], n_shards=1)
+    opened = open_dataset(tmp_path / "data")
+    wanted = [(source_of(opened), 1.0)]
+    mixture = Mixture(1).going_on(wanted, step=0, sample=0, seq_len=10, global_batch=1)
+    mixture = mixture.going_on(wanted, step=3, sample=3, seq_len=16, global_batch=1)
+    data, rows = TrainData(mixture, [opened]), np.empty((20, 17), dtype=np.int64)
+    data.fill(3, rows)
+    for i, row in enumerate(rows):
+        pieces = data.pieces(3 + i)
+        assert len(pieces) in (2, 3)
+        expected = [flat[piece.start : piece.start + len(piece.tokens)] for piece in pieces]
+        last = pieces[-1].start + len(pieces[-1].tokens)
+        assert np.array_equal(row, np.concatenate([*expected, flat[last : last + 1]]))
 
 
 def test_reading_ahead_does_not_overwrite_the_batch_in_use(train_data):

@@ -238,8 +238,12 @@ def test_a_sample_report_says_what_training_would_draw_and_starts_nothing(datase
     assert pretrain([*report, "--fresh"]) == 0
     assert "samples are 0 to 99" in capsys.readouterr().out
 
-    assert pretrain([*report, "megagpt.data.train.0.path=nowhere"]) == 2
-    assert "nowhere" in capsys.readouterr().err
+    for mistake, complaint in (
+        ("train.0.path=nowhere", "nowhere"),
+        ("seed=5", "with data.seed=1234, and this run has 5"),
+    ):
+        assert pretrain([*report, f"megagpt.data.{mistake}"]) == 2
+        assert complaint in capsys.readouterr().err
 
 
 def test_a_tool_sees_a_steps_samples_without_torch(trained):

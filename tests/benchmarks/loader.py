@@ -3,6 +3,7 @@
 Reading: tokens per core-second (process time) copied into the int64 batch that the model receives, in turns:
 
     ours            TrainData.fill, the sampler's arithmetic included: one row of T + 1 tokens per sample
+    ours, recut     the same in an epoch that was begun with windows of 1,500: two or three stretches per sample
     slices          one np.memmap, opened once; slices for x and y, astype(int64), nothing else
     nanoGPT, open   the same and torch.stack of both: nanoGPT's get_batch with its np.memmap opened once
     nanoGPT         get_batch as shipped: the np.memmap opened again for every batch
@@ -73,7 +74,8 @@ def read(folder: Path, n_documents: int, *, turns: int, batches: int) -> None:
         for _ in range(n_documents):
             document.tofile(file)
     readers = {
-        "ours": ours(folder / "shards"),
+        "ours": ours(folder / "shards", begun_with=T),
+        "ours, recut": ours(folder / "shards", begun_with=1500),
         "slices": memmap(folder / "train.bin", stack=False),
         "nanoGPT, open": memmap(folder / "train.bin", stack=True),
         "nanoGPT": memmap(folder / "train.bin", stack=True, reopen=True),
@@ -94,16 +96,19 @@ def read(folder: Path, n_documents: int, *, turns: int, batches: int) -> None:
         print(f"{name:14} {statistics.median(each):6.0f} M tokens per core-second ({spread}); ours / this: {ratio:.2f}")
 
 
-def ours(folder: Path) -> Callable[[int], None]:
+def ours(folder: Path, *, begun_with: int) -> Callable[[int], None]:
     dataset = open_dataset(folder)
-    mixture = Mixture(1).going_on([(source_of(dataset), 1.0)], step=0, sample=0, seq_len=T, global_batch=B)
-    data, rows, at = TrainData(mixture, [dataset]), np.empty((B, T + 1), dtype=np.int64), 0
+    wanted = [(source_of(dataset), 1.0)]
+    mixture = Mixture(1).going_on(wanted, step=0, sample=0, seq_len=begun_with, global_batch=B)
+    mixture = mixture.going_on(wanted, step=1, sample=B, seq_len=T, global_batch=B)
+    n_samples = wanted[0][0].n_tokens[0] // T - 1000  # of the epoch that was begun, over and over
+    data, rows, at = TrainData(mixture, [dataset]), np.empty((B, T + 1), dtype=np.int64), B
 
     def run(batches: int) -> None:
         nonlocal at
         for _ in range(batches):
             data.fill(at, rows)
-            at += B
+            at = B + (at % n_samples)
 
     return run
 
