@@ -102,7 +102,7 @@ def test_a_segment_cut_in_two_at_any_sample_is_one_line_still(n_tokens, segment,
     whole = Sampler(n_tokens, segment, 7)
     later = Segment(at, segment.seq_len, segment.shares, whole.places(at))
     second = Sampler(n_tokens, later, 7)
-    expected, got = rows(whole.draw(at, 400)), rows(second.draw(at, 400))
+    expected, got = rows(whole.draw(at, 150)), rows(second.draw(at, 150))
     for k in (0, 1):
         of_k = [[row for row in drawn if row[0][0] == k] for drawn in (expected, got)]
         n = min(map(len, of_k))
