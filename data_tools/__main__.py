@@ -2,12 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from data_tools.build import build
-from data_tools.config import BuildConfig, ReadConfig, TokenizerConfig, load_config
-from data_tools.inspect import inspect
+from data_tools.config import BuildConfig, TokenizerConfig, load_config
+from data_tools.inspect import inspect, inspect_samples
 from data_tools.report import summary
 from data_tools.tokenizer_training import train_tokenizer
 from data_tools.verify import verify
@@ -38,7 +40,7 @@ def _build(args: argparse.Namespace, overrides: Sequence[str]) -> str:
 
 def _train_tokenizer(args: argparse.Namespace, overrides: Sequence[str]) -> str:
     config = load_config(TokenizerConfig, args.config, overrides)
-    tokenizer = train_tokenizer(args.input, args.out, config, args.scheduler).tokenizer
+    tokenizer = train_tokenizer(args.input, args.out, config, args.scheduler)
     return f"{args.out} is ready: {tokenizer.kind}, {tokenizer.vocab_size:,} pieces; use it with tokenizer={args.out}"
 
 
@@ -47,6 +49,8 @@ def _verify(args: argparse.Namespace, _: Sequence[str]) -> str:
 
 
 def _inspect(args: argparse.Namespace, _: Sequence[str]) -> str:
+    if args.sample is not None or args.step is not None:
+        return inspect_samples(args.folder, sample=args.sample, step=args.step)
     return inspect(args.folder, split=args.split, documents=args.documents, as_json=args.json)
 
 
@@ -81,26 +85,41 @@ def _parser() -> argparse.ArgumentParser:
     train_command.add_argument("--out", type=Path, required=True, help="the model file to write")
     for with_input in (build_command, train_command):
         with_input.usage = "%(prog)s --input PATH [PATH ...] --out PATH [--config FILE] [key=value ...]"
-        with_input.add_argument("--input", type=Path, nargs="+", required=True, metavar="PATH")
+        with_input.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files, folders, globs, URLs")
         with_input.add_argument("--config", type=Path, metavar="FILE", help="options as a JSON object")
-        with_input.add_argument("--scheduler", metavar="ADDRESS", help="a running Dask scheduler: tcp://host:8786")
+        with_input.add_argument(
+            "--scheduler", metavar="ADDRESS", help="a running Dask scheduler (tcp://host:8786), or slurm"
+        )
     verify_command = command("verify", "Check every byte of a dataset and say what is damaged.", "data/corpus")
-    inspect_command = command("inspect", "Show what a dataset holds.", "data/corpus --split val --documents 3")
+    inspect_command = command(
+        "inspect",
+        "Show what a dataset holds, or what a run's samples were.",
+        "data/corpus --split val --documents 3\n  python -m data_tools inspect runs/gpt2_124m --step 1200",
+    )
     inspect_command.add_argument("--split", choices=SPLITS, default="train")
     inspect_command.add_argument("--documents", type=int, default=0, metavar="N", help="the first N as text")
+    shown = inspect_command.add_mutually_exclusive_group()
+    shown.add_argument("--sample", type=int, metavar="N", help="of a run's folder: the text of global sample N")
+    shown.add_argument("--step", type=int, metavar="S", help="of a run's folder: the text of every sample of step S")
     inspect_command.add_argument("--json", action="store_true", help="the manifest, for a program to read")
     for with_folder in (verify_command, inspect_command):
         with_folder.add_argument("folder", type=Path)
     return parser
 
 
-def _options(model: type[ReadConfig]) -> str:
+def _options(model: type[BaseModel]) -> str:
     """The key=value options, one per line, from the model itself."""
-    lines = ["options (key=value, or the same keys in --config):"]
+    return "\n".join(["options (key=value, or the same keys in --config):", *_option_lines(model, "")])
+
+
+def _option_lines(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, info in model.model_fields.items():
-        text = f"  {name}={info.default if info.default is not None else ''}"
-        lines.append(f"{text:28}{info.description or ''}".rstrip())
-    return "\n".join(lines)
+        default = info.default
+        if isinstance(default, BaseModel):
+            yield from _option_lines(type(default), f"{prefix}{name}.")
+            continue
+        shown = "" if default in (None, ()) else str(default)
+        yield f"  {prefix + name + '=' + shown:32}{info.description or ''}".rstrip()
 
 
 if __name__ == "__main__":

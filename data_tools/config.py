@@ -1,24 +1,31 @@
-"""The options of `build` and `train-tokenizer`: a JSON file and key=value pairs become one frozen model."""
+"""The options of the commands: a JSON file and key=value pairs become one frozen model."""
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from data_tools.decontamination import DecontaminationConfig
+from data_tools.dedup import DedupConfig
+from data_tools.rules import RulesConfig
 from megagpt.config import Strict
 from megagpt.errors import UserError
 
+Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "arrow", "warc", "html"]
+
 
 class ReadConfig(Strict):
-    text_field: str = Field(default="text", description="the field or column of JSON lines and Parquet")
+    """How the files of one source are read and which of its documents are kept."""
+
+    format: Format = Field(default="auto", description="auto: by the file's name; anything else is text")
+    text_field: str = Field(default="text", description="the field or column of JSON, CSV, Parquet and Arrow")
     include: tuple[str, ...] = Field(default=(), description="in folders, only names like these: '*.py,*.md'")
+    encoding: str = Field(default="utf-8", description="of text, JSON and CSV; auto: detect it")
     split_text_at: str = Field(default="", description="cut text files into documents after each of these")
-    strict: bool = Field(default=False, description="stop at a record that cannot be read, rather than skip it")
-    seed: int = 1234
-    workers: int | None = Field(default=None, ge=1, description="processes; all cores if not given")
+    rules: RulesConfig = Field(default=RulesConfig(), description="cleaning and filters; see docs/data.md")
 
     @field_validator("include", mode="before")
     @classmethod
@@ -26,17 +33,72 @@ class ReadConfig(Strict):
         return tuple(value.split(",")) if isinstance(value, str) else value
 
 
-class TokenizerConfig(ReadConfig):
+class SourceConfig(ReadConfig):
+    name: str = Field(min_length=1, description="what reports call it")
+    paths: tuple[str, ...] = Field(min_length=1, description="files, folders, globs, or URLs like s3://bucket/a.jsonl")
+
+
+class InputConfig(ReadConfig):
+    sources: tuple[SourceConfig, ...] = Field(default=(), description="inputs with options of their own, by name")
+    strict: bool = Field(default=False, description="stop at a record that cannot be read, rather than skip it")
+    seed: int = 1234
+    workers: int | None = Field(default=None, ge=1, description="processes; all cores if not given")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sources_inherit(cls, raw: Any) -> Any:
+        """{"sources": {NAME: {...}}}: what a source does not say, it takes from the options beside it."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("sources"), dict):
+            return raw
+        common = {key: raw[key] for key in ReadConfig.model_fields if key in raw}
+        sources = [common | {"name": name} | _one_or_many(source) for name, source in raw["sources"].items()]
+        return raw | {"sources": sources}
+
+    def with_inputs(self, paths: Sequence[str]) -> tuple[SourceConfig, ...]:
+        """The sources of the options, and one for each path of --input."""
+        common = {key: getattr(self, key) for key in ReadConfig.model_fields}
+        named = [SourceConfig(name=_name_of(path), paths=(path,), **common) for path in paths]
+        if not (sources := (*self.sources, *named)):
+            raise UserError('nothing to read; give --input PATH, or "sources" in --config')
+        names = [source.name for source in sources]
+        return tuple(
+            source.model_copy(update={"name": f"{source.name}-{number}"}) if source.name in names[:number] else source
+            for number, source in enumerate(sources)
+        )
+
+
+class TokenizerConfig(InputConfig):
     tokenizer_type: Literal["unigram", "bpe", "char"] = "unigram"
     vocab_size: int = Field(default=32000, gt=0)
     sample_bytes: int = Field(default=8_000_000, gt=0, description="how much text it learns from")
 
 
-TRAINING = set(TokenizerConfig.model_fields) - set(ReadConfig.model_fields)
+TRAINING = set(TokenizerConfig.model_fields) - set(InputConfig.model_fields)
+
+
+class SubwordConfig(Strict):
+    """More tokenizations of the training split, which epochs take in turn (Kudo 2018; Provilkov et al. 2020)."""
+
+    variants: int = Field(default=0, ge=0, le=63, description="besides the canonical one; 0: off")
+    alpha: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=1.0,
+        description="unigram: inverse temperature (0.3); bpe: share of dropped merges (0.1)",
+    )
+
+    @model_validator(mode="after")
+    def _alpha_goes_with_variants(self) -> "SubwordConfig":
+        if self.alpha is not None and not self.variants:
+            raise ValueError(f"alpha={self.alpha} has no effect without variants; set subword.variants")
+        return self
 
 
 class BuildConfig(TokenizerConfig):
     tokenizer: Path | None = Field(default=None, description="a model to use instead of training one")
+    dedup: DedupConfig = DedupConfig()
+    decontamination: DecontaminationConfig | None = Field(default=None, description="drop what these files hold")
+    subword: SubwordConfig = SubwordConfig()
     val_fraction: float = Field(default=0.01, ge=0.0, lt=1.0, description="of the documents")
     test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="of the documents")
     shard_tokens: int = Field(default=2**28, gt=0, description="about this many per shard: 512 MiB of 16-bit ids")
@@ -56,32 +118,55 @@ class BuildConfig(TokenizerConfig):
             raise ValueError(f"{sorted(idle)[0]} has no effect with tokenizer={self.tokenizer}; remove one of the two")
         return self
 
-    def pipeline(self) -> dict[str, Any]:
+    @model_validator(mode="after")
+    def _characters_have_no_variants(self) -> "BuildConfig":
+        if self.subword.variants and self.tokenizer is None and self.tokenizer_type == "char":
+            raise ValueError("subword.variants has no effect with tokenizer_type=char, which has one tokenization only")
+        return self
+
+    def pipeline(self, sources: Sequence[SourceConfig]) -> dict[str, Any]:
         """The options that decide what the shards hold. A given tokenizer is recorded by its hash instead."""
-        idle = {"workers", "strict", "tokenizer"} | (TRAINING if self.tokenizer else set())
-        return self.model_dump(mode="json", exclude=idle)
+        idle = {"workers", "strict", "tokenizer", "sources", *ReadConfig.model_fields}
+        idle |= TRAINING if self.tokenizer else set()
+        each = [source.model_dump(mode="json", exclude={"paths"}) for source in sources]
+        return self.model_dump(mode="json", exclude=idle) | {"sources": each}
 
 
-Config = TypeVar("Config", bound=ReadConfig)
+def _one_or_many(source: Any) -> dict[str, Any]:
+    """A source is an object of options, or just its path or paths."""
+    raw = dict(source) if isinstance(source, dict) else {"paths": source}
+    if isinstance(raw.get("paths"), str):
+        raw["paths"] = [raw["paths"]]
+    return raw
+
+
+def _name_of(path: str) -> str:
+    return Path(path).name if "://" in path else Path(path).absolute().name
+
+
+Config = TypeVar("Config", bound=InputConfig)
 
 
 def load_config(model: type[Config], file: Path | None, overrides: Sequence[str]) -> Config:
-    """`file` (JSON) and then `key=value` pairs, the later winning; every mistake names the key."""
+    """`file` (JSON) and then `key.path=value` pairs, the later winning; every mistake names the key."""
     raw = _read_json(file) if file else {}
     for item in overrides:
-        key, equals, text = item.partition("=")
+        path, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"{item!r} is not of the form key=value")
-        raw[key] = _parse(text)
-    for key in raw:
-        if key not in model.model_fields:
-            near = difflib.get_close_matches(key, model.model_fields, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(model.model_fields)}"
-            raise UserError(f"unknown option {key!r}; {hint}")
+        _set(raw, path, _parse(text))
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise UserError("; ".join(_describe(problem) for problem in error.errors())) from error
+        raise UserError("; ".join(_describe(problem, model) for problem in error.errors())) from error
+
+
+def _set(raw: dict[str, Any], path: str, value: Any) -> None:
+    *sections, key = path.split(".")
+    for section in sections:
+        inner = raw.setdefault(section, {})
+        raw = inner if isinstance(inner, dict) else {}  # what is no section is left for validation to name
+    raw[key] = value
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -103,8 +188,28 @@ def _parse(text: str) -> Any:
         return text
 
 
-def _describe(problem: Any) -> str:
+def _describe(problem: Any, model: type[BaseModel]) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), sorted(set(_keys(model))), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(model.model_fields)}"
+        return f"unknown option {path!r}; {hint}"
     message = problem["msg"].removeprefix("Value error, ")
-    if not problem["loc"]:
-        return message
-    return f"{problem['loc'][0]}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+    if problem["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}={problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _keys(model: type[BaseModel]) -> Iterator[str]:
+    """Every option's name, at any depth."""
+    for name, field in model.model_fields.items():
+        yield name
+        for inner in _models_in(field.annotation):
+            yield from _keys(inner)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in getattr(annotation, "__args__", ()):
+        yield from _models_in(inner)

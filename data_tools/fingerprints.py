@@ -13,29 +13,24 @@ import xxhash
 from data_tools.words import ngram_hashes, word_hashes
 
 DIGEST_BYTES = 16
+WHITE_SPACE = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # what str.split() splits ASCII at
 SIGNATURE_VERSION: int = rensa.RMinHash.ALGORITHM_VERSION  # signatures of two versions do not compare
 
 
 class TextDigest:
-    """128 bits of blake2b over the text in NFC, its runs of white space one space each, none at the ends.
+    """128 bits of blake2b over the text in NFC, without its white space.
 
     Two texts with one digest are the same text, up to white space and canonical equivalence.
     """
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=DIGEST_BYTES)
-        self._empty = True  # no word so far
-        self._gap = False  # white space since the last word
 
     def update(self, text: str) -> None:
-        text = unicodedata.normalize("NFC", text)
-        words = text.split()
-        if words:
-            if not self._empty and (self._gap or text[0].isspace()):
-                self._hash.update(b" ")
-            self._hash.update(" ".join(words).encode())
-            self._empty = False
-        self._gap = text[-1].isspace() if words else self._gap or bool(text)
+        if text.isascii():
+            self._hash.update(text.encode().translate(None, delete=WHITE_SPACE))
+        else:
+            self._hash.update("".join(unicodedata.normalize("NFC", text).split()).encode())
 
     def digest(self) -> bytes:
         return self._hash.digest()

@@ -1,25 +1,54 @@
-"""The `inspect` command: what a dataset holds, and its documents as text."""
+"""The `inspect` command: what a dataset holds, what a run's samples were, and where each document came from."""
 
 import json
-from itertools import islice
+from collections.abc import Iterator
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+from data_tools.provenance import origins
 from data_tools.report import human
 from megagpt.data_manifest import Split
+from megagpt.errors import UserError
+from megagpt.samples import TrainData, open_run
 from megagpt.shards import Dataset, open_dataset
 
 
 def inspect(folder: Path, *, split: Split = "train", documents: int = 0, as_json: bool = False) -> str:
+    """A dataset: what the manifest says, and its first documents with their origins."""
     dataset = open_dataset(folder)
     texts = _texts(dataset, split, documents) if documents else []
     if as_json:
         content: dict[str, Any] = dataset.manifest.model_dump(mode="json")
         return json.dumps(content | {"documents": texts}, indent=1, ensure_ascii=False)
     blocks = [_describe(dataset)]
-    for number, text in enumerate(texts):
-        blocks.append(f"--- {split} document {number} ---\n{text}")
+    wholes = (origin for origin in origins(dataset, split, count()) if origin.part == 0)
+    for number, (text, origin) in enumerate(zip(texts, wholes, strict=False)):
+        blocks.append(f"--- {split} document {number}, from {origin} ---\n{text}")
     return "\n".join(blocks)
+
+
+def inspect_samples(run: Path, *, sample: int | None = None, step: int | None = None) -> str:
+    """A run: the text of one sample, or of all samples that a step saw or would see, and where it came from."""
+    data = open_run(run)
+    if step is not None and step < 1:
+        raise UserError(f"--step {step}: the first step is 1")
+    if sample is not None and sample < 0:
+        raise UserError(f"--sample {sample}: the first sample is 0")
+    samples = [sample] if sample is not None else data.mixture.samples_of(step or 1)
+    return "\n".join(block for number in samples for block in _show_sample(data, number))
+
+
+def _show_sample(data: TrainData, sample: int) -> Iterator[str]:
+    for piece in data.pieces(sample):
+        stream = piece.dataset.stream("train", piece.variant)
+        yield (
+            f"--- sample {sample}: {piece.dataset.path}, variant {piece.variant}, epoch {piece.epoch}, "
+            f"tokens {piece.start:,} to {piece.start + len(piece.tokens) - 1:,} ---"
+        )
+        for origin in origins(piece.dataset, "train", stream.rows_of(piece.start, len(piece.tokens))):
+            yield f"from {origin}"
+        yield piece.dataset.tokenizer().decode(piece.tokens)
 
 
 def _texts(dataset: Dataset, split: Split, n: int) -> list[str]:

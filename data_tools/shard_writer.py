@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ def narrow(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     """Ids in the shards' type, checked, because a cast would wrap a wrong one around in silence."""
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ValueError(f"token ids {ids.min()}..{ids.max()} do not fit a vocabulary of {vocab_size}")
-    return ids.astype(token_dtype(vocab_size))
+    return ids.astype(token_dtype(vocab_size), copy=False)
 
 
 class Row(NamedTuple):
@@ -52,7 +52,7 @@ class ShardWriter:
             raise ValueError(f"document {row.doc.hex()} does not end in the end-of-document id {self._header.eod_id}")
         if self._buffered + len(row.tokens) > self._batch_tokens:
             self._flush()
-        self._buffer.append(row._replace(tokens=narrow(row.tokens, self._header.vocab_size)))
+        self._buffer.append(row)
         self._buffered += len(row.tokens)
         self._documents += row.is_last
 
@@ -75,7 +75,7 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._buffer:
             return
-        batch = pa.record_batch(document_columns(self._buffer, self._header.dtype), schema=self._header.schema)
+        batch = pa.record_batch(document_columns(self._buffer, self._header.vocab_size), schema=self._header.schema)
         xxh3 = batch_xxh3(batch)
         last = self._index[-1] if self._index else None
         self._index.append(
@@ -96,9 +96,10 @@ class ShardWriter:
         self._buffer, self._buffered = [], 0
 
 
-def document_columns(rows: Sequence[Row], dtype: Literal["uint16", "uint32"]) -> list[pa.Array]:
-    """The columns of `document_schema`; the ids must have its type already."""
-    flat = np.concatenate([np.empty(0, dtype), *(row.tokens for row in rows)])
+def document_columns(rows: Sequence[Row], vocab_size: int) -> list[pa.Array]:
+    """The columns of `document_schema`. Raises ValueError for an id outside the vocabulary."""
+    dtype = token_dtype(vocab_size)
+    flat = narrow(np.concatenate([np.empty(0, dtype), *(row.tokens for row in rows)]), vocab_size)
     offsets = np.cumsum([0, *(len(row.tokens) for row in rows)], dtype=np.int64)
     docs = [None, pa.py_buffer(b"".join(row.doc for row in rows))]
     return [

@@ -1,60 +1,140 @@
 """Parts to shards: each shard takes a range of the rows' keys from every part and writes them in order of key.
 
-Keys are uniform, so shards come out alike in size, and the documents of a split are shuffled as a whole. A task
-holds one shard in memory, whatever the size of the dataset.
+Keys are uniform, so shards come out alike in size, and the documents of a split are shuffled as a whole. A task reads
+the parts through memory maps and holds one record batch in memory, whatever the size of the dataset.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_tools.shard_writer import Row, ShardWriter
-from megagpt.data_manifest import SPLITS, ShardInfo, Split
+from data_tools.tasks import file_of
+from megagpt.data_manifest import SPLITS, Split
+from megagpt.files import make_durable, sha256_of, write_atomically
 from megagpt.shards import HASH_BYTES, ShardHeader
 
+PARTS, SHARD, PROVENANCE = ".list", ".arrow", ".parquet"
+ROW_GROUP = 2**16  # of the provenance
+WHERE = {
+    "doc": pa.binary(HASH_BYTES),
+    "part": pa.uint32(),
+    "source": pa.uint16(),
+    "file": pa.dictionary(pa.int32(), pa.string()),
+    "position": pa.uint64(),
+}
 
-class Rows(NamedTuple):
-    keys: np.ndarray
-    lengths: np.ndarray
-    sources: np.ndarray
+
+class Columns(NamedTuple):
+    """A stretch of one part's rows, as views of its memory map."""
+
+    key: np.ndarray
+    part: np.ndarray  # of a long document
+    offsets: np.ndarray  # into tokens, one more than rows
+    tokens: np.ndarray
     docs: np.ndarray  # (rows, 16) bytes
-    tokens: np.ndarray  # of all rows, one after the other
+    source: np.ndarray
+    is_last: np.ndarray
+    slice: np.ndarray
+    position: np.ndarray
 
 
-def write_shard(
-    header: ShardHeader, n_shards: int, parts: Sequence[Path], folder: Path
-) -> tuple[ShardInfo, list[dict[str, Any]]]:
-    """Shard `header.shard` of the split's n_shards: what the manifest and the index say about it."""
+def list_parts(prefix: Path, parts: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Any]:
+    """(a part's path below the scratch folder, the files its slices are of), for all shards' tasks to read."""
+    write_atomically(file_of(prefix, PARTS), json.dumps(parts).encode())
+    return {}
+
+
+def write_shard(prefix: Path, header: ShardHeader, n_shards: int, listed: Path) -> dict[str, Any]:
+    """Shard `header.shard` of the n_shards of its split: what the manifest and the index say about it.
+
+    Beside it, row for row, where each of its documents came from.
+    """
     low = 2**64 * header.shard // n_shards
     high = 2**64 * (header.shard + 1) // n_shards - 1
-    read = [_rows_between(low, high, part, header.split) for part in parts]
-    rows = Rows(*(np.concatenate(columns) for columns in zip(*read, strict=True)))
-    ends = np.cumsum(rows.lengths)
-    path = folder / header.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(path, header)
-    for i in np.argsort(rows.keys, kind="stable"):
-        tokens = rows.tokens[ends[i] - rows.lengths[i] : ends[i]]
-        writer.add(Row(tokens, rows.docs[i].tobytes(), int(rows.sources[i])))
-    return writer.close()
+    writer = ShardWriter(file_of(prefix, SHARD), header)
+    provenance = _Provenance(file_of(prefix, PROVENANCE))
+    with ExitStack() as opened:
+        stretches, files = [], []
+        for name, names in json.loads(file_of(listed, PARTS).read_bytes()):
+            file = opened.enter_context(pa.memory_map(str(prefix.parents[1] / name)))
+            stretches.append(_rows_between(low, high, file, header.split))
+            files.append(names)
+        for columns, names, i in _in_order(stretches, files):
+            doc, part = columns.docs[i].tobytes(), int(columns.part[i])
+            tokens = columns.tokens[columns.offsets[i] : columns.offsets[i + 1]]
+            writer.add(Row(tokens, doc, int(columns.source[i]), part, bool(columns.is_last[i])))
+            provenance.add(doc, part, int(columns.source[i]), names[columns.slice[i]], int(columns.position[i]))
+        info, index = writer.close()
+    return {"info": info.model_dump(), "index": index, "provenance_sha256": provenance.close()}
 
 
-def _rows_between(low: int, high: int, part: Path, split: Split) -> Rows:
-    """The part's rows with low <= key <= high, copied, so that no file stays open."""
-    with pa.memory_map(str(part)) as file:
-        batch = pa.ipc.open_file(file).get_batch(SPLITS.index(split))
-        keys = batch["key"].to_numpy()
-        begin = int(np.searchsorted(keys, np.uint64(low), side="left"))
-        end = int(np.searchsorted(keys, np.uint64(high), side="right"))
-        offsets = batch["tokens"].offsets.to_numpy()[begin : end + 1]
-        docs = batch["doc"].buffers()[1][HASH_BYTES * begin : HASH_BYTES * end]
-        return Rows(
-            keys=keys[begin:end].copy(),
-            lengths=np.diff(offsets),
-            sources=batch["source"].to_numpy()[begin:end].copy(),
-            docs=np.frombuffer(docs, np.uint8).reshape(-1, HASH_BYTES).copy(),
-            tokens=batch["tokens"].values.to_numpy()[offsets[0] : offsets[-1]].copy(),
-        )
+def _rows_between(low: int, high: int, file: pa.MemoryMappedFile, split: Split) -> Columns:
+    """The part's rows with low <= key <= high; the views keep the map alive."""
+    batch = pa.ipc.open_file(file).get_batch(SPLITS.index(split))
+    keys = batch["key"].to_numpy()
+    begin = int(np.searchsorted(keys, np.uint64(low), side="left"))
+    end = int(np.searchsorted(keys, np.uint64(high), side="right"))
+    docs = np.frombuffer(batch["doc"].buffers()[1] or b"", np.uint8)[: HASH_BYTES * len(batch)]
+    return Columns(
+        key=keys[begin:end],
+        part=batch["part"].to_numpy()[begin:end],
+        offsets=batch["tokens"].offsets.to_numpy()[begin : end + 1],
+        tokens=batch["tokens"].values.to_numpy(),
+        docs=docs.reshape(-1, HASH_BYTES)[begin:end],
+        source=batch["source"].to_numpy()[begin:end],
+        is_last=batch["is_last"].to_numpy(zero_copy_only=False)[begin:end],
+        slice=batch["slice"].to_numpy()[begin:end],
+        position=batch["position"].to_numpy()[begin:end],
+    )
+
+
+def _in_order(
+    stretches: Sequence[Columns], files: Sequence[Sequence[str]]
+) -> Iterator[tuple[Columns, Sequence[str], int]]:
+    """(stretch, its files, row) of every row: by key, then as the input has them, then by part of the document."""
+    lengths = [len(columns.key) for columns in stretches]
+    keys = np.concatenate([columns.key for columns in stretches])
+    stretch = np.repeat(np.arange(len(stretches)), lengths)
+    row = np.concatenate([np.arange(length) for length in lengths])
+    parts = np.concatenate([columns.part for columns in stretches])
+    for i in np.lexsort((row, parts, stretch, keys)):
+        yield stretches[stretch[i]], files[stretch[i]], int(row[i])
+
+
+class _Provenance:
+    """A Parquet file as long as its shard."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._temporary = path, path.with_name(path.name + ".tmp")
+        self._schema = pa.schema(WHERE)
+        self._writer = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
+        self._rows: list[tuple[bytes, int, int, str, int]] = []
+
+    def add(self, doc: bytes, part: int, source: int, file: str, position: int) -> None:
+        self._rows.append((doc, part, source, file, position))
+        if len(self._rows) == ROW_GROUP:
+            self._flush()
+
+    def close(self) -> str:
+        """Its sha256."""
+        self._flush()
+        self._writer.close()
+        make_durable(self._temporary, self._path)
+        return sha256_of(self._path)
+
+    def _flush(self) -> None:
+        if self._rows:
+            columns = zip(*self._rows, strict=True)
+            arrays = [
+                pa.array(column, pa.string()).dictionary_encode() if name == "file" else pa.array(column, type_)
+                for column, (name, type_) in zip(columns, WHERE.items(), strict=True)
+            ]
+            self._writer.write_table(pa.table(arrays, schema=self._schema))
+            self._rows = []

@@ -1,120 +1,138 @@
-"""Units of documents to parts: temporary Arrow files of token ids, one record batch per split.
+"""Documents to parts: temporary Arrow files of token ids, one record batch per split.
 
 Rows are sorted by a key that decides where in the split a document ends up: a keyed hash of its content and its
-position, so the order is a shuffle that neither workers nor scheduling can change.
+place in the input, so the order is a shuffle that neither workers nor scheduling can change.
 """
 
-import hashlib
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from data_tools.config import BuildConfig
-from data_tools.read import Document, Skipped, Unit, read_unit
+from data_tools.pieces import PIECE
+from data_tools.rejects import RejectWriter, open_rejects
+from data_tools.selection import Selection, SplitConfig, UnitInput, keyed_hash, select
 from data_tools.shard_writer import Row, document_columns, narrow
-from data_tools.tokenizer_training import keyed_hash
+from data_tools.subword import SubwordSampler
+from data_tools.tasks import file_of
+from data_tools.texts import read_texts
+from megagpt.config import Strict
 from megagpt.data_manifest import SPLITS, Split
 from megagpt.files import make_durable
-from megagpt.shards import HASH_BYTES, document_schema, token_dtype
+from megagpt.shards import document_schema, token_dtype
 from megagpt.tokenizer import Tokenizer
 
-PIECE = 2**20  # characters, so at most 4 MiB of UTF-8, go to the encoder at once
 PART_TOKENS = 2**25  # a part is written when this many are in memory
+REJECTS = ".rejects.jsonl.zst"
+EXTRA = {"key": pa.uint64(), "slice": pa.uint32(), "position": pa.uint64(), "is_last": pa.bool_()}
 
 
-@dataclass
-class Count:
-    documents: int = 0
-    bytes: int = 0  # of UTF-8 text
-    tokens: int = 0
+class Drawing(Strict):
+    """How often and how a text is tokenized: number 0 is the canonical way, the others draw (Kudo 2018)."""
 
-    def add(self, other: "Count") -> None:
-        self.documents += other.documents
-        self.bytes += other.bytes
-        self.tokens += other.tokens
+    number: int = 0
+    alpha: float = 0.0
+    seed: int = 0
 
 
-@dataclass
-class Tally:
-    """What came out of one unit: small enough to travel."""
-
-    parts: list[str] = field(default_factory=list)  # file names
-    counts: dict[tuple[int, Split], Count] = field(default_factory=lambda: defaultdict(Count))  # by source
-    skipped: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # by reason
-    first_skipped: dict[str, str] = field(default_factory=dict)  # where
-    input_sha256: str = ""  # of the documents' hashes, in order
-
-    def add(self, other: "Tally") -> None:
-        self.parts += other.parts
-        for key, count in other.counts.items():
-            self.counts[key].add(count)
-        for reason, n in other.skipped.items():
-            self.skipped[reason] += n
-            self.first_skipped.setdefault(reason, other.first_skipped[reason])
-
-    def total(self, *, source: int | None = None, split: Split | None = None) -> Count:
-        total = Count()
-        for (from_source, to_split), count in self.counts.items():
-            if source in (None, from_source) and split in (None, to_split):
-                total.add(count)
-        return total
-
-
-class KeyedRow(NamedTuple):
+class PartRow(NamedTuple):
     key: int
     row: Row
+    slice: int
+    position: int
 
 
-def tokenize_unit(unit: Unit, number: int, folder: Path, model: Path, model_sha256: str, config: BuildConfig) -> Tally:
-    """Write the unit's documents as one part, or as several where it holds more than PART_TOKENS."""
+def tokenize(
+    prefix: Path,
+    unit: UnitInput,
+    clusters: Path | None,
+    model: Path,
+    model_sha256: str,
+    drawing: Drawing,
+    splits: SplitConfig,
+) -> dict[str, Any]:
+    """Write a unit's documents as one part, or as several where it holds more than PART_TOKENS.
+
+    Variants besides the canonical one hold the training split alone.
+    """
     tokenizer = _load_tokenizer(model, model_sha256)
-    tally = Tally()
-    digest = hashlib.sha256()
-    rows: dict[Split, list[KeyedRow]] = {split: [] for split in SPLITS}
-    buffered = 0
-    for group in _groups(read_unit(unit, config), tally):
-        for document, tokens in zip(group, _encode(tokenizer, group), strict=True):
-            text = document.text.encode()
-            doc = hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
-            key = keyed_hash(doc + document.position.encode(), config.seed)
-            split = split_of(doc, config)
-            rows[split].append(KeyedRow(key, Row(tokens, doc, document.source)))
-            tally.counts[document.source, split].add(Count(1, len(text), len(tokens)))
-            digest.update(doc)
-            buffered += len(tokens)
-        if buffered >= PART_TOKENS:
-            tally.parts.append(_write_part(rows, folder, f"part-{number:06d}-{len(tally.parts):03d}", tokenizer))
-            buffered = 0
-    if buffered:
-        tally.parts.append(_write_part(rows, folder, f"part-{number:06d}-{len(tally.parts):03d}", tokenizer))
-    tally.input_sha256 = digest.hexdigest()
-    return tally
+    texts, contamination = unit.paths(prefix.parents[1])
+    selection = select(texts, unit.number, clusters, contamination, splits)
+    sampler = _load_sampler(tokenizer, drawing) if drawing.number else None
+    parts = _Parts(prefix, tokenizer)
+    with open_rejects(file_of(prefix, REJECTS)) as rejects:
+        pieces = _selected(texts, selection, rejects if drawing.number == 0 else None)
+        if drawing.number:
+            pieces = ((row, text) for row, text in pieces if selection.splits[row] == "train")
+        for group in _groups(pieces):
+            ids = _encode(tokenizer, group, sampler)
+            for (row, _, is_last), tokens in zip(group, ids, strict=True):
+                parts.add(row, tokens, is_last, selection, unit, splits.seed)
+        parts.flush()
+        return {
+            "parts": parts.names,
+            "counts": parts.counts,
+            "dropped": rejects.documents,
+            "tokens_per_document": dict(parts.lengths),
+        }
 
 
-def split_of(doc: bytes, config: BuildConfig) -> Split:
-    """By content alone, so that equal documents never straddle two splits."""
-    at = keyed_hash(doc, config.seed) / 2**64
-    if at < config.test_fraction:
-        return "test"
-    return "val" if at < config.test_fraction + config.val_fraction else "train"
+def _selected(texts: Path, selection: Selection, rejects: RejectWriter | None) -> Iterator[tuple[int, str]]:
+    """(row, piece) of what stays; what does not goes to the rejects."""
+    documents = selection.documents
+    for row, group in groupby(read_texts(texts), key=itemgetter(0)):
+        if row not in selection.dropped:
+            yield from group
+        elif rejects is not None:
+            rule = selection.dropped[row]
+            rejects.count(rule, 1, documents[row].bytes)
+            for _, text in group:
+                rejects.write(rule, text, doc=documents[row].doc.hex(), position=documents[row].position)
 
 
-def cut(text: str, most: int) -> list[str]:
-    """Pieces of at most `most` characters, each cut after the last white space that fits, if there is any."""
-    pieces = []
-    start = 0
-    while len(text) - start > most:
-        end = 1 + max(text.rfind(space, start, start + most) for space in " \n\t")
-        end = end if end > start else start + most
-        pieces.append(text[start:end])
-        start = end
-    return [*pieces, text[start:]]
+def _groups(pieces: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str, bool]]]:
+    """(row, piece, is its document's last) by the million characters: an encoder call costs as much as a short one."""
+    group: list[tuple[int, str, bool]] = []
+    size, previous = 0, next(pieces, None)
+    while previous is not None:
+        following = next(pieces, None)
+        row, text = previous
+        group.append((row, text, following is None or following[0] != row))
+        size += len(text)
+        if size >= PIECE:
+            yield group
+            group, size = [], 0
+        previous = following
+    if group:
+        yield group
+
+
+def _encode(
+    tokenizer: Tokenizer, group: Sequence[tuple[int, str, bool]], sampler: SubwordSampler | None
+) -> list[np.ndarray]:
+    """Each piece's ids in the shards' type, after a document's last piece the end-of-document id."""
+    if sampler is None:
+        encoded = tokenizer.encode_batch([text for _, text, _ in group])
+    else:
+        encoded = [sampler.encode(text, text.encode()) for _, text, _ in group]
+    eod, nothing = np.array([tokenizer.eod_id], np.int32), np.empty(0, np.int32)
+    ends = [eod if is_last else nothing for _, _, is_last in group]
+    flat = narrow(
+        np.concatenate([ids for pair in zip(encoded, ends, strict=True) for ids in pair]), tokenizer.vocab_size
+    )
+    lengths = [len(ids) + len(end) for ids, end in zip(encoded, ends, strict=True)]
+    return np.split(flat, np.cumsum(lengths)[:-1])
+
+
+@lru_cache(maxsize=1)
+def _load_sampler(tokenizer: Tokenizer, drawing: Drawing) -> SubwordSampler:
+    return SubwordSampler(tokenizer, drawing.alpha, keyed_hash(f"variant {drawing.number}".encode(), drawing.seed))
 
 
 @lru_cache(maxsize=1)
@@ -122,45 +140,62 @@ def _load_tokenizer(model: Path, sha256: str) -> Tokenizer:
     return Tokenizer.load(model, sha256=sha256)  # the hash is in the key: a worker may outlive a build
 
 
-def _groups(items: Iterator[Document | Skipped], tally: Tally) -> Iterator[list[Document]]:
-    """Documents by the million characters, because an encoder call costs as much as a short document."""
-    group: list[Document] = []
-    size = 0
-    for item in items:
-        if isinstance(item, Skipped):
-            if item.reason not in tally.skipped:
-                tally.first_skipped[item.reason] = item.where()
-            tally.skipped[item.reason] += 1
-            continue
-        group.append(item)
-        size += len(item.text)
-        if size >= PIECE:
-            yield group
-            group, size = [], 0
-    yield group
+class _Parts:
+    """Rows of tokens on their way to files."""
 
+    def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
+        self._prefix, self._tokenizer = prefix, tokenizer
+        self._rows: dict[Split, list[PartRow]] = {split: [] for split in SPLITS}
+        self._buffered = 0
+        self._part = 0  # of the document being added
+        self._tokens = 0  # of it
+        self.names: list[str] = []
+        self.counts: dict[Split, list[int]] = {split: [0, 0, 0] for split in SPLITS}  # documents, bytes, tokens
+        self.lengths: Counter[int] = Counter()  # by bit length
 
-def _encode(tokenizer: Tokenizer, group: Sequence[Document]) -> Iterator[np.ndarray]:
-    """Each document's ids in the shards' type, the end-of-document id last."""
-    pieces = [cut(document.text, PIECE) for document in group]
-    encoded = iter(tokenizer.encode_batch([piece for cuts in pieces for piece in cuts]))
-    eod = np.array([tokenizer.eod_id])
-    for cuts in pieces:
-        ids = [next(encoded) for _ in cuts]
-        yield narrow(np.concatenate([*ids, eod]), tokenizer.vocab_size)
+    def add(self, row: int, ids: np.ndarray, is_last: bool, selection: Selection, unit: UnitInput, seed: int) -> None:
+        """The next piece of document `row`."""
+        document, split = selection.documents[row], selection.splits[row]
+        place = f"{unit.source}:{unit.files[document.slice]}:{document.position}".encode()
+        line = Row(ids, document.doc, unit.source, self._part, is_last)
+        self._rows[split].append(
+            PartRow(keyed_hash(document.doc + place, seed), line, document.slice, document.position)
+        )
+        self._buffered += len(ids)
+        self._part, self._tokens = self._part + 1, self._tokens + len(ids)
+        counts = self.counts[split]
+        counts[2] += len(ids)
+        if is_last:
+            counts[0] += 1
+            counts[1] += document.bytes
+            self.lengths[self._tokens.bit_length()] += 1
+            self._part = self._tokens = 0
+        if self._buffered >= PART_TOKENS:
+            self.flush()
 
-
-def _write_part(rows: dict[Split, list[KeyedRow]], folder: Path, name: str, tokenizer: Tokenizer) -> str:
-    """Sorted by key, and emptied for the next part."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    schema = document_schema(dtype).append(pa.field("key", pa.uint64()))
-    temporary = folder / f"{name}.tmp"
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for split in SPLITS:
-            ordered = sorted(rows[split], key=lambda row: row.key)
-            columns = document_columns([row.row for row in ordered], dtype)
-            keys = pa.array([row.key for row in ordered], pa.uint64())
-            writer.write_batch(pa.record_batch([*columns, keys], schema=schema))
-            rows[split].clear()
-    make_durable(temporary, folder / f"{name}.arrow")
-    return f"{name}.arrow"
+    def flush(self) -> None:
+        """Write what there is, sorted by key."""
+        if not self._buffered:
+            return
+        dtype = token_dtype(self._tokenizer.vocab_size)
+        schema = document_schema(dtype)
+        for name, type_ in EXTRA.items():
+            schema = schema.append(pa.field(name, type_))
+        path = file_of(self._prefix, f".{len(self.names):04d}.arrow")
+        temporary = path.with_name(path.name + ".tmp")
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for split in SPLITS:
+                rows = sorted(self._rows[split], key=lambda row: row.key)
+                extra = [
+                    [row.key for row in rows],
+                    [row.slice for row in rows],
+                    [row.position for row in rows],
+                    [row.row.is_last for row in rows],
+                ]
+                arrays = [pa.array(column, type_) for column, type_ in zip(extra, EXTRA.values(), strict=True)]
+                columns = [*document_columns([row.row for row in rows], self._tokenizer.vocab_size), *arrays]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+                self._rows[split].clear()
+        make_durable(temporary, path)
+        self.names.append(path.name)
+        self._buffered = 0

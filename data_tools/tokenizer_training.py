@@ -5,64 +5,94 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import sentencepiece
 
-from data_tools.config import ReadConfig, TokenizerConfig
-from data_tools.read import Skipped, Unit, find_files, plan_units, read_unit, size_of
-from data_tools.workers import RunAll, start_workers
+from data_tools.config import TRAINING, TokenizerConfig
+from data_tools.extract import extract_all, find_units, place_units, why_nothing_is_left
+from data_tools.selection import SplitConfig, UnitInput, keyed_hash, select
+from data_tools.tasks import Done, Tasks, file_of
+from data_tools.texts import read_texts
+from data_tools.workers import start_workers
 from megagpt.errors import UserError
-from megagpt.files import write_atomically
+from megagpt.files import make_durable, write_atomically
 from megagpt.tokenizer import META_SPACE, Tokenizer
 
 CHUNK = 2**14  # characters: long documents are sampled in parts, so that one book cannot fill the sample
 LINE = 1000  # characters: SentencePiece drops lines of more than 4192 bytes, so longer ones are cut
 UNUSABLE = str.maketrans("", "", "\0\u2585")  # it drops every line that holds one of these; encoding knows them
+SAMPLE, MODEL = ".jsonl", ".model"
 THREADS = 16  # a constant, as the model's bytes depend on it
 
 
-@dataclass(frozen=True)
-class Trained:
-    tokenizer: Tokenizer
-    sample_sha256: str | None  # None: it was given, not trained
-
-
 def train_tokenizer(
-    inputs: Sequence[Path], out: Path, config: TokenizerConfig, scheduler: str | None = None
-) -> Trained:
+    inputs: Sequence[str], out: Path, config: TokenizerConfig, scheduler: str | None = None
+) -> Tokenizer:
     """The `train-tokenizer` command."""
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
-    units = plan_units(find_files(inputs, config))
-    total_bytes = sum(map(size_of, units))
+    sources = config.with_inputs(inputs)
+    units = find_units(sources)
     with (
         TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch,
-        start_workers(config.workers, scheduler, Path(scratch), total_bytes=total_bytes) as run_all,
+        start_workers(
+            config.workers, scheduler, Path(scratch), total_bytes=sum(unit.size for unit in units)
+        ) as run_all,
     ):
-        trained = train_on(units, Path(scratch), config, run_all)
-    write_atomically(out, trained.tokenizer.model_bytes)
-    return trained
+        tasks = Tasks(Path(scratch).absolute(), run_all)
+        texts = extract_all(units, sources, config.strict, tasks)
+        places = place_units(units, sources, texts, [None] * len(texts), tasks.folder)
+        whole = SplitConfig(val_fraction=0.0, test_fraction=0.0, duplicates="remove", seed=config.seed)
+        trained = train_on(texts, places, None, whole, config, tasks)
+        write_atomically(out, file_of(trained.prefix, MODEL).read_bytes())
+    return Tokenizer.load(out)
 
 
-def train_on(units: Sequence[Unit], scratch: Path, config: TokenizerConfig, run_all: RunAll) -> Trained:
-    sample = draw_sample(units, scratch, config, run_all)
-    digest = hashlib.sha256("\n".join(sample).encode()).hexdigest()
-    tokenizer = Tokenizer.from_bytes(train_sample(sample, config))
-    if tokenizer.decode(tokenizer.encode(" ")) != " ":  # as bytes, a space would come back as U+2581
-        raise UserError(f"vocab_size={config.vocab_size} leaves no piece for the space; set a larger one")
-    return Trained(tokenizer, digest)
+def train_on(
+    texts: Sequence[Done],
+    units: Sequence[UnitInput],
+    clusters: Path | None,
+    splits: SplitConfig,
+    config: TokenizerConfig,
+    tasks: Tasks,
+) -> Done:
+    """A model of a sample of the training split's documents; its result tells the hash of the sample."""
+    text_bytes = sum(done.result["kept"][1] for done in texts)
+    if not text_bytes:
+        raise UserError(f"there is no text to train a tokenizer on{why_nothing_is_left(texts)}; give more input")
+    share = 2 * config.sample_bytes / text_bytes  # twice, as chunks vary in size
+    samples = tasks.run(draw_sample, [(unit, clusters, splits, min(1.0, share)) for unit in units], "sampling")
+    options = config.model_dump(include=TRAINING)
+    return tasks.run_one(train, [done.prefix for done in samples], options, config.seed, what="training a tokenizer")
 
 
-def draw_sample(units: Sequence[Unit], scratch: Path, config: TokenizerConfig, run_all: RunAll) -> list[str]:
-    """The chunks with the smallest keyed hashes, up to sample_bytes: a uniform draw that no order changes."""
-    share = 2 * config.sample_bytes / max(1, sum(map(size_of, units)))  # twice, as chunks vary in size
-    files = [scratch / f"sample-{number:06d}.jsonl" for number in range(len(units))]
-    tasks = [(unit, file, config, share) for unit, file in zip(units, files, strict=True)]
-    skipped = run_all(_sample_unit, tasks, "sampling")
-    drawn = sorted((key, text) for file in files for key, text in _read_chunks(file))
+def draw_sample(
+    prefix: Path, unit: UnitInput, clusters: Path | None, splits: SplitConfig, share: float
+) -> dict[str, Any]:
+    """The unit's share of the sample: the chunks whose keyed hashes are smallest, a draw that no order changes."""
+    texts, contamination = unit.paths(prefix.parents[1])
+    selection = select(texts, unit.number, clusters, contamination, splits)
+    limit = int(share * 2**64)
+    temporary = file_of(prefix, ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for piece, (row, text) in enumerate(read_texts(texts)):
+            if row in selection.dropped or selection.splits[row] != "train":
+                continue
+            for at in range(0, len(text), CHUNK):
+                key = keyed_hash(selection.documents[row].doc + f"{piece}:{at}".encode(), splits.seed)
+                if key < limit:
+                    file.write(json.dumps([key, text[at : at + CHUNK]]) + "\n")
+    make_durable(temporary, file_of(prefix, SAMPLE))
+    return {}
+
+
+def train(prefix: Path, samples: Sequence[Path], options: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Write the model of a sample of options["sample_bytes"] bytes."""
+    config = TokenizerConfig(**options, seed=seed)
+    drawn = sorted((key, text) for file in samples for key, text in _read_chunks(file_of(file, SAMPLE)))
     sample, room = [], config.sample_bytes
     for _, text in drawn:
         if room <= 0:
@@ -70,25 +100,13 @@ def draw_sample(units: Sequence[Unit], scratch: Path, config: TokenizerConfig, r
         sample.append(text)
         room -= len(text.encode())
     if not sample:
-        why = next((f"; skipped: {reason}" for reason in skipped if reason), "")
-        raise UserError(f"there is no text to train a tokenizer on{why}; give more input")
-    return sample
-
-
-def _sample_unit(unit: Unit, out: Path, config: ReadConfig, share: float) -> str | None:
-    """Write the unit's share of the sample; returns the first thing that could not be read."""
-    skipped = None
-    limit = int(min(1.0, share) * 2**64)
-    with out.open("w", encoding="utf-8") as file:
-        for document in read_unit(unit, config):
-            if isinstance(document, Skipped):
-                skipped = skipped or f"{document.reason} ({document.where()})"
-                continue
-            for at in range(0, len(document.text), CHUNK):
-                key = keyed_hash(f"{document.position}:{at}".encode(), config.seed)
-                if key < limit:
-                    file.write(json.dumps([key, document.text[at : at + CHUNK]]) + "\n")
-    return skipped
+        raise UserError("there is no text to train a tokenizer on: the training split is empty; give more input")
+    model_bytes = train_sample(sample, config)
+    tokenizer = Tokenizer.from_bytes(model_bytes)
+    if tokenizer.decode(tokenizer.encode(" ")) != " ":  # as bytes, a space would come back as U+2581
+        raise UserError(f"vocab_size={config.vocab_size} leaves no piece for the space; set a larger one")
+    write_atomically(file_of(prefix, MODEL), model_bytes)
+    return {"sample_sha256": hashlib.sha256("\n".join(sample).encode()).hexdigest(), "sha256": tokenizer.sha256}
 
 
 def _read_chunks(file: Path) -> Iterator[tuple[int, str]]:
@@ -96,11 +114,6 @@ def _read_chunks(file: Path) -> Iterator[tuple[int, str]]:
         for line in lines:
             key, text = json.loads(line)
             yield key, text
-
-
-def keyed_hash(data: bytes, seed: int) -> int:
-    """64 bits that look random, and are the same everywhere."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest(), "big")
 
 
 def train_sample(sample: Sequence[str], config: TokenizerConfig) -> bytes:

@@ -1,6 +1,6 @@
 """Tasks over processes: Dask on this machine, Dask on a cluster, or none at all for a small job.
 
-A task gets paths and returns small numbers; what it makes, it leaves in a file.
+A task gets paths and returns nothing; what it makes, it leaves in files, on a file system that all workers see.
 """
 
 import logging
@@ -18,7 +18,8 @@ from megagpt.errors import UserError
 
 SMALL_BYTES = 2**24  # below it, starting processes costs more than they save
 CONNECT_SECONDS = 10.0
-
+SLURM = "slurm"  # as --scheduler: workers as batch jobs
+RETRIES = 2  # of a task that failed otherwise than by the user's fault, such as a network file system's hiccup
 
 Arguments = Sequence[tuple[Any, ...]]
 RunAll = Callable[[Callable[..., Any], Arguments, str], list[Any]]
@@ -41,8 +42,8 @@ def _run_here(task: Callable[..., Any], arguments: Arguments, what: str) -> list
 
 @contextmanager
 def _connect(n: int, scheduler: str | None, scratch: Path) -> Iterator[Client]:
-    logging.getLogger("distributed").setLevel(logging.ERROR)
-    if scheduler is not None:
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    if scheduler not in (None, SLURM):
         try:
             client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
@@ -52,7 +53,13 @@ def _connect(n: int, scheduler: str | None, scratch: Path) -> Iterator[Client]:
         with client:
             yield client
         return
-    cluster = LocalCluster(
+    started = _slurm(n) if scheduler == SLURM else _local(n, scratch)
+    with started as cluster, Client(cluster, set_as_default=False) as client:
+        yield client
+
+
+def _local(n: int, scratch: Path) -> LocalCluster:
+    return LocalCluster(
         n_workers=n,
         threads_per_worker=1,
         host="127.0.0.1",
@@ -60,23 +67,51 @@ def _connect(n: int, scheduler: str | None, scratch: Path) -> Iterator[Client]:
         scheduler_kwargs={"dashboard": False},
         memory_limit=0,  # tasks bound their buffers; killing a worker at some share of the memory helps nobody
         local_directory=str(scratch),
-        silence_logs=logging.ERROR,
+        silence_logs=logging.CRITICAL,
     )
-    with cluster, Client(cluster, set_as_default=False) as client:
-        yield client
+
+
+def _slurm(n: int) -> Any:
+    """n workers as batch jobs, each as dask-jobqueue's own file describes it (cores, memory, queue, walltime)."""
+    try:
+        from dask_jobqueue import SLURMCluster
+    except ImportError as error:
+        raise UserError("--scheduler slurm needs dask-jobqueue; install it with pip") from error
+    try:
+        cluster = SLURMCluster()
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"--scheduler slurm: {error}; describe a worker in ~/.config/dask/jobqueue.yaml under jobqueue.slurm: "
+            "cores, processes, memory, queue, walltime"
+        ) from error
+    cluster.scale(n)
+    return cluster
 
 
 def _run_on(client: Client, task: Callable[..., Any], arguments: Arguments, what: str) -> list[Any]:
-    futures = [client.submit(task, *args, pure=False) for args in arguments]
+    futures = [client.submit(_without_retry, task, args, pure=False, retries=RETRIES) for args in arguments]
     results = {}
     try:
         for done in _progress(as_completed(futures, loop=client.loop), len(futures), what):
             results[done.key] = done.result()  # raises what the task raised, at once
+            if isinstance(results[done.key], UserError):
+                raise results[done.key]
     except KilledWorker as error:
-        raise UserError(f"a worker process died while {what}, likely for want of memory; set workers=1") from error
+        raise UserError(
+            f"worker processes died again and again while {what}, likely for want of memory; what is finished is "
+            "kept: set workers=1 and give the same command again"
+        ) from error
     finally:
         client.cancel([future for future in futures if not future.done()])
     return [results[future.key] for future in futures]
+
+
+def _without_retry(task: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """A user's mistake stays one however often it is tried, so it is handed back rather than raised."""
+    try:
+        return task(*args)
+    except UserError as error:
+        return error
 
 
 def _progress(items: Any, total: int, what: str) -> Any:

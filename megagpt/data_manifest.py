@@ -99,14 +99,15 @@ def read_manifest(path: Path) -> Manifest:
         what = "is an unfinished build" if unfinished else "is not a dataset"
         raise UserError(f"{path} {what}: it has no {MANIFEST}; {'run again' if unfinished else 'make one with'} {how}")
     try:
-        raw = json.loads(file.read_bytes())
+        content = file.read_bytes()
+        raw = json.loads(content)
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}); restore it or build the dataset again") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{file} is not the manifest of a megagpt dataset; make one with {how}")
     if raw.get("version") != VERSION:
         raise UserError(f"{file} has format version {raw.get('version')}, and this megagpt reads {VERSION}")
-    if raw.get("sha256") != _digest(raw, without={"sha256"}):
+    if raw.get("sha256") != _digest(raw, without={"sha256"}) or content != _as_written(raw):
         raise UserError(f"{file} was edited or damaged: its sha256 is not its own; restore it or build again")
     try:
         return Manifest.model_validate(raw)
@@ -138,8 +139,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     raw = manifest.model_dump(mode="json")
     raw["fingerprint"] = _digest(raw, without=NOT_IN_FINGERPRINT)
     raw["sha256"] = _digest(raw, without={"sha256"})
-    write_atomically(folder / MANIFEST, json.dumps(raw, indent=1).encode() + b"\n")
+    write_atomically(folder / MANIFEST, _as_written(raw))
     return Manifest.model_validate(raw)
+
+
+def _as_written(raw: dict[str, Any]) -> bytes:
+    return json.dumps(raw, indent=1).encode() + b"\n"
 
 
 def _digest(raw: dict[str, Any], *, without: set[str]) -> str:

@@ -229,6 +229,15 @@ class TokenStream:
             begins.append(tok0 + offsets[:-1][numbers(batch.column("part")) == 0])
         return np.diff(np.concatenate(begins), append=self.n_tokens)
 
+    def rows_of(self, start: int, length: int) -> range:
+        """The rows in which the tokens from `start` on lie."""
+        return range(self._row_at(start), self._row_at(start + length - 1) + 1)
+
+    def _row_at(self, token: int) -> int:
+        batch = bisect_right(self._tok0, token) - 1
+        offsets = self._record_batch(batch).column("tokens").offsets.to_numpy()
+        return self._row0[batch] + int(np.searchsorted(offsets, token - self._tok0[batch], side="right")) - 1
+
     def row(self, i: int) -> np.ndarray:
         """Row i: a document, or a part of a long one; a read-only view."""
         if not 0 <= i < self.n_rows:
@@ -237,7 +246,11 @@ class TokenStream:
         tokens = self._record_batch(batch).column("tokens")
         row = i - self._row0[batch]
         begin, end = tokens.offsets[row : row + 2].to_pylist()
-        return _values(tokens)[begin:end]
+        ids = _values(tokens)
+        if not 0 <= begin < end <= len(ids):
+            shard = int(self._index["shard"][batch])
+            raise _damaged(self._dataset.shard_path(self._split, self._variant, shard), f"row {i} has no tokens")
+        return ids[begin:end]
 
     def _open(self, batch: int) -> np.ndarray:
         self._views[batch] = view = _values(self._record_batch(batch).column("tokens"))

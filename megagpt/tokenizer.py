@@ -6,6 +6,7 @@ no dummy prefix, spaces kept, newline and tab as pieces of their own, byte fallb
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,34 @@ class Tokenizer:
         if self._meta_space_ids is not None and any(META_SPACE in text for text in texts):
             return [self._encode_around_meta_space(text) for text in texts]
         return self._encode_plain(texts)
+
+    @property
+    def is_exact_in_parts(self) -> bool:
+        """Whether the ids of a text's parts, put together, decode to the text."""
+        return self._meta_space_ids is not None
+
+    def best(self, text: str, n: int) -> list[tuple[float, list[int]]]:
+        """(log probability, ids) of the n likeliest tokenizations of a short text; unigram models only."""
+        if META_SPACE in text:
+            return [(0.0, self.encode(text).tolist())]
+        score = self._scores.__getitem__
+        return [(sum(map(score, ids)), ids) for ids in self._processor.nbest_encode_as_ids(text, n)]
+
+    @cached_property
+    def _scores(self) -> list[float]:
+        return [self._processor.get_score(i) for i in range(self.vocab_size)]
+
+    def pieces(self) -> dict[str, tuple[int, float]]:
+        """piece -> (id, score) of all that text can be spelt with, single bytes aside; META_SPACE is the space."""
+        sp = self._processor
+        usual = (i for i in range(self.vocab_size) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i)))
+        return {sp.id_to_piece(i): (i, self._scores[i]) for i in usual}
+
+    def encode_bytes(self, text: str) -> list[int]:
+        """The text byte by byte."""
+        ids = self._byte_ids(text)
+        assert ids is not None, "the model has no byte fallback"
+        return ids.tolist()
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text; control ids (end of document, beginning of sentence, padding) leave no trace."""
@@ -132,6 +161,7 @@ def _check_is_unicode(text: str) -> None:
         ) from error
 
 
+@lru_cache(maxsize=8)
 def _describe(model_bytes: bytes) -> tuple[str, str, bool]:
     """(kind, normalizer, has a dummy prefix), from the protobuf: SentencePiece has no call that tells."""
     model = dict(_protobuf_fields(model_bytes))

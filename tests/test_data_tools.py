@@ -1,31 +1,27 @@
 """From files to a dataset and back: nothing lost, the same bytes with any workers, every mistake named."""
 
-import gzip
 import hashlib
 import json
+import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from data_helpers import all_documents, document, documents_of, run, shard_bytes, small_tokenizer, write_texts
 from distributed import LocalCluster
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
-import data_tools.read
+import data_tools.inputs
+import data_tools.pieces
+import data_tools.read_text
 import data_tools.tokenization
 import data_tools.workers
 from data_tools.build import build
-from data_tools.config import BuildConfig, ReadConfig
-from data_tools.read import Document, find_files, plan_units, read_unit
-from data_tools.tokenization import cut, split_of
+from data_tools.config import BuildConfig
+from data_tools.provenance import origins
+from data_tools.selection import SplitConfig, split_of
 from megagpt.data_manifest import SPLITS
 from megagpt.shards import open_dataset
 
@@ -75,92 +71,18 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)))
 
 
-def write_gz(path: Path, texts: list[str]) -> None:
-    write_jsonl(path.with_suffix(""), texts)
-    path.write_bytes(gzip.compress(path.with_suffix("").read_bytes()))
-
-
-def write_zst(path: Path, texts: list[str]) -> None:
-    write_jsonl(path.with_suffix(""), texts)
-    with pa.CompressedOutputStream(str(path), "zstd") as file:
-        file.write(path.with_suffix("").read_bytes())
-
-
-def write_parquet(path: Path, texts: list[str]) -> None:
-    pq.write_table(pa.table({"id": list(range(len(texts))), "text": texts}), path, row_group_size=3)
-
-
-FORMATS: dict[str, Callable[[Path, list[str]], None]] = {
-    "a.jsonl": write_jsonl,
-    "a.jsonl.gz": write_gz,
-    "a.jsonl.zst": write_zst,
-    "a.parquet": write_parquet,
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_the_same_documents(name: str, tmp_path: Path, model: Path) -> None:
-    texts = [document(i, n_words=20) for i in range(20)]
-    FORMATS[name](tmp_path / name, texts)
-    build([tmp_path / name], tmp_path / "out", BuildConfig(tokenizer=model))
-    assert all_documents(tmp_path / "out") == sorted(texts)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30)),
-    unit_bytes=st.integers(1, 200),
-    final_newline=st.booleans(),
-)
-def test_jsonl_cut_anywhere_yields_each_line_once(
-    texts: list[str], unit_bytes: int, final_newline: bool, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
-    assume(texts or final_newline)  # an empty file is refused
-    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
-    path.write_bytes((lines + "\n" * final_newline).encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_tools.read, "MIN_UNIT_BYTES", unit_bytes)
-        units = plan_units(find_files([path], ReadConfig()))
-    items = [item for unit in units for item in read_unit(unit, ReadConfig())]
-    documents = [item for item in items if isinstance(item, Document)]
-    assert [item.text for item in documents] == [text for text in texts if text.strip()]
-    assert len({item.position for item in documents}) == len(documents)
-    assert len(items) == len(texts)
-
-
-@given(text=st.text(st.sampled_from("ab\n"), min_size=1, max_size=60))
-def test_one_text_can_be_cut_into_documents_without_losing_a_byte(
-    text: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    path = tmp_path_factory.mktemp("text") / "a.txt"
-    path.write_text(text)
-    config = ReadConfig(split_text_at="\n\n")
-    [unit] = plan_units(find_files([path], config))
-    documents = [item.text for item in read_unit(unit, config) if isinstance(item, Document)]
-    blank = len(text) - sum(map(len, documents))
-    assert "".join(documents).replace("\n", "") == text.replace("\n", "")
-    assert blank <= text.count("\n")
-    assert all(part.find("\n\n") in (-1, len(part) - 2) for part in documents)
-
-
-@given(text=st.text(st.sampled_from("ab \n\u00e9"), max_size=60), most=st.integers(1, 10))
-def test_cut_pieces_make_the_text_again_and_end_at_white_space(text: str, most: int) -> None:
-    pieces = cut(text, most)
-    assert "".join(pieces) == text
-    assert all(len(piece) <= most for piece in pieces)
-    for piece in pieces[:-1]:
-        assert piece[-1] in " \n" or not set(piece) & set(" \n")
-
-
 def test_a_document_of_many_pieces_is_one_document(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_tools.tokenization, "PIECE", 64)
+    for module in (data_tools.pieces, data_tools.read_text):
+        monkeypatch.setattr(module, "PIECE", 64)
+    monkeypatch.setattr(data_tools.tokenization, "PART_TOKENS", 100)  # so its parts lie in several files too
     texts = write_texts(tmp_path / "in", 3, n_words=400)
-    build([tmp_path / "in"], tmp_path / "out", BuildConfig(tokenizer=model, val_fraction=0))
+    report = build([tmp_path / "in"], tmp_path / "out", BuildConfig(tokenizer=model, val_fraction=0))
     assert all_documents(tmp_path / "out") == sorted(texts)
-    assert open_dataset(tmp_path / "out").stream("train").n_rows == 3
+    assert report["documents"] == 3
+    assert open_dataset(tmp_path / "out").stream("train").n_rows > 30
+    assert run("verify", tmp_path / "out") == 0
 
 
 def test_a_source_tree_is_read_without_its_caches_and_binaries(tmp_path: Path, model: Path) -> None:
@@ -188,7 +110,7 @@ def test_a_source_tree_is_read_without_its_caches_and_binaries(tmp_path: Path, m
 
 def test_one_worker_and_two_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_tools.workers, "SMALL_BYTES", 0)
-    monkeypatch.setattr(data_tools.read, "MIN_UNIT_BYTES", 2000)
+    monkeypatch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", 2000)
     write_texts(tmp_path / "in", 60)
     for workers in (1, 2):
         options = BuildConfig(vocab_size=300, val_fraction=0.2, shard_tokens=2000, workers=workers)
@@ -215,7 +137,7 @@ def test_units_do_not_change_the_order_of_documents(
 ) -> None:
     write_texts(tmp_path / "in", 30)
     build([tmp_path / "in"], tmp_path / "one", BuildConfig(tokenizer=model))
-    monkeypatch.setattr(data_tools.read, "MIN_UNIT_BYTES", 500)
+    monkeypatch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", 500)
     monkeypatch.setattr(data_tools.tokenization, "PART_TOKENS", 100)
     build([tmp_path / "in"], tmp_path / "many", BuildConfig(tokenizer=model))
     assert documents_of(tmp_path / "one") == documents_of(tmp_path / "many")
@@ -234,8 +156,9 @@ def test_the_order_is_shuffled_and_follows_the_seed(tmp_path: Path, model: Path)
 
 def test_equal_documents_fall_into_one_split(tmp_path: Path, model: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [document(i % 20) for i in range(100)])
-    options = BuildConfig(tokenizer=model, val_fraction=0.3, test_fraction=0.3)
+    options = BuildConfig(tokenizer=model, val_fraction=0.3, test_fraction=0.3, dedup={"method": "none"})
     build([tmp_path / "a.jsonl"], tmp_path / "out", options)
+    assert len(all_documents(tmp_path / "out")) == 100
     splits = [set(texts) for texts in documents_of(tmp_path / "out").values()]
     assert len(splits) == 3
     assert sum(map(len, splits)) == 20
@@ -243,7 +166,7 @@ def test_equal_documents_fall_into_one_split(tmp_path: Path, model: Path) -> Non
 
 
 def test_split_fractions_are_of_the_documents() -> None:
-    options = BuildConfig(val_fraction=0.1, test_fraction=0.05)
+    options = SplitConfig(val_fraction=0.1, test_fraction=0.05, duplicates="remove", seed=1)
     splits = [split_of(hashlib.blake2b(bytes([i % 256, i // 256])).digest()[:16], options) for i in range(10_000)]
     # binomial: one standard deviation is 30 and 22 of 10,000
     assert splits.count("val") == pytest.approx(1000, abs=120)
@@ -292,36 +215,6 @@ def test_a_flipped_token_is_traced_to_its_record_batch(damaged: Path, capsys: py
     assert f"{path}: record batch 0 (tokens from 0 of train) has changed" in capsys.readouterr().err
 
 
-def test_a_killed_build_is_unfinished_and_the_next_one_succeeds(tmp_path: Path, model: Path) -> None:
-    write_texts(tmp_path / "in", 40)
-    stop_at_the_third_unit = (
-        "import sys, time, data_tools.build as build, data_tools.read as read\n"
-        "from data_tools.__main__ import main\n"
-        "tokenize_unit = build.tokenize_unit\n"
-        "def slow(unit, number, *rest):\n"
-        "    return time.sleep(600) if number == 2 else tokenize_unit(unit, number, *rest)\n"
-        "build.tokenize_unit = slow\n"
-        "read.MIN_UNIT_BYTES = 2000\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    out = tmp_path / "out"
-    arguments = ["build", "--input", str(tmp_path / "in"), "--out", str(out), f"tokenizer={model}"]
-    process = subprocess.Popen([sys.executable, "-c", stop_at_the_third_unit, *arguments], cwd=ROOT)
-    while not (out / ".build" / "part-000001-000.arrow").exists():
-        assert process.poll() is None, "the build ended before it was killed"
-        time.sleep(0.01)
-    assert run(*arguments) == 2  # it is still being written
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "manifest.json").exists()
-    assert run("verify", out) == 2
-    assert run(*arguments) == 0
-    assert run("verify", out) == 0
-    assert not (out / ".build").exists()
-    build([tmp_path / "in"], tmp_path / "clean", BuildConfig(tokenizer=model))
-    assert shard_bytes(out) == shard_bytes(tmp_path / "clean")
-
-
 @pytest.mark.parametrize("command", ["build", "train-tokenizer", "verify", "inspect"])
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
@@ -338,3 +231,63 @@ def test_the_command_line_prints_one_message_and_needs_no_torch(tmp_path: Path) 
     assert (done.returncode, done.stdout) == (2, "False\n")
     assert done.stderr.startswith("error: there is no dataset folder")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("n", [300, pytest.param(10_000, marks=pytest.mark.long)])
+def test_no_damage_is_accepted_and_none_crashes_the_reader(n: int, damageable: Path, tmp_path: Path) -> None:
+    """In a process of its own: a read beyond a mapped file would end it with SIGBUS."""
+    command = [sys.executable, ROOT / "tests" / "corrupt.py", damageable, tmp_path / "scratch", n, 1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == {"damages": n, "accepted": 0}
+
+
+@pytest.fixture(scope="module")
+def damageable(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A dataset with every kind of file: variants, several shards and batches, rejected documents, provenance."""
+    folder = tmp_path_factory.mktemp("damageable")
+    write_texts(folder / "in", 30)
+    write_texts(folder / "in" / "copies", 5)
+    options = BuildConfig(
+        tokenizer=model, val_fraction=0.2, test_fraction=0.1, shard_tokens=2000, subword={"variants": 1}
+    )
+    build([folder / "in"], folder / "out", options)
+    return folder / "out"
+
+
+# --- who reads it ---------------------------------------------------------------------------------------------
+
+
+def test_hugging_face_datasets_reads_the_shards(corpus: Path, tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    files = sorted(map(str, (corpus / "train" / "v0").glob("*.arrow")))
+    loaded = load_dataset("arrow", data_files={"train": files}, split="train", cache_dir=str(tmp_path))
+    stream = open_dataset(corpus).stream("train")
+    assert [row["tokens"] for row in loaded] == [ids.tolist() for ids in stream.documents()]
+
+
+def test_every_document_knows_where_it_came_from(damageable: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset, tokenizer = open_dataset(damageable), small_tokenizer()
+    for split in SPLITS:
+        stream = dataset.stream(split)
+        found = list(origins(dataset, split, range(stream.n_rows)))
+        texts = [tokenizer.decode(ids) for ids in stream.documents()]
+        assert [Path(origin.file).read_text() for origin in found] == texts
+        assert [origin.doc for origin in found] == [
+            hashlib.blake2b(text.encode(), digest_size=16).hexdigest() for text in texts
+        ]
+    assert run("inspect", damageable, "--documents", "1") == 0
+    assert (
+        f"--- train document 0, from in: {next(origins(dataset, 'train', [0])).file} at 0 " in capsys.readouterr().out
+    )
+
+
+def test_dropped_documents_are_kept_with_the_rule_that_dropped_them(damageable: Path) -> None:
+    rows = []
+    for path in sorted((damageable / "rejects").glob("*.jsonl.zst")):
+        with pa.input_stream(str(path)) as file:
+            rows += [json.loads(line) for line in file.read().splitlines()]
+    assert sorted(row["text"] for row in rows) == sorted(document(i) for i in range(5))
+    assert {row["rule"] for row in rows} == {"exact duplicate"}

@@ -85,12 +85,15 @@ BAD_INPUT = {
     "empty JSON lines": (bad_bytes("a.jsonl", b""), r"a\.jsonl is empty"),
     "binary text": (bad_bytes("a.txt", b"hello\0"), r"a\.txt is binary \(a NUL byte at offset 5\)"),
     "latin-1 text": (bad_bytes("a.txt", b"caf\xe9"), r"a\.txt is not UTF-8 \(byte 0xe9 at offset 3\)"),
-    "white space only": (bad_bytes("a.txt", b" \n"), r"no text to train a tokenizer on; skipped: empty .*a\.txt"),
+    "white space only": (
+        bad_bytes("a.txt", b" \n"),
+        r"no text to train a tokenizer on; skipped: 1 empty \(first: .*a\.txt",
+    ),
     "other field": (
         bad_bytes("a.jsonl", LINE + b'{"content": "x", "id": 1}'),
         r"a\.jsonl:2 has no field 'text'; it has content, id; set text_field=NAME",
     ),
-    "only bad lines": (bad_bytes("a.jsonl", b"{\n"), r"no text to train.*skipped: bad JSON \(.*a\.jsonl:1\)"),
+    "only bad lines": (bad_bytes("a.jsonl", b"{\n"), r"no text to train.*skipped: 1 bad JSON \(first: .*a\.jsonl:1\)"),
     "not gzip": (bad_bytes("a.jsonl.gz", b"hello"), r"cannot read .*a\.jsonl\.gz"),
     "cut gzip": (bad_bytes("a.jsonl.gz", gzip.compress(LINE * 99)[:-9]), r"cannot read .*a\.jsonl\.gz: .*[Tt]runcated"),
     "not Parquet": (bad_bytes("a.parquet", b"hello"), r"a\.parquet is not a Parquet file"),
@@ -101,12 +104,12 @@ BAD_INPUT = {
         r"/no: there is no such file or folder",
     ),
     "option taken for input": (
-        lambda folder: ["--input", folder, "seed=1", "--out", folder / "out"],
+        lambda folder: ["--input", *with_options()(folder)[1:2], "seed=1", "--out", folder / "out"],
         r"seed=1: there is no such file .*; key=value options go after --out",
     ),
     "no file matches": (with_options("include=*.rs"), r"no files to read in .*\(with include=\*\.rs\)"),
     "misspelt key": (with_options("vocabsize=300"), r"unknown option 'vocabsize'; did you mean 'vocab_size'\?"),
-    "unknown key": (with_options("xyzzy=1"), r"unknown option 'xyzzy'; there are text_field, include"),
+    "unknown key": (with_options("xyzzy=1"), r"unknown option 'xyzzy'; there are format, text_field, include"),
     "no number": (with_options("vocab_size=many"), r"vocab_size='many': input should be a valid integer"),
     "fraction too large": (with_options("val_fraction=0.6", "test_fraction=0.4"), r"leave nothing to train"),
     "no equals sign": (with_options("strict"), r"'strict' is not of the form key=value"),
@@ -175,8 +178,8 @@ def test_broken_lines_are_skipped_counted_and_the_first_is_named(tmp_path: Path,
     assert report["skipped"] == {
         "'text' is not a string": {"documents": 1, "first": f"{path}:4"},
         "bad JSON": {"documents": 2, "first": f"{path}:2"},
-        "empty": {"documents": 1, "first": str(path)},
-        "lone surrogate, which is no Unicode text": {"documents": 1, "first": str(path)},
+        "empty": {"documents": 1, "first": f"{path}:6"},
+        "lone surrogate, which is no Unicode text": {"documents": 1, "first": f"{path}:5"},
         "not a JSON object": {"documents": 1, "first": f"{path}:3"},
     }
 
@@ -196,5 +199,5 @@ def test_nothing_readable_says_what_was_skipped(
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"{\n" * 3)
     assert run("build", "--input", tmp_path / "a.jsonl", "--out", tmp_path / "out", f"tokenizer={model}") == 2
-    message = f"no document is left to train on; skipped 3 bad JSON (first: {tmp_path / 'a.jsonl'}:1)"
+    message = f"no document is left to train on; skipped: 3 bad JSON (first: {tmp_path / 'a.jsonl'}:1)"
     assert message in capsys.readouterr().err

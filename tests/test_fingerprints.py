@@ -40,7 +40,13 @@ def overlapping(n_words: int, n_common: int, rng: random.Random) -> tuple[str, s
 
 @pytest.mark.parametrize(
     "text",
-    ["one  two\tthree\nfour\r\n", "  one two three four", "one two\u00a0three\u2003four", "one\n\n\ntwo three four"],
+    [
+        "one  two\tthree\nfour\r\n",
+        "  one two three four",
+        "one two\u00a0three\u2003four",
+        "one\n\n\ntwo three four",
+        "onetwo threefour",
+    ],
 )
 def test_white_space_makes_no_difference_to_the_digest(text):
     assert digest(text) == digest("one two three four")
@@ -51,7 +57,7 @@ def test_the_form_of_unicode_makes_no_difference_to_the_digest():
 
 
 def test_anything_else_makes_a_difference_to_the_digest():
-    texts = ["one two", "onetwo", "One two", "one, two", "two one", "one two one two", "", "\ufb01", "fi"]
+    texts = ["one two", "One two", "one, two", "two one", "one two one two", "", "\ufb01", "fi"]
     assert len({digest(text) for text in texts}) == len(texts)
 
 
@@ -112,7 +118,7 @@ def test_the_seed_decides_the_signature():
 
 def test_fingerprints_are_the_same_on_every_machine():
     text = "A robot may not injure a human being or, through inaction, allow a human being to come to harm."
-    assert digest(text).hex() == "d84b40196e590002d6e49e05d4db638d"
+    assert digest(text).hex() == "da40488400d9bf16ea93481bbe6574f0"
     keys = signature(text).band_keys(14)
     assert len(keys) == 14 * 16
     assert keys[:16].hex() == "8c92cb1b52d71d773bdb456e34fb5769"

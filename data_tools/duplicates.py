@@ -1,0 +1,91 @@
+"""Deduplication and decontamination as tasks of a build, on the files of earlier tasks."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.config import SourceConfig
+from data_tools.decontamination import DecontaminationConfig, contaminated, read_ngrams, write_ngrams
+from data_tools.dedup import DedupConfig, cluster, link, write_bands
+from data_tools.inputs import find_files, plan_units
+from data_tools.pieces import Piece
+from data_tools.read import read_slice
+from data_tools.selection import CLUSTERS, CONTAMINATED
+from data_tools.tasks import Done, Result, Tasks, file_of
+from data_tools.texts import read_documents, read_texts
+from megagpt.files import write_atomically
+
+BANDS, LINKS, NGRAMS = ".bands.arrow", ".links.arrow", ".npy"
+LINK_DOCUMENTS = 2**22  # about so many in one range of keys: 100 MB in memory
+
+
+def find_clusters(texts: Sequence[Done], config: DedupConfig, seed: int, tasks: Tasks) -> Done | None:
+    """What is alike, over all units; None where nobody asked."""
+    if config.method == "none":
+        return None
+    rule = config.model_copy(update={"duplicates": "remove"})  # what becomes of copies is not decided here
+    bands = tasks.run(sign, [(done.prefix, rule, seed) for done in texts], "comparing")
+    listed = tasks.run_one(list_files, [file_of(done.prefix, BANDS).name for done in bands], what="listing")
+    documents = sum(done.result["kept"][0] for done in texts)
+    n_parts = -(-documents // LINK_DOCUMENTS) or 1
+    ranges = [(listed.prefix, band, part, n_parts) for band in range(rule.n_bands) for part in range(n_parts)]
+    links = tasks.run(link_band, ranges, "linking")
+    return tasks.run_one(join, [file_of(done.prefix, LINKS).name for done in links], what="clustering")
+
+
+def sign(prefix: Path, texts: Path, config: DedupConfig, seed: int) -> Result:
+    n_documents = len(read_documents(texts))
+    write_bands(read_texts(texts), n_documents, file_of(prefix, BANDS), config, seed=seed)
+    return {}
+
+
+def list_files(prefix: Path, names: Sequence[str]) -> Result:
+    """A long list of files by one short name."""
+    write_atomically(file_of(prefix, ".list"), json.dumps(names).encode())
+    return {}
+
+
+def link_band(prefix: Path, listed: Path, band: int, part: int, n_parts: int) -> Result:
+    names = json.loads(file_of(listed, ".list").read_bytes())
+    files = [prefix.parents[1] / sign.__name__ / name for name in names]
+    return {"links": link(files, band, part, n_parts, file_of(prefix, LINKS))}
+
+
+def join(prefix: Path, names: Sequence[str]) -> Result:
+    return cluster([prefix.parents[1] / link_band.__name__ / name for name in names], file_of(prefix, CLUSTERS))
+
+
+def find_contaminated(texts: Sequence[Done], config: DecontaminationConfig | None, tasks: Tasks) -> list[Path | None]:
+    """For each unit, the prefix of what names its contaminated rows."""
+    if config is None:
+        return [None for _ in texts]
+    source = SourceConfig(name="decontamination", paths=tuple(map(str, config.files)))
+    states = [(file.path, file.size, file.state) for file in find_files(source)]
+    ngrams = tasks.run_one(collect_ngrams, source, config, states, what="reading what must not be in the data")
+    return [
+        done.prefix for done in tasks.run(mark, [(done.prefix, ngrams.prefix, config) for done in texts], "searching")
+    ]
+
+
+def collect_ngrams(prefix: Path, source: SourceConfig, config: DecontaminationConfig, states: object) -> Result:
+    """Of the user's files; `states` only names the task, so that an edited file is read again."""
+    return write_ngrams(_texts_of(source), file_of(prefix, NGRAMS), config)
+
+
+def _texts_of(source: SourceConfig) -> Iterator[str]:
+    for unit in plan_units([(source.name, find_files(source))]):
+        for part in unit.slices:
+            yield from (item.text for item in read_slice(part, source, strict=True) if isinstance(item, Piece))
+
+
+def mark(prefix: Path, texts: Path, ngrams: Path, config: DecontaminationConfig) -> Result:
+    """The rows of a unit's documents that hold what the user's files hold."""
+    known = read_ngrams(file_of(ngrams, NGRAMS))
+    rows = sorted({document for document, text in read_texts(texts) if contaminated(text, known, config)})
+    temporary = file_of(prefix, ".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, np.array(rows, np.uint32))
+    temporary.rename(file_of(prefix, CONTAMINATED))
+    return {"documents": len(rows)}

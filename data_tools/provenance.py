@@ -1,0 +1,63 @@
+"""Where the documents of a dataset came from: the Parquet files beside its shards, row for row."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megagpt.data_manifest import Split
+from megagpt.errors import UserError
+from megagpt.shards import Dataset
+
+FOLDER = "provenance"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Of one row: a document, or a part of a long one."""
+
+    doc: str  # content hash
+    part: int
+    source: str
+    file: str
+    position: int
+
+    def __str__(self) -> str:
+        part = f", part {self.part}" if self.part else ""
+        return f"{self.source}: {self.file} at {self.position:,}{part} (document {self.doc[:16]})"
+
+
+def provenance_path(shard_path: str) -> str:
+    """Below the dataset's folder, of the shard's path."""
+    return f"{FOLDER}/{shard_path.removesuffix('.arrow')}.parquet"
+
+
+def origins(dataset: Dataset, split: Split, rows: Iterable[int]) -> Iterator[Origin]:
+    """The origin of each of the split's rows. Raises UserError if the files are missing or damaged.
+
+    Every variant of a split has the same rows in the same order, so the canonical one's files serve all.
+    """
+    index = dataset.index(split)
+    firsts = [int(index["row0"][index["shard"] == shard].min()) for shard in np.unique(index["shard"])]
+    shards = dataset.manifest.splits[split].variants[0].shards
+    sources = [source.name for source in dataset.manifest.sources]
+    for row in rows:
+        shard = max(i for i, first in enumerate(firsts) if first <= row)
+        path = dataset.path / provenance_path(shards[shard].path)
+        try:
+            record = _read_row(pq.ParquetFile(path), row - firsts[shard])
+        except (OSError, pa.ArrowException, IndexError) as error:
+            raise UserError(f"{path} cannot be read ({error}); restore it or build the dataset again") from error
+        yield Origin(record["doc"].hex(), record["part"], sources[record["source"]], record["file"], record["position"])
+
+
+def _read_row(parquet: pq.ParquetFile, row: int) -> dict[str, Any]:
+    for group in range(parquet.metadata.num_row_groups):
+        n_rows = parquet.metadata.row_group(group).num_rows
+        if row < n_rows:
+            return parquet.read_row_group(group).slice(row, 1).to_pylist()[0]
+        row -= n_rows
+    raise IndexError(f"it has no row {row}")

@@ -1,0 +1,62 @@
+"""The finished files of a build, from the tasks that made them to where they belong; only the manifest comes later."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data_tools.extract import REJECTS
+from data_tools.provenance import FOLDER, provenance_path
+from data_tools.report import write_report
+from data_tools.shard_writer import write_index
+from data_tools.shuffle import PROVENANCE, SHARD
+from data_tools.stages import Stages
+from data_tools.tasks import Done, file_of
+from data_tools.tokenization import REJECTS as DROPPED
+from megagpt.data_manifest import SPLITS
+from megagpt.files import fsync, sha256_of
+from megagpt.shards import INDEX, REPORT, TOKENIZER_MODEL
+
+REJECTS_DIR, PAGE = "rejects", "report.html"
+OURS = (*SPLITS, FOLDER, REJECTS_DIR, TOKENIZER_MODEL, INDEX, REPORT, PAGE)
+
+
+def publish(folder: Path, stages: Stages, report: dict[str, Any]) -> tuple[dict[str, str], str]:
+    """(sha256 of every file that the manifest names under other_files, the index's sha256)."""
+    for name in OURS:  # of a build that was killed right here
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).unlink(missing_ok=True)
+    other_files: dict[str, str] = {}
+    _place(stages.model, folder / TOKENIZER_MODEL)
+    rows: list[dict[str, Any]] = []
+    for header, done in stages.shards:
+        _place(file_of(done.prefix, SHARD), folder / header.path)
+        if header.variant == 0:  # another tokenization has its documents in the same order
+            name = provenance_path(header.path)
+            _place(file_of(done.prefix, PROVENANCE), folder / name)
+            other_files[name] = done.result["provenance_sha256"]
+        rows += done.result["index"]
+    for stage, suffix, units in (("read", REJECTS, stages.texts), ("dropped", DROPPED, stages.tokens)):
+        for number, done in enumerate(units):
+            if _has_rejects(done):
+                name = f"{REJECTS_DIR}/{stage}-{number:06d}.jsonl.zst"
+                _place(file_of(done.prefix, suffix), folder / name)
+                other_files[name] = sha256_of(folder / name)
+    write_report(folder / REPORT, folder / PAGE, report)
+    other_files[PAGE] = sha256_of(folder / PAGE)
+    return other_files, write_index(folder / INDEX, rows)
+
+
+def _has_rejects(done: Done) -> bool:
+    return bool(done.result.get("rejected") or done.result.get("dropped"))
+
+
+def _place(source: Path, target: Path) -> None:
+    """Under a second name where the file system can, so that a build that is killed now loses nothing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        fsync(target)
+    fsync(target.parent)

@@ -1,0 +1,63 @@
+"""Text files: a whole one is a document, or what ends in each separator is."""
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+
+from data_tools.config import SourceConfig
+from data_tools.encodings import BLOCK, NotTextError, blocks, decoded, encoding_of
+from data_tools.inputs import Slice, open_bytes
+from data_tools.pieces import PIECE, Items, Piece, Skipped, cut, cut_at
+from megagpt.errors import UserError
+
+
+def read_text(part: Slice, source: SourceConfig) -> Items:
+    path, at = part.file.path, partial(str, part.file.path)
+    with open_bytes(part.file) as raw:
+        head = raw.read(BLOCK)
+        try:
+            encoding = encoding_of(head, source.encoding)
+            documents = _documents_in(decoded(itertools.chain([head], blocks(raw)), encoding), source.split_text_at)
+            for number, text, is_first, is_last in documents:
+                if is_first and is_last and (not text or text.isspace()):
+                    yield Skipped("empty", at)
+                else:
+                    yield Piece(text, number, is_first, is_last)
+        except NotTextError as problem:
+            if part.file.named:
+                raise UserError(f"{path} is {problem}; {problem.way_out}") from problem
+            yield Skipped(problem.kind, at)
+
+
+def _documents_in(blocks: Iterator[str], separator: str) -> Iterator[tuple[int, str, bool, bool]]:
+    """(number, piece, is its document's first, last): the whole text, or what ends in each separator, as pieces.
+
+    The same pieces as cut() makes of each document, wherever the blocks end.
+    """
+    number, buffer, is_first = 0, "", True
+    for block in itertools.chain(filter(None, blocks), [""]):
+        at_end = not block
+        buffer += block
+        while True:
+            found = buffer.find(separator) if separator else -1
+            if found >= 0:
+                *early, last = cut(buffer[: found + len(separator)], PIECE)
+                buffer = buffer[found + len(separator) :]
+            elif len(buffer) > PIECE + len(separator):
+                end = cut_at(buffer, 0, PIECE)
+                early, last = [buffer[:end]], None
+                buffer = buffer[end:]
+            else:
+                break
+            for piece in early:
+                yield number, piece, is_first, False
+                is_first = False
+            if last is not None:
+                yield number, last, is_first, True
+                number, is_first = number + 1, True
+        if at_end and (buffer or number == 0):
+            *early, last = cut(buffer, PIECE)
+            for piece in early:
+                yield number, piece, is_first, False
+                is_first = False
+            yield number, last, is_first, True

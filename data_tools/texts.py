@@ -1,0 +1,113 @@
+"""Cleaned documents between reading and tokenizing, as files of one unit.
+
+.texts.arrow       document: uint32, text: large_string         the pieces of each document, in order
+.documents.arrow   doc, bytes, slice, position, kept            one row per document: its content hash, its size
+                                                                in UTF-8, where it came from, and whether it stays
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from data_tools.tasks import file_of
+from megagpt.files import make_durable
+from megagpt.shards import HASH_BYTES
+
+BATCH_BYTES = 2**24  # of text per record batch
+PIECES = pa.schema({"document": pa.uint32(), "text": pa.large_string()})
+DOCUMENTS = pa.schema(
+    {
+        "doc": pa.binary(HASH_BYTES),
+        "bytes": pa.uint64(),
+        "slice": pa.uint32(),  # of the unit: which file
+        "position": pa.uint64(),
+        "kept": pa.bool_(),
+    }
+)
+
+
+class Document(NamedTuple):
+    """A row of .documents.arrow."""
+
+    doc: bytes
+    bytes: int
+    slice: int
+    position: int
+    kept: bool
+
+
+class TextWriter:
+    """Documents piece by piece; open_texts() makes the files whole, or leaves none."""
+
+    def __init__(self, sink: pa.ipc.RecordBatchFileWriter) -> None:
+        self._sink = sink
+        self._numbers: list[int] = []
+        self._texts: list[bytes] = []
+        self._buffered = 0
+        self._digest = hashlib.blake2b(digest_size=HASH_BYTES)
+        self.documents: list[Document] = []
+        self.is_open = False  # within a document
+        self.size = 0  # bytes so far of the document being written
+
+    def begin(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=HASH_BYTES)
+        self.size, self.is_open = 0, True
+
+    def add(self, text: str) -> None:
+        """The next piece of the document."""
+        data = text.encode()
+        self._digest.update(data)
+        self._numbers.append(len(self.documents))
+        self._texts.append(data)
+        self.size += len(data)
+        self._buffered += len(data)
+        if self._buffered >= BATCH_BYTES:
+            self.flush()
+
+    def end(self, part: int, position: int, *, kept: bool = True) -> None:
+        self.documents.append(Document(self._digest.digest(), self.size, part, position, kept))
+        self.is_open = False
+
+    def flush(self) -> None:
+        if self._texts:
+            texts = pa.array(self._texts, pa.large_binary()).view(pa.large_string())
+            self._sink.write_batch(pa.record_batch([pa.array(self._numbers, pa.uint32()), texts], schema=PIECES))
+            self._numbers, self._texts, self._buffered = [], [], 0
+
+
+@contextmanager
+def open_texts(prefix: Path) -> Iterator[TextWriter]:
+    with _written(file_of(prefix, ".texts.arrow"), PIECES) as sink:
+        writer = TextWriter(sink)
+        yield writer
+        writer.flush()
+    with _written(file_of(prefix, ".documents.arrow"), DOCUMENTS) as sink:
+        rows = [document._asdict() for document in writer.documents]
+        sink.write_batch(pa.RecordBatch.from_pylist(rows, schema=DOCUMENTS))
+
+
+def read_texts(prefix: Path) -> Iterator[tuple[int, str]]:
+    """(document, piece) for every piece, in order; one record batch in memory at a time."""
+    with pa.memory_map(str(file_of(prefix, ".texts.arrow"))) as file:
+        reader = pa.ipc.open_file(file)
+        for i in range(reader.num_record_batches):
+            batch = reader.get_batch(i)
+            yield from zip(batch["document"].to_pylist(), batch["text"].to_pylist(), strict=True)
+
+
+def read_documents(prefix: Path) -> list[Document]:
+    with pa.memory_map(str(file_of(prefix, ".documents.arrow"))) as file:
+        columns = [column.to_pylist() for column in pa.ipc.open_file(file).get_batch(0).columns]
+    return [Document(*row) for row in zip(*columns, strict=True)]
+
+
+@contextmanager
+def _written(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
+    temporary = path.with_name(path.name + ".tmp")
+    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as sink:
+        yield sink
+    make_durable(temporary, path)

@@ -1,0 +1,372 @@
+"""Every format, encoding and place gives the same documents; what cannot be read is named."""
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from data_helpers import document
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import data_tools.inputs
+import data_tools.pieces
+import data_tools.read_json
+import data_tools.read_text
+from data_tools.config import SourceConfig
+from data_tools.inputs import find_files, plan_units
+from data_tools.pieces import Items, Piece, Skipped, cut
+from data_tools.read import read_slice
+from data_tools.read_text import _documents_in
+from megagpt.errors import UserError
+
+TEXTS = [document(i, n_words=20) for i in range(20)]
+
+
+def read_all(path: Path | str, *, strict: bool = False, **options: object) -> Items:
+    source = SourceConfig(name="test", paths=(str(path),), **options)
+    for unit in plan_units([(source.name, find_files(source))]):
+        for part in unit.slices:
+            yield from read_slice(part, source, strict=strict)
+
+
+def texts_of(items: Iterator[Piece | Skipped]) -> list[str]:
+    """Documents put together again from their pieces."""
+    texts: list[str] = []
+    for item in items:
+        assert isinstance(item, Piece), item
+        if item.is_first:
+            texts.append("")
+        texts[-1] += item.text
+    return texts
+
+
+def skipped(items: Items) -> list[Skipped]:
+    return [item for item in items if isinstance(item, Skipped)]
+
+
+# --- formats --------------------------------------------------------------------------------------------------
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def csv(texts: list[str], separator: str = ",") -> bytes:
+    rows = "".join(f'{i}{separator}"{text.replace(chr(34), chr(34) * 2)}"\r\n' for i, text in enumerate(texts))
+    return f"id{separator}text\r\n{rows}".encode()
+
+
+def parquet(texts: list[str]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), sink, row_group_size=3)
+    return sink.getvalue().to_pybytes()
+
+
+def arrow(texts: list[str], new: Callable = pa.ipc.new_file) -> bytes:
+    table = pa.table({"text": texts})
+    sink = pa.BufferOutputStream()
+    with new(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    return sink.getvalue().to_pybytes()
+
+
+def arrow_stream(texts: list[str]) -> bytes:
+    return arrow(texts, pa.ipc.new_stream)
+
+
+def json_array(texts: list[str]) -> bytes:
+    return json.dumps([{"text": text} for text in texts], indent=1).encode()
+
+
+FORMATS: dict[str, Callable[[list[str]], bytes]] = {
+    "a.jsonl": jsonl,
+    "a.jsonl.gz": lambda texts: gzip.compress(jsonl(texts)),
+    "a.jsonl.zst": lambda texts: zstandard.compress(jsonl(texts)),
+    "a.jsonl.bz2": lambda texts: bz2.compress(jsonl(texts)),
+    "a.jsonl.xz": lambda texts: lzma.compress(jsonl(texts)),
+    "two members.jsonl.gz": lambda texts: gzip.compress(jsonl(texts[:7])) + gzip.compress(jsonl(texts[7:])),
+    "two frames.jsonl.zst": lambda texts: zstandard.compress(jsonl(texts[:7])) + zstandard.compress(jsonl(texts[7:])),
+    "two streams.jsonl.bz2": lambda texts: bz2.compress(jsonl(texts[:7])) + bz2.compress(jsonl(texts[7:])),
+    "two streams.jsonl.xz": lambda texts: lzma.compress(jsonl(texts[:7])) + lzma.compress(jsonl(texts[7:])),
+    "a.ndjson": jsonl,
+    "array.json": json_array,
+    "lines.json": jsonl,
+    "array.json.gz": lambda texts: gzip.compress(json_array(texts)),
+    "a.csv": csv,
+    "a.csv.gz": lambda texts: gzip.compress(csv(texts)),
+    "a.tsv": lambda texts: csv(texts, "\t"),
+    "a.parquet": parquet,
+    "file.arrow": arrow,
+    "stream.arrow": arrow_stream,
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_documents(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).write_bytes(FORMATS[name](TEXTS))
+    assert texts_of(read_all(tmp_path / name)) == TEXTS
+    monkeypatch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", 50)  # one unit for each slice
+    monkeypatch.setattr(data_tools.read_json, "BLOCK", 7)
+    assert texts_of(read_all(tmp_path / name)) == TEXTS
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_positions_are_unique_within_a_file(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(FORMATS[name](TEXTS))
+    positions = [item.position for item in read_all(tmp_path / name) if isinstance(item, Piece)]
+    assert len(set(positions)) == len(TEXTS)
+    assert positions == sorted(positions)
+
+
+def test_a_source_has_its_own_field_and_format(tmp_path: Path) -> None:
+    (tmp_path / "a.data").write_text('{"body": "one"}\n{"body": "two"}\n')
+    assert texts_of(read_all(tmp_path / "a.data", format="jsonl", text_field="body")) == ["one", "two"]
+
+
+def test_web_pages_and_archives_give_their_main_text(tmp_path: Path) -> None:
+    page = "<html><head><script>x()</script></head><body><main><p>Hello caf\u00e9</p><p>World</p></main></body></html>"
+    (tmp_path / "a.html").write_text(page)
+    [text] = texts_of(read_all(tmp_path / "a.html"))
+    assert text.split() == ["Hello", "caf\u00e9", "World"]
+    (tmp_path / "a.warc.gz").write_bytes(gzip.compress(warc([page, page.replace("World", "Again")])))
+    first, second = texts_of(read_all(tmp_path / "a.warc.gz"))
+    assert (first, second.split()) == (text, ["Hello", "caf\u00e9", "Again"])
+
+
+def warc(pages: list[str]) -> bytes:
+    records = b""
+    for i, page in enumerate(pages):
+        body = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + page.encode()
+        head = (
+            f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:0000000{i}-0000-0000-0000-000000000000>\r\n"
+            f"WARC-Target-URI: http://localhost/{i}\r\nWARC-Date: 2026-01-01T00:00:00Z\r\n"
+            f"Content-Type: application/http; msgtype=response\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        records += head.encode() + body + b"\r\n\r\n"
+    return records
+
+
+# --- pieces ---------------------------------------------------------------------------------------------------
+
+
+@given(text=st.text(st.sampled_from("ab \n\u00e9"), max_size=60), most=st.integers(1, 10))
+def test_cut_pieces_make_the_text_again_and_end_at_white_space(text: str, most: int) -> None:
+    pieces = cut(text, most)
+    assert "".join(pieces) == text
+    assert all(len(piece) <= most for piece in pieces)
+    for piece in pieces[:-1]:
+        assert piece[-1] in " \n" or not set(piece) & set(" \n")
+
+
+@given(
+    text=st.text(st.sampled_from("ab \n|"), max_size=80),
+    cuts=st.lists(st.integers(0, 80), max_size=6),
+    most=st.integers(2, 9),
+    separator=st.sampled_from(["", "|", "||", "a|"]),
+)
+def test_a_streamed_text_is_cut_as_if_it_had_been_whole(text: str, cuts: list[int], most: int, separator: str) -> None:
+    edges = [0, *sorted(cuts), len(text)]
+    blocks = [text[begin:end] for begin, end in pairwise(edges)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_tools.read_text, "PIECE", most)
+        streamed = list(_documents_in(iter(blocks), separator))
+    documents = [part + separator for part in text.split(separator)] if separator else [text]
+    if separator:
+        documents[-1] = documents[-1].removesuffix(separator)
+        if documents[-1] == "" and len(documents) > 1:
+            documents.pop()
+    expected = [
+        (number, piece, i == 0, i == len(cut(whole, most)) - 1)
+        for number, whole in enumerate(documents)
+        for i, piece in enumerate(cut(whole, most))
+    ]
+    assert streamed == expected
+
+
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30)),
+    unit_bytes=st.integers(1, 200),
+    final_newline=st.booleans(),
+)
+def test_jsonl_cut_anywhere_yields_each_line_once(
+    texts: list[str], unit_bytes: int, final_newline: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
+    assume(texts or final_newline)  # an empty file is refused
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    path.write_bytes((lines + "\n" * final_newline).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", unit_bytes)
+        items = list(read_all(path))
+    assert [item.text for item in items if isinstance(item, Piece)] == [text for text in texts if text.strip()]
+    assert len(items) == len(texts)
+
+
+def test_a_line_too_long_to_parse_is_skipped_and_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_tools.read_json, "MAX_RECORD", 1000)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["one", "x" * 5000, "two"]))
+    items = list(read_all(tmp_path / "a.jsonl"))
+    assert [item.text for item in items if isinstance(item, Piece)] == ["one", "two"]
+    [item] = skipped(iter(items))
+    assert (item.reason, item.where()) == ("a JSON line of more than 1,000 bytes", f"{tmp_path}/a.jsonl:2")
+
+
+# --- encodings ------------------------------------------------------------------------------------------------
+
+FRENCH = "Voil\u00e0 l'\u00e9t\u00e9, o\u00f9 l'on go\u00fbte la cr\u00e8me br\u00fbl\u00e9e \u00e0 No\u00ebl. " * 20
+
+
+@pytest.mark.parametrize(
+    ("encoding", "options"),
+    [
+        ("utf-8", {}),
+        ("utf-8-sig", {}),
+        ("utf-8", {"encoding": "auto"}),
+        ("utf-16", {"encoding": "utf-16"}),
+        ("utf-16", {"encoding": "auto"}),
+        ("latin-1", {"encoding": "latin-1"}),
+        ("latin-1", {"encoding": "auto"}),
+    ],
+)
+def test_an_encoding_is_named_or_detected(encoding: str, options: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(FRENCH.encode(encoding))
+    assert texts_of(read_all(tmp_path / "a.txt", **options)) == [FRENCH]
+
+
+def test_a_text_that_stops_being_text_later_on_is_dropped_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_tools.read_text, "PIECE", 10)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(b"twenty good bytes or so \xff")
+    items = list(read_all(tmp_path / "in"))
+    assert all(isinstance(item, Piece) and not item.is_last for item in items[:-1])
+    assert isinstance(items[-1], Skipped)
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8 \(byte 0xff at offset 24\); set encoding=auto"):
+        list(read_all(tmp_path / "in" / "a.txt"))
+
+
+# --- bad input ------------------------------------------------------------------------------------------------
+
+CUT_OFF = {
+    "a.jsonl.gz": lambda texts: gzip.compress(jsonl(texts))[:-9],
+    "a.jsonl.zst": lambda texts: zstandard.compress(jsonl(texts))[:-9],
+    "a.jsonl.bz2": lambda texts: bz2.compress(jsonl(texts))[:-9],
+    "a.jsonl.xz": lambda texts: lzma.compress(jsonl(texts))[:-9],
+    "a.json": lambda texts: json_array(texts)[:-9],
+    "a.parquet": lambda texts: parquet(texts)[:-9],
+}
+
+
+@pytest.mark.parametrize("name", CUT_OFF)
+def test_a_file_that_was_cut_off_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(CUT_OFF[name](TEXTS * 50))
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        list(read_all(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"id,content\n1,x\n", r"a\.csv has no column 'text'; it has id, content; set text_field=NAME"),
+        ("a.csv", b"id,text\n1,caf\xe9\n", r"a\.csv is not UTF-8 \(byte 0xe9 at offset 13\)"),
+        ("a.json", b'[{"text": "x"}, {"text": ]', r"a\.json: bad JSON at character 16"),
+        ("a.json", b'[{"content": "x"}]', r"record 0 has no field 'text'; it has content; set text_field=NAME"),
+        ("a.arrow", b"hello", r"a\.arrow is not an Arrow file or stream"),
+        ("a.parquet.gz", b"hello", r"a parquet file is read at any place, so it cannot be compressed as a whole"),
+        ("a.txt", FRENCH.encode("utf-16"), r"not UTF-8 \(its byte-order mark says UTF-16\); set encoding=utf-16"),
+    ],
+)
+def test_bad_files_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(read_all(tmp_path / name))
+
+
+def test_an_unknown_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+    with pytest.raises(UserError, match="encoding='utf-9' is unknown"):
+        list(read_all(tmp_path / "a.txt", encoding="utf-9"))
+
+
+def test_the_bad_line_among_many_is_counted_and_its_number_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", 5000)
+    good = b'{"text": "x"}\n'
+    (tmp_path / "a.jsonl").write_bytes(good * 12_344 + b'{"text": \n' + good * 100)
+    items = list(read_all(tmp_path / "a.jsonl"))
+    [item] = skipped(iter(items))
+    assert len(items) == 12_445
+    assert (item.reason, item.where()) == ("bad JSON", f"{tmp_path}/a.jsonl:12345")
+    with pytest.raises(UserError, match=r"a\.jsonl:12345: bad JSON; repair it, or set strict=false"):
+        list(read_all(tmp_path / "a.jsonl", strict=True))
+
+
+# --- places ---------------------------------------------------------------------------------------------------
+
+
+def test_globs_and_folders_find_the_same_files_in_order(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c/d.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl([name]))
+    assert texts_of(read_all(tmp_path)) == ["a.jsonl", "b.jsonl", "c/d.jsonl"]
+    assert texts_of(read_all(tmp_path / "*.jsonl")) == ["a.jsonl", "b.jsonl"]
+    assert texts_of(read_all(tmp_path / "**" / "*.jsonl")) == ["a.jsonl", "b.jsonl", "c/d.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """A real object-store server on this machine, and the environment that leads to it."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        store = boto3.client("s3", endpoint_url=endpoint)
+        store.create_bucket(Bucket="corpus")
+        for name, content in FORMATS.items():
+            store.put_object(Bucket="corpus", Key=f"{name.split('.')[0]}/{name}", Body=content(TEXTS))
+        store.put_object(Bucket="corpus", Key="tree/.git/x.py", Body=b"hidden")
+        store.put_object(Bucket="corpus", Key="tree/b/x.py", Body=b"print('b')")
+        store.put_object(Bucket="corpus", Key="tree/a.py", Body=b"print('a')")
+        yield "s3://corpus"
+    server.stop()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.csv", "a.parquet", "file.arrow"])
+def test_an_object_store_gives_the_same_documents(name: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", 500)
+    assert texts_of(read_all(f"{bucket}/{name.split('.')[0]}/{name}")) == TEXTS
+
+
+def test_an_object_stores_folders_and_globs(bucket: str) -> None:
+    assert texts_of(read_all(f"{bucket}/tree")) == ["print('a')", "print('b')"]
+    assert texts_of(read_all(f"{bucket}/tree/*.py")) == ["print('a')"]
+    assert texts_of(read_all(f"{bucket}/tree", include=("x.*",))) == ["print('b')"]
+    with pytest.raises(UserError, match="s3://corpus/nothing: there is no such file or folder"):
+        list(read_all(f"{bucket}/nothing"))
+
+
+def test_a_url_that_leads_nowhere_is_named(bucket: str) -> None:
+    with pytest.raises(UserError, match=r"s3://no-such-bucket/a\.jsonl"):
+        list(read_all("s3://no-such-bucket/a.jsonl"))
+    with pytest.raises(UserError, match=r"foo://bar: Protocol not known"):
+        list(read_all("foo://bar"))
