@@ -67,7 +67,7 @@ def stopped_by_a_signal_to_one_rank(dataset: Path, folder: Path) -> dict[str, An
 
 OVERFIT = [
     "zero_optimization.stage=1",
-    "optimizer.params.lr=0.002",
+    "optimizer.params.lr=0.001",
     "optimizer.params.weight_decay=0.0",
     "megagpt.data.val_tokens=null",
     "megagpt.schedule.max_steps=1000",
