@@ -14,6 +14,7 @@ import ftfy
 from ftfy.badness import MOJIBAKE_CATEGORIES
 from pydantic import Field, field_validator
 
+from data_tools.lists import Lines
 from data_tools.quality import POLICY
 from megagpt.config import Strict
 from megagpt.errors import UserError
@@ -30,10 +31,10 @@ class CleanConfig(Strict):
     public_ips: bool = Field(default=False, description="mask public IP addresses, v4 and v6; private ones stay")
     ip_replacement: str = Field(default="192.0.2.1", description="what stands for them; this one is nobody's")
     policy_lines: bool = Field(default=False, description="drop lines about cookies, privacy, terms of use (C4's list)")
-    drop_lines: tuple[str, ...] = Field(
+    drop_lines: Lines = Field(
         default=(), description="drop lines that say exactly this, but for case and white space around"
     )
-    drop_patterns: tuple[str, ...] = Field(
+    drop_patterns: Lines = Field(
         default=(), description="drop lines in which one of these regular expressions is found"
     )
 

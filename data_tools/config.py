@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data_tools.decontamination import DecontaminationConfig
 from data_tools.dedup import DedupConfig
+from data_tools.lists import Names, Paths
 from data_tools.rules import RulesConfig
 from megagpt.config import Strict
 from megagpt.errors import UserError
@@ -22,20 +23,15 @@ class ReadConfig(Strict):
 
     format: Format = Field(default="auto", description="auto: by the file's name; anything else is text")
     text_field: str = Field(default="text", description="the field or column of JSON, CSV, Parquet and Arrow")
-    include: tuple[str, ...] = Field(default=(), description="in folders, only names like these: '*.py,*.md'")
+    include: Names = Field(default=(), description="in folders, only names like these: '*.py,*.md'")
     encoding: str = Field(default="utf-8", description="of text, JSON and CSV; auto: detect it")
     split_text_at: str = Field(default="", description="cut text files into documents after each of these")
     rules: RulesConfig = Field(default=RulesConfig(), description="cleaning and filters; see docs/data.md")
 
-    @field_validator("include", mode="before")
-    @classmethod
-    def _split_at_commas(cls, value: Any) -> Any:
-        return tuple(value.split(",")) if isinstance(value, str) else value
-
 
 class SourceConfig(ReadConfig):
     name: str = Field(min_length=1, description="what reports call it")
-    paths: tuple[str, ...] = Field(min_length=1, description="files, folders, globs, or URLs like s3://bucket/a.jsonl")
+    paths: Paths = Field(min_length=1, description="files, folders, globs, or URLs like s3://bucket/a.jsonl")
 
 
 class InputConfig(ReadConfig):
@@ -51,7 +47,8 @@ class InputConfig(ReadConfig):
         if not isinstance(raw, dict) or not isinstance(raw.get("sources"), dict):
             return raw
         common = {key: raw[key] for key in ReadConfig.model_fields if key in raw}
-        sources = [common | {"name": name} | _one_or_many(source) for name, source in raw["sources"].items()]
+        named = raw["sources"].items()
+        sources = [common | {"name": n} | (s if isinstance(s, dict) else {"paths": s}) for n, s in named]
         return raw | {"sources": sources}
 
     def with_inputs(self, paths: Sequence[str]) -> tuple[SourceConfig, ...]:
@@ -97,7 +94,7 @@ class SubwordConfig(Strict):
 class BuildConfig(TokenizerConfig):
     tokenizer: Path | None = Field(default=None, description="a model to use instead of training one")
     dedup: DedupConfig = DedupConfig()
-    decontamination: DecontaminationConfig | None = Field(default=None, description="drop what these files hold")
+    decontamination: DecontaminationConfig = DecontaminationConfig()
     subword: SubwordConfig = SubwordConfig()
     val_fraction: float = Field(default=0.01, ge=0.0, lt=1.0, description="of the documents")
     test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="of the documents")
@@ -130,14 +127,6 @@ class BuildConfig(TokenizerConfig):
         idle |= TRAINING if self.tokenizer else set()
         each = [source.model_dump(mode="json", exclude={"paths"}) for source in sources]
         return self.model_dump(mode="json", exclude=idle) | {"sources": each}
-
-
-def _one_or_many(source: Any) -> dict[str, Any]:
-    """A source is an object of options, or just its path or paths."""
-    raw = dict(source) if isinstance(source, dict) else {"paths": source}
-    if isinstance(raw.get("paths"), str):
-        raw["paths"] = [raw["paths"]]
-    return raw
 
 
 def _name_of(path: str) -> str:

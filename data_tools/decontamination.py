@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
+from data_tools.lists import Paths
 from data_tools.words import ngram_hashes, word_hashes
 from megagpt.config import Strict
 from megagpt.errors import UserError
@@ -17,7 +18,7 @@ from megagpt.files import make_durable
 
 
 class DecontaminationConfig(Strict):
-    files: tuple[Path, ...] = Field(default=(), description="test sets, text or .jsonl; none: no decontamination")
+    files: Paths = Field(default=(), description="test sets, text or .jsonl; none: no decontamination")
     ngram: int = Field(default=13, gt=0, description="words in a run; a text with fewer is not looked for")
     min_hits: int = Field(default=1, gt=0, description="a document with so many different runs in common is left out")
 

@@ -57,11 +57,11 @@ def join(prefix: Path, names: Sequence[str]) -> Result:
     return cluster([prefix.parents[1] / link_band.__name__ / name for name in names], file_of(prefix, CLUSTERS))
 
 
-def find_contaminated(texts: Sequence[Done], config: DecontaminationConfig | None, tasks: Tasks) -> list[Path | None]:
+def find_contaminated(texts: Sequence[Done], config: DecontaminationConfig, tasks: Tasks) -> list[Path | None]:
     """For each unit, the prefix of what names its contaminated rows."""
-    if config is None:
+    if not config.files:
         return [None for _ in texts]
-    source = SourceConfig(name="decontamination", paths=tuple(map(str, config.files)))
+    source = SourceConfig(name="decontamination", paths=config.files)
     states = [(file.path, file.size, file.state) for file in find_files(source)]
     ngrams = tasks.run_one(collect_ngrams, source, config, states, what="reading what must not be in the data")
     return [

@@ -164,13 +164,13 @@ def _find_local(path: str, include: Sequence[str]) -> Iterator[Found]:
         yield from (_found(found, named=False) for found in _walk(Path(path), include))
     elif Path(path).is_file():
         if Path(path).stat().st_size == 0:
-            raise UserError(f"--input {path} is empty; leave it out")
+            raise UserError(f"{path} is empty; leave it out")
         yield _found(Path(path).absolute(), named=True)
     elif glob.has_magic(path) and (matches := sorted(glob.glob(path, recursive=True))):
         yield from (_found(Path(match).absolute(), named=False) for match in matches if Path(match).is_file())
     else:
         hint = "; key=value options go after --out DIR" if "=" in Path(path).name else ""
-        raise UserError(f"--input {path}: there is no such file or folder{hint}")
+        raise UserError(f"{path}: there is no such file or folder{hint}")
 
 
 def _found(path: Path, *, named: bool) -> Found:
@@ -210,7 +210,7 @@ def _find_remote(url: str, include: Sequence[str]) -> Iterator[Found]:
         elif fs.exists(root):
             infos, named = {root: fs.info(root)}, True
         else:
-            raise UserError(f"--input {url}: there is no such file or folder")
+            raise UserError(f"{url}: there is no such file or folder")
         for found, info in sorted(infos.items()):
             *folders, name = PurePosixPath(found.removeprefix(root)).parts if not named else (found,)
             unwanted = not all(map(_is_wanted_folder, (part for part in folders if part != "/")))

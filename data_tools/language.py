@@ -6,6 +6,7 @@ from typing import Protocol, cast
 
 from pydantic import Field
 
+from data_tools.lists import Names
 from megagpt.config import Strict
 from megagpt.errors import UserError
 
@@ -15,7 +16,7 @@ INSTALL = "pip install fasttext-numpy2-wheel"
 
 class LanguageConfig(Strict):
     model: Path = Field(description="a fastText classifier, such as lid.176.bin")
-    keep: tuple[str, ...] = Field(
+    keep: Names = Field(
         default=(), description="labels without '__label__', such as en,de; none: any language that is clear enough"
     )
     min_score: float = Field(default=0.65, ge=0.0, lt=1.0, description="the score of one of them is above this")

@@ -8,6 +8,7 @@ import re
 
 from pydantic import Field
 
+from data_tools.lists import Names
 from data_tools.page import PUNCTUATION, TERMINAL_PUNCTUATION, Page, count_sentences, split_words
 from data_tools.repetition import duplicates
 from megagpt.config import Strict
@@ -31,7 +32,7 @@ class GopherQualityConfig(Strict):
         default=0.8, description="share of the words with a letter in them; null: any"
     )
     min_stop_words: int | None = Field(default=2, description="how many different ones occur at least; null: any")
-    stop_words: tuple[str, ...] = Field(
+    stop_words: Names = Field(
         default=("the", "be", "to", "of", "and", "that", "have", "with"),
         description="English; give your language's own or set min_stop_words=null",
     )

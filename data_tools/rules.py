@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from data_tools.cleaning import CleanConfig, clean, line_dropper, switch_repairs
 from data_tools.language import LanguageConfig, language, load_model
+from data_tools.lists import Names
 from data_tools.page import Page
 from data_tools.quality import C4Config, FineWebConfig, GopherQualityConfig, c4, c4_lines, fineweb, gopher_quality
 from data_tools.repetition import GopherRepetitionConfig, gopher_repetition
@@ -40,7 +41,7 @@ class RulesConfig(Strict):
         default=None, description="true, or thresholds: end punctuation, short and duplicate lines, lists"
     )
     language: LanguageConfig | None = Field(default=None, description="a fastText model, and the languages to keep")
-    custom: tuple[str, ...] = Field(
+    custom: Names = Field(
         default=(),
         description="functions 'package.module:function' of the text: False or a reason rejects, True or None keeps",
     )
@@ -58,11 +59,6 @@ class RulesConfig(Strict):
         return None if value is False else value
 
     _switch_repairs = field_validator("clean", mode="before")(switch_repairs)
-
-    @field_validator("custom", mode="before")
-    @classmethod
-    def _split_at_commas(cls, value: Any) -> Any:
-        return tuple(value.split(",")) if isinstance(value, str) else value
 
 
 class Judged(NamedTuple):
