@@ -30,7 +30,7 @@ from megagpt.commits import (
     write_commit,
     write_manifest,
 )
-from megagpt.config import BatchPlan, ModelConfig, PackingConfig, RunConfig
+from megagpt.config import ModelConfig, PackingConfig
 from megagpt.distributed import barrier, broadcast_object, gather_objects, is_main, rank, say, together
 from megagpt.engine import Engine, consolidated_weights, load_engine
 from megagpt.errors import UserError
@@ -38,6 +38,7 @@ from megagpt.files import write_atomically
 from megagpt.mixture import Mixture
 from megagpt.model import GPT
 from megagpt.rng import rng_state, set_rng_state
+from megagpt.run_config import BatchPlan, RunConfig
 from megagpt.shards import Dataset
 from megagpt.state import TrainState
 from megagpt.tokenizer import Tokenizer

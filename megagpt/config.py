@@ -1,24 +1,18 @@
-"""What a run file may say: frozen pydantic models of the "megagpt" section and of the DeepSpeed keys we read.
+"""What the "megagpt" section of a run file may say: frozen pydantic models, one for each part.
 
 `megagpt.run_file` turns a JSON file into a `RunConfig`; past that door nothing is checked again.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from megagpt.errors import UserError
 
 
 class Strict(BaseModel):
     """Frozen, and a misspelt key is an error rather than a silent default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-# --- the "megagpt" section ------------------------------------------------------------------------------------
 
 
 class ModelConfig(Strict):
@@ -242,137 +236,3 @@ class MegaGPTConfig(Strict):
     def seq_len(self) -> int:
         """Tokens per training example: as many as the model has positions, or fewer."""
         return self.data.seq_len or self.model.seq_len
-
-
-# --- the DeepSpeed keys that we read too ----------------------------------------------------------------------
-
-
-class OptimizerParams(Strict):
-    lr: float = Field(gt=0.0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0.0)
-    weight_decay: float = Field(default=0.0, ge=0.0)
-    torch_adam: bool = Field(default=False, description="torch's fused kernel on CUDA too")
-    adam_w_mode: bool = Field(default=True, description="decoupled weight decay, for type Adam")
-
-
-class OptimizerConfig(Strict):
-    type: Literal["AdamW", "Adam"] = "AdamW"
-    params: OptimizerParams
-
-
-class ActivationCheckpointingConfig(Strict):
-    """DeepSpeed's section, read when megagpt.recompute.kind is "deepspeed"."""
-
-    partition_activations: bool = False
-    cpu_checkpointing: bool = False
-    contiguous_memory_optimization: bool = False
-    number_checkpoints: int | None = Field(default=None, gt=0)
-    synchronize_checkpoint_boundary: bool = False
-    profile: bool = False
-
-
-class TensorboardConfig(Strict):
-    """Where TensorBoard's events go: output_path/job_name; without output_path, out_dir/tensorboard."""
-
-    enabled: bool = True
-    output_path: str = ""
-    job_name: str = "tensorboard"
-
-
-class Enabled(BaseModel):
-    """A DeepSpeed section of which we read only whether it is on; DeepSpeed checks the rest."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    enabled: bool = False
-
-
-class OffloadConfig(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
-    device: Literal["none", "cpu", "nvme"] = "none"
-
-
-class ZeroConfig(BaseModel):
-    model_config = ConfigDict(extra="allow", frozen=True)
-    stage: int = Field(default=0, ge=0, le=3)
-    offload_optimizer: OffloadConfig = OffloadConfig()
-    offload_param: OffloadConfig = OffloadConfig()
-
-    @model_validator(mode="after")
-    def _parameters_are_offloaded_at_stage_3(self) -> Self:
-        if self.offload_param.device != "none" and self.stage != 3:
-            raise ValueError(f"offload_param has no effect at stage={self.stage}; set stage to 3 or remove it")
-        return self
-
-
-class DeepSpeedConfig(BaseModel):
-    """The DeepSpeed keys that decide something here too. All others pass through to DeepSpeed as written."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    train_batch_size: int = Field(gt=0)
-    train_micro_batch_size_per_gpu: int = Field(gt=0)
-    gradient_accumulation_steps: int | None = Field(default=None, gt=0)
-    gradient_clipping: float = Field(default=1.0, ge=0.0)
-    optimizer: OptimizerConfig
-    bf16: Enabled = Enabled()
-    fp16: Enabled = Enabled()
-    zero_optimization: ZeroConfig = ZeroConfig()
-    activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
-    tensorboard: TensorboardConfig = TensorboardConfig()
-
-    @property
-    def dtype(self) -> Literal["bf16", "fp16", "fp32"]:
-        return "bf16" if self.bf16.enabled else "fp16" if self.fp16.enabled else "fp32"
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """A run file, parsed: our section, our view of DeepSpeed's keys, and those keys exactly as written."""
-
-    megagpt: MegaGPTConfig
-    deepspeed: DeepSpeedConfig
-    deepspeed_raw: dict[str, Any]
-
-    def as_json(self) -> dict[str, Any]:
-        """The run file again, with our section's defaults written out."""
-        return {**self.deepspeed_raw, "megagpt": self.megagpt.model_dump(mode="json")}
-
-
-# --- batch arithmetic -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """global_batch = micro_batch x accumulation x world_size, all in sequences."""
-
-    global_batch: int
-    micro_batch: int
-    accumulation: int
-    world_size: int
-
-
-def batch_plan(ds: DeepSpeedConfig, world_size: int) -> BatchPlan:
-    """Accumulation follows from the global batch, which is the same on any number of ranks.
-
-    Raises UserError, with the number to set, when the sizes do not multiply out.
-    """
-    total, micro, accum = (
-        ds.train_batch_size,
-        ds.train_micro_batch_size_per_gpu,
-        ds.gradient_accumulation_steps,
-    )
-    per_pass = micro * world_size
-    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-    if total % per_pass:
-        nearest = max(1, round(total / per_pass)) * per_pass
-        raise UserError(
-            f"train_batch_size={total} is not a multiple of train_micro_batch_size_per_gpu={micro} x {ranks} "
-            f"= {per_pass}; set train_batch_size to {nearest}, or another micro-batch"
-        )
-    if accum is not None and accum * per_pass != total:
-        raise UserError(
-            f"train_batch_size={total} is not train_micro_batch_size_per_gpu={micro} x "
-            f"gradient_accumulation_steps={accum} x {ranks} = {accum * per_pass}; "
-            f"set gradient_accumulation_steps to {total // per_pass}, or leave it out"
-        )
-    return BatchPlan(total, micro, total // per_pass, world_size)

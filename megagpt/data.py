@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megagpt.config import BatchPlan, DataConfig
+from megagpt.config import DataConfig
 from megagpt.errors import UserError
 from megagpt.rows import Fill, Rework, Row
+from megagpt.run_config import BatchPlan
 from megagpt.samples import open_datasets
 from megagpt.shards import Dataset, TokenStream
 

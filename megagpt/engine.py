@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from megagpt.accounting import n_params
-from megagpt.config import BatchPlan, DeepSpeedConfig, RecomputeConfig, RunConfig
+from megagpt.config import RecomputeConfig
 from megagpt.errors import UserError
 from megagpt.model import GPT, Block, Recompute, keep_activations
 from megagpt.optim import decay_groups
+from megagpt.run_config import BatchPlan, DeepSpeedConfig, RunConfig
 from megagpt.run_file import explain
 
 # left to itself, DeepSpeed guesses the same and warns that it did

@@ -15,9 +15,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from megagpt.config import RunConfig
 from megagpt.distributed import is_main, say
 from megagpt.files import write_atomically
+from megagpt.run_config import RunConfig
 from megagpt.state import TrainState
 
 Events = Callable[[list[tuple[str, float, int]]], None]

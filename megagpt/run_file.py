@@ -8,8 +8,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from megagpt.config import DeepSpeedConfig, MegaGPTConfig, RunConfig
+from megagpt.config import MegaGPTConfig
 from megagpt.errors import UserError
+from megagpt.run_config import DeepSpeedConfig, RunConfig
 
 SECTION = "megagpt"
 

@@ -1,8 +1,8 @@
 """What the next samples of a run draw, for `launch/pretrain.py --sample-report`: from the data and COMMIT alone."""
 
 from megagpt.commits import newest_record
-from megagpt.config import RunConfig
 from megagpt.errors import UserError
+from megagpt.run_config import RunConfig
 from megagpt.samples import TrainData, open_samples
 from megagpt.state import TrainState
 

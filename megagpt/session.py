@@ -14,7 +14,7 @@ from megagpt import checkpoint
 from megagpt.accounting import flops_per_token, peak_flops, recompute_flops_per_token
 from megagpt.augment import rework_of
 from megagpt.commits import Saved, best, step_folder
-from megagpt.config import BatchPlan, MegaGPTConfig, RunConfig, batch_plan
+from megagpt.config import MegaGPTConfig
 from megagpt.data import Batch, ValBlocks, open_data, prefetched, rank_samples
 from megagpt.distributed import gather_over_ranks, is_main, rank, say, together, world_size
 from megagpt.early_stopping import after_evaluation
@@ -25,6 +25,7 @@ from megagpt.files import write_atomically
 from megagpt.generate import complete
 from megagpt.monitor import Monitor, Stopwatch, validation_curve
 from megagpt.rows import Rework
+from megagpt.run_config import BatchPlan, RunConfig, batch_plan
 from megagpt.samples import TrainData, plan_mixture, row_opener, source_of
 from megagpt.state import TrainState
 from megagpt.tokenizer import Tokenizer, padded_vocab_size

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megagpt.config import RunConfig
 from megagpt.data import Batch
 from megagpt.distributed import StopVote
 from megagpt.engine import set_lr
 from megagpt.loss import kept_share, next_token_loss
 from megagpt.optim import lr_factor
 from megagpt.preemption import Preemption
+from megagpt.run_config import RunConfig
 from megagpt.session import Recent, Session, check, say_ending
 from megagpt.state import TrainState
 

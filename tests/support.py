@@ -10,7 +10,7 @@ from typing import Any
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
-from megagpt.config import RunConfig
+from megagpt.run_config import RunConfig
 from megagpt.run_file import load_run_config
 
 ROOT = Path(__file__).parents[1]

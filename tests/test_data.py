@@ -6,11 +6,12 @@ import torch
 from data_helpers import write_dataset
 from support import build_dataset, debug_run
 
-from megagpt.config import BatchPlan, DataConfig
+from megagpt.config import DataConfig
 from megagpt.data import ValBlocks, open_data, prefetched, rank_samples
 from megagpt.errors import UserError
 from megagpt.mixture import Mixture
 from megagpt.rows import IGNORE, marked, split
+from megagpt.run_config import BatchPlan
 from megagpt.samples import DRAW, TrainData, source_of
 from megagpt.shards import open_dataset
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from support import debug_run
 
-from megagpt.config import batch_plan
 from megagpt.engine import build_engine, effective_config, recompute_hook
 from megagpt.errors import UserError
 from megagpt.loss import next_token_loss
+from megagpt.run_config import batch_plan
 
 VOCAB = 384
 POLICIES = {

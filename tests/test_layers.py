@@ -10,8 +10,8 @@ PACKAGE = ROOT / "megagpt"
 FLOORS = [
     {"errors", "files", "rng", "rows"},
     {"config", "distributed", "launcher", "permutation", "preemption", "tokenizer"},
-    {"run_file", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
-    {"mixture", "shards", "model", "state", "augment", "packing"},
+    {"run_config", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
+    {"run_file", "mixture", "shards", "model", "state", "augment", "packing"},
     {"commits"},
     {"samples"},
     {"data", "sample_report"},

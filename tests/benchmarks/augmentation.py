@@ -19,13 +19,14 @@ from corpus import jsonl_corpus
 from data_tools.build import build
 from data_tools.config import BuildConfig
 from megagpt.augment import rework_of
-from megagpt.config import AugmentConfig, BatchPlan, DataConfig, MegaGPTConfig, ModelConfig
+from megagpt.config import AugmentConfig, DataConfig, MegaGPTConfig, ModelConfig
 from megagpt.data import ValBlocks, open_data, prefetched, rank_samples
 from megagpt.evaluate import evaluate
 from megagpt.generate import generate
 from megagpt.loss import kept_share, next_token_loss
 from megagpt.model import GPT
 from megagpt.optim import decay_groups
+from megagpt.run_config import BatchPlan
 from megagpt.samples import open_samples
 from megagpt.shards import TokenStream, open_dataset
 from megagpt.tokenizer import Tokenizer, padded_vocab_size

@@ -22,11 +22,11 @@ from torch import Tensor
 from data_tools.build import build
 from data_tools.config import BuildConfig
 from megagpt import trainer
-from megagpt.config import RunConfig
 from megagpt.distributed import init_process_group
 from megagpt.loss import next_token_loss
 from megagpt.model import GPT
 from megagpt.optim import decay_groups, lr_factor
+from megagpt.run_config import RunConfig
 from megagpt.run_file import load_run_config
 from megagpt.session import Session
 
