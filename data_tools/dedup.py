@@ -22,9 +22,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
+from data_tools.columns import column, view
 from data_tools.fingerprints import DIGEST_BYTES, MinHash, TextDigest
 from megagpt.config import Strict
 from megagpt.files import make_durable
@@ -119,11 +118,11 @@ def _keys_between(low: int, high: int, path: Path, band: int, unit: int) -> tupl
     """(key, low, document) with low <= key <= high, copied, so that no file stays open."""
     with pa.memory_map(str(path)) as file:
         batch = pa.ipc.open_file(file).get_batch(band)
-        keys = batch["key"].to_numpy()
+        keys = view(batch["key"])
         begin = int(np.searchsorted(keys, np.uint64(low), side="left"))
         end = int(np.searchsorted(keys, np.uint64(high), side="right"))
-        rows = batch["row"].to_numpy()[begin:end]
-        return keys[begin:end].copy(), batch["low"].to_numpy()[begin:end].copy(), rows + order_number(unit, 0)
+        rows = view(batch["row"])[begin:end]
+        return keys[begin:end].copy(), view(batch["low"])[begin:end].copy(), rows + order_number(unit, 0)
 
 
 def order_number(unit: int, row: int) -> np.uint64:
@@ -164,6 +163,11 @@ def _components(files: Sequence[Path]) -> np.ndarray:
 
 def _join(links: np.ndarray) -> np.ndarray:
     """As `_components`, of the links given."""
+    if not links.shape[1]:
+        return links
+    from scipy.sparse import coo_array  # here, because most processes of a build never get here, and it takes long
+    from scipy.sparse.csgraph import connected_components
+
     documents = _distinct(links)
     ends = np.searchsorted(documents, links).astype(np.int32)
     ones = np.ones(links.shape[1], bool)
@@ -191,7 +195,7 @@ def _band(links: Path) -> int:
 def _read_links(path: Path) -> np.ndarray:
     """(2, links)"""
     with pa.memory_map(str(path)) as file:
-        return np.stack([column.to_numpy() for column in pa.ipc.open_file(file).get_batch(0).columns])
+        return np.stack([view(values) for values in pa.ipc.open_file(file).get_batch(0).columns])
 
 
 def duplicates_in(unit: int, clusters: Path) -> Duplicates:
@@ -201,13 +205,13 @@ def duplicates_in(unit: int, clusters: Path) -> Duplicates:
     """
     with pa.memory_map(str(clusters)) as file:
         batch = pa.ipc.open_file(file).get_batch(0)
-        documents = batch["document"].to_numpy()
+        documents = view(batch["document"])
         begin, end = np.searchsorted(documents, [order_number(unit, 0), order_number(unit + 1, 0)])
         batch = batch.slice(begin, end - begin)
         return Duplicates(
             rows=(documents[begin:end] - order_number(unit, 0)).astype(np.uint32),
-            firsts=batch["first"].to_numpy().copy(),
-            exact=batch["exact"].to_numpy(zero_copy_only=False),
+            firsts=view(batch["first"]).copy(),
+            exact=view(batch["exact"]),
         )
 
 
@@ -215,5 +219,5 @@ def _write(path: Path, schema: pa.Schema, batches: Iterable[Sequence[np.ndarray]
     temporary = path.with_name(path.name + ".tmp")
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for columns in batches:
-            writer.write_batch(pa.record_batch([pa.array(column) for column in columns], schema=schema))
+            writer.write_batch(pa.record_batch([column(values) for values in columns], schema=schema))
     make_durable(temporary, path)

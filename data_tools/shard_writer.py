@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from data_tools.columns import column, hashes, numbers, strings
 from megagpt.data_manifest import ShardInfo
 from megagpt.files import make_durable, sha256_of, write_atomically
 from megagpt.shards import HASH_BYTES, INDEX_SCHEMA, ShardHeader, batch_xxh3, document_schema, token_dtype
@@ -101,12 +102,11 @@ def document_columns(rows: Sequence[Row], vocab_size: int) -> list[pa.Array]:
     dtype = token_dtype(vocab_size)
     flat = narrow(np.concatenate([np.empty(0, dtype), *(row.tokens for row in rows)]), vocab_size)
     offsets = np.cumsum([0, *(len(row.tokens) for row in rows)], dtype=np.int64)
-    docs = [None, pa.py_buffer(b"".join(row.doc for row in rows))]
     return [
-        pa.LargeListArray.from_arrays(offsets, pa.array(flat), type=document_schema(dtype).field("tokens").type),
-        pa.FixedSizeBinaryArray.from_buffers(pa.binary(HASH_BYTES), len(rows), docs),
-        pa.array([row.source for row in rows], pa.uint16()),
-        pa.array([row.part for row in rows], pa.uint32()),
+        pa.LargeListArray.from_arrays(column(offsets), column(flat), type=document_schema(dtype).field("tokens").type),
+        hashes([row.doc for row in rows], HASH_BYTES),
+        numbers([row.source for row in rows], pa.uint16()),
+        numbers([row.part for row in rows], pa.uint32()),
     ]
 
 
@@ -118,6 +118,8 @@ def write_index(path: Path, rows: list[dict[str, Any]]) -> str:
             row["tok0"] = previous["tok0"] + previous["n_tokens"]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
+        splits = strings([row["split"].encode() for row in rows], pa.string())
+        rest = [numbers([row[field.name] for row in rows], field.type) for field in list(INDEX_SCHEMA)[1:]]
+        writer.write_batch(pa.record_batch([splits, *rest], schema=INDEX_SCHEMA))
     write_atomically(path, sink.getvalue().to_pybytes())
     return sha256_of(path)

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_tools.columns import hashes, numbers, strings, view
 from data_tools.shard_writer import Row, ShardWriter
 from data_tools.tasks import file_of
 from megagpt.data_manifest import SPLITS, Split
@@ -78,20 +79,20 @@ def write_shard(prefix: Path, header: ShardHeader, n_shards: int, listed: Path) 
 def _rows_between(low: int, high: int, file: pa.MemoryMappedFile, split: Split) -> Columns:
     """The part's rows with low <= key <= high; the views keep the map alive."""
     batch = pa.ipc.open_file(file).get_batch(SPLITS.index(split))
-    keys = batch["key"].to_numpy()
+    keys = view(batch["key"])
     begin = int(np.searchsorted(keys, np.uint64(low), side="left"))
     end = int(np.searchsorted(keys, np.uint64(high), side="right"))
     docs = np.frombuffer(batch["doc"].buffers()[1] or b"", np.uint8)[: HASH_BYTES * len(batch)]
     return Columns(
         key=keys[begin:end],
-        part=batch["part"].to_numpy()[begin:end],
-        offsets=batch["tokens"].offsets.to_numpy()[begin : end + 1],
-        tokens=batch["tokens"].values.to_numpy(),
+        part=view(batch["part"])[begin:end],
+        offsets=view(batch["tokens"].offsets)[begin : end + 1],
+        tokens=view(batch["tokens"].values),
         docs=docs.reshape(-1, HASH_BYTES)[begin:end],
-        source=batch["source"].to_numpy()[begin:end],
-        is_last=batch["is_last"].to_numpy(zero_copy_only=False)[begin:end],
-        slice=batch["slice"].to_numpy()[begin:end],
-        position=batch["position"].to_numpy()[begin:end],
+        source=view(batch["source"])[begin:end],
+        is_last=view(batch["is_last"])[begin:end],
+        slice=view(batch["slice"])[begin:end],
+        position=view(batch["position"])[begin:end],
     )
 
 
@@ -131,10 +132,15 @@ class _Provenance:
 
     def _flush(self) -> None:
         if self._rows:
-            columns = zip(*self._rows, strict=True)
-            arrays = [
-                pa.array(column, pa.string()).dictionary_encode() if name == "file" else pa.array(column, type_)
-                for column, (name, type_) in zip(columns, WHERE.items(), strict=True)
+            docs, parts, sources, files, positions = zip(*self._rows, strict=True)
+            codes = {file: code for code, file in enumerate(dict.fromkeys(files))}
+            names = strings([file.encode() for file in codes], pa.string())
+            columns = [
+                hashes(docs, HASH_BYTES),
+                numbers(parts, pa.uint32()),
+                numbers(sources, pa.uint16()),
+                pa.DictionaryArray.from_arrays(numbers([codes[file] for file in files], pa.int32()), names),
+                numbers(positions, pa.uint64()),
             ]
-            self._writer.write_table(pa.table(arrays, schema=self._schema))
+            self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
             self._rows = []

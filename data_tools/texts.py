@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from data_tools.columns import hashes, numbers, strings
 from data_tools.tasks import file_of
 from megagpt.files import make_durable
 from megagpt.shards import HASH_BYTES
@@ -74,8 +75,8 @@ class TextWriter:
 
     def flush(self) -> None:
         if self._texts:
-            texts = pa.array(self._texts, pa.large_binary()).view(pa.large_string())
-            self._sink.write_batch(pa.record_batch([pa.array(self._numbers, pa.uint32()), texts], schema=PIECES))
+            columns = [numbers(self._numbers, pa.uint32()), strings(self._texts, pa.large_string())]
+            self._sink.write_batch(pa.record_batch(columns, schema=PIECES))
             self._numbers, self._texts, self._buffered = [], [], 0
 
 
@@ -86,8 +87,15 @@ def open_texts(prefix: Path) -> Iterator[TextWriter]:
         yield writer
         writer.flush()
     with _written(file_of(prefix, ".documents.arrow"), DOCUMENTS) as sink:
-        rows = [document._asdict() for document in writer.documents]
-        sink.write_batch(pa.RecordBatch.from_pylist(rows, schema=DOCUMENTS))
+        documents = writer.documents
+        columns = [
+            hashes([document.doc for document in documents], HASH_BYTES),
+            numbers([document.bytes for document in documents], pa.uint64()),
+            numbers([document.slice for document in documents], pa.uint32()),
+            numbers([document.position for document in documents], pa.uint64()),
+            numbers([document.kept for document in documents], pa.bool_()),
+        ]
+        sink.write_batch(pa.record_batch(columns, schema=DOCUMENTS))
 
 
 def read_texts(prefix: Path) -> Iterator[tuple[int, str]]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from data_tools.columns import numbers
 from data_tools.pieces import PIECE
 from data_tools.rejects import RejectWriter, open_rejects
 from data_tools.selection import Selection, SplitConfig, UnitInput, keyed_hash, select
@@ -186,13 +187,13 @@ class _Parts:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for split in SPLITS:
                 rows = sorted(self._rows[split], key=lambda row: row.key)
-                extra = [
+                extra: list[list[int]] = [
                     [row.key for row in rows],
                     [row.slice for row in rows],
                     [row.position for row in rows],
                     [row.row.is_last for row in rows],
                 ]
-                arrays = [pa.array(column, type_) for column, type_ in zip(extra, EXTRA.values(), strict=True)]
+                arrays = [numbers(values, type_) for values, type_ in zip(extra, EXTRA.values(), strict=True)]
                 columns = [*document_columns([row.row for row in rows], self._tokenizer.vocab_size), *arrays]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
                 self._rows[split].clear()

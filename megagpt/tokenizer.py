@@ -63,9 +63,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # A literal U+2581 would decode as a space, so it goes in as the three bytes of its UTF-8 form.
-        if self._meta_space_ids is not None and any(META_SPACE in text for text in texts):
-            return [self._encode_around_meta_space(text) for text in texts]
-        return self._encode_plain(texts)
+        if self._meta_space_ids is None:
+            return self._encode_plain(texts)
+        encoded = self._encode_plain(["" if META_SPACE in text else text for text in texts])
+        for i, text in enumerate(texts):
+            if META_SPACE in text:
+                encoded[i] = self._encode_around_meta_space(text)
+        return encoded
 
     @property
     def is_exact_in_parts(self) -> bool:
@@ -140,16 +144,22 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 def _load(model_bytes: bytes, name: str) -> tuple[sentencepiece.SentencePieceProcessor, str, str, bool]:
     """(processor, kind, normalizer, has a dummy prefix); bytes that are no model are one clear message."""
+    try:
+        return _parse(model_bytes)
+    except (RuntimeError, LookupError, UnicodeDecodeError) as error:  # how bytes that make no model show
+        raise UserError(
+            f"{name} is not a SentencePiece model; "
+            "give the .model file that `python -m data_tools train-tokenizer` writes"
+        ) from error
+
+
+@lru_cache(maxsize=8)  # a processor takes 50 ms to make and never changes, so all tokenizers of a model share it
+def _parse(model_bytes: bytes) -> tuple[sentencepiece.SentencePieceProcessor, str, str, bool]:
     sentencepiece.set_min_log_level(LOG_ERRORS_ONLY)
     processor = sentencepiece.SentencePieceProcessor()
-    try:
-        if model_bytes and processor.load_from_serialized_proto(model_bytes) and processor.get_piece_size():
-            return processor, *_describe(model_bytes)
-    except (RuntimeError, LookupError, UnicodeDecodeError):  # how bytes that make no model show
-        pass
-    raise UserError(
-        f"{name} is not a SentencePiece model; give the .model file that `python -m data_tools train-tokenizer` writes"
-    )
+    if not (model_bytes and processor.load_from_serialized_proto(model_bytes) and processor.get_piece_size()):
+        raise LookupError("no pieces")
+    return processor, *_describe(model_bytes)
 
 
 def _check_is_unicode(text: str) -> None:
@@ -161,7 +171,6 @@ def _check_is_unicode(text: str) -> None:
         ) from error
 
 
-@lru_cache(maxsize=8)
 def _describe(model_bytes: bytes) -> tuple[str, str, bool]:
     """(kind, normalizer, has a dummy prefix), from the protobuf: SentencePiece has no call that tells."""
     model = dict(_protobuf_fields(model_bytes))
