@@ -32,6 +32,10 @@ TURNS = {
     "all filters, none rejects": {
         "gopher_quality": {
             "min_words": 0,
+            "min_mean_word_length": 0.0,
+            "max_mean_word_length": 1e6,
+            "max_bullet_lines": 1.0,
+            "max_ellipsis_lines": 1.0,
             "min_alphabetic_words": 0.0,
             "min_stop_words": 0,
             "max_symbols_per_word": 9.0,
@@ -39,6 +43,8 @@ TURNS = {
         "gopher_repetition": {
             "max_duplicate_lines": 1.0,
             "max_duplicate_line_characters": 1.0,
+            "max_duplicate_paragraphs": 1.0,
+            "max_duplicate_paragraph_characters": 1.0,
             "max_top_ngrams": [[2, 9.0], [3, 9.0], [4, 9.0]],
             "max_duplicate_ngrams": [[n, 1.0] for n in range(5, 11)],
         },
