@@ -54,24 +54,29 @@ def build(inputs: Sequence[str | Path], out: Path, config: BuildConfig, schedule
     with _claimed(out) as (folder, scratch):
         with start_workers(config.workers, scheduler, scratch, total_bytes=sum(unit.size for unit in units)) as run_all:
             stages = run_stages(units, sources, config, given, Tasks(scratch, run_all))
-        tokenizer = Tokenizer.load(stages.model)
-        report = make_report(stages, sources)
-        other_files, index_sha256 = publish(folder, stages, report)
-        manifest = Manifest(
-            build_id=stages.shards[0][0].build_id,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            tool=f"data_tools with pyarrow {pa.__version__}, sentencepiece {sentencepiece.__version__}",
-            tokenizer=_describe_tokenizer(tokenizer, stages.sample_sha256),
-            dtype=token_dtype(tokenizer.vocab_size),
-            splits=_describe_splits(stages, tokenizer),
-            index_sha256=index_sha256,
-            report_sha256=sha256_of(folder / REPORT),
-            other_files=other_files,
-            sources=_describe_sources(stages, sources),
-            input_sha256=input_sha256(stages),
-            pipeline=config.pipeline(sources),
-        )
-        write_manifest(folder, manifest)
+        return finish(folder, stages, sources, config)
+
+
+def finish(folder: Path, stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig) -> dict[str, Any]:
+    """What the stages have made becomes a dataset; returns the report."""
+    tokenizer = Tokenizer.load(stages.model)
+    report = make_report(stages, sources)
+    other_files, index_sha256 = publish(folder, stages, report)
+    manifest = Manifest(
+        build_id=stages.shards[0][0].build_id,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        tool=f"data_tools with pyarrow {pa.__version__}, sentencepiece {sentencepiece.__version__}",
+        tokenizer=_describe_tokenizer(tokenizer, stages.sample_sha256),
+        dtype=token_dtype(tokenizer.vocab_size),
+        splits=_describe_splits(stages, tokenizer),
+        index_sha256=index_sha256,
+        report_sha256=sha256_of(folder / REPORT),
+        other_files=other_files,
+        sources=_describe_sources(stages, sources),
+        input_sha256=input_sha256(stages),
+        pipeline=config.pipeline(sources),
+    )
+    write_manifest(folder, manifest)
     return report
 
 

@@ -1,5 +1,6 @@
 """The finished files of a build, from the tasks that made them to where they belong; only the manifest comes later."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -7,14 +8,13 @@ from typing import Any
 
 from data_tools.extract import REJECTS
 from data_tools.provenance import FOLDER, provenance_path
-from data_tools.report import write_report
 from data_tools.shard_writer import write_index
 from data_tools.shuffle import PROVENANCE, SHARD
 from data_tools.stages import Stages
 from data_tools.tasks import Done, file_of
 from data_tools.tokenization import REJECTS as DROPPED
 from megagpt.data_manifest import SPLITS
-from megagpt.files import fsync, sha256_of
+from megagpt.files import fsync, sha256_of, write_atomically
 from megagpt.shards import INDEX, REPORT, TOKENIZER_MODEL
 
 REJECTS_DIR, PAGE = "rejects", "report.html"
@@ -42,9 +42,16 @@ def publish(folder: Path, stages: Stages, report: dict[str, Any]) -> tuple[dict[
                 name = f"{REJECTS_DIR}/{stage}-{number:06d}.jsonl.zst"
                 _place(file_of(done.prefix, suffix), folder / name)
                 other_files[name] = sha256_of(folder / name)
-    write_report(folder / REPORT, folder / PAGE, report)
+    _write_report(folder, report)
     other_files[PAGE] = sha256_of(folder / PAGE)
     return other_files, write_index(folder / INDEX, rows)
+
+
+def _write_report(folder: Path, report: dict[str, Any]) -> None:
+    from data_tools.report_page import page_of  # matplotlib takes too long to import for those who ask for --help
+
+    write_atomically(folder / REPORT, json.dumps(report, indent=1).encode() + b"\n")
+    write_atomically(folder / PAGE, page_of(report, folder.name).encode())
 
 
 def _has_rejects(done: Done) -> bool:

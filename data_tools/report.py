@@ -1,6 +1,5 @@
-"""What a build did: report.json for machines, a page for people, a few lines for the terminal."""
+"""What a build did: the figures that report.json and the page show, and a few lines of them for the terminal."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 from data_tools.config import SourceConfig
 from data_tools.stages import Stages
 from megagpt.data_manifest import SPLITS
-from megagpt.files import write_atomically
 
 Counts = dict[str, int]  # documents, bytes, and tokens where there are any
 
@@ -23,7 +21,7 @@ def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, An
         "bytes_per_token": round(total["bytes"] / total["tokens"], 4),
         "splits": splits,
         "sources": own,
-        "skipped": _merged_skipped(stages),
+        "skipped": _merge_skipped(source["skipped"] for source in own),
         "rejected": _sum_counts(source["rejected"] for source in own),
         "dropped": _sum_counts(source["dropped"] for source in own),
         "variants": _describe_variants(stages),
@@ -40,6 +38,7 @@ def _describe_source(stages: Stages, number: int, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "files": len({part.file.path for i in mine for part in stages.units[i].slices}),
+        "skipped": _merge_skipped(_as_skipped(result["skipped"]) for result in texts),
         "read": _sum_pairs(result["read"] for result in texts),
         "after_rules": _sum_pairs(result["kept"] for result in texts),
         "rejected": _sum_counts(_as_counts(result["rejected"]) for result in texts),
@@ -58,12 +57,17 @@ def _describe_variants(stages: Stages) -> list[dict[str, Any]]:
     return [{"id": i, "tokens": n, "times_canonical": round(n / tokens[0], 4)} for i, n in enumerate(tokens)]
 
 
-def _merged_skipped(stages: Stages) -> dict[str, dict[str, Any]]:
+def _merge_skipped(many: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """How many of each reason, and where the first was."""
     merged: dict[str, dict[str, Any]] = {}
-    for done in stages.texts:
-        for reason, (n, first) in done.result["skipped"].items():
-            merged.setdefault(reason, {"documents": 0, "first": first})["documents"] += n
+    for reasons in many:
+        for reason, skipped in reasons.items():
+            merged.setdefault(reason, skipped | {"documents": 0})["documents"] += skipped["documents"]
     return dict(sorted(merged.items()))
+
+
+def _as_skipped(pairs: dict[str, tuple[int, str]]) -> dict[str, dict[str, Any]]:
+    return {reason: {"documents": documents, "first": first} for reason, (documents, first) in pairs.items()}
 
 
 def _counts(row: tuple[int, int, int]) -> Counts:
@@ -92,11 +96,6 @@ def _sum_counts(many: Iterable[dict[str, Counts]]) -> dict[str, Counts]:
 def _histogram(many: Iterable[dict[str, int]]) -> dict[str, int]:
     total: Counter[str] = sum((Counter(one) for one in many), Counter())
     return {bits: total[bits] for bits in sorted(total, key=int)}
-
-
-def write_report(path: Path, page: Path, report: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(report, indent=1).encode() + b"\n")
-    write_atomically(page, b"")
 
 
 def summary(report: dict[str, Any], out: Path) -> str:

@@ -35,6 +35,8 @@ class Stages:
 
     units: list[Unit]
     texts: list[Done]
+    splits: SplitConfig
+    clusters: Path | None = None  # the prefix of what tells which documents are alike
     places: list[UnitInput] = field(default_factory=list)
     model: Path = Path()
     sample_sha256: str | None = None
@@ -61,37 +63,57 @@ class Stages:
 def run_stages(
     units: list[Unit], sources: Sequence[SourceConfig], config: BuildConfig, given: Tokenizer | None, tasks: Tasks
 ) -> Stages:
-    splits = SplitConfig(
+    stages = read_and_compare(units, sources, config, tasks)
+    find_tokenizer(stages, config, given, tasks)
+    tokenize_and_shuffle(stages, sources, config, tasks)
+    return stages
+
+
+def read_and_compare(units: list[Unit], sources: Sequence[SourceConfig], config: BuildConfig, tasks: Tasks) -> Stages:
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "read"):
+        texts = extract_all(units, sources, config.strict, tasks)
+    stages = Stages(units, texts, _splits(config), seconds=seconds)
+    with _timed(seconds, "compare"):
+        found = find_clusters(texts, config.dedup, config.seed, tasks)
+        stages.clusters = found.prefix if found else None
+        contamination = find_contaminated(texts, config.decontamination, tasks)
+    stages.places = place_units(units, sources, texts, contamination, tasks.folder)
+    return stages
+
+
+def find_tokenizer(stages: Stages, config: BuildConfig, given: Tokenizer | None, tasks: Tasks) -> None:
+    """The given one, or one trained on the training split."""
+    with _timed(stages.seconds, "tokenizer"):
+        if given is None:
+            trained = train_on(stages.texts, stages.places, stages.clusters, stages.splits, config, tasks)
+            stages.model, stages.sample_sha256 = file_of(trained.prefix, MODEL), trained.result["sample_sha256"]
+        else:
+            stages.model = tasks.folder / f"{given.sha256}.model"
+            write_atomically(stages.model, given.model_bytes)
+
+
+def tokenize_and_shuffle(stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig, tasks: Tasks) -> None:
+    tokenizer = Tokenizer.load(stages.model)
+    with _timed(stages.seconds, "tokenize"):
+        for drawing in _drawings(tokenizer, config):
+            jobs = [
+                (unit, stages.clusters, stages.model, tokenizer.sha256, drawing, stages.splits)
+                for unit in stages.places
+            ]
+            stages.variants.append(tasks.run(tokenize, jobs, "tokenizing"))
+    _check_something_is_left(stages)
+    with _timed(stages.seconds, "shuffle"):
+        stages.shards = _write_shards(stages, sources, tokenizer, config, tasks)
+
+
+def _splits(config: BuildConfig) -> SplitConfig:
+    return SplitConfig(
         val_fraction=config.val_fraction,
         test_fraction=config.test_fraction,
         duplicates=config.dedup.duplicates,
         seed=config.seed,
     )
-    seconds: dict[str, float] = {}
-    with _timed(seconds, "read"):
-        texts = extract_all(units, sources, config.strict, tasks)
-    stages = Stages(units, texts, seconds=seconds)
-    with _timed(seconds, "compare"):
-        found = find_clusters(texts, config.dedup, config.seed, tasks)
-        clusters = found.prefix if found else None
-        contamination = find_contaminated(texts, config.decontamination, tasks)
-    stages.places = place_units(units, sources, texts, contamination, tasks.folder)
-    with _timed(seconds, "tokenizer"):
-        if given is None:
-            trained = train_on(texts, stages.places, clusters, splits, config, tasks)
-            stages.model, stages.sample_sha256 = file_of(trained.prefix, MODEL), trained.result["sample_sha256"]
-        else:
-            stages.model = tasks.folder / f"{given.sha256}.model"
-            write_atomically(stages.model, given.model_bytes)
-    tokenizer = Tokenizer.load(stages.model)
-    with _timed(seconds, "tokenize"):
-        for drawing in _drawings(tokenizer, config):
-            jobs = [(unit, clusters, stages.model, tokenizer.sha256, drawing, splits) for unit in stages.places]
-            stages.variants.append(tasks.run(tokenize, jobs, "tokenizing"))
-    _check_something_is_left(stages)
-    with _timed(seconds, "shuffle"):
-        stages.shards = _write_shards(stages, sources, tokenizer, config, tasks)
-    return stages
 
 
 @contextmanager

@@ -1,0 +1,121 @@
+"""Bars as SVG to stand inside a page: drawn by matplotlib, equal numbers give equal text, and words stay words."""
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+COLORS = (  # Okabe and Ito's, which people see apart whatever their eyes, and gray
+    *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442"),
+    "#999999",
+)
+WIDTH, LEAST = 6.0, 3.6  # of a plot, of its bars' part: inches, as all lengths here
+ROW, COLUMNS_HEIGHT, LEGEND_ROW, AXIS = 0.27, 2.1, 0.22, 0.5
+LETTER = 0.074  # about the width of one
+LABEL_LETTERS, LEGEND_LETTERS = 58, 78  # of one label, of a row of the legend
+STYLE: dict[Any, object] = {  # Any: the type of the key is a list of all keys there are
+    "font.size": 9,
+    "text.parse_math": False,  # a file's name may hold a dollar sign
+    "svg.fonttype": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "xtick.color": "#888888",
+    "xtick.labelcolor": "#333333",
+    "ytick.color": "#888888",
+    "ytick.labelcolor": "#333333",
+}
+LEGEND = {"frameon": False, "handlelength": 1.0, "handleheight": 1.0}
+
+Series = Mapping[str, Sequence[float]]
+"""What is stacked: the name of each color -> its value in each bar."""
+Format = Callable[[float], str]
+
+
+def bars(what: str, labels: Sequence[str], series: Series, shown: Format) -> str:
+    """One horizontal bar for each label, the first on top, with its sum at its end. `what` names the plot."""
+    labels = [shortened(label, LABEL_LETTERS) for label in labels]
+    widest = max(map(len, labels))
+    height = ROW * len(labels) + 0.1
+
+    def draw(axes: Axes) -> None:
+        places = range(len(labels))
+        ends = [0.0] * len(labels)
+        for (name, values), color in zip(series.items(), COLORS, strict=False):
+            axes.barh(places, values, left=ends, height=0.72, color=color, label=name)
+            ends = [end + value for end, value in zip(ends, values, strict=True)]
+        for place, end in zip(places, ends, strict=True):
+            beside = (end, place), (3, 0)
+            axes.annotate(shown(end), *beside, textcoords="offset points", va="center", color="#333333")
+        axes.set_yticks(places, labels)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(labels) - 0.4, -0.6)
+        axes.set_xlim(0, (max(ends) or 1.0) * 1.17)  # room for the sums
+        axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=all(end == int(end) for end in ends)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: shown(value)))
+
+    return _svg(what, draw, series, height, left=widest * LETTER + 0.15)
+
+
+def columns(what: str, edges: Sequence[str], series: Series) -> str:
+    """Adjoining columns, each from its edge to the next one's: one more edge than values."""
+    n = len(edges) - 1
+
+    def draw(axes: Axes) -> None:
+        ends = [0.0] * n
+        for (name, values), color in zip(series.items(), COLORS, strict=False):
+            axes.bar(range(n), values, bottom=ends, width=1, align="edge", color=color, edgecolor="white", label=name)
+            ends = [end + value for end, value in zip(ends, values, strict=True)]
+        every = -(-len(edges) // 9)
+        axes.set_xticks(range(0, len(edges), every), edges[::every])
+        axes.set_xlim(-0.2, n + 0.2)
+        axes.grid(axis="x", visible=False)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+    return _svg(what, draw, series, COLUMNS_HEIGHT, left=0.7)
+
+
+def printable(text: str) -> str:
+    """What would not show, or would turn what follows around, as an escape sequence."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, most: int) -> str:
+    """In printable letters, what is too long without its middle."""
+    text = printable(text)
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
+
+
+def _svg(what: str, draw: Callable[[Axes], None], series: Series, height: float, left: float) -> str:
+    """The axes are placed by hand, as every layout of matplotlib's would draw everything twice."""
+    per_row = 2 if max(map(len, series)) > LEGEND_LETTERS // 3 else 3
+    legend_rows = -(-len(series) // per_row) if len(series) > 1 else 0
+    legend = legend_rows * LEGEND_ROW + (0.1 if legend_rows else 0.0)
+    total, width = height + legend + AXIS, max(WIDTH, left + LEAST)
+    buffer = io.StringIO()
+    with rc_context(STYLE | {"svg.hashsalt": what}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser has the letters that matplotlib's font lacks
+        figure = Figure(figsize=(width, total))
+        canvas = FigureCanvasSVG(figure)
+        axes = figure.add_axes((left / width, (AXIS - 0.1) / total, (width - left - 0.3) / width, height / total))
+        draw(axes)
+        if legend_rows:
+            handles, names = axes.get_legend_handles_labels()
+            names = [shortened(name, LEGEND_LETTERS // per_row) for name in names]
+            figure.legend(handles, names, loc="upper left", ncols=per_row, **LEGEND)
+        canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = buffer.getvalue()
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])  # the same in every plot, and nobody's target
+    return svg.replace("<svg ", '<svg role="img" ', 1)
