@@ -1,13 +1,15 @@
 """The `python -m data_tools` command: parse, dispatch, nothing else."""
 
 import argparse
+import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
 
 from data_tools.build import build
+from data_tools.compare_tokenizers import IDLE, KINDS, compare_tokenizers, table_of
 from data_tools.config import BuildConfig, TokenizerConfig, load_config
 from data_tools.inspect import inspect, inspect_samples
 from data_tools.report import summary
@@ -44,6 +46,13 @@ def _train_tokenizer(args: argparse.Namespace, overrides: Sequence[str]) -> str:
     return f"{args.out} is ready: {tokenizer.kind}, {tokenizer.vocab_size:,} pieces; use it with tokenizer={args.out}"
 
 
+def _compare_tokenizers(args: argparse.Namespace, overrides: Sequence[str]) -> str:
+    config = load_config(BuildConfig, args.config, overrides)
+    kinds = args.types.split(",") if args.types is not None else () if args.tokenizer else KINDS
+    rows = compare_tokenizers(args.input, config, models=args.tokenizer, kinds=kinds, steps=args.steps)
+    return json.dumps(rows, indent=1) if args.json else table_of(rows, args.steps)
+
+
 def _verify(args: argparse.Namespace, _: Sequence[str]) -> str:
     return verify(args.folder)
 
@@ -54,7 +63,13 @@ def _inspect(args: argparse.Namespace, _: Sequence[str]) -> str:
     return inspect(args.folder, split=args.split, documents=args.documents, as_json=args.json)
 
 
-COMMANDS = {"build": _build, "train-tokenizer": _train_tokenizer, "verify": _verify, "inspect": _inspect}
+COMMANDS = {
+    "build": _build,
+    "train-tokenizer": _train_tokenizer,
+    "compare-tokenizers": _compare_tokenizers,
+    "verify": _verify,
+    "inspect": _inspect,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,13 +98,35 @@ def _parser() -> argparse.ArgumentParser:
         "--input books/ --out tokenizer.model vocab_size=32000\n\n" + _options(TokenizerConfig),
     )
     train_command.add_argument("--out", type=Path, required=True, help="the model file to write")
-    for with_input in (build_command, train_command):
-        with_input.usage = "%(prog)s --input PATH [PATH ...] --out PATH [--config FILE] [key=value ...]"
-        with_input.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files, folders, globs, URLs")
-        with_input.add_argument("--config", type=Path, metavar="FILE", help="options as a JSON object")
-        with_input.add_argument(
+    for with_out in (build_command, train_command):
+        with_out.usage = "%(prog)s --input PATH [PATH ...] --out PATH [--config FILE] [key=value ...]"
+        with_out.add_argument(
             "--scheduler", metavar="ADDRESS", help="a running Dask scheduler (tcp://host:8786), or slurm"
         )
+    compare_command = command(
+        "compare-tokenizers",
+        "What tokenizers make of the same text: its length in tokens, speed, and a small model's bits per byte.",
+        "--input books/ code/ --types unigram,bpe vocab_size=8000\n"
+        "  python -m data_tools compare-tokenizers --input books/ --tokenizer mine.model theirs.model --steps 0\n\n"
+        + _options(BuildConfig, without=IDLE),
+    )
+    compare_command.usage = (
+        "%(prog)s --input PATH [PATH ...] [--tokenizer MODEL ...] [--types TYPE,...] [--steps N] [--config FILE] "
+        "[--json] [key=value ...]"
+    )
+    compare_command.add_argument(
+        "--tokenizer", nargs="+", default=[], type=Path, metavar="MODEL", help="models to compare"
+    )
+    compare_command.add_argument(
+        "--types", metavar="TYPE,...", help=f"to train, of {','.join(KINDS)}; all if no --tokenizer is given"
+    )
+    compare_command.add_argument(
+        "--steps", type=int, default=200, metavar="N", help="of the small model's training (200); 0: no training"
+    )
+    compare_command.add_argument("--json", action="store_true", help="for a program to read")
+    for with_input in (build_command, train_command, compare_command):
+        with_input.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files, folders, globs, URLs")
+        with_input.add_argument("--config", type=Path, metavar="FILE", help="options as a JSON object")
     verify_command = command("verify", "Check every byte of a dataset and say what is damaged.", "data/corpus")
     inspect_command = command(
         "inspect",
@@ -107,19 +144,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _options(model: type[BaseModel]) -> str:
+def _options(model: type[BaseModel], without: Collection[str] = ()) -> str:
     """The key=value options, one per line, from the model itself."""
-    return "\n".join(["options (key=value, or the same keys in --config):", *_option_lines(model, "")])
+    return "\n".join(["options (key=value, or the same keys in --config):", *_option_lines(model, "", without)])
 
 
-def _option_lines(model: type[BaseModel], prefix: str) -> Iterator[str]:
+def _option_lines(model: type[BaseModel], prefix: str, without: Collection[str] = ()) -> Iterator[str]:
     for name, info in model.model_fields.items():
+        if name in without:
+            continue
         default = info.default
         if isinstance(default, BaseModel):
             yield from _option_lines(type(default), f"{prefix}{name}.")
             continue
         shown = "" if default in (None, ()) else str(default)
-        yield f"  {prefix + name + '=' + shown:32}{info.description or ''}".rstrip()
+        yield f"  {prefix + name + '=' + shown:31} {info.description or ''}".rstrip()
 
 
 if __name__ == "__main__":

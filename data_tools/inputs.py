@@ -169,7 +169,7 @@ def _find_local(path: str, include: Sequence[str]) -> Iterator[Found]:
     elif glob.has_magic(path) and (matches := sorted(glob.glob(path, recursive=True))):
         yield from (_found(Path(match).absolute(), named=False) for match in matches if Path(match).is_file())
     else:
-        hint = "; key=value options go after --out DIR" if "=" in Path(path).name else ""
+        hint = "; key=value options go after --out or before --input" if "=" in Path(path).name else ""
         raise UserError(f"{path}: there is no such file or folder{hint}")
 
 

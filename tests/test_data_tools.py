@@ -18,6 +18,7 @@ import data_tools.pieces
 import data_tools.read_text
 import data_tools.tokenization
 import data_tools.workers
+from data_tools.__main__ import COMMANDS
 from data_tools.build import build
 from data_tools.config import BuildConfig
 from data_tools.provenance import origins
@@ -215,7 +216,7 @@ def test_a_flipped_token_is_traced_to_its_record_batch(damaged: Path, capsys: py
     assert f"{path}: record batch 0 (tokens from 0 of train) has changed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["build", "train-tokenizer", "verify", "inspect"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         run(command, "--help")

@@ -1,0 +1,249 @@
+"""The `compare-tokenizers` command: models that are given, and models trained on one sample, on the same text.
+
+Bytes per token and tokens per word say how short a tokenizer makes a text; bits per byte, of a small model that was
+trained for as many tokens of each, whether that helps a model. The end-of-document token is not counted.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
+
+import numpy as np
+from tqdm import tqdm
+
+from data_tools.build import finish
+from data_tools.config import BuildConfig, SourceConfig
+from data_tools.extract import find_units
+from data_tools.pieces import PIECE
+from data_tools.selection import keyed_hash, select, selected_texts
+from data_tools.stages import Stages, find_tokenizer, read_and_compare, tokenize_and_shuffle
+from data_tools.tasks import Tasks
+from data_tools.workers import start_workers
+from megagpt.errors import UserError
+from megagpt.tokenizer import Tokenizer
+
+Kind = Literal["unigram", "bpe", "char"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+IDLE = {"tokenizer": "--tokenizer", "tokenizer_type": "--types", "subword": None}  # of a build's options -> for it here
+MEASURED_BYTES = 32_000_000  # of each source: of a larger one, so many bytes of documents drawn by a keyed hash
+VAL_BYTES = 1_000_000  # of the validation split: the same text for every tokenizer
+PRETRAIN = "import sys; from megagpt.__main__ import pretrain; sys.exit(pretrain(sys.argv[1:]))"
+DEBUG_RUN: dict[str, Any] = {  # takes seconds on a CPU
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 8,
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}},
+}
+DEBUG_MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 64, "seq_len": 64}
+STEP_TOKENS = DEBUG_RUN["train_batch_size"] * DEBUG_MODEL["seq_len"]
+
+
+@dataclass(frozen=True)
+class Counts:
+    bytes: int
+    words: int  # what white space separates
+    tokens: int
+    fallback: int  # tokens for a single byte of what has no piece, or for the unknown
+    seconds: float  # of process time, for encoding
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+    def ratios(self) -> dict[str, float | None]:
+        return {
+            "bytes_per_token": _ratio(self.bytes, self.tokens),
+            "tokens_per_word": _ratio(self.tokens, self.words),
+            "fallback_share": _ratio(self.fallback, self.tokens),
+            "mb_per_second": _ratio(self.bytes / 1e6, self.seconds),
+        }
+
+
+def compare_tokenizers(
+    inputs: Sequence[str], config: BuildConfig, *, models: Sequence[Path], kinds: Sequence[str], steps: int
+) -> list[dict[str, Any]]:
+    """For each tokenizer what JSON can hold: its ratios on all text and per source, and its bits per byte.
+
+    Raises UserError for what is wrong with any argument.
+    """
+    _check(config, kinds, steps)
+    candidates: list[tuple[str, Tokenizer | None, BuildConfig]] = [
+        (str(path), _load(path), config.model_copy(update={"tokenizer": path})) for path in models
+    ]
+    candidates += [(kind, None, config.model_copy(update={"tokenizer_type": kind})) for kind in dict.fromkeys(kinds)]
+    sources = config.with_inputs(list(inputs))
+    units = find_units(sources)
+    rows = []
+    with (
+        TemporaryDirectory(prefix="compare-tokenizers.") as folder,
+        start_workers(config.workers, None, Path(folder), total_bytes=sum(unit.size for unit in units)) as run_all,
+    ):
+        tasks = Tasks(Path(folder), run_all)
+        common = read_and_compare(units, sources, config, tasks)
+        for number, (name, given, options) in enumerate(tqdm(candidates, desc="tokenizers", disable=None)):
+            stages = replace(common, variants=[], shards=[])
+            find_tokenizer(stages, options, given, tasks)  # on the same sample each time: drawing it is a task, too
+            tokenizer = Tokenizer.load(stages.model)
+            row: dict[str, Any] = {"tokenizer": name, "type": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+            row |= _measure_all(stages, sources, tokenizer, tasks.folder, config.seed)
+            if steps:
+                tokenize_and_shuffle(stages, sources, options, tasks)
+                run = Path(folder, f"run-{number}")
+                row["bits_per_byte"] = _bits_per_byte(name, run, stages, sources, options, steps)
+            rows.append(row | {"sample_sha256": stages.sample_sha256})
+    return rows
+
+
+def table_of(rows: Sequence[dict[str, Any]], steps: int) -> str:
+    head = ["tokenizer", "type", "vocabulary", "bytes/token", "tokens/word", "fallback", "MB/s", "bits/byte"]
+    cells = [
+        [
+            row["tokenizer"],
+            row["type"],
+            f"{row['vocab_size']:,}",
+            _shown(row["bytes_per_token"], ".3f"),
+            _shown(row["tokens_per_word"], ".3f"),
+            _shown(row["fallback_share"], ".3%"),
+            _shown(row["mb_per_second"], ".1f"),
+            _shown(row.get("bits_per_byte"), ".4f"),
+        ]
+        for row in rows
+    ]
+    lines = _aligned([head, *cells], names=2)
+    if steps:
+        lines.append(
+            f"bits/byte: on held-out text, of a model of {DEBUG_MODEL['n_layer']} layers of width "
+            f"{DEBUG_MODEL['n_embd']} after {steps} steps of {STEP_TOKENS} tokens"
+        )
+    if len(rows[0]["sources"]) > 1:
+        per_source = [
+            [name, *(_shown(row["sources"][name]["tokens_per_word"], ".3f") for row in rows)]
+            for name in rows[0]["sources"]
+        ]
+        lines += ["", *_aligned([["tokens/word", *(row["tokenizer"] for row in rows)], *per_source], names=1)]
+    return "\n".join(lines)
+
+
+def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Counts:
+    is_fallback = np.ones(tokenizer.vocab_size, bool)
+    is_fallback[[token for token, _ in tokenizer.pieces().values()]] = False
+    total = Counts(0, 0, 0, 0, 0.0)
+    for batch in _batches(texts):
+        start = time.process_time()
+        encoded = tokenizer.encode_batch(batch)
+        seconds = time.process_time() - start
+        ids = np.concatenate(encoded)
+        n_bytes, n_words = sum(len(text.encode()) for text in batch), sum(len(text.split()) for text in batch)
+        total += Counts(n_bytes, n_words, len(ids), int(is_fallback[ids].sum()), seconds)
+    return total
+
+
+def _check(config: BuildConfig, kinds: Sequence[str], steps: int) -> None:
+    for option in sorted(IDLE.keys() & config.model_fields_set):
+        way_out = f"give {IDLE[option]}" if IDLE[option] else "remove it"
+        raise UserError(f"{option} has no effect on compare-tokenizers; {way_out}")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UserError(f"--types {kind}: there is no such type of tokenizer; give some of {','.join(KINDS)}")
+    if steps < 0:
+        raise UserError(f"--steps {steps} is less than 0; 0 leaves the training out")
+    if steps and not config.val_fraction:
+        raise UserError("val_fraction=0 leaves no text for bits per byte; set a larger one, or --steps 0")
+
+
+def _load(path: Path) -> Tokenizer:
+    if "=" in path.name and not path.exists():
+        raise UserError(f"cannot read the tokenizer {path}: no such file; key=value options go before --tokenizer")
+    return Tokenizer.load(path)
+
+
+def _measure_all(
+    stages: Stages, sources: Sequence[SourceConfig], tokenizer: Tokenizer, scratch: Path, seed: int
+) -> dict[str, Any]:
+    by_source = {
+        source.name: measure(tokenizer, _drawn_texts(stages, number, scratch, seed))
+        for number, source in enumerate(sources)
+    }
+    total = sum(by_source.values(), Counts(0, 0, 0, 0, 0.0))
+    return total.ratios() | {"sources": {name: counts.ratios() for name, counts in by_source.items()}}
+
+
+def _drawn_texts(stages: Stages, source: int, scratch: Path, seed: int) -> Iterator[str]:
+    """Pieces of a source's documents, of whichever split; of about MEASURED_BYTES if it has more."""
+    mine = [(place, done) for place, done in zip(stages.places, stages.texts, strict=True) if place.source == source]
+    size = sum(done.result["kept"][1] for _, done in mine)
+    limit = int(min(1.0, MEASURED_BYTES / max(size, 1)) * 2**64)
+    for place, _ in mine:
+        texts, contamination = place.paths(scratch)
+        selection = select(texts, place.number, stages.clusters, contamination, stages.splits)
+        # a key of its own, as by the plain hash documents are split
+        drawn = [keyed_hash(document.doc + b"measured", seed) < limit for document in selection.documents]
+        yield from (text for row, text in selected_texts(texts, selection) if drawn[row])
+
+
+def _bits_per_byte(
+    name: str, run: Path, stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig, steps: int
+) -> float:
+    """Of the debug model, trained on the dataset that the stages have made, in a process that may import torch."""
+    data = run / "data"
+    data.mkdir(parents=True)
+    val = finish(data, stages, sources, config)["splits"]["val"]
+    if not val["documents"]:
+        raise UserError("the validation split is empty; give more documents, a larger val_fraction, or --steps 0")
+    val_tokens = round(val["tokens"] * min(1.0, VAL_BYTES / val["bytes"]))
+    megagpt = {
+        "out_dir": str(run / "out"),
+        "seed": config.seed,
+        "model": DEBUG_MODEL,
+        "data": {"train": [{"path": str(data)}], "val": str(data), "val_tokens": val_tokens, "seed": config.seed},
+        "schedule": {"max_steps": steps, "warmup_steps": steps // 10},
+        "every": {"log": steps, "eval": 0, "save": 0},
+    }
+    file = run / "run.json"
+    file.write_text(json.dumps(DEBUG_RUN | {"megagpt": megagpt}))
+    command = [sys.executable, "-c", PRETRAIN, "--deepspeed_config", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("error: ")
+        raise UserError(f"the small model could not be trained with {name}: {why}; --steps 0 leaves this out")
+    measured = [json.loads(line) for line in (run / "out" / "metrics.jsonl").read_text().splitlines()]
+    return float([row["bits_per_byte"] for row in measured if "bits_per_byte" in row][-1])
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """By the million characters: an encoder call costs as much as a short text."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _ratio(number: float, by: float) -> float | None:
+    return number / by if by else None
+
+
+def _shown(number: float | None, form: str) -> str:
+    return "-" if number is None else format(number, form)
+
+
+def _aligned(rows: Sequence[Sequence[str]], names: int) -> list[str]:
+    """The first `names` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < names else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
