@@ -78,7 +78,8 @@ def main() -> None:
         wanted = [name for name in contestants if not args.only or name in args.only.split(";")]
         print(f"{corpus.stat().st_size / 1e6:.1f} MB of JSON lines, load of the machine {os.getloadavg()[0]:.1f}")
         rounds = take_turns({name: contestants[name] for name in wanted}, args.rounds, folder)
-        show(rounds, corpus.stat().st_size / 1e6)
+        if rounds:
+            show(rounds, corpus.stat().st_size / 1e6)
         if "tokenizers" in wanted:
             count = [sys.executable, HERE / "build_others.py", "compare", model, folder / "model.json", corpus]
             subprocess.run(list(map(str, count)), check=True)
