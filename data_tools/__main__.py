@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # `... | head`
         sys.stderr.close()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what is not done", file=sys.stderr)
+        return 130  # 128 and the number of SIGINT
     return 0
 
 
@@ -134,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "data/corpus --split val --documents 3\n  python -m data_tools inspect runs/gpt2_124m --step 1200",
     )
     inspect_command.add_argument("--split", choices=SPLITS, default="train")
-    inspect_command.add_argument("--documents", type=int, default=0, metavar="N", help="the first N as text")
+    inspect_command.add_argument("--documents", type=_count, default=0, metavar="N", help="the first N as text")
     shown = inspect_command.add_mutually_exclusive_group()
     shown.add_argument("--sample", type=int, metavar="N", help="of a run's folder: the text of global sample N")
     shown.add_argument("--step", type=int, metavar="S", help="of a run's folder: the text of every sample of step S")
@@ -142,6 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     for with_folder in (verify_command, inspect_command):
         with_folder.add_argument("folder", type=Path)
     return parser
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{number} is less than 0")
+    return number
 
 
 def _options(model: type[BaseModel], without: Collection[str] = ()) -> str:

@@ -90,7 +90,10 @@ def _claimed(out: Path) -> Iterator[tuple[Path, Path]]:
     is_ours = (folder / MANIFEST).is_file() or (scratch / LOCK).is_file()
     if folder.exists() and any(folder.iterdir()) and not is_ours:
         raise UserError(f"--out {out} holds files that are no unfinished build; give another folder")
-    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}; give another folder") from error
     with (scratch / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

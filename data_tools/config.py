@@ -37,15 +37,17 @@ class SourceConfig(ReadConfig):
 class InputConfig(ReadConfig):
     sources: tuple[SourceConfig, ...] = Field(default=(), description="inputs with options of their own, by name")
     strict: bool = Field(default=False, description="stop at a record that cannot be read, rather than skip it")
-    seed: int = 1234
+    seed: int = Field(default=1234, ge=0, lt=2**63, description="of every draw: sample, splits, order, variants")
     workers: int | None = Field(default=None, ge=1, description="processes; all cores if not given")
 
     @model_validator(mode="before")
     @classmethod
     def _sources_inherit(cls, raw: Any) -> Any:
         """{"sources": {NAME: {...}}}: what a source does not say, it takes from the options beside it."""
-        if not isinstance(raw, dict) or not isinstance(raw.get("sources"), dict):
+        if not isinstance(raw, dict) or not raw.get("sources"):
             return raw
+        if not isinstance(raw["sources"], dict):
+            raise ValueError('sources is not an object of options by name: {"NAME": {"paths": [...]}, ...}')
         common = {key: raw[key] for key in ReadConfig.model_fields if key in raw}
         named = raw["sources"].items()
         sources = [common | {"name": n} | (s if isinstance(s, dict) else {"paths": s}) for n, s in named]
@@ -57,11 +59,12 @@ class InputConfig(ReadConfig):
         named = [SourceConfig(name=_name_of(path), paths=(path,), **common) for path in paths]
         if not (sources := (*self.sources, *named)):
             raise UserError('nothing to read; give --input PATH, or "sources" in --config')
-        names = [source.name for source in sources]
-        return tuple(
-            source.model_copy(update={"name": f"{source.name}-{number}"}) if source.name in names[:number] else source
-            for number, source in enumerate(sources)
-        )
+        taken: dict[str, SourceConfig] = {}
+        for source in sources:
+            names = (source.name, *(f"{source.name}-{number}" for number in range(2, len(sources) + 2)))
+            free = next(name for name in names if name not in taken)
+            taken[free] = source.model_copy(update={"name": free})
+        return tuple(taken.values())
 
 
 class TokenizerConfig(InputConfig):
@@ -130,7 +133,7 @@ class BuildConfig(TokenizerConfig):
 
 
 def _name_of(path: str) -> str:
-    return Path(path).name if "://" in path else Path(path).absolute().name
+    return (Path(path).name if "://" in path else Path(path).absolute().name) or path
 
 
 Config = TypeVar("Config", bound=InputConfig)
@@ -152,9 +155,12 @@ def load_config(model: type[Config], file: Path | None, overrides: Sequence[str]
 
 def _set(raw: dict[str, Any], path: str, value: Any) -> None:
     *sections, key = path.split(".")
-    for section in sections:
+    for depth, section in enumerate(sections, 1):
         inner = raw.setdefault(section, {})
-        raw = inner if isinstance(inner, dict) else {}  # what is no section is left for validation to name
+        if not isinstance(inner, dict):
+            outer = ".".join(sections[:depth])
+            raise UserError(f"{path} cannot be set beside {outer}={json.dumps(inner)}; give {outer} as an object")
+        raw = inner
     raw[key] = value
 
 

@@ -24,7 +24,8 @@ def connect(n: int, scheduler: str | None, scratch: Path) -> Iterator[Client]:
             client = Client(scheduler, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"no Dask scheduler answers at --scheduler {scheduler} ({error}); start one with `dask scheduler`"
+                f"no Dask scheduler answers at --scheduler {scheduler} ({str(error).splitlines()[0]}); start one with "
+                "`dask scheduler`, and give its address, such as tcp://host:8786"
             ) from error
         with client:
             yield client
@@ -57,8 +58,8 @@ def _slurm(n: int) -> Any:
         cluster = SLURMCluster()
     except (ValueError, OSError) as error:
         raise UserError(
-            f"--scheduler slurm: {error}; describe a worker in ~/.config/dask/jobqueue.yaml under jobqueue.slurm: "
-            "cores, processes, memory, queue, walltime"
+            f"--scheduler slurm: {str(error).splitlines()[0]} describe a worker in ~/.config/dask/jobqueue.yaml under "
+            "jobqueue.slurm: cores, processes, memory, queue, walltime"
         ) from error
     cluster.scale(n)
     return cluster

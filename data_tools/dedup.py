@@ -21,12 +21,12 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_tools.columns import column, view
 from data_tools.fingerprints import DIGEST_BYTES, MinHash, TextDigest
 from megagpt.config import Strict
-from megagpt.files import make_durable
+from megagpt.files import written
 
 EXACT = 0  # the band of the texts' digests; the bands of the signatures follow
 ROW_BITS = 32
@@ -43,9 +43,17 @@ class DedupConfig(Strict):
     duplicates: Literal["remove", "keep"] = Field(
         default="remove", description="keep: drop nothing, but let all copies of a document go to one split"
     )
-    bands: int = Field(default=14, gt=0, description="of a signature; more find more, and less similar, documents")
-    rows: int = Field(default=8, gt=0, description="values in a band; more find only more similar documents")
+    bands: int = Field(
+        default=14, gt=0, le=256, description="of a signature; more find more, and less similar, documents"
+    )
+    rows: int = Field(default=8, gt=0, le=64, description="values in a band; more find only more similar documents")
     ngram: int = Field(default=5, gt=0, description="words in a run; similarity is that of the sets of runs")
+
+    @model_validator(mode="after")
+    def _signatures_are_for_near(self) -> "DedupConfig":
+        if self.method != "near" and (idle := {"bands", "rows", "ngram"} & self.model_fields_set):
+            raise ValueError(f"{sorted(idle)[0]} has no effect with method={self.method!r}; set method to near")
+        return self
 
     @property
     def n_bands(self) -> int:
@@ -101,7 +109,8 @@ def link(files: Sequence[Path], band: int, part: int, n_parts: int, out: Path) -
     """
     low_key = 2**64 * part // n_parts
     high_key = 2**64 * (part + 1) // n_parts - 1
-    read = [_keys_between(low_key, high_key, path, band, unit) for unit, path in enumerate(files)]
+    nothing = (np.empty(0, np.uint64),) * 3
+    read = [nothing, *(_keys_between(low_key, high_key, path, band, unit) for unit, path in enumerate(files))]
     key, low, document = (np.concatenate(columns) for columns in zip(*read, strict=True))
     order = np.lexsort((low, key))  # stable, so documents rise among equal keys
     key, low, document = key[order], low[order], document[order]
@@ -216,8 +225,6 @@ def duplicates_in(unit: int, clusters: Path) -> Duplicates:
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterable[Sequence[np.ndarray]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with written(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for columns in batches:
             writer.write_batch(pa.record_batch([column(values) for values in columns], schema=schema))
-    make_durable(temporary, path)

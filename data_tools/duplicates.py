@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter, itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -12,21 +14,24 @@ from data_tools.dedup import DedupConfig, cluster, link, write_bands
 from data_tools.inputs import find_files, plan_units
 from data_tools.pieces import Piece
 from data_tools.read import read_slice
-from data_tools.selection import CLUSTERS, CONTAMINATED
+from data_tools.selection import CLUSTERS, CONTAMINATED, marked_rows
 from data_tools.tasks import Done, Result, Tasks, file_of
 from data_tools.texts import read_documents, read_texts
-from megagpt.files import write_atomically
+from megagpt.files import write_atomically, written
 
 BANDS, LINKS, NGRAMS = ".bands.arrow", ".links.arrow", ".npy"
 LINK_DOCUMENTS = 2**22  # about so many in one range of keys: 100 MB in memory
 
 
-def find_clusters(texts: Sequence[Done], config: DedupConfig, seed: int, tasks: Tasks) -> Done | None:
-    """What is alike, over all units; None where nobody asked."""
+def find_clusters(
+    texts: Sequence[Done], contamination: Sequence[Path | None], config: DedupConfig, seed: int, tasks: Tasks
+) -> Done | None:
+    """What is alike, over all units; None where nobody asked. What is dropped anyway is nobody's copy."""
     if config.method == "none":
         return None
     rule = config.model_copy(update={"duplicates": "remove"})  # what becomes of copies is not decided here
-    bands = tasks.run(sign, [(done.prefix, rule, seed) for done in texts], "comparing")
+    jobs = [(done.prefix, marked, rule, seed) for done, marked in zip(texts, contamination, strict=True)]
+    bands = tasks.run(sign, jobs, "comparing")
     listed = tasks.run_one(list_files, [file_of(done.prefix, BANDS).name for done in bands], what="listing")
     documents = sum(done.result["kept"][0] for done in texts)
     n_parts = -(-documents // LINK_DOCUMENTS) or 1
@@ -35,9 +40,11 @@ def find_clusters(texts: Sequence[Done], config: DedupConfig, seed: int, tasks: 
     return tasks.run_one(join, [file_of(done.prefix, LINKS).name for done in links], what="clustering")
 
 
-def sign(prefix: Path, texts: Path, config: DedupConfig, seed: int) -> Result:
-    n_documents = len(read_documents(texts))
-    write_bands(read_texts(texts), n_documents, file_of(prefix, BANDS), config, seed=seed)
+def sign(prefix: Path, texts: Path, contamination: Path | None, config: DedupConfig, seed: int) -> Result:
+    documents, dropped = read_documents(texts), marked_rows(contamination)
+    kept = [document.kept and row not in dropped for row, document in enumerate(documents)]
+    pieces = ((row, text) for row, text in read_texts(texts) if kept[row])
+    write_bands(pieces, len(documents), file_of(prefix, BANDS), config, seed=seed)
     return {}
 
 
@@ -74,18 +81,23 @@ def collect_ngrams(prefix: Path, source: SourceConfig, config: DecontaminationCo
     return write_ngrams(_texts_of(source), file_of(prefix, NGRAMS), config)
 
 
-def _texts_of(source: SourceConfig) -> Iterator[str]:
+def _texts_of(source: SourceConfig) -> Iterator[Iterator[str]]:
+    """The pieces of each document."""
     for unit in plan_units([(source.name, find_files(source))]):
         for part in unit.slices:
-            yield from (item.text for item in read_slice(part, source, strict=True) if isinstance(item, Piece))
+            pieces = (item for item in read_slice(part, source, strict=True) if isinstance(item, Piece))
+            for _, group in groupby(pieces, key=attrgetter("position")):
+                yield (piece.text for piece in group)
 
 
 def mark(prefix: Path, texts: Path, ngrams: Path, config: DecontaminationConfig) -> Result:
     """The rows of a unit's documents that hold what the user's files hold."""
     known = read_ngrams(file_of(ngrams, NGRAMS))
-    rows = sorted({document for document, text in read_texts(texts) if contaminated(text, known, config)})
-    temporary = file_of(prefix, ".tmp")
-    with temporary.open("wb") as file:
+    rows = [
+        row
+        for row, group in groupby(read_texts(texts), key=itemgetter(0))
+        if contaminated((text for _, text in group), known, config)
+    ]
+    with written(file_of(prefix, CONTAMINATED)) as temporary, temporary.open("wb") as file:
         np.save(file, np.array(rows, np.uint32))
-    temporary.rename(file_of(prefix, CONTAMINATED))
     return {"documents": len(rows)}

@@ -1,7 +1,7 @@
 """The first stage: a unit of input to cleaned documents, and those that a rule rejected."""
 
 import hashlib
-import inspect
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +11,12 @@ from data_tools.config import SourceConfig
 from data_tools.inputs import Unit, find_files, plan_units
 from data_tools.pieces import Piece, Skipped
 from data_tools.read import read_slice
-from data_tools.rejects import RejectWriter, open_rejects
+from data_tools.rejects import REJECTS, RejectWriter, open_rejects
 from data_tools.rules import RulesConfig, check, clean_only, judge, load_custom
 from data_tools.selection import UnitInput
 from data_tools.tasks import Done, Tasks, file_of
 from data_tools.texts import TextWriter, open_texts
 from megagpt.files import sha256_of
-
-REJECTS = ".rejects.jsonl.zst"
 
 
 def find_units(sources: Sequence[SourceConfig]) -> list[Unit]:
@@ -43,14 +41,13 @@ def place_units(
 ) -> list[UnitInput]:
     """What the later stages have to know of each unit."""
     numbers = {source.name: number for number, source in enumerate(sources)}
-    files: dict[str, list[str]] = {source.name: [] for source in sources}  # paths seen so far
+    files = {source.name: 0 for source in sources}  # begun so far; one that is listed twice counts twice
     places = []
     for number, (unit, done, found) in enumerate(zip(units, texts, contamination, strict=True)):
-        seen, own = files[unit.source], []
+        own = []
         for part in unit.slices:
-            if seen[-1:] != [part.file.path]:
-                seen.append(part.file.path)
-            own.append(len(seen) - 1)
+            files[unit.source] += part.start == 0
+            own.append(files[unit.source])
         places.append(
             UnitInput(
                 number=number,
@@ -63,7 +60,7 @@ def place_units(
     return places
 
 
-def why_nothing_is_left(texts: Sequence[Done]) -> str:
+def why_nothing_is_left(texts: Sequence[Done], tokens: Sequence[Done] = ()) -> str:
     """ "; skipped: ..." with every reason that took documents away, or nothing."""
     reasons: dict[str, str] = {}
     for done in texts:
@@ -71,13 +68,17 @@ def why_nothing_is_left(texts: Sequence[Done]) -> str:
             reasons.setdefault(reason, f"skipped: {n} {reason} (first: {first})")
         for rule, (n, _) in done.result["rejected"].items():
             reasons.setdefault(rule, f"rejected: {n} by {rule}")
+    for done in tokens:
+        for rule, (n, _) in done.result["dropped"].items():
+            reasons.setdefault(rule, f"dropped: {n} {rule}")
     return "".join(f"; {reason}" for reason in reasons.values())
 
 
 def _code_hashes(rules: RulesConfig) -> dict[str, str]:
     """Of what the rules load from outside, so that an edited function is not taken for the one that ran before."""
     files = [str(rules.language.model)] if rules.language else []
-    files += filter(None, (inspect.getsourcefile(load_custom(path)) for path in rules.custom))
+    modules = [getattr(load_custom(path), "__module__", None) for path in rules.custom]
+    files += [file for name in modules if (file := getattr(sys.modules.get(name or ""), "__file__", None))]
     return {file: sha256_of(Path(file)) for file in files}
 
 

@@ -1,7 +1,10 @@
 """Where the documents of a dataset came from: the Parquet files beside its shards, row for row."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,23 +44,27 @@ def origins(dataset: Dataset, split: Split, rows: Iterable[int]) -> Iterator[Ori
     Every variant of a split has the same rows in the same order, so the canonical one's files serve all.
     """
     index = dataset.index(split)
-    firsts = [int(index["row0"][index["shard"] == shard].min()) for shard in np.unique(index["shard"])]
+    present = np.unique(index["shard"]).tolist()  # a shard without rows is not in the index
+    firsts = [int(index["row0"][index["shard"] == shard].min()) for shard in present]
     shards = dataset.manifest.splits[split].variants[0].shards
     sources = [source.name for source in dataset.manifest.sources]
     for row in rows:
-        shard = max(i for i, first in enumerate(firsts) if first <= row)
-        path = dataset.path / provenance_path(shards[shard].path)
+        at = bisect_right(firsts, row) - 1
+        path = dataset.path / provenance_path(shards[present[at]].path)
         try:
-            record = _read_row(pq.ParquetFile(path), row - firsts[shard])
+            record = _read_row(path, row - firsts[at])
         except (OSError, pa.ArrowException, IndexError) as error:
             raise UserError(f"{path} cannot be read ({error}); restore it or build the dataset again") from error
         yield Origin(record["doc"].hex(), record["part"], sources[record["source"]], record["file"], record["position"])
 
 
-def _read_row(parquet: pq.ParquetFile, row: int) -> dict[str, Any]:
-    for group in range(parquet.metadata.num_row_groups):
-        n_rows = parquet.metadata.row_group(group).num_rows
-        if row < n_rows:
-            return parquet.read_row_group(group).slice(row, 1).to_pylist()[0]
-        row -= n_rows
-    raise IndexError(f"it has no row {row}")
+def _read_row(path: Path, row: int) -> dict[str, Any]:
+    table = _read_table(path, path.stat().st_mtime_ns)
+    if row >= len(table):
+        raise IndexError(f"it has no row {row}")
+    return table.slice(row, 1).to_pylist()[0]
+
+
+@lru_cache(maxsize=4)
+def _read_table(path: Path, changed: int) -> pa.Table:
+    return pq.read_table(path)

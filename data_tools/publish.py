@@ -6,13 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_tools.extract import REJECTS
 from data_tools.provenance import FOLDER, provenance_path
+from data_tools.rejects import REJECTS
 from data_tools.shard_writer import write_index
 from data_tools.shuffle import PROVENANCE, SHARD
 from data_tools.stages import Stages
 from data_tools.tasks import Done, file_of
-from data_tools.tokenization import REJECTS as DROPPED
 from megagpt.data_manifest import SPLITS
 from megagpt.files import fsync, sha256_of, write_atomically
 from megagpt.shards import INDEX, REPORT, TOKENIZER_MODEL
@@ -36,11 +35,11 @@ def publish(folder: Path, stages: Stages, report: dict[str, Any]) -> tuple[dict[
             _place(file_of(done.prefix, PROVENANCE), folder / name)
             other_files[name] = done.result["provenance_sha256"]
         rows += done.result["index"]
-    for stage, suffix, units in (("read", REJECTS, stages.texts), ("dropped", DROPPED, stages.tokens)):
+    for stage, units in (("read", stages.texts), ("dropped", stages.tokens)):
         for number, done in enumerate(units):
             if _has_rejects(done):
                 name = f"{REJECTS_DIR}/{stage}-{number:06d}.jsonl.zst"
-                _place(file_of(done.prefix, suffix), folder / name)
+                _place(file_of(done.prefix, REJECTS), folder / name)
                 other_files[name] = sha256_of(folder / name)
     _write_report(folder, report)
     other_files[PAGE] = sha256_of(folder / PAGE)

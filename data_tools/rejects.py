@@ -8,7 +8,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from megagpt.files import make_durable
+from megagpt.files import written
+
+REJECTS = ".rejects.jsonl.zst"  # of a task that drops documents
 
 
 class RejectWriter:
@@ -30,7 +32,9 @@ class RejectWriter:
 @contextmanager
 def open_rejects(path: Path) -> Iterator[RejectWriter]:
     """The file is there, whole, once the block ends; an empty one if nothing was dropped."""
-    temporary = path.with_name(path.name + ".tmp")
-    with pa.OSFile(str(temporary), "wb") as file, pa.CompressedOutputStream(file, "zstd") as sink:
+    with (
+        written(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        pa.CompressedOutputStream(file, "zstd") as sink,
+    ):
         yield RejectWriter(sink)
-    make_durable(temporary, path)

@@ -79,8 +79,8 @@ def _as_counts(pairs: dict[str, list[int]]) -> dict[str, Counts]:
 
 
 def _sum_pairs(pairs: Iterable[Sequence[int]]) -> Counts:
-    documents, size = (sum(column) for column in zip(*pairs, strict=True))
-    return {"documents": documents, "bytes": size}
+    both = list(pairs)
+    return {"documents": sum(documents for documents, _ in both), "bytes": sum(size for _, size in both)}
 
 
 def _sum_counts(many: Iterable[dict[str, Counts]]) -> dict[str, Counts]:

@@ -51,8 +51,7 @@ def select(texts: Path, unit: int, clusters: Path | None, contamination: Path | 
     """texts, clusters and contamination are the prefixes of earlier tasks; None where there was no such stage."""
     documents = read_documents(texts)
     dropped = {row: "cannot be read to its end" for row, document in enumerate(documents) if not document.kept}
-    if contamination is not None:
-        dropped |= dict.fromkeys(np.load(file_of(contamination, CONTAMINATED)).tolist(), "contaminated")
+    dropped |= dict.fromkeys(sorted(marked_rows(contamination)), "contaminated")
     split_keys = [document.doc for document in documents]
     if clusters is not None:
         copies = duplicates_in(unit, file_of(clusters, CLUSTERS))
@@ -82,3 +81,8 @@ def keyed_hash(data: bytes, seed: int) -> int:
 def selected_texts(texts: Path, selection: Selection) -> Iterator[tuple[int, str]]:
     """(row, piece) of the documents that stay."""
     return ((row, text) for row, text in read_texts(texts) if row not in selection.dropped)
+
+
+def marked_rows(contamination: Path | None) -> set[int]:
+    """The rows of a unit's contaminated documents."""
+    return set() if contamination is None else set(np.load(file_of(contamination, CONTAMINATED)).tolist())

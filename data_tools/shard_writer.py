@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from data_tools.columns import column, hashes, numbers, strings
 from megagpt.data_manifest import ShardInfo
-from megagpt.files import make_durable, sha256_of, write_atomically
+from megagpt.files import make_durable, sha256_of, temporary_name, write_atomically
 from megagpt.shards import HASH_BYTES, INDEX_SCHEMA, ShardHeader, batch_xxh3, document_schema, token_dtype
 
 BATCH_TOKENS = 2**24  # per record batch: few batches to look up, a bounded buffer while writing
@@ -39,7 +39,7 @@ class ShardWriter:
     def __init__(self, path: Path, header: ShardHeader, *, batch_tokens: int = BATCH_TOKENS):
         self._header = header
         self._path = path
-        self._temporary = path.with_suffix(".tmp")
+        self._temporary = temporary_name(path)
         self._sink = pa.OSFile(str(self._temporary), "wb")
         self._writer = pa.ipc.new_file(self._sink, header.schema)
         self._batch_tokens = batch_tokens
@@ -52,14 +52,14 @@ class ShardWriter:
         if row.is_last and row.tokens[-1] != self._header.eod_id:
             raise ValueError(f"document {row.doc.hex()} does not end in the end-of-document id {self._header.eod_id}")
         if self._buffered + len(row.tokens) > self._batch_tokens:
-            self._flush()
+            self.flush()
         self._buffer.append(row)
         self._buffered += len(row.tokens)
         self._documents += row.is_last
 
     def close(self) -> tuple[ShardInfo, list[dict[str, Any]]]:
         """What manifest and index say about this shard; row0 and tok0 count from the shard's start."""
-        self._flush()
+        self.flush()
         self._writer.close()
         self._sink.close()
         make_durable(self._temporary, self._path)
@@ -73,7 +73,8 @@ class ShardWriter:
         )
         return info, self._index
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Write a record batch of what is held."""
         if not self._buffer:
             return
         batch = pa.record_batch(document_columns(self._buffer, self._header.vocab_size), schema=self._header.schema)

@@ -1,7 +1,7 @@
 """Parts to shards: each shard takes a range of the rows' keys from every part and writes them in order of key.
 
-Keys are uniform, so shards come out alike in size, and the documents of a split are shuffled as a whole. A task reads
-the parts through memory maps and holds one record batch in memory, whatever the size of the dataset.
+Keys are uniform, so shards come out alike in size, and the documents of a split are shuffled as a whole. A task goes
+through its range in passes, so that it maps no more than about PASS_TOKENS at a time, whatever the size of the dataset.
 """
 
 import json
@@ -18,10 +18,11 @@ from data_tools.columns import hashes, numbers, strings, view
 from data_tools.shard_writer import Row, ShardWriter
 from data_tools.tasks import file_of
 from megagpt.data_manifest import SPLITS, Split
-from megagpt.files import make_durable, sha256_of, write_atomically
+from megagpt.files import make_durable, sha256_of, temporary_name, write_atomically
 from megagpt.shards import HASH_BYTES, ShardHeader
 
 PARTS, SHARD, PROVENANCE = ".list", ".arrow", ".parquet"
+PASS_TOKENS = 2**26
 ROW_GROUP = 2**16  # of the provenance
 WHERE = {
     "doc": pa.binary(HASH_BYTES),
@@ -52,27 +53,28 @@ def list_parts(prefix: Path, parts: Sequence[tuple[str, Sequence[str]]]) -> dict
     return {}
 
 
-def write_shard(prefix: Path, header: ShardHeader, n_shards: int, listed: Path) -> dict[str, Any]:
+def write_shard(prefix: Path, header: ShardHeader, n_shards: int, n_passes: int, listed: Path) -> dict[str, Any]:
     """Shard `header.shard` of the n_shards of its split: what the manifest and the index say about it.
 
     Beside it, row for row, where each of its documents came from.
     """
-    low = 2**64 * header.shard // n_shards
-    high = 2**64 * (header.shard + 1) // n_shards - 1
+    parts = json.loads(file_of(listed, PARTS).read_bytes())
+    names = [files for _, files in parts]
     writer = ShardWriter(file_of(prefix, SHARD), header)
     provenance = _Provenance(file_of(prefix, PROVENANCE))
-    with ExitStack() as opened:
-        stretches, files = [], []
-        for name, names in json.loads(file_of(listed, PARTS).read_bytes()):
-            file = opened.enter_context(pa.memory_map(str(prefix.parents[1] / name)))
-            stretches.append(_rows_between(low, high, file, header.split))
-            files.append(names)
-        for columns, names, i in _in_order(stretches, files):
-            doc, part = columns.docs[i].tobytes(), int(columns.part[i])
-            tokens = columns.tokens[columns.offsets[i] : columns.offsets[i + 1]]
-            writer.add(Row(tokens, doc, int(columns.source[i]), part, bool(columns.is_last[i])))
-            provenance.add(doc, part, int(columns.source[i]), names[columns.slice[i]], int(columns.position[i]))
-        info, index = writer.close()
+    for step in range(header.shard * n_passes, (header.shard + 1) * n_passes):
+        low = 2**64 * step // (n_shards * n_passes)
+        high = 2**64 * (step + 1) // (n_shards * n_passes) - 1
+        with ExitStack() as opened:
+            maps = [opened.enter_context(pa.memory_map(str(prefix.parents[1] / part))) for part, _ in parts]
+            stretches = [_rows_between(low, high, file, header.split) for file in maps]
+            for columns, files, i in _in_order(stretches, names):
+                doc, part, source = columns.docs[i].tobytes(), int(columns.part[i]), int(columns.source[i])
+                tokens = columns.tokens[columns.offsets[i] : columns.offsets[i + 1]]
+                writer.add(Row(tokens, doc, source, part, bool(columns.is_last[i])))
+                provenance.add(doc, part, source, files[columns.slice[i]], int(columns.position[i]))
+            writer.flush()  # what it holds are views of these maps
+    info, index = writer.close()
     return {"info": info.model_dump(), "index": index, "provenance_sha256": provenance.close()}
 
 
@@ -99,13 +101,12 @@ def _rows_between(low: int, high: int, file: pa.MemoryMappedFile, split: Split) 
 def _in_order(
     stretches: Sequence[Columns], files: Sequence[Sequence[str]]
 ) -> Iterator[tuple[Columns, Sequence[str], int]]:
-    """(stretch, its files, row) of every row: by key, then as the input has them, then by part of the document."""
+    """(stretch, its files, row) of every row: by key, then as the input has them."""
     lengths = [len(columns.key) for columns in stretches]
     keys = np.concatenate([columns.key for columns in stretches])
     stretch = np.repeat(np.arange(len(stretches)), lengths)
     row = np.concatenate([np.arange(length) for length in lengths])
-    parts = np.concatenate([columns.part for columns in stretches])
-    for i in np.lexsort((row, parts, stretch, keys)):
+    for i in np.lexsort((row, stretch, keys)):
         yield stretches[stretch[i]], files[stretch[i]], int(row[i])
 
 
@@ -113,7 +114,7 @@ class _Provenance:
     """A Parquet file as long as its shard."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._temporary = path, path.with_name(path.name + ".tmp")
+        self._path, self._temporary = path, temporary_name(path)
         self._schema = pa.schema(WHERE)
         self._writer = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
         self._rows: list[tuple[bytes, int, int, str, int]] = []

@@ -15,7 +15,7 @@ from data_tools.duplicates import find_clusters, find_contaminated
 from data_tools.extract import extract_all, place_units, why_nothing_is_left
 from data_tools.inputs import Unit
 from data_tools.selection import SplitConfig, UnitInput
-from data_tools.shuffle import list_parts, write_shard
+from data_tools.shuffle import PASS_TOKENS, list_parts, write_shard
 from data_tools.tasks import Done, Tasks, file_of
 from data_tools.tokenization import Drawing, tokenize
 from data_tools.tokenizer_training import MODEL, train_on
@@ -75,9 +75,9 @@ def read_and_compare(units: list[Unit], sources: Sequence[SourceConfig], config:
         texts = extract_all(units, sources, config.strict, tasks)
     stages = Stages(units, texts, _splits(config), seconds=seconds)
     with _timed(seconds, "compare"):
-        found = find_clusters(texts, config.dedup, config.seed, tasks)
-        stages.clusters = found.prefix if found else None
         contamination = find_contaminated(texts, config.decontamination, tasks)
+        found = find_clusters(texts, contamination, config.dedup, config.seed, tasks)
+        stages.clusters = found.prefix if found else None
     stages.places = place_units(units, sources, texts, contamination, tasks.folder)
     return stages
 
@@ -135,7 +135,7 @@ def _drawings(tokenizer: Tokenizer, config: BuildConfig) -> list[Drawing]:
 def _check_something_is_left(stages: Stages) -> None:
     if stages.count("train")[0]:
         return
-    reasons = why_nothing_is_left(stages.texts)
+    reasons = why_nothing_is_left(stages.texts, stages.tokens)
     way_out = "give more input" if reasons else "give more input or smaller val_fraction and test_fraction"
     raise UserError(f"no document is left to train on{reasons}; {way_out}")
 
@@ -149,7 +149,9 @@ def _write_shards(
     for split in SPLITS:
         for variant, tokenized in enumerate(stages.variants):
             listed = tasks.run_one(list_parts, _parts(stages.units, tokenized, tasks.folder), what="listing")
-            n_shards = math.ceil(stages.count(split, variant)[2] / config.shard_tokens)
+            n_tokens = stages.count(split, variant)[2]
+            n_shards = math.ceil(n_tokens / config.shard_tokens)
+            n_passes = math.ceil(n_tokens / max(n_shards, 1) / PASS_TOKENS)
             for shard in range(n_shards):
                 headers.append(
                     ShardHeader(
@@ -163,7 +165,7 @@ def _write_shards(
                         tokenizer_sha256=tokenizer.sha256,
                     )
                 )
-                jobs.append((headers[-1], n_shards, listed.prefix))
+                jobs.append((headers[-1], n_shards, n_passes, listed.prefix))
     return list(zip(headers, tasks.run(write_shard, jobs, "shuffling"), strict=True))
 
 

@@ -10,22 +10,20 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from errno import EDQUOT, EFBIG, ENOSPC
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import sentencepiece
 from pydantic_core import to_jsonable_python
 
-from data_tools.fingerprints import SIGNATURE_VERSION
 from data_tools.workers import RunAll
 from megagpt.errors import UserError
 from megagpt.files import write_atomically
 
 VERSION = 1  # raise it when a task makes something else of the same arguments
-MADE_BY = (
-    f"{VERSION}, pyarrow {pa.__version__}, sentencepiece {sentencepiece.__version__}, "
-    f"signatures {SIGNATURE_VERSION}, Unicode {unicodedata.unidata_version}"
+LIBRARIES = (
+    *("charset-normalizer", "fastwarc", "fasttext-numpy2-wheel", "ftfy", "numpy", "orjson", "pyarrow", "rensa"),
+    *("resiliparse", "sentencepiece", "xxhash"),
 )
 FULL = {ENOSPC, EDQUOT, EFBIG}
 
@@ -51,11 +49,18 @@ def file_of(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
 
 
+def made_by() -> list[str]:
+    """The versions of all that what a task makes may depend on."""
+    installed = {distribution.name.lower(): distribution.version for distribution in distributions()}
+    libraries = [f"{name} {installed.get(name)}" for name in LIBRARIES]
+    return [f"data_tools {VERSION}", f"Unicode {unicodedata.unidata_version}", *libraries]
+
+
 class Tasks:
     """Runs tasks in a build's folder for temporary files, over whatever processes `run_all` has."""
 
     def __init__(self, folder: Path, run_all: RunAll) -> None:
-        self.folder, self._run_all = folder, run_all
+        self.folder, self._run_all, self._made_by = folder, run_all, made_by()
 
     def run(self, task: Task, arguments: Sequence[tuple[Any, ...]], what: str) -> list[Done]:
         """task(prefix, *arguments[i]) for every i that is not done yet; what all have made, in order."""
@@ -71,7 +76,7 @@ class Tasks:
         return done
 
     def _key(self, task: Task, args: tuple[Any, ...]) -> str:
-        canonical = json.dumps([task.__name__, MADE_BY, to_jsonable_python(self._by_name(args))], sort_keys=True)
+        canonical = json.dumps([task.__name__, self._made_by, to_jsonable_python(self._by_name(args))], sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
     def _by_name(self, arg: Any) -> Any:

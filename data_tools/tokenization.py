@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from data_tools.columns import numbers
 from data_tools.pieces import PIECE
-from data_tools.rejects import RejectWriter, open_rejects
+from data_tools.rejects import REJECTS, RejectWriter, open_rejects
 from data_tools.selection import Selection, SplitConfig, UnitInput, keyed_hash, select
 from data_tools.shard_writer import Row, document_columns, narrow
 from data_tools.subword import SubwordSampler
@@ -25,12 +25,11 @@ from data_tools.tasks import file_of
 from data_tools.texts import read_texts
 from megagpt.config import Strict
 from megagpt.data_manifest import SPLITS, Split
-from megagpt.files import make_durable
+from megagpt.files import written
 from megagpt.shards import document_schema, token_dtype
 from megagpt.tokenizer import Tokenizer
 
 PART_TOKENS = 2**25  # a part is written when this many are in memory
-REJECTS = ".rejects.jsonl.zst"
 EXTRA = {"key": pa.uint64(), "slice": pa.uint32(), "position": pa.uint64(), "is_last": pa.bool_()}
 
 
@@ -155,7 +154,9 @@ class _Parts:
         self.lengths: Counter[int] = Counter()  # by bit length
 
     def add(self, row: int, ids: np.ndarray, is_last: bool, selection: Selection, unit: UnitInput, seed: int) -> None:
-        """The next piece of document `row`."""
+        """The next piece of document `row`; one that cleaning has emptied leaves no trace."""
+        if not len(ids):
+            return
         document, split = selection.documents[row], selection.splits[row]
         place = f"{unit.source}:{unit.files[document.slice]}:{document.position}".encode()
         line = Row(ids, document.doc, unit.source, self._part, is_last)
@@ -183,8 +184,11 @@ class _Parts:
         for name, type_ in EXTRA.items():
             schema = schema.append(pa.field(name, type_))
         path = file_of(self._prefix, f".{len(self.names):04d}.arrow")
-        temporary = path.with_name(path.name + ".tmp")
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with (
+            written(path) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, schema) as writer,
+        ):
             for split in SPLITS:
                 rows = sorted(self._rows[split], key=lambda row: row.key)
                 extra: list[list[int]] = [
@@ -197,6 +201,5 @@ class _Parts:
                 columns = [*document_columns([row.row for row in rows], self._tokenizer.vocab_size), *arrays]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
                 self._rows[split].clear()
-        make_durable(temporary, path)
         self.names.append(path.name)
         self._buffered = 0

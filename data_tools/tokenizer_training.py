@@ -18,7 +18,7 @@ from data_tools.tasks import Done, Tasks, file_of
 from data_tools.texts import read_texts
 from data_tools.workers import start_workers
 from megagpt.errors import UserError
-from megagpt.files import make_durable, write_atomically
+from megagpt.files import write_atomically, written
 from megagpt.tokenizer import META_SPACE, Tokenizer
 
 CHUNK = 2**14  # characters: long documents are sampled in parts, so that one book cannot fill the sample
@@ -32,8 +32,8 @@ def train_tokenizer(
     inputs: Sequence[str], out: Path, config: TokenizerConfig, scheduler: str | None = None
 ) -> Tokenizer:
     """The `train-tokenizer` command."""
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    if not out.parent.is_dir() or out.is_dir():
+        raise UserError(f"--out {out} " + ("is a folder; name a file" if out.is_dir() else "is in no folder; make it"))
     sources = config.with_inputs(inputs)
     units = find_units(sources)
     with (
@@ -76,8 +76,7 @@ def draw_sample(
     texts, contamination = unit.paths(prefix.parents[1])
     selection = select(texts, unit.number, clusters, contamination, splits)
     limit = int(share * 2**64)
-    temporary = file_of(prefix, ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with written(file_of(prefix, SAMPLE)) as temporary, temporary.open("w", encoding="utf-8") as file:
         for piece, (row, text) in enumerate(read_texts(texts)):
             if row in selection.dropped or selection.splits[row] != "train":
                 continue
@@ -85,7 +84,6 @@ def draw_sample(
                 key = keyed_hash(selection.documents[row].doc + f"{piece}:{at}".encode(), splits.seed)
                 if key < limit:
                     file.write(json.dumps([key, text[at : at + CHUNK]]) + "\n")
-    make_durable(temporary, file_of(prefix, SAMPLE))
     return {}
 
 

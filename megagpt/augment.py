@@ -196,6 +196,9 @@ def sentinels(cfg: AugmentConfig, tokenizer: Tokenizer, vocab_size: int) -> tupl
     if spans.rate:
         span_ids = [_piece_id(tokenizer, piece, "span_corruption.pieces") for piece in spans.pieces or ()]
         span_ids = span_ids or [first_free + FIM_SENTINELS + i for i in range(spans.sentinels)]
+    for key, ids in (("fim.pieces", fim_ids), ("span_corruption.pieces", span_ids)):
+        if len(set(ids)) < len(ids):
+            raise UserError(f"megagpt.augment.{key} names one piece twice; name different ones")
     last = max([*fim_ids, *span_ids], default=0)
     if last >= vocab_size:
         raise UserError(

@@ -2,14 +2,34 @@
 
 import hashlib
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """After a crash there is either nothing new under this name or all of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    make_durable(temporary, path)
+    with written(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A file to write to, which gets its name when the block ends well: whole, and on the disk.
+
+    Its temporary name is nobody else's, so two processes that make the same file do not meet in it.
+    """
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        make_durable(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def make_durable(temporary: Path, path: Path) -> None:

@@ -146,7 +146,7 @@ def _load(model_bytes: bytes, name: str) -> tuple[sentencepiece.SentencePiecePro
     """(processor, kind, normalizer, has a dummy prefix); bytes that are no model are one clear message."""
     try:
         return _parse(model_bytes)
-    except (RuntimeError, LookupError, UnicodeDecodeError) as error:  # how bytes that make no model show
+    except (RuntimeError, LookupError, UnicodeDecodeError, TypeError) as error:  # how bytes that make no model show
         raise UserError(
             f"{name} is not a SentencePiece model; "
             "give the .model file that `python -m data_tools train-tokenizer` writes"

@@ -13,8 +13,8 @@ WORDS = QUESTION.split()
 
 
 def is_found(tmp_path, text: str, tests: list[str], cfg: DecontaminationConfig) -> bool:
-    write_ngrams(tests, tmp_path / "ngrams.npy", cfg)
-    return contaminated(text, read_ngrams(tmp_path / "ngrams.npy"), cfg)
+    write_ngrams([[test] for test in tests], tmp_path / "ngrams.npy", cfg)
+    return contaminated([text], read_ngrams(tmp_path / "ngrams.npy"), cfg)
 
 
 @pytest.mark.parametrize("start", [0, 1, len(WORDS) - 13])
@@ -40,20 +40,20 @@ def test_min_hits_counts_different_runs(tmp_path):
 
 
 def test_texts_too_short_for_a_run_are_counted(tmp_path):
-    counts = write_ngrams([QUESTION, "Yes.", QUESTION], tmp_path / "ngrams.npy", DecontaminationConfig())
+    counts = write_ngrams([[QUESTION], ["Yes."], [QUESTION]], tmp_path / "ngrams.npy", DecontaminationConfig())
     assert counts == {"texts": 3, "short": 1, "ngrams": len(WORDS) - 12}
 
 
 @pytest.mark.parametrize("tests", [[], ["Yes.", "No."]])
 def test_nothing_to_look_for_is_an_error_that_names_the_way_out(tmp_path, tests):
     with pytest.raises(UserError, match="has a run of ngram=13 words; set a smaller ngram"):
-        write_ngrams(tests, tmp_path / "ngrams.npy", DecontaminationConfig())
+        write_ngrams([[test] for test in tests], tmp_path / "ngrams.npy", DecontaminationConfig())
 
 
 def test_the_file_is_rising_and_depends_on_the_texts_alone(tmp_path):
     texts = [" ".join(map(str, range(i, i + 30))) for i in range(5)]
     for name, order in (("a", texts), ("b", texts[::-1])):
-        write_ngrams(order, tmp_path / name, DecontaminationConfig())
+        write_ngrams([[text] for text in order], tmp_path / name, DecontaminationConfig())
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert np.all(np.diff(np.load(tmp_path / "a")) > 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
@@ -73,3 +73,16 @@ def test_decisions_are_those_of_sets_of_words(tmp_path, text, tests, ngram, min_
         cfg = DecontaminationConfig(ngram=ngram, min_hits=min_hits)
         found = is_found(tmp_path, " ".join(text), [" ".join(test) for test in tests], cfg)
         assert found == (len(runs(text) & wanted) >= min_hits)
+
+
+def test_a_run_of_words_across_pieces_is_found_and_hits_are_counted_over_all_of_them(tmp_path):
+    words = [f"w{i}" for i in range(40)]
+    write_ngrams([[" ".join(words[:10]), " ".join(words[10:])]], tmp_path / "ngrams.npy", DecontaminationConfig())
+    known = read_ngrams(tmp_path / "ngrams.npy")
+    pieces = ["before " + " ".join(words[3:8]) + " ", " ".join(words[8:16]) + " after"]  # one run of 13, cut in two
+    assert contaminated(pieces, known, DecontaminationConfig())
+    assert not contaminated(pieces[:1], known, DecontaminationConfig())
+    assert not contaminated(pieces[1:], known, DecontaminationConfig())
+    twice = [" ".join(words[:13]) + " x ", " ".join(words[20:33])]
+    assert contaminated(twice, known, DecontaminationConfig(min_hits=2))
+    assert not contaminated(twice, known, DecontaminationConfig(min_hits=3))

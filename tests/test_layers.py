@@ -67,6 +67,6 @@ def test_only_the_command_imports_inside_functions():
     assert lazy == {"__main__"}
 
 
-def test_the_builder_needs_only_the_format_and_the_tokenizer():
+def test_the_builder_needs_neither_torch_nor_an_engine():
     used = {module for path in (ROOT / "data_tools").glob("*.py") for module in megagpt_modules(path)}
     assert used <= {"errors", "files", "config", "shards", "data_manifest", "tokenizer", "samples"}

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 import data_tools.pieces
 import data_tools.read_text
+import data_tools.stages
 from data_tools.build import build
 from data_tools.config import BuildConfig, load_config
+from data_tools.provenance import origins
 from megagpt.shards import open_dataset
 
 
@@ -171,6 +173,74 @@ def test_a_long_document_is_judged_compared_and_written_like_a_short_one(
     assert run("verify", tmp_path / "out") == 0
 
 
+def test_what_is_dropped_is_nobodys_original(tmp_path: Path, model: Path) -> None:
+    question = " ".join(f"word{i}" for i in range(14))
+    (tmp_path / "eval.txt").write_text(question)
+    rest = document(7, n_words=300)
+    jsonl(tmp_path / "a.jsonl", [f"{question} {rest}", f"{question.replace('word7', 'other')} {rest}"])
+    options = BuildConfig(
+        tokenizer=model,
+        val_fraction=0,
+        dedup={"method": "near", "bands": 40, "rows": 3},
+        decontamination={"files": str(tmp_path / "eval.txt")},
+    )
+    report = build([tmp_path / "a.jsonl"], tmp_path / "out", options)
+    assert {rule: counts["documents"] for rule, counts in report["dropped"].items()} == {"contaminated": 1}
+    assert all_documents(tmp_path / "out") == [f"{question.replace('word7', 'other')} {rest}"]
+
+
+def test_a_file_listed_twice_gives_two_whole_documents(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_tools.read_text, "PIECE", 100)
+    [text] = write_texts(tmp_path / "in", 1, n_words=200)
+    options = BuildConfig(tokenizer=model, val_fraction=0, dedup={"method": "none"})
+    build([tmp_path / "in", tmp_path / "in"], tmp_path / "a", options)
+    sources = {"sources": {"both": {"paths": [str(tmp_path / "in"), str(tmp_path / "in" / "doc-000.txt")]}}}
+    build(
+        [],
+        tmp_path / "b",
+        BuildConfig.model_validate(options.model_dump(exclude={"sources"}, exclude_unset=True) | sources),
+    )
+    for folder in ("a", "b"):
+        assert all_documents(tmp_path / folder) == [text, text]
+        assert run("verify", tmp_path / folder) == 0
+
+
+def test_a_piece_that_cleaning_empties_leaves_no_row(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_tools.read_text, "PIECE", 40)
+    (tmp_path / "a.txt").write_text("first line of it\n" * 3 + "drop this line\n" * 9 + "last line of it\n" * 3)
+    options = BuildConfig(tokenizer=model, val_fraction=0, rules={"clean": {"drop_patterns": "drop|this|line$"}})
+    build([tmp_path / "a.txt"], tmp_path / "out", options)
+    [text] = all_documents(tmp_path / "out")
+    assert "drop" not in text
+    assert run("verify", tmp_path / "out") == 0
+
+
+def test_origins_are_right_however_small_the_shards(tmp_path: Path, model: Path) -> None:
+    write_texts(tmp_path / "in", 20)
+    build([tmp_path / "in"], tmp_path / "out", BuildConfig(tokenizer=model, val_fraction=0.2, shard_tokens=30))
+    dataset = open_dataset(tmp_path / "out")
+    for split in ("train", "val"):
+        stream = dataset.stream(split)
+        texts = [Path(origin.file).read_text() for origin in origins(dataset, split, range(stream.n_rows))]
+        assert texts == [small_tokenizer().decode(ids) for ids in stream.documents()]
+
+
+def test_shards_do_not_depend_on_how_many_passes_wrote_them(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_texts(tmp_path / "in", 20)
+    options = BuildConfig(tokenizer=model, val_fraction=0)
+    build([tmp_path / "in"], tmp_path / "one", options)
+    monkeypatch.setattr(data_tools.stages, "PASS_TOKENS", 500)
+    build([tmp_path / "in"], tmp_path / "many", options)
+    assert documents_of(tmp_path / "one") == documents_of(tmp_path / "many")
+    assert open_dataset(tmp_path / "many").index("train")["batch"].max() > 3
+
+
 def test_variants_are_other_tokenizations_of_the_same_documents_in_the_same_order(tmp_path: Path, model: Path) -> None:
     write_texts(tmp_path / "in", 30)
     options = BuildConfig(tokenizer=model, val_fraction=0.2, shard_tokens=2000, subword={"variants": 2})
@@ -199,6 +269,12 @@ def test_variants_are_other_tokenizations_of_the_same_documents_in_the_same_orde
         (['sources={"a": {"pths": "x"}}'], "unknown option 'sources.0.pths'; did you mean 'paths'?"),
         (["decontamination.files=/no/such.txt"], "/no/such.txt: there is no such file or folder"),
         (["seed.x=1"], "seed"),
+        (["seed=5", "seed.x=3"], "seed.x cannot be set beside seed=5; give seed as an object"),
+        (["rules.clean=true", "rules.clean.emails=true"], "rules.clean.emails cannot be set beside rules.clean=true"),
+        (['sources=[{"name": "a", "paths": "x"}]'], "sources is not an object of options by name"),
+        (["dedup.bands=20"], "dedup: bands has no effect with method='exact'; set method to near"),
+        (["dedup.method=near", "dedup.bands=100000"], "dedup.bands=100000: input should be less than or equal to 256"),
+        (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
     ],
 )
 def test_mistakes_at_any_depth_are_named(
@@ -219,4 +295,5 @@ def test_nothing_to_read_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_the_same_name_twice_gets_a_number() -> None:
     config = load_config(BuildConfig, None, [])
-    assert [source.name for source in config.with_inputs(["/a/x", "/b/x", "/c/y"])] == ["x", "x-1", "y"]
+    assert [source.name for source in config.with_inputs(["/a/x", "/b/x", "/c/y"])] == ["x", "x-2", "y"]
+    assert [source.name for source in config.with_inputs(["/a/a-2", "/b/a", "/c/a"])] == ["a-2", "a", "a-3"]
