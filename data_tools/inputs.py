@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import fsspec
 import pyarrow as pa
@@ -21,6 +21,9 @@ import pyarrow.parquet as pq
 
 from data_tools.config import Format, SourceConfig
 from megagpt.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 Kind = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "warc", "html"]
 KINDS: dict[str, Kind] = {
@@ -109,8 +112,7 @@ def open_bytes(file: InputFile) -> Iterator[IO[bytes]]:
     """
     with reading(file.path), _open(file.path) as raw:
         if file.compression == "xz":
-            with lzma.open(raw) as unpacked:
-                yield unpacked
+            yield io.BufferedReader(_Xz(raw), 2**20)
         elif file.compression:  # Arrow's, because it alone notices a truncated .zst
             yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), file.compression))
         else:
@@ -130,6 +132,34 @@ def reading(path: str) -> Iterator[None]:
         if "://" in path and not isinstance(error, AssertionError | TypeError | AttributeError | LookupError):
             raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from error  # a store's own kinds
         raise
+
+
+class _Xz(io.RawIOBase):
+    """The streams of an .xz file. Unlike lzma.open, it refuses whatever else comes behind them."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self._stream = raw, lzma.LZMADecompressor(lzma.FORMAT_XZ)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: "WriteableBuffer") -> int:
+        view, data = memoryview(target).cast("B"), b""
+        while not data:
+            if self._stream.eof:
+                packed = self._stream.unused_data.lstrip(b"\0")  # padding
+                while not packed:
+                    if not (block := self._raw.read(2**16)):
+                        return 0
+                    packed = block.lstrip(b"\0")
+                self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+            else:
+                packed = self._raw.read(2**16) if self._stream.needs_input else b""
+                if self._stream.needs_input and not packed:
+                    raise EOFError("it ends within a stream")
+            data = self._stream.decompress(packed, len(view))
+        view[: len(data)] = data
+        return len(data)
 
 
 def _open(path: str) -> IO[bytes]:

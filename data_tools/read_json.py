@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, Any
@@ -15,6 +16,7 @@ from data_tools.pieces import Items, Skipped, pieces_of
 from megagpt.errors import UserError
 
 MAX_RECORD = 2**27  # bytes: a record is parsed as a whole
+VALUE, ITEM = re.compile(r"[^ \t\r\n]"), re.compile(r"[^ \t\r\n,]")  # where the next one begins
 
 
 def read_jsonl(part: Slice, source: SourceConfig) -> Items:
@@ -97,25 +99,48 @@ def read_json(part: Slice, source: SourceConfig) -> Items:
 
 
 def _json_values(blocks: Iterator[str], path: str) -> Iterator[Any]:
-    decoder, buffer, done, wanted = json.JSONDecoder(), "", 0, 1
-    between = " \t\r\n"  # and, within an array, commas
-    at_end = False
-    while not at_end or buffer:
-        while len(buffer) < wanted and not at_end:
-            block = next(blocks, None)
-            at_end, buffer = block is None, buffer + (block or "")
-        stripped = buffer.lstrip(between)
-        if between == " \t\r\n" and stripped.startswith("["):
-            stripped, between = stripped[1:].lstrip(" \t\r\n,]"), " \t\r\n,]"
-        done, buffer, wanted = done + len(buffer) - len(stripped), stripped, 1
-        if not buffer:
-            continue
-        try:
-            record, end = decoder.raw_decode(buffer)
-        except (ValueError, RecursionError) as error:
-            if at_end or len(buffer) > MAX_RECORD:
-                raise UserError(f"{path}: bad JSON at character {done:,}; repair it, or give JSON lines") from error
-            wanted = 2 * len(buffer)  # its end is still to come
-            continue
-        yield record
-        done, buffer = done + end, buffer[end:]
+    decoder, buffer, at, done, wanted = json.JSONDecoder(), "", 0, 0, 1  # `done`: characters before the buffer
+    place, at_end = "start", False  # then "array" and "end", or "values"
+    while True:
+        at = _next(ITEM if place == "array" else VALUE, buffer, at)
+        if not at_end and len(buffer) - at < wanted:
+            more = _at_least(blocks, wanted)
+            buffer, done, at, at_end = buffer[at:] + more, done + at, 0, len(more) < wanted
+        elif at == len(buffer):
+            break
+        elif place == "start":
+            place, at = ("array", at + 1) if buffer[at] == "[" else ("values", at)
+        elif place == "array" and buffer[at] == "]":
+            place, at = "end", at + 1
+        elif place == "end":
+            raise _bad_json(path, done + at)
+        else:
+            try:
+                record, end = decoder.raw_decode(buffer, at)
+            except (ValueError, RecursionError) as error:
+                if at_end or len(buffer) - at > MAX_RECORD:
+                    raise _bad_json(path, done + at) from error
+                wanted = 2 * (len(buffer) - at)  # its end is still to come
+            else:
+                yield record
+                at, wanted = end, 1
+    if place == "array":
+        raise UserError(f"{path} ends within its array, so it was cut off; repair it or leave it out")
+
+
+def _next(pattern: re.Pattern[str], buffer: str, at: int) -> int:
+    found = pattern.search(buffer, at)
+    return found.start() if found else len(buffer)
+
+
+def _bad_json(path: str, at: int) -> UserError:
+    return UserError(f"{path}: bad JSON at character {at:,}; repair it, or give JSON lines")
+
+
+def _at_least(blocks: Iterator[str], size: int) -> str:
+    """So many characters or more, unless there are no more."""
+    parts: list[str] = []
+    while size > 0 and (block := next(blocks, None)) is not None:
+        parts.append(block)
+        size -= len(block)
+    return "".join(parts)

@@ -1,8 +1,9 @@
 """Tables: CSV, Parquet and Arrow, one document in each row."""
 
 import csv
+import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,9 +25,12 @@ def read_csv(part: Slice, source: SourceConfig) -> Items:
         head = raw.read(BLOCK)
         try:
             text = decoded(itertools.chain([head], blocks(raw)), encoding_of(head, source.encoding))
-            rows = csv.DictReader(_lines(text), delimiter="\t" if part.file.kind == "tsv" else ",")
+            lines = _lines(text)
+            rows = csv.DictReader(lines, delimiter="\t" if part.file.kind == "tsv" else ",")
+            _check_is_whole(lines, rows.fieldnames, path)
             _check_column(path, rows.fieldnames or [], source)
             for number, row in enumerate(rows):
+                _check_is_whole(lines, row, path)
                 where = partial("{} row {}".format, path, number)
                 yield from pieces_of(row[source.text_field], number, where, source.text_field)
         except NotTextError as problem:
@@ -35,7 +39,13 @@ def read_csv(part: Slice, source: SourceConfig) -> Items:
             raise UserError(f"{path} is no CSV: {error}; repair it or leave it out") from error
 
 
-def _lines(blocks: Iterator[str]) -> Iterator[str]:
+def _check_is_whole(lines: Generator[str, None, None], row: object, path: str) -> None:
+    """A row is made of whole lines, so if they have ended before it did, that was within quotation marks."""
+    if row is not None and inspect.getgeneratorstate(lines) == inspect.GEN_CLOSED:
+        raise UserError(f"{path} ends within a quoted field, so it was cut off; repair it or leave it out")
+
+
+def _lines(blocks: Iterator[str]) -> Generator[str, None, None]:
     """Lines with their ends, which csv wants to see."""
     buffer = ""
     for block in blocks:

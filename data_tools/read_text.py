@@ -36,28 +36,25 @@ def _documents_in(blocks: Iterator[str], separator: str) -> Iterator[tuple[int, 
     """
     number, buffer, is_first = 0, "", True
     for block in itertools.chain(filter(None, blocks), [""]):
-        at_end = not block
-        buffer += block
+        at_end, buffer, at = not block, buffer + block, 0
         while True:
-            found = buffer.find(separator) if separator else -1
+            found = buffer.find(separator, at) if separator else -1
             if found >= 0:
-                *early, last = cut(buffer[: found + len(separator)], PIECE)
-                buffer = buffer[found + len(separator) :]
-            elif len(buffer) > PIECE + len(separator):
-                end = cut_at(buffer, 0, PIECE)
-                early, last = [buffer[:end]], None
-                buffer = buffer[end:]
+                end = found + len(separator)
+                *early, last = cut(buffer[at:end], PIECE)
+            elif len(buffer) - at > PIECE + len(separator):
+                end = at + cut_at(buffer, at, PIECE)
+                early, last = [buffer[at:end]], None
+            elif at_end and (at < len(buffer) or number == 0):
+                end = len(buffer)
+                *early, last = cut(buffer[at:], PIECE)
             else:
                 break
+            at = end
             for piece in early:
                 yield number, piece, is_first, False
                 is_first = False
             if last is not None:
                 yield number, last, is_first, True
                 number, is_first = number + 1, True
-        if at_end and (buffer or number == 0):
-            *early, last = cut(buffer, PIECE)
-            for piece in early:
-                yield number, piece, is_first, False
-                is_first = False
-            yield number, last, is_first, True
+        buffer = buffer[at:]

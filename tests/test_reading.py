@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +21,13 @@ import data_tools.inputs
 import data_tools.pieces
 import data_tools.read_json
 import data_tools.read_text
+import data_tools.read_web
 from data_tools.config import SourceConfig
 from data_tools.inputs import find_files, plan_units
 from data_tools.pieces import Items, Piece, Skipped, cut
 from data_tools.read import read_slice
 from data_tools.read_text import _documents_in
+from data_tools.read_web import is_deeper
 from megagpt.errors import UserError
 
 TEXTS = [document(i, n_words=20) for i in range(20)]
@@ -142,16 +145,95 @@ def test_web_pages_and_archives_give_their_main_text(tmp_path: Path) -> None:
 
 
 def warc(pages: list[str]) -> bytes:
-    records = b""
-    for i, page in enumerate(pages):
-        body = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + page.encode()
-        head = (
-            f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:0000000{i}-0000-0000-0000-000000000000>\r\n"
-            f"WARC-Target-URI: http://localhost/{i}\r\nWARC-Date: 2026-01-01T00:00:00Z\r\n"
-            f"Content-Type: application/http; msgtype=response\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        records += head.encode() + body + b"\r\n\r\n"
-    return records
+    return b"".join(warc_record(page.encode()) for page in pages)
+
+
+def warc_record(payload: bytes, *headers: str) -> bytes:
+    lines = ["HTTP/1.1 200 OK", "Content-Type: text/html; charset=utf-8", *headers, "", ""]
+    body = "\r\n".join(lines).encode() + payload
+    head = (
+        "WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:00000000-0000-0000-0000-000000000000>\r\n"
+        "WARC-Target-URI: http://localhost/\r\nWARC-Date: 2026-01-01T00:00:00Z\r\n"
+        f"Content-Type: application/http; msgtype=response\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body + b"\r\n\r\n"
+
+
+def chunked(payload: bytes) -> bytes:
+    chunks = [payload[i : i + 50] for i in range(0, len(payload), 50)]
+    return b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in [*chunks, b""])
+
+
+PAGE = "<html><body><main><p>Hello caf\u00e9</p>" + "<p>World</p>" * 20 + "</main></body></html>"
+
+
+@pytest.mark.parametrize(
+    ("encode", "headers"),
+    [
+        (gzip.compress, ["Content-Encoding: gzip"]),
+        (zlib.compress, ["Content-Encoding: deflate"]),
+        (chunked, ["Transfer-Encoding: chunked"]),
+        (lambda page: chunked(gzip.compress(page)), ["Content-Encoding: gzip", "Transfer-Encoding: chunked"]),
+    ],
+)
+def test_a_response_is_decoded_as_its_headers_say(
+    encode: Callable[[bytes], bytes], headers: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.warc").write_bytes(warc([PAGE]) + warc_record(encode(PAGE.encode()), *headers))
+    plain, decoded = texts_of(read_all(tmp_path / "a.warc"))
+    assert plain == decoded
+
+
+def test_a_response_that_is_not_what_its_headers_say_is_skipped_and_the_next_is_read(tmp_path: Path) -> None:
+    records = [warc_record(PAGE.encode(), header) for header in ("Content-Encoding: gzip", "Content-Encoding: x")]
+    (tmp_path / "a.warc").write_bytes(b"".join(records) + warc([PAGE]))
+    *bad, good = read_all(tmp_path / "a.warc")
+    assert isinstance(good, Piece)
+    assert [(item.reason, item.where()) for item in skipped(iter(bad))] == [
+        ("a response that cannot be decoded", f"{tmp_path}/a.warc response {i}") for i in range(2)
+    ]
+
+
+def test_an_archive_that_ends_within_a_record_is_refused_by_name(tmp_path: Path) -> None:
+    archive = warc([PAGE, PAGE])
+    one, inside = len(warc([PAGE])), [len(warc([PAGE])) + at for at in (10, 60, 250, 400)]
+    for end in (20, one - 5, *inside, 2 * one - 5):
+        (tmp_path / "a.warc").write_bytes(archive[:end])
+        with pytest.raises(UserError, match=r"a\.warc"):
+            list(read_all(tmp_path / "a.warc"))
+    (tmp_path / "a.warc").write_bytes(archive)
+    assert len(list(read_all(tmp_path / "a.warc"))) == 2
+
+
+def test_a_page_too_large_or_too_deep_is_skipped_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_tools.read_web, "MAX_PAGE", 500_000)
+    pages = ["<div>" * 99_000, "<p>much</p>" * 50_000, PAGE]
+    for name in ("a.html", "b.html", "c.html"):
+        (tmp_path / name).write_text(pages["abc".index(name[0])])
+    (tmp_path / "d.warc").write_bytes(
+        warc(pages) + warc_record(gzip.compress(b"x" * 500_001), "Content-Encoding: gzip")
+    )
+    deep, large = "a page of more than 1,000 elements in each other", "a page of more than 500,000 bytes"
+    items = list(read_all(tmp_path))
+    assert [item.reason for item in skipped(iter(items))] == [deep, large, deep, large, large]
+    assert len(items) == 7
+
+
+@pytest.mark.parametrize(
+    ("page", "depth"),
+    [
+        (b"<div><b></b><p></div>" * 30, 2),
+        (b"<div>" * 30 + b"</div>" * 30, 30),
+        (b"<p>one<br>two<li>three" * 30, 0),
+        (b"<a href='x'><DIV></a>" * 30, 31),
+        (b"<div/>" * 30, 30),
+        (b"<svg>" + b"<path d='1'/>" * 30 + b"</svg>", 1),
+        (b"<svg>" + b"<div/>" * 30, 30),
+        (b"<div></span>" * 30, 30),
+    ],
+)
+def test_elements_within_elements_are_counted_by_their_tags(page: bytes, depth: int) -> None:
+    assert next(most for most in range(99) if not is_deeper(page, most)) == depth
 
 
 # --- pieces ---------------------------------------------------------------------------------------------------
@@ -264,6 +346,9 @@ CUT_OFF = {
     "a.jsonl.bz2": lambda texts: bz2.compress(jsonl(texts))[:-9],
     "a.jsonl.xz": lambda texts: lzma.compress(jsonl(texts))[:-9],
     "a.json": lambda texts: json_array(texts)[:-9],
+    "without its end.json": lambda texts: json_array(texts)[:-1],
+    "a.csv": lambda texts: csv(texts)[:-9],
+    "within its header.csv": lambda texts: b'id,"text\n',
     "a.parquet": lambda texts: parquet(texts)[:-9],
 }
 
@@ -275,12 +360,30 @@ def test_a_file_that_was_cut_off_is_refused_by_name(name: str, tmp_path: Path) -
         list(read_all(tmp_path / name))
 
 
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("rest", [b"garbage", b"\0\0garbage", b"\xfd7zXZ\0"])
+def test_a_compressed_file_with_something_else_behind_it_is_refused(
+    compress: Callable[[bytes], bytes], rest: bytes, tmp_path: Path
+) -> None:
+    ending = {gzip.compress: "gz", zstandard.compress: "zst", bz2.compress: "bz2", lzma.compress: "xz"}[compress]
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(compress(jsonl(TEXTS)) + rest)
+    with pytest.raises(UserError, match=r"cannot read .*a\.jsonl"):
+        list(read_all(tmp_path / f"a.jsonl.{ending}"))
+
+
+def test_streams_of_xz_may_be_padded(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(jsonl(TEXTS)) + bytes(8) + lzma.compress(b"") + bytes(4))
+    assert texts_of(read_all(tmp_path / "a.jsonl.xz")) == TEXTS
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.csv", b"id,content\n1,x\n", r"a\.csv has no column 'text'; it has id, content; set text_field=NAME"),
         ("a.csv", b"id,text\n1,caf\xe9\n", r"a\.csv is not UTF-8 \(byte 0xe9 at offset 13\)"),
         ("a.json", b'[{"text": "x"}, {"text": ]', r"a\.json: bad JSON at character 16"),
+        ("a.json", b'[{"text": "x"}] [{"text": "y"}]', r"a\.json: bad JSON at character 16"),
+        ("a.json", b'[{"text": "x"}, ', r"a\.json ends within its array, so it was cut off"),
         ("a.json", b'[{"content": "x"}]', r"record 0 has no field 'text'; it has content; set text_field=NAME"),
         ("a.arrow", b"hello", r"a\.arrow is not an Arrow file or stream"),
         ("a.parquet.gz", b"hello", r"a parquet file is read at any place, so it cannot be compressed as a whole"),
