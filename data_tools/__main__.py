@@ -39,18 +39,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build(args: argparse.Namespace, overrides: Sequence[str]) -> str:
-    config = load_config(BuildConfig, args.config, overrides)
+    config = load_config(BuildConfig, args.config, _with_strict(args, overrides))
     return summary(build(args.input, args.out, config, args.scheduler), args.out)
 
 
+def _with_strict(args: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
+    return [*overrides, *(["strict=true"] if args.strict else [])]
+
+
 def _train_tokenizer(args: argparse.Namespace, overrides: Sequence[str]) -> str:
-    config = load_config(TokenizerConfig, args.config, overrides)
+    config = load_config(TokenizerConfig, args.config, _with_strict(args, overrides))
     tokenizer = train_tokenizer(args.input, args.out, config, args.scheduler)
     return f"{args.out} is ready: {tokenizer.kind}, {tokenizer.vocab_size:,} pieces; use it with tokenizer={args.out}"
 
 
 def _compare_tokenizers(args: argparse.Namespace, overrides: Sequence[str]) -> str:
-    config = load_config(BuildConfig, args.config, overrides)
+    config = load_config(BuildConfig, args.config, _with_strict(args, overrides))
     kinds = args.types.split(",") if args.types is not None else () if args.tokenizer else KINDS
     rows = compare_tokenizers(args.input, config, models=args.tokenizer, kinds=kinds, steps=args.steps)
     return json.dumps(rows, indent=1) if args.json else table_of(rows, args.steps)
@@ -129,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     compare_command.add_argument("--json", action="store_true", help="for a program to read")
     for with_input in (build_command, train_command, compare_command):
         with_input.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files, folders, globs, URLs")
+        with_input.add_argument("--strict", action="store_true", help="the same as strict=true")
         with_input.add_argument("--config", type=Path, metavar="FILE", help="options as a JSON object")
     verify_command = command("verify", "Check every byte of a dataset and say what is damaged.", "data/corpus")
     inspect_command = command(

@@ -36,7 +36,7 @@ from megagpt.data_manifest import (
 )
 from megagpt.errors import UserError
 from megagpt.files import sha256_of
-from megagpt.shards import REPORT, TOKENIZER_MODEL, token_dtype
+from megagpt.shard_format import REPORT, TOKENIZER_MODEL, token_dtype
 from megagpt.tokenizer import Tokenizer
 
 LOCK = "megagpt.lock"  # in BUILD_DIR: what tells our leftovers, which are deleted, from somebody's files

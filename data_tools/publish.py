@@ -14,7 +14,7 @@ from data_tools.stages import Stages
 from data_tools.tasks import Done, file_of
 from megagpt.data_manifest import SPLITS
 from megagpt.files import fsync, sha256_of, write_atomically
-from megagpt.shards import INDEX, REPORT, TOKENIZER_MODEL
+from megagpt.shard_format import INDEX, REPORT, TOKENIZER_MODEL
 
 REJECTS_DIR, PAGE = "rejects", "report.html"
 OURS = (*SPLITS, FOLDER, REJECTS_DIR, TOKENIZER_MODEL, INDEX, REPORT, PAGE)

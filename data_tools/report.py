@@ -8,6 +8,9 @@ from typing import Any
 from data_tools.config import SourceConfig
 from data_tools.stages import Stages
 from megagpt.data_manifest import SPLITS
+from megagpt.tokenizer import Tokenizer
+
+PROBE = " two  spaces,\ttab\r\nCaf\u00e9 \u6f22\u5b57 \U0001f600 \u2581 </s> \0"  # what a tokenizer may lose
 
 Counts = dict[str, int]  # documents, bytes, and tokens where there are any
 
@@ -25,6 +28,7 @@ def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, An
         "rejected": _sum_counts(source["rejected"] for source in own),
         "dropped": _sum_counts(source["dropped"] for source in own),
         "variants": _describe_variants(stages),
+        "loses_text": not Tokenizer.load(stages.model).gives_back(PROBE),
         "seconds": {stage: round(spent, 2) for stage, spent in stages.seconds.items()},
     }
 
@@ -110,6 +114,8 @@ def summary(report: dict[str, Any], out: Path) -> str:
         lines.append("  val is empty: build from more documents or with a larger val_fraction")
     for variant in report["variants"][1:]:
         lines.append(f"  variant {variant['id']}: {variant['tokens']:,} tokens, {variant['times_canonical']:.2f} times")
+    if report["loses_text"]:
+        lines.append("  the tokenizer loses text: what it encodes does not decode to the same (spaces, rare letters)")
     for reason, skipped in report["skipped"].items():
         lines.append(f"  skipped {skipped['documents']:,}: {reason} (first: {skipped['first']})")
     for how in ("rejected", "dropped"):

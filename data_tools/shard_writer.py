@@ -11,7 +11,7 @@ import pyarrow as pa
 from data_tools.columns import column, hashes, numbers, strings
 from megagpt.data_manifest import ShardInfo
 from megagpt.files import make_durable, sha256_of, temporary_name, write_atomically
-from megagpt.shards import HASH_BYTES, INDEX_SCHEMA, ShardHeader, batch_xxh3, document_schema, token_dtype
+from megagpt.shard_format import HASH_BYTES, INDEX_SCHEMA, ShardHeader, batch_xxh3, document_schema, token_dtype
 
 BATCH_TOKENS = 2**24  # per record batch: few batches to look up, a bounded buffer while writing
 

@@ -19,7 +19,7 @@ from data_tools.shard_writer import Row, ShardWriter
 from data_tools.tasks import file_of
 from megagpt.data_manifest import SPLITS, Split
 from megagpt.files import make_durable, sha256_of, temporary_name, write_atomically
-from megagpt.shards import HASH_BYTES, ShardHeader
+from megagpt.shard_format import HASH_BYTES, ShardHeader
 
 PARTS, SHARD, PROVENANCE = ".list", ".arrow", ".parquet"
 PASS_TOKENS = 2**26

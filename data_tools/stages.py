@@ -22,7 +22,7 @@ from data_tools.tokenizer_training import MODEL, train_on
 from megagpt.data_manifest import SPLITS, Split
 from megagpt.errors import UserError
 from megagpt.files import write_atomically
-from megagpt.shards import ShardHeader, token_dtype
+from megagpt.shard_format import ShardHeader, token_dtype
 from megagpt.tokenizer import Tokenizer
 
 ALPHA = {"unigram": 0.3, "bpe": 0.1}  # of subword variants, where the user gives none

@@ -16,7 +16,7 @@ import pyarrow as pa
 from data_tools.columns import hashes, numbers, strings
 from data_tools.tasks import file_of
 from megagpt.files import make_durable
-from megagpt.shards import HASH_BYTES
+from megagpt.shard_format import HASH_BYTES
 
 BATCH_BYTES = 2**24  # of text per record batch
 PIECES = pa.schema({"document": pa.uint32(), "text": pa.large_string()})

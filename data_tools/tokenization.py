@@ -26,7 +26,7 @@ from data_tools.texts import read_texts
 from megagpt.config import Strict
 from megagpt.data_manifest import SPLITS, Split
 from megagpt.files import written
-from megagpt.shards import document_schema, token_dtype
+from megagpt.shard_format import document_schema, token_dtype
 from megagpt.tokenizer import Tokenizer
 
 PART_TOKENS = 2**25  # a part is written when this many are in memory

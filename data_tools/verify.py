@@ -13,7 +13,8 @@ from data_tools.report import human
 from megagpt.data_manifest import ShardInfo, Split, confined
 from megagpt.errors import UserError
 from megagpt.files import sha256_of
-from megagpt.shards import REPORT, Dataset, batch_xxh3, open_dataset, read_batch
+from megagpt.shard_format import REPORT, batch_xxh3, read_batch
+from megagpt.shards import Dataset, open_dataset
 
 Row = dict[str, Any]  # of the index
 

@@ -1,32 +1,16 @@
-"""The Arrow format, version 1: what data_tools writes and training reads.
-
-    manifest.json       written last, atomically: without it the build is unfinished
-    tokenizer.model     the exact bytes the data was tokenized with
-    index.arrow         one row per record batch: where its rows and tokens lie in the split
-    train/v0/shard-000000.arrow ...    train/v1/...    val/v0/...    test/v0/...
-
-A shard is an uncompressed Arrow IPC file, one document per row, whose last token is the end-of-document id. A document
-too long for one row follows in further rows, numbered by `part`, and only the last of them ends in that id.
-The tokens of a record batch are contiguous, so one column serves as documents and as a flat stream.
-Compression would cost the zero-copy reads; `list`, with its 32-bit offsets, would overflow at 2^31 tokens.
-"""
+"""Datasets in the Arrow format (shard_format.py), opened and read: documents, or one flat stream of tokens."""
 
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 from stat import S_ISREG
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 
-from megagpt.config import Strict
 from megagpt.data_manifest import (
-    FORMAT,
-    VERSION,
     Manifest,
     ShardInfo,
     Split,
@@ -36,63 +20,8 @@ from megagpt.data_manifest import (
 )
 from megagpt.errors import UserError
 from megagpt.files import sha256_of
+from megagpt.shard_format import INDEX, INDEX_COLUMNS, INDEX_SCHEMA, ShardHeader, damaged, numbers, read_batch
 from megagpt.tokenizer import Tokenizer
-
-INDEX, TOKENIZER_MODEL, REPORT = "index.arrow", "tokenizer.model", "report.json"
-METADATA_KEY = "megagpt"
-HASH_BYTES = 16  # blake2b of a document's UTF-8 text
-
-INDEX_COLUMNS = {  # row0, tok0: the batch's first row and token, counted from the start of the split's variant
-    "split": pa.string(),
-    "variant": pa.uint16(),
-    "shard": pa.uint32(),
-    "batch": pa.uint32(),
-    "row0": pa.uint64(),
-    "tok0": pa.uint64(),
-    "n_rows": pa.uint64(),
-    "n_tokens": pa.uint64(),
-    "byte_offset": pa.uint64(),
-    "xxh3": pa.uint64(),
-}
-INDEX_SCHEMA = pa.schema([pa.field(name, type_, nullable=False) for name, type_ in INDEX_COLUMNS.items()])
-
-
-class ShardHeader(Strict):
-    """What a shard says about itself in its schema's metadata, so that no other file can stand in for it."""
-
-    format: Literal["megagpt-arrow"] = FORMAT
-    version: Literal[1] = VERSION
-    build_id: str
-    split: Split
-    variant: int
-    shard: int
-    dtype: Literal["uint16", "uint32"]
-    vocab_size: int
-    eod_id: int
-    tokenizer_sha256: str
-
-    @property
-    def path(self) -> str:
-        return f"{self.split}/v{self.variant}/shard-{self.shard:06d}.arrow"
-
-    @property
-    def schema(self) -> pa.Schema:
-        return document_schema(self.dtype).with_metadata({METADATA_KEY: self.model_dump_json()})
-
-
-def document_schema(dtype: Literal["uint16", "uint32"]) -> pa.Schema:
-    ids = pa.field("item", pa.uint16() if dtype == "uint16" else pa.uint32(), nullable=False)
-    fields = {
-        "tokens": pa.large_list(ids),
-        "doc": pa.binary(HASH_BYTES),
-        "source": pa.uint16(),
-        "part": pa.uint32(),  # 0, and 1, 2, ... for the further rows of a long document
-    }
-    return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in fields.items()])
-
-
-def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
-    return "uint16" if vocab_size <= 65536 else "uint32"
 
 
 class Dataset:
@@ -158,7 +87,7 @@ class Dataset:
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
         except (pa.ArrowException, OSError) as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         if not reader.schema.equals(self.header(split, variant, shard).schema, check_metadata=True):
             raise UserError(
                 f"{path} belongs to another build or another place in this one; restore the original file or "
@@ -249,7 +178,7 @@ class TokenStream:
         ids = _values(tokens)
         if not 0 <= begin < end <= len(ids):
             shard = int(self._index["shard"][batch])
-            raise _damaged(self._dataset.shard_path(self._split, self._variant, shard), f"row {i} has no tokens")
+            raise damaged(self._dataset.shard_path(self._split, self._variant, shard), f"row {i} has no tokens")
         return ids[begin:end]
 
     def _open(self, batch: int) -> np.ndarray:
@@ -270,7 +199,7 @@ class TokenStream:
         with self._lock:
             record_batch = read_batch(reader, number, path)
         if (len(record_batch), len(_values(record_batch["tokens"]))) != (n_rows, n_tokens):
-            raise _damaged(path, f"record batch {number} is not as long as index.arrow says")
+            raise damaged(path, f"record batch {number} is not as long as index.arrow says")
         return record_batch
 
 
@@ -291,38 +220,6 @@ def open_dataset(path: Path) -> Dataset:
     if not table.schema.equals(INDEX_SCHEMA) or not len(table):
         raise UserError(f"{index} is not an index of this format; build the dataset again")
     return Dataset(path, manifest, table.to_batches()[0])
-
-
-def read_batch(reader: pa.RecordBatchFileReader, batch: int, path: Path) -> pa.RecordBatch:
-    """A record batch whose buffers are as long as it says: reading past them would kill the process."""
-    try:
-        record_batch = reader.get_batch(batch)
-        record_batch.validate()
-    except (pa.ArrowException, OSError, SystemError) as error:
-        raise _damaged(path, f"record batch {batch}: {error}") from error
-    return record_batch
-
-
-def batch_xxh3(batch: pa.RecordBatch) -> int:
-    """Names the damaged batch, at memory speed; that no byte changed is for the shard's sha256 to say."""
-    digest = xxhash.xxh3_64()
-    for array in (batch["tokens"].values, batch["tokens"].offsets, batch["source"], batch["part"]):
-        digest.update(numbers(array).data)
-    digest.update(batch["doc"].buffers()[1][: HASH_BYTES * len(batch)])
-    return digest.intdigest()
-
-
-def _damaged(path: Path, why: object) -> UserError:
-    return UserError(f"{path} is damaged ({why}); restore it or build the dataset again")
-
-
-def numbers(array: pa.Array) -> np.ndarray:
-    """An integer column without nulls, read-only and without a copy.
-
-    Arrow's own to_numpy imports pandas wherever it is installed: half a second, and tens of megabytes.
-    """
-    dtype = np.dtype(array.type.to_pandas_dtype())
-    return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)]
 
 
 def _values(tokens: pa.LargeListArray) -> np.ndarray:

@@ -76,6 +76,9 @@ class Tokenizer:
         """Whether the ids of a text's parts, put together, decode to the text."""
         return self._meta_space_ids is not None
 
+    def gives_back(self, text: str) -> bool:
+        return self.decode(self.encode(text)) == text
+
     def best(self, text: str, n: int) -> list[tuple[float, list[int]]]:
         """(log probability, ids) of the n likeliest tokenizations of a short text; unigram models only."""
         if META_SPACE in text:

@@ -13,7 +13,8 @@ from data_tools.config import TokenizerConfig
 from data_tools.shard_writer import Row, ShardWriter, write_index
 from data_tools.tokenizer_training import train_sample
 from megagpt.data_manifest import SPLITS, Manifest, Split, SplitInfo, TokenizerInfo, Variant, write_manifest
-from megagpt.shards import INDEX, TOKENIZER_MODEL, ShardHeader, open_dataset, token_dtype
+from megagpt.shard_format import INDEX, TOKENIZER_MODEL, ShardHeader, token_dtype
+from megagpt.shards import open_dataset
 from megagpt.tokenizer import Tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "models", "that", "learn", "to", "read", "def", "return", "self"]

@@ -11,8 +11,8 @@ FLOORS = [
     {"errors", "files", "rng", "rows"},
     {"config", "distributed", "launcher", "permutation", "preemption", "tokenizer"},
     {"run_config", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
-    {"run_file", "mixture", "shards", "model", "state", "augment", "packing"},
-    {"commits"},
+    {"run_file", "mixture", "shard_format", "model", "state", "augment", "packing"},
+    {"commits", "shards"},
     {"samples"},
     {"data", "sample_report"},
     {"engine"},
@@ -69,4 +69,4 @@ def test_only_the_command_imports_inside_functions():
 
 def test_the_builder_needs_neither_torch_nor_an_engine():
     used = {module for path in (ROOT / "data_tools").glob("*.py") for module in megagpt_modules(path)}
-    assert used <= {"errors", "files", "config", "shards", "data_manifest", "tokenizer", "samples"}
+    assert used <= {"errors", "files", "config", "shard_format", "shards", "data_manifest", "tokenizer", "samples"}

@@ -1,5 +1,6 @@
 """The stages together: sources with rules of their own, copies, contamination, variants, long documents, any text."""
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import sentencepiece
 from data_helpers import all_documents, document, documents_of, run, small_tokenizer, write_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -297,3 +299,17 @@ def test_the_same_name_twice_gets_a_number() -> None:
     config = load_config(BuildConfig, None, [])
     assert [source.name for source in config.with_inputs(["/a/x", "/b/x", "/c/y"])] == ["x", "x-2", "y"]
     assert [source.name for source in config.with_inputs(["/a/a-2", "/b/a", "/c/a"])] == ["a-2", "a", "a-3"]
+
+
+def test_a_tokenizer_that_loses_text_is_taken_and_said_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_texts(tmp_path / "in", 5)
+    lossy = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(document(0).split("\n")), model_writer=lossy, vocab_size=30, minloglevel=2
+    )
+    (tmp_path / "lossy.model").write_bytes(lossy.getvalue())
+    arguments = ("--input", tmp_path / "in", "--out")
+    assert run("build", *arguments, tmp_path / "a", f"tokenizer={tmp_path / 'lossy.model'}", "val_fraction=0") == 0
+    assert "the tokenizer loses text" in capsys.readouterr().out
+    assert run("build", *arguments, tmp_path / "b", "vocab_size=300", "val_fraction=0") == 0
+    assert "loses text" not in capsys.readouterr().out

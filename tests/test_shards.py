@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from data_tools.shard_writer import Row, ShardWriter, narrow
 from megagpt.data_manifest import Manifest, read_manifest, write_manifest
 from megagpt.errors import UserError
-from megagpt.shards import Dataset, ShardHeader, TokenStream, open_dataset, token_dtype
+from megagpt.shard_format import ShardHeader, token_dtype
+from megagpt.shards import Dataset, TokenStream, open_dataset
 
 EOD = 2
 SHARD = "train/v0/shard-000000.arrow"

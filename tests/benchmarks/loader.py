@@ -31,7 +31,8 @@ from data_tools.shard_writer import write_index
 from megagpt.data_manifest import Manifest, ShardInfo, SplitInfo, TokenizerInfo, Variant, write_manifest
 from megagpt.mixture import Mixture
 from megagpt.samples import TrainData, source_of
-from megagpt.shards import INDEX, TOKENIZER_MODEL, open_dataset
+from megagpt.shard_format import INDEX, TOKENIZER_MODEL
+from megagpt.shards import open_dataset
 
 VOCAB_SIZE = 50_304
 SHARD_TOKENS, BATCH_TOKENS = 2**28, 2**24
