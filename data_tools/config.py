@@ -1,12 +1,13 @@
 """The options of the commands: a JSON file and key=value pairs become one frozen model."""
 
+import codecs
 import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from data_tools.decontamination import DecontaminationConfig
 from data_tools.dedup import DedupConfig
@@ -27,6 +28,21 @@ class ReadConfig(Strict):
     encoding: str = Field(default="utf-8", description="of text, JSON and CSV; auto: detect it")
     split_text_at: str = Field(default="", description="cut text files into documents after each of these")
     rules: RulesConfig = Field(default=RulesConfig(), description="cleaning and filters; see docs/data.md")
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_by_its_one_name(cls, name: str) -> str:
+        """UTF-8, utf8 and u8 become utf-8."""
+        if name == "auto":
+            return name
+        try:
+            known = codecs.lookup(name).name
+            b"a".decode(known)  # which codecs like hex and rot13 refuse
+        except UnicodeDecodeError:
+            return known  # as UTF-16, it is cut off
+        except (LookupError, ValueError) as error:
+            raise ValueError(f"{name!r} is no text encoding; give one that Python knows, such as latin-1") from error
+        return known
 
 
 class SourceConfig(ReadConfig):

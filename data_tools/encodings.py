@@ -2,16 +2,21 @@
 
 import codecs
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import IO
 
 import charset_normalizer
 
-from megagpt.errors import UserError
-
 BLOCK = 2**20  # bytes read at once
 DETECT = 2**20  # bytes that are enough to tell an encoding by
-BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+MAX_LINE = 2**27  # characters
+BOMS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, which it begins with
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 class NotTextError(ValueError):
@@ -25,21 +30,27 @@ class NotTextError(ValueError):
 def encoding_of(head: bytes, wanted: str) -> str:
     if not head:
         raise NotTextError("empty", "", "leave it out")
-    by_mark = next((name for mark, name in BOMS.items() if head.startswith(mark)), None)
+    by_mark = marked(head)
     if wanted == "auto":
         return by_mark or _detected(head)
     if wanted == "utf-8":
-        if by_mark == "utf-16":
-            raise NotTextError("not UTF-8", "its byte-order mark says UTF-16", "set encoding=utf-16 or encoding=auto")
+        if by_mark not in (None, "utf-8-sig"):
+            way_out = f"set encoding={by_mark} or encoding=auto"
+            raise NotTextError("not UTF-8", f"its byte-order mark says {by_mark.upper()}", way_out)
         if (at := head.find(b"\0")) >= 0:
             raise NotTextError("binary", f"a NUL byte at offset {at}", "give text, or a format by its file name")
         return by_mark or wanted
-    try:
-        return codecs.lookup(wanted).name
-    except LookupError as error:
-        raise UserError(
-            f"encoding={wanted!r} is unknown; give one that Python knows, such as latin-1, or auto"
-        ) from error
+    return wanted
+
+
+def marked(head: bytes) -> str | None:
+    """What a byte-order mark says."""
+    return next((name for mark, name in BOMS.items() if head.startswith(mark)), None)
+
+
+def has_plain_newlines(encoding: str) -> bool:
+    """Whether a byte 10 ends a line and nothing else does: it is so of all but UTF-16, UTF-32 and IBM's."""
+    return "a\n".encode(encoding)[-2:] == b"a\n"
 
 
 def _detected(head: bytes) -> str:
@@ -69,7 +80,29 @@ def decoded(blocks: Iterator[bytes], encoding: str) -> Iterator[str]:
         try:
             yield decoder.decode(block or b"", final=block is None)
         except UnicodeDecodeError as error:
-            at, name = done - held + error.start, encoding.upper().removesuffix("-SIG")
+            at = done - held + error.start
             detail = f"byte 0x{error.object[error.start]:02x} at offset {at}"
-            raise NotTextError(f"not {name}", detail, "set encoding=auto or the encoding's name") from error
+            raise NotTextError(not_in(encoding), detail, "set encoding=auto or the encoding's name") from error
         done += len(block or b"")
+
+
+def not_in(encoding: str) -> str:
+    return f"not {encoding.upper().removesuffix('-SIG')}"
+
+
+def lines(blocks: Iterator[str]) -> Generator[str, None, None]:
+    """Lines with their ends, each a newline."""
+    parts, size = [], 0  # of a line so far
+    for block in blocks:
+        first, *others = block.split("\n")
+        parts.append(first)
+        size += len(first)
+        if size > MAX_LINE:
+            raise NotTextError("not in lines", f"more than {MAX_LINE:,} characters in one", "repair it or leave it out")
+        if others:
+            yield "".join(parts) + "\n"
+            *whole, last = others
+            yield from (line + "\n" for line in whole)
+            parts, size = [last], len(last)
+    if last := "".join(parts):
+        yield last

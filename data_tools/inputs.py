@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.config import Format, SourceConfig
+from data_tools.encodings import has_plain_newlines, marked
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class InputFile:
     size: int  # bytes
     state: str  # changes when the file does
     named: bool  # by the user, rather than found in a folder
+    encoding: str  # that was asked for
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _find(path: str, source: SourceConfig) -> Iterator[InputFile]:
     find = _find_remote if "://" in path else _find_local
     for found, size, state, named in find(path, source.include):
         kind, compression = _kind(found, source.format)
-        yield InputFile(found, kind, compression, size, state, named)
+        yield InputFile(found, kind, compression, size, state, named, source.encoding)
 
 
 Found = tuple[str, int, str, bool]  # path, size, state, named by the user
@@ -264,14 +266,28 @@ def _kind(path: str, given: Format) -> tuple[Kind, str]:
 
 
 def _slices(file: InputFile, unit_bytes: int) -> Iterator[Slice]:
-    if file.kind == "jsonl" and not file.compression:
+    if not file.size:
+        yield Slice(file, 0, 0, 0)
+    elif file.kind == "jsonl" and not file.compression and _can_be_cut(file):
         for start in range(0, file.size, unit_bytes):
             end = min(start + unit_bytes, file.size)
             yield Slice(file, start, end, end - start)
     elif file.kind in ("parquet", "arrow"):
-        yield from (Slice(file, i, i + 1, size) for i, size in enumerate(ROW_GROUPS[file.kind](file)))
+        groups = ROW_GROUPS[file.kind](file)
+        yield from (Slice(file, i, i + 1, size) for i, size in enumerate(groups))
+        if not groups:
+            yield Slice(file, 0, 0, 0)
     else:
         yield Slice(file, 0, file.size, file.size * (EXPANSION if file.compression else 1))
+
+
+def _can_be_cut(file: InputFile) -> bool:
+    """At byte 10, because that ends a line."""
+    encoding: str | None = file.encoding
+    if encoding == "auto":
+        with open_bytes(file) as raw:
+            encoding = marked(raw.read(4))
+    return encoding is None or has_plain_newlines(encoding)
 
 
 def _parquet_groups(file: InputFile) -> list[int]:
@@ -284,7 +300,8 @@ def _arrow_batches(file: InputFile) -> list[int]:
     with open_arrow(file) as reader:
         if isinstance(reader, pa.ipc.RecordBatchStreamReader):
             return [file.size]
-        return [file.size // reader.num_record_batches] * reader.num_record_batches
+        n_batches = reader.num_record_batches
+        return [file.size // n_batches] * n_batches if n_batches else []
 
 
 ROW_GROUPS: dict[str, Callable[[InputFile], list[int]]] = {"parquet": _parquet_groups, "arrow": _arrow_batches}

@@ -1,6 +1,7 @@
 """Slices of files to documents, each format by its reader."""
 
 from collections.abc import Callable
+from functools import partial
 
 from data_tools.config import SourceConfig
 from data_tools.inputs import Slice
@@ -26,6 +27,9 @@ READERS: dict[str, Callable[[Slice, SourceConfig], Items]] = {
 
 def read_slice(part: Slice, source: SourceConfig, *, strict: bool) -> Items:
     """What is in a slice. Raises UserError for a file that cannot be read, and with `strict` for a record."""
+    if part.start == part.end:
+        yield Skipped("empty", partial(str, part.file.path))
+        return
     for item in READERS[part.file.kind](part, source):
         if isinstance(item, Skipped) and strict and item.reason != "empty":
             raise UserError(f"{item.where()}: {item.reason}; repair it, or set strict=false to skip such records")

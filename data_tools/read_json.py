@@ -10,7 +10,17 @@ from typing import IO, Any
 import orjson
 
 from data_tools.config import SourceConfig
-from data_tools.encodings import BLOCK, NotTextError, blocks, decoded, encoding_of
+from data_tools.encodings import (
+    BLOCK,
+    NotTextError,
+    blocks,
+    decoded,
+    encoding_of,
+    has_plain_newlines,
+    lines,
+    marked,
+    not_in,
+)
 from data_tools.inputs import Slice, open_bytes
 from data_tools.pieces import Items, Skipped, pieces_of
 from megagpt.errors import UserError
@@ -21,18 +31,58 @@ VALUE, ITEM = re.compile(r"[^ \t\r\n]"), re.compile(r"[^ \t\r\n,]")  # where the
 
 def read_jsonl(part: Slice, source: SourceConfig) -> Items:
     """The lines that begin within the slice; one that straddles its end is read whole, here."""
+    path = part.file.path
+    try:
+        encoding = _encoding_of(part, source.encoding)
+        if has_plain_newlines(encoding):
+            yield from _read_lines(part, source, encoding)
+        else:
+            yield from _read_decoded(part, source, encoding)
+    except NotTextError as problem:
+        if part.file.named or problem.kind != "binary":
+            raise UserError(f"{path} is {problem}; {problem.way_out}") from problem
+        yield Skipped(problem.kind, partial(str, path))
+
+
+def _encoding_of(part: Slice, wanted: str) -> str:
+    """The same for all slices of a file: it is its beginning that tells."""
+    with open_bytes(part.file) as raw:
+        head = raw.read(BLOCK if wanted == "auto" else 4)
+    if not head or (wanted == "utf-8" and marked(head) is None):
+        return "utf-8"
+    encoding = encoding_of(head, wanted)
+    if part.end - part.start < part.file.size and not has_plain_newlines(encoding):
+        raise NotTextError("not UTF-8", f"{encoding} seems to fit", f"set encoding={encoding}")
+    return encoding
+
+
+def _read_decoded(part: Slice, source: SourceConfig, encoding: str) -> Items:
+    """All of a file whose bytes do not show where its lines end. A position counts characters."""
+    with open_bytes(part.file) as raw:
+        at = 0
+        for number, line in enumerate(lines(decoded(blocks(raw), encoding)), 1):
+            if not line.isspace():
+                yield from _parse_line(line, source, at, partial("{}:{}".format, part.file.path, number))
+            at += len(line)
+
+
+def _read_lines(part: Slice, source: SourceConfig, encoding: str) -> Items:
     with open_bytes(part.file) as raw:
         at = part.start
         if at:
             raw.seek(at - 1)
             at += _skip_line(raw) - 1  # the rest of a line that began in the slice before, or just its newline
         while (at < part.end or part.file.compression) and (line := raw.readline(MAX_RECORD)):
-            size = len(line)
+            size, where = len(line), partial(_line_of, part, at)
             if size == MAX_RECORD and not line.endswith(b"\n"):
                 size += _skip_line(raw)
-                yield Skipped(f"a JSON line of more than {MAX_RECORD:,} bytes", partial(_line_of, part, at))
+                yield Skipped(f"a JSON line of more than {MAX_RECORD:,} bytes", where)
             elif not line.isspace():
-                yield from _parse_line(line, part, source, at)
+                try:
+                    text = line if encoding in ("utf-8", "utf-8-sig") else line.decode(encoding)
+                    yield from _parse_line(text, source, at, where)
+                except UnicodeDecodeError:
+                    yield Skipped(not_in(encoding), where)
             at += size
 
 
@@ -46,10 +96,12 @@ def _skip_line(raw: IO[bytes]) -> int:
     return skipped
 
 
-def _parse_line(line: bytes, part: Slice, source: SourceConfig, at: int) -> Items:
-    where = partial(_line_of, part, at)
+def _parse_line(line: bytes | str, source: SourceConfig, at: int, where: Callable[[], str]) -> Items:
+    """Raises UnicodeDecodeError for bytes that are not UTF-8."""
     try:
-        record = _loads(line if source.encoding in ("utf-8", "auto") else line.decode(source.encoding))
+        record = _loads(line)
+    except UnicodeDecodeError:
+        raise
     except (ValueError, RecursionError):
         yield Skipped("bad JSON", where)
     else:
@@ -60,7 +112,9 @@ def _loads(line: bytes | str) -> Any:
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
-        return json.loads(line)  # which knows more: lone surrogates, NaN, large integers
+        return json.loads(
+            line if isinstance(line, str) else line.decode("utf-8-sig")
+        )  # surrogates, NaN, large integers
 
 
 def _parse_record(record: Any, source: SourceConfig, position: int, where: Callable[[], str]) -> Items:
@@ -95,6 +149,9 @@ def read_json(part: Slice, source: SourceConfig) -> Items:
             for number, record in enumerate(_json_values(text, path)):
                 yield from _parse_record(record, source, number, partial("{} record {}".format, path, number))
         except NotTextError as problem:
+            if problem.kind == "empty" and not part.file.named:
+                yield Skipped("empty", partial(str, path))
+                return
             raise UserError(f"{path} is {problem}; {problem.way_out}") from problem
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from data_tools.config import SourceConfig
-from data_tools.encodings import BLOCK, NotTextError, blocks, decoded, encoding_of
+from data_tools.encodings import BLOCK, NotTextError, blocks, decoded, encoding_of, lines
 from data_tools.inputs import Slice, open_arrow, open_bytes, open_parquet, reading
 from data_tools.pieces import Items, Skipped, pieces_of
 from megagpt.errors import UserError
@@ -25,34 +25,27 @@ def read_csv(part: Slice, source: SourceConfig) -> Items:
         head = raw.read(BLOCK)
         try:
             text = decoded(itertools.chain([head], blocks(raw)), encoding_of(head, source.encoding))
-            lines = _lines(text)
-            rows = csv.DictReader(lines, delimiter="\t" if part.file.kind == "tsv" else ",")
-            _check_is_whole(lines, rows.fieldnames, path)
+            rest = lines(text)
+            rows = csv.DictReader(rest, delimiter="\t" if part.file.kind == "tsv" else ",")
+            _check_is_whole(rest, rows.fieldnames, path)
             _check_column(path, rows.fieldnames or [], source)
             for number, row in enumerate(rows):
-                _check_is_whole(lines, row, path)
+                _check_is_whole(rest, row, path)
                 where = partial("{} row {}".format, path, number)
                 yield from pieces_of(row[source.text_field], number, where, source.text_field)
         except NotTextError as problem:
+            if problem.kind == "empty" and not part.file.named:
+                yield Skipped("empty", partial(str, path))
+                return
             raise UserError(f"{path} is {problem}; {problem.way_out}") from problem
         except csv.Error as error:
             raise UserError(f"{path} is no CSV: {error}; repair it or leave it out") from error
 
 
-def _check_is_whole(lines: Generator[str, None, None], row: object, path: str) -> None:
+def _check_is_whole(rest: Generator[str, None, None], row: object, path: str) -> None:
     """A row is made of whole lines, so if they have ended before it did, that was within quotation marks."""
-    if row is not None and inspect.getgeneratorstate(lines) == inspect.GEN_CLOSED:
+    if row is not None and inspect.getgeneratorstate(rest) == inspect.GEN_CLOSED:
         raise UserError(f"{path} ends within a quoted field, so it was cut off; repair it or leave it out")
-
-
-def _lines(blocks: Iterator[str]) -> Generator[str, None, None]:
-    """Lines with their ends, which csv wants to see."""
-    buffer = ""
-    for block in blocks:
-        *lines, buffer = (buffer + block).split("\n")
-        yield from (line + "\n" for line in lines)
-    if buffer:
-        yield buffer
 
 
 def _check_column(path: str, columns: Any, source: SourceConfig) -> None:

@@ -22,7 +22,7 @@ import data_tools.pieces
 import data_tools.read_json
 import data_tools.read_text
 import data_tools.read_web
-from data_tools.config import SourceConfig
+from data_tools.config import BuildConfig, SourceConfig, load_config
 from data_tools.inputs import find_files, plan_units
 from data_tools.pieces import Items, Piece, Skipped, cut
 from data_tools.read import read_slice
@@ -325,6 +325,45 @@ def test_an_encoding_is_named_or_detected(encoding: str, options: dict[str, str]
     assert texts_of(read_all(tmp_path / "a.txt", **options)) == [FRENCH]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "latin1", "cp037", "gbk"])
+def test_json_and_tables_may_be_in_any_encoding(
+    name: str, encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"{i} {FRENCH}".encode(encoding, "ignore").decode(encoding) for i in range(9)]
+    records = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    content = {"a.json": f"[{','.join(records)}]", "a.csv": csv(texts).decode()}
+    data = content.get(name, "\n\n".join(records)).encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    monkeypatch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", 500)
+    assert texts_of(read_all(tmp_path / name, encoding=encoding)) == texts
+    assert texts_of(read_all(tmp_path / name, encoding=encoding.upper())) == texts
+    if encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        assert texts_of(read_all(tmp_path / name, encoding="auto")) == texts
+
+
+def test_the_encoding_of_json_lines_is_detected_by_the_beginning_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["Это просто русский текст про погоду. " * 20, *["Да"] * 9]
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "a.jsonl").write_bytes(lines.encode("cp1251"))
+    monkeypatch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", 50)
+    assert texts_of(read_all(tmp_path / "a.jsonl", encoding="auto")) == texts
+    (tmp_path / "a.jsonl").write_bytes(lines.encode("utf-16"))
+    assert texts_of(read_all(tmp_path / "a.jsonl", encoding="auto")) == texts
+    with pytest.raises(UserError, match=r"its byte-order mark says UTF-16\); set encoding=utf-16"):
+        list(read_all(tmp_path / "a.jsonl"))
+
+
+def test_a_line_in_another_encoding_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "good"}\n')
+    [bad, good] = read_all(tmp_path / "a.jsonl")
+    assert (bad.reason, bad.where()) == ("not UTF-8", f"{tmp_path}/a.jsonl:1")
+    assert good.text == "good"
+    assert texts_of(read_all(tmp_path / "a.jsonl", encoding="latin1")) == ["caf\xe9", "good"]
+
+
 def test_a_text_that_stops_being_text_later_on_is_dropped_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,10 +435,10 @@ def test_bad_files_are_named(name: str, content: bytes, message: str, tmp_path: 
         list(read_all(tmp_path / name))
 
 
-def test_an_unknown_encoding_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("hello")
-    with pytest.raises(UserError, match="encoding='utf-9' is unknown"):
-        list(read_all(tmp_path / "a.txt", encoding="utf-9"))
+@pytest.mark.parametrize("name", ["latin1x", "hex", "base64", "rot13", "zlib", "undefined", "", "a\0"])
+def test_what_is_no_text_encoding_is_named_before_anything_is_read(name: str) -> None:
+    with pytest.raises(UserError, match="is no text encoding; give one that Python knows, such as latin-1"):
+        load_config(BuildConfig, None, [f"encoding={json.dumps(name)}"])
 
 
 def test_the_bad_line_among_many_is_counted_and_its_number_is_right(
