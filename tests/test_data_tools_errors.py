@@ -177,10 +177,11 @@ def test_broken_lines_are_skipped_counted_and_the_first_is_named(tmp_path: Path,
     assert all_documents(tmp_path / "out") == ["hello", "world"]
     assert report["skipped"] == {
         "'text' is not a string": {"documents": 1, "first": f"{path}:4"},
-        "bad JSON": {"documents": 2, "first": f"{path}:2"},
+        "bad JSON": {"documents": 1, "first": f"{path}:2"},
         "empty": {"documents": 1, "first": f"{path}:6"},
         "lone surrogate, which is no Unicode text": {"documents": 1, "first": f"{path}:5"},
         "not a JSON object": {"documents": 1, "first": f"{path}:3"},
+        "not UTF-8": {"documents": 1, "first": f"{path}:7"},
     }
 
 
