@@ -8,7 +8,7 @@ import glob
 import io
 import lzma
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -80,9 +80,13 @@ class Unit:
         return sum(piece.size for piece in self.slices)
 
 
-def find_files(source: SourceConfig) -> list[InputFile]:
-    """The source's files in a fixed order: as given, folders and globs sorted. Raises UserError if there are none."""
-    files = [file for path in source.paths for file in _find(path, source)]
+def find_files(source: SourceConfig, leave_out: Path | None = None) -> list[InputFile]:
+    """The source's files in a fixed order: as given, folders and globs sorted. Raises UserError if there are none.
+
+    What is in `leave_out`, the output of the same build, is no input: not found in folders, and refused if given.
+    """
+    own = leave_out.resolve() if leave_out else None
+    files = [file for path in source.paths for file in _find(path, source, own)]
     if not files:
         pattern = f" (with include={','.join(source.include)})" if source.include else ""
         raise UserError(f"no files to read in {', '.join(source.paths)}{pattern}")
@@ -181,9 +185,10 @@ def _remote(url: str) -> tuple[Any, str]:
         raise UserError(f"{url}: {error}; give a path, or a URL such as s3://bucket/a.jsonl") from error
 
 
-def _find(path: str, source: SourceConfig) -> Iterator[InputFile]:
-    find = _find_remote if "://" in path else _find_local
-    for found, size, state, named in find(path, source.include):
+def _find(path: str, source: SourceConfig, own: Path | None) -> Iterator[InputFile]:
+    include = source.include
+    files = _find_remote(path, include) if "://" in path else _find_local(path, include, own)
+    for found, size, state, named in files:
         kind, compression = _kind(found, source.format)
         yield InputFile(found, kind, compression, size, state, named, source.encoding)
 
@@ -191,31 +196,57 @@ def _find(path: str, source: SourceConfig) -> Iterator[InputFile]:
 Found = tuple[str, int, str, bool]  # path, size, state, named by the user
 
 
-def _find_local(path: str, include: Sequence[str]) -> Iterator[Found]:
+def _find_local(path: str, include: Sequence[str], own: Path | None) -> Iterator[Found]:
+    if own is not None and Path(path).resolve().is_relative_to(own):
+        raise UserError(f"{path} is in the output folder, {own}; give another --out, or leave it out")
     if Path(path).is_dir():
-        yield from (_found(found, named=False) for found in _walk(Path(path), include))
+        yield from (_found(found, named=False) for found in _files_in(Path(path), include, own))
     elif Path(path).is_file():
         if Path(path).stat().st_size == 0:
             raise UserError(f"{path} is empty; leave it out")
         yield _found(Path(path).absolute(), named=True)
     elif glob.has_magic(path) and (matches := sorted(glob.glob(path, recursive=True))):
-        yield from (_found(Path(match).absolute(), named=False) for match in matches if Path(match).is_file())
+        yield from (_found(found, named=False) for found in _matched(matches, include, own))
     else:
         hint = "; key=value options go after --out or before --input" if "=" in Path(path).name else ""
         raise UserError(f"{path}: there is no such file or folder{hint}")
 
 
 def _found(path: Path, *, named: bool) -> Found:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{str(path)!r} is no name in UTF-8; rename it or leave it out") from error
     stat = path.stat()
     return str(path), stat.st_size, f"{stat.st_mtime_ns}", named
 
 
-def _walk(root: Path, include: Sequence[str]) -> Iterator[Path]:
+def _matched(matches: Sequence[str], include: Sequence[str], own: Path | None) -> Iterable[Path]:
+    """The files among the matches or, if there are only folders, what is in them."""
+    paths = [Path(match).absolute() for match in matches]
+    paths = [path for path in paths if own is None or not path.resolve().is_relative_to(own)]
+    files = [path for path in paths if path.is_file()]
+    return files or dict.fromkeys(file for path in paths for file in _files_in(path, include, own))
+
+
+def _files_in(root: Path, include: Sequence[str], own: Path | None) -> list[Path]:
+    paths = list(_walk(root, include, own))
+    files = [path for path in paths if not path.is_symlink()]
+    if paths and not files:
+        pattern = root / os.path.relpath(paths[0].parent, root.absolute()) / ("*" + paths[0].suffix)
+        raise UserError(
+            f"{root} holds only symbolic links, which are not followed in folders; give them by their names or by a "
+            f"pattern such as '{pattern}'"
+        )
+    return files
+
+
+def _walk(root: Path, include: Sequence[str], own: Path | None) -> Iterator[Path]:
     for folder, folders, names in os.walk(root.absolute(), onerror=_refuse):
-        folders[:] = sorted(name for name in folders if _is_wanted_folder(name))
+        folders[:] = sorted(name for name in folders if _is_wanted_folder(name) and Path(folder, name).resolve() != own)
         for name in sorted(names):
             path = Path(folder, name)
-            if _is_wanted(name, include) and path.is_file() and not path.is_symlink():
+            if _is_wanted(name, include) and path.is_file():
                 yield path
 
 
