@@ -39,6 +39,9 @@ types: .venv/installed
 
 bench: .venv/installed
 	python tests/benchmarks/char_cpu.py
+	python tests/benchmarks/loader.py
+	python tests/benchmarks/near_dedup.py
+	python tests/benchmarks/build.py
 
 # The editors' completion for run files; a test compares it with the code.
 schema: .venv/installed
