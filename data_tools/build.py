@@ -15,6 +15,7 @@ import pyarrow as pa
 import sentencepiece
 
 from data_tools.config import BuildConfig, SourceConfig
+from data_tools.duplicates import check_files
 from data_tools.extract import find_units
 from data_tools.publish import publish
 from data_tools.report import make_report
@@ -50,7 +51,8 @@ def build(inputs: Sequence[str | Path], out: Path, config: BuildConfig, schedule
     """
     given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     sources = config.with_inputs([str(path) for path in inputs])
-    units = find_units(sources)
+    units = find_units(sources, leave_out=out)
+    check_files(config.decontamination)
     with _claimed(out) as (folder, scratch):
         with start_workers(config.workers, scheduler, scratch, total_bytes=sum(unit.size for unit in units)) as run_all:
             stages = run_stages(units, sources, config, given, Tasks(scratch, run_all))

@@ -64,11 +64,21 @@ def join(prefix: Path, names: Sequence[str]) -> Result:
     return cluster([prefix.parents[1] / link_band.__name__ / name for name in names], file_of(prefix, CLUSTERS))
 
 
+def check_files(config: DecontaminationConfig) -> None:
+    """Raises UserError for a file that is not there, before hours are spent on the corpus."""
+    if config.files:
+        find_files(_source_of(config))
+
+
+def _source_of(config: DecontaminationConfig) -> SourceConfig:
+    return SourceConfig(name="decontamination", paths=config.files)
+
+
 def find_contaminated(texts: Sequence[Done], config: DecontaminationConfig, tasks: Tasks) -> list[Path | None]:
     """For each unit, the prefix of what names its contaminated rows."""
     if not config.files:
         return [None for _ in texts]
-    source = SourceConfig(name="decontamination", paths=config.files)
+    source = _source_of(config)
     states = [(file.path, file.size, file.state) for file in find_files(source)]
     ngrams = tasks.run_one(collect_ngrams, source, config, states, what="reading what must not be in the data")
     return [

@@ -19,11 +19,11 @@ from data_tools.texts import TextWriter, open_texts
 from megagpt.files import sha256_of
 
 
-def find_units(sources: Sequence[SourceConfig]) -> list[Unit]:
-    """What there is to read. Raises UserError for an input or a rule that cannot work."""
+def find_units(sources: Sequence[SourceConfig], leave_out: Path | None = None) -> list[Unit]:
+    """What there is to read outside of `leave_out`. Raises UserError for an input or a rule that cannot work."""
     for source in sources:
         check(source.rules)
-    return plan_units([(source.name, find_files(source)) for source in sources])
+    return plan_units([(source.name, find_files(source, leave_out)) for source in sources])
 
 
 def extract_all(units: Sequence[Unit], sources: Sequence[SourceConfig], strict: bool, tasks: Tasks) -> list[Done]:

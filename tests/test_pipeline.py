@@ -313,3 +313,13 @@ def test_a_tokenizer_that_loses_text_is_taken_and_said_to(tmp_path: Path, capsys
     assert "the tokenizer loses text" in capsys.readouterr().out
     assert run("build", *arguments, tmp_path / "b", "vocab_size=300", "val_fraction=0") == 0
     assert "loses text" not in capsys.readouterr().out
+
+
+def test_the_output_folder_within_the_input_is_no_input(tmp_path: Path, model: Path) -> None:
+    texts = write_texts(tmp_path / "in", 5)
+    out = tmp_path / "in" / "data"
+    (out / ".build").mkdir(parents=True)
+    (out / ".build" / "megagpt.lock").touch()
+    (out / "report.json").write_text('{"documents": 1}')  # of a build that died while it published
+    build([tmp_path / "in"], out, BuildConfig(tokenizer=model, val_fraction=0))
+    assert all_documents(out) == sorted(texts)
