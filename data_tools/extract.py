@@ -47,7 +47,7 @@ def place_units(
         own = []
         for part in unit.slices:
             files[unit.source] += part.start == 0
-            own.append(files[unit.source])
+            own.append(files[unit.source] - 1)
         places.append(
             UnitInput(
                 number=number,
