@@ -1,6 +1,5 @@
 """The first stage: a unit of input to cleaned documents, and those that a rule rejected."""
 
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -142,13 +141,12 @@ class _Extraction:
         return judged.text
 
     def result(self) -> dict[str, Any]:
-        kept = [document for document in self._texts.documents if document.kept]
         return {
             "read": self._read,
-            "kept": [len(kept), sum(document.bytes for document in kept)],
+            "kept": [self._texts.kept, self._texts.kept_bytes],
             "skipped": self._skipped,
             "rejected": self._rejects.documents,
             "cleaned": dict(self._cleaned),
             "lengths": dict(self._lengths),
-            "sha256": hashlib.sha256(b"".join(document.doc for document in kept)).hexdigest(),
+            "sha256": self._texts.sha256,
         }

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -23,6 +24,7 @@ import data_tools.pieces
 import data_tools.read_json
 import data_tools.read_text
 import data_tools.read_web
+import data_tools.texts
 from data_tools.build import build
 from data_tools.config import BuildConfig, SourceConfig, load_config
 from data_tools.inputs import find_files, plan_units
@@ -30,6 +32,7 @@ from data_tools.pieces import Items, Piece, Skipped, cut
 from data_tools.read import read_slice
 from data_tools.read_text import _documents_in
 from data_tools.read_web import is_deeper
+from data_tools.texts import open_texts, read_documents, read_texts
 from megagpt.errors import UserError
 
 TEXTS = [document(i, n_words=20) for i in range(20)]
@@ -303,6 +306,31 @@ def test_a_line_too_long_to_parse_is_skipped_and_the_next_is_read(
     assert [item.text for item in items if isinstance(item, Piece)] == ["one", "two"]
     [item] = skipped(iter(items))
     assert (item.reason, item.where()) == ("a JSON line of more than 1,000 bytes", f"{tmp_path}/a.jsonl:2")
+
+
+@given(sizes=st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=20), rows=st.integers(1, 8))
+def test_documents_are_written_in_batches_as_if_in_one(
+    sizes: list[tuple[int, bool]], rows: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    prefix = tmp_path_factory.mktemp("texts") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_tools.texts, "BATCH_ROWS", rows)
+        with open_texts(prefix) as writer:
+            for number, (n_pieces, kept) in enumerate(sizes):
+                writer.begin()
+                for piece in range(n_pieces):
+                    writer.add(f"{number}.{piece}")
+                writer.end(7, number, kept=kept)
+    assert list(read_texts(prefix)) == [
+        (number, f"{number}.{piece}") for number, (n_pieces, _) in enumerate(sizes) for piece in range(n_pieces)
+    ]
+    documents = read_documents(prefix)
+    assert [(document.position, document.slice, document.kept) for document in documents] == [
+        (number, 7, kept) for number, (_, kept) in enumerate(sizes)
+    ]
+    kept_ones = [document for document in documents if document.kept]
+    assert (writer.kept, writer.kept_bytes) == (len(kept_ones), sum(document.bytes for document in kept_ones))
+    assert writer.sha256 == hashlib.sha256(b"".join(document.doc for document in kept_ones)).hexdigest()
 
 
 # --- encodings ------------------------------------------------------------------------------------------------
