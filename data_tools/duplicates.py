@@ -11,7 +11,8 @@ import numpy as np
 from data_tools.config import SourceConfig
 from data_tools.decontamination import DecontaminationConfig, contaminated, read_ngrams, write_ngrams
 from data_tools.dedup import DedupConfig, cluster, link, write_bands
-from data_tools.inputs import find_files, plan_units
+from data_tools.finding import find_files
+from data_tools.inputs import plan_units
 from data_tools.pieces import Piece
 from data_tools.read import read_slice
 from data_tools.selection import CLUSTERS, CONTAMINATED, marked_rows

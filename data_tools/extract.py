@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.config import SourceConfig
-from data_tools.inputs import Unit, find_files, plan_units
+from data_tools.finding import find_files
+from data_tools.inputs import Unit, plan_units
 from data_tools.pieces import Piece, Skipped
 from data_tools.read import read_slice
 from data_tools.rejects import REJECTS, RejectWriter, open_rejects

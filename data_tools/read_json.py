@@ -21,7 +21,8 @@ from data_tools.encodings import (
     marked,
     not_in,
 )
-from data_tools.inputs import Slice, open_bytes
+from data_tools.inputs import Slice
+from data_tools.opening import open_bytes
 from data_tools.pieces import Items, Skipped, pieces_of
 from megagpt.errors import UserError
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from data_tools.config import SourceConfig
 from data_tools.encodings import BLOCK, NotTextError, blocks, decoded, encoding_of, lines
-from data_tools.inputs import Slice, open_arrow, open_bytes, open_parquet, reading
+from data_tools.inputs import Slice
+from data_tools.opening import open_arrow, open_bytes, open_parquet, reading
 from data_tools.pieces import Items, Skipped, pieces_of
 from megagpt.errors import UserError
 

@@ -6,7 +6,8 @@ from functools import partial
 
 from data_tools.config import SourceConfig
 from data_tools.encodings import BLOCK, NotTextError, blocks, decoded, encoding_of
-from data_tools.inputs import Slice, open_bytes
+from data_tools.inputs import Slice
+from data_tools.opening import open_bytes
 from data_tools.pieces import PIECE, Items, Piece, Skipped, cut, cut_at
 from megagpt.errors import UserError
 

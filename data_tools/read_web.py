@@ -9,7 +9,8 @@ from typing import IO, TYPE_CHECKING
 
 from data_tools.config import SourceConfig
 from data_tools.encodings import BLOCK
-from data_tools.inputs import Slice, open_bytes
+from data_tools.inputs import Slice
+from data_tools.opening import open_bytes
 from data_tools.pieces import Items, Skipped, pieces_of
 from megagpt.errors import UserError
 

@@ -27,7 +27,8 @@ import data_tools.read_web
 import data_tools.texts
 from data_tools.build import build
 from data_tools.config import BuildConfig, SourceConfig, load_config
-from data_tools.inputs import find_files, plan_units
+from data_tools.finding import find_files
+from data_tools.inputs import plan_units
 from data_tools.pieces import Items, Piece, Skipped, cut
 from data_tools.read import read_slice
 from data_tools.read_text import _documents_in
