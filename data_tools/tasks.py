@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from errno import EDQUOT, EFBIG, ENOSPC
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,14 @@ def file_of(prefix: Path, suffix: str) -> Path:
 
 def made_by() -> list[str]:
     """The versions of all that what a task makes may depend on."""
-    installed = {distribution.name.lower(): distribution.version for distribution in distributions()}
-    libraries = [f"{name} {installed.get(name)}" for name in LIBRARIES]
-    return [f"data_tools {VERSION}", f"Unicode {unicodedata.unidata_version}", *libraries]
+    return [f"data_tools {VERSION}", f"Unicode {unicodedata.unidata_version}", *map(_version_of, LIBRARIES)]
+
+
+def _version_of(library: str) -> str:
+    try:
+        return f"{library} {version(library)}"
+    except PackageNotFoundError:
+        return f"no {library}"
 
 
 class Tasks:
