@@ -5,6 +5,7 @@ trained for as many tokens of each, whether that helps a model. The end-of-docum
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 IDLE = {"tokenizer": "--tokenizer", "tokenizer_type": "--types", "subword": None}  # of a build's options -> for it here
 MEASURED_BYTES = 32_000_000  # of each source: of a larger one, so many bytes of documents drawn by a keyed hash
 VAL_BYTES = 1_000_000  # of the validation split: the same text for every tokenizer
+OF_LAUNCHERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"}  # it is one process
 PRETRAIN = "import sys; from megagpt.__main__ import pretrain; sys.exit(pretrain(sys.argv[1:]))"
 DEBUG_RUN: dict[str, Any] = {  # takes seconds on a CPU
     "train_batch_size": 8,
@@ -207,7 +209,8 @@ def _bits_per_byte(
     file = run / "run.json"
     file.write_text(json.dumps(DEBUG_RUN | {"megagpt": megagpt}))
     command = [sys.executable, "-c", PRETRAIN, "--deepspeed_config", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    alone = {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS}
+    done = subprocess.run(command, env=alone, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("error: ")
         raise UserError(f"the small model could not be trained with {name}: {why}; --steps 0 leaves this out")
