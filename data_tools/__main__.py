@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -92,9 +92,15 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+    _add_builders(command)
+    _add_readers(command)
+    return parser
+
+
+def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
     build_command = command(
         "build",
-        "Text files, folders, .jsonl(.gz, .zst) and .parquet to a dataset folder.",
+        "Text, JSON, CSV, Parquet, Arrow and web pages to a dataset folder; docs/data.md tells all.",
         "--input books/ wiki.jsonl.zst --out data/corpus vocab_size=32000 val_fraction=0.005\n\n"
         + _options(BuildConfig),
     )
@@ -135,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         with_input.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files, folders, globs, URLs")
         with_input.add_argument("--strict", action="store_true", help="the same as strict=true")
         with_input.add_argument("--config", type=Path, metavar="FILE", help="options as a JSON object")
+
+
+def _add_readers(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
     verify_command = command("verify", "Check every byte of a dataset and say what is damaged.", "data/corpus")
     inspect_command = command(
         "inspect",
@@ -149,7 +158,6 @@ def _parser() -> argparse.ArgumentParser:
     inspect_command.add_argument("--json", action="store_true", help="the manifest, for a program to read")
     for with_folder in (verify_command, inspect_command):
         with_folder.add_argument("folder", type=Path)
-    return parser
 
 
 def _count(text: str) -> int:

@@ -4,10 +4,21 @@ Not by Arrow's own `pa.array` and `to_numpy`: they import pandas wherever it is 
 takes as long as reading 40 MB of JSON lines.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+
+from megagpt.files import written
+
+
+@contextmanager
+def new_arrow_file(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
+    """An Arrow file, which has its name once the block ends well."""
+    with written(path) as temporary, pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as sink:
+        yield sink
 
 
 def column(values: np.ndarray) -> pa.Array:

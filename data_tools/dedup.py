@@ -23,10 +23,9 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from data_tools.columns import column, view
+from data_tools.columns import column, new_arrow_file, view
 from data_tools.fingerprints import DIGEST_BYTES, MinHash, TextDigest
 from megagpt.config import Strict
-from megagpt.files import written
 
 EXACT = 0  # the band of the texts' digests; the bands of the signatures follow
 ROW_BITS = 32
@@ -225,6 +224,6 @@ def duplicates_in(unit: int, clusters: Path) -> Duplicates:
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterable[Sequence[np.ndarray]]) -> None:
-    with written(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with new_arrow_file(path, schema) as writer:
         for columns in batches:
             writer.write_batch(pa.record_batch([column(values) for values in columns], schema=schema))

@@ -1,6 +1,5 @@
 """Deduplication and decontamination as tasks of a build, on the files of earlier tasks."""
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import attrgetter, itemgetter
@@ -16,9 +15,9 @@ from data_tools.inputs import plan_units
 from data_tools.pieces import Piece
 from data_tools.read import read_slice
 from data_tools.selection import CLUSTERS, CONTAMINATED, marked_rows
-from data_tools.tasks import Done, Result, Tasks, file_of
+from data_tools.tasks import Done, Result, Tasks, file_of, read_list, write_list
 from data_tools.texts import read_documents, read_texts
-from megagpt.files import write_atomically, written
+from megagpt.files import written
 
 BANDS, LINKS, NGRAMS = ".bands.arrow", ".links.arrow", ".npy"
 LINK_DOCUMENTS = 2**22  # about so many in one range of keys: 100 MB in memory
@@ -33,7 +32,7 @@ def find_clusters(
     rule = config.model_copy(update={"duplicates": "remove"})  # what becomes of copies is not decided here
     jobs = [(done.prefix, marked, rule, seed) for done, marked in zip(texts, contamination, strict=True)]
     bands = tasks.run(sign, jobs, "comparing")
-    listed = tasks.run_one(list_files, [file_of(done.prefix, BANDS).name for done in bands], what="listing")
+    listed = tasks.run_one(write_list, [file_of(done.prefix, BANDS).name for done in bands], what="listing")
     documents = sum(done.result["kept"][0] for done in texts)
     n_parts = -(-documents // LINK_DOCUMENTS) or 1
     ranges = [(listed.prefix, band, part, n_parts) for band in range(rule.n_bands) for part in range(n_parts)]
@@ -49,15 +48,8 @@ def sign(prefix: Path, texts: Path, contamination: Path | None, config: DedupCon
     return {}
 
 
-def list_files(prefix: Path, names: Sequence[str]) -> Result:
-    """A long list of files by one short name."""
-    write_atomically(file_of(prefix, ".list"), json.dumps(names).encode())
-    return {}
-
-
 def link_band(prefix: Path, listed: Path, band: int, part: int, n_parts: int) -> Result:
-    names = json.loads(file_of(listed, ".list").read_bytes())
-    files = [prefix.parents[1] / sign.__name__ / name for name in names]
+    files = [prefix.parents[1] / sign.__name__ / name for name in read_list(listed)]
     return {"links": link(files, band, part, n_parts, file_of(prefix, LINKS))}
 
 

@@ -4,7 +4,6 @@ Keys are uniform, so shards come out alike in size, and the documents of a split
 through its range in passes, so that it maps no more than about PASS_TOKENS at a time, whatever the size of the dataset.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,12 +15,12 @@ import pyarrow.parquet as pq
 
 from data_tools.columns import hashes, numbers, strings, view
 from data_tools.shard_writer import Row, ShardWriter
-from data_tools.tasks import file_of
+from data_tools.tasks import file_of, read_list
 from megagpt.data_manifest import SPLITS, Split
-from megagpt.files import make_durable, sha256_of, temporary_name, write_atomically
+from megagpt.files import make_durable, sha256_of, temporary_name
 from megagpt.shard_format import HASH_BYTES, ShardHeader
 
-PARTS, SHARD, PROVENANCE = ".list", ".arrow", ".parquet"
+SHARD, PROVENANCE = ".arrow", ".parquet"
 PASS_TOKENS = 2**26
 ROW_GROUP = 2**16  # of the provenance
 WHERE = {
@@ -47,18 +46,13 @@ class Columns(NamedTuple):
     position: np.ndarray
 
 
-def list_parts(prefix: Path, parts: Sequence[tuple[str, Sequence[str]]]) -> dict[str, Any]:
-    """(a part's path below the scratch folder, the files its slices are of), for all shards' tasks to read."""
-    write_atomically(file_of(prefix, PARTS), json.dumps(parts).encode())
-    return {}
-
-
 def write_shard(prefix: Path, header: ShardHeader, n_shards: int, n_passes: int, listed: Path) -> dict[str, Any]:
     """Shard `header.shard` of the n_shards of its split: what the manifest and the index say about it.
 
-    Beside it, row for row, where each of its documents came from.
+    `listed` is the list of (a part's path below the scratch folder, the files its slices are of). Beside the shard,
+    row for row, goes where each of its documents came from.
     """
-    parts = json.loads(file_of(listed, PARTS).read_bytes())
+    parts = read_list(listed)
     names = [files for _, files in parts]
     writer = ShardWriter(file_of(prefix, SHARD), header)
     provenance = _Provenance(file_of(prefix, PROVENANCE))

@@ -15,8 +15,8 @@ from data_tools.duplicates import find_clusters, find_contaminated
 from data_tools.extract import extract_all, place_units, why_nothing_is_left
 from data_tools.inputs import Unit
 from data_tools.selection import SplitConfig, UnitInput
-from data_tools.shuffle import PASS_TOKENS, list_parts, write_shard
-from data_tools.tasks import Done, Tasks, file_of
+from data_tools.shuffle import PASS_TOKENS, write_shard
+from data_tools.tasks import Done, Tasks, file_of, write_list
 from data_tools.tokenization import Drawing, tokenize
 from data_tools.tokenizer_training import MODEL, train_on
 from megagpt.data_manifest import SPLITS, Split
@@ -148,7 +148,7 @@ def _write_shards(
     build_id = _sha256_json([config.pipeline(sources), input_sha256(stages), tokenizer.sha256])[:32]
     for split in SPLITS:
         for variant, tokenized in enumerate(stages.variants):
-            listed = tasks.run_one(list_parts, _parts(stages.units, tokenized, tasks.folder), what="listing")
+            listed = tasks.run_one(write_list, _parts(stages.units, tokenized, tasks.folder), what="listing")
             n_tokens = stages.count(split, variant)[2]
             n_shards = math.ceil(n_tokens / config.shard_tokens)
             n_passes = math.ceil(n_tokens / max(n_shards, 1) / PASS_TOKENS)

@@ -18,13 +18,14 @@ from pydantic_core import to_jsonable_python
 
 from data_tools.workers import RunAll
 from megagpt.errors import UserError
-from megagpt.files import write_atomically
+from megagpt.files import written
 
 VERSION = 1  # raise it when a task makes something else of the same arguments
 LIBRARIES = (
     *("charset-normalizer", "fastwarc", "fasttext-numpy2-wheel", "ftfy", "numpy", "orjson", "pyarrow", "rensa"),
     *("resiliparse", "sentencepiece", "xxhash"),
 )
+LIST = ".list"
 FULL = {ENOSPC, EDQUOT, EFBIG}
 
 Result = dict[str, Any]  # small, of JSON's types
@@ -92,6 +93,18 @@ class Tasks:
         return str(arg.relative_to(self.folder)) if is_ours else arg
 
 
+def write_list(prefix: Path, items: Sequence[Any]) -> Result:
+    """A task: a long list under one short name, for many others to read."""
+    with written(file_of(prefix, LIST)) as temporary:
+        temporary.write_bytes(json.dumps(items).encode())
+    return {}
+
+
+def read_list(prefix: Path) -> list[Any]:
+    items: list[Any] = json.loads(file_of(prefix, LIST).read_bytes())
+    return items
+
+
 def _is_done(prefix: Path) -> bool:
     return file_of(prefix, ".json").is_file()
 
@@ -99,7 +112,8 @@ def _is_done(prefix: Path) -> bool:
 def _run_one(task: Task, prefix: Path, args: tuple[Any, ...]) -> None:
     try:
         result = task(prefix, *args)
-        write_atomically(file_of(prefix, ".json"), json.dumps(result).encode())
+        with written(file_of(prefix, ".json")) as temporary:
+            temporary.write_bytes(json.dumps(result).encode())
     except OSError as error:
         if error.errno not in FULL:
             raise

@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from data_tools.columns import hashes, numbers, strings
+from data_tools.columns import hashes, new_arrow_file, numbers, strings
 from data_tools.tasks import file_of
-from megagpt.files import make_durable
 from megagpt.shard_format import HASH_BYTES
 
 BATCH_BYTES, BATCH_ROWS = 2**24, 2**16  # of a record batch: no more of either is in memory
@@ -115,7 +114,7 @@ class TextWriter:
 @contextmanager
 def open_texts(prefix: Path) -> Iterator[TextWriter]:
     texts, documents = file_of(prefix, ".texts.arrow"), file_of(prefix, ".documents.arrow")
-    with _written(texts, PIECES) as texts_sink, _written(documents, DOCUMENTS) as documents_sink:
+    with new_arrow_file(texts, PIECES) as texts_sink, new_arrow_file(documents, DOCUMENTS) as documents_sink:
         writer = TextWriter(texts_sink, documents_sink)
         yield writer
         writer.flush()
@@ -139,11 +138,3 @@ def read_documents(prefix: Path) -> list[Document]:
             for batch in batches
             for row in zip(*(column.to_pylist() for column in batch.columns), strict=True)
         ]
-
-
-@contextmanager
-def _written(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchFileWriter]:
-    temporary = path.with_name(path.name + ".tmp")
-    with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_file(file, schema) as sink:
-        yield sink
-    make_durable(temporary, path)

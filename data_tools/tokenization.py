@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data_tools.columns import numbers
+from data_tools.columns import new_arrow_file, numbers
 from data_tools.pieces import PIECE
 from data_tools.rejects import REJECTS, RejectWriter, open_rejects
 from data_tools.selection import Selection, SplitConfig, UnitInput, keyed_hash, select
@@ -25,7 +25,6 @@ from data_tools.tasks import file_of
 from data_tools.texts import read_texts
 from megagpt.config import Strict
 from megagpt.data_manifest import SPLITS, Split
-from megagpt.files import written
 from megagpt.shard_format import document_schema, token_dtype
 from megagpt.tokenizer import Tokenizer
 
@@ -184,11 +183,7 @@ class _Parts:
         for name, type_ in EXTRA.items():
             schema = schema.append(pa.field(name, type_))
         path = file_of(self._prefix, f".{len(self.names):04d}.arrow")
-        with (
-            written(path) as temporary,
-            pa.OSFile(str(temporary), "wb") as sink,
-            pa.ipc.new_file(sink, schema) as writer,
-        ):
+        with new_arrow_file(path, schema) as writer:
             for split in SPLITS:
                 rows = sorted(self._rows[split], key=lambda row: row.key)
                 extra: list[list[int]] = [

@@ -103,7 +103,8 @@ def train(prefix: Path, samples: Sequence[Path], options: dict[str, Any], seed: 
     tokenizer = Tokenizer.from_bytes(model_bytes)
     if tokenizer.decode(tokenizer.encode(" ")) != " ":  # as bytes, a space would come back as U+2581
         raise UserError(f"vocab_size={config.vocab_size} leaves no piece for the space; set a larger one")
-    write_atomically(file_of(prefix, MODEL), model_bytes)
+    with written(file_of(prefix, MODEL)) as temporary:
+        temporary.write_bytes(model_bytes)
     return {"sample_sha256": hashlib.sha256("\n".join(sample).encode()).hexdigest(), "sha256": tokenizer.sha256}
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """After a crash there is either nothing new under this name or all of it."""
-    with written(path) as temporary:
-        temporary.write_bytes(data)
+    """After a crash there is either nothing new under this name or all of it. For files that one process writes."""
+    temporary = path.with_name(path.name + ".tmp")  # which the next one overwrites
+    temporary.write_bytes(data)
+    make_durable(temporary, path)
 
 
 @contextmanager

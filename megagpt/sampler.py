@@ -76,10 +76,6 @@ def shares_of(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(shares)
 
 
-def first_segment(weights: Sequence[float], seq_len: int) -> Segment:
-    return Segment(0, seq_len, shares_of(weights), (Place(),) * len(weights))
-
-
 @dataclass(frozen=True)
 class Sampler:
     """Draws the samples of one segment from datasets whose variant v has n_tokens[k][v] tokens."""

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -5,9 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt.permutation import permute
-from megagpt.sampler import PERIOD, Place, Sampler, Segment, Stretches, first_segment
+from megagpt.sampler import PERIOD, Place, Sampler, Segment, Stretches, shares_of
 
 keys = st.integers(0, 2**63)
+
+
+def first_segment(weights: Sequence[float], seq_len: int) -> Segment:
+    return Segment(0, seq_len, shares_of(weights), (Place(),) * len(weights))
 
 
 @given(st.integers(1, 3000), keys)
