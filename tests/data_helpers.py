@@ -52,12 +52,13 @@ def write_dataset(
     vocab_size: int = VOCAB_SIZE,
     build_id: str = "a" * 32,
     resampled: Sequence[Sequence[np.ndarray]] = (),
+    tokenizer: Tokenizer | None = None,
 ) -> Manifest:
     """A dataset of these documents (ids, the end-of-document id 2 last), in small batches and several shards.
 
     Each of `resampled` is a further tokenization of them, as a variant.
     """
-    tokenizer = small_tokenizer()
+    tokenizer = tokenizer or small_tokenizer()
     folder.mkdir(parents=True)
     (folder / TOKENIZER_MODEL).write_bytes(tokenizer.model_bytes)
     variants, rows = [], []

@@ -1,6 +1,12 @@
 import pytest
 
-from megagpt.accounting import flops_per_token, n_params, peak_flops, recompute_flops_per_token
+from megagpt.accounting import (
+    causal_flops_per_token,
+    flops_per_token,
+    n_params,
+    peak_flops,
+    recompute_flops_per_token,
+)
 from megagpt.config import ModelConfig
 from megagpt.model import GPT
 
@@ -26,6 +32,11 @@ def test_parameters_equal_the_models():
 def test_flops_of_gpt2_124m():
     """0.855 GFLOP per token with the vocabulary padded to 50,304: 6 x 123.65M + 12 x 12 x 768 x 1024."""
     assert flops_per_token(ModelConfig(), 50304) == pytest.approx(0.8552e9, rel=1e-3)
+
+
+def test_causal_flops_of_gpt2_124m():
+    """0.799 GFLOP: a query looks at half of the positions on average, so attention's 0.113 GFLOP are halved."""
+    assert causal_flops_per_token(ModelConfig(), 50304) == pytest.approx(0.7986e9, rel=1e-3)
 
 
 def test_recomputing_every_block_adds_a_third_of_the_blocks_flops():

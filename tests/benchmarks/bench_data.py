@@ -1,0 +1,47 @@
+"""Tokens for benchmarks: no text, but a vocabulary as large as wanted and a distribution that a model can learn."""
+
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from sentencepiece import sentencepiece_model_pb2
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data_helpers import small_tokenizer, write_dataset
+
+from megagpt.tokenizer import Tokenizer
+
+
+@cache
+def wide_tokenizer(vocab_size: int) -> Tokenizer:
+    """The small tokenizer with pieces added that no text contains."""
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(small_tokenizer().model_bytes)
+    for i in range(len(model.pieces), vocab_size):
+        model.pieces.add(piece=f"<{i}>", score=-20.0)
+    model.trainer_spec.vocab_size = len(model.pieces)
+    return Tokenizer.from_bytes(model.SerializeToString())
+
+
+def write_zipf(folder: Path, n_tokens: int, vocab_size: int, *, seed: int = 0) -> None:
+    """folder/train and folder/val: ids drawn with probability 1 / rank, in documents of up to 2^16 tokens."""
+    tokenizer = wide_tokenizer(vocab_size)
+    for split, n in (("train", n_tokens), ("val", 4096)):
+        rng = np.random.default_rng([seed, len(split)])
+        weights = 1.0 / np.arange(1, tokenizer.vocab_size - 2)
+        edges = np.cumsum(weights / weights.sum())
+        ids = (3 + np.searchsorted(edges[:-1], rng.random(n))).astype(np.uint16)
+        documents = np.array_split(ids, max(1, n >> 16))
+        for document in documents:
+            document[-1] = tokenizer.eod_id
+        write_dataset(
+            folder / split,
+            documents,
+            split=split,
+            n_shards=1,
+            batch_tokens=2**20,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer=tokenizer,
+        )

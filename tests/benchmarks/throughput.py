@@ -1,0 +1,218 @@
+"""Training speed against other trainers on the same machine: same tokens, same initial weights, same torch.
+
+    python tests/benchmarks/throughput.py --device cpu --model 124M --seq 256 --micro-batch 4 --tokens-per-step 8192
+    python tests/benchmarks/throughput.py --device cuda --model 124M --seq 1024 --micro-batch 64
+
+Each contestant is a process of its own; they take turns, A B C A B C, and wait between them, so that what else happens
+on the machine strikes all alike. Ratios are taken within a round. A contestant is a name, for `ours` with overrides of
+the run file behind it ("ours zero_optimization.stage=2"):
+
+    ours                  trainer.train on ds_configs/gpt2_124m.json with the sizes given here
+    plain, ddp            our model and loss in a plain PyTorch loop (in DistributedDataParallel): DeepSpeed's cost
+    gpt2-fp32             a plain GPT-2 in fp32 with the foreach AdamW, as nanoGPT runs on a CPU
+    gpt2, gpt2-compile    the same model with bf16 autocast and fused AdamW, as nanoGPT runs on a GPU
+    hf, hf-compile        Hugging Face GPT2LMHeadModel in a bare loop with autocast
+    hf-trainer[-compile]  the same in its Trainer
+
+The fraction of the matmul rate is model FLOPs (full formula) over what F.linear reaches in the same round.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_data import write_zipf
+from contestants import PEERS
+from throughput_table import SIZES, commit, hardware, summary, table
+from turns import Spec, run_of
+
+from megagpt.session import check
+
+HERE = Path(__file__).parent
+DEFAULT_PEERS = {
+    "cpu": ["ours", "plain", "gpt2-fp32", "hf"],
+    "cuda": ["ours", "plain", "gpt2-compile", "hf", "hf-compile", "hf-trainer", "hf-trainer-compile"],
+}
+
+
+class Contestant:
+    """A process, or one for each rank, that takes a turn when asked to."""
+
+    def __init__(self, spec: Spec, ranks: int) -> None:
+        self.log = Path(spec.folder) / f"{spec.name}.log"
+        self.answers, self.processes = [], []
+        port = str(_free_port())
+        for rank in range(ranks):
+            read, write = os.pipe()
+            command = [sys.executable, str(HERE / "contestants.py"), json.dumps(asdict(replace(spec, answers=write)))]
+            env = dict(os.environ)
+            if ranks > 1:
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                env |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            with self.log.open("ab") as log:
+                self.processes.append(
+                    subprocess.Popen(
+                        command, stdin=subprocess.PIPE, stdout=log, stderr=log, pass_fds=(write,), env=env, text=True
+                    )
+                )
+            os.close(write)
+            self.answers.append(os.fdopen(read))
+
+    def take(self, steps: int) -> dict[str, Any]:
+        """Rank 0's answer, when all ranks have answered. Raises RuntimeError if one has died."""
+        for process in self.processes:
+            assert process.stdin is not None
+            print(steps, file=process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        lines = [answer.readline() for answer in self.answers]
+        if not all(lines):
+            said = self.log.read_text(errors="replace").strip().splitlines()
+            raise RuntimeError(said[-1] if said else "died without a word")
+        return json.loads(lines[0])
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]] | str]:
+    """name -> the answers of its turns, or why it has none; "matmul" is among them."""
+    specs = {name: spec_of(name, args, folder) for name in [*args.peers, "matmul"]}
+    total = args.warmup + args.steps * (1 if args.fresh else args.rounds)
+    write_zipf(folder, max(2**17, min(2**23, (total + 1) * args.tokens_per_step)), args.vocab_size)
+    write_rows(folder / "rows.npy", specs["matmul"], total)
+    results: dict[str, list[dict[str, Any]] | str] = {name: [] for name in specs}
+    with ExitStack() as stack:
+        kept: dict[str, Contestant] = {}
+        for number in range(args.rounds):
+            for name, spec in specs.items():
+                turns = results[name]
+                if isinstance(turns, str):
+                    continue
+                try:
+                    if name not in kept:
+                        kept[name] = Contestant(spec, 1 if name == "matmul" else args.ranks)
+                        stack.callback(kept[name].end)
+                        start = kept[name].answer()["seconds"]
+                        if args.warmup:
+                            kept[name].take(args.warmup)
+                    turns.append({**kept[name].take(args.steps), "start_seconds": start})
+                except RuntimeError as error:
+                    results[name] = f"failed: {error}"
+                    continue
+                say(f"round {number + 1}/{args.rounds} {name}: {turns[-1]['seconds']:.1f} s")
+                if args.fresh:
+                    kept.pop(name).end()
+    return results
+
+
+def spec_of(name: str, args: argparse.Namespace, folder: Path) -> Spec:
+    peer, *overrides = name.split()
+    n_layer, n_head, n_embd = SIZES[args.model]
+    return Spec(
+        peer=peer,
+        overrides=overrides,
+        folder=str(folder),
+        name=name.replace(" ", "-").replace("/", "-"),
+        model={"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "seq_len": args.seq},
+        vocab_size=args.vocab_size,
+        micro_batch=args.micro_batch,
+        global_batch=args.tokens_per_step // args.seq,
+        turn=args.steps,
+        dtype=args.dtype,
+        device=args.device,
+    )
+
+
+def write_rows(path: Path, spec: Spec, steps: int) -> None:
+    """(steps, global batch, T + 1) of the samples that our sampler draws, for the peers."""
+    fill = check(run_of(spec), fresh=False).train_data.fill
+    rows = np.empty((spec.global_batch, spec.model["seq_len"] + 1), dtype=np.int64)
+    out = np.empty((steps, *rows.shape), dtype=np.uint16)
+    for step in range(steps):
+        fill(step * spec.global_batch, rows)
+        out[step] = rows
+    np.save(path, out)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", choices=SIZES, default="124M")
+    parser.add_argument("--vocab-size", type=int, default=50_257)
+    parser.add_argument("--seq", type=int, default=1024, help="tokens per sequence")
+    parser.add_argument("--micro-batch", type=int, default=64, help="sequences per forward pass")
+    parser.add_argument("--tokens-per-step", type=int, default=524_288, help="over all micro-batches and ranks")
+    parser.add_argument("--steps", type=int, default=5, help="in a turn")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=3, help="steps, not timed")
+    parser.add_argument("--peers", nargs="+", help="the first is the reference; default: all that the device can run")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is fast")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of each contestant; GPUs")
+    parser.add_argument("--fresh", action="store_true", help="a new process for each turn: models too large to wait")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--folder", type=Path, help="for the temporary files; default: the system's")
+    args = parser.parse_args(arguments)
+    args.peers = args.peers or [*DEFAULT_PEERS[args.device], *(["ddp"] if args.ranks > 1 else [])]
+    if unknown := [name for name in args.peers if name.split()[0] not in PEERS]:
+        parser.error(f"no contestant {unknown[0]!r}; there are {', '.join(PEERS)}")
+    per_pass = args.micro_batch * args.seq * args.ranks
+    if args.tokens_per_step % per_pass:
+        parser.error(f"--tokens-per-step {args.tokens_per_step} is no multiple of {per_pass} tokens in a pass")
+    if args.dtype == "auto":
+        fast = args.device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        args.dtype = "bf16" if fast else "fp32"
+    return args
+
+
+def main() -> None:
+    args = parse()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        results = measure(args, Path(folder))
+    setting = {key: value for key, value in vars(args).items() if key not in ("json", "folder")}
+    report = {
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "setting": setting,
+        "threads": torch.get_num_threads(),
+        "hardware": hardware(args.device),
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        **summary(setting, results),
+    }
+    print(table(report))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
