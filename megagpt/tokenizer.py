@@ -8,12 +8,13 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
 
 from megagpt.errors import UserError
+from megagpt.segments import SegmentEncoder
 
 META_SPACE = "\u2581"  # how SentencePiece spells a space inside its pieces
 KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}  # TrainerSpec.ModelType
@@ -24,7 +25,8 @@ class Tokenizer:
     """A SentencePiece model together with the exact bytes it came from."""
 
     def __init__(self, model_bytes: bytes, *, name: str = "tokenizer model"):
-        self._processor, self.kind, self.normalizer, has_dummy_prefix = _load(model_bytes, name)
+        self._processor, spec = _load(model_bytes, name)
+        self.kind, self.normalizer, self._keeps_text = spec.kind, spec.normalizer, spec.keeps_text
         self.model_bytes = model_bytes
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
         self.vocab_size: int = self._processor.get_piece_size()
@@ -34,7 +36,7 @@ class Tokenizer:
                 f"{name} has no end-of-sentence piece </s>, which we store at the end of each document; "
                 "train it again without eos_id=-1"
             )
-        self._meta_space_ids = None if has_dummy_prefix else self._byte_ids(META_SPACE)
+        self._meta_space_ids = None if spec.has_dummy_prefix else self._byte_ids(META_SPACE)
 
     @classmethod
     def from_bytes(cls, model_bytes: bytes) -> "Tokenizer":
@@ -62,14 +64,19 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        # A literal U+2581 would decode as a space, so it goes in as the three bytes of its UTF-8 form.
-        if self._meta_space_ids is None:
-            return self._encode_plain(texts)
-        encoded = self._encode_plain(["" if META_SPACE in text else text for text in texts])
-        for i, text in enumerate(texts):
-            if META_SPACE in text:
-                encoded[i] = self._encode_around_meta_space(text)
-        return encoded
+        if self._segments is None:
+            return [np.array(ids, np.int32) for ids in self._encode_lists(texts)]
+        try:
+            return self._segments.encode_batch([text.encode() for text in texts])
+        except UnicodeEncodeError as error:
+            raise _no_unicode(error) from error
+
+    @cached_property
+    def _segments(self) -> SegmentEncoder | None:
+        """None if what a part of a text becomes may depend on the rest."""
+        if not (self._keeps_text and self.is_exact_in_parts and self.kind in ("unigram", "bpe", "char")):
+            return None
+        return SegmentEncoder((piece.replace(META_SPACE, " ").encode() for piece in self.pieces()), self._encode_lists)
 
     @property
     def is_exact_in_parts(self) -> bool:
@@ -100,7 +107,7 @@ class Tokenizer:
         """The text byte by byte."""
         ids = self._byte_ids(text)
         assert ids is not None, "the model has no byte fallback"
-        return ids.tolist()
+        return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text; control ids (end of document, beginning of sentence, padding) leave no trace."""
@@ -122,22 +129,32 @@ class Tokenizer:
             return 0
         return len(self._processor.id_to_piece(token).replace(META_SPACE, " ").encode())
 
-    def _encode_plain(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode_lists(self, texts: Sequence[str]) -> list[list[int]]:
+        # A literal U+2581 would decode as a space, so it goes in as the three bytes of its UTF-8 form.
+        if self._meta_space_ids is None:
+            return self._encode_plain(texts)
+        encoded = self._encode_plain(["" if META_SPACE in text else text for text in texts])
+        for i, text in enumerate(texts):
+            if META_SPACE in text:
+                encoded[i] = self._encode_around_meta_space(text, self._meta_space_ids)
+        return encoded
+
+    def _encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         try:
-            return self._processor.encode(list(texts), return_type="numpy", num_threads=1)
+            return self._processor.encode(list(texts), out_type=int, num_threads=1)
         except (RuntimeError, TypeError):  # how the bindings put it depends on the length of the list
             for text in texts:
                 _check_is_unicode(text)
             raise
 
-    def _encode_around_meta_space(self, text: str) -> np.ndarray:
+    def _encode_around_meta_space(self, text: str, meta_space_ids: list[int]) -> list[int]:
         first, *rest = self._encode_plain(text.split(META_SPACE))
-        return np.concatenate([first, *(ids for part in rest for ids in (self._meta_space_ids, part))])
+        return [*first, *(i for part in rest for i in (*meta_space_ids, *part))]
 
-    def _byte_ids(self, text: str) -> np.ndarray | None:
+    def _byte_ids(self, text: str) -> list[int] | None:
         """The byte-fallback ids that spell `text`, or None if the model has no byte fallback."""
-        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
-        return np.array(ids, dtype=np.int32) if all(map(self._processor.is_byte, ids)) else None
+        ids: list[int] = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+        return ids if all(map(self._processor.is_byte, ids)) else None
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -145,8 +162,17 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // 128) * 128
 
 
-def _load(model_bytes: bytes, name: str) -> tuple[sentencepiece.SentencePieceProcessor, str, str, bool]:
-    """(processor, kind, normalizer, has a dummy prefix); bytes that are no model are one clear message."""
+class _Spec(NamedTuple):
+    """What a model's protobuf says and SentencePiece has no call to tell."""
+
+    kind: str
+    normalizer: str
+    has_dummy_prefix: bool
+    keeps_text: bool  # changes nothing before it looks for pieces, but for spaces, which it spells META_SPACE
+
+
+def _load(model_bytes: bytes, name: str) -> tuple[sentencepiece.SentencePieceProcessor, _Spec]:
+    """Bytes that are no model are one clear message."""
     try:
         return _parse(model_bytes)
     except (RuntimeError, LookupError, UnicodeDecodeError, TypeError) as error:  # how bytes that make no model show
@@ -157,30 +183,37 @@ def _load(model_bytes: bytes, name: str) -> tuple[sentencepiece.SentencePiecePro
 
 
 @lru_cache(maxsize=8)  # a processor takes 50 ms to make and never changes, so all tokenizers of a model share it
-def _parse(model_bytes: bytes) -> tuple[sentencepiece.SentencePieceProcessor, str, str, bool]:
+def _parse(model_bytes: bytes) -> tuple[sentencepiece.SentencePieceProcessor, _Spec]:
     sentencepiece.set_min_log_level(LOG_ERRORS_ONLY)
     processor = sentencepiece.SentencePieceProcessor()
     if not (model_bytes and processor.load_from_serialized_proto(model_bytes) and processor.get_piece_size()):
         raise LookupError("no pieces")
-    return processor, *_describe(model_bytes)
+    return processor, _describe(model_bytes)
 
 
 def _check_is_unicode(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"the text holds a lone surrogate at character {error.start}, which is no Unicode text; remove it"
-        ) from error
+        raise _no_unicode(error) from error
 
 
-def _describe(model_bytes: bytes) -> tuple[str, str, bool]:
-    """(kind, normalizer, has a dummy prefix), from the protobuf: SentencePiece has no call that tells."""
+def _no_unicode(error: UnicodeEncodeError) -> UserError:
+    return UserError(f"the text holds a lone surrogate at character {error.start}, which is no Unicode text; remove it")
+
+
+def _describe(model_bytes: bytes) -> _Spec:
     model = dict(_protobuf_fields(model_bytes))
     trainer_spec = dict(_protobuf_fields(model.get(2, b"")))
     normalizer_spec = dict(_protobuf_fields(model.get(3, b"")))
-    normalizer = normalizer_spec.get(1, b"").decode()
-    return KINDS[trainer_spec.get(3, 1)], normalizer, bool(normalizer_spec.get(3, 1))
+    rules, has_dummy_prefix = normalizer_spec.get(2, b""), bool(normalizer_spec.get(3, 1))
+    trims_spaces, spells_spaces = normalizer_spec.get(4, 1), normalizer_spec.get(5, 1)
+    return _Spec(
+        kind=KINDS[trainer_spec.get(3, 1)],
+        normalizer=normalizer_spec.get(1, b"").decode(),
+        has_dummy_prefix=has_dummy_prefix,
+        keeps_text=not (rules or has_dummy_prefix or trims_spaces) and bool(spells_spaces),
+    )
 
 
 def _protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:

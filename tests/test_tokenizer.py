@@ -46,6 +46,42 @@ def test_a_batch_encodes_as_its_texts_do_one_by_one(texts: list[str]) -> None:
     assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist() for text in texts]
 
 
+def sentencepiece_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes).encode(text)
+    return ids
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char"])
+@settings(max_examples=200, deadline=None)
+@given(text=trapped_text.map(lambda text: text.replace("\u2581", "")))
+def test_segments_have_the_ids_that_sentencepiece_gives_the_whole_text(kind: str, text: str) -> None:
+    tokenizer = small_tokenizer(kind)
+    assert tokenizer.encode(text).tolist() == sentencepiece_ids(tokenizer, text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=trapped_text.map(lambda text: text.replace("\u2581", "")))
+def test_segments_are_as_likely_as_what_sentencepiece_makes_of_the_whole_text(text: str) -> None:
+    """Where two ways are equally likely, it lets the rounding of a float32 sum over all before them decide."""
+    tokenizer = small_tokenizer()
+    scores = np.zeros(tokenizer.vocab_size)
+    for i, score in tokenizer.pieces().values():
+        scores[i] = score
+    ours, theirs = tokenizer.encode(text), sentencepiece_ids(tokenizer, text)
+    single_bytes = (scores == 0).nonzero()[0]
+    assert np.isin(ours, single_bytes).sum() == np.isin(theirs, single_bytes).sum()
+    assert scores[ours].sum() == pytest.approx(scores[theirs].sum(), abs=1e-4)
+
+
+def test_a_text_has_its_ids_whatever_was_encoded_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megagpt.segments.REMEMBERED_SEGMENTS", 20)
+    model = small_tokenizer().model_bytes
+    texts = [document(i) for i in range(20)]
+    one_by_one = [Tokenizer(model).encode(text).tolist() for text in texts]
+    tokenizer = Tokenizer(model)
+    assert [tokenizer.encode(text).tolist() for text in texts] == one_by_one
+
+
 def test_ids_worked_out_by_hand() -> None:
     tokenizer = small_tokenizer()
     assert tokenizer.encode("\n\t\0").tolist() == [3, 4, FIRST_BYTE_ID + 0]
