@@ -5,7 +5,8 @@ through its range in passes, so that it maps no more than about PASS_TOKENS at a
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,23 +54,32 @@ def write_shard(prefix: Path, header: ShardHeader, n_shards: int, n_passes: int,
     row for row, goes where each of its documents came from.
     """
     parts = read_list(listed)
-    names = [files for _, files in parts]
     writer = ShardWriter(file_of(prefix, SHARD), header)
     provenance = _Provenance(file_of(prefix, PROVENANCE))
     for step in range(header.shard * n_passes, (header.shard + 1) * n_passes):
-        low = 2**64 * step // (n_shards * n_passes)
-        high = 2**64 * (step + 1) // (n_shards * n_passes) - 1
-        with ExitStack() as opened:
-            maps = [opened.enter_context(pa.memory_map(str(prefix.parents[1] / part))) for part, _ in parts]
-            stretches = [_rows_between(low, high, file, header.split) for file in maps]
-            for columns, files, i in _in_order(stretches, names):
-                doc, part, source = columns.docs[i].tobytes(), int(columns.part[i]), int(columns.source[i])
-                tokens = columns.tokens[columns.offsets[i] : columns.offsets[i + 1]]
-                writer.add(Row(tokens, doc, source, part, bool(columns.is_last[i])))
-                provenance.add(doc, part, source, files[columns.slice[i]], int(columns.position[i]))
-            writer.flush()  # what it holds are views of these maps
+        keys = range(2**64 * step // (n_shards * n_passes), 2**64 * (step + 1) // (n_shards * n_passes))
+        opened = partial(_opened, prefix.parents[1], [part for part, _ in parts], keys, header.split)
+        with opened() as stretches:
+            order = _in_order(stretches)
+        for run in order:
+            with opened() as stretches:  # anew, to give back the memory of what the last run has read
+                for stretch, i in run.tolist():
+                    columns, files = stretches[stretch], parts[stretch][1]
+                    doc, part, source = columns.docs[i].tobytes(), int(columns.part[i]), int(columns.source[i])
+                    tokens = columns.tokens[columns.offsets[i] : columns.offsets[i + 1]]
+                    writer.add(Row(tokens, doc, source, part, bool(columns.is_last[i])))
+                    provenance.add(doc, part, source, files[columns.slice[i]], int(columns.position[i]))
+                writer.flush()  # what it holds are views of these maps
     info, index = writer.close()
     return {"info": info.model_dump(), "index": index, "provenance_sha256": provenance.close()}
+
+
+@contextmanager
+def _opened(folder: Path, parts: Sequence[str], keys: range, split: Split) -> Iterator[list[Columns]]:
+    """Each part's rows whose keys are in the range; nothing is read before it is looked at."""
+    with ExitStack() as opened:
+        maps = [opened.enter_context(pa.memory_map(str(folder / part))) for part in parts]
+        yield [_rows_between(keys[0], keys[-1], file, split) for file in maps]
 
 
 def _rows_between(low: int, high: int, file: pa.MemoryMappedFile, split: Split) -> Columns:
@@ -92,16 +102,17 @@ def _rows_between(low: int, high: int, file: pa.MemoryMappedFile, split: Split) 
     )
 
 
-def _in_order(
-    stretches: Sequence[Columns], files: Sequence[Sequence[str]]
-) -> Iterator[tuple[Columns, Sequence[str], int]]:
-    """(stretch, its files, row) of every row: by key, then as the input has them."""
-    lengths = [len(columns.key) for columns in stretches]
-    keys = np.concatenate([columns.key for columns in stretches])
-    stretch = np.repeat(np.arange(len(stretches)), lengths)
-    row = np.concatenate([np.arange(length) for length in lengths])
-    for i in np.lexsort((row, stretch, keys)):
-        yield stretches[stretch[i]], files[stretch[i]], int(row[i])
+def _in_order(stretches: Sequence[Columns]) -> list[np.ndarray]:
+    """(stretch, row) of every row by key, then as the input has them: (rows, 2) arrays of about PASS_TOKENS each.
+
+    All parts of a document have one key, so a range of keys may hold a text of any length.
+    """
+    row = np.concatenate([np.arange(len(columns.key)) for columns in stretches])
+    stretch = np.repeat(np.arange(len(stretches)), [len(columns.key) for columns in stretches])
+    order = np.lexsort((row, stretch, np.concatenate([columns.key for columns in stretches])))
+    tokens = np.concatenate([np.diff(columns.offsets) for columns in stretches])[order]
+    run = np.cumsum(tokens) // PASS_TOKENS
+    return np.split(np.stack([stretch[order], row[order]], axis=1), np.flatnonzero(np.diff(run)) + 1)
 
 
 class _Provenance:
