@@ -1,17 +1,17 @@
 """Validation loss on fixed blocks, weighted exactly by token over all ranks. Takes an engine or a model.
 
-Shapes: B micro_batch, T seq_len, V vocabulary.
+Shapes: B micro_batch, T seq_len.
 """
 
 import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.data import ValBlocks, prefetched
 from megagpt.distributed import rank, sum_over_ranks, world_size
+from megagpt.loss import token_nats
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ def evaluate(model: nn.Module, blocks: ValBlocks, token_bytes: Tensor, *, micro_
     shape = (micro_batch, blocks.seq_len + 1)
     batches = prefetched(blocks.fill, firsts, shape, device, document_end=blocks.document_end)
     for first, (inputs, targets, documents) in zip(firsts, batches, strict=True):
-        logits = model(inputs, documents=documents).flatten(0, 1).float()  # (B*T, V)
-        nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)  # (B, T)
+        nats = model(inputs, documents=documents, score=token_nats(targets))  # (B, T)
         kept = (first + torch.arange(micro_batch, device=device) < end).unsqueeze(1).expand_as(targets)  # (B, T)
         totals[0] += (nats.double() * kept).sum()
         totals[1] += kept.sum()

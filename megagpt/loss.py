@@ -1,12 +1,51 @@
-"""Next-token cross-entropy, in fp32.
+"""Next-token cross-entropy in fp32: from logits, or from the last hidden states without ever holding all logits.
 
-Shapes: B batch, T positions, V vocabulary.
+A `Score` is what the model calls, in place of returning logits, with those hidden states and the output matrix.
+
+Shapes: B batch, T positions, C width, V vocabulary, N tokens in a chunk.
 """
 
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt.rows import IGNORE
+
+Score = Callable[[Tensor, Tensor], Tensor]  # hidden states (B, T, C), output matrix (V, C) -> what is made of them
+
+CHUNK_BYTES = 2**28  # of fp32 logits: 1,334 tokens of 50,304; large enough for a matrix product at full speed
+
+
+def next_token_score(targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Score:
+    """`next_token_loss` of targets (B, T); in chunks where the logits would not fit into one. Only for training."""
+
+    def score(x: Tensor, weight: Tensor) -> Tensor:
+        if chunks(targets.numel(), weight.size(0)) == 1:
+            return next_token_loss(F.linear(x, weight), targets, label_smoothing=label_smoothing, z_loss=z_loss)
+        return ChunkedLoss.apply(x.flatten(0, 1), weight, targets.flatten(), label_smoothing, z_loss)
+
+    return score
+
+
+def token_nats(targets: Tensor) -> Score:
+    """Each token's loss (B, T), for evaluation: without gradient, smoothing and z-loss."""
+
+    def score(x: Tensor, weight: Tensor) -> Tensor:
+        n = chunks(targets.numel(), weight.size(0))
+        rows = zip(x.flatten(0, 1).chunk(n), targets.flatten().chunk(n), strict=True)
+        nats = [F.cross_entropy(F.linear(some, weight).float(), wanted, reduction="none") for some, wanted in rows]
+        return torch.cat(nats).view_as(targets)
+
+    return score
+
+
+def chunks(n_tokens: int, vocab_size: int) -> int:
+    """Into how many parts the tokens are cut: the one place that decides it, by memory."""
+    return math.ceil(4 * n_tokens * vocab_size / CHUNK_BYTES)
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
@@ -20,6 +59,75 @@ def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float =
     if z_loss > 0.0:
         loss = loss + z_loss * (flat.logsumexp(-1).square() * kept).sum()
     return loss / kept.sum().clamp(min=1)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """next_token_loss(F.linear(x, weight), targets), where a chunk's logits become its gradient and are forgotten.
+
+    The gradient is known as soon as the logits are, so forward computes both and nothing is computed twice; backward
+    only scales. torch 2.13's F.linear_cross_entropy does the same, but has no z-loss. The output matrix is not needed
+    in backward, where ZeRO-3 would have to gather it again for every chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+        """x (B*T, C), weight (V, C), targets (B*T)."""
+        n = chunks(len(targets), len(weight))
+        x_grad = torch.empty_like(x)
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32)  # many chunks add up to it
+        total = torch.zeros((), device=x.device)
+        for some, wanted, some_grad in zip(x.chunk(n), targets.chunk(n), x_grad.chunk(n), strict=True):
+            loss, grad, scale = chunk_gradient(F.linear(some, weight), wanted, label_smoothing, z_loss)
+            total += loss
+            grad = grad.to(x.dtype)
+            some_grad.copy_((grad @ weight) * scale)
+            _add_product(weight_grad, grad.t(), (some * scale).to(grad.dtype))
+        kept = (targets != IGNORE).sum().clamp(min=1)
+        ctx.save_for_backward(x_grad, weight_grad, kept)
+        ctx.weight_dtype = weight.dtype
+        return total / kept
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        """A 16-bit gradient is divided by the number of tokens only here: before loss scaling it would underflow."""
+        x_grad, weight_grad, kept = ctx.saved_tensors
+        scale = outer[0] / kept
+        return (x_grad * scale).to(x_grad.dtype), (weight_grad * scale).to(ctx.weight_dtype), None, None, None
+
+
+def chunk_gradient(
+    logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (N, V), targets (N,) -> summed loss, and factors (N, V) and (N, 1) of its gradient by the logits.
+
+    With p = softmax(logits), y one-hot and Z the partition function, that gradient is (1 + 2 z_loss log Z) p minus
+    (1 - label_smoothing) y minus label_smoothing / V. The first factor is this for one row, the second 0 where ignored.
+    """
+    kept = (targets != IGNORE).unsqueeze(1)  # (N, 1)
+    wanted = targets.clamp(min=0).unsqueeze(1)
+    chosen = logits.gather(1, wanted).float()
+    log_p = F.log_softmax(logits, -1, dtype=torch.float32)  # (N, V)
+    nats = -log_p.gather(1, wanted)  # (N, 1)
+    loss = (1.0 - label_smoothing) * nats
+    if label_smoothing > 0.0:
+        loss = loss - label_smoothing * log_p.mean(-1, keepdim=True)
+    log_z = chosen + nats
+    loss = loss + z_loss * log_z.square()
+    grad = log_p.exp_()
+    if z_loss > 0.0:
+        grad *= 1.0 + 2.0 * z_loss * log_z
+    grad.scatter_add_(1, wanted, torch.full_like(nats, label_smoothing - 1.0))
+    if label_smoothing > 0.0:
+        grad -= label_smoothing / logits.size(1)
+    return (loss * kept).sum(), grad, kept
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the precision of total."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def kept_share(targets: Tensor) -> Tensor:

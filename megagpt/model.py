@@ -1,8 +1,9 @@
 """GPT-2 (Radford et al. 2019), all of it: embeddings, attention, MLP, pre-LayerNorm blocks, tied output head.
 
 Shapes: B batch, T positions, C width (n_embd), H heads, D head width (C = H * D), V vocabulary.
-Nothing here knows about ranks or DeepSpeed. Two things are handed in: `GPT.recompute`, which runs one block
-(and may drop its activations until backward), and a key-value cache for generation.
+Nothing here knows about ranks or DeepSpeed. Three things are handed in: `GPT.recompute`, which runs one block
+(and may drop its activations until backward), a key-value cache for generation, and a score to take of the last hidden
+states instead of logits.
 """
 
 import math
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from megagpt.attention import ATTENTION
 from megagpt.config import ModelConfig
+from megagpt.loss import Score
 
 
 class Linear(nn.Linear):
@@ -35,6 +37,13 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         draw_normal(self.weight, 0.02)
+
+
+class OutputHead(Linear):
+    """Logits, or a score taken here, while ZeRO-3 has the weight gathered."""
+
+    def forward(self, x: Tensor, score: Score | None = None) -> Tensor:
+        return F.linear(x, self.weight) if score is None else score(x, self.weight)
 
 
 @torch.no_grad()
@@ -118,7 +127,7 @@ def keep_activations(i: int, block: Block, x: Tensor, mask: Tensor | None = None
 
 
 class GPT(nn.Module):
-    """Decoder-only language model: tokens (B, T) -> logits (B, T, V), V the padded vocabulary."""
+    """Decoder-only language model: tokens (B, T) -> logits (B, T, V), V the padded vocabulary; or a score of them."""
 
     def __init__(self, cfg: ModelConfig, vocab_size: int, *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -127,12 +136,17 @@ class GPT(nn.Module):
         self.wpe = Embedding(cfg.seq_len, cfg.n_embd)
         self.h = nn.ModuleList(Block(cfg, dropout) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd)
-        self.lm_head = Linear(cfg.n_embd, vocab_size, bias=False)
+        self.lm_head = OutputHead(cfg.n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight  # tied (Press and Wolf 2017)
         self.recompute: Recompute = keep_activations
 
     def forward(
-        self, tokens: Tensor, caches: list[KeyValueCache] | None = None, *, documents: Tensor | None = None
+        self,
+        tokens: Tensor,
+        caches: list[KeyValueCache] | None = None,
+        *,
+        documents: Tensor | None = None,
+        score: Score | None = None,
     ) -> Tensor:
         """With caches (one per layer), tokens continue the positions already in them.
 
@@ -150,7 +164,7 @@ class GPT(nn.Module):
         recompute = self.recompute if self.training else keep_activations
         for i, block in enumerate(self.blocks()):
             x = block(x, cache=caches[i]) if caches else recompute(i, block, x, mask)  # (B, T, C)
-        return self.lm_head(self.ln_f(x))  # (B, T, V)
+        return self.lm_head(self.ln_f(x), score)  # (B, T, V)
 
     def blocks(self) -> Iterator[Block]:
         for block in self.h:

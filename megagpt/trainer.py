@@ -8,7 +8,7 @@ from torch import Tensor
 from megagpt.data import Batch
 from megagpt.distributed import StopVote
 from megagpt.engine import set_lr
-from megagpt.loss import kept_share, next_token_loss
+from megagpt.loss import kept_share, next_token_score
 from megagpt.optim import lr_factor
 from megagpt.preemption import Preemption
 from megagpt.run_config import RunConfig
@@ -64,12 +64,10 @@ def train_step(session: Session, batches: Iterator[Batch]) -> tuple[Tensor, Tens
     for _ in range(session.plan.batch.accumulation):
         with session.watch.section("data"):
             batch = next(batches)
-        loss = next_token_loss(
-            engine(batch.inputs, documents=batch.documents),
-            batch.targets,
-            label_smoothing=regularization.label_smoothing,
-            z_loss=regularization.z_loss,
+        score = next_token_score(
+            batch.targets, label_smoothing=regularization.label_smoothing, z_loss=regularization.z_loss
         )
+        loss = engine(batch.inputs, documents=batch.documents, score=score)
         shares.append(kept_share(batch.targets))
         loss = loss * shares[-1]
         engine.backward(loss)  # DeepSpeed divides by gradient_accumulation_steps

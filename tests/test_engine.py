@@ -8,7 +8,7 @@ from support import debug_run
 
 from megagpt.engine import build_engine, effective_config, recompute_hook
 from megagpt.errors import UserError
-from megagpt.loss import next_token_loss
+from megagpt.loss import next_token_loss, next_token_score
 from megagpt.run_config import batch_plan
 
 VOCAB = 384
@@ -140,6 +140,24 @@ def test_initial_weights_survive_zero(engine_of, stage):
                 assert p.std().item() == pytest.approx(0.02 / math.sqrt(2 * 4), rel=0.03), name
             elif p.ndim == 2 and name != "wpe.weight":
                 assert p.std().item() == pytest.approx(0.02, rel=0.03), name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_loss_in_chunks_trains_alike_at_every_stage(engine_of, monkeypatch, stage):
+    """The head's weight is the embedding too, and at stage 3 sharded: gathered once for all chunks, not in backward."""
+
+    def losses(chunk_bytes):
+        monkeypatch.setattr("megagpt.loss.CHUNK_BYTES", chunk_bytes)
+        engine, batch, found = engine_of(f"zero_optimization.stage={stage}"), tokens(4, 65), []
+        for _ in range(6):
+            engine.backward(loss := engine(batch[:, :-1], score=next_token_score(batch[:, 1:])))
+            engine.step()
+            found.append(loss.item())
+        return found
+
+    whole = losses(2**28)
+    assert whole[-1] < whole[0] - 0.1
+    assert losses(4 * VOCAB * 50) == pytest.approx(whole, rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megagpt.loss import kept_share, next_token_loss
+from megagpt.loss import CHUNK_BYTES, chunks, kept_share, next_token_loss, next_token_score, token_nats
 from megagpt.rows import IGNORE
 
 
@@ -37,9 +39,10 @@ def test_a_bf16_models_loss_is_not_rounded_to_bf16():
     assert loss.item() != loss.bfloat16().item()
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"z_loss": 0.3}, {"label_smoothing": 0.1}, {"z_loss": 0.3, "label_smoothing": 0.1}]
-)
+OPTIONS = [{}, {"z_loss": 0.3}, {"label_smoothing": 0.1}, {"z_loss": 0.3, "label_smoothing": 0.1}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_ignored_targets_are_as_if_they_were_not_there(options):
     torch.manual_seed(0)
     logits, targets = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
@@ -77,3 +80,87 @@ def test_without_ignored_targets_the_loss_is_torchs_mean_to_the_last_bit():
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     assert kept_share(targets).item() == 1.0
     assert torch.equal(next_token_loss(logits, targets) * kept_share(targets), expected)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of at most 8 tokens of 50."""
+    monkeypatch.setattr("megagpt.loss.CHUNK_BYTES", 4 * 50 * 8)
+
+
+def hidden_states(dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 9, 16).to(dtype), torch.randn(50, 16).to(dtype)
+    targets = torch.randint(0, 50, (4, 9))
+    targets[0, 1:5] = targets[2, 8] = targets[3] = IGNORE  # of the last chunk nothing is kept
+    return x.requires_grad_(), weight.requires_grad_(), targets
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_in_chunks_loss_and_gradients_are_the_plain_ones(small_chunks, options):
+    x, weight, targets = hidden_states()
+    plain = next_token_loss(F.linear(x, weight), targets, **options)
+    chunked = next_token_score(targets, **options)(x, weight)
+    torch.testing.assert_close(chunked, plain, rtol=1e-6, atol=0)
+    outer = torch.tensor(3.0)  # as of loss scaling
+    expected = torch.autograd.grad(plain, (x, weight), outer)
+    for found, wanted in zip(torch.autograd.grad(chunked, (x, weight), outer), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_in_chunks_16_bit_gradients_are_about_as_exact_as_the_plain_ones(small_chunks):
+    """Against fp32 gradients of the same 16-bit numbers: bf16 keeps 8 bits, and each entry sums over many terms."""
+    x, weight, targets = hidden_states(torch.bfloat16)
+    exact = torch.autograd.grad(next_token_loss(F.linear(x.float(), weight.float()), targets), (x, weight))
+    plain = torch.autograd.grad(next_token_loss(F.linear(x, weight), targets), (x, weight))
+    score = next_token_score(targets)(x, weight)
+    for found, usual, wanted in zip(torch.autograd.grad(score, (x, weight)), plain, exact, strict=True):
+        assert found.dtype == torch.bfloat16
+        size = wanted.float().norm()
+        assert (found.float() - wanted.float()).norm() / size < 0.01
+        # rounded once more, when it is divided by the number of tokens: independent errors add up to a factor of 1.41
+        assert (found.float() - wanted.float()).norm() < 1.5 * (usual.float() - wanted.float()).norm()
+
+
+def test_in_chunks_of_nothing_but_ignored_targets_there_is_no_gradient(small_chunks):
+    x, weight, targets = hidden_states()
+    loss = next_token_score(torch.full_like(targets, IGNORE), z_loss=0.1, label_smoothing=0.1)(x, weight)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not x.grad.any()
+    assert not weight.grad.any()
+
+
+def test_in_chunks_no_tensor_is_as_large_as_all_logits(small_chunks):
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            tensors = [t for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, torch.Tensor)]
+            self.numel = max([self.numel, *(t.numel() for t in tensors)])
+            return out
+
+    x, weight, targets = hidden_states()
+    with Largest() as chunked:
+        next_token_score(targets)(x, weight).backward()
+        token_nats(targets.clamp(min=0))(x, weight)
+    assert chunked.numel == max(weight.numel(), 8 * 50)
+    with Largest() as plain:
+        next_token_loss(F.linear(x, weight), targets).backward()
+    assert plain.numel == targets.numel() * 50  # the control
+
+
+def test_evaluation_in_chunks_is_each_tokens_loss(small_chunks):
+    x, weight, targets = hidden_states()
+    targets = targets.clamp(min=0)
+    nats = token_nats(targets)(x, weight)
+    assert nats.shape == targets.shape
+    assert nats.mean().item() == pytest.approx(next_token_loss(F.linear(x, weight), targets).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 1334, 1335, 65_536])
+def test_no_chunk_is_larger_than_allowed(n_tokens):
+    n = chunks(n_tokens, 50_304)
+    assert -(-n_tokens // n) * 50_304 * 4 <= CHUNK_BYTES
+    assert n == 1 or n_tokens * 50_304 * 4 > CHUNK_BYTES
