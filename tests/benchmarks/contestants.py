@@ -5,6 +5,7 @@ the file descriptor spec.answers is JSON: once that it is ready, then what each 
 """
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -41,8 +42,9 @@ def matmul(spec: Spec, turns: Turns, device: torch.device) -> None:
     C, tokens = spec.model["n_embd"], spec.micro_batch * spec.model["seq_len"]
     shapes = [(tokens, C, 4 * C), *([(8192, 8192, 8192)] if spec.device == "cuda" else [])]
     rates: dict[str, float] = {}
+    clocks = ""
     while True:
-        turns.answer(None, flops_per_sec=rates)
+        turns.answer(None, flops_per_sec=rates, clocks=clocks)
         if not sys.stdin.readline():
             return
         rates = {}
@@ -56,6 +58,14 @@ def matmul(spec: Spec, turns: Turns, device: torch.device) -> None:
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - began)
             rates[f"{m}x{k}x{n}"] = 2 * m * k * n / sorted(times)[3]
+        clocks = gpu_facts() if spec.device == "cuda" else ""
+
+
+def gpu_facts() -> str:
+    """Name, driver, clocks, power and temperature while the GPU is still warm from the multiplications."""
+    query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def hugging_face(function: str, spec: Spec, turns: Turns, device: torch.device, **options: bool) -> None:

@@ -20,11 +20,13 @@ The fraction of the matmul rate is model FLOPs (full formula) over what F.linear
 import argparse
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+import time
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
@@ -50,7 +52,9 @@ DEFAULT_PEERS = {
 class Contestant:
     """A process, or one for each rank, that takes a turn when asked to."""
 
-    def __init__(self, spec: Spec, ranks: int) -> None:
+    def __init__(self, spec: Spec, ranks: int, warmup: int) -> None:
+        """Starts it and lets it take `warmup` steps, the first of which ends the clock on its start."""
+        began = time.perf_counter()
         self.log = Path(spec.folder) / f"{spec.name}.log"
         self.answers, self.processes = [], []
         port = str(_free_port())
@@ -69,15 +73,20 @@ class Contestant:
                 )
             os.close(write)
             self.answers.append(os.fdopen(read))
+        self._answer()
+        self.take(1)
+        self.start_seconds = time.perf_counter() - began
+        if warmup > 1:
+            self.take(warmup - 1)
 
     def take(self, steps: int) -> dict[str, Any]:
         """Rank 0's answer, when all ranks have answered. Raises RuntimeError if one has died."""
         for process in self.processes:
-            assert process.stdin is not None
-            print(steps, file=process.stdin, flush=True)
-        return self.answer()
+            with suppress(BrokenPipeError):  # then there is no answer either
+                print(steps, file=process.stdin, flush=True)
+        return self._answer()
 
-    def answer(self) -> dict[str, Any]:
+    def _answer(self) -> dict[str, Any]:
         lines = [answer.readline() for answer in self.answers]
         if not all(lines):
             said = self.log.read_text(errors="replace").strip().splitlines()
@@ -86,11 +95,12 @@ class Contestant:
 
     def end(self) -> None:
         for process in self.processes:
-            process.stdin.close()
+            with suppress(BrokenPipeError):
+                process.stdin.close()
         for process in self.processes:
             try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:  # in the middle of a turn
                 process.kill()
                 process.wait()
 
@@ -112,22 +122,17 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
         kept: dict[str, Contestant] = {}
         for number in range(args.rounds):
             for name, spec in specs.items():
-                turns = results[name]
-                if isinstance(turns, str):
+                if isinstance(turns := results[name], str):
                     continue
                 try:
                     if name not in kept:
-                        kept[name] = Contestant(spec, 1 if name == "matmul" else args.ranks)
+                        kept[name] = Contestant(spec, 1 if name == "matmul" else args.ranks, args.warmup)
                         stack.callback(kept[name].end)
-                        start = kept[name].answer()["seconds"]
-                        if args.warmup:
-                            kept[name].take(args.warmup)
-                    turns.append({**kept[name].take(args.steps), "start_seconds": start})
+                    turns.append({**kept[name].take(args.steps), "start_seconds": kept[name].start_seconds})
+                    say(f"round {number + 1}/{args.rounds} {name}: {turns[-1]['seconds']:.1f} s")
                 except RuntimeError as error:
                     results[name] = f"failed: {error}"
-                    continue
-                say(f"round {number + 1}/{args.rounds} {name}: {turns[-1]['seconds']:.1f} s")
-                if args.fresh:
+                if args.fresh and name in kept:
                     kept.pop(name).end()
     return results
 
@@ -139,7 +144,7 @@ def spec_of(name: str, args: argparse.Namespace, folder: Path) -> Spec:
         peer=peer,
         overrides=overrides,
         folder=str(folder),
-        name=name.replace(" ", "-").replace("/", "-"),
+        name=re.sub(r"[^\w.=-]+", "-", name),
         model={"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "seq_len": args.seq},
         vocab_size=args.vocab_size,
         micro_batch=args.micro_batch,
@@ -175,7 +180,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens-per-step", type=int, default=524_288, help="over all micro-batches and ranks")
     parser.add_argument("--steps", type=int, default=5, help="in a turn")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=3, help="steps, not timed")
+    parser.add_argument("--warmup", type=int, default=3, help="steps that are not timed, at least 1")
     parser.add_argument("--peers", nargs="+", help="the first is the reference; default: all that the device can run")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is fast")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each contestant; GPUs")
@@ -195,8 +200,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         results = measure(args, Path(folder))
     setting = {key: value for key, value in vars(args).items() if key not in ("json", "folder")}

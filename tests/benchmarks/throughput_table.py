@@ -63,17 +63,18 @@ def summary(setting: dict[str, Any], results: dict[str, list[dict[str, Any]] | s
             "loss_agrees": abs(apart) <= LOSS_TOLERANCE,
             "start_seconds": turns[0]["start_seconds"],
         }
-    return {"matmul_flops_per_sec": rates and statistics.median(rates), "contestants": rows}
+    rate, clocks = (statistics.median(rates), matmul[-1]["clocks"]) if rates else (None, "")
+    return {"matmul_flops_per_sec": rate, "clocks": clocks, "contestants": rows}
 
 
 def table(report: dict[str, Any]) -> str:
     """Markdown."""
     first = next(iter(report["contestants"]))
     head = ["contestant", "tokens/s: median (min to max)", f"{first} / this", "MFU full", "MFU causal"]
-    lines = [[*head, "of the matmul rate", "peak GiB", "loss at the last step"]]
+    lines = [[*head, "of the matmul rate", "peak GiB", "start to first step", "loss at the last step"]]
     for name, row in report["contestants"].items():
         if "failed" in row:
-            lines.append([name, row["failed"][:120], *["-"] * 6])
+            lines.append([name, row["failed"][:120], *["-"] * 7])
             continue
         speeds, ratios = row["tokens_per_sec_of_turns"], row["reference_over_this_of_turns"]
         shares = [row[key] for key in ("mfu_full", "mfu_causal", "of_matmul_rate")]
@@ -84,6 +85,7 @@ def table(report: dict[str, Any]) -> str:
                 f"{row['reference_over_this']:.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
                 *("-" if share is None else f"{share:.1%}" for share in shares),
                 f"{row['memory_gib']:.2f}",
+                f"{row['start_seconds']:.1f} s",
                 f"{row['loss']:.4f}" + ("" if row["loss_agrees"] else f", MORE THAN {LOSS_TOLERANCE} APART"),
             ]
         )
@@ -93,17 +95,17 @@ def table(report: dict[str, Any]) -> str:
 
 def _caption(report: dict[str, Any]) -> str:
     setting, rate, hardware = report["setting"], report["matmul_flops_per_sec"], report["hardware"]
-    machine = hardware.get("gpu") or [f"{hardware['cores']} cores of {hardware['cpu']}, {report['threads']} threads"]
+    machine = report["clocks"] or f"{hardware['cores']} cores of {hardware['cpu']}, {report['threads']} threads"
     return (
         f"{setting['model']}, {setting['seq']} tokens a sequence, micro-batch {setting['micro_batch']}, "
         f"{setting['tokens_per_step']:,} tokens a step, {setting['dtype']}, {setting['ranks']} ranks; "
         f"{setting['rounds']} rounds of {setting['steps']} steps; {report['date']}, commit {report['commit']}; "
-        f"{machine[-1]}; matmul " + (f"{rate / 1e12:.3f} TFLOP/s" if rate else "not measured")
+        f"{machine}; matmul " + (f"{rate / 1e12:.3f} TFLOP/s" if rate else "not measured")
     )
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """What it ran on, read at the end of the run: clocks are those of a machine that was at work."""
+    """What it ran on."""
     facts: dict[str, Any] = {"host": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -113,9 +115,6 @@ def hardware(device: str) -> dict[str, Any]:
         flags = fields.get("flags", "").split()
         facts["cpu_flags"] = sorted(flag for flag in flags if flag.startswith(("avx", "amx")))
     if device == "cuda":
-        query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
-        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv"]
-        facts["gpu"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
         facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     return facts
 

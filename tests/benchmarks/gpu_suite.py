@@ -1,0 +1,192 @@
+"""Runs the rows of the GPU table one by one within a budget of time, and renders what is there; see gpu_suite.sh.
+
+A row is one run of throughput.py. When it is done its figures are in OUT/ROW.json, and a row that failed by itself has
+its reason in OUT/ROW.failed; both are skipped from then on. A row that was cut off leaves nothing and is begun again.
+The seconds spent are kept in OUT/spent.json while a row runs, so that a killed call counts too.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import throughput
+from throughput_table import table
+
+from megagpt.files import write_atomically
+
+HERE = Path(__file__).parent
+CALL_SECONDS, ALL_SECONDS = 9 * 60, 25 * 60
+
+
+@dataclass(frozen=True)
+class Row:
+    """One table: what it shows, the arguments of throughput.py, and how many seconds it may need."""
+
+    name: str
+    shows: str
+    model: str
+    micro_batch: int
+    tokens_per_step: int
+    peers: tuple[str, ...]
+    estimate: int
+    seq: int = 1024
+    steps: int = 5
+    rounds: int = 3
+    fresh: bool = False
+
+    def files(self, out: Path) -> tuple[Path, Path]:
+        """Its figures, or why there are none."""
+        return out / f"{self.name}.json", out / f"{self.name}.failed"
+
+    def arguments(self, device: str) -> list[str]:
+        sizes = {
+            "model": self.model,
+            "seq": self.seq,
+            "micro-batch": self.micro_batch,
+            "tokens-per-step": self.tokens_per_step,
+            "steps": self.steps,
+            "rounds": self.rounds,
+        }
+        if device == "cpu":  # the same path through the code in little time
+            sizes |= {"model": "tiny", "vocab-size": 1000, "seq": 64, "micro-batch": 4, "tokens-per-step": 1024}
+            sizes |= {"steps": 2, "rounds": 2, "warmup": 1}
+        options = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
+        return ["--device", device, *options, *(["--fresh"] if self.fresh else []), "--peers", *self.peers]
+
+
+def ablation(name: str, shows: str, *variants: str, estimate: int = 180) -> Row:
+    """`ours` with one thing changed, against `ours`, at 124M and 262,144 tokens a step."""
+    return Row(name, shows, "124M", 64, 2**18, ("ours", *(f"ours {v}" for v in variants)), estimate, rounds=2)
+
+
+ZERO = "zero_optimization"
+PEERS = ("ours", "plain", "gpt2-compile")
+HF_PEERS = ("ours", "hf-compile", "hf-trainer", "hf-trainer-compile")
+ROWS = (  # in order of worth
+    Row("124M", "124M against its peers", "124M", 64, 2**19, (*PEERS, "hf"), 300),
+    Row("1558M", "1.5B against its peers", "1558M", 16, 2**17, PEERS, 420, rounds=1, fresh=True),
+    ablation("micro_batch", "sequences in a micro-batch", *(f"train_micro_batch_size_per_gpu={n}" for n in (32, 128))),
+    Row("350M", "350M against its peers", "350M", 32, 2**18, PEERS, 200, rounds=2),
+    ablation("stages", "ZeRO stages", *(f"{ZERO}.stage={stage}" for stage in (0, 2, 3))),
+    ablation(
+        "hooks",
+        "gradient hooks, overlap, large buckets",
+        f"{ZERO}.contiguous_gradients=true",
+        f"{ZERO}.contiguous_gradients=true {ZERO}.overlap_comm=true",
+        f"{ZERO}.reduce_bucket_size=500000000 {ZERO}.allgather_bucket_size=500000000",
+    ),
+    ablation(
+        "checks",
+        "DeepSpeed's timer and overflow check, torch's AdamW",
+        "timers.throughput.enabled=true",
+        "bf16.check_grad_overflow=true",
+        "optimizer.params.torch_adam=true",
+    ),
+    Row("124M_hf", "Hugging Face compiled, and its Trainer", "124M", 32, 2**18, HF_PEERS, 240, rounds=2),
+    ablation(
+        "precision",
+        "autocast instead of a bf16 model, offload of Adam",
+        "bf16.enabled=false torch_autocast.enabled=true torch_autocast.dtype=bfloat16",
+        f"{ZERO}.offload_optimizer.device=cpu",
+    ),
+    ablation(
+        "recompute",
+        "recomputed blocks",
+        'megagpt.recompute={"policy":"every_k","k":2}',
+        'megagpt.recompute={"policy":"full"}',
+    ),
+    Row("774M", "774M against its peers", "774M", 16, 2**17, PEERS, 300, rounds=1, fresh=True),
+)
+
+
+class Clock:
+    """Seconds spent by all calls together, kept in a file every second."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.before, self.began = file, 0.0, time.monotonic()
+        if file.exists():
+            self.before = json.loads(file.read_text())["seconds"]
+        threading.Thread(target=self._keep, daemon=True).start()
+
+    def _keep(self) -> None:
+        while True:
+            write_atomically(self.file, json.dumps({"seconds": round(self.before + self.of_call(), 1)}).encode())
+            time.sleep(1.0)
+
+    def of_call(self) -> float:
+        return time.monotonic() - self.began
+
+
+def run(out: Path, device: str, call_seconds: float, all_seconds: float) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    clock = Clock(out / "spent.json")
+    budget = min(call_seconds, all_seconds - clock.before)
+    signal.signal(signal.SIGALRM, _out_of_time)
+    for row in ROWS:
+        done, failed = row.files(out)
+        left = budget - clock.of_call()
+        if done.exists() or failed.exists() or left < (row.estimate if device == "cuda" else 5):
+            continue
+        say(f"{row.name}: {row.shows}; {left:.0f} s left in this call")
+        unfinished = out / f"{row.name}.part"
+        signal.setitimer(signal.ITIMER_REAL, left)
+        try:
+            throughput.main([*row.arguments(device), "--json", str(unfinished)])
+            unfinished.rename(done)
+        except TimeoutError:
+            say(f"{row.name}: cut off, {call_seconds:.0f} s are over")
+            if left >= 0.95 * call_seconds:
+                failed.write_text("longer than a call\n")
+        except Exception as error:  # the other rows are worth as much
+            failed.write_text(f"{type(error).__name__}: {error}\n")
+            say(f"{row.name}: {error}")
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    missing = [row.name for row in ROWS if not any((out / f"{row.name}.{end}").exists() for end in ("json", "failed"))]
+    spent = clock.before + clock.of_call()
+    say(
+        f"{spent:.0f} of {all_seconds:.0f} s spent; "
+        + (f"left: {', '.join(missing)}" if missing else "nothing is left")
+    )
+
+
+def _out_of_time(*_: object) -> None:
+    raise TimeoutError
+
+
+def render(out: Path) -> str:
+    """Markdown of every row, measured or not."""
+    parts = []
+    for row in ROWS:
+        done, failed = row.files(out)
+        what = table(json.loads(done.read_text())) if done.exists() else "not measured"
+        if failed.exists():
+            what += f" ({failed.read_text().strip()})"
+        parts.append(f"**{row.shows}** (`{row.name}`)\n\n{what}")
+    return "\n\n".join(parts)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, default=HERE / "gpu")
+    parser.add_argument("--call-seconds", type=float, default=CALL_SECONDS, help="this call ends after so many")
+    parser.add_argument("--all-seconds", type=float, default=ALL_SECONDS, help="all calls together")
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    if not args.table:
+        run(args.out, args.device, args.call_seconds, args.all_seconds)
+    print(render(args.out))
+
+
+if __name__ == "__main__":
+    main()
