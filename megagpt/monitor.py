@@ -58,7 +58,8 @@ class Monitor:
         shown = [f"{name} {_short(name, value)}" for name, value in metrics.items() if name in ON_THE_LINE]
         if eta_seconds is not None:
             shown.append(f"eta {timedelta(seconds=round(eta_seconds))}")
-        say(f"step {state.step:>{len(str(self._max_steps))}}/{self._max_steps} | " + " | ".join(shown))
+        if shown:
+            say(f"step {state.step:>{len(str(self._max_steps))}}/{self._max_steps} | " + " | ".join(shown))
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Show a text in TensorBoard, as it is."""
@@ -108,9 +109,13 @@ class Stopwatch:
         """Seconds up to the last lap."""
         return self._began - self._started
 
+    def spent(self, name: str) -> float:
+        """Seconds of one section since the last lap."""
+        return self._seconds.get(name, 0.0)
+
     def lap(self) -> dict[str, float]:
         now = time.perf_counter()
-        seconds = {"data": 0.0, "eval": 0.0, "save": 0.0} | self._seconds
+        seconds = {"data": 0.0} | self._seconds
         seconds["step"] = now - self._began - sum(seconds.values())
         self._began, self._seconds = now, {}
         return seconds

@@ -132,7 +132,7 @@ class Session:
             **({} if grad_norm is None else {"grad_norm": grad_norm}),
             **self._speed(n_tokens / (seconds["step"] + seconds["data"])),
             "epoch": self.plan.train_data.epochs(state.samples_seen)[0],  # of the first dataset
-            **{f"seconds/{name}": spent for name, spent in seconds.items()},
+            **{f"seconds/{name}": seconds[name] for name in ("data", "step")},
         }
         steps_left, steps_done = self.cfg.schedule.max_steps - state.step, state.step - self.plan.state.step
         self.monitor.log(state, metrics, eta_seconds=steps_left * self.watch.total() / steps_done)
@@ -148,16 +148,18 @@ class Session:
             "loss/val": result.loss,
             "perplexity": result.perplexity,
             "bits_per_byte": result.bits_per_byte,
+            "seconds/eval": self.watch.spent("eval"),
         }
         self.monitor.log(state, metrics)
         stopper = after_evaluation(state.stopper, result.loss, state.step, self.cfg.early_stopping)
         return replace(state, val_loss=result.loss, stopper=stopper)
 
     def show_samples(self, state: TrainState) -> None:
-        with self.watch.section("eval"):
+        with self.watch.section("sample"):
             cfg = self.cfg.sample
             texts = complete(self.engine.module, self.plan.tokenizer, cfg.prompts, cfg, until_ended=False)
             self.monitor.text("samples", "\n\n---\n\n".join(texts), state.step)
+        self.monitor.log(state, {"seconds/sample": self.watch.spent("sample")})
 
     def is_new_best(self, state: TrainState) -> bool:
         return self.cfg.early_stopping.restore_best and state.stopper.best_step == state.step
@@ -172,6 +174,7 @@ class Session:
                 self.plan.tokenizer,
                 self.effective,
             )
+        self.monitor.log(state, {"seconds/save": self.watch.spent("save")})
 
     def close(self, state: TrainState, reason: str) -> None:
         """Say how the run ended; after early stopping, put the best weights back."""

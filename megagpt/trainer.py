@@ -40,7 +40,7 @@ def train(
         stop = vote(preemption.requested)
         done = state.step == schedule.max_steps
 
-        if stop or done or any(due(state.step, cadence) for cadence in (every.log, every.eval, every.save)):
+        if stop or done or any(due(state.step, n) for n in (every.log, every.eval, every.save, every.sample)):
             recent = session.log(state, recent)
         if done or due(state.step, every.eval):
             state = session.evaluate(state)

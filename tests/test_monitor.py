@@ -75,6 +75,19 @@ def test_samples_run_file_and_hyperparameters_can_be_read(finished):
     assert "_hparams_/experiment" in events.summary_metadata
 
 
+def test_evaluating_saving_and_sampling_are_reported_by_themselves(finished):
+    """Each in its own row, the save that ends a run too."""
+    assert set(metric(finished, "seconds/eval")) == set(metric(finished, "loss/val"))
+    assert list(metric(finished, "seconds/save")) == [10, 20]
+    assert list(metric(finished, "seconds/sample")) == [10, 20]
+
+
+def test_throughput_leaves_out_evaluating_saving_and_sampling(finished):
+    """A log's tokens over its own seconds of steps and of waiting for data, and over nothing else."""
+    speed, data, step = (metric(finished, name) for name in ("tokens_per_sec", "seconds/data", "seconds/step"))
+    assert speed == {at: pytest.approx(8 * 64 / (data[at] + step[at])) for at in range(1, 21)}
+
+
 def test_a_row_that_was_cut_in_half_is_dropped(dataset, tmp_path):
     run = debug_run(dataset, tmp_path, "tensorboard.enabled=false")
     whole = b'{"step": 1, "loss/val": 2.0}\n{"step": 2, "loss/val": 1.5}\n{"step": 3, "loss/val": 1.0}\n{"step": 2'
@@ -108,7 +121,9 @@ def test_a_stopwatch_claims_every_second_once(monkeypatch):
         pass
     with watch.section("eval"):  # 4 to 9
         pass
-    assert watch.lap() == {"data": 2.0, "eval": 5.0, "save": 0.0, "step": 3.0}  # at 10
+    assert watch.spent("eval") == 5.0
+    assert watch.lap() == {"data": 2.0, "eval": 5.0, "step": 3.0}  # at 10
+    assert watch.spent("eval") == 0.0
     assert watch.total() == 10.0
 
 

@@ -25,22 +25,22 @@ def wide_tokenizer(vocab_size: int) -> Tokenizer:
     return Tokenizer.from_bytes(model.SerializeToString())
 
 
-def write_zipf(folder: Path, n_tokens: int, vocab_size: int, *, seed: int = 0) -> None:
-    """folder/train and folder/val: ids drawn with probability 1 / rank, in documents of up to 2^16 tokens."""
+def write_zipf(folder: Path, n_tokens: int, vocab_size: int, *, n_shards: int = 1, seed: int = 0) -> None:
+    """folder/train and folder/val: ids drawn with probability 1 / rank, in documents of about 2^12 tokens."""
     tokenizer = wide_tokenizer(vocab_size)
     for split, n in (("train", n_tokens), ("val", 4096)):
         rng = np.random.default_rng([seed, len(split)])
         weights = 1.0 / np.arange(1, tokenizer.vocab_size - 2)
         edges = np.cumsum(weights / weights.sum())
         ids = (3 + np.searchsorted(edges[:-1], rng.random(n))).astype(np.uint16)
-        documents = np.array_split(ids, max(1, n >> 16))
+        documents = np.array_split(ids, max(1, n >> 12))
         for document in documents:
             document[-1] = tokenizer.eod_id
         write_dataset(
             folder / split,
             documents,
             split=split,
-            n_shards=1,
+            n_shards=n_shards if split == "train" else 1,
             batch_tokens=2**20,
             vocab_size=tokenizer.vocab_size,
             tokenizer=tokenizer,

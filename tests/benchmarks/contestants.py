@@ -20,6 +20,7 @@ from turns import Spec, Turns, run_of
 
 from megagpt import trainer
 from megagpt.distributed import init_process_group
+from megagpt.shards import Dataset
 
 
 def ours(spec: Spec, turns: Turns, device: torch.device) -> None:
@@ -35,6 +36,13 @@ def ours(spec: Spec, turns: Turns, device: torch.device) -> None:
 
     trainer.train_step = step
     trainer.train(run_of(spec), device, fresh=True)
+
+
+def ours_one_file(spec: Spec, turns: Turns, device: torch.device) -> None:
+    """`ours` on a dataset whose shards are all one and the same file, which says of itself that it is the first."""
+    header = Dataset.header
+    Dataset.header = lambda self, split, variant, shard: header(self, split, variant, 0)
+    ours(spec, turns, device)
 
 
 def matmul(spec: Spec, turns: Turns, device: torch.device) -> None:
@@ -74,6 +82,7 @@ def hugging_face(function: str, spec: Spec, turns: Turns, device: torch.device, 
 
 PEERS: dict[str, Callable[[Spec, Turns, torch.device], None]] = {
     "ours": ours,
+    "ours-one-file": ours_one_file,
     "plain": plain,
     "ddp": partial(plain, ddp=True),
     "gpt2-fp32": partial(gpt2, fp32=True),

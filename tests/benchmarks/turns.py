@@ -48,7 +48,7 @@ class Turns:
     """The clock of this contestant: `wait` stands between two of its steps."""
 
     def __init__(self, answers: int, device: torch.device, began: float) -> None:
-        self.device, self.left, self.taken, self.began = device, 0, 0, began
+        self.device, self.left, self.taken, self.began, self.cpu_began = device, 0, 0, began, 0.0
         self.answers = os.fdopen(answers, "w")
 
     def wait(self, loss: Tensor | None) -> None:
@@ -56,15 +56,22 @@ class Turns:
         if self.left == 0:
             self.answer(loss)
             self.left = self.taken = int(sys.stdin.readline() or sys.exit())
-            self.began = time.perf_counter()
+            self.began, self.cpu_began = time.perf_counter(), time.process_time()
         self.left -= 1
 
     def answer(self, loss: Tensor | None, **more: Any) -> None:
         last = None if loss is None else loss.item()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds, memory = time.perf_counter() - self.began, peak_memory(self.device)
-        row = {"steps": self.taken, "seconds": seconds, "loss": last, "memory_gib": memory, **more}
+        row = {
+            "steps": self.taken,
+            "seconds": time.perf_counter() - self.began,
+            "cpu_seconds": time.process_time() - self.cpu_began,
+            "loss": last,
+            "memory_gib": peak_memory(self.device),
+            "resident_mib": resident_memory(),
+            **more,
+        }
         print(json.dumps(row), file=self.answers, flush=True)
 
 
@@ -73,6 +80,13 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def resident_memory() -> float:
+    """MiB of this process's own that are in memory now, without mapped files; 0 where there is no /proc."""
+    file = Path("/proc/self/status")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def run_of(spec: Spec) -> RunConfig:
