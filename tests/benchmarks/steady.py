@@ -59,6 +59,7 @@ def write_one_file(folder: Path) -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """dataset -> what its turns took, and of their seconds what waiting for data took."""
+    n_layer, n_head, n_embd = SIZES[args.model]
     datasets = {
         "10^6 tokens": "one",
         "10^6 tokens in 64 shards": "many",
