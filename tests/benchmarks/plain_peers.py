@@ -11,7 +11,7 @@ from turns import BETAS, CLIP, LR, WEIGHT_DECAY, Spec, Turns, my_rows, our_model
 
 from megagpt.config import ModelConfig
 from megagpt.distributed import world_size
-from megagpt.loss import next_token_loss
+from megagpt.loss import next_token_score
 from megagpt.optim import decay_groups
 from megagpt.tokenizer import padded_vocab_size
 
@@ -67,7 +67,7 @@ def plain(spec: Spec, turns: Turns, device: torch.device, *, ddp: bool = False) 
     update = update_of(model)
     if ddp:
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    loop(spec, turns, device, lambda x, y: next_token_loss(model(x), y), update)
+    loop(spec, turns, device, lambda x, y: model(x, score=next_token_score(y)), update)
 
 
 def gpt2(spec: Spec, turns: Turns, device: torch.device, *, fp32: bool = False, compiled: bool = False) -> None:
