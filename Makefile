@@ -37,7 +37,14 @@ lint: .venv/installed
 types: .venv/installed
 	mypy
 
+# About half an hour on two cores; the first two lines are training speed. On a GPU: tests/benchmarks/gpu_suite.sh
 bench: .venv/installed
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
+	python tests/benchmarks/throughput.py --device cpu --seq 256 --micro-batch 4 --tokens-per-step 1024 \
+	    --steps 1 --rounds 4 --warmup 1
+	python tests/benchmarks/throughput.py --device cpu --seq 256 --micro-batch 4 --tokens-per-step 8192 \
+	    --steps 1 --rounds 2 --warmup 1
+	OMP_NUM_THREADS=1 python tests/benchmarks/steady.py
 	python tests/benchmarks/char_cpu.py
 	python tests/benchmarks/loader.py
 	python tests/benchmarks/near_dedup.py

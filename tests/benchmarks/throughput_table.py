@@ -95,7 +95,8 @@ def table(report: dict[str, Any]) -> str:
 
 def _caption(report: dict[str, Any]) -> str:
     setting, rate, hardware = report["setting"], report["matmul_flops_per_sec"], report["hardware"]
-    machine = report["clocks"] or f"{hardware['cores']} cores of {hardware['cpu']}, {report['threads']} threads"
+    cpu = f"{hardware['cores']} cores of {hardware['cpu']} ({(hardware['cpu_flags'] or ['?'])[-1]})"
+    machine = report["clocks"] or f"{cpu}, {report['threads']} threads"
     return (
         f"{setting['model']}, {setting['seq']} tokens a sequence, micro-batch {setting['micro_batch']}, "
         f"{setting['tokens_per_step']:,} tokens a step, {setting['dtype']}, {setting['ranks']} ranks; "
@@ -107,6 +108,7 @@ def _caption(report: dict[str, Any]) -> str:
 def hardware(device: str) -> dict[str, Any]:
     """What it ran on."""
     facts: dict[str, Any] = {"host": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()}
+    facts |= {"cpu": platform.processor(), "cpu_flags": []}
     info = Path("/proc/cpuinfo")
     if info.exists():
         fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)

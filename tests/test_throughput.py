@@ -1,0 +1,96 @@
+"""The benchmark against other trainers: all compute the same thing, and its tables say what was measured."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+
+from gpu_suite import ROWS, Clock, render
+from hf_peers import hf_model
+from plain_gpt2 import PlainGPT2
+from throughput import parse, spec_of
+from throughput_table import summary
+from turns import our_model
+
+from megagpt.config import ModelConfig
+from megagpt.loss import next_token_loss
+
+
+def setting(*more: str):
+    return parse(
+        [
+            "--device",
+            "cpu",
+            "--model",
+            "tiny",
+            "--vocab-size",
+            "300",
+            "--seq",
+            "32",
+            "--micro-batch",
+            "2",
+            "--tokens-per-step",
+            "128",
+            "--steps",
+            "2",
+            *more,
+        ]
+    )
+
+
+def test_all_models_have_the_same_initial_loss(tmp_path):
+    spec = spec_of("ours", setting(), tmp_path)
+    rows = torch.randint(3, 300, (2, 33), generator=torch.Generator().manual_seed(0))
+    x, y = rows[:, :-1], rows[:, 1:]
+    ours = our_model(spec)
+    plain = PlainGPT2(ModelConfig(**spec.model), 384)
+    plain.load_state_dict(ours.state_dict())
+    wanted = next_token_loss(ours(x), y).item()
+    assert plain(x, y).item() == pytest.approx(wanted, abs=1e-5)
+    assert hf_model(spec)(input_ids=x, labels=y, shift_labels=y.contiguous()).loss.item() == pytest.approx(
+        wanted, abs=1e-5
+    )
+
+
+def test_ratios_are_taken_within_a_round():
+    """The machine was half as fast in the second round, and the contestants as far apart as in the first."""
+
+    def turn(seconds, loss=3.0, **more):
+        return {"steps": 2, "seconds": seconds, "loss": loss, "memory_gib": 1.0, "start_seconds": 5.0, **more}
+
+    matmul = {"flops_per_sec": {"shape": 1e9}, "clocks": ""}
+    turns = {
+        "ours": [turn(1.0), turn(2.0)],
+        "plain": [turn(1.5), turn(3.0, loss=3.03)],
+        "hf": "failed: no memory",
+        "matmul": [turn(0.1, **matmul), turn(0.2, **matmul)],
+    }
+    rows = summary(vars(setting("--peers", "ours", "plain", "hf")), turns)["contestants"]
+    assert rows["plain"]["reference_over_this_of_turns"] == [1.5, 1.5]
+    assert rows["ours"]["tokens_per_sec_of_turns"] == [256.0, 128.0]
+    assert (rows["ours"]["loss_agrees"], rows["plain"]["loss_agrees"]) == (True, False)
+    assert rows["hf"] == {"failed": "failed: no memory"}
+
+
+def test_a_row_without_figures_is_not_measured(tmp_path):
+    (tmp_path / "350M.failed").write_text("longer than a call\n")
+    text = render(tmp_path)
+    assert text.count("not measured") == len(ROWS)
+    assert "not measured (longer than a call)" in text
+
+
+def test_the_time_of_a_killed_call_counts(tmp_path):
+    file = tmp_path / "spent.json"
+    file.write_text('{"seconds": 900.0}')
+    assert Clock(file).before == 900.0
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_every_row_of_the_gpu_table_is_a_command_that_can_be_run(row):
+    """On one GPU, with the contestants that it names."""
+    args = parse(row.arguments("cuda"))
+    assert args.tokens_per_step == row.tokens_per_step
+    assert row.estimate <= 9 * 60
