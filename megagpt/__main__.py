@@ -37,12 +37,13 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
 
     preemption = Preemption(launcher_alive=watch())  # before torch, so that no signal is missed
     from megagpt.distributed import init_process_group, is_main, together
+    from megagpt.processor import fitting
     from megagpt.run_file import load_run_config
 
     try:
         check_hostfile()
         device = init_process_group()
-        run = together(lambda: load_run_config(args.deepspeed_config, args.overrides))
+        run = fitting(together(lambda: load_run_config(args.deepspeed_config, args.overrides)), device)
         # after the run file is found right, because DeepSpeed takes seconds to import
         from megagpt.trainer import train
 

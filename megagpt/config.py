@@ -219,6 +219,7 @@ class MegaGPTConfig(Strict):
     every: EveryConfig = EveryConfig()
     sample: SampleConfig = SampleConfig()
     recompute: RecomputeConfig = RecomputeConfig()
+    compile: bool | None = Field(default=None, description="torch.compile for each block; null: on CUDA alone")
     augment: AugmentConfig = AugmentConfig()
     packing: PackingConfig = PackingConfig()
     time_limit_minutes: float | None = Field(default=None, gt=0, description="then save and exit with code 75")

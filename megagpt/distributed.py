@@ -28,7 +28,7 @@ def init_process_group() -> torch.device:
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     device = _local_device(int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _ranks_on_this_host()))
+        torch.set_num_threads(max(1, torch.get_num_threads() // _ranks_on_this_host()))  # it counts physical cores
     if dist.is_initialized():
         return device
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from megagpt.accounting import n_params
+from megagpt.attention import prefer_cudnn
+from megagpt.compilation import compile_blocks, compiles
 from megagpt.config import RecomputeConfig
 from megagpt.errors import UserError
 from megagpt.model import GPT, Block, Recompute, keep_activations
@@ -52,6 +54,11 @@ def build_engine(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torc
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     with deepspeed.zero.Init(config_dict_or_path=config, enabled=ds.zero_optimization.stage == 3):
         model = GPT(cfg.model, vocab_size, dropout=cfg.regularization.dropout)
+    if compiles(cfg.compile, device):
+        compile_blocks(model, cfg.out_dir / "compiled")
+        if ds.zero_optimization.stage == 3:
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])  # hooks inside a block would break its graph
+    prefer_cudnn(device)
     model.recompute = recompute_hook(cfg.recompute, ds, device, preserve_rng=model.dropout > 0.0)
     groups = decay_groups(model, ds.optimizer.params.weight_decay, cfg.regularization.weight_decay_on)
     try:

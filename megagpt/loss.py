@@ -7,6 +7,7 @@ Shapes: B batch, T positions, C width, V vocabulary, N tokens in a chunk.
 
 import math
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,13 +21,16 @@ Score = Callable[[Tensor, Tensor], Tensor]  # hidden states (B, T, C), output ma
 CHUNK_BYTES = 2**28  # of fp32 logits: 1,334 tokens of 50,304; large enough for a matrix product at full speed
 
 
-def next_token_score(targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Score:
+def next_token_score(
+    targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, compiled: bool = False
+) -> Score:
     """`next_token_loss` of targets (B, T); in chunks where the logits would not fit into one. Only for training."""
 
     def score(x: Tensor, weight: Tensor) -> Tensor:
-        if chunks(targets.numel(), weight.size(0)) == 1:
+        if chunks(targets.numel(), weight.size(0)) == 1 and not compiled:
             return next_token_loss(F.linear(x, weight), targets, label_smoothing=label_smoothing, z_loss=z_loss)
-        return ChunkedLoss.apply(x.flatten(0, 1), weight, targets.flatten(), label_smoothing, z_loss)
+        gradient = partial(_compiled() if compiled else chunk_gradient, label_smoothing=label_smoothing, z_loss=z_loss)
+        return ChunkedLoss.apply(x.flatten(0, 1), weight, targets.flatten(), gradient)
 
     return score
 
@@ -70,16 +74,15 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-        """x (B*T, C), weight (V, C), targets (B*T)."""
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, gradient: Callable[..., Any]) -> Tensor:
+        """x (B*T, C), weight (V, C), targets (B*T), gradient as `chunk_gradient` of logits and targets."""
         n = chunks(len(targets), len(weight))
         x_grad = torch.empty_like(x)
         weight_grad = torch.zeros_like(weight, dtype=torch.float32)  # many chunks add up to it
         total = torch.zeros((), device=x.device)
         for some, wanted, some_grad in zip(x.chunk(n), targets.chunk(n), x_grad.chunk(n), strict=True):
-            loss, grad, scale = chunk_gradient(F.linear(some, weight), wanted, label_smoothing, z_loss)
+            loss, grad, scale = gradient(F.linear(some, weight), wanted)
             total += loss
-            grad = grad.to(x.dtype)
             some_grad.copy_((grad @ weight) * scale)
             _add_product(weight_grad, grad.t(), (some * scale).to(grad.dtype))
         kept = (targets != IGNORE).sum().clamp(min=1)
@@ -92,11 +95,11 @@ class ChunkedLoss(torch.autograd.Function):
         """A 16-bit gradient is divided by the number of tokens only here: before loss scaling it would underflow."""
         x_grad, weight_grad, kept = ctx.saved_tensors
         scale = outer[0] / kept
-        return (x_grad * scale).to(x_grad.dtype), (weight_grad * scale).to(ctx.weight_dtype), None, None, None
+        return x_grad * scale, (weight_grad * scale).to(ctx.weight_dtype), None, None
 
 
 def chunk_gradient(
-    logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float
+    logits: Tensor, targets: Tensor, *, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits (N, V), targets (N,) -> summed loss, and factors (N, V) and (N, 1) of its gradient by the logits.
 
@@ -119,7 +122,13 @@ def chunk_gradient(
     grad.scatter_add_(1, wanted, torch.full_like(nats, label_smoothing - 1.0))
     if label_smoothing > 0.0:
         grad -= label_smoothing / logits.size(1)
-    return (loss * kept).sum(), grad, kept
+    return (loss * kept).sum(), grad.to(logits.dtype), kept
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """On a GPU the softmax of a chunk takes longer than its matrix products, unless its passes are fused."""
+    return torch.compile(chunk_gradient, dynamic=False, fullgraph=True)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

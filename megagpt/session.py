@@ -1,5 +1,6 @@
 """One training run in progress: what `trainer.train` needs, checked and built, and what it does between steps."""
 
+import gc
 import json
 import resource
 import sys
@@ -14,6 +15,7 @@ from megagpt import checkpoint
 from megagpt.accounting import flops_per_token, peak_flops, recompute_flops_per_token
 from megagpt.augment import rework_of
 from megagpt.commits import Saved, best, step_folder
+from megagpt.compilation import compiles
 from megagpt.config import MegaGPTConfig
 from megagpt.data import Batch, ValBlocks, open_data, prefetched, rank_samples
 from megagpt.distributed import gather_over_ranks, is_main, rank, say, together, world_size
@@ -92,6 +94,7 @@ class Session:
         self.plan, self.device, self.cfg = plan, device, run.megagpt
         self.effective = {**run.as_json(), **effective_config(run, batch, plan.vocab_size, device)}
         self.engine: Engine = build_engine(run, batch, plan.vocab_size, device)
+        self.compiled = compiles(self.cfg.compile, device)
         torch.manual_seed(self.cfg.seed + 1 + rank())  # dropout differs from rank to rank
         if plan.saved is not None:
             checkpoint.resume(self.engine, plan.saved)
@@ -134,6 +137,9 @@ class Session:
             "epoch": self.plan.train_data.epochs(state.samples_seen)[0],  # of the first dataset
             **{f"seconds/{name}": seconds[name] for name in ("data", "step")},
         }
+        if not gc.get_freeze_count():  # warmed up: what lives now stays, and no collection looks at it again
+            gc.collect()
+            gc.freeze()
         steps_left, steps_done = self.cfg.schedule.max_steps - state.step, state.step - self.plan.state.step
         self.monitor.log(state, metrics, eta_seconds=steps_left * self.watch.total() / steps_done)
         return Recent()
@@ -181,6 +187,7 @@ class Session:
         if state.stopper.stopped and self.cfg.early_stopping.restore_best:
             checkpoint.restore(self.engine, step_folder(self.cfg.out_dir, state.stopper.best_step))
         self.monitor.close()
+        gc.unfreeze()
         say_ending(self.cfg, state, reason)
 
     def _speed(self, tokens_per_sec: float) -> dict[str, float]:

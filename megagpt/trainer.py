@@ -65,7 +65,10 @@ def train_step(session: Session, batches: Iterator[Batch]) -> tuple[Tensor, Tens
         with session.watch.section("data"):
             batch = next(batches)
         score = next_token_score(
-            batch.targets, label_smoothing=regularization.label_smoothing, z_loss=regularization.z_loss
+            batch.targets,
+            label_smoothing=regularization.label_smoothing,
+            z_loss=regularization.z_loss,
+            compiled=session.compiled,
         )
         loss = engine(batch.inputs, documents=batch.documents, score=score)
         shares.append(kept_share(batch.targets))

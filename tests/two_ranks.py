@@ -22,6 +22,7 @@ from megagpt.distributed import StopVote, gather_objects, init_process_group, ra
 from megagpt.engine import Engine, consolidated_weights
 from megagpt.errors import UserError
 from megagpt.evaluate import evaluate
+from megagpt.loss import Score
 from megagpt.model import GPT
 from megagpt.state import TrainState
 
@@ -103,21 +104,22 @@ def overfitting(dataset: Path, folder: Path) -> dict[str, Any]:
 
 
 def a_loss_that_is_not_finite_on_one_rank(dataset: Path, folder: Path) -> dict[str, Any]:
-    original = trainer.next_token_loss
+    original = trainer.next_token_score
     steps = 0
 
-    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def poisoned(*args: Any, **kwargs: Any) -> Score:
         nonlocal steps
         steps += 1
-        return original(*args, **kwargs) * (float("nan") if rank() == 1 and steps == 13 else 1.0)
+        score, factor = original(*args, **kwargs), float("nan") if rank() == 1 and steps == 13 else 1.0
+        return lambda x, weight: score(x, weight) * factor
 
-    trainer.next_token_loss = poisoned
+    trainer.next_token_score = poisoned
     try:
         train(dataset, folder / "run", "megagpt.every.log=20", "megagpt.every.save=10")
     except UserError as error:
         message = str(error)
     finally:
-        trainer.next_token_loss = original
+        trainer.next_token_score = original
     return {"message": message, "committed": [path.name for path in committed(folder / "run")]}
 
 

@@ -1,0 +1,92 @@
+"""Compiled blocks and loss against the same in eager mode. In fp32, so that only the order of additions may differ."""
+
+import shutil
+
+import pytest
+import torch
+from support import debug_run, metric
+
+from megagpt.compilation import compiles
+from megagpt.engine import build_engine
+from megagpt.errors import UserError
+from megagpt.loss import next_token_score
+from megagpt.run_config import batch_plan
+from megagpt.trainer import train
+
+VOCAB = 384
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+COMPILED = "megagpt.compile=true"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One for all tests here: most of their time is the C++ compiler's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield
+
+
+def losses_and_names(dataset, device, out_dir, *overrides):
+    run = debug_run(dataset, out_dir, *overrides)
+    engine = build_engine(run, batch_plan(run.deepspeed, 1), VOCAB, device)
+    tokens = torch.randint(0, VOCAB, (4, 65), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(5)  # of dropout
+    losses = []
+    for _ in range(6):
+        score = next_token_score(tokens[:, 1:], compiled=bool(run.megagpt.compile))
+        engine.backward(loss := engine(tokens[:, :-1], score=score))
+        engine.step()
+        losses.append(loss.item())
+    return losses, list(engine.module.state_dict())
+
+
+FULL, WITH_DEEPSPEED = '{"policy": "full"}', '{"policy": "full", "kind": "deepspeed"}'
+
+
+@pytest.mark.parametrize(("stage", "recompute"), [(0, FULL), (1, "{}"), (2, WITH_DEEPSPEED), (3, "{}"), (3, FULL)])
+def test_compiled_training_is_eager_training(cache, dataset, device, tmp_path, stage, recompute):
+    """At stage 3 with nothing left whole between uses, so that weights are gathered around compiled blocks."""
+    common = [f"zero_optimization.stage={stage}", f"megagpt.recompute={recompute}"]
+    common += ["zero_optimization.stage3_param_persistence_threshold=0"] if stage == 3 else []
+    eager, names = losses_and_names(dataset, device, tmp_path / "eager", *common)
+    compiled, same = losses_and_names(dataset, device, tmp_path / "compiled", *common, COMPILED)
+    assert compiled == pytest.approx(eager, rel=1e-6)
+    assert compiled[-1] < compiled[0] - 0.1
+    assert same == names
+
+
+def test_compiled_dropout_has_the_same_masks_when_a_block_is_computed_again(cache, dataset, device, tmp_path):
+    common = ["megagpt.regularization.dropout=0.2", COMPILED]
+    kept, _ = losses_and_names(dataset, device, tmp_path / "kept", *common)
+    again, _ = losses_and_names(dataset, device, tmp_path / "again", *common, f"megagpt.recompute={FULL}")
+    assert again == pytest.approx(kept, rel=1e-6)
+
+
+def test_a_run_goes_on_compiled_and_again_without(cache, dataset, device, tmp_path):
+    """Through trainer.train, with evaluation and samples: checkpoints are the same thing."""
+
+    def go_on(out_dir, max_steps, *overrides):
+        schedule = f'megagpt.schedule={{"max_steps": {max_steps}, "warmup_steps": 2, "shape": "constant"}}'
+        train(debug_run(dataset, tmp_path / out_dir, schedule, *overrides), device)
+        return metric(tmp_path / out_dir, "loss/train")
+
+    go_on("mixed", 4, COMPILED)
+    go_on("mixed", 8)
+    mixed = go_on("mixed", 12, COMPILED)
+    assert mixed == pytest.approx(go_on("eager", 12), rel=1e-5)
+
+
+def test_by_default_only_cuda_is_compiled_for():
+    assert compiles(None, CUDA)
+    assert not compiles(None, CPU)
+    assert compiles(True, CPU)
+    assert not compiles(False, CUDA)
+
+
+def test_without_a_compiler_it_is_refused_if_asked_for_and_left_out_otherwise(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert shutil.which("g++") is None
+    assert not compiles(None, CUDA)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
+        compiles(True, CPU)
