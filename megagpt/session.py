@@ -104,7 +104,7 @@ class Session:
             say(_opening(plan, self.effective))
         self.monitor = Monitor(run, plan.state, also=self.engine.monitor.write_events)
         self.token_bytes = torch.from_numpy(plan.tokenizer.token_bytes()).to(device)
-        self.watch = Stopwatch()
+        self.watch, self.warm = Stopwatch(), False
 
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches, endlessly, from where the plan's state stands."""
@@ -137,9 +137,10 @@ class Session:
             "epoch": self.plan.train_data.epochs(state.samples_seen)[0],  # of the first dataset
             **{f"seconds/{name}": seconds[name] for name in ("data", "step")},
         }
-        if not gc.get_freeze_count():  # warmed up: what lives now stays, and no collection looks at it again
+        if not self.warm:  # what lives now stays, and no collection looks at it again
             gc.collect()
             gc.freeze()
+            self.warm = True
         steps_left, steps_done = self.cfg.schedule.max_steps - state.step, state.step - self.plan.state.step
         self.monitor.log(state, metrics, eta_seconds=steps_left * self.watch.total() / steps_done)
         return Recent()

@@ -1,5 +1,6 @@
 """The DeepSpeed engine on one rank; several ranks are in test_distributed.py."""
 
+import gc
 import json
 import math
 import traceback
@@ -14,7 +15,8 @@ from megagpt.engine import build_engine, effective_config, recompute_hook
 from megagpt.errors import UserError
 from megagpt.loss import next_token_loss, next_token_score
 from megagpt.run_config import batch_plan
-from megagpt.session import Session, check
+from megagpt.session import Recent, Session, check
+from megagpt.state import TrainState
 from megagpt.trainer import train_step
 
 VOCAB = 384
@@ -260,3 +262,14 @@ def test_a_steady_step_reads_nothing_back_but_what_deepspeed_reads_once(dataset,
     once = reads_of_a_step(1)
     assert set(once) <= DEEPSPEEDS_READS
     assert reads_of_a_step(3) == once  # none in a micro-batch
+
+
+def test_the_garbage_collector_leaves_alone_what_lives_as_long_as_the_run(dataset, device, tmp_path):
+    session = Session(check(debug_run(dataset, tmp_path / "run"), fresh=False), device)
+    state, recent = TrainState(), Recent()
+    recent.add(*train_step(session, session.batches()))
+    before = gc.get_freeze_count()
+    session.log(state.after_step(8, 64), recent)
+    assert gc.get_freeze_count() > before + 10_000
+    session.close(state, "")
+    assert gc.get_freeze_count() == 0

@@ -47,6 +47,7 @@ DEFAULT_PEERS = {
     "cpu": ["ours", "plain", "gpt2-fp32", "hf"],
     "cuda": ["ours", "plain", "gpt2-compile", "hf", "hf-compile", "hf-trainer", "hf-trainer-compile"],
 }
+OURS = ("ours", "plain", "ddp", "matmul")  # with large pages, which megagpt asks torch for
 
 
 class Contestant:
@@ -62,6 +63,8 @@ class Contestant:
             read, write = os.pipe()
             command = [sys.executable, str(HERE / "contestants.py"), json.dumps(asdict(replace(spec, answers=write)))]
             env = dict(os.environ)
+            if spec.peer not in OURS:
+                env |= {"THP_MEM_ALLOC_ENABLE": "0"}  # importing megagpt would give it to all; they run as torch comes
             if ranks > 1:
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 env |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
