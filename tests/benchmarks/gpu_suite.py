@@ -7,6 +7,7 @@ The seconds spent are kept in OUT/spent.json while a row runs, so that a killed 
 
 import argparse
 import json
+import os
 import signal
 import sys
 import threading
@@ -124,6 +125,7 @@ class Clock:
 
 def run(out: Path, device: str, call_seconds: float, all_seconds: float) -> None:
     out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(out.absolute() / "compiled"))  # for all rows and calls
     clock = Clock(out / "spent.json")
     budget = min(call_seconds, all_seconds - clock.before)
     signal.signal(signal.SIGALRM, _out_of_time)
