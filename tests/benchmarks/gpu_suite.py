@@ -73,6 +73,7 @@ ROWS = (  # in order of worth
     Row("1558M", "1.5B against its peers", "1558M", 16, 2**17, PEERS, 420, rounds=1, fresh=True),
     ablation("micro_batch", "sequences in a micro-batch", *(f"train_micro_batch_size_per_gpu={n}" for n in (32, 128))),
     Row("350M", "350M against its peers", "350M", 32, 2**18, PEERS, 200, rounds=2),
+    ablation("compile", "without torch.compile", "megagpt.compile=false", estimate=120),
     ablation("stages", "ZeRO stages", *(f"{ZERO}.stage={stage}" for stage in (0, 2, 3))),
     ablation(
         "hooks",

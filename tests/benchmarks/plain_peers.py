@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -9,6 +10,8 @@ from plain_gpt2 import PlainGPT2
 from torch import Tensor, nn
 from turns import BETAS, CLIP, LR, WEIGHT_DECAY, Spec, Turns, my_rows, our_model
 
+from megagpt.attention import prefer_cudnn
+from megagpt.compilation import compile_blocks, compiles
 from megagpt.config import ModelConfig
 from megagpt.distributed import world_size
 from megagpt.loss import next_token_score
@@ -62,12 +65,16 @@ def update_of(model: nn.Module, *, foreach: bool = False) -> Callable[[], None]:
 
 
 def plain(spec: Spec, turns: Turns, device: torch.device, *, ddp: bool = False) -> None:
-    """Our model and loss without DeepSpeed."""
-    model: nn.Module = our_model(spec).to(device, spec.torch_dtype)
+    """Our model and loss without DeepSpeed, compiled where ours is."""
+    gpt, compiled = our_model(spec), compiles(None, device)
+    if compiled:
+        compile_blocks(gpt, Path(spec.folder) / spec.name / "compiled")
+    prefer_cudnn(device)
+    model: nn.Module = gpt.to(device, spec.torch_dtype)
     update = update_of(model)
     if ddp:
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    loop(spec, turns, device, lambda x, y: model(x, score=next_token_score(y)), update)
+    loop(spec, turns, device, lambda x, y: model(x, score=next_token_score(y, compiled=compiled)), update)
 
 
 def gpt2(spec: Spec, turns: Turns, device: torch.device, *, fp32: bool = False, compiled: bool = False) -> None:
