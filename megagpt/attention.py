@@ -3,10 +3,11 @@
 The queries are the last T of the S positions that the keys cover, so one function serves training (T = S)
 and generation with a key-value cache (T < S). A mask (B, 1, T, S), true where a query may look, replaces that rule.
 
-Shapes: B batch, H heads, T query positions, S key positions, D head width.
+Shapes: B batch, H heads, T query positions, S key positions, D head width; P ranks that share a sample's positions.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -55,4 +56,26 @@ def _visible(q: Tensor, k: Tensor) -> Tensor:
     return torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
 
 
-ATTENTION = {"sdpa": sdpa_attention, "eager": eager_attention}
+Attention = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+
+
+def over_ranks(attend: Attention, exchange: Callable[[Tensor], Tensor], P: int) -> Attention:
+    """Attention where each of P ranks has T of a sample's P * T positions (Ulysses, Jacobs et al. 2023).
+
+    Heads are exchanged for positions, so that each rank attends with H / P heads over all of them; the mask is of all.
+    `exchange` sends x[p] to rank p of x (P, ...), and returns what was sent here in the order of ranks.
+    """
+
+    def attend_over_ranks(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
+        B, H, T, D = q.shape
+        mine = [x.view(B, P, H // P, T, D).transpose(0, 1) for x in (q, k, v)]  # each (P, B, H/P, T, D)
+        got = exchange(torch.stack(mine, dim=1))  # (P, 3, B, H/P, T, D): of all positions, a share of the heads
+        q, k, v = got.permute(1, 2, 3, 0, 4, 5).reshape(3, B, H // P, P * T, D)
+        y = attend(q, k, v, dropout, mask)  # (B, H/P, P*T, D)
+        y = y.view(B, H // P, P, T, D).permute(2, 0, 1, 3, 4)  # (P, B, H/P, T, D)
+        return exchange(y).transpose(0, 1).reshape(B, H, T, D)
+
+    return attend_over_ranks
+
+
+ATTENTION: dict[str, Attention] = {"sdpa": sdpa_attention, "eager": eager_attention}

@@ -22,8 +22,8 @@ from megagpt.shards import Dataset, TokenStream
 class Batch(NamedTuple):
     """A micro-batch on the device."""
 
-    inputs: Tensor  # (B, T) int64
-    targets: Tensor  # (B, T) int64, IGNORE where there is no loss
+    inputs: Tensor  # (B, T) int64, or this rank's share of the positions
+    targets: Tensor  # as inputs; IGNORE where there is no loss
     documents: Tensor | None  # (B, T), numbered in each row; None: attention crosses documents
 
 
@@ -75,12 +75,20 @@ def open_data(cfg: DataConfig, seq_len: int, *, masked: bool = False) -> tuple[V
 def rank_samples(batch: BatchPlan, rank: int, first: int) -> Iterator[int]:
     """The first sample of each of this rank's micro-batches, endlessly, from the global batch at sample `first`.
 
-    A global batch is the same set of samples on any number of ranks; each rank takes a contiguous share of it.
+    A global batch is the same set of samples on any number of ranks; each rank takes a contiguous share of it,
+    and ranks that share their samples' positions the same one.
     """
-    share = batch.global_batch // batch.world_size
+    share = batch.global_batch // batch.replicas
     for step in count():
-        begin = first + step * batch.global_batch + rank * share
+        begin = first + step * batch.global_batch + rank // batch.sequence_parallel_size * share
         yield from range(begin, begin + share, batch.micro_batch)
+
+
+def stretch(T: int, rank: int, sequence_parallel_size: int) -> slice:
+    """Of T positions those that are this rank's: all, or a share in the order of neighboring ranks."""
+    share = T // sequence_parallel_size
+    begin = rank % sequence_parallel_size * share
+    return slice(begin, begin + share)
 
 
 def prefetched(
@@ -91,10 +99,12 @@ def prefetched(
     *,
     rework: Rework | None = None,
     document_end: int | None = None,
+    positions: slice = slice(None),
 ) -> Iterator[Batch]:
     """Micro-batches on the device; while one is in use, a thread copies the next into pinned memory.
 
     shape is (B, T + 1), of the rows that `fill` writes. Without a `rework` inputs and targets are two views of them.
+    `positions` are those that this rank computes, if not all.
     A micro-batch is valid until the next one is taken: its memory is then written again.
     """
     on_gpu = device.type == "cuda"
@@ -119,7 +129,8 @@ def prefetched(
             sent[slot] = torch.cuda.Event()
             sent[slot].record()  # type: ignore[union-attr]
         inputs = rows[:, :-1]
-        return Batch(inputs, targets, None if document_end is None else document_numbers(inputs, document_end))
+        documents = None if document_end is None else document_numbers(inputs, document_end)
+        return Batch(inputs[:, positions], targets[:, positions], documents)
 
     def use_own_gpu() -> None:
         if on_gpu:

@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from typing import TypeVar, cast
 
 import torch
@@ -67,6 +68,13 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@cache
+def neighbors(size: int) -> dist.ProcessGroup:
+    """The group of `size` neighboring ranks that this one is in, counted from rank 0. Collective."""
+    group, _ = dist.new_subgroups(size, timeout=TIMEOUT)
+    return group
 
 
 def is_main() -> bool:

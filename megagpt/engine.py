@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from megagpt.accounting import n_params
-from megagpt.attention import prefer_cudnn
+from megagpt.attention import over_ranks, prefer_cudnn
 from megagpt.compilation import compile_blocks, compiles
 from megagpt.config import RecomputeConfig
+from megagpt.distributed import neighbors, rank
 from megagpt.errors import UserError
 from megagpt.model import GPT, Block, Recompute, keep_activations
 from megagpt.optim import decay_groups
@@ -32,6 +33,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 import deepspeed  # noqa: E402
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine as Engine  # noqa: E402
+from deepspeed.sequence.layer import register_all_to_all_group  # noqa: E402
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
 
 __all__ = ["Engine", "build_engine", "consolidated_weights", "load_engine", "recompute_hook", "set_lr"]
@@ -54,6 +56,8 @@ def build_engine(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torc
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     with deepspeed.zero.Init(config_dict_or_path=config, enabled=ds.zero_optimization.stage == 3):
         model = GPT(cfg.model, vocab_size, dropout=cfg.regularization.dropout)
+    if batch.sequence_parallel_size > 1:
+        share_positions(model, batch.sequence_parallel_size)
     if compiles(cfg.compile, device):
         compile_blocks(model, cfg.out_dir / "compiled")
         if ds.zero_optimization.stage == 3:
@@ -71,6 +75,24 @@ def build_engine(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torc
     except (ValueError, AssertionError, NotImplementedError) as error:  # how DeepSpeed refuses a combination
         raise UserError(f"DeepSpeed refuses the run file: {error}") from error
     return engine
+
+
+def share_positions(model: GPT, size: int) -> None:
+    """Let `size` neighboring ranks have a stretch of each sample's positions each: DeepSpeed-Ulysses. Collective.
+
+    DeepSpeed is told the size for its batch arithmetic, but handed no `mpu`: it partitions and averages over all ranks
+    as it does without, and each rank's loss being the mean over its own targets, that average is the gradient.
+    (Its own parallel_state_sp as `mpu` would divide by the number of groups, and add up norms as if a group's ranks
+    held parts of a model.)
+    """
+    group = register_all_to_all_group(neighbors(size))
+
+    def exchange(x: Tensor) -> Tensor:
+        return torch.ops.deepspeed.dim_zero_all_to_all(x.contiguous(), group)  # differentiable, also when compiled
+
+    for block in model.blocks():
+        block.attn.attend = over_ranks(block.attn.attend, exchange, size)
+    model.part = rank() % size
 
 
 def _check_deepspeed_keys(config: dict[str, Any]) -> None:
@@ -177,7 +199,7 @@ def recompute_hook(cfg: RecomputeConfig, ds: DeepSpeedConfig, device: torch.devi
     if section.partition_activations or section.contiguous_memory_optimization:
         raise UserError(
             "activation_checkpointing.partition_activations and contiguous_memory_optimization split activations "
-            "over model-parallel ranks, and megagpt is data parallel only; remove them"
+            "over model-parallel ranks, and megagpt has none; remove them"
         )
     if section.number_checkpoints is not None:
         raise UserError(

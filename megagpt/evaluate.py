@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megagpt.data import ValBlocks, prefetched
+from megagpt.data import ValBlocks, prefetched, stretch
 from megagpt.distributed import rank, sum_over_ranks, world_size
 from megagpt.loss import token_nats
 
@@ -31,20 +31,26 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, blocks: ValBlocks, token_bytes: Tensor, *, micro_batch: int) -> Evaluation:
+def evaluate(
+    model: nn.Module, blocks: ValBlocks, token_bytes: Tensor, *, micro_batch: int, sequence_parallel_size: int = 1
+) -> Evaluation:
     """Each rank takes a contiguous share of the blocks; all run the same number of forward passes.
+
+    With sequence_parallel_size > 1, so many ranks take the same blocks, each a stretch of their positions.
 
     token_bytes (vocab_size,) says how many bytes of text each token stands for, and lies on the model's device.
     """
     device = token_bytes.device
-    share = math.ceil(len(blocks) / world_size())
-    begin, end = rank() * share, min((rank() + 1) * share, len(blocks))
+    replica, replicas = rank() // sequence_parallel_size, world_size() // sequence_parallel_size
+    share = math.ceil(len(blocks) / replicas)
+    begin, end = replica * share, min((replica + 1) * share, len(blocks))
     firsts = range(begin, begin + share, micro_batch)
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
     was_training = model.training
     model.eval()
     shape = (micro_batch, blocks.seq_len + 1)
-    batches = prefetched(blocks.fill, firsts, shape, device, document_end=blocks.document_end)
+    positions = stretch(blocks.seq_len, rank(), sequence_parallel_size)
+    batches = prefetched(blocks.fill, firsts, shape, device, document_end=blocks.document_end, positions=positions)
     for first, (inputs, targets, documents) in zip(firsts, batches, strict=True):
         nats = model(inputs, documents=documents, score=token_nats(targets))  # (B, T)
         kept = (first + torch.arange(micro_batch, device=device) < end).unsqueeze(1).expand_as(targets)  # (B, T)

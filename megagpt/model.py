@@ -3,7 +3,7 @@
 Shapes: B batch, T positions, C width (n_embd), H heads, D head width (C = H * D), V vocabulary.
 Nothing here knows about ranks or DeepSpeed. Three things are handed in: `GPT.recompute`, which runs one block
 (and may drop its activations until backward), a key-value cache for generation, and a score to take of the last hidden
-states instead of logits.
+states instead of logits. Where several ranks share a sample, so are `GPT.part` and each block's `attend`.
 """
 
 import math
@@ -74,7 +74,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, cfg: ModelConfig, dropout: float) -> None:
         super().__init__()
         self.n_head, self.head_dim = cfg.n_head, cfg.head_dim
-        self.attend = ATTENTION[cfg.attention]
+        self.attend = self.attend_alone = ATTENTION[cfg.attention]
         self.dropout = dropout
         self.c_attn = Linear(cfg.n_embd, 3 * cfg.n_embd)
         self.c_proj = Linear(cfg.n_embd, cfg.n_embd, std=residual_std(cfg))
@@ -83,9 +83,11 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        attend = self.attend
         if cache is not None:
             k, v = cache.append(k, v)  # each (B, H, S, D)
-        y = self.attend(q, k, v, self.dropout if self.training else 0.0, mask)  # (B, H, T, D)
+            attend = self.attend_alone  # every rank generates whole texts
+        y = attend(q, k, v, self.dropout if self.training else 0.0, mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -139,6 +141,7 @@ class GPT(nn.Module):
         self.lm_head = OutputHead(cfg.n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight  # tied (Press and Wolf 2017)
         self.recompute: Recompute = keep_activations
+        self.part = 0  # which stretch of T positions the tokens are, where ranks share a sample
 
     def forward(
         self,
@@ -150,16 +153,19 @@ class GPT(nn.Module):
     ) -> Tensor:
         """With caches (one per layer), tokens continue the positions already in them.
 
-        With documents (B, T), numbers that change where a document begins, each is read as if it stood alone.
+        With documents, numbers that change where a document begins, each is read as if it stood alone; they are
+        (B, T), or of all positions where ranks share them.
         Raises ValueError if the positions do not fit seq_len.
         """
-        begin = caches[0].length if caches else 0
-        end = begin + tokens.size(1)
+        T = tokens.size(1)
+        begin = caches[0].length if caches else self.part * T
+        end = begin + T
         if end > self.cfg.seq_len:
             raise ValueError(f"position {end} does not fit the model's seq_len={self.cfg.seq_len}")
         positions, mask = torch.arange(begin, end, device=tokens.device), None  # (T,)
         if documents is not None:
             positions, mask = apart(documents)
+            positions = positions[:, begin:end]  # (B, T)
         x = F.dropout(self.wte(tokens) + self.wpe(positions), self.dropout, self.training)  # (B, T, C)
         recompute = self.recompute if self.training else keep_activations
         for i, block in enumerate(self.blocks()):
@@ -181,9 +187,9 @@ def apart(documents: Tensor) -> tuple[Tensor, Tensor]:
     T = documents.size(1)
     place = torch.arange(T, device=documents.device)
     begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0  # (B, T)
-    positions = place - torch.where(begins, place, 0).cummax(1).values
-    seen = place.unsqueeze(1) - place  # (T, T): how far back
-    return positions, (seen >= 0) & (seen <= positions.unsqueeze(-1)).unsqueeze(1)
+    first = torch.where(begins, place, 0).cummax(1).values  # (B, T): where each one's document begins
+    seen = (place >= first.unsqueeze(-1)) & (place <= place.unsqueeze(1))  # (B, T, T), and never numbers of that size
+    return place - first, seen.unsqueeze(1)
 
 
 def residual_std(cfg: ModelConfig) -> float:

@@ -1,5 +1,6 @@
 """A run: our section of its file, the DeepSpeed keys that we read too, and how batches multiply out."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -75,6 +76,7 @@ class DeepSpeedConfig(BaseModel):
     train_micro_batch_size_per_gpu: int = Field(gt=0)
     gradient_accumulation_steps: int | None = Field(default=None, gt=0)
     gradient_clipping: float = Field(default=1.0, ge=0.0)
+    sequence_parallel_size: int = Field(default=1, gt=0, description="neighboring ranks that share each sample")
     optimizer: OptimizerConfig
     bf16: Enabled = Enabled()
     fp16: Enabled = Enabled()
@@ -89,11 +91,25 @@ class DeepSpeedConfig(BaseModel):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A run file, parsed: our section, our view of DeepSpeed's keys, and those keys exactly as written."""
+    """A run file, parsed: our section, our view of DeepSpeed's keys, and those keys exactly as written.
+
+    Raises ValueError for settings of the two that do not go together.
+    """
 
     megagpt: MegaGPTConfig
     deepspeed: DeepSpeedConfig
     deepspeed_raw: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        cfg, P = self.megagpt, self.deepspeed.sequence_parallel_size
+        shared = {"model.n_head": cfg.model.n_head, "model.seq_len": cfg.model.seq_len, "data.seq_len": cfg.seq_len}
+        common = math.gcd(*shared.values())
+        for name, n in shared.items():
+            if n % P:
+                raise ValueError(
+                    f"sequence_parallel_size={P} does not divide megagpt.{name}={n}, and so many ranks share heads and "
+                    f"positions evenly; set it to {max(p for p in range(1, P) if common % p == 0)}, or change {name}"
+                )
 
     def as_json(self) -> dict[str, Any]:
         """The run file again, with our section's defaults written out."""
@@ -105,12 +121,18 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """global_batch = micro_batch x accumulation x world_size, all in sequences."""
+    """global_batch = micro_batch x accumulation x replicas, all in sequences."""
 
     global_batch: int
     micro_batch: int
     accumulation: int
     world_size: int
+    sequence_parallel_size: int = 1
+
+    @property
+    def replicas(self) -> int:
+        """How many ranks, or groups of ranks that share their samples' positions, see samples of their own."""
+        return self.world_size // self.sequence_parallel_size
 
 
 def batch_plan(ds: DeepSpeedConfig, world_size: int) -> BatchPlan:
@@ -123,8 +145,17 @@ def batch_plan(ds: DeepSpeedConfig, world_size: int) -> BatchPlan:
         ds.train_micro_batch_size_per_gpu,
         ds.gradient_accumulation_steps,
     )
-    per_pass = micro * world_size
-    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    shared_by = ds.sequence_parallel_size
+    if world_size % shared_by:
+        raise UserError(
+            f"sequence_parallel_size={shared_by} does not divide the number of ranks, {world_size}; "
+            f"set it to {math.gcd(shared_by, world_size)}, or start a multiple of {shared_by} ranks"
+        )
+    replicas = world_size // shared_by
+    per_pass = micro * replicas
+    ranks = f"{replicas} {'rank' if shared_by == 1 else 'group'}{'s' if replicas > 1 else ''}"
+    if shared_by > 1:
+        ranks += f" of {shared_by} ranks (sequence_parallel_size)"
     if total % per_pass:
         nearest = max(1, round(total / per_pass)) * per_pass
         raise UserError(
@@ -137,4 +168,4 @@ def batch_plan(ds: DeepSpeedConfig, world_size: int) -> BatchPlan:
             f"gradient_accumulation_steps={accum} x {ranks} = {accum * per_pass}; "
             f"set gradient_accumulation_steps to {total // per_pass}, or leave it out"
         )
-    return BatchPlan(total, micro, total // per_pass, world_size)
+    return BatchPlan(total, micro, total // per_pass, world_size, shared_by)

@@ -40,7 +40,7 @@ DEEPSPEED_KEYS = frozenset(
         "memory_breakdown",
         "optimizer",
         "prescale_gradients",
-        "seq_parallel_communication_data_type",
+        "sequence_parallel_size",
         "steps_per_print",
         "tensorboard",
         "timers",
@@ -68,7 +68,7 @@ DEEPSPEED_SECTIONS = {
 }
 
 # Keys that DeepSpeed reads but that could not act here: refused with the reason instead of ignored.
-_DATA_PARALLEL = "megagpt is data parallel only; remove it"
+_DATA_PARALLEL = "megagpt is data and sequence parallel only; remove it"
 _OWN_CHECKPOINTS = "megagpt commits checkpoints itself; see megagpt.every.save"
 _OWN_DATA = "megagpt brings its own sampler; see megagpt.data"
 REFUSED_KEYS = {
@@ -83,8 +83,8 @@ REFUSED_KEYS = {
     "hybrid_engine": "it is for RLHF; remove it",
     "managed_gradient_accumulation": "the training loop relies on DeepSpeed's default; remove it",
     "pipeline": _DATA_PARALLEL,
-    "sequence_parallel_size": _DATA_PARALLEL,
     "scheduler": "the learning rate comes from megagpt.schedule",
+    "seq_parallel_communication_data_type": "gradients are reduced over all ranks alike; see communication_data_type",
     "tensor_parallel": _DATA_PARALLEL,
     "use_data_before_expert_parallelism": _DATA_PARALLEL,
     "weight_quantization": "it is for inference; remove it",
@@ -110,6 +110,8 @@ def parse_run(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str 
         ours = error.title == MegaGPTConfig.__name__
         mistakes = explain(error, MegaGPTConfig if ours else DeepSpeedConfig, section=SECTION if ours else "")
         raise UserError(f"{where}: {mistakes}") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def run_schema() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megagpt.augment import rework_of
 from megagpt.commits import Saved, best, step_folder
 from megagpt.compilation import compiles
 from megagpt.config import MegaGPTConfig
-from megagpt.data import Batch, ValBlocks, open_data, prefetched, rank_samples
+from megagpt.data import Batch, ValBlocks, open_data, prefetched, rank_samples, stretch
 from megagpt.distributed import gather_over_ranks, is_main, rank, say, together, world_size
 from megagpt.early_stopping import after_evaluation
 from megagpt.engine import Engine, build_engine, effective_config
@@ -76,13 +76,17 @@ def check(run: RunConfig, *, fresh: bool) -> Plan:
 
 @dataclass
 class Recent:
-    """Losses of the steps since they were last read, and the last gradient norm; on the device until then."""
+    """Of the steps since they were last read this rank's losses, over all its targets, and the share of those that have
+    one; and the last gradient norm. On the device until then.
+    """
 
     losses: list[Tensor] = field(default_factory=list)
+    shares: list[Tensor] = field(default_factory=list)
     grad_norm: Tensor | float | None = None
 
-    def add(self, loss: Tensor, grad_norm: Tensor | float | None) -> None:
+    def add(self, loss: Tensor, share: Tensor, grad_norm: Tensor | float | None) -> None:
         self.losses.append(loss)
+        self.shares.append(share)
         self.grad_norm = grad_norm
 
 
@@ -118,19 +122,21 @@ class Session:
                 self.device,
                 rework=self.plan.rework,
                 document_end=self.plan.val_blocks.document_end,
+                positions=stretch(self.cfg.seq_len, rank(), self.plan.batch.sequence_parallel_size),
             )
         except UserError as error:  # a shard that went bad since it was opened
             raise OwnRankError(str(error)) from error
 
     def log(self, state: TrainState, recent: Recent) -> Recent:
         """Read the losses since the last log; raises UserError if one is not finite, on all ranks alike."""
-        losses = gather_over_ranks(torch.stack(recent.losses)).cpu()  # (world_size, steps)
+        found = gather_over_ranks(torch.stack([*recent.losses, *recent.shares])).cpu()  # (world_size, 2 * steps)
+        losses, shares = found.chunk(2, dim=1)  # each (world_size, steps)
         grad_norm = None if recent.grad_norm is None else float(recent.grad_norm)
         _check_finite(losses, None if self.plan.run.deepspeed.fp16.enabled else grad_norm, state.step)
         n_steps, seconds = losses.size(1), self.watch.lap()
         n_tokens = n_steps * self.plan.batch.global_batch * self.cfg.seq_len
         metrics = {
-            "loss/train": losses.mean().item(),
+            "loss/train": (losses.sum() / shares.sum().clamp(min=1e-9)).item(),  # of steps that may be all padding
             "lr": self.engine.optimizer.param_groups[0]["lr"],
             **({} if grad_norm is None else {"grad_norm": grad_norm}),
             **self._speed(n_tokens / (seconds["step"] + seconds["data"])),
@@ -149,7 +155,11 @@ class Session:
         """Validation loss, and what it means for early stopping; the same on every rank."""
         with self.watch.section("eval"):
             result = evaluate(
-                self.engine, self.plan.val_blocks, self.token_bytes, micro_batch=self.plan.batch.micro_batch
+                self.engine,
+                self.plan.val_blocks,
+                self.token_bytes,
+                micro_batch=self.plan.batch.micro_batch,
+                sequence_parallel_size=self.plan.batch.sequence_parallel_size,
             )
         metrics = {
             "loss/val": result.loss,
@@ -231,7 +241,8 @@ def _opening(plan: Plan, effective: dict[str, Any]) -> str:
     lines = [
         f"{cfg.out_dir}: {cfg.model.n_layer} layers, {cfg.model.n_embd} wide, vocabulary {plan.vocab_size:,}; "
         f"{' + '.join(tokens)} training tokens; global batch {batch.global_batch} = micro-batch {batch.micro_batch} "
-        f"x accumulation {batch.accumulation} x {batch.world_size} ranks"
+        f"x accumulation {batch.accumulation} x {batch.replicas} "
+        + ("ranks" if batch.sequence_parallel_size == 1 else f"groups of {batch.sequence_parallel_size} ranks")
     ]
     lines += plan.train_data.packing()
     if plan.saved is None:

@@ -53,12 +53,12 @@ def train(
     return state
 
 
-def train_step(session: Session, batches: Iterator[Batch]) -> tuple[Tensor, Tensor | float | None]:
-    """One optimizer update over this rank's share of a global batch: its mean loss, and the gradient norm.
+def train_step(session: Session, batches: Iterator[Batch]) -> tuple[Tensor, Tensor, Tensor | float | None]:
+    """One optimizer update over this rank's share of a global batch: its loss, its share of targets with one, the norm.
 
     Every target with a loss weighs the same, in whichever micro-batch and on whichever rank: the gradient is that of
     their sum over the number of all targets, ignored ones included. That number is known without asking other ranks.
-    Both results stay on the device: reading them here would make every step wait for the GPU.
+    The results stay on the device: reading them here would make every step wait for the GPU.
     """
     engine, regularization, losses, shares = session.engine, session.cfg.regularization, [], []
     for _ in range(session.plan.batch.accumulation):
@@ -76,8 +76,7 @@ def train_step(session: Session, batches: Iterator[Batch]) -> tuple[Tensor, Tens
         engine.backward(loss)  # DeepSpeed divides by gradient_accumulation_steps
         engine.step()  # updates the weights on the last micro-batch only
         losses.append(loss.detach())
-    kept = torch.stack(shares).mean().clamp(min=1e-9)  # a step may be all padding
-    return torch.stack(losses).mean() / kept, engine.get_global_grad_norm()
+    return torch.stack(losses).mean(), torch.stack(shares).mean(), engine.get_global_grad_norm()
 
 
 def due(step: int, cadence: int) -> bool:

@@ -17,6 +17,16 @@ ROOT = Path(__file__).parents[1]
 DEBUG_RUN = ROOT / "ds_configs" / "debug_cpu.json"
 
 
+# Runs of eight steps that a sample's positions may be shared in: every ZeRO stage, and all that makes ranks unlike.
+_FEW = ["megagpt.schedule.max_steps=8", "megagpt.every.eval=4", "train_micro_batch_size_per_gpu=2"]
+SHARING = {
+    "stage0": [*_FEW, "zero_optimization.stage=0", 'megagpt.regularization={"label_smoothing": 0.1, "z_loss": 0.001}'],
+    "stage1": [*_FEW, "zero_optimization.stage=1", "megagpt.packing.kind=best-fit", "megagpt.augment.goldfish.k=3"],
+    "stage2": [*_FEW, "zero_optimization.stage=2", "megagpt.packing.kind=concatenate-masked"],
+    "stage3": [*_FEW, "zero_optimization.stage=3", "megagpt.recompute.policy=full", "megagpt.data.seq_len=48"],
+}
+
+
 def write_corpus(path: Path, n_documents: int, *, seed: int = 0) -> Path:
     """JSON lines of random sentences over 60 made-up words: the same on every machine, and learnable."""
     rng = random.Random(seed)

@@ -141,7 +141,10 @@ def test_a_run_file_written_out_again_is_the_same_run():
 
 def test_the_list_of_deepspeeds_keys_is_the_installed_deepspeeds(device):
     """DeepSpeed says nothing about a key it does not know, so record which ones it asks for."""
+    import deepspeed
     from deepspeed.runtime import config as ds
+
+    deepspeed.init_distributed(verbose=False)  # without ranks it does not ask for sequence_parallel_size
 
     class Recorder(dict):
         def __init__(self, **content):
@@ -171,8 +174,9 @@ def test_the_list_of_deepspeeds_keys_is_the_installed_deepspeeds(device):
     assert asked - set(ds._REMOVED_TOP_LEVEL_CONFIG_KEYS) - set(REFUSED_KEYS) == DEEPSPEED_KEYS
 
 
-def ds_config(total: int, micro: int, accumulation: int | None = None) -> DeepSpeedConfig:
+def ds_config(total: int, micro: int, accumulation: int | None = None, *, sharing: int = 1) -> DeepSpeedConfig:
     return DeepSpeedConfig(
+        sequence_parallel_size=sharing,
         train_batch_size=total,
         train_micro_batch_size_per_gpu=micro,
         gradient_accumulation_steps=accumulation,
@@ -201,3 +205,24 @@ def test_the_number_to_set_is_right(micro, world, total, accumulation):
         total = int(str(error).split("set train_batch_size to ")[1].split(",")[0])
         plan = batch_plan(ds_config(total, micro), world)
     assert plan.micro_batch * plan.accumulation * plan.world_size == plan.global_batch == total
+
+
+def test_ranks_that_share_samples_count_as_one():
+    plan = batch_plan(ds_config(512, 16, sharing=4), world_size=8)
+    assert (plan.world_size, plan.replicas, plan.accumulation) == (8, 2, 16)
+    with pytest.raises(UserError, match=r"16 x 2 groups of 4 ranks \(seq.*\) = 32; set train_batch_size to 512"):
+        batch_plan(ds_config(500, 16, sharing=4), world_size=8)
+    with pytest.raises(
+        UserError, match=r"sequence_parallel_size=4 does not divide the number of ranks, 6; set it to 2"
+    ):
+        batch_plan(ds_config(512, 16, sharing=4), world_size=6)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "way_out"),
+    [("model.n_head", 6, 2), ("model.seq_len", 62, 2), ("data.seq_len", 18, 2), ("data.seq_len", 3, 1)],
+)
+def test_heads_and_positions_are_shared_evenly(key, value, way_out):
+    heads = ["megagpt.model.n_embd=48", "megagpt.model.n_head=8", "megagpt.model.seq_len=64"]
+    with pytest.raises(UserError, match=rf"size=4 does not divide megagpt.{key}={value}, .* set it to {way_out}, or"):
+        parse_run(GOOD, [*heads, "sequence_parallel_size=4", f"megagpt.{key}={value}"])

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import debug_run, metric
+from support import SHARING, debug_run, metric
 
 from megagpt import session, trainer
+from megagpt.checkpoint import load_model
 from megagpt.commits import best, committed
 from megagpt.data import open_data
 from megagpt.distributed import StopVote, gather_objects, init_process_group, rank
 from megagpt.engine import Engine, consolidated_weights
 from megagpt.errors import UserError
 from megagpt.evaluate import evaluate
+from megagpt.generate import complete
 from megagpt.loss import Score
 from megagpt.model import GPT
 from megagpt.state import TrainState
@@ -54,7 +56,7 @@ def stopped_by_a_signal_to_one_rank(dataset: Path, folder: Path) -> dict[str, An
             "megagpt.schedule.warmup_steps=10",
         ]
         straight = train(dataset, folder / f"straight{stage}", *options)
-        with after_step(7, lambda: os.kill(os.getpid(), signal.SIGTERM) if rank() == 1 else None):
+        with stopped_after(7):
             cut = train(dataset, folder / f"cut{stage}", *options)
         resumed = train(dataset, folder / f"cut{stage}", *options)
         found[f"stage{stage}"] = {
@@ -141,6 +143,36 @@ def validation_loss(dataset: Path, folder: Path) -> dict[str, float]:
     return asdict(evaluate(model, blocks, token_bytes, micro_batch=2))
 
 
+def sharing_positions(dataset: Path, folder: Path) -> dict[str, Any]:
+    """Both ranks on each sample, half of its positions each. The runs are left for the test to compare."""
+    for name, options in SHARING.items():
+        train(dataset, folder / name, "sequence_parallel_size=2", *options)
+    bf16 = ["bf16.enabled=true", "megagpt.schedule.max_steps=8"]
+    for size in (1, 2):
+        train(dataset, folder / f"bf16 by {size}", f"sequence_parallel_size={size}", *bf16)
+
+    engines: list[Engine] = []
+    options = ["sequence_parallel_size=2", "megagpt.regularization.dropout=0.1", *SHARING["stage3"]]
+    with keeping_the_engine(engines):
+        straight = train(dataset, folder / "straight", *options)
+    with stopped_after(4):
+        cut = train(dataset, folder / "cut", *options)
+    resumed = train(dataset, folder / "cut", *options)
+    with stopped_after(4):
+        train(dataset, folder / "changed", "sequence_parallel_size=2", *SHARING["stage1"])
+    train(dataset, folder / "changed", *SHARING["stage1"])
+
+    alone, tokenizer, _ = load_model(folder / "straight", DEVICE)
+    sample = debug_run(dataset, folder).megagpt.sample
+    return {
+        "folder": str(folder),
+        "cut_at": cut.step,
+        "states": [asdict(straight), asdict(resumed)],
+        "weights": [digest(newest_weights(folder / run)) for run in ("straight", "cut")],
+        "texts": [complete(model, tokenizer, ["the "], sample) for model in (engines[0].module, alone)],
+    }
+
+
 def votes(dataset: Path, folder: Path) -> list[bool]:
     """Rank 1 alone asks to stop at the third boundary."""
     vote = StopVote()
@@ -173,6 +205,11 @@ class after_step:
 
     def __exit__(self, *_: object) -> None:
         trainer.train_step = self.original
+
+
+def stopped_after(step: int) -> after_step:
+    """As by a scheduler that tells rank 1 alone."""
+    return after_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM) if rank() == 1 else None)
 
 
 class keeping_the_engine:
@@ -209,6 +246,7 @@ SCENARIOS = [
     a_loss_that_is_not_finite_on_one_rank,
     a_mistake_that_one_rank_alone_sees,
     validation_loss,
+    sharing_positions,
     votes,
     another_number_of_ranks,
 ]
