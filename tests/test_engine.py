@@ -252,7 +252,7 @@ def test_a_steady_step_reads_nothing_back_but_what_deepspeed_reads_once(dataset,
         for _ in range(3):  # stage 3 learns the order of modules, and compares it over ranks, in the first ones
             train_step(session, batches)
         with Reads() as reads:
-            loss, _ = train_step(session, batches)
+            loss, *_ = train_step(session, batches)
         seen = list(reads.sites)
         with reads:
             loss.item()
