@@ -18,11 +18,14 @@ def multiplies_bf16() -> bool:
 
 def fitting(run: RunConfig, device: torch.device) -> RunConfig:
     """The run in fp32 where a CPU would have to emulate the bf16 it asks for, and a word about it. Collective."""
-    if device.type != "cpu" or not run.deepspeed.bf16.enabled or all(gather_objects(multiplies_bf16())):
+    ds = run.deepspeed
+    if device.type != "cpu" or not ds.bf16.enabled or ds.fp16.enabled:  # with both, DeepSpeed refuses the run file
+        return run
+    if all(gather_objects(multiplies_bf16())):
         return run
     say("bf16.enabled=true, but this processor has no instructions for bf16: training in fp32, which is faster here")
     return replace(
         run,
-        deepspeed=run.deepspeed.model_copy(update={"bf16": Enabled(enabled=False)}),
+        deepspeed=ds.model_copy(update={"bf16": Enabled(enabled=False)}),
         deepspeed_raw={**run.deepspeed_raw, "bf16": {**run.deepspeed_raw["bf16"], "enabled": False}},
     )
