@@ -10,7 +10,7 @@ from itertools import chain, repeat
 import numpy as np
 import pyarrow as pa
 
-REMEMBERED_SEGMENTS, REMEMBERED_IDS = 2**19, 2**22  # about 100 MB; beyond either, remembering begins anew
+REMEMBERED_SEGMENTS, REMEMBERED_IDS = 2**20, 2**23  # about 200 MB; beyond either, remembering begins anew
 BETWEEN = b"\xff"  # is in no UTF-8
 
 
@@ -38,11 +38,12 @@ class SegmentEncoder:
         begins = self._cut(data, text_ends[:-1])
         segments = self._numbers_of(_distinct(data, begins))
         lengths = self._lengths[segments]
-        ends = np.cumsum(lengths)
+        ends = np.cumsum(lengths, dtype=np.int32)
         # where each id stands in self._ids: one after the other within a segment
-        where = np.repeat(self._begins[segments] - (ends - lengths), lengths) + np.arange(ends[-1])
+        where = np.repeat(self._begins[segments] - (ends - lengths), lengths)
+        where += np.arange(len(where), dtype=np.int32)
         after_text = np.searchsorted(begins, text_ends[:-1])  # segments up to each text's end
-        return np.split(self._ids[where], np.concatenate([[0], ends])[after_text])
+        return np.split(np.take(self._ids, where), np.concatenate([[0], ends])[after_text])
 
     def _cut(self, data: bytes, text_ends: np.ndarray) -> np.ndarray:
         """Where segments begin: int64, ascending."""
