@@ -39,7 +39,10 @@ def connect(n: int, scheduler: str | None, scratch: Path) -> Iterator[Client]:
 
 
 def _local(n: int, scratch: Path) -> LocalCluster:
-    with dask.config.set({"distributed.nanny.pre-spawn-environ": KEEP_MEMORY}):
+    # Dask's profiler looks at a worker's stack a hundred times a second: a sixth of the processor
+    with dask.config.set(
+        {"distributed.nanny.pre-spawn-environ": KEEP_MEMORY, "distributed.worker.profile.enabled": False}
+    ):
         return LocalCluster(
             n_workers=n,
             threads_per_worker=1,
