@@ -121,7 +121,9 @@ def _loads(line: bytes | str) -> Any:
 def _parse_record(record: Any, source: SourceConfig, position: int, where: Callable[[], str]) -> Items:
     if not isinstance(record, dict):
         yield Skipped("not a JSON object", where)
-    elif source.text_field not in record:
+    elif source.text_field not in record and position > 0:
+        yield Skipped(f"no field {source.text_field!r}", where)
+    elif source.text_field not in record:  # nor, most likely, in the rest of the file
         fields = ", ".join(sorted(record)) or "none"
         raise UserError(
             f"{where()} has no field {source.text_field!r}; it has {fields}; set text_field=NAME, or format=text"

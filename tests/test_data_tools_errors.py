@@ -90,8 +90,8 @@ BAD_INPUT = {
         r"no text to train a tokenizer on; skipped: 1 empty \(first: .*a\.txt",
     ),
     "other field": (
-        bad_bytes("a.jsonl", LINE + b'{"content": "x", "id": 1}'),
-        r"a\.jsonl:2 has no field 'text'; it has content, id; set text_field=NAME",
+        bad_bytes("a.jsonl", b'{"content": "x", "id": 1}\n' + LINE),
+        r"a\.jsonl:1 has no field 'text'; it has content, id; set text_field=NAME",
     ),
     "only bad lines": (bad_bytes("a.jsonl", b"{\n"), r"no text to train.*skipped: 1 bad JSON \(first: .*a\.jsonl:1\)"),
     "not gzip": (bad_bytes("a.jsonl.gz", b"hello"), r"cannot read .*a\.jsonl\.gz"),
@@ -167,7 +167,16 @@ def test_the_vocabulary_that_the_message_names_works(tmp_path: Path, capsys: pyt
     assert [path.name for path in tmp_path.iterdir() if path.name != "in"] == ["a.model"]
 
 
-BROKEN_LINES = [b"{\n", b"[1]\n", b'{"text": 5}\n', b'{"text": "\\ud800"}\n', b'{"text": ""}\n', b'{"text": "\xff"}\n']
+BROKEN_LINES = [
+    b"{\n",
+    b"[1]\n",
+    b'{"id": 5}\n',
+    b'{"text": null}\n',
+    b'{"text": 5}\n',
+    b'{"text": "\\ud800"}\n',
+    b'{"text": ""}\n',
+    b'{"text": "\xff"}\n',
+]
 
 
 def test_broken_lines_are_skipped_counted_and_the_first_is_named(tmp_path: Path, model: Path) -> None:
@@ -176,12 +185,13 @@ def test_broken_lines_are_skipped_counted_and_the_first_is_named(tmp_path: Path,
     report = build([path], tmp_path / "out", BuildConfig(tokenizer=model, val_fraction=0))
     assert all_documents(tmp_path / "out") == ["hello", "world"]
     assert report["skipped"] == {
-        "'text' is not a string": {"documents": 1, "first": f"{path}:4"},
+        "'text' is not a string": {"documents": 2, "first": f"{path}:5"},
         "bad JSON": {"documents": 1, "first": f"{path}:2"},
-        "empty": {"documents": 1, "first": f"{path}:6"},
-        "lone surrogate, which is no Unicode text": {"documents": 1, "first": f"{path}:5"},
+        "empty": {"documents": 1, "first": f"{path}:8"},
+        "lone surrogate, which is no Unicode text": {"documents": 1, "first": f"{path}:7"},
+        "no field 'text'": {"documents": 1, "first": f"{path}:4"},
         "not a JSON object": {"documents": 1, "first": f"{path}:3"},
-        "not UTF-8": {"documents": 1, "first": f"{path}:7"},
+        "not UTF-8": {"documents": 1, "first": f"{path}:9"},
     }
 
 
