@@ -17,6 +17,7 @@ from megagpt.commits import (
     COMMIT,
     Saved,
     best,
+    commit_on_record,
     committed,
     damage_of,
     disk_errors,
@@ -27,10 +28,11 @@ from megagpt.commits import (
     read_commit,
     remove,
     step_folder,
+    superseded,
     write_commit,
     write_manifest,
 )
-from megagpt.config import ModelConfig, PackingConfig
+from megagpt.config import KeepConfig, ModelConfig, PackingConfig
 from megagpt.distributed import barrier, broadcast_object, gather_objects, is_main, rank, say, together
 from megagpt.engine import Engine, consolidated_weights, load_engine
 from megagpt.errors import UserError
@@ -91,7 +93,7 @@ def save(
     `effective` is the run file with all defaults written out. Raises UserError, on every rank, if a file of one of
     them cannot be written: the step before stands.
     """
-    out_dir = Path(effective["megagpt"]["out_dir"])
+    out_dir, keep = Path(effective["megagpt"]["out_dir"]), KeepConfig(**effective["megagpt"]["keep"])
     step_dir = step_folder(out_dir, state.step)
     if is_main() and step_dir.exists():  # of an attempt that died while it saved
         remove(step_dir)
@@ -99,14 +101,42 @@ def save(
     engine.save_checkpoint(str(folder(out_dir)), tag=step_dir.name, save_latest=False)
     together(lambda: _write_own_files(step_dir, tokenizer, effective))
     manifests = gather_objects(together(lambda: write_manifest(step_dir, rank())))
+    together(lambda: _commit(step_dir, state, mixture, identity, manifests))
+    damaged = _damaged_of_newest(out_dir) if broadcast_object(bool(superseded(out_dir, keep))) else []
     if is_main():
-        write_commit(step_dir, state, mixture, asdict(identity), manifests)
         try:
-            point_to(out_dir, step_dir, state)
-            prune(out_dir)
+            if damaged:
+                put_aside(damaged)
+                point_to(out_dir, step_dir, state)
+            prune(out_dir, keep)
         except OSError as error:  # the step is committed all the same
             say(f"an older checkpoint could not be removed: {error}")
     barrier()
+
+
+def _commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: Identity, manifests: list[str]) -> None:
+    if is_main():
+        with disk_errors(step_dir):
+            write_commit(step_dir, state, mixture, asdict(identity), manifests)
+            point_to(step_dir.parent.parent, step_dir, state)
+
+
+def _damaged_of_newest(out_dir: Path) -> list[Path]:
+    """The steps found damaged on the way from the newest back to the second that is whole. Collective.
+
+    Before an older one goes: what should take its place may have rotted since it was written.
+    """
+    whole, damaged = 0, []
+    for step_dir in reversed(broadcast_object(committed(out_dir))):
+        damage = next(filter(None, gather_objects(damage_of(step_dir, rank()))), None)
+        if damage is None:
+            whole += 1
+        else:
+            damaged.append(step_dir)
+            say(f"checkpoint put aside: {damage}")
+        if whole == 2:
+            break
+    return damaged
 
 
 def _write_own_files(step_dir: Path, tokenizer: Tokenizer, effective: dict[str, Any]) -> None:
@@ -138,7 +168,7 @@ def set_aside(out_dir: Path) -> None:
 def newest_verified(out_dir: Path) -> Saved | None:
     """The newest step that every rank can verify; None before the first commit. Collective.
 
-    Raises UserError if steps were committed and none verifies: a silent start from step 0 would lose the run.
+    Raises UserError if a step was ever committed and none verifies: a silent start from step 0 would lose the run.
     """
     candidates = broadcast_object(committed(out_dir))
     refused: list[Path] = []
@@ -150,7 +180,10 @@ def newest_verified(out_dir: Path) -> Saved | None:
         refused.append(step_dir)
         say(f"checkpoint passed over: {damage}")
         first_damage = first_damage or damage
-    if refused:
+    recorded = broadcast_object(commit_on_record(out_dir))
+    if recorded is not None and not refused:
+        first_damage = f"{recorded} was committed and is gone"
+    if first_damage:
         raise UserError(
             f"no checkpoint in {folder(out_dir)} is whole ({first_damage}); restore the file, or give --fresh to "
             "start again at step 0 (the old run is kept beside the new one)"
@@ -163,7 +196,7 @@ def resume(engine: Engine, saved: Saved) -> None:
     load_engine(engine, saved.step_dir)
     set_rng_state(json.loads((saved.step_dir / f"rng.{rank()}.json").read_bytes()))
     if is_main():
-        put_aside(saved.passed_over)
+        put_aside(list(saved.passed_over))
     barrier()
 
 

@@ -4,6 +4,7 @@
                                   manifest.<rank>.json: size and sha256 of the files of one rank
                                   COMMIT: written last; without it the folder is not a checkpoint
     checkpoints/latest, best      hints for people and tools, replaced atomically
+    committed                     the newest commit's name, beside that folder: losing it does not look like a new run
 
 Nothing here talks to other ranks: checkpoint.py does.
 """
@@ -18,6 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from megagpt.config import KeepConfig
 from megagpt.errors import UserError
 from megagpt.files import fsync, sha256_of, write_atomically
 from megagpt.mixture import Mixture
@@ -25,7 +27,6 @@ from megagpt.state import TrainState
 
 COMMIT = "COMMIT"
 VERSION = 2
-KEEP = 2  # newest committed steps that stay, besides the best
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,14 @@ def best(out_dir: Path) -> Path | None:
 def committed(out_dir: Path) -> list[Path]:
     """Committed steps, oldest first."""
     return sorted(path.parent for path in folder(out_dir).glob(f"step_*/{COMMIT}"))
+
+
+def commit_on_record(out_dir: Path) -> str | None:
+    """The name of a step that was committed here once, whether it is still there or not."""
+    for record in (out_dir / "committed", folder(out_dir) / "latest"):
+        if record.is_file():
+            return record.read_text(errors="replace").strip() or record.name
+    return next((path.name for path in folder(out_dir).glob("damaged*_step_*")), None)
 
 
 def read_commit(step_dir: Path) -> Saved:
@@ -110,7 +119,12 @@ def disk_errors(step_dir: Path) -> Iterator[None]:
 def write_commit(
     step_dir: Path, state: TrainState, mixture: Mixture, identity: dict[str, Any], manifests: list[str]
 ) -> None:
-    """Last of a step's files: from here on it counts. `manifests` holds the sha256 of each rank's."""
+    """Last of a step's files: from here on it counts. `manifests` holds the sha256 of each rank's.
+
+    The folders above are made durable first: a file in a folder that a power cut takes back is no file.
+    """
+    for made in (step_dir, step_dir.parent, step_dir.parent.parent):
+        fsync(made.parent)
     record = {
         "format": "megagpt-checkpoint",
         "version": VERSION,
@@ -161,34 +175,54 @@ def damage_of(step_dir: Path, rank: int) -> str | None:
 
 def point_to(out_dir: Path, step_dir: Path, state: TrainState) -> None:
     """The hints: the step just saved, and the best of the committed ones, early stopping's own if it was saved."""
-    _hint(out_dir, "latest", step_dir)
+    _hint(folder(out_dir) / "latest", step_dir)
+    _hint(out_dir / "committed", step_dir)
     best_dir = step_folder(out_dir, state.stopper.best_step)
     if (best_dir / COMMIT).is_file():
-        _hint(out_dir, "best", best_dir)
-    else:
-        losses = {path: read_commit(path).state.val_loss for path in committed(out_dir)}
-        if known := {path: loss for path, loss in losses.items() if loss is not None}:
-            _hint(out_dir, "best", min(known, key=lambda path: known[path]))
+        _hint(folder(out_dir) / "best", best_dir)
+    elif by_loss := _by_loss(committed(out_dir)):
+        _hint(folder(out_dir) / "best", by_loss[0])
 
 
-def _hint(out_dir: Path, name: str, step_dir: Path) -> None:
-    write_atomically(folder(out_dir) / name, step_dir.name.encode() + b"\n")
+def _hint(hint: Path, step_dir: Path) -> None:
+    write_atomically(hint, step_dir.name.encode() + b"\n")
 
 
-def prune(out_dir: Path) -> None:
-    steps = committed(out_dir)
-    for step_dir in steps[:-KEEP]:
-        if step_dir != best(out_dir):
+def _by_loss(steps: list[Path]) -> list[Path]:
+    """Those whose validation loss is known, the lowest first."""
+    records = {path: _record_of(path) for path in steps}
+    losses = {path: record["state"]["val_loss"] for path, record in records.items() if record is not None}
+    return sorted((path for path in losses if losses[path] is not None), key=lambda path: losses[path])
+
+
+def superseded(out_dir: Path, keep: KeepConfig) -> list[Path]:
+    """The committed steps that nothing keeps, oldest first."""
+    steps, named = committed(out_dir), best(out_dir)
+    ranked = [named, *(path for path in _by_loss(steps) if path != named)] if named else _by_loss(steps)
+    stay = {*steps[-keep.last :], *ranked[: keep.best]}
+    if keep.every:
+        stay |= {path for path in steps if int(path.name.removeprefix("step_")) % keep.every == 0}
+    return [path for path in steps if path not in stay]
+
+
+def prune(out_dir: Path, keep: KeepConfig) -> None:
+    """Remove what nothing keeps, and what attempts left that died while they saved or removed."""
+    for step_dir in superseded(out_dir, keep):
+        remove(step_dir)
+    for step_dir in folder(out_dir).glob("step_*"):
+        if not (step_dir / COMMIT).is_file():
             remove(step_dir)
 
 
-def put_aside(damaged: tuple[Path, ...]) -> None:
+def put_aside(damaged: list[Path]) -> None:
     """Damaged steps keep their files for a look, but no longer count among the newest."""
     for step_dir in damaged:
         free = (step_dir.with_name(f"damaged{n}_{step_dir.name}") for n in count(1))
         step_dir.rename(next(path for path in free if not path.exists()))
+        fsync(step_dir.parent)
 
 
 def remove(step_dir: Path) -> None:
     (step_dir / COMMIT).unlink(missing_ok=True)  # first, so that a half-removed folder is no checkpoint
+    fsync(step_dir)
     shutil.rmtree(step_dir)

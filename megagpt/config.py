@@ -101,6 +101,14 @@ class EveryConfig(Strict):
     sample: int = Field(default=0, ge=0)
 
 
+class KeepConfig(Strict):
+    """Which checkpoints stay when a newer one is committed: a step that any of these keeps."""
+
+    last: int = Field(default=2, ge=2, description="the newest so many; the two newest are verified before others go")
+    every: int = Field(default=0, ge=0, description="those at multiples of so many steps, for good; 0: none")
+    best: int = Field(default=1, ge=1, description="so many of the lowest validation loss")
+
+
 class SampleConfig(Strict):
     """The texts that `every.sample` generates for people to read."""
 
@@ -217,6 +225,7 @@ class MegaGPTConfig(Strict):
     regularization: RegularizationConfig = RegularizationConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     every: EveryConfig = EveryConfig()
+    keep: KeepConfig = KeepConfig()
     sample: SampleConfig = SampleConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     compile: bool | None = Field(default=None, description="torch.compile for each block; null: on CUDA alone")
@@ -230,6 +239,16 @@ class MegaGPTConfig(Strict):
             raise ValueError(
                 f"data.seq_len={self.seq_len} is more than the model's positions, model.seq_len={self.model.seq_len}; "
                 "lower it, or begin a run with a longer model.seq_len"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_to_stay_is_saved(self) -> Self:
+        kept, saved = self.keep.every, self.every.save
+        if kept and (saved == 0 or kept % saved):
+            raise ValueError(
+                f"keep.every={kept} is not a multiple of every.save={saved}, so those steps are not saved; set "
+                f"keep.every to {max(saved, kept - kept % saved) if saved else 0}, or change every.save"
             )
         return self
 

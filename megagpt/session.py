@@ -246,7 +246,7 @@ def _opening(plan: Plan, effective: dict[str, Any]) -> str:
     ]
     lines += plan.train_data.packing()
     if plan.saved is None:
-        lines.append("no checkpoint yet: starting at step 0")
+        lines.append("no checkpoint was ever committed here: starting at step 0")
     else:
         lines.append(f"going on from {plan.saved.step_dir}")
         lines += [f"  changed: {line}" for line in checkpoint.changed_keys(plan.saved.step_dir, effective)]

@@ -85,6 +85,38 @@ def test_the_two_newest_steps_and_the_best_stay(run_to, tmp_path):
     assert hints == {"latest": "step_00000010", "best": "step_00000004"}
 
 
+def test_the_run_file_says_which_steps_stay(run_to, tmp_path):
+    """Saved every 2 steps: of 2, 4, ... 14 the three newest, the multiples of 4, and the best of early stopping."""
+    run_to(
+        "run",
+        14,
+        'megagpt.every={"log": 4, "eval": 6, "save": 2}',
+        FIRST_IS_BEST,
+        'megagpt.keep={"last": 3, "every": 4}',
+    )
+    assert [int(path.name[5:]) for path in committed(tmp_path / "run")] == [4, 6, 8, 10, 12, 14]
+
+
+def test_a_step_that_rotted_does_not_count_among_the_two_that_stay(run_to, tmp_path, capsys):
+    """Steps 2, 4 and 6 are there and 4 rots before 8 comes, whose two are 6 and 8; then 8 rots before 10 comes."""
+    run_to("run", 6, "megagpt.keep.last=3")
+    step_2, step_4, step_6 = committed(tmp_path / "run")
+    only_last = ["megagpt.every.save=0", "megagpt.every.eval=0", "megagpt.early_stopping.restore_best=false"]
+    original = checkpoint.superseded
+
+    def rot(step_dir):
+        """After the resume has verified it, before the next rotation."""
+        (step_dir / "rng.0.json").write_text("{}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "superseded", lambda *args: rot(step_6) or original(*args))
+        run_to("run", 8, *only_last)
+    assert f"checkpoint put aside: {step_6 / 'rng.0.json'} is damaged" in capsys.readouterr().out
+    assert committed(tmp_path / "run")[-2] == step_4
+    assert (step_6.with_name("damaged1_step_00000006")).is_dir()
+    assert not step_2.exists() or best(tmp_path / "run") == step_2
+
+
 def test_without_restore_best_the_best_is_the_lowest_loss_that_was_saved(run_to, tmp_path):
     """Evaluated every 2 steps, saved every 4: the lowest loss of all may lie between two saves."""
     cadence = 'megagpt.every={"log": 1, "eval": 2, "save": 4}'
@@ -162,6 +194,24 @@ def test_when_no_committed_step_is_whole_nothing_starts_silently_from_zero(saved
         (step_dir / "rng.0.json").write_text("{}")
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole .*rng\.0\.json.*--fresh"):
         run_to("run", 8)
+
+
+def test_checkpoints_that_are_gone_do_not_look_like_a_new_run(saved, run_to):
+    shutil.rmtree(saved / "checkpoints")
+    with pytest.raises(UserError, match=r"step_00000006 was committed and is gone.*--fresh"):
+        run_to("run", 8)
+    run_to("run", 2, fresh=True)
+    assert metric(saved, "loss/train").keys() == {1, 2}
+
+
+def test_a_run_stopped_before_its_first_commit_starts_again_and_says_so(run_to, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "write_commit", lambda *args: (_ for _ in ()).throw(OSError(28, "No space")))
+    with pytest.raises(UserError, match="could not be saved"):
+        run_to("run", 2)
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert run_to("run", 2).step == 2
+    assert "no checkpoint was ever committed here: starting at step 0" in capsys.readouterr().out
 
 
 def test_fresh_keeps_the_old_run_beside_the_new_one(saved, run_to):
