@@ -100,6 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--micro-batch", type=_positive, default=8)
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
     evaluate.set_defaults(run=_evaluate)
+
+    checkpoints = commands.add_parser(
+        "checkpoints",
+        help="the steps that a run has saved, and whether they are whole; exit code 2 if none is",
+        epilog="example: megagpt checkpoints runs/demo --verify",
+    )
+    checkpoints.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder, its out_dir")
+    checkpoints.add_argument("--verify", action="store_true", help="hash every file; without it sizes are compared")
+    checkpoints.set_defaults(run=_checkpoints)
     return parser
 
 
@@ -115,6 +124,14 @@ def _sample_report(args: argparse.Namespace) -> int:
 
     print(sample_report(load_run_config(args.deepspeed_config, args.overrides), args.sample_report, fresh=args.fresh))
     return 0
+
+
+def _checkpoints(args: argparse.Namespace) -> int:
+    from megagpt.checkpoint_list import checkpoint_table
+
+    table, any_whole = checkpoint_table(args.run_dir, hashes=args.verify)
+    print(table)
+    return 0 if any_whole else 2
 
 
 def _generate(args: argparse.Namespace) -> int:

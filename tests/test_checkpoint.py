@@ -9,6 +9,7 @@ from support import debug_run, metric, write_corpus
 from data_tools.build import build
 from data_tools.config import BuildConfig
 from megagpt import checkpoint
+from megagpt.__main__ import main
 from megagpt.checkpoint import load_model
 from megagpt.commits import COMMIT, best, committed, write_manifest
 from megagpt.engine import consolidated_weights
@@ -386,3 +387,32 @@ def test_damaged_weights_are_not_loaded(saved):
     victim.write_bytes(victim.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{victim.name} is damaged"):
         load_model(saved, CPU)
+
+
+def test_the_list_of_checkpoints_names_what_is_wrong_and_counts_only_whole_steps(saved, capsys):
+    """Sizes alone do not show a flipped bit; hashes do; a step without COMMIT and a damaged record are said too."""
+    assert main(["checkpoints", str(saved), "--verify"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out[1:-1]] == ["4", "6"]
+    assert all(line.split()[5:8] == ["1", "fp32", "1"] for line in out[1:-1])
+    assert out[-1] == "2 of 2 committed steps verify"
+
+    older, newer = committed(saved)
+    victim = newer / "rng.0.json"
+    victim.write_bytes(bytes([victim.read_bytes()[0] ^ 1]) + victim.read_bytes()[1:])
+    assert main(["checkpoints", str(saved)]) == 0
+    assert "2 of 2 committed steps have all their files" in capsys.readouterr().out
+    assert main(["checkpoints", str(saved), "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert f"{victim} is damaged" in out
+    assert "1 of 2 committed steps verify" in out
+
+    (older / COMMIT).write_text("{}")
+    (saved / "checkpoints" / "step_00000099").mkdir()
+    assert main(["checkpoints", str(saved), "--verify"]) == 2
+    out = capsys.readouterr().out
+    assert f"{older / COMMIT} was changed" in out
+    assert "step_00000099: not committed" in out
+    assert "0 of 2" in out
+    assert main(["checkpoints", str(saved.parent)]) == 2
+    assert "holds no checkpoints" in capsys.readouterr().err

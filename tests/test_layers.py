@@ -13,7 +13,7 @@ FLOORS = [
     {"run_config", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
     {"run_file", "mixture", "shard_format", "model", "state", "augment", "packing", "processor"},
     {"commits", "shards", "compilation"},
-    {"samples"},
+    {"checkpoint_list", "samples"},
     {"data", "sample_report"},
     {"engine"},
     {"checkpoint", "evaluate", "generate", "monitor"},
