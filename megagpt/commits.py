@@ -21,7 +21,7 @@ from typing import Any
 
 from megagpt.config import KeepConfig
 from megagpt.errors import UserError
-from megagpt.files import fsync, sha256_of, write_atomically
+from megagpt.files import fsync, leads_out, sha256_of, write_atomically
 from megagpt.mixture import Mixture
 from megagpt.state import TrainState
 
@@ -51,8 +51,8 @@ def step_folder(out_dir: Path, step: int) -> Path:
 def best(out_dir: Path) -> Path | None:
     """The committed step that the `best` hint names."""
     hint = folder(out_dir) / "best"
-    step_dir = folder(out_dir) / hint.read_text().strip() if hint.is_file() else None
-    return step_dir if step_dir is not None and (step_dir / COMMIT).is_file() else None
+    name = hint.read_bytes().strip() if hint.is_file() else b""
+    return next((step_dir for step_dir in committed(out_dir) if step_dir.name.encode() == name), None)
 
 
 def committed(out_dir: Path) -> list[Path]:
@@ -161,6 +161,8 @@ def damage_of(step_dir: Path, rank: int, *, hashes: bool = True) -> str | None:
         if sha256_of(manifest) != manifests[rank]:
             return f"{manifest} was changed"
         for name, info in json.loads(manifest.read_bytes()).items():
+            if leads_out(step_dir, name):
+                return f"{manifest} names {name!r}, which leads out of its folder"
             path = step_dir / name
             if path.stat().st_size != info["bytes"] or (hashes and sha256_of(path) != info["sha256"]):
                 return f"{path} is damaged"

@@ -1,0 +1,62 @@
+"""Checkpoint files are pickles, and a pickle is a program: each is read as data before anything may run it."""
+
+import pickletools
+from pathlib import Path
+
+import torch
+
+from megagpt.errors import UserError
+
+ALLOWED = frozenset(
+    [
+        "collections OrderedDict",
+        "deepspeed.runtime.fp16.loss_scaler DynamicLossScaler",
+        "deepspeed.runtime.fp16.loss_scaler LossScaler",
+        "deepspeed.runtime.zero.config ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment fragment_address",
+        "torch Size",
+        "torch Tensor",
+        "torch bfloat16",  # a loss scaler holds its dtype
+        "torch float16",
+        "torch float32",
+        "torch._tensor _rebuild_from_type_v2",  # calls only what else stands here
+        "torch._utils _rebuild_parameter",
+        "torch._utils _rebuild_tensor_v2",
+        *(f"torch {name}Storage" for name in ("BFloat16", "Bool", "Byte", "Double", "Float", "Half", "Int", "Long")),
+    ]
+)
+SAVED_BY_OTHERS = "save what you trust with this megagpt, or delete the step's folder"
+
+
+def check_pickles(paths: list[Path]) -> None:
+    """Refuse files that torch.load(weights_only=False) would let call anything but what our checkpoints need.
+
+    Raises UserError naming the file and the global. The pickle is taken from the archive by the reader that torch.load
+    itself uses, so both see the same bytes; nothing in it is executed.
+    """
+    for path in paths:
+        try:
+            reader = torch._C.PyTorchFileReader(str(path))
+            records = set(reader.get_all_records())
+            program = reader.get_record("data.pkl")
+            found = _globals(program)
+        except (RuntimeError, ValueError, UnicodeDecodeError) as error:  # also what torch's older format is
+            raise UserError(f"{path} is no checkpoint file that torch writes today: {error}") from error
+        if "constants.pkl" in records:
+            raise UserError(f"{path} holds a compiled program (TorchScript), no checkpoint; {SAVED_BY_OTHERS}")
+        if foreign := sorted(found - ALLOWED):
+            raise UserError(
+                f"{path} would call {foreign[0].replace(' ', '.')} when it is loaded, which no checkpoint of megagpt "
+                f"needs: it may run any program; nothing of it was run. {SAVED_BY_OTHERS.capitalize()}"
+            )
+
+
+def _globals(program: bytes) -> set[str]:
+    """Every "module name" that a pickle imports. torch.save writes protocol 2, which has one opcode for it."""
+    found = set()
+    for opcode, argument, _ in pickletools.genops(program):
+        if opcode.name == "GLOBAL":
+            found.add(str(argument))
+        elif opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):  # other ways to import
+            found.add(f"{opcode.name} {argument or ''}")
+    return found

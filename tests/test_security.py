@@ -1,0 +1,132 @@
+"""The promises of SECURITY.md: nothing that a file or a host name holds is run, and no secret is written."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from support import debug_run
+
+from megagpt.checkpoint import load_model
+from megagpt.commits import COMMIT, _digest, best, committed, damage_of
+from megagpt.errors import UserError
+from megagpt.files import sha256_of
+from megagpt.pickles import check_pickles
+from megagpt.trainer import train
+
+SHORT = ["megagpt.schedule.max_steps=2", "megagpt.schedule.warmup_steps=0", "megagpt.data.val_tokens=256"]
+
+
+class Gadget:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.made),)
+
+
+def sign_again(step_dir: Path) -> None:
+    """The hashes of a step as somebody who changed its files would write them."""
+    for manifest in step_dir.glob("manifest.*.json"):
+        listed = {}
+        for name in json.loads(manifest.read_text()):
+            listed[name] = {"bytes": (step_dir / name).stat().st_size, "sha256": sha256_of(step_dir / name)}
+        manifest.write_text(json.dumps(listed))
+    record = json.loads((step_dir / COMMIT).read_text())
+    del record["sha256"]
+    record["manifests"] = [sha256_of(step_dir / f"manifest.{r}.json") for r in range(len(record["manifests"]))]
+    (step_dir / COMMIT).write_text(json.dumps(record | {"sha256": _digest(record)}))
+
+
+@pytest.fixture(scope="module")
+def options(dataset):
+    return [*SHORT, "zero_optimization.stage=1"]
+
+
+@pytest.fixture
+def run(dataset, device, tmp_path, options):
+    train(debug_run(dataset, tmp_path / "run", *options), device, fresh=False)
+    return tmp_path / "run"
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_a_program_in_a_checkpoint_is_refused_by_name_and_not_run(run, dataset, device, tmp_path, options, legacy):
+    """First as found, then signed again, then in a file that no manifest lists but DeepSpeed would find by its name."""
+    step_dir, made = committed(run)[-1], tmp_path / "made"
+    file = next(step_dir.glob("*model_states.pt"))
+    whole = file.read_bytes()
+    content = torch.load(file, weights_only=False)  # which this test itself has just saved
+    content["more"] = Gadget(made)
+    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match=rf"{file.name} is damaged"):
+        load_model(step_dir, device)
+    sign_again(step_dir)
+    named = "is no checkpoint file that torch writes today" if legacy else r"would call posix\.mkdir"
+    with pytest.raises(UserError, match=rf"{file.name} {named}"):
+        load_model(step_dir, device)
+    further = [*options, "megagpt.schedule.max_steps=3"]
+    with pytest.raises(UserError, match=rf"{file.name} {named}"):
+        train(debug_run(dataset, run, *further), device, fresh=False)
+    file.rename(step_dir / "zero_pp_rank_9_mp_rank_00_optim_states.pt")
+    file.write_bytes(whole)
+    sign_again(step_dir)
+    with pytest.raises(UserError, match=rf"zero_pp_rank_9_mp_rank_00_optim_states.pt {named}"):
+        load_model(step_dir, device)
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "named"),
+    [
+        (b"cposix\nsystem\n(S'true'\ntR.", "posix.system"),
+        (b"\x80\x04\x8c\x05posix\x8c\x06system\x93.", "STACK_GLOBAL"),
+        (b"(S'true'\niposix\nsystem\n.", "INST"),
+        (b"\x80\x02\x82\x01.", "EXT1"),
+        (b"ctorch.storage\n_load_from_bytes\n.", "torch.storage._load_from_bytes"),  # a pickle in a pickle
+        (b"cbuiltins\ngetattr\n.", "builtins.getattr"),
+        (b"ctorch._utils\n_rebuild_tensor_v2.__globals__\n.", "__globals__"),
+        (b"\x80\x02}q\x00", "no checkpoint file"),  # cut off
+    ],
+)
+def test_every_way_a_pickle_can_import_is_seen(tmp_path, program, named):
+    file = tmp_path / "a.pt"
+    writer = torch._C.PyTorchFileWriter(str(file))
+    writer.write_record("data.pkl", program, len(program))
+    writer.write_end_of_file()
+    with pytest.raises(UserError, match=named):
+        check_pickles([file])
+
+
+def test_a_manifest_and_a_hint_lead_nowhere_else(run, tmp_path):
+    step_dir = committed(run)[-1]
+    (tmp_path / "secret").write_text("outside")
+    listing = step_dir / "manifest.0.json"
+    listed = json.loads(listing.read_text())
+    link = step_dir / "link"
+    link.symlink_to(tmp_path / "secret")
+    for name in ("../../../secret", str(tmp_path / "secret"), "link"):
+        listing.write_text(json.dumps(listed | {name: {"bytes": 7, "sha256": hashlib.sha256(b"outside").hexdigest()}}))
+        sign_again(step_dir)
+        assert damage_of(step_dir, 0) == f"{listing} names {name!r}, which leads out of its folder"
+    other = tmp_path / "other" / "checkpoints" / step_dir.name
+    other.parent.mkdir(parents=True)
+    step_dir.rename(other)
+    for hint in (f"../../other/checkpoints/{step_dir.name}", str(other), "\udcff"):
+        (run / "checkpoints/best").write_bytes(hint.encode(errors="surrogateescape"))
+        assert best(run) is None
+
+
+def test_what_a_checkpoint_in_fp16_holds_is_known(tmp_path):
+    """A CPU trains no fp16, so its loss scalers are saved here by themselves."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+    scalers = [LossScaler(scale=8.0), DynamicLossScaler(2.0**16, 2.0, 1000, 1.0, 2, False, dtype=torch.float16)]
+    torch.save({"loss_scaler": scalers}, tmp_path / "a.pt")
+    check_pickles([tmp_path / "a.pt"])
