@@ -4,27 +4,39 @@
 
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megagpt.distributed import gather_objects
 from megagpt.errors import UserError
 from megagpt.model import GPT, Block, KeyValueCache
-
-COMPILERS = ("c++", "g++", "clang++")  # one of them is needed on a CPU, and by Triton's launchers beside a GPU
 
 
 def compiles(asked: bool | None, device: torch.device) -> bool:
     """Whether to compile: what the run file asks, else on CUDA, where compiling for minutes is repaid within the hour.
 
-    Raises UserError if it is asked for and there is no C++ compiler.
+    The same on every rank, since at stage 3 it decides what is gathered together. Collective.
+    Raises UserError, on every rank, if it is asked for and one of their machines could not.
     """
-    able = "CXX" in os.environ or any(shutil.which(name) for name in COMPILERS)
+    able = all(gather_objects(_has_compiler()))
     if asked and not able:
-        raise UserError("megagpt.compile=True needs a C++ compiler; install g++, or set it to false")
+        raise UserError(
+            "megagpt.compile=true needs a C++ compiler (g++, or what CXX names) and Python's headers on every machine; "
+            "install g++ and python3-dev, or set it to false"
+        )
     return able and (device.type == "cuda" if asked is None else asked)
+
+
+def _has_compiler() -> bool:
+    """The one that torch calls, and the header that its wrappers include, as Triton's do beside a GPU."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    headers = Path(sysconfig.get_path("include", "posix_prefix"))  # Debian's default scheme names another folder
+    return shutil.which(compiler) is not None and (headers / "Python.h").is_file()
 
 
 def compile_blocks(model: GPT, cache: Path) -> None:

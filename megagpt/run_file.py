@@ -75,7 +75,7 @@ REFUSED_KEYS = {
     "autotuning": "sizes are chosen by hand; remove it",
     "bfloat16": 'write "bf16"',
     "checkpoint": _OWN_CHECKPOINTS,
-    "compile": "DeepSpeed's compiler is not used; remove it",
+    "compile": "blocks are compiled by torch; see megagpt.compile",
     "curriculum_learning": _OWN_DATA,
     "data_efficiency": _OWN_DATA,
     "datastates_ckpt": _OWN_CHECKPOINTS,

@@ -1,6 +1,6 @@
 """Texts cut where no piece of a vocabulary reaches across, so that each distinct segment is tokenized once.
 
-Two neighbouring bytes that no piece holds side by side lie in two tokens whatever the model prefers, and what is best
+Two neighboring bytes that no piece holds side by side lie in two tokens whatever the model prefers, and what is best
 (unigram) or merged first (BPE) on one side has no say on the other. Most of a text are segments seen before.
 """
 

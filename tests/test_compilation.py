@@ -90,3 +90,23 @@ def test_without_a_compiler_it_is_refused_if_asked_for_and_left_out_otherwise(mo
     assert not compiles(None, CUDA)
     with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
         compiles(True, CPU)
+
+
+def test_a_compiler_that_torch_does_not_call_is_none(monkeypatch, tmp_path):
+    """It calls g++ alone, or what CXX names."""
+    for name in ("clang++", "c++"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert not compiles(None, CUDA)
+    monkeypatch.setenv("CXX", "missing")
+    assert not compiles(None, CUDA)
+    monkeypatch.setenv("CXX", "clang++")
+    assert compiles(None, CUDA)
+
+
+def test_without_pythons_headers_it_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setattr("sysconfig.get_path", lambda name, scheme: str(tmp_path))
+    assert not compiles(None, CUDA)
+    (tmp_path / "Python.h").touch()
+    assert compiles(None, CUDA)
