@@ -101,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
     evaluate.set_defaults(run=_evaluate)
 
+    hosts = commands.add_parser(
+        "check-hosts",
+        help="a hostfile and .deepspeed_env, before deepspeed hands them to ssh and shells",
+        epilog="example: megagpt check-hosts hosts && deepspeed --hostfile hosts launch/pretrain.py",
+    )
+    hosts.add_argument("hostfile", type=Path)
+    hosts.set_defaults(run=_check_hosts)
+
     checkpoints = commands.add_parser(
         "checkpoints",
         help="the steps that a run has saved, and whether they are whole; exit code 2 if none is",
@@ -132,6 +140,14 @@ def _checkpoints(args: argparse.Namespace) -> int:
     table, any_whole = checkpoint_table(args.run_dir, hashes=args.verify)
     print(table)
     return 0 if any_whole else 2
+
+
+def _check_hosts(args: argparse.Namespace) -> int:
+    from megagpt.launcher import check_environment, check_hosts
+
+    check_hosts(args.hostfile)
+    check_environment(Path.cwd())
+    return 0
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -1,12 +1,18 @@
 """What the launcher above this process was told, where it keeps a mistake to itself."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megagpt.errors import UserError
 
 LAUNCHERS = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID")  # deepspeed, torchrun and srun each set one
+HOST_LINE = re.compile(
+    r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\s+slots=[1-9][0-9]{0,3}(\s*#.*)?"
+)  # no option, no shell
+ENV_LINE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[A-Za-z0-9_.,:/@%+=^~-]*")  # pasted into a remote shell's command line
+SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)(_|=|$)")
 
 
 def watch() -> Callable[[], bool]:
@@ -32,6 +38,41 @@ def check_hostfile() -> None:
                 f"--hostfile {named} does not exist, and deepspeed would train on this machine alone; "
                 "launch/hostfile.example shows one"
             )
+        if named is not None:
+            check_hosts(folder / named)
+            check_environment(folder)
+
+
+def check_hosts(hostfile: Path) -> None:
+    """Refuse names that ssh or a shell would read as more than a name. Raises UserError with the line."""
+    try:
+        lines = hostfile.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the hostfile {hostfile} cannot be read: {error}") from error
+    hosts: set[str] = set()
+    for n, line in enumerate(map(str.strip, lines), start=1):
+        if not line or line.startswith("#"):
+            continue
+        name = line.split()[0]
+        if not HOST_LINE.fullmatch(line) or name in hosts:
+            why = "names a host again" if name in hosts else "is not `NAME slots=N`, NAME of letters, digits, . _ and -"
+            raise UserError(f"{hostfile}, line {n}: {line!r} {why}; launch/hostfile.example shows the form")
+        hosts.add(name)
+
+
+def check_environment(folder: Path) -> None:
+    """Refuse what deepspeed would paste into the other hosts' shells from a .deepspeed_env. Raises UserError."""
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    for file in (Path.home() / name, folder / name):
+        for n, line in enumerate(file.read_text(errors="replace").splitlines() if file.is_file() else (), start=1):
+            key = line.partition("=")[0]
+            if not ENV_LINE.fullmatch(line):
+                raise UserError(
+                    f"{file}, line {n}, {key!r}: deepspeed pastes it into a shell on every host; write NAME=VALUE, "
+                    "VALUE without blanks, quotes or a shell's signs"
+                )
+            if SECRET_NAME.search(key):
+                raise UserError(f"{file}, line {n}: deepspeed prints {key} in its log; set it on each host instead")
 
 
 def _named_hostfile(arguments: list[str]) -> str | None:

@@ -179,6 +179,8 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: unknown key {f'{name}.{key}'!r}{_did_you_mean(key, known)}")
     if not isinstance(raw.get(SECTION), dict):
         raise UserError(f'{where}: no "{SECTION}" section; see ds_configs/README.md')
+    if "api_key" in _keys_of(raw, "comet"):  # the run file is copied into run.json, checkpoints and TensorBoard
+        raise UserError(f"{where}: comet.api_key is a secret; set COMET_API_KEY in the environment instead")
     for dotted, value in _leaves(raw):
         if value == "auto" and not dotted.startswith(f"{SECTION}.sample."):
             raise UserError(f'{where}: {dotted} is "auto"; write the number, nothing here fills it in')

@@ -1,18 +1,22 @@
 """The promises of SECURITY.md: nothing that a file or a host name holds is run, and no secret is written."""
 
+import ast
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support import debug_run
+from support import DEBUG_RUN, ROOT, debug_run, environment, overrides
 
 from megagpt.checkpoint import load_model
 from megagpt.commits import COMMIT, _digest, best, committed, damage_of
 from megagpt.errors import UserError
 from megagpt.files import sha256_of
+from megagpt.launcher import check_environment, check_hosts
 from megagpt.pickles import check_pickles
 from megagpt.trainer import train
 
@@ -130,3 +134,105 @@ def test_what_a_checkpoint_in_fp16_holds_is_known(tmp_path):
     scalers = [LossScaler(scale=8.0), DynamicLossScaler(2.0**16, 2.0, 1000, 1.0, 2, False, dtype=torch.float16)]
     torch.save({"loss_scaler": scalers}, tmp_path / "a.pt")
     check_pickles([tmp_path / "a.pt"])
+
+
+# --- hosts, secrets, code --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-oProxyCommand=touch${IFS}x slots=1",
+        "a;touch slots=1",
+        "$(id) slots=1",
+        "node1 slots=x",
+        "node1",
+        "n1- slots=1",
+    ],
+)
+def test_a_host_that_ssh_or_a_shell_would_run_is_refused(tmp_path, line):
+    hosts = tmp_path / "hosts"
+    hosts.write_text(f"# ours\nnode1 slots=8\n10.0.0.2 slots=8\n{line}\n")
+    with pytest.raises(UserError, match=f"{hosts}, line 4: "):
+        check_hosts(hosts)
+
+
+def test_the_example_of_a_hostfile_is_accepted():
+    check_hosts(ROOT / "launch" / "hostfile.example")
+
+
+@pytest.mark.parametrize(
+    ("line", "accepted"),
+    [
+        ("NCCL_SOCKET_IFNAME=eth0", True),
+        ("NCCL_IB_HCA=^mlx5_3:1,mlx5_4", True),
+        ("A=$(touch x)", False),
+        ("A=1;touch x", False),
+        ("A=`id`", False),
+        ("no value", False),
+        ("HF_TOKEN=hf_abc", False),
+        ("WANDB_API_KEY=1", False),
+    ],
+)
+def test_only_plain_settings_are_sent_to_other_hosts(tmp_path, monkeypatch, line, accepted):
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    (tmp_path / ".deepspeed_env").write_text(line + "\n")
+    if accepted:
+        check_environment(tmp_path)
+    else:
+        with pytest.raises(UserError, match="line 1"):
+            check_environment(tmp_path)
+
+
+def test_a_secret_of_the_environment_is_written_nowhere(dataset, tmp_path, options):
+    secrets = {name: f"planted-{name}" for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
+    command = [sys.executable, ROOT / "launch/pretrain.py", "--deepspeed_config", DEBUG_RUN]
+    command += overrides(dataset, tmp_path / "run", *options)
+    env = environment() | secrets
+    done = subprocess.run([*map(str, command)], env=env, cwd=ROOT, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in files)
+    written = [done.stdout, done.stderr, *(path.read_bytes() for path in files)]
+    assert not any(b"planted-" in content for content in written)
+
+
+def test_a_secret_in_a_run_file_is_refused_without_being_repeated(dataset, tmp_path):
+    with pytest.raises(UserError, match="COMET_API_KEY") as refused:
+        debug_run(dataset, tmp_path, "comet.api_key=planted")
+    assert "planted" not in str(refused.value)
+
+
+FORBIDDEN = {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "pickle.load", "pickle.loads"}
+FORBIDDEN |= {"marshal.loads", "shelve.open", "joblib.load", "torch.jit.load", "subprocess.getoutput"}
+PROJECT = sorted(path for part in ("megagpt", "data_tools", "launch") for path in (ROOT / part).rglob("*.py"))
+
+
+def unsafe(source: str) -> set[str]:
+    """What a file calls that could run a program which somebody else wrote, or listens to everybody."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and node.value in ("0.0.0.0", "::"):
+            found.add(f"listens on {node.value}")
+        if not isinstance(node, ast.Call):
+            continue
+        name, given = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+        if name in FORBIDDEN or given.get("shell", "False") != "False" or given.get("allow_pickle", "False") != "False":
+            found.add(name)
+        if name == "torch.load" and given.get("weights_only") != "True":
+            found.add(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["eval(x)", "os.system(x)", "run(x, shell=True)", "np.load(x, allow_pickle=True)", "torch.load(x)", "f('0.0.0.0')"],
+)
+def test_unsafe_code_is_found(source):
+    assert unsafe(source)
+
+
+def test_no_file_of_the_project_is_unsafe():
+    found = {str(path.relative_to(ROOT)): unsafe(path.read_text()) for path in PROJECT}
+    found = {name: calls for name, calls in found.items() if calls}
+    assert found == {"megagpt/engine.py": {"torch.load"}}  # behind check_pickles
