@@ -4,12 +4,14 @@ import ast
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from corrupt import DAMAGES
 from support import DEBUG_RUN, ROOT, debug_run, environment, overrides
 
 from megagpt.checkpoint import load_model
@@ -18,6 +20,7 @@ from megagpt.errors import UserError
 from megagpt.files import sha256_of
 from megagpt.launcher import check_environment, check_hosts
 from megagpt.pickles import check_pickles
+from megagpt.run_file import load_run_config
 from megagpt.trainer import train
 
 SHORT = ["megagpt.schedule.max_steps=2", "megagpt.schedule.warmup_steps=0", "megagpt.data.val_tokens=256"]
@@ -236,3 +239,19 @@ def test_no_file_of_the_project_is_unsafe():
     found = {str(path.relative_to(ROOT)): unsafe(path.read_text()) for path in PROJECT}
     found = {name: calls for name, calls in found.items() if calls}
     assert found == {"megagpt/engine.py": {"torch.load"}}  # behind check_pickles
+
+
+@pytest.mark.parametrize("n", [60, pytest.param(2000, marks=pytest.mark.long)])
+def test_a_damaged_run_file_is_a_run_file_or_one_message(tmp_path, n):
+    """A changed digit may make another valid run file: it carries no hash. Nothing but a UserError may come out."""
+    rng, original, file = random.Random(1), DEBUG_RUN.read_bytes(), tmp_path / "run.json"
+    refused = 0
+    for _ in range(n):
+        content = bytearray(original)
+        rng.choice(DAMAGES)(content, rng)
+        file.write_bytes(content)
+        try:
+            load_run_config(file)
+        except UserError:
+            refused += 1
+    assert refused > n / 2
