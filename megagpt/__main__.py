@@ -56,7 +56,12 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in args or any(item.startswith("-") for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # which argparse does not collect behind an option of a command
+        args.overrides += rest
     return _or_2(lambda: args.run(args))
 
 
@@ -117,6 +122,17 @@ def _parser() -> argparse.ArgumentParser:
     checkpoints.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder, its out_dir")
     checkpoints.add_argument("--verify", action="store_true", help="hash every file; without it sizes are compared")
     checkpoints.set_defaults(run=_checkpoints)
+
+    resume = commands.add_parser(
+        "verify-resume",
+        help="whether a run file's run goes on to the last bit after a stop; exit code 1 if not",
+        epilog="example: megagpt verify-resume ds_configs/gpt2_124m.json --ranks 2 megagpt.data.val_tokens=65536",
+    )
+    resume.add_argument("run_file", type=Path, metavar="RUN.json")
+    resume.add_argument("--ranks", type=_positive, default=1, help="processes on this machine, in every launch")
+    resume.add_argument("--steps", type=_positive, default=4, help="how many; the second run is cut in their middle")
+    resume.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys of the run file")
+    resume.set_defaults(run=_verify_resume)
     return parser
 
 
@@ -148,6 +164,20 @@ def _check_hosts(args: argparse.Namespace) -> int:
     check_hosts(args.hostfile)
     check_environment(Path.cwd())
     return 0
+
+
+def _verify_resume(args: argparse.Namespace) -> int:
+    from tempfile import TemporaryDirectory
+
+    from megagpt.verify_resume import verify_resume
+
+    if args.steps < 2:
+        raise UserError(f"--steps {args.steps} cannot be cut in two; give 2 or more")
+    with TemporaryDirectory(prefix="verify_resume_") as folder:
+        different = verify_resume(args.run_file, args.overrides, Path(folder), ranks=args.ranks, steps=args.steps)
+    how = f"{args.steps} steps straight and cut after {args.steps // 2}, on {args.ranks} rank(s)"
+    print("\n".join([*different, f"{how}: " + ("NOT the same" if different else "the same to the last bit")]))
+    return 1 if different else 0
 
 
 def _generate(args: argparse.Namespace) -> int:

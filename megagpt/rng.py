@@ -8,6 +8,13 @@ import numpy as np
 import torch
 
 
+def seed_all(seed: int) -> None:
+    """Every generator whose state is saved, so that two runs of one run file save the same."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def rng_state() -> dict[str, Any]:
     """Every random generator of this process, as plain JSON."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)

@@ -26,6 +26,7 @@ from megagpt.evaluate import evaluate
 from megagpt.files import write_atomically
 from megagpt.generate import complete
 from megagpt.monitor import Monitor, Stopwatch, validation_curve
+from megagpt.rng import seed_all
 from megagpt.rows import Rework
 from megagpt.run_config import BatchPlan, RunConfig, batch_plan
 from megagpt.samples import TrainData, plan_mixture, row_opener, source_of
@@ -99,7 +100,7 @@ class Session:
         self.effective = {**run.as_json(), **effective_config(run, batch, plan.vocab_size, device)}
         self.engine: Engine = build_engine(run, batch, plan.vocab_size, device)
         self.compiled = compiles(self.cfg.compile, device)
-        torch.manual_seed(self.cfg.seed + 1 + rank())  # dropout differs from rank to rank
+        seed_all(self.cfg.seed + 1 + rank())  # dropout differs from rank to rank
         if plan.saved is not None:
             checkpoint.resume(self.engine, plan.saved)
         if is_main():

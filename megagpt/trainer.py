@@ -17,9 +17,14 @@ from megagpt.state import TrainState
 
 
 def train(
-    run: RunConfig, device: torch.device, *, fresh: bool = False, preemption: Preemption | None = None
+    run: RunConfig,
+    device: torch.device,
+    *,
+    fresh: bool = False,
+    preemption: Preemption | None = None,
+    stop_at: int | None = None,
 ) -> TrainState:
-    """Train until finished or told to stop; returns the state that was saved last. Collective.
+    """Train until finished, told to stop, or at step `stop_at`; returns the state that was saved last. Collective.
 
     Raises UserError for what is wrong with the run file or the data, and for a loss that is no longer finite.
     """
@@ -37,7 +42,7 @@ def train(
         set_lr(session.engine, run.deepspeed.optimizer.params.lr * lr_factor(state.step, schedule))
         recent.add(*train_step(session, batches))
         state = state.after_step(plan.batch.global_batch, run.megagpt.seq_len)
-        stop = vote(preemption.requested)
+        stop = vote(preemption.requested) or state.step == stop_at
         done = state.step == schedule.max_steps
 
         if stop or done or any(due(state.step, n) for n in (every.log, every.eval, every.save, every.sample)):

@@ -19,6 +19,7 @@ FLOORS = [
     {"checkpoint", "evaluate", "generate", "monitor"},
     {"session"},
     {"trainer"},
+    {"verify_resume"},
     {"__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,130 @@
+"""`megagpt verify-resume RUN.json`: does this run go on to the last bit? A few of its steps straight, and cut in two.
+
+Every stretch is a launch of its own, as after a real stop, and all write to the same folder, so that even paths agree.
+The module is also the program of one rank in such a launch.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megagpt.commits import committed, damage_of, read_commit
+from megagpt.distributed import init_process_group, is_main, together
+from megagpt.errors import UserError
+from megagpt.pickles import check_pickles
+from megagpt.processor import fitting
+from megagpt.run_file import load_run_config
+from megagpt.trainer import train
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+LAUNCHED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+WALL_CLOCK = ("tokens_per_sec", "memory_gib", "mfu", "hfu", "seconds/")
+
+
+def verify_resume(run_file: Path, overrides: Sequence[str], folder: Path, *, ranks: int, steps: int) -> list[str]:
+    """What differs between `steps` steps straight and the same cut in the middle: nothing, if resuming is exact.
+
+    The run file is the user's, schedule and all; only out_dir, cadences and how much is validated on are replaced.
+    Raises UserError if a launch fails.
+    """
+    out_dir, straight = folder / "run", folder / "straight"
+    ours = [
+        *overrides,
+        f"megagpt.out_dir={out_dir}",
+        'megagpt.every={"log": 1, "eval": 1, "save": 0}',
+        'megagpt.keep={"last": 2}',
+        "megagpt.early_stopping.restore_best=false",
+    ]
+    _launch(run_file, ours, ranks, stop_at=steps)
+    out_dir.rename(straight)
+    for stop_at in (steps // 2, steps):
+        _launch(run_file, ours, ranks, stop_at=stop_at)
+    return [*_metrics_that_differ(straight, out_dir), *_state_that_differs(straight, out_dir)]
+
+
+def _launch(run_file: Path, overrides: Sequence[str], ranks: int, *, stop_at: int) -> None:
+    command = [*LAUNCH, f"--nproc-per-node={ranks}", "-m", "megagpt.verify_resume", str(run_file), str(stop_at)]
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED_BY}
+    done = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        raise UserError(errors[0].removeprefix("error: ") if errors else f"a rank failed:\n{done.stderr[-3000:]}")
+
+
+def _metrics_that_differ(straight: Path, cut: Path) -> Iterator[str]:
+    expected, found = ({(r["step"], k): v for r in _rows(run) for k, v in r.items()} for run in (straight, cut))
+    for step, name in sorted(expected.keys() | found.keys()):
+        before, after = expected.get((step, name)), found.get((step, name))
+        if before != after and not name.startswith(WALL_CLOCK):
+            yield f"{name} at step {step}: {before} straight, {after} resumed"
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _state_that_differs(straight: Path, cut: Path) -> Iterator[str]:
+    """Of the last steps' files, with what their commit records say; a pickle is compared by the tensors in it."""
+    before, after = committed(straight)[-1], committed(cut)[-1]
+    one, two = read_commit(before), read_commit(after)
+    if (one.state, one.mixture, one.identity) != (two.state, two.mixture, two.identity):
+        yield f"the commit records: {one.state} straight, {two.state} resumed"
+    names = sorted({path.name for step in (before, after) for path in step.iterdir()})
+    for name in names:
+        a, b = before / name, after / name
+        if name == "COMMIT" or name.startswith("manifest."):
+            continue  # hashes of the rest
+        if not (a.is_file() and b.is_file()):
+            yield f"{name} is in one of the two alone"
+        elif a.read_bytes() != b.read_bytes() and not (name.endswith(".pt") and same(_load(a), _load(b))):
+            yield f"{name} differs"
+    for step in (before, after):
+        yield from filter(None, (damage_of(step, r) for r in range(one.identity["world_size"])))
+
+
+def _load(path: Path) -> Any:
+    check_pickles([path])
+    return torch.load(path, map_location="cpu", weights_only=False)  # written a moment ago by our own launch
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the last bit, in every tensor and number at any depth; a NaN is the same as a NaN."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        raw = (x.detach().contiguous().flatten().view(torch.uint8) for x in (a, b))
+        return torch.equal(*raw) if a.numel() else True
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float):
+        return a == b or (math.isnan(a) and math.isnan(b))
+    if hasattr(a, "__dict__"):
+        return same(vars(a), vars(b))
+    return bool(a == b)
+
+
+def _one_rank(run_file: str, stop_at: str, *overrides: str) -> int:
+    try:
+        device = init_process_group()
+        run = fitting(together(lambda: load_run_config(Path(run_file), overrides)), device)
+        train(run, device, stop_at=int(stop_at))
+    except UserError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_one_rank(*sys.argv[1:]))

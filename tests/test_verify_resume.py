@@ -1,0 +1,56 @@
+"""`megagpt verify-resume` on two real ranks: it finds a true resume exact, and one without its generators not."""
+
+import pytest
+import torch
+from support import DEBUG_RUN, overrides
+
+from megagpt.__main__ import main
+from megagpt.verify_resume import same
+
+ROUGH = [
+    "zero_optimization.stage=3",
+    "megagpt.regularization.dropout=0.1",
+    "train_micro_batch_size_per_gpu=2",
+    "megagpt.data.val_tokens=256",
+]
+
+
+def test_a_run_on_two_ranks_goes_on_to_the_last_bit(dataset, tmp_path, capsys):
+    options = overrides(dataset, tmp_path / "unused", *ROUGH)
+    assert main(["verify-resume", str(DEBUG_RUN), "--ranks", "2", *options]) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out == ("4 steps straight and cut after 2, on 2 rank(s): the same to the last bit\n")
+    assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.long
+def test_a_resume_that_loses_the_random_generators_is_found_out(dataset, tmp_path, capsys, monkeypatch):
+    """The control: every rank imports a sitecustomize that drops what restores them."""
+    (tmp_path / "sitecustomize.py").write_text("import megagpt.rng\nmegagpt.rng.set_rng_state = lambda saved: None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    options = overrides(dataset, tmp_path / "unused", *ROUGH)
+    assert main(["verify-resume", str(DEBUG_RUN), *options]) == 1
+    out = capsys.readouterr().out
+    assert "loss/train at step 3: " in out
+    assert "rng.0.json differs" in out
+    assert out.endswith("NOT the same\n")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "equal"),
+    [
+        ({"x": [torch.tensor([0.0])]}, {"x": [torch.tensor([0.0])]}, True),
+        (torch.tensor([0.0]), torch.tensor([-0.0]), False),
+        (torch.tensor([float("nan")]), torch.tensor([float("nan")]), True),
+        (torch.tensor([1.0]), torch.tensor([1.0], dtype=torch.float64), False),
+        (torch.tensor(1.5), torch.tensor(1.5), True),
+        ({"x": 1}, {"x": 1, "y": 2}, False),
+        ([float("nan")], [float("nan")], True),
+    ],
+)
+def test_sameness_is_of_bits(a, b, equal):
+    assert same(a, b) is equal
+
+
+def test_a_mistake_in_the_run_file_is_one_line(capsys):
+    assert main(["verify-resume", str(DEBUG_RUN), "--steps", "1"]) == 2
+    assert "cannot be cut in two" in capsys.readouterr().err
