@@ -3,7 +3,7 @@
 N parameters without the position table, L n_layer, C n_embd, T seq_len, V vocab_size.
 """
 
-from megagpt.config import ModelConfig
+from megagpt.config import ModelConfig, RecomputeConfig
 
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity). First match of the device's name wins.
 PEAK_FLOPS = {
@@ -39,10 +39,25 @@ def causal_flops_per_token(cfg: ModelConfig, vocab_size: int) -> float:
     return flops_per_token(cfg, vocab_size) - 6 * cfg.n_layer * cfg.n_embd * cfg.seq_len
 
 
-def recompute_flops_per_token(cfg: ModelConfig, n_blocks: int) -> float:
-    """What computing n_blocks' forward pass once more adds: hfu counts it, mfu does not."""
+def recompute_flops_per_token(
+    cfg: ModelConfig, recompute: RecomputeConfig, *, dropout: float = 0.0, zero3: bool = False, compiled: bool = False
+) -> float | None:
+    """What activation checkpointing computes once more: hfu counts it, mfu does not. None: the compiler decides.
+
+    torch stops computing again at the last tensor that backward needs. That is mlp.c_proj's input; with dropout the
+    mask behind its output; with DeepSpeed's linear layer of ZeRO-3, which saves its input late, that output.
+    DeepSpeed's checkpointing and compiled blocks run to their end, but where the compiler itself carries a policy out.
+    """
+    if recompute.policy == "budget":
+        return None
     C = cfg.n_embd
-    return n_blocks * (2 * 12 * C * C + 4 * C * cfg.seq_len)
+    c_attn, attention, c_proj, c_fc = 6 * C * C, 4 * C * cfg.seq_len, 2 * C * C, 8 * C * C
+    to_the_end = recompute.kind == "deepspeed" or dropout > 0.0 or zero3 or compiled
+    mlp_c_proj = 8 * C * C if to_the_end and not (compiled and recompute.policy == "selective") else 0
+    if recompute.policy == "selective":  # as recompute.py chooses
+        c_attn = c_fc = 0
+        attention = attention if dropout > 0.0 or cfg.attention == "eager" else 0
+    return recompute.n_blocks(cfg.n_layer) * (c_attn + attention + c_proj + c_fc + mlp_c_proj)
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,18 +40,20 @@ def _has_compiler() -> bool:
     return shutil.which(compiler) is not None and (headers / "Python.h").is_file()
 
 
-def compile_blocks(model: GPT, cache: Path) -> None:
+def compile_blocks(model: GPT, cache: Path, within: Callable[..., Tensor] | None = None) -> None:
     """In place, before any engine takes the model. What is compiled is kept in the folder `cache` for the next start.
 
     Shapes are fixed: another batch or length is compiled anew. Generation, whose length grows, stays as it was.
+    `within` calls the forward pass that it is given, with the arguments after it, and is compiled with it.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.absolute()))
     for block in model.blocks():
-        block.forward = _unless_cached(block)  # type: ignore[method-assign]
+        block.forward = _unless_cached(block, within)  # type: ignore[method-assign]
 
 
-def _unless_cached(block: Block) -> Callable[..., Tensor]:
-    plain, compiled = block.forward, torch.compile(block.forward, dynamic=False, fullgraph=True)
+def _unless_cached(block: Block, within: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    plain = block.forward
+    compiled = torch.compile(plain if within is None else partial(within, plain), dynamic=False, fullgraph=True)
 
     def forward(x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         return compiled(x, mask) if cache is None else plain(x, mask, cache)

@@ -120,21 +120,43 @@ class SampleConfig(Strict):
 
 
 class RecomputeConfig(Strict):
-    """Activation checkpointing: which blocks forget their activations and compute them again in backward."""
+    """Activation checkpointing: what blocks forget after their forward pass and compute again in backward."""
 
-    policy: Literal["none", "full", "every_k"] = "none"
+    policy: Literal["none", "selective", "every_k", "full", "budget"] = Field(
+        default="none",
+        description="keep all; recompute all but attention and every second matrix product; every k-th block; every "
+        "block; what the compiler chooses",
+    )
     k: int | None = Field(default=None, gt=1, description="every_k: blocks 0, k, 2k, ... are recomputed")
+    budget: float | None = Field(default=None, ge=0.0, lt=1.0, description="budget: share of the activations kept")
     kind: Literal["torch", "deepspeed"] = "torch"
+    offload: bool = Field(default=False, description="what is kept of the blocks waits in host memory")
 
     @model_validator(mode="after")
-    def _k_goes_with_every_k(self) -> Self:
+    def _each_goes_with_its_policy(self) -> Self:
         if (self.k is not None) != (self.policy == "every_k"):
             raise ValueError(f"k={self.k} with policy={self.policy!r}; k is needed by 'every_k' and by nothing else")
+        if (self.budget is not None) != (self.policy == "budget"):
+            raise ValueError(
+                f"budget={self.budget} with policy={self.policy!r}; budget, a share such as 0.5, is needed by 'budget' "
+                "and by nothing else"
+            )
+        if self.kind == "deepspeed" and self.policy in ("selective", "budget"):
+            raise ValueError(
+                f"kind='deepspeed' with policy={self.policy!r}; DeepSpeed recomputes whole blocks, leave kind out"
+            )
+        if self.offload and self.kind == "deepspeed":
+            raise ValueError("offload is for kind='torch'; DeepSpeed's is activation_checkpointing.cpu_checkpointing")
+        if self.offload and self.policy in ("selective", "budget"):
+            raise ValueError(
+                f"offload with policy={self.policy!r}, whose kept tensors stay on the device; use it with 'full', "
+                "'every_k' or 'none'"
+            )
         return self
 
     def n_blocks(self, n_layer: int) -> int:
-        """How many of the model's blocks are recomputed."""
-        return 0 if self.policy == "none" else -(-n_layer // (self.k or 1))
+        """How many of the model's blocks compute something again."""
+        return 0 if self.policy in ("none", "budget") else -(-n_layer // (self.k or 1))
 
 
 class FimConfig(Strict):

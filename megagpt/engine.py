@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,17 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from megagpt.accounting import n_params
 from megagpt.attention import over_ranks, prefer_cudnn
 from megagpt.compilation import compile_blocks, compiles
-from megagpt.config import RecomputeConfig
+from megagpt.config import MegaGPTConfig
 from megagpt.distributed import neighbors, rank, together, world_size
 from megagpt.errors import UserError
-from megagpt.model import GPT, Block, Recompute, keep_activations
+from megagpt.model import GPT, Block, Recompute
 from megagpt.optim import decay_groups
 from megagpt.pickles import check_pickles
+from megagpt.recompute import RunAgain, recompute_blocks, recompute_inside, set_memory_budget
 from megagpt.run_config import BatchPlan, DeepSpeedConfig, RunConfig
 from megagpt.run_file import explain
 
@@ -59,12 +59,14 @@ def build_engine(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torc
         model = GPT(cfg.model, vocab_size, dropout=cfg.regularization.dropout)
     if batch.sequence_parallel_size > 1:
         share_positions(model, batch.sequence_parallel_size)
-    if compiles(cfg.compile, device):
-        compile_blocks(model, cfg.out_dir / "compiled")
+    compiled = compiles(cfg.compile, device)
+    if compiled:
+        set_memory_budget(cfg.recompute)
+        compile_blocks(model, cfg.out_dir / "compiled", recompute_inside(cfg.recompute, model.dropout))
         if ds.zero_optimization.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [Block])  # hooks inside a block would break its graph
     prefer_cudnn(device)
-    model.recompute = recompute_hook(cfg.recompute, ds, device, preserve_rng=model.dropout > 0.0)
+    model.recompute = recompute_hook(cfg, ds, device, compiled=compiled)
     groups = decay_groups(model, ds.optimizer.params.weight_decay, cfg.regularization.weight_decay_on)
     try:
         engine, *_ = deepspeed.initialize(
@@ -188,11 +190,12 @@ def set_lr(engine: Engine, lr: float) -> None:
         group["lr"] = lr
 
 
-def recompute_hook(cfg: RecomputeConfig, ds: DeepSpeedConfig, device: torch.device, *, preserve_rng: bool) -> Recompute:
+def recompute_hook(cfg: MegaGPTConfig, ds: DeepSpeedConfig, device: torch.device, *, compiled: bool) -> Recompute:
     """How the model runs a block in training. Raises UserError for a setting that could not act."""
+    recompute = cfg.recompute
     section = ds.activation_checkpointing
     asked = {key: value for key, value in section.model_dump().items() if value}
-    if asked and (cfg.kind != "deepspeed" or cfg.policy == "none"):
+    if asked and (recompute.kind != "deepspeed" or recompute.policy == "none"):
         raise UserError(
             f"activation_checkpointing.{next(iter(asked))}={next(iter(asked.values()))} has no effect without "
             'DeepSpeed\'s checkpointing; set megagpt.recompute to {"policy": "full", "kind": "deepspeed"}'
@@ -207,24 +210,27 @@ def recompute_hook(cfg: RecomputeConfig, ds: DeepSpeedConfig, device: torch.devi
             f"activation_checkpointing.number_checkpoints={section.number_checkpoints} sizes the buffers of "
             "contiguous_memory_optimization, which needs model parallelism; choose blocks with megagpt.recompute"
         )
-    if section.cpu_checkpointing and device.type == "cpu":
-        raise UserError("activation_checkpointing.cpu_checkpointing moves activations to the CPU, where they are")
-    if cfg.policy == "none":
-        return keep_activations
-    every = cfg.k or 1
-    run_again = _deepspeed_checkpoint(ds) if cfg.kind == "deepspeed" else _torch_checkpoint(preserve_rng)
+    for key, moves in (
+        ("activation_checkpointing.cpu_checkpointing", section.cpu_checkpointing),
+        ("megagpt.recompute.offload", recompute.offload),
+    ):
+        if moves and device.type == "cpu":
+            raise UserError(f"{key} moves activations to the CPU, where they are; remove it")
+    if recompute.policy == "budget" and not compiled:
+        raise UserError(
+            "megagpt.recompute.policy='budget' is kept by the compiler, and blocks are not compiled here; set "
+            "megagpt.compile to true, or the policy to 'selective'"
+        )
+    if recompute.policy == "budget" and cfg.regularization.dropout > 0.0:  # torch 2.13 on a CPU: a gradient 18 % off
+        raise UserError(
+            f"megagpt.recompute.policy='budget' with dropout={cfg.regularization.dropout}: the compiler may draw other "
+            "masks in backward, and gradients would be wrong; set the policy to 'selective', or dropout to 0"
+        )
+    run_again = _deepspeed_checkpoint(ds) if recompute.kind == "deepspeed" else None
+    return recompute_blocks(recompute, cfg.regularization.dropout, run_again, compiled=compiled)
 
-    def recompute(i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return run_again(block, x, mask) if i % every == 0 else block(x, mask)
 
-    return recompute
-
-
-def _torch_checkpoint(preserve_rng: bool) -> Callable[[Block, Tensor, Tensor | None], Tensor]:
-    return partial(torch_checkpoint, use_reentrant=False, preserve_rng_state=preserve_rng)
-
-
-def _deepspeed_checkpoint(ds: DeepSpeedConfig) -> Callable[[Block, Tensor, Tensor | None], Tensor]:
+def _deepspeed_checkpoint(ds: DeepSpeedConfig) -> RunAgain:
     section = ds.activation_checkpointing
     deepspeed.checkpointing.configure(
         None,

@@ -209,9 +209,15 @@ class Session:
         if known and (peak := peak_flops(torch.cuda.get_device_name(self.device))) is not None:
             model = self.cfg.model.model_copy(update={"seq_len": self.cfg.seq_len})  # attention costs what is trained
             share = tokens_per_sec / (peak * world_size())
-            again = recompute_flops_per_token(model, self.cfg.recompute.n_blocks(model.n_layer))
+            again = recompute_flops_per_token(
+                model,
+                self.cfg.recompute,
+                dropout=self.cfg.regularization.dropout,
+                zero3=self.plan.run.deepspeed.zero_optimization.stage == 3,
+                compiled=self.compiled,
+            )
             flops = flops_per_token(model, self.plan.vocab_size)
-            speed |= {"mfu": flops * share, "hfu": (flops + again) * share}
+            speed |= {"mfu": flops * share} | ({} if again is None else {"hfu": (flops + again) * share})
         return speed
 
 

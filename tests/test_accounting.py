@@ -1,4 +1,8 @@
 import pytest
+import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagpt.accounting import (
     causal_flops_per_token,
@@ -7,8 +11,9 @@ from megagpt.accounting import (
     peak_flops,
     recompute_flops_per_token,
 )
-from megagpt.config import ModelConfig
+from megagpt.config import ModelConfig, RecomputeConfig
 from megagpt.model import GPT
+from megagpt.recompute import recompute_blocks
 
 SIZES = {  # (n_layer, n_head, n_embd) -> parameters with GPT-2's own vocabulary of 50,257 and 1,024 positions
     (12, 12, 768): 124_439_808,
@@ -39,10 +44,51 @@ def test_causal_flops_of_gpt2_124m():
     assert causal_flops_per_token(ModelConfig(), 50304) == pytest.approx(0.7986e9, rel=1e-3)
 
 
-def test_recomputing_every_block_adds_a_third_of_the_blocks_flops():
-    cfg = ModelConfig(n_layer=48, n_head=25, n_embd=1600)
+LADDER = [{"policy": "none"}, {"policy": "selective"}, {"policy": "every_k", "k": 2}, {"policy": "full"}]
+
+
+@pytest.mark.parametrize("zero3", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("policy", LADDER, ids=lambda policy: policy["policy"])
+def test_recomputed_flops_are_those_that_torch_counts(policy, attention, dropout, zero3, monkeypatch):
+    linear = zero3_linear_wrap if zero3 else torch._C._nn.linear  # zero.Init puts its own there for good
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    cfg = ModelConfig(n_layer=3, n_head=2, n_embd=32, seq_len=16, attention=attention)
+    recompute = RecomputeConfig(**policy)
+    plain, again = (flops_of_a_step(cfg, dropout, chosen) for chosen in (RecomputeConfig(), recompute))
+    n_tokens = 2 * 16
+    assert again - plain == n_tokens * recompute_flops_per_token(cfg, recompute, dropout=dropout, zero3=zero3)
+
+
+def flops_of_a_step(cfg: ModelConfig, dropout: float, recompute: RecomputeConfig) -> int:
+    torch.manual_seed(0)
+    model = GPT(cfg, 128, dropout=dropout)
+    model.recompute = recompute_blocks(recompute, dropout)
+    with Flops() as counted:
+        model(torch.zeros(2, 16, dtype=torch.int64)).sum().backward()
+    return counted.total
+
+
+class Flops(TorchDispatchMode):
+    """As torch counts each operation. (Its FlopCounterMode hooks into modules, so that recomputing stops later.)"""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.total += flop_counter.sdpa_flop(*args[:3])
+        elif (formula := flop_counter.flop_registry.get(func._overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def test_deepspeed_recomputes_a_block_to_its_end():
+    """All of a block's forward pass, a third of what it costs in all."""
+    cfg, full = ModelConfig(n_layer=48, n_head=25, n_embd=1600), RecomputeConfig(policy="full", kind="deepspeed")
     without_head = flops_per_token(cfg, 0)
-    assert recompute_flops_per_token(cfg, 48) == pytest.approx(without_head / 3, rel=0.001)
+    assert recompute_flops_per_token(cfg, full) == pytest.approx(without_head / 3, rel=0.001)
 
 
 def test_an_unknown_device_has_no_peak():

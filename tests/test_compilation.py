@@ -41,6 +41,7 @@ def losses_and_names(dataset, device, out_dir, *overrides):
 
 
 FULL, WITH_DEEPSPEED = '{"policy": "full"}', '{"policy": "full", "kind": "deepspeed"}'
+SELECTIVE, BUDGET = '{"policy": "selective"}', '{"policy": "budget", "budget": 0.3}'
 
 
 @pytest.mark.parametrize(("stage", "recompute"), [(0, FULL), (1, "{}"), (2, WITH_DEEPSPEED), (3, "{}"), (3, FULL)])
@@ -55,11 +56,34 @@ def test_compiled_training_is_eager_training(cache, dataset, device, tmp_path, s
     assert same == names
 
 
-def test_compiled_dropout_has_the_same_masks_when_a_block_is_computed_again(cache, dataset, device, tmp_path):
-    common = ["megagpt.regularization.dropout=0.2", COMPILED]
+@pytest.mark.parametrize(("stage", "dropout", "recompute"), [(1, 0.2, FULL), (3, 0.2, SELECTIVE), (1, 0.0, BUDGET)])
+def test_what_compiled_blocks_compute_again_changes_nothing(
+    cache, dataset, device, tmp_path, stage, dropout, recompute
+):
+    """Dropout has the same masks again. (Under a budget it would not: it is refused.)"""
+    common = [f"megagpt.regularization.dropout={dropout}", f"zero_optimization.stage={stage}", COMPILED]
     kept, _ = losses_and_names(dataset, device, tmp_path / "kept", *common)
-    again, _ = losses_and_names(dataset, device, tmp_path / "again", *common, f"megagpt.recompute={FULL}")
+    again, _ = losses_and_names(dataset, device, tmp_path / "again", *common, f"megagpt.recompute={recompute}")
     assert again == pytest.approx(kept, rel=1e-6)
+
+
+def test_compiled_blocks_keep_less_in_the_ladders_order(cache, dataset, device, tmp_path):
+    """C = 64 numbers a token: kept whole a block has 15 C of its own and its input; selective 8 C and its input."""
+    kept = {}
+    for recompute in ("{}", BUDGET, SELECTIVE, FULL):
+        run = debug_run(dataset, tmp_path / "run", f"megagpt.recompute={recompute}", COMPILED)
+        module = build_engine(run, batch_plan(run.deepspeed, 1), VOCAB, device).module
+        x, block, held = torch.randn(4, 64, 64, requires_grad=True), next(module.blocks()), {}
+        weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.setdefault(t.data_ptr(), t), lambda t: t):  # noqa: B023
+            module.recompute(0, block, x).sum()
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held.values()}
+        kept[recompute] = sum(size for at, size in storages.items() if at not in weights) / x.untyped_storage().nbytes()
+    statistics = 6 / 64  # of LayerNorms and attention, as in test_engine.py
+    assert kept["{}"] == pytest.approx(16, abs=statistics)
+    assert kept[SELECTIVE] == pytest.approx(9, abs=statistics)
+    assert kept[FULL] == 1.0
+    assert kept[BUDGET] < 0.6 * kept["{}"]
 
 
 def test_a_run_goes_on_compiled_and_again_without(cache, dataset, device, tmp_path):

@@ -12,7 +12,7 @@ FLOORS = [
     {"config", "distributed", "launcher", "permutation", "pickles", "preemption", "tokenizer"},
     {"run_config", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
     {"run_file", "mixture", "shard_format", "model", "state", "augment", "packing", "processor"},
-    {"commits", "shards", "compilation"},
+    {"commits", "shards", "compilation", "recompute"},
     {"checkpoint_list", "samples"},
     {"data", "sample_report"},
     {"engine"},
