@@ -1,7 +1,8 @@
 """Parts to shards: each shard takes a range of the rows' keys from every part and writes them in order of key.
 
 Keys are uniform, so shards come out alike in size, and the documents of a split are shuffled as a whole. A task goes
-through its range in passes, so that it maps no more than about PASS_TOKENS at a time, whatever the size of the dataset.
+through its range in passes, which bound the rows it has to sort, and through a pass in runs of about PASS_TOKENS, which
+bound what it maps: a long text's rows have one key, so a pass may hold any number of tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -103,10 +104,7 @@ def _rows_between(low: int, high: int, file: pa.MemoryMappedFile, split: Split) 
 
 
 def _in_order(stretches: Sequence[Columns]) -> list[np.ndarray]:
-    """(stretch, row) of every row by key, then as the input has them: (rows, 2) arrays of about PASS_TOKENS each.
-
-    All parts of a document have one key, so a range of keys may hold a text of any length.
-    """
+    """Runs of (stretch, row), (rows, 2) each, of about PASS_TOKENS: every row by key, then as the input has them."""
     row = np.concatenate([np.arange(len(columns.key)) for columns in stretches])
     stretch = np.repeat(np.arange(len(stretches)), [len(columns.key) for columns in stretches])
     order = np.lexsort((row, stretch, np.concatenate([columns.key for columns in stretches])))

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from megagpt.accounting import n_params
 from megagpt.attention import over_ranks, prefer_cudnn
-from megagpt.compilation import compile_blocks, compiles
+from megagpt.compilation import compile_blocks
 from megagpt.config import MegaGPTConfig
 from megagpt.distributed import neighbors, rank, together, world_size
 from megagpt.errors import UserError
@@ -44,8 +44,13 @@ KEPT_FROM_DEEPSPEED = {"optimizer", "activation_checkpointing", "tensorboard"}
 ADAM_SETTINGS = ("betas", "eps", "weight_decay")  # lr is set anew at every step
 
 
-def build_engine(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> Engine:
-    """Model, optimizer and ZeRO as the run file says. Raises UserError for what DeepSpeed refuses."""
+def build_engine(
+    run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device, *, compiled: bool = False
+) -> Engine:
+    """Model, optimizer and ZeRO as the run file says. Raises UserError for what DeepSpeed refuses.
+
+    `compiled`: whether to compile the blocks, the same on every rank (compilation.compiles decides).
+    """
     # gloo does all that training needs: without this, a CPU rank compiles a shared-memory operator at its first start
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
@@ -59,7 +64,6 @@ def build_engine(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torc
         model = GPT(cfg.model, vocab_size, dropout=cfg.regularization.dropout)
     if batch.sequence_parallel_size > 1:
         share_positions(model, batch.sequence_parallel_size)
-    compiled = compiles(cfg.compile, device)
     if compiled:
         set_memory_budget(cfg.recompute)
         compile_blocks(model, cfg.out_dir / "compiled", recompute_inside(cfg.recompute, model.dropout))

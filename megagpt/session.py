@@ -98,8 +98,8 @@ class Session:
         run, batch = plan.run, plan.batch
         self.plan, self.device, self.cfg = plan, device, run.megagpt
         self.effective = {**run.as_json(), **effective_config(run, batch, plan.vocab_size, device)}
-        self.engine: Engine = build_engine(run, batch, plan.vocab_size, device)
         self.compiled = compiles(self.cfg.compile, device)
+        self.engine: Engine = build_engine(run, batch, plan.vocab_size, device, compiled=self.compiled)
         seed_all(self.cfg.seed + 1 + rank())  # dropout differs from rank to rank
         if plan.saved is not None:
             checkpoint.resume(self.engine, plan.saved)

@@ -28,7 +28,7 @@ def cache(tmp_path_factory):
 
 def losses_and_names(dataset, device, out_dir, *overrides):
     run = debug_run(dataset, out_dir, *overrides)
-    engine = build_engine(run, batch_plan(run.deepspeed, 1), VOCAB, device)
+    engine = build_engine(run, batch_plan(run.deepspeed, 1), VOCAB, device, compiled=bool(run.megagpt.compile))
     tokens = torch.randint(0, VOCAB, (4, 65), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(5)  # of dropout
     losses = []
@@ -72,7 +72,9 @@ def test_compiled_blocks_keep_less_in_the_ladders_order(cache, dataset, device, 
     kept = {}
     for recompute in ("{}", BUDGET, SELECTIVE, FULL):
         run = debug_run(dataset, tmp_path / "run", f"megagpt.recompute={recompute}", COMPILED)
-        module = build_engine(run, batch_plan(run.deepspeed, 1), VOCAB, device).module
+        module = build_engine(
+            run, batch_plan(run.deepspeed, 1), VOCAB, device, compiled=bool(run.megagpt.compile)
+        ).module
         x, block, held = torch.randn(4, 64, 64, requires_grad=True), next(module.blocks()), {}
         weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: held.setdefault(t.data_ptr(), t), lambda t: t):  # noqa: B023
