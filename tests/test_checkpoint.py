@@ -340,7 +340,7 @@ def test_loaded_weight_decay_is_the_run_files(saved, dataset, device, run_to, mo
 
     engines = []
     build = session.build_engine
-    monkeypatch.setattr(session, "build_engine", lambda *args: engines.append(build(*args)) or engines[-1])
+    monkeypatch.setattr(session, "build_engine", lambda *args, **kw: engines.append(build(*args, **kw)) or engines[-1])
     run_to("run", 8, "optimizer.params.weight_decay=0.03", "optimizer.params.betas=[0.8, 0.9]")
     groups = engines[0].optimizer.param_groups
     assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.03]
@@ -355,7 +355,7 @@ def test_a_models_weights_are_the_engines(run_to, tmp_path, monkeypatch, stage):
 
     engines = []
     build = session.build_engine
-    monkeypatch.setattr(session, "build_engine", lambda *args: engines.append(build(*args)) or engines[-1])
+    monkeypatch.setattr(session, "build_engine", lambda *args, **kw: engines.append(build(*args, **kw)) or engines[-1])
     run_to("run", 3, f"zero_optimization.stage={stage}", "megagpt.early_stopping.restore_best=false")
     model, tokenizer, step_dir = load_model(tmp_path / "run", CPU)
     assert step_dir.name == "step_00000003"
