@@ -217,8 +217,8 @@ class keeping_the_engine:
         self.engines, self.original = engines, session.build_engine
 
     def __enter__(self) -> None:
-        def build(*args: Any) -> Engine:
-            self.engines.append(self.original(*args))
+        def build(*args: Any, **kw: Any) -> Engine:
+            self.engines.append(self.original(*args, **kw))
             return self.engines[-1]
 
         session.build_engine = build
