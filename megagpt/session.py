@@ -5,11 +5,10 @@ import json
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megagpt import checkpoint
 from megagpt.accounting import flops_per_token, peak_flops, recompute_flops_per_token
@@ -25,6 +24,7 @@ from megagpt.errors import OwnRankError, UserError
 from megagpt.evaluate import evaluate
 from megagpt.files import write_atomically
 from megagpt.generate import complete
+from megagpt.guards import Recent, check_finite
 from megagpt.monitor import Monitor, Stopwatch, validation_curve
 from megagpt.rng import seed_all
 from megagpt.rows import Rework
@@ -75,22 +75,6 @@ def check(run: RunConfig, *, fresh: bool) -> Plan:
     return Plan(run, batch, train_data, rework, val_blocks, tokenizer, vocab_size, identity, saved)
 
 
-@dataclass
-class Recent:
-    """Of the steps since they were last read this rank's losses, over all its targets, and the share of those that have
-    one; and the last gradient norm. On the device until then.
-    """
-
-    losses: list[Tensor] = field(default_factory=list)
-    shares: list[Tensor] = field(default_factory=list)
-    grad_norm: Tensor | float | None = None
-
-    def add(self, loss: Tensor, share: Tensor, grad_norm: Tensor | float | None) -> None:
-        self.losses.append(loss)
-        self.shares.append(share)
-        self.grad_norm = grad_norm
-
-
 class Session:
     """A built engine and its instruments. All methods are collective: every rank calls them at the same steps."""
 
@@ -133,7 +117,7 @@ class Session:
         found = gather_over_ranks(torch.stack([*recent.losses, *recent.shares])).cpu()  # (world_size, 2 * steps)
         losses, shares = found.chunk(2, dim=1)  # each (world_size, steps)
         grad_norm = None if recent.grad_norm is None else float(recent.grad_norm)
-        _check_finite(losses, None if self.plan.run.deepspeed.fp16.enabled else grad_norm, state.step)
+        check_finite(losses, None if self.plan.run.deepspeed.fp16.enabled else grad_norm, state.step)
         n_steps, seconds = losses.size(1), self.watch.lap()
         n_tokens = n_steps * self.plan.batch.global_batch * self.cfg.seq_len
         metrics = {
@@ -262,23 +246,6 @@ def _opening(plan: Plan, effective: dict[str, Any]) -> str:
                 f"  samples from now on: {plan.train_data.describe(plan.saved.state.samples_seen, cfg.seq_len)}"
             )
     return "\n".join(lines)
-
-
-def _check_finite(losses: Tensor, grad_norm: float | None, last_step: int) -> None:
-    """losses (world_size, steps up to last_step). Names the first step that went wrong and the rank that saw it."""
-    bad = (~losses.isfinite()).nonzero()  # rows (rank, step)
-    if len(bad):
-        at = int(bad[:, 1].min())
-        where = int(bad[bad[:, 1] == at][0, 0])
-        what = f"the loss is {losses[where, at]} at step {last_step - losses.size(1) + 1 + at} on rank {where}"
-    elif grad_norm is not None and not torch.tensor(grad_norm).isfinite():
-        what = f"the gradient norm is {grad_norm} at step {last_step}"
-    else:
-        return
-    raise UserError(
-        f"{what}; nothing was saved over the last checkpoint. Lower optimizer.params.lr or gradient_clipping, or "
-        "raise megagpt.schedule.warmup_steps, and start again: the run goes on from that checkpoint"
-    )
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -8,11 +8,12 @@ from torch import Tensor
 from megagpt.data import Batch
 from megagpt.distributed import StopVote
 from megagpt.engine import set_lr
+from megagpt.guards import Recent
 from megagpt.loss import kept_share, next_token_score
 from megagpt.optim import lr_factor
 from megagpt.preemption import Preemption
 from megagpt.run_config import RunConfig
-from megagpt.session import Recent, Session, check, say_ending
+from megagpt.session import Session, check, say_ending
 from megagpt.state import TrainState
 
 

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagpt.engine import build_engine, effective_config, recompute_hook
 from megagpt.errors import UserError
+from megagpt.guards import Recent
 from megagpt.loss import next_token_loss, next_token_score
 from megagpt.recompute import on_the_host
 from megagpt.run_config import batch_plan
-from megagpt.session import Recent, Session, check
+from megagpt.session import Session, check
 from megagpt.state import TrainState
 from megagpt.trainer import train_step
 

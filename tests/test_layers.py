@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megagpt"
 FLOORS = [
     {"errors", "files", "rng", "rows", "segments"},
-    {"config", "distributed", "launcher", "permutation", "pickles", "preemption", "tokenizer"},
+    {"config", "distributed", "guards", "launcher", "permutation", "pickles", "preemption", "tokenizer"},
     {"run_config", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
     {"run_file", "mixture", "shard_format", "model", "state", "augment", "packing", "processor"},
     {"commits", "shards", "compilation", "recompute"},
