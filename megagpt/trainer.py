@@ -14,6 +14,7 @@ from megagpt.optim import lr_factor
 from megagpt.preemption import Preemption
 from megagpt.run_config import RunConfig
 from megagpt.session import Session, check, say_ending
+from megagpt.starts import count_start
 from megagpt.state import TrainState
 
 
@@ -36,6 +37,7 @@ def train(
     if state.finished(schedule.max_steps):
         say_ending(run.megagpt, state)
         return state
+    count_start(run, state.step)
     session = Session(plan, device)
     batches, recent, stop = session.batches(), Recent(), False
 

@@ -11,7 +11,7 @@ FLOORS = [
     {"errors", "files", "rng", "rows", "segments"},
     {"config", "distributed", "guards", "launcher", "permutation", "pickles", "preemption", "tokenizer"},
     {"run_config", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
-    {"run_file", "mixture", "shard_format", "model", "state", "augment", "packing", "processor"},
+    {"run_file", "mixture", "shard_format", "model", "state", "augment", "packing", "processor", "starts"},
     {"commits", "shards", "compilation", "recompute"},
     {"checkpoint_list", "samples"},
     {"data", "sample_report"},

@@ -1,0 +1,59 @@
+"""Ends a chain of restarts that gets nowhere: a batch system would go on with it for as long as it is allowed to."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from megagpt.distributed import is_main, together
+from megagpt.errors import UserError
+from megagpt.files import write_atomically
+from megagpt.run_config import RunConfig
+
+MAX_IN_VAIN = 3  # restarts in a row without a step forward
+
+
+def count_start(run: RunConfig, saved_step: int) -> None:
+    """Record in out_dir/starts.json how far the starts before this one came; `saved_step` is where it goes on.
+
+    A start was in vain if no step was saved or logged after it that had not been reached before it. A run that is
+    killed between saves thus goes on as long as it sometimes comes further, and a changed run file is counted anew.
+    Collective; raises UserError at the third restart in a row after a start in vain, before any weights are loaded.
+    """
+    together(lambda: _count(run, saved_step) if is_main() else None)
+
+
+def _count(run: RunConfig, saved_step: int) -> None:
+    out_dir = run.megagpt.out_dir
+    file = out_dir / "starts.json"
+    digest = hashlib.sha256(json.dumps(run.as_json(), sort_keys=True).encode()).hexdigest()
+    reached = max(saved_step, last_logged(out_dir / "metrics.jsonl"))
+    before = _read(file)
+    if before is None or before["run"] != digest or reached > before["reached"]:
+        in_vain = 0
+    else:
+        in_vain, reached = before["in_vain"] + 1, before["reached"]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps({"run": digest, "reached": reached, "in_vain": in_vain}).encode())
+    if in_vain >= MAX_IN_VAIN:
+        raise UserError(
+            f"the last {in_vain} starts of {out_dir} came no further than step {reached}; see in their logs what ended "
+            f"them, and mend it. A changed run file is tried anew; to try this one again, remove {file}"
+        )
+
+
+def last_logged(metrics_file: Path) -> int:
+    """The step of the last row that was written whole; 0 if there is none."""
+    for line in reversed(metrics_file.read_bytes().splitlines() if metrics_file.is_file() else []):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0
+
+
+def _read(file: Path) -> dict[str, int] | None:
+    try:
+        record: dict[str, int] = json.loads(file.read_bytes())
+        return record if {"run", "reached", "in_vain"} <= record.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -1,0 +1,89 @@
+"""Restarts that get nowhere end; those that come further, ever so slowly, go on."""
+
+import json
+
+import pytest
+from support import debug_run
+
+from megagpt import trainer
+from megagpt.__main__ import pretrain
+from megagpt.errors import UserError
+from megagpt.starts import count_start, last_logged
+
+
+@pytest.fixture
+def start(dataset, tmp_path):
+    """Count a start from a saved step of a run whose attempt before this one logged a step."""
+
+    def start(saved_step: int, logged: int, *overrides: str):
+        run = debug_run(dataset, tmp_path / "run", *overrides)
+        if logged:
+            run.megagpt.out_dir.mkdir(exist_ok=True)
+            (run.megagpt.out_dir / "metrics.jsonl").write_text(json.dumps({"step": logged}) + '\n{"step": 9')
+        count_start(run, saved_step)
+
+    return start
+
+
+def test_the_third_restart_without_a_step_forward_is_refused(start):
+    for _ in range(3):
+        start(40, 0)
+    for _ in range(2):  # and every later one
+        with pytest.raises(UserError, match=r"starts of .*run came no further than step 40; .*remove .*starts\.json"):
+            start(40, 0)
+
+
+@pytest.mark.parametrize(
+    "starts",
+    [
+        [(0, 0), (0, 5), (0, 3), (0, 4), (0, 6), (0, 2), (0, 1), (0, 7)],  # never a save, but now and then further
+        [(0, 0), (10, 12), (10, 11), (10, 11), (20, 21), (20, 21), (20, 21), (30, 30)],
+    ],
+)
+def test_a_run_that_comes_further_now_and_then_goes_on(start, starts):
+    for saved_step, logged in starts:
+        start(saved_step, logged)
+
+
+def test_a_changed_run_file_is_counted_anew(start):
+    for micro_batch in (4, 4, 4, 2, 2, 2, 1):  # as someone does whose memory is full
+        start(0, 0, f"train_micro_batch_size_per_gpu={micro_batch}")
+
+
+def test_a_damaged_record_counts_as_none(start, tmp_path):
+    for _ in range(3):
+        start(0, 0)
+    (tmp_path / "run" / "starts.json").write_text('{"run": ')
+    start(0, 0)
+
+
+def test_the_last_row_written_whole_counts(tmp_path):
+    assert last_logged(tmp_path / "metrics.jsonl") == 0
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n{"step": 1')
+    assert last_logged(tmp_path / "metrics.jsonl") == 7
+
+
+def test_a_crash_loop_ends_with_2(dataset, device, tmp_path, monkeypatch, capsys):
+    """Each start dies at the fourth step; logged every second, saved never."""
+
+    def crashing(session, batches, *, taken=[]):  # noqa: B006
+        taken.append(None)
+        if len(taken) % 4 == 0:
+            raise RuntimeError("a bad batch")
+        return step(session, batches)
+
+    step = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", crashing)
+    run = debug_run(dataset, tmp_path / "run").megagpt
+    command = [
+        "--deepspeed_config=ds_configs/debug_cpu.json",
+        f"megagpt.out_dir={run.out_dir}",
+        f"megagpt.data.train.0.path={dataset}",
+        f"megagpt.data.val={dataset}",
+        "megagpt.every.log=2",
+    ]
+    for _ in range(4):  # the first came further than nothing, so three in a row are the second to the fourth
+        with pytest.raises(RuntimeError):
+            pretrain(command)
+    assert pretrain(command) == 2
+    assert "the last 3 starts" in capsys.readouterr().err
