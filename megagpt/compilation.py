@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagpt.distributed import gather_objects
+from megagpt.distributed import gather_objects, say
 from megagpt.errors import UserError
 from megagpt.model import GPT, Block, KeyValueCache
 
@@ -30,6 +30,8 @@ def compiles(asked: bool | None, device: torch.device) -> bool:
             "megagpt.compile=true needs a C++ compiler (g++, or what CXX names) and Python's headers on every machine; "
             "install g++ and python3-dev, or set it to false"
         )
+    if asked is None and device.type == "cuda" and not able:
+        say("not compiled, so slower: a machine has no C++ compiler or no Python headers; install g++ and python3-dev")
     return able and (device.type == "cuda" if asked is None else asked)
 
 

@@ -19,6 +19,7 @@ from megagpt.rows import IGNORE
 Score = Callable[[Tensor, Tensor], Tensor]  # hidden states (B, T, C), output matrix (V, C) -> what is made of them
 
 CHUNK_BYTES = 2**28  # of fp32 logits: 1,334 tokens of 50,304; large enough for a matrix product at full speed
+CHUNK_TOKENS = 2**15  # of a small vocabulary: a sum over more normalized states could exceed 65,504, fp16's largest
 
 
 def next_token_score(
@@ -48,8 +49,8 @@ def token_nats(targets: Tensor) -> Score:
 
 
 def chunks(n_tokens: int, vocab_size: int) -> int:
-    """Into how many parts the tokens are cut: the one place that decides it, by memory."""
-    return math.ceil(4 * n_tokens * vocab_size / CHUNK_BYTES)
+    """Into how many parts the tokens are cut: the one place that decides it, by memory and by what fp16 can add up."""
+    return max(math.ceil(4 * n_tokens * vocab_size / CHUNK_BYTES), math.ceil(n_tokens / CHUNK_TOKENS))
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:

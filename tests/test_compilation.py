@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from support import debug_run, metric
+from torch._dynamo.utils import counters
 
 from megagpt.compilation import compiles
 from megagpt.engine import build_engine
@@ -65,6 +66,13 @@ def test_what_compiled_blocks_compute_again_changes_nothing(
     kept, _ = losses_and_names(dataset, device, tmp_path / "kept", *common)
     again, _ = losses_and_names(dataset, device, tmp_path / "again", *common, f"megagpt.recompute={recompute}")
     assert again == pytest.approx(kept, rel=1e-6)
+
+
+def test_one_compilation_serves_all_blocks(cache, dataset, device, tmp_path):
+    torch.compiler.reset()
+    counters.clear()
+    losses_and_names(dataset, device, tmp_path, "megagpt.model.n_layer=4", COMPILED)
+    assert counters["stats"]["unique_graphs"] == 2  # a block's, and the loss's
 
 
 def test_compiled_blocks_keep_less_in_the_ladders_order(cache, dataset, device, tmp_path):

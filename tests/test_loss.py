@@ -164,3 +164,9 @@ def test_no_chunk_is_larger_than_allowed(n_tokens):
     n = chunks(n_tokens, 50_304)
     assert -(-n_tokens // n) * 50_304 * 4 <= CHUNK_BYTES
     assert n == 1 or n_tokens * 50_304 * 4 > CHUNK_BYTES
+
+
+def test_a_small_vocabulary_is_cut_so_that_fp16_can_add_up():
+    """Each summand is at most a probability times a normalized state, and their number is bounded."""
+    assert chunks(2**15, 256) == 1
+    assert chunks(2**17, 256) == 4

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import date
@@ -114,8 +115,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]] | str]:
-    """name -> the answers of its turns, or why it has none; "matmul" is among them."""
+def measure(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, list[dict[str, Any]] | str]]:
+    """After each round, name -> the answers of its turns so far, or why it has none; "matmul" is among them."""
     specs = {name: spec_of(name, args, folder) for name in [*args.peers, "matmul"]}
     total = args.warmup + args.steps * (1 if args.fresh else args.rounds)
     write_zipf(folder, max(2**17, min(2**23, (total + 1) * args.tokens_per_step)), args.vocab_size)
@@ -137,7 +138,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
                     results[name] = f"failed: {error}"
                 if args.fresh and name in kept:
                     kept.pop(name).end()
-    return results
+            yield results
 
 
 def spec_of(name: str, args: argparse.Namespace, folder: Path) -> Spec:
@@ -205,21 +206,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        results = measure(args, Path(folder))
     setting = {key: value for key, value in vars(args).items() if key not in ("json", "folder")}
-    report = {
+    report: dict[str, Any] = {
         "date": date.today().isoformat(),
         "commit": commit(),
         "setting": setting,
         "threads": torch.get_num_threads(),
         "hardware": hardware(args.device),
         "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
-        **summary(setting, results),
     }
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        for results in measure(args, Path(folder)):
+            report |= summary(setting, results)
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
