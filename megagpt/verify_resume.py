@@ -46,7 +46,7 @@ def verify_resume(run_file: Path, overrides: Sequence[str], folder: Path, *, ran
     out_dir.rename(straight)
     for stop_at in (steps // 2, steps):
         _launch(run_file, ours, ranks, stop_at=stop_at)
-    return [*_metrics_that_differ(straight, out_dir), *_state_that_differs(straight, out_dir)]
+    return list(what_differs(straight, out_dir))
 
 
 def _launch(run_file: Path, overrides: Sequence[str], ranks: int, *, stop_at: int) -> None:
@@ -56,6 +56,12 @@ def _launch(run_file: Path, overrides: Sequence[str], ranks: int, *, stop_at: in
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         raise UserError(errors[0].removeprefix("error: ") if errors else f"a rank failed:\n{done.stderr[-3000:]}")
+
+
+def what_differs(straight: Path, cut: Path) -> Iterator[str]:
+    """A line for every difference between two runs' metrics and last steps."""
+    yield from _metrics_that_differ(straight, cut)
+    yield from _state_that_differs(straight, cut)
 
 
 def _metrics_that_differ(straight: Path, cut: Path) -> Iterator[str]:

@@ -1,8 +1,11 @@
 """What two real ranks did (tests/two_ranks.py), and what one rank does with the same run files."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from support import debug_run, metric
+from resume_matrix import COVERING, LAST
+from support import debug_run, metric, torchrun
 
 from megagpt.commits import committed
 from megagpt.data import open_data
@@ -59,6 +62,30 @@ def test_a_signal_to_one_rank_stops_both_at_one_step_and_resuming_is_bit_exact(t
     assert straight == cut
     assert set(map(int, cut)) == set(range(1, 21))
     assert ranks[0]["weights"][0] == ranks[0]["weights"][1]
+
+
+@pytest.mark.parametrize("case", map(str, COVERING))
+def test_a_run_that_was_cut_equals_a_straight_one_to_the_last_bit_on_both_ranks(two_ranks, case):
+    """Eight of 64 combinations of stage, dtype, dropout, accumulation and where it was cut: every two settings meet."""
+    for found in (ranks[case] for ranks in two_ranks["straight_and_cut"]):
+        assert found["differs"] == []
+        assert found["straight"] == found["cut"]
+        assert len(found["cut"]) == LAST
+
+
+def test_without_its_generators_a_resume_is_another_run_on_both_ranks(two_ranks):
+    """The control of the test above, on each rank by itself, from the step after the cut."""
+    for found in (ranks["control"] for ranks in two_ranks["straight_and_cut"]):
+        assert found["differs"]
+        assert [a == b for a, b in zip(found["straight"], found["cut"], strict=True)] == [True] * 2 + [False] * 5
+
+
+@pytest.mark.long
+def test_all_64_combinations_resume_exactly_and_none_with_dropout_without_its_generators(dataset, tmp_path):
+    done = torchrun(2, Path(__file__).with_name("resume_matrix.py"), dataset, tmp_path, timeout=1800)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "64 of 64 as they should be"
 
 
 def test_overfitting_stops_by_itself_on_both_ranks_with_the_best_weights(two_ranks):

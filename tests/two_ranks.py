@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resume_matrix import COVERING, what_a_cut_changes, without_generators
 from support import SHARING, debug_run, metric
 
 from megagpt import session, trainer
@@ -65,6 +66,13 @@ def stopped_by_a_signal_to_one_rank(dataset: Path, folder: Path) -> dict[str, An
             "losses": [metric(folder / f"{run}{stage}", "loss/train") for run in ("straight", "cut")],
             "weights": [digest(newest_weights(folder / f"{run}{stage}")) for run in ("straight", "cut")],
         }
+    return found
+
+
+def straight_and_cut(dataset: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    found = {str(case): what_a_cut_changes(case, dataset, folder, DEVICE) for case in COVERING}
+    with without_generators():
+        found["control"] = what_a_cut_changes(COVERING[6], dataset, folder, DEVICE)
     return found
 
 
@@ -243,6 +251,7 @@ def digest(weights: dict[str, torch.Tensor]) -> str:
 SCENARIOS = [
     losses_of_every_stage,
     stopped_by_a_signal_to_one_rank,
+    straight_and_cut,
     overfitting,
     a_loss_that_is_not_finite_on_one_rank,
     a_mistake_that_one_rank_alone_sees,
