@@ -5,7 +5,6 @@ and files verify, the same one on every rank.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -33,13 +32,14 @@ from megagpt.commits import (
     write_manifest,
 )
 from megagpt.config import KeepConfig, ModelConfig, PackingConfig
-from megagpt.distributed import barrier, broadcast_object, gather_objects, is_main, rank, say, together
+from megagpt.distributed import barrier, broadcast_object, gather_objects, is_main, rank, say, together, world_size
+from megagpt.elastic import SHAPE, load_reshaped, reshaped
 from megagpt.engine import Engine, consolidated_weights, load_engine
 from megagpt.errors import UserError
 from megagpt.files import write_atomically
 from megagpt.mixture import Mixture
 from megagpt.model import GPT
-from megagpt.rng import rng_state, set_rng_state
+from megagpt.rng import rng_state, seed_all, seed_from, set_rng_state
 from megagpt.run_config import BatchPlan, RunConfig
 from megagpt.shards import Dataset
 from megagpt.state import TrainState
@@ -48,7 +48,7 @@ from megagpt.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Identity:
-    """What must not change between saving and resuming, beside the weights themselves."""
+    """What a resumed run is compared with: elastic.SHAPE may have changed since, the rest must not."""
 
     world_size: int
     zero_stage: int
@@ -128,7 +128,7 @@ def _damaged_of_newest(out_dir: Path) -> list[Path]:
     """
     whole, damaged = 0, []
     for step_dir in reversed(broadcast_object(committed(out_dir))):
-        damage = next(filter(None, gather_objects(damage_of(step_dir, rank()))), None)
+        damage = _damage(step_dir)
         if damage is None:
             whole += 1
         else:
@@ -174,7 +174,7 @@ def newest_verified(out_dir: Path) -> Saved | None:
     refused: list[Path] = []
     first_damage = ""
     for step_dir in reversed(candidates):
-        damage = next(filter(None, gather_objects(damage_of(step_dir, rank()))), None)
+        damage = _damage(step_dir)
         if damage is None:
             return replace(read_commit(step_dir), passed_over=tuple(refused))
         refused.append(step_dir)
@@ -191,28 +191,49 @@ def newest_verified(out_dir: Path) -> Saved | None:
     return None
 
 
-def resume(engine: Engine, saved: Saved) -> None:
-    """Load weights, moments and this rank's random generators. Collective."""
-    load_engine(engine, saved.step_dir)
-    set_rng_state(json.loads((saved.step_dir / f"rng.{rank()}.json").read_bytes()))
+def resume(engine: Engine, saved: Saved, changes: list[str], seed: int) -> None:
+    """Load weights, moments and this rank's random generators. Collective.
+
+    `changes`: what elastic.reshaped found. Other ranks than those that saved seed their generators anew.
+    """
+    _load(engine, saved, changes)
+    if saved.identity["world_size"] == world_size():
+        set_rng_state(json.loads((saved.step_dir / f"rng.{rank()}.json").read_bytes()))
+    else:
+        say("  random generators: seeded anew from (megagpt.seed, step, rank)")
+        seed_all(seed_from(seed, saved.state.step, rank()))
     if is_main():
         put_aside(list(saved.passed_over))
     barrier()
 
 
-def restore(engine: Engine, step_dir: Path) -> None:
+def restore(engine: Engine, step_dir: Path, identity: Identity, effective: dict[str, Any]) -> None:
     """Load the weights of a step that was saved earlier, if it is still whole. Collective."""
-    damage = next(filter(None, gather_objects(damage_of(step_dir, rank()))), None)
+    damage = _damage(step_dir)
     if damage is None:
-        load_engine(engine, step_dir)
+        saved = read_commit(step_dir)
+        _load(engine, saved, reshaped(saved, asdict(identity), effective))
     else:
         say(f"the best weights could not be put back: {damage}")
 
 
+def _load(engine: Engine, saved: Saved, changes: list[str]) -> None:
+    if changes:
+        say(f"{saved.step_dir}: {', '.join(changes)}: weights and moments are shared out anew")
+        load_reshaped(engine, saved)
+    else:
+        load_engine(engine, saved.step_dir)
+
+
+def _damage(step_dir: Path) -> str | None:
+    """What is wrong with the files of all ranks that saved a step, shared out over those there are now. Collective."""
+    return next(filter(None, gather_objects(damage_of(step_dir, rank(), every=world_size()))), None)
+
+
 def check_identity(saved: Saved, now: Identity) -> None:
-    """Raises UserError naming what differs between the saved run and this one."""
+    """Raises UserError naming what differs between the saved run and this one, and may not."""
     for name, value in asdict(now).items():
-        if saved.identity[name] != value:
+        if saved.identity[name] != value and name not in SHAPE:
             before, after = _difference(saved.identity[name], value)
             raise UserError(
                 f"{saved.step_dir} was saved with {name} {before}, and this run has {after}; start it as it was, or "
@@ -220,26 +241,12 @@ def check_identity(saved: Saved, now: Identity) -> None:
             )
 
 
-def changed_keys(step_dir: Path, effective: dict[str, Any]) -> list[str]:
-    """The keys of the run file that differ from when the step was saved, as `key: before -> now`."""
-    before = dict(_leaves(json.loads((step_dir / "run.json").read_bytes())))
-    now = dict(_leaves(json.loads(json.dumps(effective))))
-    return [
-        f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-
-
 def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
     """Model (fp32, eval mode), tokenizer and step folder of a run folder (its best step) or one step's folder."""
     step_dir = _step_of(path)
-    if damage := damage_of(step_dir, 0):  # which reads COMMIT too
+    if damage := damage_of(step_dir, 0, every=1):  # which reads COMMIT too
         raise UserError(f"{damage}; restore the file or name another step")
     saved = read_commit(step_dir)
-    for r in range(1, saved.identity["world_size"]):
-        if damage := damage_of(step_dir, r):
-            raise UserError(f"{damage}; restore the file or name another step")
     tokenizer = Tokenizer.load(step_dir / "tokenizer.model")
     model = GPT(ModelConfig(**saved.identity["model"]), saved.identity["vocab_size"])
     model.load_state_dict(consolidated_weights(step_dir))
@@ -267,11 +274,3 @@ def _difference(before: Any, after: Any) -> tuple[Any, Any]:
         return before, after
     keys = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
     return {k: before.get(k) for k in sorted(keys)}, {k: after.get(k) for k in sorted(keys)}
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, node

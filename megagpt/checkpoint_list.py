@@ -40,7 +40,7 @@ def _listed(step_dir: Path, hashes: bool) -> Listed:
         step = int(step_dir.name.removeprefix("step_"))
         return Listed(step_dir, step, saved_at, n_bytes, -1, "?", 0, None, str(error))
     what, ranks = saved.identity, saved.identity["world_size"]
-    damage = next(filter(None, (damage_of(step_dir, r, hashes=hashes) for r in range(1, ranks))), None)
+    damage = damage_of(step_dir, 1, every=1, hashes=hashes)  # of the other ranks
     return Listed(
         step_dir,
         saved.state.step,

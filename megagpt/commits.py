@@ -149,23 +149,25 @@ def _record_of(step_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def damage_of(step_dir: Path, rank: int, *, hashes: bool = True) -> str | None:
-    """What is wrong with the files of one rank, or None; without `hashes`, only their sizes are compared."""
+def damage_of(step_dir: Path, rank: int, *, every: int | None = None, hashes: bool = True) -> str | None:
+    """What is wrong with the files of one rank, or None; without `hashes`, only their sizes are compared.
+
+    With `every`, of every so-many-th of the ranks that saved, from `rank` on: of all of them with 0 and 1.
+    """
     try:
         if (record := _record_of(step_dir)) is None:
             return f"{step_dir / COMMIT} was changed"
         manifests = record["manifests"]
-        if rank >= len(manifests):
-            return None  # another number of ranks: check_identity says so
-        manifest = step_dir / f"manifest.{rank}.json"
-        if sha256_of(manifest) != manifests[rank]:
-            return f"{manifest} was changed"
-        for name, info in json.loads(manifest.read_bytes()).items():
-            if leads_out(step_dir, name):
-                return f"{manifest} names {name!r}, which leads out of its folder"
-            path = step_dir / name
-            if path.stat().st_size != info["bytes"] or (hashes and sha256_of(path) != info["sha256"]):
-                return f"{path} is damaged"
+        for r in range(len(manifests))[rank :: every or len(manifests)]:
+            manifest = step_dir / f"manifest.{r}.json"
+            if sha256_of(manifest) != manifests[r]:
+                return f"{manifest} was changed"
+            for name, info in json.loads(manifest.read_bytes()).items():
+                if leads_out(step_dir, name):
+                    return f"{manifest} names {name!r}, which leads out of its folder"
+                path = step_dir / name
+                if path.stat().st_size != info["bytes"] or (hashes and sha256_of(path) != info["sha256"]):
+                    return f"{path} is damaged"
     except FileNotFoundError as error:
         return f"{error.filename} is missing"
     except OSError as error:

@@ -22,7 +22,7 @@ from megagpt.distributed import neighbors, rank, together, world_size
 from megagpt.errors import UserError
 from megagpt.model import GPT, Block, Recompute
 from megagpt.optim import decay_groups
-from megagpt.pickles import check_pickles
+from megagpt.pickles import check_pickles, pickles_of
 from megagpt.recompute import RunAgain, recompute_blocks, recompute_inside, set_memory_budget
 from megagpt.run_config import BatchPlan, DeepSpeedConfig, RunConfig
 from megagpt.run_file import explain
@@ -253,7 +253,7 @@ def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
     fp32 tensors of the masters' values, but at stage 0 in 16 bit of the weights that the model computes with.
     Raises UserError, before anything is loaded, for a file that pickles.py refuses.
     """
-    check_pickles(_pickles(step_dir))
+    check_pickles(pickles_of(step_dir))
     if any(step_dir.glob("*optim_states.pt")):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it is chatty
             weights = get_fp32_state_dict_from_zero_checkpoint(str(step_dir.parent), tag=step_dir.name)
@@ -266,16 +266,12 @@ def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
 def load_engine(engine: Engine, step_dir: Path) -> None:
     """Load what `engine.save_checkpoint` wrote: weights, moments, loss scale. Adam's settings stay the run file's.
 
-    Collective. Raises UserError, on every rank and before anything is loaded, for a file that pickles.py refuses.
+    Collective; for a step that a run of the same shape saved, else elastic.py. Raises UserError, on every rank and
+    before anything is loaded, for a file that pickles.py refuses.
     """
-    together(lambda: check_pickles(_pickles(step_dir)[rank() :: world_size()]))
+    together(lambda: check_pickles(pickles_of(step_dir)[rank() :: world_size()]))
     settings = [{key: group[key] for key in ADAM_SETTINGS} for group in engine.optimizer.param_groups]
     loaded, _ = engine.load_checkpoint(str(step_dir.parent), tag=step_dir.name, load_lr_scheduler_states=False)
     assert loaded is not None, f"DeepSpeed found nothing to load in {step_dir}"  # it only warns
     for group, current in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(current)
-
-
-def _pickles(step_dir: Path) -> list[Path]:
-    """All that DeepSpeed might read: it finds shards by pattern, so one that no manifest lists counts too."""
-    return sorted(step_dir.rglob("*.pt"))

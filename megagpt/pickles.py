@@ -28,6 +28,11 @@ ALLOWED = frozenset(
 SAVED_BY_OTHERS = "save what you trust with this megagpt, or delete the step's folder"
 
 
+def pickles_of(step_dir: Path) -> list[Path]:
+    """All that DeepSpeed might read: it finds shards by pattern, so one that no manifest lists counts too."""
+    return sorted(step_dir.rglob("*.pt"))
+
+
 def check_pickles(paths: list[Path]) -> None:
     """Refuse files that torch.load(weights_only=False) would let call anything but what our checkpoints need.
 

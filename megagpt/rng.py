@@ -15,6 +15,11 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_from(*numbers: int) -> int:
+    """One seed of several numbers: another one for each combination."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def rng_state() -> dict[str, Any]:
     """Every random generator of this process, as plain JSON."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)

@@ -5,7 +5,7 @@ import json
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from megagpt.config import MegaGPTConfig
 from megagpt.data import Batch, ValBlocks, open_data, prefetched, rank_samples, stretch
 from megagpt.distributed import gather_over_ranks, is_main, rank, say, together, world_size
 from megagpt.early_stopping import after_evaluation
+from megagpt.elastic import changed_keys, reshaped
 from megagpt.engine import Engine, build_engine, effective_config
 from megagpt.errors import OwnRankError, UserError
 from megagpt.evaluate import evaluate
@@ -82,11 +83,13 @@ class Session:
         run, batch = plan.run, plan.batch
         self.plan, self.device, self.cfg = plan, device, run.megagpt
         self.effective = {**run.as_json(), **effective_config(run, batch, plan.vocab_size, device)}
+        saved = plan.saved
+        changes = reshaped(saved, asdict(plan.identity), self.effective) if saved else []
         self.compiled = compiles(self.cfg.compile, device)
         self.engine: Engine = build_engine(run, batch, plan.vocab_size, device, compiled=self.compiled)
         seed_all(self.cfg.seed + 1 + rank())  # dropout differs from rank to rank
-        if plan.saved is not None:
-            checkpoint.resume(self.engine, plan.saved)
+        if saved is not None:
+            checkpoint.resume(self.engine, saved, changes, self.cfg.seed)
         if is_main():
             self.cfg.out_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(self.cfg.out_dir / "run.json", json.dumps(self.effective, indent=1).encode())
@@ -181,7 +184,8 @@ class Session:
     def close(self, state: TrainState, reason: str) -> None:
         """Say how the run ended; after early stopping, put the best weights back."""
         if state.stopper.stopped and self.cfg.early_stopping.restore_best:
-            checkpoint.restore(self.engine, step_folder(self.cfg.out_dir, state.stopper.best_step))
+            best_dir = step_folder(self.cfg.out_dir, state.stopper.best_step)
+            checkpoint.restore(self.engine, best_dir, self.plan.identity, self.effective)
         self.monitor.close()
         gc.unfreeze()
         say_ending(self.cfg, state, reason)
@@ -240,7 +244,7 @@ def _opening(plan: Plan, effective: dict[str, Any]) -> str:
         lines.append("no checkpoint was ever committed here: starting at step 0")
     else:
         lines.append(f"going on from {plan.saved.step_dir}")
-        lines += [f"  changed: {line}" for line in checkpoint.changed_keys(plan.saved.step_dir, effective)]
+        lines += [f"  changed: {line}" for line in changed_keys(plan.saved.step_dir, effective)]
         if plan.train_data.mixture.segments != plan.saved.mixture.segments:
             lines.append(
                 f"  samples from now on: {plan.train_data.describe(plan.saved.state.samples_seen, cfg.seq_len)}"

@@ -227,8 +227,6 @@ def test_fresh_keeps_the_old_run_beside_the_new_one(saved, run_to):
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("zero_optimization.stage=2", "zero_stage 1, and this run has 2"),
-        ("bf16.enabled=true", "dtype fp32, and this run has bf16"),
         ("megagpt.model.n_layer=3", r"model {'n_layer': 2}, and this run has {'n_layer': 3}"),
         ("megagpt.regularization.weight_decay_on=all", "weight_decay_on matrices, and this run has all"),
         ("megagpt.data.seed=5", r"data {'seed': 1234}, and this run has {'seed': 5}"),

@@ -7,9 +7,7 @@ import torch
 from resume_matrix import COVERING, LAST
 from support import debug_run, metric, torchrun
 
-from megagpt.commits import committed
 from megagpt.data import open_data
-from megagpt.errors import UserError
 from megagpt.evaluate import evaluate
 from megagpt.model import GPT
 from megagpt.trainer import train
@@ -139,10 +137,3 @@ def test_validation_loss_is_weighted_by_token_whatever_the_ranks(two_ranks, data
     for found in two_ranks["validation_loss"]:
         assert (found["tokens"], found["bytes"]) == (320, expected.bytes)
         assert found["loss"] == pytest.approx(expected.loss, rel=1e-6)
-
-
-def test_another_number_of_ranks_is_refused_with_both_numbers(two_ranks, dataset, device):
-    out_dir = dataset.parent / "by_two_ranks"
-    assert committed(out_dir)
-    with pytest.raises(UserError, match="saved with world_size 2, and this run has 1"):
-        train(debug_run(dataset, out_dir, "megagpt.schedule.max_steps=8"), device)

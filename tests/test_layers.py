@@ -16,6 +16,7 @@ FLOORS = [
     {"checkpoint_list", "samples"},
     {"data", "sample_report"},
     {"engine"},
+    {"elastic"},
     {"checkpoint", "evaluate", "generate", "monitor"},
     {"session"},
     {"trainer"},

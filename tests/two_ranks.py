@@ -188,11 +188,6 @@ def votes(dataset: Path, folder: Path) -> list[bool]:
     return [vote(rank() == 1 and boundary == 2) for boundary in range(6)]
 
 
-def another_number_of_ranks(dataset: Path, folder: Path) -> None:
-    """Left for a test with one rank to find."""
-    train(dataset, dataset.parent / "by_two_ranks", "megagpt.schedule.max_steps=4")
-
-
 class after_step:
     """Do something on this rank when a step has been taken, before the vote on stopping is cast."""
 
@@ -258,7 +253,6 @@ SCENARIOS = [
     validation_loss,
     sharing_positions,
     votes,
-    another_number_of_ranks,
 ]
 
 

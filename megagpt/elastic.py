@@ -1,0 +1,278 @@
+"""Going on with other ranks, another ZeRO stage, dtype or offload: each rank takes what it keeps from the old files.
+
+Nothing is written: the files of all old ranks are mapped into memory, and a rank copies from them the stretches of
+each parameter, of its weights and Adam's two moments, that it keeps now. So no conversion can be left half done, and
+memory holds one stretch at a time. DeepSpeed's universal checkpoints need a second copy of everything on the disk and
+have none of stage 0.
+
+How DeepSpeed lays its optimizers out, in memory and in its files, is known here and nowhere else:
+
+    stage 0      each rank has everything. Adam updates the parameters one by one (in 16 bit fp32 copies of them,
+                 or one long tensor of each group's copies)
+    stage 1, 2   each group of parameters is one long tensor, cut evenly over the ranks wherever that falls
+    stage 3      each parameter is cut evenly over the ranks; a rank's cuts of a sub-group lie in one tensor
+
+All tensors are flat fp32 views.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megagpt.commits import Saved
+from megagpt.distributed import is_main, rank, together, world_size
+from megagpt.engine import Engine
+from megagpt.errors import UserError
+from megagpt.optim import decay_groups
+from megagpt.pickles import check_pickles, pickles_of
+
+SHAPE = {
+    "world_size": "ranks",
+    "zero_stage": "ZeRO stage",
+    "offload_optimizer": "optimizer offload",
+    "dtype": "dtype",
+}  # of a checkpoint's identity what may change
+LAYOUT = ("zero_optimization.", "data_types.", "bf16.", "fp16.", "optimizer.type:", "optimizer.params.torch_adam:")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+REPAIR = "start the run as it was saved, or give another megagpt.out_dir for a new one"
+
+
+def reshaped(saved: Saved, now: Mapping[str, Any], effective: Mapping[str, Any]) -> list[str]:
+    """What has changed, in words, in how weights and moments lie on the ranks; if nothing, DeepSpeed loads its files.
+
+    `now` is this run's identity, `effective` its run file. Raises UserError for what lies outside of the files.
+    """
+    was = saved.identity
+    changes = [f"{label} {was[key]} -> {now[key]}" for key, label in SHAPE.items() if was[key] != now[key]]
+    changes = changes or [line for line in changed_keys(saved.step_dir, effective) if line.startswith(LAYOUT)]
+    run_files = (effective, json.loads((saved.step_dir / "run.json").read_bytes()))
+    on_nvme = {key for run in run_files for key, value in _leaves(run) if value == "nvme"}
+    if changes and on_nvme:
+        raise UserError(
+            f"{saved.step_dir} cannot go on with {', '.join(changes)}: {min(on_nvme)} is nvme, and what lies there is "
+            "not in the checkpoint; start it as it was saved, or give another megagpt.out_dir for a new run"
+        )
+    return changes
+
+
+def changed_keys(step_dir: Path, effective: Mapping[str, Any]) -> list[str]:
+    """The keys of the run file that differ from when the step was saved, as `key: before -> now`."""
+    before = dict(_leaves(json.loads((step_dir / "run.json").read_bytes())))
+    now = dict(_leaves(json.loads(json.dumps(effective))))
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """`numel` values of a parameter, from `start` on; in the tensor that Adam updates they begin at `offset`."""
+
+    name: str
+    start: int
+    numel: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor that Adam updates on one rank, and what lies in it."""
+
+    values: tuple[Tensor, ...]  # weights and the two moments, alike in length
+    stretches: list[Stretch]
+
+
+def load_reshaped(engine: Engine, saved: Saved) -> None:
+    """Weights and moments of a step, however it was saved. Adam's settings stay; a loss scale starts anew. Collective.
+
+    Raises UserError, on every rank and before the model changes, for files that pickles.py refuses, and for files that
+    lack a part of a parameter.
+    """
+    together(lambda: check_pickles(pickles_of(saved.step_dir)[rank() :: world_size()]))
+    groups = decay_groups(engine.module, 0.0, saved.identity["weight_decay_on"])
+    sizes = {engine.param_names[p]: getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"]}
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        engine.optimizer.checkpoint_event_prologue()  # no parameter is left gathered
+    old, adam_step = together(lambda: _old_parts(saved, sizes))
+    parts = _own_parts(engine, sizes, adam_step)
+    copies = together(lambda: _copies(parts, old, saved.step_dir))
+    for to, value in tqdm(copies, desc="sharing out", unit="stretch", delay=2, disable=None if is_main() else True):
+        to.copy_(value)
+    engine.global_steps, engine.global_samples = saved.state.step, saved.state.samples_seen
+    if stage in (1, 2):
+        engine.optimizer.update_lp_params()
+        return
+    parameters = {name: p for p, name in engine.param_names.items()}
+    for part in parts:
+        for stretch in part.stretches:
+            p = parameters[stretch.name]
+            computed_with = p.ds_tensor if stage == 3 else p
+            here = part.values[0].narrow(0, stretch.offset, stretch.numel)
+            computed_with.data.view(-1).narrow(0, 0, stretch.numel).copy_(here)
+    if stage == 3:
+        engine.optimizer.checkpoint_event_epilogue()
+
+
+def _copies(parts: list[Part], old: list[Part], step_dir: Path) -> list[tuple[Tensor, Tensor]]:
+    """(to, from) of equal lengths for all that a rank keeps. Raises UserError if the old files lack some of it."""
+    lies_in = defaultdict(list)
+    for source in old:
+        for have in source.stretches:
+            lies_in[have.name].append((source, have))
+    copies = []
+    for part, want in [(own, stretch) for own in parts for stretch in own.stretches]:
+        missing = want.numel
+        for source, have in lies_in[want.name]:
+            begin = max(want.start, have.start)
+            n = min(want.start + want.numel, have.start + have.numel) - begin
+            if n > 0:
+                to, at = want.offset + begin - want.start, have.offset + begin - have.start
+                copies += [
+                    (mine.narrow(0, to, n), theirs.narrow(0, at, n))
+                    for mine, theirs in zip(part.values, source.values, strict=True)
+                ]
+                missing -= n
+        if missing:
+            raise UserError(f"{step_dir} lacks {missing} values of {want.name}; {REPAIR}")
+    return copies
+
+
+# --- where this run keeps its values ----------------------------------------------------------------------------
+
+
+def _own_parts(engine: Engine, sizes: dict[str, int], adam_step: int) -> list[Part]:
+    """This rank's tensors, moments made where Adam has not made its own yet. `sizes`: names in the order of groups."""
+    optimizer, adam = engine.optimizer, engine.basic_optimizer
+    flats = [p for group in adam.param_groups for p in group["params"]]
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        stretches = _one_after_another(flats, sizes)
+    elif stage == 3:
+        flats = optimizer.fp32_partitioned_groups_flat
+        names = [[engine.param_names[p] for p in group] for group in optimizer.fp16_groups]
+        stretches = [_cut({name: sizes[name] for name in group}, rank(), world_size()) for group in names]
+    else:
+        stretches = [[] for _ in flats]
+        for p, name in engine.param_names.items():
+            if (link := p._hp_mapping) is not None:
+                of_parameter, of_flat = link.lp_fragment_address, link.hp_fragment_address
+                at = Stretch(name, of_parameter.start, of_parameter.numel, of_flat.start)
+                stretches[link.param_group_index].append(at)
+    parts = []
+    for flat, inside in zip(flats, stretches, strict=True):
+        state = adam.state[flat]
+        is_torch = isinstance(adam, torch.optim.Adam)  # DeepSpeed's count in plain numbers
+        state["step"] = torch.tensor(float(adam_step), device=flat.device) if is_torch else adam_step
+        for moment in MOMENTS:
+            if moment not in state:
+                state[moment] = torch.zeros_like(flat.data)
+        parts.append(_part(flat.data, state, inside))
+    return parts
+
+
+def _part(weights: Tensor, state: Mapping[str, Any], stretches: list[Stretch]) -> Part:
+    return Part(tuple(x.view(-1) for x in (weights, *(state[moment] for moment in MOMENTS))), stretches)
+
+
+def _one_after_another(flats: Sequence[Tensor], sizes: dict[str, int]) -> list[list[Stretch]]:
+    """Whole parameters, in their order, each tensor as many as fill it."""
+    found: list[list[Stretch]] = []
+    names = iter(sizes)
+    for flat in flats:
+        found.append([])
+        offset = 0
+        while offset < flat.numel():
+            name = next(names)
+            found[-1].append(Stretch(name, 0, sizes[name], offset))
+            offset += sizes[name]
+    return found
+
+
+def _cut(sizes: dict[str, int], r: int, n_ranks: int) -> list[Stretch]:
+    """Rank r's cut of each parameter; the last cuts are padded to the length of the others."""
+    found, offset = [], 0
+    for name, size in sizes.items():
+        length = -(-size // n_ranks)
+        found.append(Stretch(name, r * length, max(0, min(length, size - r * length)), offset))
+        offset += length
+    return found
+
+
+# --- where the old files have them -------------------------------------------------------------------------------
+
+
+def _old_parts(saved: Saved, sizes: dict[str, int]) -> tuple[list[Part], int]:
+    """All parts of all old ranks, mapped into memory, and how many updates Adam has made."""
+    stage, n_ranks = saved.identity["zero_stage"], saved.identity["world_size"]
+    try:
+        if stage == 0:
+            weights, states = _of_stage_0(saved, sizes)
+            return _parts(weights, states, _one_after_another(weights, sizes)), _step(states)
+        parts, begun = [], dict.fromkeys(sizes, 0)
+        for r in range(n_ranks):
+            state = _mapped(saved.step_dir, f"*zero_pp_rank_{r}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
+            if stage == 3:
+                shapes = _mapped(saved.step_dir, "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
+                cuts = [_cut({name: sizes[name] for name in group}, r, n_ranks) for group in shapes]
+                weights, states = state["fp32_flat_groups"], state["optimizer_state_dict"]["state"]
+            else:
+                cuts = [_continued(group, begun) for group in state["param_slice_mappings"]]
+                weights, states = state["single_partition_of_fp32_groups"], state["base_optimizer_state"]["state"]
+            parts += _parts(weights, states, cuts)
+        return parts, _step(states)
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, StopIteration) as error:
+        raise UserError(f"{saved.step_dir} is not laid out as expected ({error!r}); {REPAIR}") from error
+
+
+def _of_stage_0(saved: Saved, sizes: dict[str, int]) -> tuple[list[Tensor], Any]:
+    model = _mapped(saved.step_dir, "mp_rank_00_model_states.pt")
+    optimizer = model["optimizer"]
+    if saved.identity["dtype"] == "fp32":
+        return [model["module"][name] for name in sizes], optimizer["state"]
+    if "fp32_groups_flat" in optimizer:  # with DeepSpeed's FusedAdam
+        weights = optimizer["fp32_groups_flat"]
+    else:
+        weights = [weight for group in optimizer["fp32_groups"] for weight in group]
+    return weights, optimizer["optimizer_state_dict"]["state"]
+
+
+def _parts(weights: Sequence[Tensor], states: Any, stretches: list[list[Stretch]]) -> list[Part]:
+    """`states[i]` is Adam's of the i-th tensor."""
+    return [_part(x.detach(), states[i], s) for i, (x, s) in enumerate(zip(weights, stretches, strict=True))]
+
+
+def _continued(group: Mapping[str, Any], begun: dict[str, int]) -> list[Stretch]:
+    """A rank's stretches of a group: a parameter goes on where the rank before had its end, as counted in `begun`."""
+    found = []
+    for name, address in group.items():
+        found.append(Stretch(name, begun[name], address.numel, address.start))
+        begun[name] += address.numel
+    return found
+
+
+def _step(states: Any) -> int:
+    return int(states[0]["step"])
+
+
+def _mapped(step_dir: Path, pattern: str) -> Any:
+    """A file whose tensors are read when they are used. Its pickle must have been checked."""
+    (path,) = step_dir.glob(pattern)
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
