@@ -123,6 +123,21 @@ def _parser() -> argparse.ArgumentParser:
     checkpoints.add_argument("--verify", action="store_true", help="hash every file; without it sizes are compared")
     checkpoints.set_defaults(run=_checkpoints)
 
+    plan = commands.add_parser(
+        "plan",
+        help="memory, time and traffic of a run file for every ZeRO stage, before anything is started",
+        epilog="example: megagpt plan ds_configs/gpt2_1558m.json --ranks 64 --gpu H100 --network infiniband-ndr",
+    )
+    plan.add_argument("run_file", type=Path, metavar="RUN.json")
+    plan.add_argument("--ranks", type=_positive, default=1, help="GPUs in all")
+    plan.add_argument("--gpu", default="H100", metavar="NAME", help="as in `megagpt plan`'s list; default: H100")
+    plan.add_argument("--network", metavar="NAME|GB/s", help="of each GPU, each way; default: NVLink up to 8 ranks")
+    plan.add_argument("--tokens", type=_positive, help="to train on; default: max_steps global batches")
+    plan.add_argument("--efficiency", type=float, metavar="SHARE", help="of the peak that is reached")
+    plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys of the run file")
+    plan.set_defaults(run=_plan)
+
     resume = commands.add_parser(
         "verify-resume",
         help="whether a run file's run goes on to the last bit after a stop; exit code 1 if not",
@@ -163,6 +178,22 @@ def _check_hosts(args: argparse.Namespace) -> int:
 
     check_hosts(args.hostfile)
     check_environment(Path.cwd())
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from megagpt import plan, plan_report
+    from megagpt.run_file import load_run_config
+
+    run = load_run_config(args.run_file, args.overrides)
+    on = plan.machine(args.gpu, args.ranks, args.network, args.efficiency or plan.EFFICIENCY)
+    vocab = plan.vocabulary(run)
+    found = list(plan.settings(run, on, vocab[0]))
+    tokens = args.tokens or run.megagpt.schedule.max_steps * run.deepspeed.train_batch_size * run.megagpt.seq_len
+    if args.json:
+        print(json.dumps(plan_report.as_json(on, vocab, found, tokens)))
+    else:
+        print(plan_report.report(run, on, vocab, found, tokens))
     return 0
 
 

@@ -3,29 +3,56 @@
 N parameters without the position table, L n_layer, C n_embd, T seq_len, V vocab_size.
 """
 
+from dataclasses import dataclass
+
 from megagpt.config import ModelConfig, RecomputeConfig
 
-# Dense bf16 peak in FLOP/s, from the vendors' data sheets (without sparsity). First match of the device's name wins.
-PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU by its vendor's data sheet: dense bf16 FLOP/s (without sparsity), GiB, GB/s to its neighbors each way."""
+
+    peak_flops: float
+    memory_gib: float
+    link_gb_s: float  # NVLink where it has one, else PCI Express
+
+
+# By the name that torch.cuda.get_device_name gives, of which the first match wins. Sources: NVIDIA's data sheets of
+# each product ("Tensor Core, dense", "GPU memory" in the GiB that the driver shows, "Interconnect" halved).
+GPUS = {
+    "B200": Gpu(2250e12, 178, 900),
+    "H200": Gpu(989e12, 139, 450),
+    "H100 PCIe": Gpu(756e12, 79, 64),
+    "H100 NVL": Gpu(835e12, 93, 300),
+    "H100": Gpu(989e12, 79, 450),
+    "A100 40GB": Gpu(312e12, 39, 300),
+    "A100": Gpu(312e12, 79, 300),
+    "L40S": Gpu(362e12, 44, 32),
+    "A10G": Gpu(70e12, 22, 32),
+    "RTX 4090": Gpu(165e12, 23, 32),
+    "RTX 3090": Gpu(71e12, 23, 32),
+    "V100": Gpu(125e12, 31, 150),
 }
+
+
+def param_sizes(cfg: ModelConfig, vocab_size: int) -> list[int]:
+    """Elements of each parameter, in the model's order; the tied head is the first."""
+    C = cfg.n_embd
+    block = [C, C, 3 * C * C, 3 * C, C * C, C, C, C, 4 * C * C, 4 * C, 4 * C * C, C]
+    return [vocab_size * C, cfg.seq_len * C, *block * cfg.n_layer, C, C]
 
 
 def n_params(cfg: ModelConfig, vocab_size: int) -> int:
     """All trained numbers; the tied head counts once."""
-    C = cfg.n_embd
-    block = (3 * C * C + 3 * C) + (C * C + C) + (4 * C * C + 4 * C) + (4 * C * C + C) + 2 * (2 * C)
-    return vocab_size * C + cfg.seq_len * C + cfg.n_layer * block + 2 * C
+    return sum(param_sizes(cfg, vocab_size))
+
+
+def bucket_elements(cfg: ModelConfig, vocab_size: int, world_size: int) -> int:
+    """Gradients that are reduced at a time, where the run file does not say: an eighth of the model, so that there is
+    something to overlap, at least its largest parameter, at most 50 million. On one rank there is nothing to reduce.
+    """
+    largest = max(param_sizes(cfg, vocab_size))
+    return min(largest if world_size == 1 else max(largest, n_params(cfg, vocab_size) // 8), 50_000_000)
 
 
 def flops_per_token(cfg: ModelConfig, vocab_size: int) -> float:
@@ -62,4 +89,4 @@ def recompute_flops_per_token(
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of one device, or None: an unknown device gets no MFU rather than a guess."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+    return next((gpu.peak_flops for name, gpu in GPUS.items() if name in device_name), None)

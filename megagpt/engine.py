@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.optim import Optimizer
 
-from megagpt.accounting import n_params
+from megagpt.accounting import bucket_elements
 from megagpt.attention import over_ranks, prefer_cudnn
 from megagpt.compilation import compile_blocks
 from megagpt.config import MegaGPTConfig
@@ -131,9 +131,7 @@ def effective_config(run: RunConfig, batch: BatchPlan, vocab_size: int, device: 
 def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> dict[str, Any]:
     """The keys that a run file may leave out, with the reason for each value."""
     stage = run.deepspeed.zero_optimization.stage
-    C = run.megagpt.model.n_embd
-    largest = max(vocab_size * C, 4 * C * C)  # elements of the largest parameter
-    bucket = largest if batch.world_size == 1 else max(largest, n_params(run.megagpt.model, vocab_size) // 8)
+    bucket = bucket_elements(run.megagpt.model, vocab_size, batch.world_size)
     filled: dict[str, Any] = {
         "gradient_accumulation_steps": batch.accumulation,
         "timers.throughput.enabled": False,  # else the device is synchronized at every forward and step
@@ -143,8 +141,8 @@ def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.dev
         filled["bf16.check_grad_overflow"] = False  # a pass over all gradients; the loop checks loss and norm
     if stage > 0:
         # DeepSpeed's 5e8 elements would be gigabytes of buffer, and one bucket, so nothing could ever overlap
-        filled["zero_optimization.reduce_bucket_size"] = min(bucket, 50_000_000)
-        filled["zero_optimization.allgather_bucket_size"] = min(bucket, 50_000_000)
+        filled["zero_optimization.reduce_bucket_size"] = bucket
+        filled["zero_optimization.allgather_bucket_size"] = bucket
     if stage in (1, 2) and batch.world_size == 1:
         filled["zero_optimization.contiguous_gradients"] = False  # no peers: no hooks and copies for their sake
     if run.deepspeed.zero_optimization.offload_optimizer.device != "none":

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Counts every storage that an operation returns, until it is freed. What existed before does not count.
 
-    Scratch space inside one operation is not seen. Backward counts too, where it runs in this thread (on a CPU).
+    Scratch space inside one operation is not seen. Tensors on the meta device, where DeepSpeed notes shapes, hold
+    nothing. Backward counts too, where it runs in this thread (on a CPU).
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class LiveBytes(TorchDispatchMode):
             self._see(given.untyped_storage(), 0)  # or a view of it would count as new
         result = func(*args, **(kwargs or {}))
         for made in tensors(result):
-            self._see(made.untyped_storage(), made.untyped_storage().nbytes())
+            self._see(made.untyped_storage(), 0 if made.is_meta else made.untyped_storage().nbytes())
         return result
 
     def _see(self, storage: torch.UntypedStorage, size: int) -> None:

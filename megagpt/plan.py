@@ -1,0 +1,211 @@
+"""What a run file needs and how long it takes, before anything is started: `megagpt plan`. Arithmetic alone.
+
+Memory is memory.py's, traffic traffic.py's, FLOPs accounting.py's; here are the settings that are tried, the simple
+model of a step's time, and the table.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megagpt.accounting import GPUS, Gpu, flops_per_token, n_params, recompute_flops_per_token
+from megagpt.data_manifest import read_manifest
+from megagpt.errors import UserError
+from megagpt.memory import ADAM, Memory, memory
+from megagpt.run_config import BatchPlan, RunConfig, batch_plan
+from megagpt.run_file import parse_run
+from megagpt.tokenizer import padded_vocab_size
+from megagpt.traffic import WIDTH, Traffic, traffic
+
+GIB = 2**30
+GPUS_PER_HOST = 8
+VOCABULARY = 50_257  # GPT-2's, where the data is not there to ask
+EFFICIENCY = 0.4  # of the peak; published for GPT-2 on Hopper: 33 to 52 %
+FP32_PEAK = 1 / 16  # of the 16-bit peak: 19.5 of 312 TFLOP/s on an A100
+FRAGMENTATION = 0.1  # of the tensors' bytes: holes of the allocator
+CONTEXT = 1.0 * GIB  # CUDA's context, kernels, NCCL's buffers
+HOST_LINK = 25e9  # bytes/s between a GPU and its host, each way: PCI Express 4, 16 lanes, of which 80 % are reached
+HOST_ADAM = 10e9  # bytes/s of a host's memory for each GPU's share of an offloaded Adam, which moves 28 per parameter
+
+NETWORKS = {  # GB/s of each GPU, each way
+    "infiniband-ndr": 50.0,  # 400 Gbit/s
+    "infiniband-hdr": 25.0,  # 200 Gbit/s
+    "ethernet-100": 12.5,
+    "ethernet-25": 3.125,
+    "ethernet-10": 1.25,
+}
+
+WHERE = {"none": ("none", "none"), "optimizer": ("cpu", "none"), "all": ("cpu", "cpu")}  # offload_optimizer, _param
+STAGES = [(0, "none"), (1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer")]
+STAGES.append((3, "all"))
+POLICIES = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs that are planned for, and what connects them."""
+
+    name: str
+    gpu: Gpu
+    ranks: int
+    network: str
+    gb_per_s: float
+    efficiency: float = EFFICIENCY
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the run file: sizes in bytes for each GPU, seconds for each step."""
+
+    stage: int
+    offload: str
+    policy: str
+    micro_batch: int
+    accumulation: int
+    current: bool
+    memory: Memory
+    spare: float  # for fragmentation and CUDA itself
+    traffic: Traffic
+    compute_seconds: float
+    wire_seconds: float
+    host_seconds: float
+    overlapped: bool
+    fits: bool
+
+    @property
+    def seconds(self) -> float:
+        sent = max(0.0, self.wire_seconds - self.compute_seconds) if self.overlapped else self.wire_seconds
+        return self.compute_seconds + sent + self.host_seconds
+
+    @property
+    def total(self) -> float:
+        return self.memory.total + self.spare
+
+    def keys(self) -> list[str]:
+        """What to put behind the run file's name, or into it."""
+        optimizer, param = WHERE[self.offload]
+        keys = [f"zero_optimization.stage={self.stage}"]
+        keys += [f"zero_optimization.offload_optimizer.device={optimizer}"] if self.offload != "none" else []
+        keys += [f"zero_optimization.offload_param.device={param}"] if param != "none" else []
+        return [
+            *keys,
+            f"train_micro_batch_size_per_gpu={self.micro_batch}",
+            f"gradient_accumulation_steps={self.accumulation}",
+            f"megagpt.recompute.policy={self.policy}",
+        ]
+
+
+def machine(gpu: str, ranks: int, network: str | None, efficiency: float = EFFICIENCY) -> Machine:
+    """By names or numbers. Raises UserError for a GPU or network that is not known."""
+    name = next((known for known in GPUS if known.lower() == gpu.lower()), None)
+    name = name or next((known for known in GPUS if known.lower() in gpu.lower()), None)
+    if name is None:
+        raise UserError(f"--gpu {gpu!r} is not known; known are {', '.join(GPUS)}")
+    if network is None and ranks <= GPUS_PER_HOST:
+        return Machine(name, GPUS[name], ranks, "the GPUs' own links", GPUS[name].link_gb_s, efficiency)
+    network = network or "infiniband-ndr"
+    try:
+        speed = NETWORKS[network] if network in NETWORKS else float(network)
+    except ValueError:
+        speed = 0.0
+    if speed <= 0.0:
+        raise UserError(f"--network {network!r} is neither GB/s of each GPU nor one of {', '.join(NETWORKS)}")
+    return Machine(name, GPUS[name], ranks, network if network in NETWORKS else "network", speed, efficiency)
+
+
+def vocabulary(run: RunConfig) -> tuple[int, str]:
+    """(padded vocabulary, where it is from): the data's, or GPT-2's if there is no data yet."""
+    path = run.megagpt.data.train[0].path
+    try:
+        return padded_vocab_size(read_manifest(path).tokenizer.vocab_size), f"of {path}"
+    except UserError:
+        return padded_vocab_size(VOCABULARY), f"GPT-2's, since {path} cannot be read"
+
+
+def setting(run: RunConfig, on: Machine, vocab_size: int, *, current: bool = False) -> Setting:
+    """Raises UserError if the batch does not multiply out."""
+    batch, zero = batch_plan(run.deepspeed, on.ranks), run.deepspeed.zero_optimization
+    used, sent = memory(run, batch, vocab_size), traffic(run, batch, vocab_size)
+    spare = FRAGMENTATION * used.total + CONTEXT
+    overlap = run.deepspeed_raw.get("zero_optimization", {}).get("overlap_comm")
+    param = zero.offload_param.device != "none"
+    offload = "all" if param else "optimizer" if zero.offload_optimizer.device != "none" else "none"
+    return Setting(
+        stage=zero.stage,
+        offload=offload,
+        policy=run.megagpt.recompute.policy,
+        micro_batch=batch.micro_batch,
+        accumulation=batch.accumulation,
+        current=current,
+        memory=used,
+        spare=spare,
+        traffic=sent,
+        compute_seconds=_compute_seconds(run, batch, vocab_size, on),
+        wire_seconds=sent.wire / (on.gb_per_s * 1e9),
+        host_seconds=_host_seconds(run, batch, vocab_size, offload),
+        overlapped=zero.stage == 3 if overlap is None else bool(overlap),
+        fits=used.total + spare <= on.gpu.memory_gib * GIB,
+    )
+
+
+def settings(run: RunConfig, on: Machine, vocab_size: int) -> Iterator[Setting]:
+    """The run file's own, and all stages, offloads, policies and micro-batches with the same global batch."""
+    yield setting(run, on, vocab_size, current=True)
+    for micro_batch in micro_batches(run, on.ranks):
+        for stage, offload in STAGES:
+            for policy in POLICIES:
+                yield setting(variant(run, stage, offload, policy, micro_batch), on, vocab_size)
+
+
+def micro_batches(run: RunConfig, ranks: int) -> list[int]:
+    """Those that the global batch is a multiple of, on so many ranks. Raises UserError as batch_plan does."""
+    share = run.deepspeed.train_batch_size // batch_plan(run.deepspeed, ranks).replicas
+    return [n for n in range(1, share + 1) if share % n == 0]
+
+
+def variant(run: RunConfig, stage: int, offload: str, policy: str, micro_batch: int) -> RunConfig:
+    """The run file with other keys for what is planned."""
+    optimizer, param = WHERE[offload]
+    raw = run.as_json()
+    raw["train_micro_batch_size_per_gpu"] = micro_batch
+    raw["gradient_accumulation_steps"] = None
+    zero = {**raw.get("zero_optimization", {}), "stage": stage}
+    for key, device in (("offload_optimizer", optimizer), ("offload_param", param)):
+        zero[key] = {**zero.get(key, {}), "device": device}
+    if policy != run.megagpt.recompute.policy:
+        raw["megagpt"]["recompute"] = {"policy": policy}
+        raw.pop("activation_checkpointing", None)
+    return parse_run({**raw, "zero_optimization": zero})
+
+
+def fastest(found: Sequence[Setting]) -> Setting | None:
+    """Of those that fit. Within 2 %, which this model cannot tell apart, the lowest stage with the largest batch."""
+    fitting = [s for s in found if s.fits]
+    if not fitting:
+        return None
+    limit = min(s.seconds for s in fitting) * 1.02
+    return min((s for s in fitting if s.seconds <= limit), key=lambda s: (s.stage, s.offload != "none", -s.micro_batch))
+
+
+def _compute_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, on: Machine) -> float:
+    """FLOPs of a step, recomputation included, over what the GPUs reach together."""
+    cfg = run.megagpt
+    model = cfg.model.model_copy(update={"seq_len": cfg.seq_len})
+    again = recompute_flops_per_token(
+        model,
+        cfg.recompute,
+        dropout=cfg.regularization.dropout,
+        zero3=run.deepspeed.zero_optimization.stage == 3,
+        compiled=cfg.compile is not False,
+    )
+    flops = batch.global_batch * cfg.seq_len * (flops_per_token(model, vocab_size) + (again or 0.0))
+    peak = on.gpu.peak_flops * (FP32_PEAK if run.deepspeed.dtype == "fp32" else 1.0)
+    return flops / (on.ranks * peak * on.efficiency)
+
+
+def _host_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, offload: str) -> float:
+    """Offload: gradients to the host, Adam there (28 bytes of a parameter read and written), weights back."""
+    if offload == "none":
+        return 0.0
+    part, s = n_params(run.megagpt.model, vocab_size) / batch.world_size, WIDTH[run.deepspeed.dtype]
+    reads = batch.accumulation * 2 if offload == "all" else 1  # weights for each forward and backward pass
+    return part * (s * (batch.accumulation + reads) / HOST_LINK + (2 * ADAM + 4) / HOST_ADAM)

@@ -1,0 +1,79 @@
+"""`megagpt plan`: what it predicts and what it says."""
+
+import json
+
+import pytest
+from support import ROOT
+
+from megagpt.__main__ import main
+from megagpt.accounting import n_params
+from megagpt.memory import memory
+from megagpt.plan import fastest, machine, setting, settings, variant
+from megagpt.run_config import batch_plan
+from megagpt.run_file import load_run_config, parse_run
+from megagpt.traffic import Traffic
+
+
+def test_bytes_on_the_wire_of_a_ring():
+    """Four ranks reduce 80 bytes: each sends three quarters of them twice; the other collectives once."""
+    assert Traffic(4, all_reduce=80, reduce_scatter=0, all_gather=0, all_to_all=0).wire == 120
+    assert Traffic(4, all_reduce=0, reduce_scatter=80, all_gather=40, all_to_all=0).wire == 90
+    assert Traffic(4, all_reduce=0, reduce_scatter=0, all_gather=0, all_to_all=80, shared_by=2).wire == 40
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    """The 1.5 billion parameters' run file, whose data is not there: GPT-2's vocabulary is taken."""
+    return load_run_config(ROOT / "ds_configs" / "gpt2_1558m.json", [f"megagpt.data.train.0.path={tmp_path}"])
+
+
+def test_states_of_mixed_precision_on_one_gpu_are_20_bytes_for_each_parameter(gpt2):
+    """2 weights, 12 Adam, 2 gradients, and 4 as Adam reads them, with so few tokens that nothing else is as large."""
+    run = variant(gpt2, stage=0, offload="none", policy="full", micro_batch=1)
+    used = memory(run, batch_plan(run.deepspeed, 1), 50304)
+    assert (used.when, used.total) == ("Adam", 20 * n_params(run.megagpt.model, 50304))
+
+
+def test_the_fastest_setting_that_fits_is_what_its_keys_say(gpt2):
+    on = machine("NVIDIA A100-SXM4-80GB", 64, "infiniband-hdr")
+    best = fastest(list(settings(gpt2, on, 50304)))
+    assert best is not None
+    assert best.fits
+    again = setting(parse_run(gpt2.as_json(), best.keys()), on, 50304)
+    assert again == best
+
+
+def test_more_ranks_hold_less_each_and_take_less_time(gpt2):
+    run = parse_run(gpt2.as_json(), ["train_batch_size=4096", "train_micro_batch_size_per_gpu=1"])
+    run = variant(run, stage=3, offload="none", policy="none", micro_batch=1)
+    found = [setting(run, machine("H100", ranks, "50"), 50304) for ranks in (1, 8, 64, 512, 4096)]
+    assert sorted(found, key=lambda s: s.total, reverse=True) == found
+    assert sorted(found, key=lambda s: s.compute_seconds, reverse=True) == found
+
+
+def test_the_command_marks_the_run_files_setting_and_names_the_fastest(capsys):
+    run_file = str(ROOT / "ds_configs" / "gpt2_124m.json")
+    assert main(["plan", run_file, "--ranks", "8", "--gpu", "H200"]) == 0
+    text = capsys.readouterr().out
+    assert len([line for line in text.splitlines() if line.startswith("* 1 ")]) == 1
+    assert "Fastest that fits: stage 0" in text
+    assert main(["plan", run_file, "--ranks", "8", "--gpu", "H200", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"][0]["current"]
+    assert found["fastest"]["keys"][0] == "zero_optimization.stage=0"
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--gpu", "H300"], "--gpu 'H300' is not known; known are B200, H200"),
+        (
+            ["--network", "carrier-pigeon"],
+            "--network 'carrier-pigeon' is neither GB/s of each GPU nor one of infiniband",
+        ),
+        (["--ranks", "7"], "train_batch_size=512 is not a multiple of"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_message(options, complaint, capsys):
+    assert main(["plan", str(ROOT / "ds_configs" / "gpt2_124m.json"), *options]) == 2
+    assert complaint in capsys.readouterr().err
