@@ -236,6 +236,17 @@ class PackingConfig(Strict):
         return self.kind != "concatenate"
 
 
+class GuardsConfig(Strict):
+    """What watches a run while it trains."""
+
+    hang_timeout: float = Field(
+        default=600.0,
+        ge=0.0,
+        description="seconds without a step boundary (or 10 times the step before, if longer), evaluating and saving "
+        "aside; then every rank writes stacks.<rank>.txt and ends; 0: never",
+    )
+
+
 class MegaGPTConfig(Strict):
     """The "megagpt" section of a run file."""
 
@@ -253,6 +264,7 @@ class MegaGPTConfig(Strict):
     compile: bool | None = Field(default=None, description="torch.compile for each block; null: on CUDA alone")
     augment: AugmentConfig = AugmentConfig()
     packing: PackingConfig = PackingConfig()
+    guards: GuardsConfig = GuardsConfig()
     time_limit_minutes: float | None = Field(default=None, gt=0, description="then save and exit with code 75")
 
     @model_validator(mode="after")

@@ -33,6 +33,7 @@ from megagpt.run_config import BatchPlan, RunConfig, batch_plan
 from megagpt.samples import TrainData, plan_mixture, row_opener, source_of
 from megagpt.state import TrainState
 from megagpt.tokenizer import Tokenizer, padded_vocab_size
+from megagpt.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Session:
         self.monitor = Monitor(run, plan.state, also=self.engine.monitor.write_events)
         self.token_bytes = torch.from_numpy(plan.tokenizer.token_bytes()).to(device)
         self.watch, self.warm = Stopwatch(), False
+        self.watchdog = Watchdog(self.cfg.guards.hang_timeout, rank(), self.cfg.out_dir / f"stacks.{rank()}.txt")
 
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches, endlessly, from where the plan's state stands."""
@@ -141,7 +143,7 @@ class Session:
 
     def evaluate(self, state: TrainState) -> TrainState:
         """Validation loss, and what it means for early stopping; the same on every rank."""
-        with self.watch.section("eval"):
+        with self.watch.section("eval"), self.watchdog.paused():
             result = evaluate(
                 self.engine,
                 self.plan.val_blocks,
@@ -160,7 +162,7 @@ class Session:
         return replace(state, val_loss=result.loss, stopper=stopper)
 
     def show_samples(self, state: TrainState) -> None:
-        with self.watch.section("sample"):
+        with self.watch.section("sample"), self.watchdog.paused():
             cfg = self.cfg.sample
             texts = complete(self.engine.module, self.plan.tokenizer, cfg.prompts, cfg, until_ended=False)
             self.monitor.text("samples", "\n\n---\n\n".join(texts), state.step)
@@ -170,7 +172,7 @@ class Session:
         return self.cfg.early_stopping.restore_best and state.stopper.best_step == state.step
 
     def save(self, state: TrainState) -> None:
-        with self.watch.section("save"):
+        with self.watch.section("save"), self.watchdog.paused():
             checkpoint.save(
                 self.engine,
                 state,

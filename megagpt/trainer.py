@@ -41,21 +41,23 @@ def train(
     session = Session(plan, device)
     batches, recent, stop = session.batches(), Recent(), False
 
-    while not (stop or state.finished(schedule.max_steps)):
-        set_lr(session.engine, run.deepspeed.optimizer.params.lr * lr_factor(state.step, schedule))
-        recent.add(*train_step(session, batches))
-        state = state.after_step(plan.batch.global_batch, run.megagpt.seq_len)
-        stop = vote(preemption.requested) or state.step == stop_at
-        done = state.step == schedule.max_steps
+    with session.watchdog:
+        while not (stop or state.finished(schedule.max_steps)):
+            set_lr(session.engine, run.deepspeed.optimizer.params.lr * lr_factor(state.step, schedule))
+            recent.add(*train_step(session, batches))
+            state = state.after_step(plan.batch.global_batch, run.megagpt.seq_len)
+            stop = vote(preemption.requested) or state.step == stop_at
+            session.watchdog.beat(state.step)
+            done = state.step == schedule.max_steps
 
-        if stop or done or any(due(state.step, n) for n in (every.log, every.eval, every.save, every.sample)):
-            recent = session.log(state, recent)
-        if done or due(state.step, every.eval):
-            state = session.evaluate(state)
-        if due(state.step, every.sample):
-            session.show_samples(state)
-        if stop or state.finished(schedule.max_steps) or due(state.step, every.save) or session.is_new_best(state):
-            session.save(state)
+            if stop or done or any(due(state.step, n) for n in (every.log, every.eval, every.save, every.sample)):
+                recent = session.log(state, recent)
+            if done or due(state.step, every.eval):
+                state = session.evaluate(state)
+            if due(state.step, every.sample):
+                session.show_samples(state)
+            if stop or state.finished(schedule.max_steps) or due(state.step, every.save) or session.is_new_best(state):
+                session.save(state)
 
     session.close(state, preemption.reason)
     return state

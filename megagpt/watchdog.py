@@ -1,0 +1,80 @@
+"""Ends a process that no longer reaches step boundaries, and writes down where each of its threads stood."""
+
+import faulthandler
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Self
+
+TICK = 1.0  # seconds between two looks
+GRACE = 3.0  # seconds from the stacks to the end: a rank that ends breaks the collective that another one hangs in
+PATIENCE = 10  # a step may take so many times as long as the one before it, where that is more than the timeout
+
+
+class Watchdog:
+    """One per rank. Inside `with`, `beat` is called at every step boundary.
+
+    The first step, which compiles, is not timed. A thread watches, so it sees all that waits without Python's lock, as
+    collectives and reads do. Time in which the whole process is suspended does not count.
+    """
+
+    def __init__(self, timeout: float, rank: int, stacks: Path) -> None:
+        """`timeout` in seconds, 0: never; `stacks` is the file that is written."""
+        self._timeout, self._rank, self._stacks = timeout, rank, stacks
+        self._ended = Event()
+        self._step, self._timed, self._idle, self._allowed = 0, False, 0.0, timeout
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._began = time.monotonic()
+        if self._timeout > 0.0:
+            Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def beat(self, step: int) -> None:
+        """The boundary after this step."""
+        now = time.monotonic()
+        self._allowed = max(self._timeout, PATIENCE * (now - self._began))
+        self._step, self._began, self._idle, self._timed = step, now, 0.0, True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what may take long between two steps: the process group's own timeout holds there."""
+        timed, self._timed = self._timed, False
+        yield
+        self._began, self._idle, self._timed = time.monotonic(), 0.0, timed
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._ended.wait(TICK):
+            now = time.monotonic()
+            self._idle += min(now - looked, 2 * TICK)
+            looked = now
+            if self._timed and self._idle > self._allowed:
+                self._end()
+
+    def _end(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 1.5 * GRACE)  # SIGALRM ends us if the disk hangs, too
+        try:
+            with self._stacks.open("w") as file:
+                file.write(f"rank {self._rank}, process {os.getpid()}, {self._idle:.0f} s after step {self._step}:\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError:
+            faulthandler.dump_traceback(all_threads=True)
+        message = (
+            f"error: rank {self._rank} has waited {self._idle:.0f} s since step {self._step} and ends; where its "
+            f"threads stood is in {self._stacks}. The run goes on from its last checkpoint; if steps do take so long, "
+            "raise megagpt.guards.hang_timeout"
+        )
+        print(message, file=sys.stderr, flush=True)
+        time.sleep(GRACE)
+        os._exit(1)
