@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-long lint types bench schema clean
+.PHONY: demo test test-long faults audit lint types bench schema clean
 
 # Installed again when pyproject.toml changes. DeepSpeed's build looks for torch, so torch comes first.
 .venv/installed: pyproject.toml
@@ -30,6 +30,13 @@ test: .venv/installed
 test-long: .venv/installed
 	python -m pytest
 
+# Every fault that tests/faults/cases.py lists, then what bare DeepSpeed makes of the same: hours, but it goes on where
+# it was stopped.
+faults: .venv/installed
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 python tests/faults/campaign.py
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 python tests/faults/campaign.py --baseline
+	python tests/faults/report.py runs/faults.jsonl
+
 lint: .venv/installed
 	ruff check .
 	ruff format --check .
@@ -49,6 +56,10 @@ bench: .venv/installed
 	python tests/benchmarks/loader.py
 	python tests/benchmarks/near_dedup.py
 	python tests/benchmarks/build.py
+
+# Known vulnerabilities of the packages in .venv; without a network it says so and passes.
+audit: .venv/installed
+	.ci/audit
 
 # The editors' completion for run files; a test compares it with the code.
 schema: .venv/installed

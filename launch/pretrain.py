@@ -11,6 +11,9 @@ from megagpt.preemption import SIGNALS
 
 if __name__ == "__main__":
     code = pretrain()
-    for number in SIGNALS:  # the first rank to end makes launchers signal the others, whose code must stand
+    for number in (
+        *SIGNALS,
+        signal.SIGINT,
+    ):  # the first rank to end makes launchers signal the others, whose code must stand
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code)

@@ -35,7 +35,7 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
     from megagpt.launcher import check_hostfile, watch
     from megagpt.preemption import Preemption
 
-    preemption = Preemption(launcher_alive=watch())  # before torch, so that no signal is missed
+    preemption = Preemption(launcher_alive=watch(), ctrl_c=True)  # before torch, so that no signal is missed
     from megagpt.distributed import init_process_group, is_main, together
     from megagpt.processor import fitting
     from megagpt.run_file import load_run_config

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megagpt.errors import UserError
 
+GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL: deepspeed's, torchrun's, and Slurm's if nobody changed KillWait
 LAUNCHERS = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID")  # deepspeed, torchrun and srun each set one
 HOST_LINE = re.compile(
     r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\s+slots=[1-9][0-9]{0,3}(\s*#.*)?"
@@ -27,6 +28,18 @@ def watch() -> Callable[[], bool]:
     two = any("deepspeed.launcher.launch" in part for part in _arguments(parent))
     above = _parent(parent) if two else 0
     return lambda: os.getppid() == parent and (not two or _parent(parent) == above)
+
+
+def grace_warning(save_seconds: float) -> str:
+    """What a signal to the launcher will cost, if a save takes longer than launchers wait; else an empty string."""
+    if save_seconds <= GRACE_SECONDS or not any(name in os.environ for name in LAUNCHERS):
+        return ""
+    return (
+        f"a save takes {save_seconds:.0f} s, and a launcher that is told to stop kills its ranks after "
+        f"{GRACE_SECONDS:.0f} s: the run would fall back to the step saved before. Stop it by "
+        "megagpt.time_limit_minutes, by Slurm's --signal=USR1@SECONDS or by SIGUSR1 to a rank, or lower "
+        "megagpt.every.save"
+    )
 
 
 def check_hostfile() -> None:

@@ -1,26 +1,37 @@
 """Remembers that this process was asked to stop: a signal, the time limit, or a launcher that has died."""
 
+import os
 import signal
 import time
 from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what Slurm and the launchers send before they kill
+CTRL_C = b"Ctrl-C: stopping at the next step, which is saved; Ctrl-\\ ends at once\n"
 
 
 class Preemption:
-    """Install once per process, from the main thread, before anything slow; `requested` is read at step boundaries."""
+    """Install once per process, from the main thread, before anything slow; `requested` is read at step boundaries.
 
-    def __init__(self, *, launcher_alive: Callable[[], bool] = lambda: True) -> None:
+    A signal more changes nothing: launchers send their own after a terminal's. With `ctrl_c` SIGINT is one of them,
+    unless the shell had it ignored, as for a process in the background; a process that trains among other things keeps
+    Python's KeyboardInterrupt.
+    """
+
+    def __init__(self, *, launcher_alive: Callable[[], bool] = lambda: True, ctrl_c: bool = False) -> None:
         self._began = time.monotonic()
         self._launcher_alive = launcher_alive
         self.time_limit_minutes: float | None = None  # known once the run file is read
         self._signal: int | None = None
+        if ctrl_c and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._remember)
         for number in SIGNALS:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
+        if number == signal.SIGINT and self._signal is None and os.environ.get("RANK", "0") == "0":
+            os.write(2, CTRL_C)  # print() may be what was interrupted
+        self._signal = self._signal or number
 
     @property
     def reason(self) -> str:

@@ -26,6 +26,7 @@ from megagpt.evaluate import evaluate
 from megagpt.files import write_atomically
 from megagpt.generate import complete
 from megagpt.guards import Recent, check_finite
+from megagpt.launcher import grace_warning
 from megagpt.monitor import Monitor, Stopwatch, validation_curve
 from megagpt.rng import seed_all
 from megagpt.rows import Rework
@@ -97,7 +98,7 @@ class Session:
             say(_opening(plan, self.effective))
         self.monitor = Monitor(run, plan.state, also=self.engine.monitor.write_events)
         self.token_bytes = torch.from_numpy(plan.tokenizer.token_bytes()).to(device)
-        self.watch, self.warm = Stopwatch(), False
+        self.watch, self.warm, self.warned = Stopwatch(), False, False
         self.watchdog = Watchdog(self.cfg.guards.hang_timeout, rank(), self.cfg.out_dir / f"stacks.{rank()}.txt")
 
     def batches(self) -> Iterator[Batch]:
@@ -182,6 +183,9 @@ class Session:
                 self.effective,
             )
         self.monitor.log(state, {"seconds/save": self.watch.spent("save")})
+        if not self.warned and (warning := grace_warning(self.watch.spent("save"))):
+            say(warning)
+            self.warned = True
 
     def close(self, state: TrainState, reason: str) -> None:
         """Say how the run ended; after early stopping, put the best weights back."""

@@ -1,6 +1,7 @@
 """Fixtures: one dataset for all tests, the engine's process group, and one launch of two real ranks."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 def _own_extensions_folder(tmp_path_factory):
     """A compile killed in another process leaves a lock there that would hang these tests without a word."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("torch_extensions"))
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_ends_the_tests():
+    """`pretrain`, called in this process, takes it for a wish to save; a shell in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

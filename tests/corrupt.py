@@ -1,24 +1,28 @@
-"""Damage a dataset in random ways and see what becomes of it: run as a process, which a bad read must not kill.
+"""Damage files in random ways and see what becomes of them: run as a process, which a bad read must not kill.
 
-    python tests/corrupt.py DATASET SCRATCH N SEED
+    python tests/corrupt.py KIND FOLDER SCRATCH N SEED        KIND: dataset, checkpoints (a run's folder), tokenizer
 
-Prints one JSON line: how many of N damages verify accepted, and what came out of the reader other than the tokens or
-a UserError.
+Prints one JSON line: how many of N damages were accepted, and what came out other than what was written or a UserError.
 """
 
 import json
-import os
 import random
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.verify import verify
+from megagpt.checkpoint_list import checkpoint_table
+from megagpt.commits import best, committed, damage_of, newest_record
 from megagpt.errors import UserError
+from megagpt.files import sha256_of
 from megagpt.shards import open_dataset
+from megagpt.tokenizer import Tokenizer
 
 
 def flip(content: bytearray, rng: random.Random) -> None:
@@ -69,16 +73,60 @@ def read_everything(folder: Path) -> None:
                 pass
 
 
-def main(dataset: Path, scratch: Path, n: int, seed: int) -> None:
+def of_dataset(scratch: Path, name: str) -> Iterator[str]:
+    try:
+        verify(scratch)
+        yield "accepted"
+    except UserError as error:
+        if name not in str(error):
+            yield f"not named: {error}"
+    with suppress(UserError):
+        read_everything(scratch)
+
+
+def of_checkpoints(scratch: Path, name: str) -> Iterator[str]:
+    """A step's file is missed by name; a hint that rotted leads to a step or nowhere."""
+    import torch  # and DeepSpeed, which the other kinds need not wait for
+
+    from megagpt.checkpoint import load_model
+
+    step_dir = (scratch / name).parent
+    if step_dir.name.startswith("step_"):
+        complaints = [damage_of(step_dir, r) or "" for r in range(2)]
+        if not any(Path(name).name in complaint for complaint in complaints):
+            yield "accepted" if not any(complaints) else f"not named: {complaints}"
+        with suppress(UserError):
+            load_model(step_dir, torch.device("cpu"))
+            yield "loaded"
+    if best(scratch) not in (None, *committed(scratch)):
+        yield "hint"
+    newest_record(scratch)
+    checkpoint_table(scratch, hashes=False)
+
+
+def of_tokenizer(scratch: Path, name: str) -> Iterator[str]:
+    """One that is not known by its hash is the user's own: it works or is refused."""
+    with suppress(UserError):
+        Tokenizer.load(scratch / name, sha256=sha256_of(scratch.with_name(f"{scratch.name}.whole") / name))
+        yield "accepted"
+    with suppress(UserError):
+        tokenizer = Tokenizer.load(scratch / name)
+        tokenizer.decode(tokenizer.encode("a word\n\tand \u2581 another"))
+        tokenizer.token_bytes()
+
+
+KINDS = {"dataset": of_dataset, "checkpoints": of_checkpoints, "tokenizer": of_tokenizer}
+
+
+def main(kind: str, whole: Path, scratch: Path, n: int, seed: int) -> None:
     rng = random.Random(seed)
-    shutil.copytree(dataset, scratch)
-    names = sorted(
-        str(path.relative_to(dataset)) for path in dataset.rglob("*") if path.stat().st_size and path.is_file()
-    )
+    shutil.copytree(whole, scratch)
+    scratch.with_name(f"{scratch.name}.whole").symlink_to(whole)
+    names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file() and path.stat().st_size)
     result: Counter[str] = Counter(damages=0, accepted=0)
     while result["damages"] < n:
         name = rng.choice(names)
-        original = (dataset / name).read_bytes()
+        original = (whole / name).read_bytes()
         content = bytearray(original)
         damage = rng.choice(DAMAGES)
         damage(content, rng)
@@ -87,24 +135,14 @@ def main(dataset: Path, scratch: Path, n: int, seed: int) -> None:
         result["damages"] += 1
         (scratch / name).write_bytes(content)
         try:
-            verify(scratch)
-            result["accepted"] += 1
-            result[f"accepted: {damage.__name__} of {name}"] += 1
-        except UserError as error:
-            if name not in str(error):
-                result[f"not named: {damage.__name__} of {name}: {error}"] += 1
+            for complaint in KINDS[kind](scratch, name):
+                result["accepted"] += complaint == "accepted"
+                result[f"{complaint}: {damage.__name__} of {name}"] += 1
         except Exception as error:
-            result[f"verify: {type(error).__name__}: {error} ({damage.__name__} of {name})"] += 1
-        try:
-            read_everything(scratch)
-        except UserError:
-            pass
-        except Exception as error:
-            result[f"reader: {type(error).__name__}: {error} ({damage.__name__} of {name})"] += 1
+            result[f"{type(error).__name__}: {error} ({damage.__name__} of {name})"] += 1
         (scratch / name).write_bytes(original)
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from support import DEBUG_RUN, ROOT, environment, metric, overrides, torchrun
 
+from megagpt import launcher
 from megagpt.__main__ import main, pretrain
 from megagpt.commits import committed
 from megagpt.samples import open_run
@@ -36,7 +37,7 @@ def start(command, **variables) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_75_and_the_same_command_finishes(dataset, tmp_path, number):
     command = [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.every.save=0")]
     process = start([*command, "megagpt.schedule.max_steps=100000"])
@@ -48,6 +49,7 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_finishes(dataset, tmp_
     out, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
     assert f"({number.name}) and saved" in out
+    assert err.count("Ctrl-C: stopping at the next step") == (number == signal.SIGINT)
     [step_dir] = committed(tmp_path / "run")
     stopped_at = int(step_dir.name.removeprefix("step_"))
 
@@ -74,9 +76,9 @@ def test_ranks_whose_launcher_was_killed_save_and_end(dataset, tmp_path):
     launcher.communicate()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_ranks_whose_deepspeed_command_was_ended_save_and_end(dataset, tmp_path, number):
-    """`deepspeed` dies and its lower half, launch.py, lives on with the ranks."""
+    """`deepspeed` dies and its lower half, launch.py, lives on with the ranks; Ctrl-C reaches all of them at once."""
     options = ["megagpt.schedule.max_steps=100000", "megagpt.every.save=0"]
     deepspeed = Path(sys.executable).with_name("deepspeed")
     command = start([deepspeed, "--num_gpus", "1", PRETRAIN, *arguments(dataset, tmp_path / "run", *options)])
@@ -85,10 +87,11 @@ def test_ranks_whose_deepspeed_command_was_ended_save_and_end(dataset, tmp_path,
         if line.startswith("step"):
             break
     below = psutil.Process(command.pid).children(recursive=True)
-    command.send_signal(number)
+    for process in (psutil.Process(command.pid), *(below if number == signal.SIGINT else ())):
+        process.send_signal(number)
     _, alive = psutil.wait_procs(below, timeout=60)
     assert not alive
-    assert committed(tmp_path / "run")
+    assert len(committed(tmp_path / "run")) == 1
     command.communicate()
 
 
@@ -101,6 +104,16 @@ def test_a_run_that_a_person_started_outlives_its_shell(dataset, tmp_path):
     assert "finished" not in out.read_text()
     psutil.wait_procs([psutil.Process(int(pid))], timeout=120)
     assert "finished at step 400" in out.read_text()
+
+
+def test_a_save_that_outlasts_a_launchers_patience_is_announced_once(dataset, device, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.0)
+    often = ["megagpt.schedule.max_steps=6", "megagpt.every.save=2"]
+    assert pretrain(arguments(dataset, tmp_path / "alone", *often)) == 0
+    assert "a save takes" not in capsys.readouterr().out
+    monkeypatch.setenv("CROSS_SIZE", "1")
+    assert pretrain(arguments(dataset, tmp_path / "run", *often)) == 0
+    assert capsys.readouterr().out.count("kills its ranks after 0 s: the run would fall back") == 1
 
 
 def test_a_time_limit_saves_and_exits_75(dataset, device, tmp_path, capsys):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,25 @@ def test_every_way_a_pickle_can_import_is_seen(tmp_path, program, named):
     writer.write_end_of_file()
     with pytest.raises(UserError, match=named):
         check_pickles([file])
+
+
+@pytest.mark.parametrize("n", [150, pytest.param(2000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["checkpoints", "tokenizer"])
+def test_no_damaged_file_is_taken_for_a_whole_one_and_none_ends_the_process(run, dataset, tmp_path, kind, n):
+    """In a process of its own, which a parser's crash would end. test_data_tools.py does it to datasets."""
+    whole = run
+    if kind == "tokenizer":
+        whole = tmp_path / "tokenizer"
+        whole.mkdir()
+        shutil.copy(dataset / "tokenizer.model", whole)
+    else:  # only what a resume reads
+        (run / "metrics.jsonl").unlink()
+        (run / "run.json").unlink()
+    command = [sys.executable, ROOT / "tests" / "corrupt.py", kind, whole, tmp_path / "scratch", n, 1]
+    variables = environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"damages": n, "accepted": 0}
 
 
 def test_a_manifest_and_a_hint_lead_nowhere_else(run, tmp_path):
