@@ -45,9 +45,11 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
         device = init_process_group()
         run = fitting(together(lambda: load_run_config(args.deepspeed_config, args.overrides)), device)
         # after the run file is found right, because DeepSpeed takes seconds to import
+        from megagpt.out_of_memory import explained
         from megagpt.trainer import train
 
-        state = train(run, device, fresh=args.fresh, preemption=preemption)
+        with explained(run, device):
+            state = train(run, device, fresh=args.fresh, preemption=preemption)
     except UserError as error:
         if is_main() or isinstance(error, OwnRankError):
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ def init_process_group() -> torch.device:
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     device = _local_device(int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // _ranks_on_this_host()))  # it counts physical cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // local_ranks()))  # it counts physical cores
     if dist.is_initialized():
         return device
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -57,7 +57,7 @@ def _local_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _ranks_on_this_host() -> int:
+def local_ranks() -> int:
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")  # torchrun, deepspeed, srun
     return next((int(os.environ[name]) for name in names if name in os.environ and "RANK" in os.environ), 1)
 

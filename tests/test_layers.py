@@ -14,7 +14,7 @@ FLOORS = [
     {"run_file", "mixture", "shard_format", "model", "state", "augment", "packing", "processor", "starts", "traffic"},
     {"commits", "shards", "compilation", "recompute", "memory"},
     {"checkpoint_list", "samples", "plan"},
-    {"data", "sample_report", "plan_report"},
+    {"data", "sample_report", "plan_report", "out_of_memory"},
     {"engine"},
     {"elastic"},
     {"checkpoint", "evaluate", "generate", "monitor"},
