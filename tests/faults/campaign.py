@@ -18,12 +18,13 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from cases import Case, Outcome, every_case
+from cases import every_case
+from judge import Case, Outcome
 from lab import adopt_orphans
 from support import ROOT, build_dataset
 from systems import Bare, Megagpt
 
-SHORT = {"A": 6, "B": 1, "C": 2, "D": 7, "H": 6, "J": 2}  # of 24: the cheap ones are more
+SHORT = {"A": 5, "B": 1, "C": 2, "D": 6, "H": 4, "J": 1, "L": 5}  # of 24: the cheap ones are more
 
 
 # what a rank imports on its way to the first step: so much less is left for each forked one
@@ -86,6 +87,8 @@ def main() -> None:
     cases = [case for case in every_case() if case.group in args.groups]
     if args.sample:
         cases = sample(cases, args.sample, args.seed)
+    else:  # what a campaign has run when it is stopped is a sample too
+        random.Random(args.seed).shuffle(cases)
     for row in run(cases, baseline=args.baseline, results=args.results, minutes=args.minutes):
         print(row["group"], row["case"], "|", row["verdict"], row["note"], f"({row['took']} s)", flush=True)
 
