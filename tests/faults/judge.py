@@ -43,7 +43,7 @@ class Case:
 
 def started_again(system: System, folder: Path, stage: int, steps: int, died: Ended, promised: str = "") -> Outcome:
     """Start the run in `folder` again, and judge it. `promised`: what it must print."""
-    run_dir, newest = folder / "run", system.newest(folder / "run")
+    run_dir, newest = folder / "run", system.newest(folder / "run", stage)
     trained = max([newest, *steps_in(died.text)])
     again = lab.launch(system.program(run_dir, stage, steps), folder / "again")
     orphans = died.orphans + again.orphans

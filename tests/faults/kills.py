@@ -104,7 +104,7 @@ def signaled(number: int, victim: str, again_in_save: int, system: System, folde
         complaints.append(f"hung: {died.hung}, orphans: {died.orphans}")
     if not found:
         return Outcome(STUCK, "; ".join(complaints), orphans=died.orphans)
-    at = system.newest(folder / "run")
+    at = system.newest(folder / "run", 1)
     again = lab.launch(system.program(folder / "run", 1, at + 2, *options), folder / "again")
     lost = max(steps_in(died.text)) - at
     verdict = RECOVERED if again.code == 0 and system.resumed_at(again.text) == at else STUCK

@@ -73,7 +73,7 @@ def mismatched(override: str, promised: str, system: System, folder: Path) -> Ou
         return Outcome(STUCK, last_lines(ended.text), seconds=ended.seconds)
     if ended.code == 2:
         note = "" if promised in ended.text else last_lines(ended.text)
-        note += "" if system.newest(folder / "run") == 4 else "; the checkpoint is not as it was"
+        note += "" if system.newest(folder / "run", 1) == 4 else "; the checkpoint is not as it was"
         return Outcome(REFUSED, note, seconds=ended.seconds)
     return Outcome(WRONG, f"accepted with code {ended.code}")
 

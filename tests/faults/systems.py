@@ -69,7 +69,8 @@ class Megagpt:
         newest = step_folder(out_dir, step)
         point_to(out_dir, newest, read_commit(newest).state)
 
-    def newest(self, out_dir: Path) -> int:
+    def newest(self, out_dir: Path, stage: int) -> int:
+        """The newest committed step; 0 if there is none."""
         return int(committed(out_dir)[-1].name[5:]) if committed(out_dir) else 0
 
     def files(self, out_dir: Path, step: int) -> Path:
@@ -123,10 +124,12 @@ class Bare:
         lines = [json.dumps([at, loss]) + "\n" for at, loss in rows.items() if at <= step]
         out_dir.with_name(f"{out_dir.name}.losses").write_text("".join(lines))
 
-    def newest(self, out_dir: Path) -> int:
-        """The newest step with all its files, whatever `latest` says: what a careful person would go back to."""
-        complete = {path.parent for path in out_dir.glob("global_step*/*") if path.parent.is_dir()}
-        return max((int(tag.name[11:]) for tag in complete), default=0)
+    def newest(self, out_dir: Path, stage: int) -> int:
+        """The newest step that lies there whole, whatever `latest` says."""
+        tags = {int(tag.name[11:]): tag for tag in out_dir.glob("global_step*")}
+        straight = self.straight(stage)
+        whole = (at for at, tag in tags.items() if not _other_file(tag, straight / tag.name, ("*.pt",)))
+        return max(whole, default=0)
 
     def files(self, out_dir: Path, step: int) -> Path:
         return out_dir / f"global_step{step}"
