@@ -137,6 +137,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", type=_positive, help="to train on; default: max_steps global batches")
     plan.add_argument("--efficiency", type=float, metavar="SHARE", help="of the peak that is reached")
     plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    plan.add_argument("--probe", action="store_true", help="find the largest micro-batch by real steps on this machine")
+    plan.add_argument("--memory", type=float, metavar="GIB", help="with --probe: what each rank may use; default: all")
     plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys of the run file")
     plan.set_defaults(run=_plan)
 
@@ -190,6 +192,13 @@ def _plan(args: argparse.Namespace) -> int:
     run = load_run_config(args.run_file, args.overrides)
     on = plan.machine(args.gpu, args.ranks, args.network, args.efficiency or plan.EFFICIENCY)
     vocab = plan.vocabulary(run)
+    if args.probe:
+        from megagpt.probe import probe, probe_report
+
+        candidates = plan.micro_batches(run, args.ranks)
+        tries = probe(args.run_file, args.overrides, candidates, vocab[0], ranks=args.ranks, gib=args.memory)
+        print(probe_report(tries, run.deepspeed.train_batch_size))
+        return 0
     found = list(plan.settings(run, on, vocab[0]))
     tokens = args.tokens or run.megagpt.schedule.max_steps * run.deepspeed.train_batch_size * run.megagpt.seq_len
     if args.json:

@@ -1,6 +1,6 @@
 """Bytes of tensors that one rank holds at the worst moment of a training step, by what they are.
 
-Pure arithmetic. N parameters, W ranks, t tokens of a
+Pure arithmetic, checked against the tensors that really live (tests/test_plan.py). N parameters, W ranks, t tokens of a
 micro-batch on this rank, C width, H heads, T positions, V vocabulary; s bytes of a number that the model computes
 with; one unit U = t C s, a (B, T, C) tensor.
 """

@@ -1,9 +1,11 @@
-"""`megagpt plan`: what it predicts and what it says."""
+"""`megagpt plan`: what it predicts against what lives and is sent on real ranks, and what it says."""
 
 import json
+from pathlib import Path
 
 import pytest
-from support import ROOT
+from plan_ranks import MEMORY, TRAFFIC, VOCAB, run_and_batch
+from support import ROOT, read_json, torchrun
 
 from megagpt.__main__ import main
 from megagpt.accounting import n_params
@@ -11,7 +13,52 @@ from megagpt.memory import memory
 from megagpt.plan import fastest, machine, setting, settings, variant
 from megagpt.run_config import batch_plan
 from megagpt.run_file import load_run_config, parse_run
-from megagpt.traffic import Traffic
+from megagpt.traffic import Traffic, traffic
+
+
+def on_ranks(n_ranks, folder):
+    out = folder / "found.json"
+    done = torchrun(n_ranks, Path(__file__).with_name("plan_ranks.py"), out)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return read_json(out)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return on_ranks(2, tmp_path_factory.mktemp("plan"))
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_is_within_a_tenth_of_what_lives(found, tmp_path, name):
+    run, batch = run_and_batch(tmp_path, MEMORY[name], 2)
+    assert memory(run, batch, VOCAB).total == pytest.approx(found[name]["live"], rel=0.1)
+
+
+def as_counted(sent: Traffic) -> dict[str, int]:
+    """As DeepSpeed's comms logger counts: the tensor that a rank hands in, which for a gather is its part."""
+    counted = {
+        "all_reduce": sent.all_reduce,
+        "reduce_scatter_tensor": sent.reduce_scatter,
+        "all_gather_into_tensor": sent.all_gather // sent.world_size,
+    }
+    return {name: size for name, size in counted.items() if size}
+
+
+def assert_counted(found, folder, n_ranks):
+    for name, options in TRAFFIC.items():
+        run, batch = run_and_batch(folder, options, n_ranks)
+        counted = {op: size for op, size in found[name]["sent"].items() if size}
+        assert counted == as_counted(traffic(run, batch, VOCAB)), name
+
+
+def test_every_byte_that_deepspeed_sends_between_two_ranks_is_predicted(found, tmp_path):
+    """Exactly, but for its flags and norms of at most 8 bytes each."""
+    assert_counted(found, tmp_path, 2)
+
+
+@pytest.mark.long
+def test_every_byte_that_deepspeed_sends_between_four_ranks_is_predicted(tmp_path):
+    assert_counted(on_ranks(4, tmp_path), tmp_path, 4)
 
 
 def test_bytes_on_the_wire_of_a_ring():

@@ -1,0 +1,86 @@
+"""Settings that `megagpt plan` is judged by, and the program that runs them: what lives, and what is sent.
+
+Sizes are such that all that counts in a large model counts here: weights and their states, activations, logits.
+"""
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from live_bytes import LiveBytes
+from support import debug_run
+
+from megagpt.distributed import init_process_group, rank, world_size
+from megagpt.run_config import BatchPlan, RunConfig, batch_plan
+
+VOCAB = 1024
+SIZES = ["megagpt.model.n_layer=4", "megagpt.model.n_embd=256", "megagpt.model.n_head=4", "megagpt.model.seq_len=128"]
+FULL, SELECTIVE = ('megagpt.recompute={"policy": "full"}', 'megagpt.recompute={"policy": "selective"}')
+BF16 = "bf16.enabled=true"
+
+
+def _of(stage: int, micro_batch: int, *more: str) -> list[str]:
+    """Two micro-batches in a step of two ranks, one in a step of four."""
+    sizes = [f"train_micro_batch_size_per_gpu={micro_batch}", f"train_batch_size={4 * micro_batch}"]
+    return [f"zero_optimization.stage={stage}", *sizes, *more]
+
+
+# States or activations are most of what lives. bf16 with few tokens only, since some processors emulate it.
+MEMORY = {  # stage, dtype, micro-batch and recompute
+    "0, fp32, 8": _of(0, 8),
+    "0, bf16, 1": _of(0, 1, BF16),
+    "1, fp32, 8, full": _of(1, 8, FULL),
+    "1, bf16, 1": _of(1, 1, BF16),
+    "2, fp32, 1": _of(2, 1),
+    "2, fp32, 8, selective": _of(2, 8, SELECTIVE),
+    "3, fp32, 4, selective": _of(3, 4, SELECTIVE),
+    "3, bf16, 1": _of(3, 1, BF16),
+}
+TRAFFIC = {
+    **{f"{stage}": _of(stage, 1) for stage in range(4)},
+    "0, bf16": _of(0, 1, BF16),
+    "2, sent in fp32": _of(2, 1, BF16, "communication_data_type=fp32"),
+    "3, bf16, little stays": _of(3, 1, BF16, "zero_optimization.stage3_param_persistence_threshold=1000"),
+}
+
+
+def run_and_batch(folder: Path, options: list[str], n_ranks: int) -> tuple[RunConfig, BatchPlan]:
+    run = debug_run(folder, folder, *SIZES, *options)
+    return run, batch_plan(run.deepspeed, n_ranks)
+
+
+def two_steps(folder: Path, options: list[str], device: torch.device) -> dict[str, Any]:
+    """The most bytes alive from before the engine is built, and the bytes of each collective in the second step."""
+    from deepspeed.comm.comm import comms_logger
+
+    from megagpt.engine import build_engine
+    from megagpt.loss import next_token_score
+
+    run, batch = run_and_batch(folder, options, world_size())
+    with LiveBytes() as live:
+        engine = build_engine(run, batch, VOCAB, device)
+        gc.collect()
+        for _ in range(2):
+            comms_logger.comms_dict.clear()
+            comms_logger.enabled = comms_logger.prof_all = True
+            for _ in range(batch.accumulation):
+                rows = torch.randint(0, VOCAB, (batch.micro_batch, run.megagpt.seq_len + 1))
+                engine.backward(engine(rows[:, :-1], score=next_token_score(rows[:, 1:])))
+                engine.step()
+            comms_logger.enabled = False
+    sent = {
+        name: sum(size * count for size, (count, *_) in sizes.items() if size > 8)  # not norms and flags
+        for name, sizes in comms_logger.comms_dict.items()
+    }
+    return {"live": live.peak, "sent": sent}
+
+
+if __name__ == "__main__":
+    device, out = init_process_group(), Path(sys.argv[1])
+    settings = {**MEMORY, **TRAFFIC} if world_size() == 2 else TRAFFIC
+    found = {name: two_steps(out.parent, options, device) for name, options in settings.items()}
+    if rank() == 0:
+        out.write_text(json.dumps(found))
