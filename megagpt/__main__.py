@@ -149,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     resume.add_argument("run_file", type=Path, metavar="RUN.json")
     resume.add_argument("--ranks", type=_positive, default=1, help="processes on this machine, in every launch")
+    resume.add_argument("--then-ranks", type=_positive, metavar="N", help="go on with so many after the cut")
+    resume.add_argument("--then", action="append", default=[], metavar="key.path=value", help="and with this changed")
     resume.add_argument("--steps", type=_positive, default=4, help="how many; the second run is cut in their middle")
     resume.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys of the run file")
     resume.set_defaults(run=_verify_resume)
@@ -215,10 +217,20 @@ def _verify_resume(args: argparse.Namespace) -> int:
 
     if args.steps < 2:
         raise UserError(f"--steps {args.steps} cannot be cut in two; give 2 or more")
+    then_ranks = args.then_ranks or args.ranks
     with TemporaryDirectory(prefix="verify_resume_") as folder:
-        different = verify_resume(args.run_file, args.overrides, Path(folder), ranks=args.ranks, steps=args.steps)
+        different, agreed = verify_resume(
+            args.run_file,
+            args.overrides,
+            Path(folder),
+            ranks=args.ranks,
+            steps=args.steps,
+            then_ranks=then_ranks,
+            then=args.then,
+        )
     how = f"{args.steps} steps straight and cut after {args.steps // 2}, on {args.ranks} rank(s)"
-    print("\n".join([*different, f"{how}: " + ("NOT the same" if different else "the same to the last bit")]))
+    how += "".join(f", then {change}" for change in [f"{then_ranks} rank(s)"] * (then_ranks != args.ranks) + args.then)
+    print("\n".join([*different, f"{how}: " + ("NOT " if different else "") + agreed]))
     return 1 if different else 0
 
 

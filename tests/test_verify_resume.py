@@ -22,6 +22,27 @@ def test_a_run_on_two_ranks_goes_on_to_the_last_bit(dataset, tmp_path, capsys):
     assert not (tmp_path / "unused").exists()
 
 
+def test_with_other_ranks_and_another_stage_the_same_samples_and_rates_come(dataset, tmp_path, capsys):
+    options = overrides(dataset, tmp_path / "unused", *ROUGH)
+    then = ["--then-ranks", "1", "--then", "zero_optimization.stage=1"]
+    command = ["verify-resume", str(DEBUG_RUN), "--ranks", "2", *then]
+    assert main([*command, *options]) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        "4 steps straight and cut after 2, on 2 rank(s), then 1 rank(s), then zero_optimization.stage=1: "
+        "the same samples, rates and steps, and losses within 0.0001 nats\n"
+    )
+
+
+@pytest.mark.long
+def test_another_rate_after_the_cut_is_told(dataset, tmp_path, capsys):
+    options = overrides(dataset, tmp_path / "unused", *ROUGH)
+    assert main(["verify-resume", str(DEBUG_RUN), "--then", "optimizer.params.lr=0.004", *options]) == 1
+    out = capsys.readouterr().out
+    assert "lr at step 3: " in out
+    assert "loss/train at step 4: " in out
+    assert out.endswith("NOT the same samples, rates and steps, and losses within 0.0001 nats\n")
+
+
 @pytest.mark.long
 def test_a_resume_that_loses_the_random_generators_is_found_out(dataset, tmp_path, capsys, monkeypatch):
     """The control: every rank imports a sitecustomize that drops what restores them."""
@@ -32,7 +53,7 @@ def test_a_resume_that_loses_the_random_generators_is_found_out(dataset, tmp_pat
     out = capsys.readouterr().out
     assert "loss/train at step 3: " in out
     assert "rng.0.json differs" in out
-    assert out.endswith("NOT the same\n")
+    assert out.endswith("NOT the same to the last bit\n")
 
 
 @pytest.mark.parametrize(
