@@ -32,11 +32,10 @@ from megagpt.commits import (
     write_manifest,
 )
 from megagpt.config import KeepConfig, ModelConfig, PackingConfig
-from megagpt.distributed import barrier, broadcast_object, gather_objects, is_main, rank, say, together, world_size
+from megagpt.distributed import Group, broadcast_object, gather_objects, is_main, rank, say, together, world_size
 from megagpt.elastic import SHAPE, load_reshaped, reshaped
-from megagpt.engine import Engine, consolidated_weights, load_engine
+from megagpt.engine import Engine, consolidated_weights, files_to_save, load_engine
 from megagpt.errors import UserError
-from megagpt.files import write_atomically
 from megagpt.mixture import Mixture
 from megagpt.model import GPT
 from megagpt.rng import rng_state, seed_all, seed_from, set_rng_state
@@ -44,6 +43,7 @@ from megagpt.run_config import BatchPlan, RunConfig
 from megagpt.shards import Dataset
 from megagpt.state import TrainState
 from megagpt.tokenizer import Tokenizer
+from megagpt.writer import Writer, write_files
 
 
 @dataclass(frozen=True)
@@ -87,31 +87,54 @@ def save(
     identity: Identity,
     tokenizer: Tokenizer,
     effective: dict[str, Any],
+    writer: Writer,
 ) -> None:
-    """Write and commit one step; collective. Older steps are removed only after that.
+    """Write and commit one step, or let the writer do so beside training; collective. Older steps go only after that.
 
     `effective` is the run file with all defaults written out. Raises UserError, on every rank, if a file of one of
-    them cannot be written: the step before stands.
+    them cannot be written, now or by the save before: the step before stands.
     """
+    writer.wait()
     out_dir, keep = Path(effective["megagpt"]["out_dir"]), KeepConfig(**effective["megagpt"]["keep"])
     step_dir = step_folder(out_dir, state.step)
-    if is_main() and step_dir.exists():  # of an attempt that died while it saved
-        remove(step_dir)
-    barrier()
-    engine.save_checkpoint(str(folder(out_dir)), tag=step_dir.name, save_latest=False)
-    together(lambda: _write_own_files(step_dir, tokenizer, effective))
-    manifests = gather_objects(together(lambda: write_manifest(step_dir, rank())))
-    together(lambda: _commit(step_dir, state, mixture, identity, manifests))
-    damaged = _damaged_of_newest(out_dir) if broadcast_object(bool(superseded(out_dir, keep))) else []
+    together(lambda: _make_room(step_dir))
+    files = files_to_save(engine, step_dir)
+    files[step_dir / f"rng.{rank()}.json"] = json.dumps(rng_state()).encode()
+    if is_main():
+        files[step_dir / "run.json"] = json.dumps(effective, indent=1).encode()
+        files[step_dir / "tokenizer.model"] = tokenizer.model_bytes
+
+    def write_and_commit(files: dict[Path, Any]) -> None:
+        group = writer.group
+        together(lambda: write_files(step_dir, files), group)
+        manifests = gather_objects(together(lambda: write_manifest(step_dir, rank()), group), group)
+        together(lambda: _commit(step_dir, state, mixture, identity, manifests), group)
+        _rotate(out_dir, step_dir, state, keep, group)
+
+    writer.start(files, write_and_commit)
+
+
+def _make_room(step_dir: Path) -> None:
+    if is_main():
+        with disk_errors(step_dir):
+            if step_dir.exists():  # of an attempt that died while it saved
+                remove(step_dir)
+            step_dir.mkdir(parents=True)
+
+
+def _rotate(out_dir: Path, newest: Path, state: TrainState, keep: KeepConfig, group: Group) -> None:
+    """Remove what nothing keeps any more, now that a newer step is committed. Collective."""
+    superfluous = gather_objects(is_main() and bool(superseded(out_dir, keep)), group)[0]
+    damaged = _damaged_of_newest(out_dir, group) if superfluous else []
     if is_main():
         try:
             if damaged:
                 put_aside(damaged)
-                point_to(out_dir, step_dir, state)
+                point_to(out_dir, newest, state)
             prune(out_dir, keep)
         except OSError as error:  # the step is committed all the same
             say(f"an older checkpoint could not be removed: {error}")
-    barrier()
+    gather_objects(None, group)
 
 
 def _commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: Identity, manifests: list[str]) -> None:
@@ -121,14 +144,14 @@ def _commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: Ident
             point_to(step_dir.parent.parent, step_dir, state)
 
 
-def _damaged_of_newest(out_dir: Path) -> list[Path]:
+def _damaged_of_newest(out_dir: Path, group: Group) -> list[Path]:
     """The steps found damaged on the way from the newest back to the second that is whole. Collective.
 
     Before an older one goes: what should take its place may have rotted since it was written.
     """
     whole, damaged = 0, []
-    for step_dir in reversed(broadcast_object(committed(out_dir))):
-        damage = _damage(step_dir)
+    for step_dir in reversed(gather_objects(committed(out_dir), group)[0]):
+        damage = _damage(step_dir, group)
         if damage is None:
             whole += 1
         else:
@@ -137,14 +160,6 @@ def _damaged_of_newest(out_dir: Path) -> list[Path]:
         if whole == 2:
             break
     return damaged
-
-
-def _write_own_files(step_dir: Path, tokenizer: Tokenizer, effective: dict[str, Any]) -> None:
-    with disk_errors(step_dir):
-        write_atomically(step_dir / f"rng.{rank()}.json", json.dumps(rng_state()).encode())
-        if is_main():
-            write_atomically(step_dir / "run.json", json.dumps(effective, indent=1).encode())
-            write_atomically(step_dir / "tokenizer.model", tokenizer.model_bytes)
 
 
 def set_aside(out_dir: Path) -> None:
@@ -202,9 +217,7 @@ def resume(engine: Engine, saved: Saved, changes: list[str], seed: int) -> None:
     else:
         say("  random generators: seeded anew from (megagpt.seed, step, rank)")
         seed_all(seed_from(seed, saved.state.step, rank()))
-    if is_main():
-        put_aside(list(saved.passed_over))
-    barrier()
+    together(lambda: put_aside(list(saved.passed_over)) if is_main() else None)
 
 
 def restore(engine: Engine, step_dir: Path, identity: Identity, effective: dict[str, Any]) -> None:
@@ -225,9 +238,9 @@ def _load(engine: Engine, saved: Saved, changes: list[str]) -> None:
         load_engine(engine, saved.step_dir)
 
 
-def _damage(step_dir: Path) -> str | None:
+def _damage(step_dir: Path, group: Group = None) -> str | None:
     """What is wrong with the files of all ranks that saved a step, shared out over those there are now. Collective."""
-    return next(filter(None, gather_objects(damage_of(step_dir, rank(), every=world_size()))), None)
+    return next(filter(None, gather_objects(damage_of(step_dir, rank(), every=world_size()), group)), None)
 
 
 def check_identity(saved: Saved, now: Identity) -> None:

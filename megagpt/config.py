@@ -259,6 +259,9 @@ class MegaGPTConfig(Strict):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     every: EveryConfig = EveryConfig()
     keep: KeepConfig = KeepConfig()
+    save_async: bool = Field(
+        default=False, description="write checkpoints beside training, from a copy of each rank's state in host memory"
+    )
     sample: SampleConfig = SampleConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     compile: bool | None = Field(default=None, description="torch.compile for each block; null: on CUDA alone")

@@ -14,6 +14,7 @@ from torch import Tensor
 from megagpt.errors import OwnRankError, UserError
 
 T = TypeVar("T")
+Group = dist.ProcessGroup | None  # None: the default one
 
 TIMEOUT = timedelta(minutes=30)  # hashing a large checkpoint on a cold file system can take longer than the usual 10
 
@@ -117,16 +118,16 @@ def broadcast_object(value: T) -> T:
     return box[0]
 
 
-def gather_objects(value: T) -> list[T]:
+def gather_objects(value: T, group: Group = None) -> list[T]:
     """Every rank's value, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     gathered: list[T] = [value] * world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 
-def together(check: Callable[[], T]) -> T:
+def together(check: Callable[[], T], group: Group = None) -> T:
     """Run something that only this rank's host can judge; if it fails on one rank, every rank raises its message.
 
     Without this the others would wait in their next collective for a rank that has gone.
@@ -136,7 +137,7 @@ def together(check: Callable[[], T]) -> T:
         result = check()
     except UserError as error:
         complaint = str(error)
-    complaints = gather_objects(complaint)
+    complaints = gather_objects(complaint, group)
     if not any(complaints):
         return cast(T, result)
     where = "" if all(complaints) or world_size() == 1 else " (on rank {})"

@@ -26,6 +26,7 @@ from megagpt.pickles import check_pickles, pickles_of
 from megagpt.recompute import RunAgain, recompute_blocks, recompute_inside, set_memory_budget
 from megagpt.run_config import BatchPlan, DeepSpeedConfig, RunConfig
 from megagpt.run_file import explain
+from megagpt.writer import Collector
 
 # left to itself, DeepSpeed guesses the same and warns that it did
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +38,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine as Engine  # noqa: E402
 from deepspeed.sequence.layer import register_all_to_all_group  # noqa: E402
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
 
-__all__ = ["Engine", "build_engine", "consolidated_weights", "load_engine", "recompute_hook", "set_lr"]
+__all__ = ["Engine", "build_engine", "consolidated_weights", "files_to_save", "load_engine", "recompute_hook", "set_lr"]
 
 # Sections that we act on ourselves: Adam is built below, activations and TensorBoard have rooms of their own.
 KEPT_FROM_DEEPSPEED = {"optimizer", "activation_checkpointing", "tensorboard"}
@@ -261,8 +262,17 @@ def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
     return {name: weight.detach().float() for name, weight in weights.items()}
 
 
+def files_to_save(engine: Engine, step_dir: Path) -> dict[Path, Any]:
+    """What DeepSpeed saves of this step on this rank, path -> state. Nothing is written or copied. Collective."""
+    usual, engine.checkpoint_engine = engine.checkpoint_engine, (collector := Collector())
+    engine._copy_recovery_script = lambda folder: None  # which a full disk would end in an error on rank 0 alone
+    engine.save_checkpoint(str(step_dir.parent), tag=step_dir.name, save_latest=False)
+    engine.checkpoint_engine = usual
+    return collector.files
+
+
 def load_engine(engine: Engine, step_dir: Path) -> None:
-    """Load what `engine.save_checkpoint` wrote: weights, moments, loss scale. Adam's settings stay the run file's.
+    """Load what `files_to_save` named: weights, moments, loss scale. Adam's settings stay the run file's.
 
     Collective; for a step that a run of the same shape saved, else elastic.py. Raises UserError, on every rank and
     before anything is loaded, for a file that pickles.py refuses.

@@ -35,6 +35,7 @@ from megagpt.samples import TrainData, plan_mixture, row_opener, source_of
 from megagpt.state import TrainState
 from megagpt.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.watchdog import Watchdog
+from megagpt.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Session:
         self.token_bytes = torch.from_numpy(plan.tokenizer.token_bytes()).to(device)
         self.watch, self.warm, self.warned = Stopwatch(), False, False
         self.watchdog = Watchdog(self.cfg.guards.hang_timeout, rank(), self.cfg.out_dir / f"stacks.{rank()}.txt")
+        self.writer = Writer(beside=self.cfg.save_async)
 
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches, endlessly, from where the plan's state stands."""
@@ -181,14 +183,16 @@ class Session:
                 self.plan.identity,
                 self.plan.tokenizer,
                 self.effective,
+                self.writer,
             )
         self.monitor.log(state, {"seconds/save": self.watch.spent("save")})
-        if not self.warned and (warning := grace_warning(self.watch.spent("save"))):
+        if not self.warned and (warning := grace_warning(self.watch.spent("save") + self.writer.seconds)):
             say(warning)
             self.warned = True
 
     def close(self, state: TrainState, reason: str) -> None:
-        """Say how the run ended; after early stopping, put the best weights back."""
+        """Say how the run ended, once all is saved; after early stopping, put the best weights back."""
+        self.writer.wait()
         if state.stopper.stopped and self.cfg.early_stopping.restore_best:
             best_dir = step_folder(self.cfg.out_dir, state.stopper.best_step)
             checkpoint.restore(self.engine, best_dir, self.plan.identity, self.effective)

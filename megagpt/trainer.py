@@ -46,7 +46,7 @@ def train(
             set_lr(session.engine, run.deepspeed.optimizer.params.lr * lr_factor(state.step, schedule))
             recent.add(*train_step(session, batches))
             state = state.after_step(plan.batch.global_batch, run.megagpt.seq_len)
-            stop = vote(preemption.requested) or state.step == stop_at
+            stop = vote(preemption.requested or session.writer.failed) or state.step == stop_at
             session.watchdog.beat(state.step)
             done = state.step == schedule.max_steps
 

@@ -8,7 +8,7 @@ from support import debug_run, metric, write_corpus
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
-from megagpt import checkpoint
+from megagpt import checkpoint, writer
 from megagpt.__main__ import main
 from megagpt.checkpoint import load_model
 from megagpt.commits import COMMIT, best, committed, write_manifest
@@ -150,7 +150,7 @@ def test_a_full_disk_ends_in_one_message_and_the_step_before_stands(saved, run_t
             raise OSError(28, "No space left on device", str(path))
 
     before = committed(saved)
-    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    monkeypatch.setattr(writer, "write_atomically", full)
     with pytest.raises(UserError, match=r"could not be saved: .*No space left on device.*the step before it stands"):
         run_to("run", 8)
     assert committed(saved) == before

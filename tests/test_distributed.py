@@ -119,6 +119,23 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_saves_nothing(two_ranks):
         assert found["committed"] == ["step_00000010"]
 
 
+@pytest.mark.parametrize("beside_training", ["false", "true"])
+def test_a_full_disk_on_one_rank_is_one_message_on_both_and_the_step_before_stands(two_ranks, beside_training):
+    for found in (ranks[beside_training] for ranks in two_ranks["a_full_disk_on_one_rank"]):
+        assert "step_00000010 could not be saved: [Errno 27] File too large" in found["message"]
+        assert found["message"].endswith("the step before it stands (on rank 1)")
+        assert found["left"] == ["step_00000005"]
+        assert found["then"] == 20
+
+
+def test_a_signal_during_a_save_beside_training_lets_it_end_and_commits_one_step_more(two_ranks):
+    for found in two_ranks["a_signal_during_a_save"]:
+        assert found["while in flight"] == []
+        assert found["stopped at"] == 8  # the vote cast after step 7 is read after step 8
+        assert found["committed"] == ["step_00000005", "step_00000008"]
+        assert found["then"] == 20
+
+
 def test_a_mistake_that_one_rank_sees_is_raised_on_all(two_ranks):
     assert two_ranks["a_mistake_that_one_rank_alone_sees"] == ["no such file (on rank 1)"] * 2
 

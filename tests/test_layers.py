@@ -13,7 +13,7 @@ FLOORS = [
     {"run_config", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
     {"run_file", "mixture", "shard_format", "model", "state", "augment", "packing", "processor", "starts", "traffic"},
     {"commits", "shards", "compilation", "recompute", "memory"},
-    {"checkpoint_list", "samples", "plan"},
+    {"checkpoint_list", "samples", "plan", "writer"},
     {"data", "sample_report", "plan_report", "out_of_memory"},
     {"engine"},
     {"elastic"},

@@ -6,8 +6,10 @@ Each function returns, on every rank, what its test in test_distributed.py judge
 import hashlib
 import json
 import os
+import resource
 import signal
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from resume_matrix import COVERING, what_a_cut_changes, without_generators
 from support import SHARING, debug_run, metric
 
-from megagpt import session, trainer
+from megagpt import checkpoint, session, trainer
 from megagpt.checkpoint import load_model
 from megagpt.commits import best, committed
 from megagpt.data import open_data
@@ -131,6 +133,51 @@ def a_loss_that_is_not_finite_on_one_rank(dataset: Path, folder: Path) -> dict[s
     finally:
         trainer.next_token_score = original
     return {"message": message, "committed": [path.name for path in committed(folder / "run")]}
+
+
+def a_full_disk_on_one_rank(dataset: Path, folder: Path) -> dict[str, Any]:
+    """From step 8 on rank 1 can write no file of 20,000 bytes; its share of the save of step 10 is larger."""
+    found = {}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for way in ("false", "true"):
+        options = [f"megagpt.save_async={way}", "megagpt.every.save=5", "megagpt.every.sample=0"]
+        try:
+            with after_step(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if rank() else soft, hard))):
+                train(dataset, folder / way, *options)
+        except UserError as error:
+            message = str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        left = [path.name for path in committed(folder / way)]
+        found[way] = {"message": message, "left": left, "then": train(dataset, folder / way, *options).step}
+    return found
+
+
+def a_signal_during_a_save(dataset: Path, folder: Path) -> dict[str, Any]:
+    """Written beside training, the save of step 5 cannot end before rank 1 has got its signal after step 7."""
+    signaled, original = threading.Event(), checkpoint.write_files
+
+    def waiting(*args: Any) -> None:
+        signaled.wait()
+        original(*args)
+
+    def tell() -> None:
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        found["while in flight"] = [path.name for path in committed(folder / "run")]
+        signaled.set()
+
+    found: dict[str, Any] = {}
+    checkpoint.write_files = waiting
+    options = ["megagpt.save_async=true", "megagpt.every.save=5", "megagpt.every.sample=0"]
+    try:
+        with after_step(7, tell):
+            found["stopped at"] = train(dataset, folder / "run", *options).step
+    finally:
+        checkpoint.write_files = original
+    found["committed"] = [path.name for path in committed(folder / "run")]
+    found["then"] = train(dataset, folder / "run", *options).step
+    return found
 
 
 def a_mistake_that_one_rank_alone_sees(dataset: Path, folder: Path) -> str:
@@ -249,6 +296,8 @@ SCENARIOS = [
     straight_and_cut,
     overfitting,
     a_loss_that_is_not_finite_on_one_rank,
+    a_full_disk_on_one_rank,
+    a_signal_during_a_save,
     a_mistake_that_one_rank_alone_sees,
     validation_loss,
     sharing_positions,
