@@ -82,6 +82,10 @@ def build_engine(
         )
     except (ValueError, AssertionError, NotImplementedError) as error:  # how DeepSpeed refuses a combination
         raise UserError(f"DeepSpeed refuses the run file: {error}") from error
+    if ds.zero_optimization.stage == 0 and ds.dtype != "fp32":
+        # DeepSpeed has Adam take a step of zeros to make its moments: it would count and decay the weights
+        engine.basic_optimizer.state.clear()
+        engine.optimizer.refresh_fp32_params()
     return engine
 
 

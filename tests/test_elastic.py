@@ -96,7 +96,7 @@ def saved(dataset, device, tmp_path) -> Path:
         ["zero_optimization.stage=3", "zero_optimization.sub_group_size=3000"],
         ["zero_optimization.stage=2", "zero_optimization.round_robin_gradients=true"],
         ["zero_optimization.stage=0", "bf16.enabled=true"],
-        ["bf16.enabled=true", "data_types.grad_accum_dtype=fp32"],
+        pytest.param(["bf16.enabled=true", "data_types.grad_accum_dtype=fp32"], marks=pytest.mark.long),
     ],
     ids=lambda options: " ".join(option.split(".")[-1] for option in options),
 )

@@ -22,6 +22,7 @@ def test_a_run_on_two_ranks_goes_on_to_the_last_bit(dataset, tmp_path, capsys):
     assert not (tmp_path / "unused").exists()
 
 
+@pytest.mark.long
 def test_with_other_ranks_and_another_stage_the_same_samples_and_rates_come(dataset, tmp_path, capsys):
     options = overrides(dataset, tmp_path / "unused", *ROUGH)
     then = ["--then-ranks", "1", "--then", "zero_optimization.stage=1"]
