@@ -4,9 +4,9 @@
     python tests/benchmarks/recompute.py --model 124M --seq 1024 --micro-batch 32      on a GPU
 
 Forward and backward of the model alone, without optimizer. Each rung has a process of its own in every round, and the
-rungs take turns, so that what else happens on the machine strikes all alike; seconds are the median of a turn's steps,
-ratios are taken within a round. The peak is of bytes allocated in a step beyond weights and gradients: by the allocator
-on a GPU, by torch's profiler on a CPU.
+rungs take turns, so that what else happens on the machine strikes all alike; seconds are the median of a turn's steps
+(on a CPU of the process's time there, as other programs may run), ratios are taken within a round. The peak is of bytes
+allocated in a step beyond weights and gradients: by the allocator on a GPU, by torch's profiler on a CPU.
 """
 
 import argparse
@@ -69,13 +69,15 @@ def turn(args: argparse.Namespace, cfg: RecomputeConfig, compiled: bool, cache: 
     model.recompute = recompute_blocks(cfg, 0.0, compiled=compiled)
     tokens = torch.randint(vocab_size, (args.micro_batch, args.seq + 1), device=device)
 
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+
     def step() -> float:
-        began = time.perf_counter()
+        began = clock()
         score = next_token_score(tokens[:, 1:], compiled=compiled and device.type == "cuda")
         model(tokens[:, :-1], score=score).backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return clock() - began
 
     step()  # compiles, and makes the gradients
     peak = peak_bytes(step, device)
