@@ -75,33 +75,29 @@ def _at_torch_save(pattern: str, phase: str, strike: Callable[[], None]) -> None
 
 
 def _at_small_file(pattern: str, phase: str, strike: Callable[[], None]) -> None:
-    state = "waiting"
+    waiting, whole = True, False
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal state
-        if state == "struck":
+        nonlocal waiting, whole
+        if not waiting:
             return
-        if state == "whole":
-            state = "struck"
-            strike()
-        elif event == "open" and isinstance(args[0], str) and _writes(args):
+        now = whole  # the first thing that happens after it was written
+        if event == "open" and isinstance(args[0], str) and _writes(args):
             name = Path(args[0]).name
             if fnmatch(name.removesuffix(".tmp"), pattern):
-                if phase == "before":
-                    state = "struck"
-                    strike()
-                elif not name.endswith(".tmp"):  # written in place, as DeepSpeed does: opening it empties it
-                    state = "struck" if phase == "half" else "whole"
-                    if phase == "half":
-                        os.close(os.open(args[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
-                        strike()
+                now = now or phase == "before"
+                if not name.endswith(".tmp"):  # written in place, as DeepSpeed does: opening it empties it
+                    now, whole = now or phase == "half", phase == "after"
         elif event == "os.rename" and fnmatch(Path(os.fsdecode(args[1])).name, pattern):
-            if phase == "half":
-                state = "struck"
-                os.truncate(args[0], os.path.getsize(args[0]) // 2)
-                strike()
-            elif phase == "after":
-                state = "whole"
+            now, whole = now or phase == "half", phase == "after"
+        if not now:
+            return
+        waiting = False
+        if phase == "half":
+            half = 0 if event == "open" else os.path.getsize(args[0]) // 2
+            os.close(os.open(args[0], os.O_WRONLY | os.O_CREAT))
+            os.truncate(args[0], half)
+        strike()
 
     sys.addaudithook(hook)
 
