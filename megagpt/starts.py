@@ -22,6 +22,14 @@ def count_start(run: RunConfig, saved_step: int) -> None:
     together(lambda: _count(run, saved_step) if is_main() else None)
 
 
+def forget_start(run: RunConfig) -> None:
+    """A refused run file is no start: it leaves nothing where nothing was."""
+    out_dir = run.megagpt.out_dir
+    if is_main() and [path.name for path in out_dir.iterdir()] == ["starts.json"]:
+        (out_dir / "starts.json").unlink()
+        out_dir.rmdir()
+
+
 def _count(run: RunConfig, saved_step: int) -> None:
     out_dir = run.megagpt.out_dir
     file = out_dir / "starts.json"

@@ -8,13 +8,14 @@ from torch import Tensor
 from megagpt.data import Batch
 from megagpt.distributed import StopVote
 from megagpt.engine import set_lr
+from megagpt.errors import UserError
 from megagpt.guards import Recent
 from megagpt.loss import kept_share, next_token_score
 from megagpt.optim import lr_factor
 from megagpt.preemption import Preemption
 from megagpt.run_config import RunConfig
 from megagpt.session import Session, check, say_ending
-from megagpt.starts import count_start
+from megagpt.starts import count_start, forget_start
 from megagpt.state import TrainState
 
 
@@ -38,7 +39,11 @@ def train(
         say_ending(run.megagpt, state)
         return state
     count_start(run, state.step)
-    session = Session(plan, device)
+    try:
+        session = Session(plan, device)
+    except UserError:
+        forget_start(run)
+        raise
     batches, recent, stop = session.batches(), Recent(), False
 
     with session.watchdog:
