@@ -6,10 +6,10 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from data_tools.provenance import origins
 from data_tools.report import human
 from megagpt.data_manifest import Split
 from megagpt.errors import UserError
+from megagpt.provenance import origins
 from megagpt.samples import TrainData, open_run
 from megagpt.shards import Dataset, open_dataset
 

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_tools.provenance import FOLDER, provenance_path
 from data_tools.rejects import REJECTS
 from data_tools.shard_writer import write_index
 from data_tools.shuffle import PROVENANCE, SHARD
@@ -14,6 +13,7 @@ from data_tools.stages import Stages
 from data_tools.tasks import Done, file_of
 from megagpt.data_manifest import SPLITS
 from megagpt.files import fsync, sha256_of, write_atomically
+from megagpt.provenance import FOLDER, provenance_path
 from megagpt.shard_format import INDEX, REPORT, TOKENIZER_MODEL
 
 REJECTS_DIR, PAGE = "rejects", "report.html"

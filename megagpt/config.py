@@ -236,15 +236,22 @@ class PackingConfig(Strict):
         return self.kind != "concatenate"
 
 
+class SpikesConfig(Strict):
+    """A loss or gradient norm above mean + sigma standard deviations of the last `window` steps is a spike."""
+
+    action: Literal["none", "log", "skip", "roll back", "stop"] = "log"
+    window: int = Field(default=128, ge=8)
+    sigma: float = Field(default=6.0, gt=0.0)
+
+
 class GuardsConfig(Strict):
     """What watches a run while it trains."""
 
-    hang_timeout: float = Field(
-        default=600.0,
-        ge=0.0,
-        description="seconds without a step boundary (or 10 times the step before, if longer), evaluating and saving "
-        "aside; then every rank writes stacks.<rank>.txt and ends; 0: never",
-    )
+    max_bad_steps: int = Field(default=3, gt=0, description="stop after so many in a row that are not finite")
+    spikes: SpikesConfig = SpikesConfig()
+    compare_every: int = Field(default=1000, ge=0, description="steps between comparing weights over ranks; 0: never")
+    memory_growth_mib: float = Field(default=256.0, ge=0.0, description="say so if memory grows so fast; 0: never")
+    hang_timeout: float = Field(default=600.0, ge=0.0, description="seconds between two steps, then end; 0: never")
 
 
 class MegaGPTConfig(Strict):

@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from megagpt.config import MegaGPTConfig
 from megagpt.distributed import neighbors, rank, together, world_size
 from megagpt.errors import UserError
 from megagpt.model import GPT, Block, Recompute
-from megagpt.optim import decay_groups
+from megagpt.optim import clip_before_step, decay_groups
 from megagpt.pickles import check_pickles, pickles_of
 from megagpt.recompute import RunAgain, recompute_blocks, recompute_inside, set_memory_budget
 from megagpt.run_config import BatchPlan, DeepSpeedConfig, RunConfig
@@ -38,7 +38,16 @@ from deepspeed.runtime.engine import DeepSpeedEngine as Engine  # noqa: E402
 from deepspeed.sequence.layer import register_all_to_all_group  # noqa: E402
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
 
-__all__ = ["Engine", "build_engine", "consolidated_weights", "files_to_save", "load_engine", "recompute_hook", "set_lr"]
+__all__ = [
+    "Engine",
+    "before_update",
+    "build_engine",
+    "consolidated_weights",
+    "files_to_save",
+    "load_engine",
+    "recompute_hook",
+    "set_lr",
+]
 
 # Sections that we act on ourselves: Adam is built below, activations and TensorBoard have rooms of their own.
 KEPT_FROM_DEEPSPEED = {"optimizer", "activation_checkpointing", "tensorboard"}
@@ -56,6 +65,7 @@ def build_engine(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     cfg, ds = run.megagpt, run.deepspeed
+    _check_skipping(run, device)
     config = effective_config(run, batch, vocab_size, device)
     if _clips_itself(ds):
         config["gradient_clipping"] = 0.0
@@ -143,7 +153,8 @@ def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.dev
         "steps_per_print": None,  # our monitor prints
     }
     if run.deepspeed.bf16.enabled:
-        filled["bf16.check_grad_overflow"] = False  # a pass over all gradients; the loop checks loss and norm
+        # a pass over all gradients, for DeepSpeed to leave out a bad step: guards.Gate does, but not at CPUAdam
+        filled["bf16.check_grad_overflow"] = _on_the_host(run.deepspeed, device)
     if stage > 0:
         # DeepSpeed's 5e8 elements would be gigabytes of buffer, and one bucket, so nothing could ever overlap
         filled["zero_optimization.reduce_bucket_size"] = bucket
@@ -151,26 +162,40 @@ def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.dev
     if stage in (1, 2) and batch.world_size == 1:
         filled["zero_optimization.contiguous_gradients"] = False  # no peers: no hooks and copies for their sake
     if run.deepspeed.zero_optimization.offload_optimizer.device != "none":
-        ours = device.type == "cpu" or run.deepspeed.optimizer.params.torch_adam  # see build_optimizer
-        filled["zero_force_ds_cpu_optimizer"] = not ours
+        filled["zero_force_ds_cpu_optimizer"] = _on_the_host(run.deepspeed, device)
     return filled
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, device: torch.device) -> Optimizer:
-    """Adam with one fused kernel: DeepSpeed's on CUDA (unless torch_adam), its CPUAdam for offload, torch's on CPU."""
+    """Adam with torch's fused kernel, which guards.Gate can close; DeepSpeed's CPUAdam for offload beside a GPU."""
     p = ds.optimizer.params
     decoupled = ds.optimizer.type == "AdamW" or p.adam_w_mode
     adam: dict[str, Any] = {"lr": p.lr, "betas": p.betas, "eps": p.eps}
     optimizer: Optimizer
-    if device.type == "cpu" or p.torch_adam:
-        optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **adam)
-    elif ds.zero_optimization.offload_optimizer.device != "none":
+    if _on_the_host(ds, device):
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **adam)
     else:
-        optimizer = deepspeed.ops.adam.FusedAdam(groups, adam_w_mode=decoupled, **adam)
+        optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **adam)
     if _clips_itself(ds):
-        _clip_before_step(optimizer, ds.gradient_clipping)
+        clip_before_step(optimizer, ds.gradient_clipping)
     return optimizer
+
+
+def _on_the_host(ds: DeepSpeedConfig, device: torch.device) -> bool:
+    """Whether DeepSpeed's CPUAdam updates the weights of a GPU."""
+    offloads = ds.zero_optimization.offload_optimizer.device != "none"
+    return offloads and device.type == "cuda" and not ds.optimizer.params.torch_adam
+
+
+def _check_skipping(run: RunConfig, device: torch.device) -> None:
+    """Raises UserError where a spike could not be left out on the device."""
+    if run.megagpt.guards.spikes.action != "skip":
+        return
+    if run.deepspeed.fp16.enabled or _on_the_host(run.deepspeed, device):
+        raise UserError(
+            "megagpt.guards.spikes.action='skip' is not for fp16, and where the optimizer is offloaded it needs "
+            "optimizer.params.torch_adam; set it to 'log', 'stop' or 'roll back'"
+        )
 
 
 def _clips_itself(ds: DeepSpeedConfig) -> bool:
@@ -178,23 +203,21 @@ def _clips_itself(ds: DeepSpeedConfig) -> bool:
     return ds.zero_optimization.stage == 0 and ds.dtype == "fp32"
 
 
-def _clip_before_step(optimizer: Optimizer, max_norm: float) -> None:
-    """Clip the global gradient norm, and leave the norm where DeepSpeed looks for it."""
-
-    def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-        if max_norm > 0.0:
-            torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
-        optimizer._global_grad_norm = norm  # type: ignore[attr-defined]
-
-    optimizer.register_step_pre_hook(clip)
-
-
 def set_lr(engine: Engine, lr: float) -> None:
     """The learning rate of the next step. It is a function of the step number, so no scheduler has to be saved."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+
+
+def before_update(engine: Engine, act: Callable[[Optimizer, Tensor | float | None], None]) -> None:
+    """Call act(optimizer, gradient norm over all ranks) whenever Adam is about to change weights.
+
+    Under ZeRO that is once for each group of parameters, and never for a step that DeepSpeed leaves out itself: at
+    stage 3, at stages 1 and 2 in fp32, and at stage 0 in bf16 one whose norm is not finite; in fp16 every such one.
+    """
+    outer = engine.optimizer
+    inner = getattr(outer, "optimizer", outer)
+    inner.register_step_pre_hook(lambda optimizer, args, kwargs: act(optimizer, outer._global_grad_norm))
 
 
 def recompute_hook(cfg: MegaGPTConfig, ds: DeepSpeedConfig, device: torch.device, *, compiled: bool) -> Recompute:

@@ -67,6 +67,11 @@ class Mixture:
             batches=_followed_by(self.batches, Batches(step, sample, global_batch), _as_large),
         )
 
+    def jumped(self, *, step: int, sample: int) -> "Mixture":
+        """The steps after `step` take their samples from `sample` on: those between are never taken."""
+        kept = tuple(b for b in self.batches if b.first_step < step)
+        return replace(self, batches=(*kept, Batches(step, sample, self.batches[-1].global_batch)))
+
     def sampler(self, sample: int) -> Sampler:
         """Of the segment that the sample lies in."""
         segment = next(s for s in reversed(self.segments) if s.first_sample <= sample)

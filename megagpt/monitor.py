@@ -15,6 +15,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from megagpt.commits import best
+from megagpt.config import MegaGPTConfig
 from megagpt.distributed import is_main, say
 from megagpt.files import write_atomically
 from megagpt.run_config import RunConfig
@@ -119,6 +121,27 @@ class Stopwatch:
         seconds["step"] = now - self._began - sum(seconds.values())
         self._began, self._seconds = now, {}
         return seconds
+
+
+def say_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> None:
+    """The last words of a run: its validation curve, why it ended, and its best checkpoint."""
+    if not is_main():
+        return
+    stopper = state.stopper
+    if stopper.stopped:
+        evaluations = f"{stopper.bad_evals} evaluations"
+        why = f"stopped early at step {state.step}: no better than step {stopper.best_step} for {evaluations}"
+    elif state.finished(cfg.schedule.max_steps):
+        why = f"finished at step {state.step}"
+    else:
+        why = f"stopped at step {state.step} ({reason or 'asked by another rank'}) and saved; the same command goes on"
+    lines = [why]
+    if stopper.best_step:
+        lines = [validation_curve(cfg.out_dir / "metrics.jsonl"), why]
+        lines.append(f"best loss/val {stopper.best:.4f} at step {stopper.best_step}")
+    if (named := best(cfg.out_dir)) is not None:
+        lines.append(f"best checkpoint: {named}")
+    say("\n".join(lines))
 
 
 def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str:

@@ -1,10 +1,12 @@
-"""Weight-decay groups and the learning-rate curve."""
+"""Weight-decay groups, clipping, and the learning-rate curve."""
 
 import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from megagpt.config import ScheduleConfig
 
@@ -22,6 +24,19 @@ def decay_groups(
 
 def _ndim(p: nn.Parameter) -> int:
     return len(getattr(p, "ds_shape", p.shape))  # under ZeRO-3 the local shard is flat
+
+
+def clip_before_step(optimizer: Optimizer, max_norm: float) -> None:
+    """Clip the global gradient norm, and leave the norm where DeepSpeed looks for it."""
+
+    def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        if max_norm > 0.0:
+            torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        optimizer._global_grad_norm = norm  # type: ignore[attr-defined]
+
+    optimizer.register_step_pre_hook(clip)
 
 
 def lr_factor(step: int, cfg: ScheduleConfig) -> float:

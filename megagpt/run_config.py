@@ -15,7 +15,7 @@ class OptimizerParams(Strict):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0.0)
     weight_decay: float = Field(default=0.0, ge=0.0)
-    torch_adam: bool = Field(default=False, description="torch's fused kernel on CUDA too")
+    torch_adam: bool = Field(default=False, description="offload from a GPU: torch's Adam, not CPUAdam")
     adam_w_mode: bool = Field(default=True, description="decoupled weight decay, for type Adam")
 
 

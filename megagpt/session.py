@@ -13,21 +13,20 @@ import torch
 from megagpt import checkpoint
 from megagpt.accounting import flops_per_token, peak_flops, recompute_flops_per_token
 from megagpt.augment import rework_of
-from megagpt.commits import Saved, best, step_folder
+from megagpt.commits import Saved, step_folder
 from megagpt.compilation import compiles
-from megagpt.config import MegaGPTConfig
 from megagpt.data import Batch, ValBlocks, open_data, prefetched, rank_samples, stretch
 from megagpt.distributed import gather_over_ranks, is_main, rank, say, together, world_size
 from megagpt.early_stopping import after_evaluation
 from megagpt.elastic import changed_keys, reshaped
-from megagpt.engine import Engine, build_engine, effective_config
+from megagpt.engine import Engine, before_update, build_engine, effective_config
 from megagpt.errors import OwnRankError, UserError
 from megagpt.evaluate import evaluate
 from megagpt.files import write_atomically
 from megagpt.generate import complete
-from megagpt.guards import Recent, check_finite
+from megagpt.guards import Gate, MemoryWatch, Recent, compare_weights, documents_of, judge, memory_mib
 from megagpt.launcher import grace_warning
-from megagpt.monitor import Monitor, Stopwatch, validation_curve
+from megagpt.monitor import Monitor, Stopwatch, say_ending
 from megagpt.rng import seed_all
 from megagpt.rows import Rework
 from megagpt.run_config import BatchPlan, RunConfig, batch_plan
@@ -36,6 +35,8 @@ from megagpt.state import TrainState
 from megagpt.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.watchdog import Watchdog
 from megagpt.writer import Writer
+
+ROLL_BACKS = 3  # to one checkpoint
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Session:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         run, batch = plan.run, plan.batch
         self.plan, self.device, self.cfg = plan, device, run.megagpt
+        self.scaled = run.deepspeed.fp16.enabled  # DeepSpeed itself leaves out what its loss scale made infinite
         self.effective = {**run.as_json(), **effective_config(run, batch, plan.vocab_size, device)}
         saved = plan.saved
         changes = reshaped(saved, asdict(plan.identity), self.effective) if saved else []
@@ -93,6 +95,10 @@ class Session:
         seed_all(self.cfg.seed + 1 + rank())  # dropout differs from rank to rank
         if saved is not None:
             checkpoint.resume(self.engine, saved, changes, self.cfg.seed)
+        skips = self.cfg.guards.spikes.action == "skip"
+        self.gate = Gate(self.cfg.guards.spikes if skips else None, plan.state.health, device)
+        if not self.scaled:
+            before_update(self.engine, self.gate.before_update)
         if is_main():
             self.cfg.out_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(self.cfg.out_dir / "run.json", json.dumps(self.effective, indent=1).encode())
@@ -102,6 +108,8 @@ class Session:
         self.watch, self.warm, self.warned = Stopwatch(), False, False
         self.watchdog = Watchdog(self.cfg.guards.hang_timeout, rank(), self.cfg.out_dir / f"stacks.{rank()}.txt")
         self.writer = Writer(beside=self.cfg.save_async)
+        self.memory_watch = MemoryWatch(self.cfg.guards.memory_growth_mib)
+        self.rolled_back: list[int] = []  # steps gone back to
 
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches, endlessly, from where the plan's state stands."""
@@ -120,19 +128,24 @@ class Session:
         except UserError as error:  # a shard that went bad since it was opened
             raise OwnRankError(str(error)) from error
 
-    def log(self, state: TrainState, recent: Recent) -> Recent:
-        """Read the losses since the last log; raises UserError if one is not finite, on all ranks alike."""
-        found = gather_over_ranks(torch.stack([*recent.losses, *recent.shares])).cpu()  # (world_size, 2 * steps)
-        losses, shares = found.chunk(2, dim=1)  # each (world_size, steps)
-        grad_norm = None if recent.grad_norm is None else float(recent.grad_norm)
-        check_finite(losses, None if self.plan.run.deepspeed.fp16.enabled else grad_norm, state.step)
-        n_steps, seconds = losses.size(1), self.watch.lap()
-        n_tokens = n_steps * self.plan.batch.global_batch * self.cfg.seq_len
+    def log(self, state: TrainState, recent: Recent) -> tuple[TrainState, bool]:
+        """Read the steps since the last log, and judge them; returns whether to roll back too.
+
+        Raises UserError, on all ranks alike, where they mean that the run is to stop.
+        """
+        steps = recent.read(state.step, scaled=self.scaled)
+        verdict = judge(state.health, steps, self.cfg.guards, self._documents)
+        state = replace(state, health=verdict.health)
+        memory = gather_over_ranks(memory_mib(self.device)).cpu()
+        for line in (*verdict.lines, *self.memory_watch(state.step, memory)):
+            say(line)
+        seconds = self.watch.lap()
+        n_tokens = len(steps) * self.plan.batch.global_batch * self.cfg.seq_len
         metrics = {
-            "loss/train": (losses.sum() / shares.sum().clamp(min=1e-9)).item(),  # of steps that may be all padding
+            **steps.means(),
             "lr": self.engine.optimizer.param_groups[0]["lr"],
-            **({} if grad_norm is None else {"grad_norm": grad_norm}),
             **self._speed(n_tokens / (seconds["step"] + seconds["data"])),
+            "skipped_steps": state.health.skipped_steps,
             "epoch": self.plan.train_data.epochs(state.samples_seen)[0],  # of the first dataset
             **{f"seconds/{name}": seconds[name] for name in ("data", "step")},
         }
@@ -142,7 +155,40 @@ class Session:
             self.warm = True
         steps_left, steps_done = self.cfg.schedule.max_steps - state.step, state.step - self.plan.state.step
         self.monitor.log(state, metrics, eta_seconds=steps_left * self.watch.total() / steps_done)
-        return Recent()
+        return state, verdict.roll_back
+
+    def compare_weights(self, state: TrainState) -> None:
+        """Raises UserError, on all ranks alike, if they no longer have the same."""
+        compare_weights(self.engine.module.named_parameters(), state.step)
+
+    def roll_back(self, state: TrainState) -> tuple[TrainState, Iterator[Batch]]:
+        """Go on from the newest checkpoint with the samples after those seen up to now (as PaLM's runs did:
+        Chowdhery et al. 2022, section 5.1). Raises UserError if there is none, or if it did not help before.
+        """
+        with self.watchdog.paused():
+            saved = checkpoint.newest_verified(self.cfg.out_dir)
+            if saved is None or self.rolled_back.count(saved.state.step) == ROLL_BACKS:
+                raise UserError(
+                    f"a spike before step {state.step}, and "
+                    + ("no checkpoint to go back to" if saved is None else f"{ROLL_BACKS} times from the same step")
+                    + "; lower optimizer.params.lr or gradient_clipping, or set megagpt.guards.spikes.action"
+                )
+            changes = reshaped(saved, asdict(self.plan.identity), self.effective)
+            checkpoint.resume(self.engine, saved, changes, self.cfg.seed)
+        self.rolled_back.append(saved.state.step)
+        data = self.plan.train_data
+        data.mixture = data.mixture.jumped(step=saved.state.step, sample=state.samples_seen)
+        health = replace(saved.state.health, spikes=state.health.spikes)
+        back = replace(saved.state, samples_seen=state.samples_seen, health=health)
+        say(
+            f"rolled back from step {state.step} to {saved.step_dir}; samples {saved.state.samples_seen:,} to "
+            f"{state.samples_seen - 1:,} are left out"
+        )
+        self.plan = replace(self.plan, saved=replace(saved, state=back))
+        self.monitor.close()
+        self.monitor = Monitor(self.plan.run, back, also=self.engine.monitor.write_events)
+        self.watch = Stopwatch()
+        return back, self.batches()
 
     def evaluate(self, state: TrainState) -> TrainState:
         """Validation loss, and what it means for early stopping; the same on every rank."""
@@ -200,6 +246,13 @@ class Session:
         gc.unfreeze()
         say_ending(self.cfg, state, reason)
 
+    def _documents(self, step: int, r: int) -> str:
+        """Where the first documents came from that a step had on rank r."""
+        batch, samples = self.plan.batch, self.plan.train_data.mixture.samples_of(step)
+        share = batch.global_batch // batch.replicas
+        begin = r // batch.sequence_parallel_size * share
+        return documents_of(self.plan.train_data, samples[begin : begin + share], self.cfg.out_dir, step)
+
     def _speed(self, tokens_per_sec: float) -> dict[str, float]:
         """Throughput over all ranks without evaluating and saving; MFU and HFU where the device's peak is known."""
         speed = {"tokens_per_sec": tokens_per_sec, "memory_gib": _peak_memory(self.device) / 2**30}
@@ -217,27 +270,6 @@ class Session:
             flops = flops_per_token(model, self.plan.vocab_size)
             speed |= {"mfu": flops * share} | ({} if again is None else {"hfu": (flops + again) * share})
         return speed
-
-
-def say_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> None:
-    """The last words of a run: its validation curve, why it ended, and its best checkpoint."""
-    if not is_main():
-        return
-    stopper = state.stopper
-    if stopper.stopped:
-        evaluations = f"{stopper.bad_evals} evaluations"
-        why = f"stopped early at step {state.step}: no better than step {stopper.best_step} for {evaluations}"
-    elif state.finished(cfg.schedule.max_steps):
-        why = f"finished at step {state.step}"
-    else:
-        why = f"stopped at step {state.step} ({reason or 'asked by another rank'}) and saved; the same command goes on"
-    lines = [why]
-    if stopper.best_step:
-        lines = [validation_curve(cfg.out_dir / "metrics.jsonl"), why]
-        lines.append(f"best loss/val {stopper.best:.4f} at step {stopper.best_step}")
-    if (named := best(cfg.out_dir)) is not None:
-        lines.append(f"best checkpoint: {named}")
-    say("\n".join(lines))
 
 
 def _opening(plan: Plan, effective: dict[str, Any]) -> str:

@@ -8,12 +8,24 @@ from megagpt.early_stopping import EarlyStopping
 
 
 @dataclass(frozen=True)
+class Health:
+    """What the next step is judged by (health.py)."""
+
+    losses: tuple[float, ...] = ()  # of the last guards.spikes.window steps, nats per token, oldest first
+    grad_norms: tuple[float, ...] = ()
+    bad_in_a_row: int = 0  # the last so many steps were not finite
+    skipped_steps: int = 0  # updates left out, since the run began
+    spikes: int = 0
+
+
+@dataclass(frozen=True)
 class TrainState:
     step: int = 0  # optimizer updates done
-    samples_seen: int = 0  # training examples, over all ranks: the position in the data
+    samples_seen: int = 0  # training examples, over all ranks: the position in the data, rolled past ones included
     tokens_seen: int = 0  # over all ranks
     val_loss: float | None = None  # of the last evaluation, nats per token
     stopper: EarlyStopping = field(default_factory=EarlyStopping)
+    health: Health = field(default_factory=Health)
 
     def after_step(self, global_batch: int, seq_len: int) -> "TrainState":
         return replace(
@@ -38,4 +50,7 @@ class TrainState:
         stopper = dict(plain["stopper"])
         if stopper["best"] is None:
             stopper["best"] = math.inf
-        return cls(**{**plain, "stopper": EarlyStopping(**stopper)})
+        health = dict(plain.get("health", {}))  # a step of an older megagpt has none
+        for name in ("losses", "grad_norms"):
+            health[name] = tuple(health.get(name, ()))
+        return cls(**{**plain, "stopper": EarlyStopping(**stopper), "health": Health(**health)})

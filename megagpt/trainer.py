@@ -11,10 +11,11 @@ from megagpt.engine import set_lr
 from megagpt.errors import UserError
 from megagpt.guards import Recent
 from megagpt.loss import kept_share, next_token_score
+from megagpt.monitor import say_ending
 from megagpt.optim import lr_factor
 from megagpt.preemption import Preemption
 from megagpt.run_config import RunConfig
-from megagpt.session import Session, check, say_ending
+from megagpt.session import Session, check
 from megagpt.starts import count_start, forget_start
 from megagpt.state import TrainState
 
@@ -54,9 +55,15 @@ def train(
             stop = vote(preemption.requested or session.writer.failed) or state.step == stop_at
             session.watchdog.beat(state.step)
             done = state.step == schedule.max_steps
+            if due(state.step, run.megagpt.guards.compare_every):
+                session.compare_weights(state)
 
             if stop or done or any(due(state.step, n) for n in (every.log, every.eval, every.save, every.sample)):
-                recent = session.log(state, recent)
+                state, roll_back = session.log(state, recent)
+                recent = Recent()
+                if roll_back:
+                    state, batches = session.roll_back(state)
+                    continue
             if done or due(state.step, every.eval):
                 state = session.evaluate(state)
             if due(state.step, every.sample):
@@ -68,14 +75,17 @@ def train(
     return state
 
 
-def train_step(session: Session, batches: Iterator[Batch]) -> tuple[Tensor, Tensor, Tensor | float | None]:
-    """One optimizer update over this rank's share of a global batch: its loss, its share of targets with one, the norm.
+def train_step(session: Session, batches: Iterator[Batch]) -> tuple[Tensor, Tensor, Tensor | float | None, Tensor]:
+    """One optimizer update over this rank's share of a global batch.
+
+    Returns its loss, the share of its targets that have one, the gradient norm, and whether the update was left out.
 
     Every target with a loss weighs the same, in whichever micro-batch and on whichever rank: the gradient is that of
     their sum over the number of all targets, ignored ones included. That number is known without asking other ranks.
     The results stay on the device: reading them here would make every step wait for the GPU.
     """
-    engine, regularization, losses, shares = session.engine, session.cfg.regularization, [], []
+    engine, regularization = session.engine, session.cfg.regularization
+    losses, shares = session.gate.next_step()
     for _ in range(session.plan.batch.accumulation):
         with session.watch.section("data"):
             batch = next(batches)
@@ -89,9 +99,10 @@ def train_step(session: Session, batches: Iterator[Batch]) -> tuple[Tensor, Tens
         shares.append(kept_share(batch.targets))
         loss = loss * shares[-1]
         engine.backward(loss)  # DeepSpeed divides by gradient_accumulation_steps
-        engine.step()  # updates the weights on the last micro-batch only
         losses.append(loss.detach())
-    return torch.stack(losses).mean(), torch.stack(shares).mean(), engine.get_global_grad_norm()
+        engine.step()  # updates the weights on the last micro-batch only
+    means = torch.stack(losses).mean(), torch.stack(shares).mean()
+    return *means, engine.get_global_grad_norm(), session.gate.closed
 
 
 def due(step: int, cadence: int) -> bool:

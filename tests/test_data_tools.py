@@ -21,9 +21,9 @@ import data_tools.workers
 from data_tools.__main__ import COMMANDS
 from data_tools.build import build
 from data_tools.config import BuildConfig
-from data_tools.provenance import origins
 from data_tools.selection import SplitConfig, split_of
 from megagpt.data_manifest import SPLITS
+from megagpt.provenance import origins
 from megagpt.shards import open_dataset
 
 ROOT = Path(__file__).parents[1]

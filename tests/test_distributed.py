@@ -123,12 +123,6 @@ def test_a_finished_run_started_again_changes_nothing(two_ranks):
         assert found["again"] == found["state"]
 
 
-def test_a_loss_that_is_not_finite_stops_all_ranks_and_saves_nothing(two_ranks):
-    for found in two_ranks["a_loss_that_is_not_finite_on_one_rank"]:
-        assert found["message"].startswith("the loss is nan at step 13 on rank 1")
-        assert found["committed"] == ["step_00000010"]
-
-
 @pytest.mark.parametrize("beside_training", ["false", "true"])
 def test_a_full_disk_on_one_rank_is_one_message_on_both_and_the_step_before_stands(two_ranks, beside_training):
     for found in (ranks[beside_training] for ranks in two_ranks["a_full_disk_on_one_rank"]):

@@ -9,12 +9,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megagpt"
 FLOORS = [
     {"errors", "files", "rng", "rows", "segments", "watchdog"},
-    {"config", "distributed", "guards", "launcher", "permutation", "pickles", "preemption", "tokenizer"},
+    {"config", "distributed", "launcher", "permutation", "pickles", "preemption", "tokenizer"},
     {"run_config", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
     {"run_file", "mixture", "shard_format", "model", "state", "augment", "packing", "processor", "starts", "traffic"},
-    {"commits", "shards", "compilation", "recompute", "memory"},
-    {"checkpoint_list", "samples", "plan", "writer"},
-    {"data", "sample_report", "plan_report", "out_of_memory"},
+    {"commits", "health", "shards", "compilation", "recompute", "memory"},
+    {"checkpoint_list", "plan", "provenance", "samples", "writer"},
+    {"data", "guards", "sample_report", "plan_report", "out_of_memory"},
     {"engine"},
     {"elastic"},
     {"checkpoint", "evaluate", "generate", "monitor"},
@@ -71,4 +71,5 @@ def test_only_the_command_imports_inside_functions():
 
 def test_the_builder_needs_neither_torch_nor_an_engine():
     used = {module for path in (ROOT / "data_tools").glob("*.py") for module in megagpt_modules(path)}
-    assert used <= {"errors", "files", "config", "shard_format", "shards", "data_manifest", "tokenizer", "samples"}
+    of_data = {"shard_format", "shards", "data_manifest", "tokenizer", "samples", "provenance"}
+    assert used <= {"errors", "files", "config", *of_data}

@@ -19,7 +19,7 @@ import data_tools.read_text
 import data_tools.stages
 from data_tools.build import build
 from data_tools.config import BuildConfig, load_config
-from data_tools.provenance import origins
+from megagpt.provenance import origins
 from megagpt.shards import open_dataset
 
 

@@ -27,7 +27,6 @@ from megagpt.engine import Engine, consolidated_weights
 from megagpt.errors import UserError
 from megagpt.evaluate import evaluate
 from megagpt.generate import complete
-from megagpt.loss import Score
 from megagpt.model import GPT
 from megagpt.state import TrainState
 
@@ -113,26 +112,6 @@ def overfitting(dataset: Path, folder: Path) -> dict[str, Any]:
         "weights": [digest(in_memory), digest(consolidated_weights(best_dir))],
         "again": asdict(train(noise, folder / "whole", *OVERFIT)),
     }
-
-
-def a_loss_that_is_not_finite_on_one_rank(dataset: Path, folder: Path) -> dict[str, Any]:
-    original = trainer.next_token_score
-    steps = 0
-
-    def poisoned(*args: Any, **kwargs: Any) -> Score:
-        nonlocal steps
-        steps += 1
-        score, factor = original(*args, **kwargs), float("nan") if rank() == 1 and steps == 13 else 1.0
-        return lambda x, weight: score(x, weight) * factor
-
-    trainer.next_token_score = poisoned
-    try:
-        train(dataset, folder / "run", "megagpt.every.log=20", "megagpt.every.save=10")
-    except UserError as error:
-        message = str(error)
-    finally:
-        trainer.next_token_score = original
-    return {"message": message, "committed": [path.name for path in committed(folder / "run")]}
 
 
 def a_full_disk_on_one_rank(dataset: Path, folder: Path) -> dict[str, Any]:
@@ -295,7 +274,6 @@ SCENARIOS = [
     stopped_by_a_signal_to_one_rank,
     straight_and_cut,
     overfitting,
-    a_loss_that_is_not_finite_on_one_rank,
     a_full_disk_on_one_rank,
     a_signal_during_a_save,
     a_mistake_that_one_rank_alone_sees,
