@@ -117,7 +117,7 @@ def judge(health: Health, steps: Steps, cfg: GuardsConfig, documents: Callable[[
         where, what = _not_finite(steps, i)
         if i == too_many:
             raise UserError(
-                f"{what}, the {cfg.max_bad_steps}. step in a row that is not finite; nothing was saved over the last "
+                f"{what}; steps in a row that were not finite: {cfg.max_bad_steps}. Nothing was saved over the last "
                 "checkpoint. Lower optimizer.params.lr or gradient_clipping, or raise megagpt.schedule.warmup_steps, "
                 f"and start again: the run goes on from that checkpoint. What this step saw: "
                 f"{documents(steps.number(i), where)}"

@@ -61,7 +61,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_no_weight_on_any(found, k
 
 def test_three_in_a_row_stop_the_run_and_name_the_documents(folder, found):
     run = found["three_steps_in_a_row_that_are_not_finite"]
-    assert "the loss is inf at step 8 on rank 1, the 3. step in a row that is not finite" in run["message"]
+    assert "the loss is inf at step 8 on rank 1; steps in a row that were not finite: 3" in run["message"]
     assert run["committed"] == ["step_00000005"]
     w = run["weights"]
     assert w[0] == w[1]
