@@ -79,7 +79,7 @@ def interleave(
     loops: list[PlainLoop] = []
     taken, began = 0, 0.0
 
-    def step(session: Session, batches: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor | float | None]:
+    def step(session: Session, batches: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor | float | None, Tensor]:
         nonlocal taken, began
         if taken % turn == 0:
             now = time.perf_counter()
