@@ -23,6 +23,7 @@ from megagpt.errors import UserError
 from megagpt.model import GPT, Block, Recompute
 from megagpt.optim import clip_before_step, decay_groups
 from megagpt.pickles import check_pickles, pickles_of
+from megagpt.processor import adam_on_the_host
 from megagpt.recompute import RunAgain, recompute_blocks, recompute_inside, set_memory_budget
 from megagpt.run_config import BatchPlan, DeepSpeedConfig, RunConfig
 from megagpt.run_file import explain
@@ -65,7 +66,6 @@ def build_engine(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     cfg, ds = run.megagpt, run.deepspeed
-    _check_skipping(run, device)
     config = effective_config(run, batch, vocab_size, device)
     if _clips_itself(ds):
         config["gradient_clipping"] = 0.0
@@ -154,7 +154,7 @@ def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.dev
     }
     if run.deepspeed.bf16.enabled:
         # a pass over all gradients, for DeepSpeed to leave out a bad step: guards.Gate does, but not at CPUAdam
-        filled["bf16.check_grad_overflow"] = _on_the_host(run.deepspeed, device)
+        filled["bf16.check_grad_overflow"] = adam_on_the_host(run.deepspeed, device)
     if stage > 0:
         # DeepSpeed's 5e8 elements would be gigabytes of buffer, and one bucket, so nothing could ever overlap
         filled["zero_optimization.reduce_bucket_size"] = bucket
@@ -162,7 +162,7 @@ def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.dev
     if stage in (1, 2) and batch.world_size == 1:
         filled["zero_optimization.contiguous_gradients"] = False  # no peers: no hooks and copies for their sake
     if run.deepspeed.zero_optimization.offload_optimizer.device != "none":
-        filled["zero_force_ds_cpu_optimizer"] = _on_the_host(run.deepspeed, device)
+        filled["zero_force_ds_cpu_optimizer"] = adam_on_the_host(run.deepspeed, device)
     return filled
 
 
@@ -172,30 +172,13 @@ def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, devic
     decoupled = ds.optimizer.type == "AdamW" or p.adam_w_mode
     adam: dict[str, Any] = {"lr": p.lr, "betas": p.betas, "eps": p.eps}
     optimizer: Optimizer
-    if _on_the_host(ds, device):
+    if adam_on_the_host(ds, device):
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **adam)
     else:
         optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **adam)
     if _clips_itself(ds):
         clip_before_step(optimizer, ds.gradient_clipping)
     return optimizer
-
-
-def _on_the_host(ds: DeepSpeedConfig, device: torch.device) -> bool:
-    """Whether DeepSpeed's CPUAdam updates the weights of a GPU."""
-    offloads = ds.zero_optimization.offload_optimizer.device != "none"
-    return offloads and device.type == "cuda" and not ds.optimizer.params.torch_adam
-
-
-def _check_skipping(run: RunConfig, device: torch.device) -> None:
-    """Raises UserError where a spike could not be left out on the device."""
-    if run.megagpt.guards.spikes.action != "skip":
-        return
-    if run.deepspeed.fp16.enabled or _on_the_host(run.deepspeed, device):
-        raise UserError(
-            "megagpt.guards.spikes.action='skip' is not for fp16, and where the optimizer is offloaded it needs "
-            "optimizer.params.torch_adam; set it to 'log', 'stop' or 'roll back'"
-        )
 
 
 def _clips_itself(ds: DeepSpeedConfig) -> bool:

@@ -13,7 +13,9 @@ from megagpt.config import GuardsConfig, SpikesConfig
 from megagpt.distributed import gather_over_ranks, world_size
 from megagpt.errors import UserError
 from megagpt.health import Steps, after_steps, extended, history_of, is_spike, mean_loss
+from megagpt.processor import adam_on_the_host
 from megagpt.provenance import origins
+from megagpt.run_config import RunConfig
 from megagpt.samples import TrainData
 from megagpt.state import Health
 
@@ -64,7 +66,7 @@ class Gate:
     Where DeepSpeed leaves an update out by itself, the gate is not even asked.
     """
 
-    def __init__(self, spikes: SpikesConfig | None, health: Health, device: torch.device) -> None:
+    def __init__(self, spikes: SpikesConfig, health: Health, device: torch.device) -> None:
         self._spikes = spikes
         self._history = history_of(health, device)
         self._open = torch.zeros((), dtype=torch.bool, device=device)
@@ -86,17 +88,28 @@ class Gate:
         if self._closed is None:  # ZeRO asks for each group of parameters
             norm = _norm(grad_norm, self._open.device)
             self._closed = ~norm.isfinite()
-            if self._spikes is not None:
-                self._closed = self._closed | self._is_spike(norm, self._spikes)
+            if self._spikes.action == "skip":
+                self._closed = self._closed | self._is_spike(norm)
         optimizer.found_inf = self._closed.float()  # type: ignore[attr-defined]
 
-    def _is_spike(self, norm: Tensor, cfg: SpikesConfig) -> Tensor:
+    def _is_spike(self, norm: Tensor) -> Tensor:
         own = torch.stack([torch.stack(self._losses).mean(), torch.stack(self._shares).mean()])
         loss = mean_loss(*gather_over_ranks(own).double().sum(0).unbind())
         now = torch.stack([loss, norm.double()])
-        spike = is_spike(self._history, now, cfg)
-        self._history = extended(self._history, now, cfg.window)
+        spike = is_spike(self._history, now, self._spikes)
+        self._history = extended(self._history, now, self._spikes.window)
         return spike
+
+
+def check_skipping(run: RunConfig, device: torch.device) -> None:
+    """Raises UserError where a spike could not be left out on the device."""
+    if run.megagpt.guards.spikes.action != "skip":
+        return
+    if run.deepspeed.fp16.enabled or adam_on_the_host(run.deepspeed, device):
+        raise UserError(
+            "megagpt.guards.spikes.action='skip' is not for fp16, and where the optimizer is offloaded it needs "
+            "optimizer.params.torch_adam; set it to 'log', 'stop' or 'roll back'"
+        )
 
 
 @dataclass(frozen=True)

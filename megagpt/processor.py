@@ -1,4 +1,4 @@
-"""What a CPU can do: 16-bit training there is a gain only on processors that multiply bf16."""
+"""What is left to a CPU: 16-bit training only where it multiplies bf16, and Adam where a GPU's is offloaded to it."""
 
 import platform
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from megagpt.distributed import gather_objects, say
-from megagpt.run_config import Enabled, RunConfig
+from megagpt.run_config import DeepSpeedConfig, Enabled, RunConfig
 
 
 def multiplies_bf16() -> bool:
@@ -29,3 +29,9 @@ def fitting(run: RunConfig, device: torch.device) -> RunConfig:
         deepspeed=ds.model_copy(update={"bf16": Enabled(enabled=False)}),
         deepspeed_raw={**run.deepspeed_raw, "bf16": {**run.deepspeed_raw["bf16"], "enabled": False}},
     )
+
+
+def adam_on_the_host(ds: DeepSpeedConfig, device: torch.device) -> bool:
+    """Whether DeepSpeed's CPUAdam updates the weights of a GPU."""
+    offloads = ds.zero_optimization.offload_optimizer.device != "none"
+    return offloads and device.type == "cuda" and not ds.optimizer.params.torch_adam

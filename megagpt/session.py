@@ -24,7 +24,7 @@ from megagpt.errors import OwnRankError, UserError
 from megagpt.evaluate import evaluate
 from megagpt.files import write_atomically
 from megagpt.generate import complete
-from megagpt.guards import Gate, MemoryWatch, Recent, compare_weights, documents_of, judge, memory_mib
+from megagpt.guards import Gate, MemoryWatch, Recent, check_skipping, documents_of, judge, memory_mib
 from megagpt.launcher import grace_warning
 from megagpt.monitor import Monitor, Stopwatch, say_ending
 from megagpt.rng import seed_all
@@ -90,13 +90,13 @@ class Session:
         self.effective = {**run.as_json(), **effective_config(run, batch, plan.vocab_size, device)}
         saved = plan.saved
         changes = reshaped(saved, asdict(plan.identity), self.effective) if saved else []
+        check_skipping(run, device)
         self.compiled = compiles(self.cfg.compile, device)
         self.engine: Engine = build_engine(run, batch, plan.vocab_size, device, compiled=self.compiled)
         seed_all(self.cfg.seed + 1 + rank())  # dropout differs from rank to rank
         if saved is not None:
             checkpoint.resume(self.engine, saved, changes, self.cfg.seed)
-        skips = self.cfg.guards.spikes.action == "skip"
-        self.gate = Gate(self.cfg.guards.spikes if skips else None, plan.state.health, device)
+        self.gate = Gate(self.cfg.guards.spikes, plan.state.health, device)
         if not self.scaled:
             before_update(self.engine, self.gate.before_update)
         if is_main():
@@ -157,15 +157,12 @@ class Session:
         self.monitor.log(state, metrics, eta_seconds=steps_left * self.watch.total() / steps_done)
         return state, verdict.roll_back
 
-    def compare_weights(self, state: TrainState) -> None:
-        """Raises UserError, on all ranks alike, if they no longer have the same."""
-        compare_weights(self.engine.module.named_parameters(), state.step)
-
     def roll_back(self, state: TrainState) -> tuple[TrainState, Iterator[Batch]]:
         """Go on from the newest checkpoint with the samples after those seen up to now (as PaLM's runs did:
         Chowdhery et al. 2022, section 5.1). Raises UserError if there is none, or if it did not help before.
         """
         with self.watchdog.paused():
+            self.writer.wait()
             saved = checkpoint.newest_verified(self.cfg.out_dir)
             if saved is None or self.rolled_back.count(saved.state.step) == ROLL_BACKS:
                 raise UserError(

@@ -9,7 +9,7 @@ from megagpt.data import Batch
 from megagpt.distributed import StopVote
 from megagpt.engine import set_lr
 from megagpt.errors import UserError
-from megagpt.guards import Recent
+from megagpt.guards import Recent, compare_weights
 from megagpt.loss import kept_share, next_token_score
 from megagpt.monitor import say_ending
 from megagpt.optim import lr_factor
@@ -56,7 +56,7 @@ def train(
             session.watchdog.beat(state.step)
             done = state.step == schedule.max_steps
             if due(state.step, run.megagpt.guards.compare_every):
-                session.compare_weights(state)
+                compare_weights(session.engine.module.named_parameters(), state.step)
 
             if stop or done or any(due(state.step, n) for n in (every.log, every.eval, every.save, every.sample)):
                 state, roll_back = session.log(state, recent)

@@ -115,7 +115,7 @@ def a_bit_that_flipped(dataset: Path, folder: Path) -> dict[str, str]:
     found = {}
     for stage in range(4):
         with Faulty(act=flip) as run:
-            options = [f"zero_optimization.stage={stage}", "megagpt.guards.compare_every=3"]
+            options = [f"zero_optimization.stage={stage}", "megagpt.guards.compare_every=3", "megagpt.every.log=1"]
             found[f"stage {stage}"] = run.train(dataset, folder / f"{stage}", *options)["message"]
     with Faulty(act=flip) as run:  # at stage 0 it stays, and is found later too
         options = ["zero_optimization.stage=0", "megagpt.guards.compare_every=5"]

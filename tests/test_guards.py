@@ -11,13 +11,11 @@ from hypothesis import strategies as st
 from support import debug_run, metric, read_json, torchrun
 
 from megagpt.config import GuardsConfig, SpikesConfig
-from megagpt.engine import build_engine
 from megagpt.errors import UserError
-from megagpt.guards import WINDOW, MemoryWatch
+from megagpt.guards import WINDOW, MemoryWatch, check_skipping
 from megagpt.health import Steps, after_steps, extended, is_spike
 from megagpt.mixture import Batches, Mixture
 from megagpt.provenance import origins
-from megagpt.run_config import batch_plan
 from megagpt.samples import open_run
 from megagpt.state import Health, TrainState
 from megagpt.trainer import train
@@ -224,7 +222,7 @@ def test_steps_after_a_jump_take_later_samples():
 def test_skipping_spikes_is_refused_where_the_kernel_cannot(dataset, device, tmp_path):
     run = debug_run(dataset, tmp_path, "fp16.enabled=true", 'megagpt.guards.spikes={"action": "skip"}')
     with pytest.raises(UserError, match=r"spikes\.action='skip' is not for fp16"):
-        build_engine(run, batch_plan(run.deepspeed, 1), 384, device)
+        check_skipping(run, device)
 
 
 @pytest.mark.long
