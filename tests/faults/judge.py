@@ -52,7 +52,7 @@ def started_again(system: System, folder: Path, stage: int, steps: int, died: En
         return result(STUCK, f"hung: {again.hung}, code {again.code}: {last_lines(again.text)}")
     resumed_at = system.resumed_at(again.text)
     resumed_at = trained if resumed_at is None else resumed_at
-    if newest > 0 and resumed_at == 0:
+    if newest > 0 and resumed_at == 0 and trained > INTERVAL:
         return result(RESTARTED, f"step {newest} was whole", lost=trained)
     if difference := system.difference(run_dir, stage, steps):
         return result(WRONG, difference)

@@ -90,7 +90,7 @@ def signaled(number: int, victim: str, again_in_save: int, system: System, folde
 
     def arm(rank: int) -> None:
         if again_in_save:
-            InSave("COMMIT", "half", lambda: os.kill(os.getpid(), again_in_save)).arm()
+            InSave("COMMIT", "before", lambda: os.kill(os.getpid(), again_in_save)).arm()
 
     blow = Blow(victim, " 3/100000 ", number)
     died = lab.launch(system.program(folder / "run", 1, 100_000, *options), folder / "dead", blow=blow, arm=arm)
