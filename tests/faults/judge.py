@@ -41,8 +41,10 @@ class Case:
     baseline: bool = False  # means something on bare DeepSpeed too
 
 
-def started_again(system: System, folder: Path, stage: int, steps: int, died: Ended, promised: str = "") -> Outcome:
-    """Start the run in `folder` again, and judge it. `promised`: what it must print."""
+def started_again(
+    system: System, folder: Path, stage: int, steps: int, died: Ended, promised: str = "", at_most: int = INTERVAL
+) -> Outcome:
+    """Start the run in `folder` again, and judge it. `promised`: what it must print; `at_most`: steps it may lose."""
     run_dir, newest = folder / "run", system.newest(folder / "run", stage)
     trained = max([newest, *steps_in(died.text)])
     again = lab.launch(system.program(run_dir, stage, steps), folder / "again")
@@ -61,7 +63,7 @@ def started_again(system: System, folder: Path, stage: int, steps: int, died: En
         complaints.append("hung")
     if orphans:
         complaints.append(f"{orphans} orphans")
-    if trained - resumed_at > INTERVAL:
+    if trained - resumed_at > at_most:
         complaints.append(f"{trained - resumed_at} steps lost")
     if promised not in again.text:
         complaints.append(f"{promised!r} is not in {last_lines(again.text)}")

@@ -11,14 +11,15 @@ import lab
 from judge import NOT_STRUCK, RECOVERED, STUCK, Case, Outcome, last_lines, started_again, steps_in
 from lab import Blow, Ended
 from strike import PHASES, InSave, signal_to
-from systems import STEPS, Megagpt, System
+from systems import INTERVAL, STEPS, Megagpt, System
 
 # --- A: kill -9 at a point of a save ---------------------------------------------------------------------------------
 
 
 def killed_in_save(
-    target: str, phase: str, victim: str, stage: int, first: bool, system: System, folder: Path
+    target: str, phase: str, victim: str, stage: int, first: bool, beside: bool, system: System, folder: Path
 ) -> Outcome:
+    """`beside`: megagpt saves beside training, which by the kill may be one more save interval ahead."""
     begin, steps = (0, 4) if first else (4, STEPS)
     system.begin(folder / "run", stage, begin)
 
@@ -28,10 +29,11 @@ def killed_in_save(
             strike = signal_to(os.getppid() if launcher else os.getpid(), folder / "dead" / "fault_at")
             InSave(target, phase, strike).arm()
 
-    died = lab.launch(system.program(folder / "run", stage, steps), folder / "dead", arm=arm)
+    more = ["megagpt.save_async=true"] if beside else []
+    died = lab.launch(system.program(folder / "run", stage, steps, *more), folder / "dead", arm=arm)
     if not (folder / "dead" / "fault_at").exists():
         return Outcome(NOT_STRUCK, last_lines(died.text))
-    return started_again(system, folder, stage, steps, died)
+    return started_again(system, folder, stage, steps, died, at_most=INTERVAL * (1 + beside))
 
 
 def kills_in_save() -> Iterator[Case]:
@@ -45,7 +47,10 @@ def kills_in_save() -> Iterator[Case]:
                                 f"{victim} killed {phase} {target}, stage {stage}, {'first' if first else 'later'} save"
                             )
                             run = partial(killed_in_save, target, phase, victim, stage, first)
-                            yield Case("A", name, run, baseline=target in ("model", "optim", "latest"))
+                            known = target in ("model", "optim", "latest")
+                            yield Case("A", name, partial(run, False), baseline=known)
+                            if stage in (1, 3) and not first:
+                                yield Case("A", f"{name} beside training", partial(run, True))
 
 
 def _writes(target: str, victim: str, stage: int, first: bool) -> bool:
