@@ -24,7 +24,7 @@ from lab import adopt_orphans
 from support import ROOT, build_dataset
 from systems import Bare, Megagpt
 
-SHORT = {"A": 5, "B": 1, "C": 2, "D": 6, "H": 4, "J": 1, "L": 5}  # of 24: the cheap ones are more
+SHORT = {"A": 5, "B": 1, "C": 2, "D": 5, "E": 1, "H": 4, "J": 1, "L": 5}  # of 24: the cheap ones are more
 
 
 # what a rank imports on its way to the first step: so much less is left for each forked one
