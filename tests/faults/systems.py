@@ -146,12 +146,16 @@ class Bare:
         if losses != expected:
             return f"losses {losses} in place of {expected}"
         # of its files only the weights: others differ after any resume, a whole one too
-        name = f"global_step{steps}/mp_rank_00_model_states.pt"
-        ours, theirs = (torch.load(run / name, weights_only=False)["module"] for run in (out_dir, straight))
+        ours, theirs = (_weights(run / f"global_step{steps}") for run in (out_dir, straight))
         return "" if same(ours, theirs) else "weights of the last step"
 
 
 System = Megagpt | Bare
+
+
+def _weights(tag: Path) -> list[object]:
+    files = sorted(tag.glob("*model_states.pt"))
+    return [torch.load(file, weights_only=False)["module"] for file in files]  # of our own run of a moment ago
 
 
 def _losses(out_dir: Path) -> dict[int, float]:
