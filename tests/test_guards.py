@@ -227,9 +227,14 @@ def test_skipping_spikes_is_refused_where_the_kernel_cannot(dataset, device, tmp
 
 @pytest.mark.long
 def test_no_guard_fires_in_20_clean_runs(dataset, device, tmp_path, capsys):
-    """200 steps each, spikes judged from the 64th on, at OLMo's 6 sigma over 128 steps, which is the default."""
+    """200 steps each, spikes judged from the 64th on, at OLMo's 6 sigma over 128 steps, which is the default.
+
+    At a third of the debug run's learning rate, at which a gradient norm does leap now and then: with seed 10 from 0.43
+    to 13.3 at step 80, which is then said.
+    """
     for seed in range(20):
         options = [f"megagpt.seed={seed}", f"megagpt.data.seed={seed}", "megagpt.schedule.max_steps=200"]
+        options += ["optimizer.params.lr=0.001"]
         options += ["megagpt.guards.compare_every=10", "megagpt.guards.hang_timeout=30", "megagpt.every.sample=0"]
         state = train(debug_run(dataset, tmp_path / str(seed), *options, f"zero_optimization.stage={seed % 4}"), device)
         assert (state.health.spikes, state.health.skipped_steps, state.health.bad_in_a_row) == (0, 0, 0)
