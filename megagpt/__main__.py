@@ -1,4 +1,4 @@
-"""The `megagpt` command, and `pretrain`, which launch/pretrain.py calls: parse, dispatch, nothing else.
+"""The `megagpt` command, and `pretrain`, which launch/pretrain.py calls: dispatch, nothing else.
 
 Imports stand inside the functions so that --help answers at once.
 """
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megagpt.arguments import command_line, training_arguments
 from megagpt.errors import OwnRankError, UserError
 
 SAVED_AND_WANTS_RESTART = 75  # EX_TEMPFAIL of sysexits.h
@@ -16,19 +17,7 @@ SAVED_AND_WANTS_RESTART = 75  # EX_TEMPFAIL of sysexits.h
 
 def pretrain(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code: 0 finished, 2 what the user gave is wrong, 75 saved and wants to go on."""
-    parser = argparse.ArgumentParser(
-        prog="launch/pretrain.py",
-        allow_abbrev=False,
-        description="Train a GPT-2 as a run file says; goes on by itself when out_dir holds a checkpoint.",
-        epilog="example: deepspeed --hostfile hosts launch/pretrain.py --deepspeed_config ds_configs/gpt2_124m.json "
-        "megagpt.out_dir=runs/mine optimizer.params.lr=3e-4",
-    )
-    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/gpt2_124m.json"), metavar="RUN.json")
-    parser.add_argument("--fresh", action="store_true", help="start at step 0; an old run in out_dir is renamed")
-    parser.add_argument("--sample-report", type=_positive, metavar="N", help="print what the next N samples draw; exit")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys of the run file")
-    args = parser.parse_intermixed_args(argv)
+    args = training_arguments().parse_intermixed_args(argv)
     if args.sample_report is not None:
         return _or_2(lambda: _sample_report(args))
 
@@ -58,13 +47,13 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = _parser()
+    parser = command_line()
     args, rest = parser.parse_known_args(argv)
     if rest and ("overrides" not in args or any(item.startswith("-") for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # which argparse does not collect behind an option of a command
         args.overrides += rest
-    return _or_2(lambda: args.run(args))
+    return _or_2(lambda: COMMANDS[args.command](args))
 
 
 def _or_2(command: Callable[[], int]) -> int:
@@ -74,93 +63,6 @@ def _or_2(command: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megagpt", description="After training: use and measure checkpoints.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    generate = commands.add_parser(
-        "generate",
-        help="text from a checkpoint",
-        epilog='example: megagpt generate runs/demo --prompt "def main(" --max-tokens 100 --batch 3',
-    )
-    generate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's folder (its best step) or one step's")
-    generate.add_argument("--prompt", action="append", help="may be given several times; default: a new document")
-    generate.add_argument("--max-tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    generate.add_argument("--top-k", type=int, default=50, help="0: the whole vocabulary")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--batch", type=_positive, default=1, help="texts for each prompt")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.set_defaults(run=_generate)
-
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="loss, perplexity and bits per byte of a checkpoint",
-        epilog="example: megagpt evaluate runs/demo --data data/demo --split val",
-    )
-    evaluate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's folder (its best step) or one step's")
-    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="a dataset made by data_tools")
-    evaluate.add_argument("--split", choices=("train", "val", "test"), default="val")
-    evaluate.add_argument("--tokens", type=_positive, help="only the first so many; default: all")
-    evaluate.add_argument("--micro-batch", type=_positive, default=8)
-    evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    evaluate.set_defaults(run=_evaluate)
-
-    hosts = commands.add_parser(
-        "check-hosts",
-        help="a hostfile and .deepspeed_env, before deepspeed hands them to ssh and shells",
-        epilog="example: megagpt check-hosts hosts && deepspeed --hostfile hosts launch/pretrain.py",
-    )
-    hosts.add_argument("hostfile", type=Path)
-    hosts.set_defaults(run=_check_hosts)
-
-    checkpoints = commands.add_parser(
-        "checkpoints",
-        help="the steps that a run has saved, and whether they are whole; exit code 2 if none is",
-        epilog="example: megagpt checkpoints runs/demo --verify",
-    )
-    checkpoints.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder, its out_dir")
-    checkpoints.add_argument("--verify", action="store_true", help="hash every file; without it sizes are compared")
-    checkpoints.set_defaults(run=_checkpoints)
-
-    plan = commands.add_parser(
-        "plan",
-        help="memory, time and traffic of a run file for every ZeRO stage, before anything is started",
-        epilog="example: megagpt plan ds_configs/gpt2_1558m.json --ranks 64 --gpu H100 --network infiniband-ndr",
-    )
-    plan.add_argument("run_file", type=Path, metavar="RUN.json")
-    plan.add_argument("--ranks", type=_positive, default=1, help="GPUs in all")
-    plan.add_argument("--gpu", default="H100", metavar="NAME", help="as in `megagpt plan`'s list; default: H100")
-    plan.add_argument("--network", metavar="NAME|GB/s", help="of each GPU, each way; default: NVLink up to 8 ranks")
-    plan.add_argument("--tokens", type=_positive, help="to train on; default: max_steps global batches")
-    plan.add_argument("--efficiency", type=float, metavar="SHARE", help="of the peak that is reached")
-    plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    plan.add_argument("--probe", action="store_true", help="find the largest micro-batch by real steps on this machine")
-    plan.add_argument("--memory", type=float, metavar="GIB", help="with --probe: what each rank may use; default: all")
-    plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys of the run file")
-    plan.set_defaults(run=_plan)
-
-    resume = commands.add_parser(
-        "verify-resume",
-        help="whether a run file's run goes on to the last bit after a stop; exit code 1 if not",
-        epilog="example: megagpt verify-resume ds_configs/gpt2_124m.json --ranks 2 megagpt.data.val_tokens=65536",
-    )
-    resume.add_argument("run_file", type=Path, metavar="RUN.json")
-    resume.add_argument("--ranks", type=_positive, default=1, help="processes on this machine, in every launch")
-    resume.add_argument("--then-ranks", type=_positive, metavar="N", help="go on with so many after the cut")
-    resume.add_argument("--then", action="append", default=[], metavar="key.path=value", help="and with this changed")
-    resume.add_argument("--steps", type=_positive, default=4, help="how many; the second run is cut in their middle")
-    resume.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys of the run file")
-    resume.set_defaults(run=_verify_resume)
-    return parser
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
 
 
 def _sample_report(args: argparse.Namespace) -> int:
@@ -192,7 +94,9 @@ def _plan(args: argparse.Namespace) -> int:
     from megagpt.run_file import load_run_config
 
     run = load_run_config(args.run_file, args.overrides)
-    on = plan.machine(args.gpu, args.ranks, args.network, args.efficiency or plan.EFFICIENCY)
+    on = plan.machine(
+        args.gpu, args.ranks, args.network, plan.EFFICIENCY if args.efficiency is None else args.efficiency
+    )
     vocab = plan.vocabulary(run)
     if args.probe:
         from megagpt.probe import probe, probe_report
@@ -298,6 +202,16 @@ def _evaluate(args: argparse.Namespace) -> int:
             f"  guessing by token frequency alone would give {row['unigram_entropy']:.4f} nats per token"
         )
     return 0
+
+
+COMMANDS = {
+    "generate": _generate,
+    "evaluate": _evaluate,
+    "check-hosts": _check_hosts,
+    "checkpoints": _checkpoints,
+    "plan": _plan,
+    "verify-resume": _verify_resume,
+}
 
 
 if __name__ == "__main__":

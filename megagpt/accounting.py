@@ -3,6 +3,7 @@
 N parameters without the position table, L n_layer, C n_embd, T seq_len, V vocab_size.
 """
 
+import re
 from dataclasses import dataclass
 
 from megagpt.config import ModelConfig, RecomputeConfig
@@ -10,15 +11,15 @@ from megagpt.config import ModelConfig, RecomputeConfig
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU by its vendor's data sheet: dense bf16 FLOP/s (without sparsity), GiB, GB/s to its neighbors each way."""
+    """Dense bf16 FLOP/s (without sparsity), GiB, GB/s to its neighbors each way."""
 
     peak_flops: float
     memory_gib: float
     link_gb_s: float  # NVLink where it has one, else PCI Express
 
 
-# By the name that torch.cuda.get_device_name gives, of which the first match wins. Sources: NVIDIA's data sheets of
-# each product ("Tensor Core, dense", "GPU memory" in the GiB that the driver shows, "Interconnect" halved).
+# By words of the name that torch.cuda.get_device_name gives; the first whose words are all in it wins. Peaks are
+# those of NVIDIA's data sheets; memory (what the driver shows) and links (one way) were not looked up there again.
 GPUS = {
     "B200": Gpu(2250e12, 178, 900),
     "H200": Gpu(989e12, 139, 450),
@@ -31,6 +32,7 @@ GPUS = {
     "A10G": Gpu(70e12, 22, 32),
     "RTX 4090": Gpu(165e12, 23, 32),
     "RTX 3090": Gpu(71e12, 23, 32),
+    "V100 16GB": Gpu(125e12, 15, 150),
     "V100": Gpu(125e12, 31, 150),
 }
 
@@ -87,6 +89,13 @@ def recompute_flops_per_token(
     return recompute.n_blocks(cfg.n_layer) * (c_attn + attention + c_proj + c_fc + mlp_c_proj)
 
 
+def gpu_named(device_name: str) -> str | None:
+    """The key in GPUS, or None: an unknown device gets no figures rather than a guess."""
+    words = set(re.findall(r"[a-z0-9]+", device_name.lower()))
+    return next((name for name in GPUS if words.issuperset(name.lower().split())), None)
+
+
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of one device, or None: an unknown device gets no MFU rather than a guess."""
-    return next((gpu.peak_flops for name, gpu in GPUS.items() if name in device_name), None)
+    """Dense bf16 peak of one device, if it is known."""
+    name = gpu_named(device_name)
+    return None if name is None else GPUS[name].peak_flops

@@ -1,6 +1,7 @@
 """The one room that talks to DeepSpeed: from a RunConfig to a ready engine, and from its files back to weights."""
 
 import contextlib
+import copyreg
 import io
 import os
 import warnings
@@ -36,6 +37,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 import deepspeed  # noqa: E402
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine as Engine  # noqa: E402
+from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.sequence.layer import register_all_to_all_group  # noqa: E402
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
 
@@ -52,6 +54,8 @@ __all__ = [
 
 # Sections that we act on ourselves: Adam is built below, activations and TensorBoard have rooms of their own.
 KEPT_FROM_DEEPSPEED = {"optimizer", "activation_checkpointing", "tensorboard"}
+# As from Python 3.11.4 on; before, it is pickled as a call of getattr, which pickles.py refuses.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (int(stage),)))
 ADAM_SETTINGS = ("betas", "eps", "weight_decay")  # lr is set anew at every step
 
 

@@ -4,10 +4,11 @@ Memory is memory.py's, traffic traffic.py's, FLOPs accounting.py's; here are the
 model of a step's time, and the table.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megagpt.accounting import GPUS, Gpu, flops_per_token, n_params, recompute_flops_per_token
+from megagpt.accounting import GPUS, Gpu, flops_per_token, gpu_named, n_params, recompute_flops_per_token
 from megagpt.data_manifest import read_manifest
 from megagpt.errors import UserError
 from megagpt.memory import ADAM, Memory, memory
@@ -96,9 +97,7 @@ class Setting:
 
 def machine(gpu: str, ranks: int, network: str | None, efficiency: float = EFFICIENCY) -> Machine:
     """By names or numbers. Raises UserError for a GPU or network that is not known."""
-    name = next((known for known in GPUS if known.lower() == gpu.lower()), None)
-    name = name or next((known for known in GPUS if known.lower() in gpu.lower()), None)
-    if name is None:
+    if (name := gpu_named(gpu)) is None:
         raise UserError(f"--gpu {gpu!r} is not known; known are {', '.join(GPUS)}")
     if network is None and ranks <= GPUS_PER_HOST:
         return Machine(name, GPUS[name], ranks, "the GPUs' own links", GPUS[name].link_gb_s, efficiency)
@@ -107,7 +106,7 @@ def machine(gpu: str, ranks: int, network: str | None, efficiency: float = EFFIC
         speed = NETWORKS[network] if network in NETWORKS else float(network)
     except ValueError:
         speed = 0.0
-    if speed <= 0.0:
+    if not 0.0 < speed < math.inf:
         raise UserError(f"--network {network!r} is neither GB/s of each GPU nor one of {', '.join(NETWORKS)}")
     return Machine(name, GPUS[name], ranks, network if network in NETWORKS else "network", speed, efficiency)
 
@@ -142,7 +141,7 @@ def setting(run: RunConfig, on: Machine, vocab_size: int, *, current: bool = Fal
         compute_seconds=_compute_seconds(run, batch, vocab_size, on),
         wire_seconds=sent.wire / (on.gb_per_s * 1e9),
         host_seconds=_host_seconds(run, batch, vocab_size, offload),
-        overlapped=zero.stage == 3 if overlap is None else bool(overlap),
+        overlapped=zero.stage == 3 if overlap is None else bool(overlap) and zero.stage > 0,
         fits=used.total + spare <= on.gpu.memory_gib * GIB,
     )
 
@@ -152,7 +151,7 @@ def settings(run: RunConfig, on: Machine, vocab_size: int) -> Iterator[Setting]:
     yield setting(run, on, vocab_size, current=True)
     for micro_batch in micro_batches(run, on.ranks):
         for stage, offload in STAGES:
-            for policy in POLICIES:
+            for policy in dict.fromkeys((*POLICIES, run.megagpt.recompute.policy)):
                 yield setting(variant(run, stage, offload, policy, micro_batch), on, vocab_size)
 
 

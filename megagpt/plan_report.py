@@ -22,7 +22,17 @@ from megagpt.plan import (
 from megagpt.run_config import RunConfig
 
 # Keys that change memory or traffic in ways that the arithmetic does not know.
-NOT_COUNTED = ("data_types", "torch_autocast", "zero_optimization.zero_", "zero_optimization.mics_")
+NOT_COUNTED = (
+    "data_types",
+    "torch_autocast",
+    "bf16.bf16_",
+    "fp16.fp16_",
+    "zero_optimization.zero_",
+    "zero_optimization.mics_",
+    "zero_optimization.contiguous_gradients",
+    "zero_optimization.reduce_scatter",
+    "zero_optimization.use_",
+)
 
 
 def report(run: RunConfig, on: Machine, vocab: tuple[int, str], found: Sequence[Setting], tokens: int) -> str:
@@ -99,10 +109,10 @@ def assumptions(run: RunConfig, on: Machine) -> list[str]:
     ]
     if run.deepspeed.dtype == "fp32":
         lines.append(f"fp32: {FP32_PEAK:.4f} of the 16-bit peak")
-    written = [
-        *run.deepspeed_raw,
-        *(f"zero_optimization.{key}" for key in run.deepspeed_raw.get("zero_optimization", {})),
-    ]
+    zero, sections = run.deepspeed.zero_optimization, ("zero_optimization", "bf16", "fp16")
+    if "nvme" in (zero.offload_optimizer.device, zero.offload_param.device):
+        lines.append("nvme: counted as the host's memory, at its speed")
+    written = [*run.deepspeed_raw, *(f"{name}.{key}" for name in sections for key in run.deepspeed_raw.get(name, {}))]
     if unknown := [key for key in written if key.startswith(NOT_COUNTED)]:
         lines.append(f"without effect on these figures, though not on training: {', '.join(unknown)}")
     return lines

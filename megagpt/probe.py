@@ -5,9 +5,7 @@ of one rank in such a launch. Rows are random tokens: no data is read, and nothi
 """
 
 import json
-import os
 import resource
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,14 +18,13 @@ from megagpt.compilation import compiles
 from megagpt.distributed import gather_objects, init_process_group, is_main, together, world_size
 from megagpt.engine import build_engine
 from megagpt.errors import UserError
+from megagpt.launches import failure_of, on_ranks
 from megagpt.loss import next_token_score
 from megagpt.out_of_memory import is_out_of_memory, memory_of
 from megagpt.processor import fitting
 from megagpt.run_config import RunConfig, batch_plan
 from megagpt.run_file import load_run_config
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-LAUNCHED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 OUT_OF_MEMORY = 3
 KILLED = -9  # by the kernel, when the machine's memory is at its end
 
@@ -59,15 +56,14 @@ def probe(
         with TemporaryDirectory(prefix="probe_") as folder:
             out = Path(folder) / "used.json"
             given = [str(run_file), str(micro_batch), str(vocab_size), str(gib or 0.0), str(out), *overrides]
-            command = [*LAUNCH, f"--nproc-per-node={ranks}", "-m", "megagpt.probe", *given]
-            environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED_BY}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            done = on_ranks(
+                ranks, "megagpt.probe", *given, f"megagpt.out_dir={folder}/run"
+            )  # what is compiled goes there
             if done.returncode == 0:
                 return Used(**json.loads(out.read_text()))
             if any(f"(exitcode: {code})" in done.stderr for code in (OUT_OF_MEMORY, KILLED)):
                 return None
-            errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-            raise UserError(errors[0].removeprefix("error: ") if errors else f"a try failed:\n{done.stderr[-3000:]}")
+            raise failure_of(done)
 
     return bisect(candidates, attempt)
 
@@ -112,7 +108,12 @@ def _two_steps(run: RunConfig, vocab_size: int, limit: int, device: torch.device
         documents = None
         if cfg.packing.masked:
             documents = torch.zeros(batch.micro_batch, cfg.seq_len, dtype=torch.int32, device=device)
-        score = next_token_score(targets, z_loss=cfg.regularization.z_loss, compiled=compiled)
+        score = next_token_score(
+            targets,
+            label_smoothing=cfg.regularization.label_smoothing,
+            z_loss=cfg.regularization.z_loss,
+            compiled=compiled,
+        )
         engine.backward(engine(inputs, documents=documents, score=score))
         engine.step()
     if device.type == "cuda":

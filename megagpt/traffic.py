@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megagpt.accounting import param_sizes
 from megagpt.run_config import BatchPlan, RunConfig
 
-WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2, "bfp16": 2}  # bytes; the last is DeepSpeed's other name of bf16
+WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,7 @@ def traffic(run: RunConfig, batch: BatchPlan, vocab_size: int) -> Traffic:
         return Traffic(1, 0, 0, 0, 0)
     sizes = param_sizes(run.megagpt.model, vocab_size)
     N, s = sum(sizes), WIDTH[run.deepspeed.dtype]
-    sent = s if P == 1 else 4  # DeepSpeed reduces in fp32 where ranks share samples
-    sent = WIDTH.get(run.deepspeed_raw.get("communication_data_type") or "", sent)
+    sent = WIDTH.get(str(run.deepspeed_raw.get("communication_data_type")).lower(), s)
     every, exchanged = batch.accumulation, _all_to_all(run, batch)
     if stage == 0:
         return Traffic(W, N * sent, 0, 0, exchanged, P)

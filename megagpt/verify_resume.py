@@ -7,8 +7,6 @@ and losses to lie within a band. The module is also the program of one rank in s
 
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,13 +17,12 @@ import torch
 from megagpt.commits import committed, damage_of, read_commit
 from megagpt.distributed import init_process_group, is_main, together
 from megagpt.errors import UserError
+from megagpt.launches import failure_of, on_ranks
 from megagpt.pickles import check_pickles
 from megagpt.processor import fitting
 from megagpt.run_file import load_run_config
 from megagpt.trainer import train
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-LAUNCHED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 WITHIN = {"fp32": 1e-4, "bf16": 2**-7, "fp16": 2**-7}  # nats: other ranks add in another order, 16 bits round besides
 FOLLOW = ("perplexity", "bits_per_byte", "grad_norm")  # from weights or losses that may differ by so much
 WALL_CLOCK = ("tokens_per_sec", "memory_gib", "mfu", "hfu", "seconds/")
@@ -70,12 +67,9 @@ def verify_resume(
 
 
 def _launch(run_file: Path, overrides: Sequence[str], ranks: int, *, stop_at: int) -> None:
-    command = [*LAUNCH, f"--nproc-per-node={ranks}", "-m", "megagpt.verify_resume", str(run_file), str(stop_at)]
-    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED_BY}
-    done = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True, check=False)
+    done = on_ranks(ranks, "megagpt.verify_resume", str(run_file), str(stop_at), *overrides)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        raise UserError(errors[0].removeprefix("error: ") if errors else f"a rank failed:\n{done.stderr[-3000:]}")
+        raise failure_of(done)
 
 
 def what_differs(straight: Path, cut: Path) -> Iterator[str]:
@@ -104,7 +98,11 @@ def _position_that_differs(straight: Path, cut: Path) -> Iterator[str]:
             yield f"{name}: {getattr(one.state, name)} straight, {getattr(two.state, name)} resumed"
     if one.mixture != two.mixture:
         yield f"the mixture: {one.mixture} straight, {two.mixture} resumed"
-    yield from filter(None, (damage_of(step, 0, every=1) for step in (before, after)))
+    yield from _damage(before, after)
+
+
+def _damage(*steps: Path) -> Iterator[str]:
+    yield from filter(None, (damage_of(step, 0, every=1) for step in steps))
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:
@@ -126,8 +124,7 @@ def _state_that_differs(straight: Path, cut: Path) -> Iterator[str]:
             yield f"{name} is in one of the two alone"
         elif a.read_bytes() != b.read_bytes() and not (name.endswith(".pt") and same(_load(a), _load(b))):
             yield f"{name} differs"
-    for step in (before, after):
-        yield from filter(None, [damage_of(step, 0, every=1)])
+    yield from _damage(before, after)
 
 
 def _load(path: Path) -> Any:

@@ -2,18 +2,17 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from support import debug_run, metric
+from support import debug_run, metric, run_scenarios
 
 from megagpt import guards, session, trainer
 from megagpt.commits import committed
-from megagpt.distributed import gather_objects, init_process_group, rank
+from megagpt.distributed import init_process_group, rank
 from megagpt.errors import UserError
 from megagpt.loss import Score
 
@@ -141,14 +140,5 @@ SCENARIOS = [
 ]
 
 
-def main(dataset: Path, folder: Path) -> None:
-    results = {}
-    for scenario in SCENARIOS:
-        print(f"=== {scenario.__name__}", flush=True)
-        results[scenario.__name__] = gather_objects(scenario(dataset, folder / scenario.__name__))
-    if rank() == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_scenarios(SCENARIOS)

@@ -5,11 +5,13 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
+from megagpt.distributed import gather_objects, is_main
 from megagpt.run_config import RunConfig
 from megagpt.run_file import load_run_config
 
@@ -99,3 +101,14 @@ def torchrun(n_ranks: int, *args: str | Path, timeout: float = 600.0) -> subproc
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def run_scenarios(scenarios: Sequence[Callable[[Path, Path], Any]]) -> None:
+    """The main program of one of several ranks: DATASET FOLDER; folder/results.json has what each rank returned."""
+    dataset, folder = map(Path, sys.argv[1:])
+    results = {}
+    for scenario in scenarios:
+        print(f"=== {scenario.__name__}", flush=True)
+        results[scenario.__name__] = gather_objects(scenario(dataset, folder / scenario.__name__))
+    if is_main():
+        (folder / "results.json").write_text(json.dumps(results))

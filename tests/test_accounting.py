@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megagpt.accounting import (
     causal_flops_per_token,
     flops_per_token,
+    gpu_named,
     n_params,
     peak_flops,
     recompute_flops_per_token,
@@ -96,3 +97,7 @@ def test_an_unknown_device_has_no_peak():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("Some GPU 9000") is None
+    assert gpu_named("NVIDIA A100-SXM4-40GB") == "A100 40GB"
+    assert gpu_named("NVIDIA A100-SXM4-80GB") == "A100"
+    assert gpu_named("Tesla V100-SXM2-16GB") == "V100 16GB"
+    assert gpu_named("NVIDIA GH200 480GB") is None  # no H200

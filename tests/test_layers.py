@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megagpt"
 FLOORS = [
-    {"errors", "files", "rng", "rows", "segments", "watchdog"},
-    {"config", "distributed", "launcher", "permutation", "pickles", "preemption", "tokenizer"},
+    {"arguments", "errors", "files", "rng", "rows", "segments", "watchdog"},
+    {"config", "distributed", "launcher", "launches", "permutation", "pickles", "preemption", "tokenizer"},
     {"run_config", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
     {"run_file", "mixture", "shard_format", "model", "state", "augment", "packing", "processor", "starts", "traffic"},
     {"commits", "health", "shards", "compilation", "recompute", "memory"},

@@ -1,6 +1,7 @@
 """`megagpt plan`: what it predicts against what lives and is sent on real ranks, and what it says."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_is_within_a_tenth_of_what_lives(found, tmp_path, name):
+    """The plan counts what grows with model and batch, and leaves out what is small in each: masks, norms, copies."""
     run, batch = run_and_batch(tmp_path, MEMORY[name], 2)
     assert memory(run, batch, VOCAB).total == pytest.approx(found[name]["live"], rel=0.1)
 
@@ -94,8 +96,9 @@ def test_more_ranks_hold_less_each_and_take_less_time(gpt2):
     run = parse_run(gpt2.as_json(), ["train_batch_size=4096", "train_micro_batch_size_per_gpu=1"])
     run = variant(run, stage=3, offload="none", policy="none", micro_batch=1)
     found = [setting(run, machine("H100", ranks, "50"), 50304) for ranks in (1, 8, 64, 512, 4096)]
-    assert sorted(found, key=lambda s: s.total, reverse=True) == found
-    assert sorted(found, key=lambda s: s.compute_seconds, reverse=True) == found
+    for fewer, more in pairwise(found):
+        assert more.total < fewer.total
+        assert more.compute_seconds < fewer.compute_seconds
 
 
 def test_the_command_marks_the_run_files_setting_and_names_the_fastest(capsys):
@@ -118,7 +121,9 @@ def test_the_command_marks_the_run_files_setting_and_names_the_fastest(capsys):
             ["--network", "carrier-pigeon"],
             "--network 'carrier-pigeon' is neither GB/s of each GPU nor one of infiniband",
         ),
+        (["--network", "nan"], "--network 'nan' is neither GB/s"),
         (["--ranks", "7"], "train_batch_size=512 is not a multiple of"),
+        (["zero_optimization.reduce_bucket_size=auto"], 'reduce_bucket_size is "auto"; write the number'),
     ],
 )
 def test_what_cannot_be_planned_is_one_message(options, complaint, capsys):

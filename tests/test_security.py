@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from corrupt import DAMAGES
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from support import DEBUG_RUN, ROOT, debug_run, environment, overrides
 
 from megagpt.checkpoint import load_model
@@ -148,6 +149,13 @@ def test_a_manifest_and_a_hint_lead_nowhere_else(run, tmp_path):
     for hint in (f"../../other/checkpoints/{step_dir.name}", str(other), "\udcff"):
         (run / "checkpoints/best").write_bytes(hint.encode(errors="surrogateescape"))
         assert best(run) is None
+
+
+def test_a_checkpoint_of_an_older_python_is_accepted_too(dataset, device, tmp_path, monkeypatch):
+    """Up to 3.11.3 a member of an enum is pickled as a call of getattr."""
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
+    train(debug_run(dataset, tmp_path / "run"), device, stop_at=1)
+    check_pickles(sorted(committed(tmp_path / "run")[-1].glob("*.pt")))
 
 
 def test_what_a_checkpoint_in_fp16_holds_is_known(tmp_path):

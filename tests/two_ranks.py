@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import signal
-import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +15,13 @@ from typing import Any
 
 import torch
 from resume_matrix import COVERING, what_a_cut_changes, without_generators
-from support import SHARING, debug_run, metric
+from support import SHARING, debug_run, metric, run_scenarios
 
 from megagpt import checkpoint, session, trainer
 from megagpt.checkpoint import load_model
 from megagpt.commits import best, committed
 from megagpt.data import open_data
-from megagpt.distributed import StopVote, gather_objects, init_process_group, rank
+from megagpt.distributed import StopVote, init_process_group, rank
 from megagpt.engine import Engine, consolidated_weights
 from megagpt.errors import UserError
 from megagpt.evaluate import evaluate
@@ -283,14 +282,5 @@ SCENARIOS = [
 ]
 
 
-def main(dataset: Path, folder: Path) -> None:
-    results = {}
-    for scenario in SCENARIOS:
-        print(f"=== {scenario.__name__}", flush=True)
-        results[scenario.__name__] = gather_objects(scenario(dataset, folder / scenario.__name__))
-    if rank() == 0:
-        (folder / "results.json").write_text(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    run_scenarios(SCENARIOS)

@@ -84,10 +84,9 @@ ROWS = (  # in order of worth
     ),
     ablation(
         "checks",
-        "DeepSpeed's timer and overflow check, torch's AdamW",
+        "DeepSpeed's timer and overflow check",
         "timers.throughput.enabled=true",
         "bf16.check_grad_overflow=true",
-        "optimizer.params.torch_adam=true",
     ),
     Row("124M_hf", "Hugging Face compiled, and its Trainer", "124M", 32, 2**18, HF_PEERS, 240, rounds=2),
     ablation(

@@ -1,0 +1,132 @@
+"""What may be typed behind `launch/pretrain.py` and `megagpt`."""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+
+def training_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/pretrain.py",
+        allow_abbrev=False,
+        description="Train a GPT-2 as a run file says; goes on by itself when out_dir holds a checkpoint.",
+        epilog="example: deepspeed --hostfile hosts launch/pretrain.py --deepspeed_config ds_configs/gpt2_124m.json "
+        "megagpt.out_dir=runs/mine optimizer.params.lr=3e-4",
+    )
+    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/gpt2_124m.json"), metavar="RUN.json")
+    parser.add_argument("--fresh", action="store_true", help="start at step 0; an old run in out_dir is renamed")
+    parser.add_argument("--sample-report", type=_positive, metavar="N", help="print what the next N samples draw; exit")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
+    _add_overrides(parser)
+    return parser
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megagpt", description="Around training: plan it, check it, use what it made."
+    )
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    _before_a_run(commands)
+    _after_a_run(commands)
+    return parser
+
+
+def _before_a_run(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="memory, time and traffic of a run file for every ZeRO stage, before anything is started",
+        epilog="example: megagpt plan ds_configs/gpt2_1558m.json --ranks 64 --gpu H100 --network infiniband-ndr",
+    )
+    _add_run_file(plan)
+    plan.add_argument("--ranks", type=_positive, default=1, help="GPUs in all")
+    plan.add_argument("--gpu", default="H100", metavar="NAME", help="such as H200 or A100 40GB; default: H100")
+    plan.add_argument("--network", metavar="NAME|GB/s", help="of each GPU, each way; default: NVLink up to 8 ranks")
+    plan.add_argument("--tokens", type=_positive, help="to train on; default: max_steps global batches")
+    plan.add_argument("--efficiency", type=_share, metavar="SHARE", help="of the peak that is reached")
+    plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    plan.add_argument("--probe", action="store_true", help="find the largest micro-batch by real steps on this machine")
+    plan.add_argument(
+        "--memory", type=_above_zero, metavar="GIB", help="with --probe: what each rank may use; default: all"
+    )
+
+    resume = commands.add_parser(
+        "verify-resume",
+        help="whether a run file's run goes on to the last bit after a stop; exit code 1 if not",
+        epilog="example: megagpt verify-resume ds_configs/gpt2_124m.json --ranks 2 megagpt.data.val_tokens=65536",
+    )
+    _add_run_file(resume)
+    resume.add_argument("--ranks", type=_positive, default=1, help="processes on this machine, in every launch")
+    resume.add_argument("--then-ranks", type=_positive, metavar="N", help="go on with so many after the cut")
+    resume.add_argument("--then", action="append", default=[], metavar="key.path=value", help="and with this changed")
+    resume.add_argument("--steps", type=_positive, default=4, help="how many; the second run is cut in their middle")
+
+    hosts = commands.add_parser(
+        "check-hosts",
+        help="a hostfile and .deepspeed_env, before deepspeed hands them to ssh and shells",
+        epilog="example: megagpt check-hosts hosts && deepspeed --hostfile hosts launch/pretrain.py",
+    )
+    hosts.add_argument("hostfile", type=Path)
+
+
+def _after_a_run(commands: Any) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="text from a checkpoint",
+        epilog='example: megagpt generate runs/demo --prompt "def main(" --max-tokens 100 --batch 3',
+    )
+    generate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's folder (its best step) or one step's")
+    generate.add_argument("--prompt", action="append", help="may be given several times; default: a new document")
+    generate.add_argument("--max-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    generate.add_argument("--top-k", type=int, default=50, help="0: the whole vocabulary")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--batch", type=_positive, default=1, help="texts for each prompt")
+    generate.add_argument("--seed", type=int, default=0)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="loss, perplexity and bits per byte of a checkpoint",
+        epilog="example: megagpt evaluate runs/demo --data data/demo --split val",
+    )
+    evaluate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's folder (its best step) or one step's")
+    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="a dataset made by data_tools")
+    evaluate.add_argument("--split", choices=("train", "val", "test"), default="val")
+    evaluate.add_argument("--tokens", type=_positive, help="only the first so many; default: all")
+    evaluate.add_argument("--micro-batch", type=_positive, default=8)
+    evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+    checkpoints = commands.add_parser(
+        "checkpoints",
+        help="the steps that a run has saved, and whether they are whole; exit code 2 if none is",
+        epilog="example: megagpt checkpoints runs/demo --verify",
+    )
+    checkpoints.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder, its out_dir")
+    checkpoints.add_argument("--verify", action="store_true", help="hash every file; without it sizes are compared")
+
+
+def _add_run_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_file", type=Path, metavar="RUN.json")
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys of the run file")
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def _above_zero(text: str) -> float:
+    if not 0.0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return number
+
+
+def _share(text: str) -> float:
+    if (number := _above_zero(text)) > 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is more than 1")
+    return number

@@ -1,0 +1,23 @@
+"""Our own programs on several ranks of this machine, each launch as after a real start."""
+
+import os
+import subprocess
+import sys
+
+from megagpt.errors import UserError
+
+LAUNCHED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what would make them think otherwise
+
+
+def on_ranks(n_ranks: int, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m module arguments` on so many ranks, to its end."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED_BY}
+    command = [*launcher, "-m", module, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def failure_of(done: subprocess.CompletedProcess[str]) -> UserError:
+    """With the message of the rank that had one."""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    return UserError(errors[0].removeprefix("error: ") if errors else f"a rank failed:\n{done.stderr[-3000:]}")
