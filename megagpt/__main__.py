@@ -93,6 +93,8 @@ def _plan(args: argparse.Namespace) -> int:
     from megagpt import plan, plan_report
     from megagpt.run_file import load_run_config
 
+    if args.memory and not args.probe:
+        raise UserError("--memory limits the steps that --probe takes; add --probe, or choose --gpu")
     run = load_run_config(args.run_file, args.overrides)
     on = plan.machine(
         args.gpu, args.ranks, args.network, plan.EFFICIENCY if args.efficiency is None else args.efficiency
@@ -103,7 +105,7 @@ def _plan(args: argparse.Namespace) -> int:
 
         candidates = plan.micro_batches(run, args.ranks)
         tries = probe(args.run_file, args.overrides, candidates, vocab[0], ranks=args.ranks, gib=args.memory)
-        print(probe_report(tries, run.deepspeed.train_batch_size))
+        print(probe_report(tries, run))
         return 0
     found = list(plan.settings(run, on, vocab[0]))
     tokens = args.tokens or run.megagpt.schedule.max_steps * run.deepspeed.train_batch_size * run.megagpt.seq_len

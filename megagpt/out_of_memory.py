@@ -66,6 +66,11 @@ def _message(run: RunConfig, device: torch.device, error: BaseException) -> str:
     return (
         f"out of memory while {doing}, on rank {rank()}, which may use {limit / GIB:.2f} GiB; predicted are "
         f"{current.total / GIB:.2f} GiB: {parts}, spare {current.spare / GIB:.2f}. {remedy(found)}"
+        + (
+            "; and gradient_accumulation_steps to null, which then follows from the batch"
+            if run.deepspeed.gradient_accumulation_steps is not None
+            else ""
+        )
     )
 
 

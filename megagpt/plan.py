@@ -6,7 +6,7 @@ model of a step's time, and the table.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megagpt.accounting import GPUS, Gpu, flops_per_token, gpu_named, n_params, recompute_flops_per_token
 from megagpt.data_manifest import read_manifest
@@ -22,6 +22,7 @@ GPUS_PER_HOST = 8
 VOCABULARY = 50_257  # GPT-2's, where the data is not there to ask
 EFFICIENCY = 0.4  # of the peak; published for GPT-2 on Hopper: 33 to 52 %
 FP32_PEAK = 1 / 16  # of the 16-bit peak: 19.5 of 312 TFLOP/s on an A100
+BACKWARD_SHARE = 2 / 3  # of a step's FLOPs, where nothing is computed again
 FRAGMENTATION = 0.1  # of the tensors' bytes: holes of the allocator
 CONTEXT = 1.0 * GIB  # CUDA's context, kernels, NCCL's buffers
 HOST_LINK = 25e9  # bytes/s between a GPU and its host, each way: PCI Express 4, 16 lanes, of which 80 % are reached
@@ -69,13 +70,12 @@ class Setting:
     compute_seconds: float
     wire_seconds: float
     host_seconds: float
-    overlapped: bool
+    hidden_seconds: float  # of the wire's, behind the compute
     fits: bool
 
     @property
     def seconds(self) -> float:
-        sent = max(0.0, self.wire_seconds - self.compute_seconds) if self.overlapped else self.wire_seconds
-        return self.compute_seconds + sent + self.host_seconds
+        return self.compute_seconds + self.wire_seconds - self.hidden_seconds + self.host_seconds
 
     @property
     def total(self) -> float:
@@ -125,7 +125,7 @@ def setting(run: RunConfig, on: Machine, vocab_size: int, *, current: bool = Fal
     batch, zero = batch_plan(run.deepspeed, on.ranks), run.deepspeed.zero_optimization
     used, sent = memory(run, batch, vocab_size), traffic(run, batch, vocab_size)
     spare = FRAGMENTATION * used.total + CONTEXT
-    overlap = run.deepspeed_raw.get("zero_optimization", {}).get("overlap_comm")
+    bandwidth, compute = on.gb_per_s * 1e9, _compute_seconds(run, batch, vocab_size, on)
     param = zero.offload_param.device != "none"
     offload = "all" if param else "optimizer" if zero.offload_optimizer.device != "none" else "none"
     return Setting(
@@ -138,10 +138,10 @@ def setting(run: RunConfig, on: Machine, vocab_size: int, *, current: bool = Fal
         memory=used,
         spare=spare,
         traffic=sent,
-        compute_seconds=_compute_seconds(run, batch, vocab_size, on),
-        wire_seconds=sent.wire / (on.gb_per_s * 1e9),
+        compute_seconds=compute,
+        wire_seconds=sent.wire / bandwidth,
         host_seconds=_host_seconds(run, batch, vocab_size, offload),
-        overlapped=zero.stage == 3 if overlap is None else bool(overlap) and zero.stage > 0,
+        hidden_seconds=_hidden_seconds(run, batch, sent, compute, bandwidth),
         fits=used.total + spare <= on.gpu.memory_gib * GIB,
     )
 
@@ -199,6 +199,21 @@ def _compute_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, on: Mach
     flops = batch.global_batch * cfg.seq_len * (flops_per_token(model, vocab_size) + (again or 0.0))
     peak = on.gpu.peak_flops * (FP32_PEAK if run.deepspeed.dtype == "fp32" else 1.0)
     return flops / (on.ranks * peak * on.efficiency)
+
+
+def _hidden_seconds(run: RunConfig, batch: BatchPlan, sent: Traffic, compute: float, bandwidth: float) -> float:
+    """What overlap_comm can hide of the wire's seconds: at stage 3, where it is on unless the run file says otherwise,
+    gathering and scattering behind all of the compute; at stages 1 and 2 reducing alone, behind the backward passes
+    that reduce, which at stage 1 is the last one.
+    """
+    stage = run.deepspeed.zero_optimization.stage
+    overlap = run.deepspeed_raw.get("zero_optimization", {}).get("overlap_comm")
+    if stage == 0 or not (stage == 3 if overlap is None else overlap):
+        return 0.0
+    if stage == 3:
+        return min(replace(sent, all_to_all=0).wire / bandwidth, compute)
+    reduced = replace(sent, all_gather=0, all_to_all=0).wire / bandwidth
+    return min(reduced, BACKWARD_SHARE * compute / (batch.accumulation if stage == 1 else 1))
 
 
 def _host_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, offload: str) -> float:

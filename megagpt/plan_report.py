@@ -98,8 +98,9 @@ def assumptions(run: RunConfig, on: Machine) -> list[str]:
         f"compute: model and recomputed FLOPs at {on.efficiency:.0%} of the dense 16-bit peak, "
         f"{on.gpu.peak_flops / 1e12:,.0f} TFLOP/s, whatever the micro-batch (--efficiency; by default "
         f"{EFFICIENCY:.0%}, published for GPT-2 on Hopper: 33 to 52 %)",
-        "network: a ring's bytes over the bandwidth, without latency and without other traffic; behind the compute "
-        "where overlap_comm is on (stage 3 unless the run file says otherwise), else added to it",
+        "network: a ring's bytes over the bandwidth, without latency and without other traffic; added to "
+        "the compute but for what overlap_comm hides: at stage 3 (on by default) everything, behind all of it; at 1 "
+        "and 2 gradients behind backward, at 1 behind the last micro-batch's alone",
         f"spare: {FRAGMENTATION:.0%} of the tensors for the allocator's holes and {CONTEXT / GIB:.0f} GiB for CUDA and "
         "NCCL",
         "activations: of uncompiled blocks; compiled ones keep less",

@@ -68,17 +68,18 @@ def probe(
     return bisect(candidates, attempt)
 
 
-def probe_report(tries: dict[int, Used | None], global_batch: int) -> str:
-    """What fits, the tries, and the key to set."""
+def probe_report(tries: dict[int, Used | None], run: RunConfig) -> str:
+    """What fits, the tries, and the keys to set."""
     used = {n: one for n, one in tries.items() if one is not None}
     told = [f"{n}: " + (f"{used[n].peak / 2**30:.2f} GiB" if n in used else "out of memory") for n in sorted(tries)]
     if not used:
         return f"Not even micro-batch {min(tries)} fits; tried {', '.join(told)}"
-    best = max(used)
+    best, ds = max(used), run.deepspeed
+    follows = "" if ds.gradient_accumulation_steps is None else " gradient_accumulation_steps=null"
     return (
-        f"Micro-batch {best} is the largest that divides the global batch of {global_batch} and fits: "
+        f"Micro-batch {best} is the largest that divides the global batch of {ds.train_batch_size} and fits: "
         f"{used[best].peak / 2**30:.2f} of {used[best].limit / 2**30:.2f} GiB on the rank that used most "
-        f"(tried {', '.join(told)})\n  train_micro_batch_size_per_gpu={best}"
+        f"(tried {', '.join(told)})\n  train_micro_batch_size_per_gpu={best}{follows}"
     )
 
 

@@ -66,11 +66,12 @@ def persistence(run: RunConfig) -> int:
 def regathered(run: RunConfig, partitioned: int) -> int:
     """Elements that stage 3 lets go after the forward pass and gathers again: whose next use is too far away.
 
-    Backward comes back to a block after twice what lies behind it, so it is the first blocks that are let go. Read in
-    DeepSpeed's documentation and not confirmed: with a distance of 0, two ranks gathered a small model only once.
+    Backward comes back to a block after twice what lies behind it, so it is the first blocks that are let go; but what
+    the prefetch for backward came across while it was still whole is kept (`partitioned_param_coordinator.py:
+    __params_to_release`). `max_live_parameters` limits the prefetch alone.
     """
-    reuse = min(zero_key(run, "max_reuse_distance", 1e9), zero_key(run, "max_live_parameters", 1e9))
-    return max(0, partitioned - int(reuse) // 2)
+    reuse = zero_key(run, "max_reuse_distance", 1e9) // 2
+    return max(0, partitioned - int(max(reuse, zero_key(run, "prefetch_bucket_size", 5e7))))
 
 
 def zero_key(run: RunConfig, name: str, default: float) -> float:

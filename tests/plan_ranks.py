@@ -38,12 +38,20 @@ MEMORY = {  # stage, dtype, micro-batch and recompute
     "2, fp32, 8, selective": _of(2, 8, SELECTIVE),
     "3, fp32, 4, selective": _of(3, 4, SELECTIVE),
     "3, bf16, 1": _of(3, 1, BF16),
+    "1, fp32, 8, eager": _of(1, 8, 'megagpt.model.attention="eager"'),
+    "1, fp32, 8, dropout": _of(1, 8, "megagpt.regularization.dropout=0.1"),
+    "1, fp32, 8, z-loss": _of(1, 8, "megagpt.regularization.z_loss=0.001"),
 }
 TRAFFIC = {
     **{f"{stage}": _of(stage, 1) for stage in range(4)},
     "0, bf16": _of(0, 1, BF16),
     "2, sent in fp32": _of(2, 1, BF16, "communication_data_type=fp32"),
     "3, bf16, little stays": _of(3, 1, BF16, "zero_optimization.stage3_param_persistence_threshold=1000"),
+    "3, gathered again": _of(
+        3, 1, "zero_optimization.stage3_max_reuse_distance=0", "zero_optimization.stage3_prefetch_bucket_size=0"
+    ),
+    "1, positions shared": _of(1, 1, "sequence_parallel_size=2"),
+    "1, positions shared, recomputed": _of(1, 1, "sequence_parallel_size=2", FULL),
 }
 
 
@@ -67,8 +75,9 @@ def two_steps(folder: Path, options: list[str], device: torch.device) -> dict[st
             comms_logger.comms_dict.clear()
             comms_logger.enabled = comms_logger.prof_all = True
             for _ in range(batch.accumulation):
-                rows = torch.randint(0, VOCAB, (batch.micro_batch, run.megagpt.seq_len + 1))
-                engine.backward(engine(rows[:, :-1], score=next_token_score(rows[:, 1:])))
+                shape = (batch.micro_batch, run.megagpt.seq_len // batch.sequence_parallel_size)
+                inputs, targets = torch.randint(0, VOCAB, (2, *shape))
+                engine.backward(engine(inputs, score=next_token_score(targets)))
                 engine.step()
             comms_logger.enabled = False
     sent = {

@@ -42,6 +42,7 @@ def as_counted(sent: Traffic) -> dict[str, int]:
         "all_reduce": sent.all_reduce,
         "reduce_scatter_tensor": sent.reduce_scatter,
         "all_gather_into_tensor": sent.all_gather // sent.world_size,
+        "all_to_all_single": sent.all_to_all,
     }
     return {name: size for name, size in counted.items() if size}
 

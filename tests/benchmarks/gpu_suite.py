@@ -1,8 +1,9 @@
 """Runs the rows of the GPU table one by one within a budget of time, and renders what is there; see gpu_suite.sh.
 
-A row is one run of throughput.py. When it is done its figures are in OUT/ROW.json, and a row that failed by itself has
-its reason in OUT/ROW.failed; both are skipped from then on. A row that was cut off leaves nothing and is begun again.
-The seconds spent are kept in OUT/spent.json while a row runs, so that a killed call counts too.
+A row is one run of throughput.py or of another script here. When it is done its figures are in OUT/ROW.json, and a row
+that failed by itself has its reason in OUT/ROW.failed; both are skipped from then on. A row that was cut off leaves
+nothing and is begun again. The seconds spent are kept in OUT/spent.json while a row runs, so that a killed call counts
+too.
 """
 
 import argparse
@@ -14,9 +15,11 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
+import adam
+import recompute
 import throughput
-from throughput_table import table
 
 from megagpt.files import write_atomically
 
@@ -24,55 +27,66 @@ HERE = Path(__file__).parent
 CALL_SECONDS, ALL_SECONDS = 9 * 60, 25 * 60
 
 
+# Each has parse(arguments), main(arguments), which writes JSON, and table(of that).
+PROGRAMS: dict[str, ModuleType] = {"throughput": throughput, "adam": adam, "recompute": recompute}
+
+
 @dataclass(frozen=True)
 class Row:
-    """One table: what it shows, the arguments of throughput.py, and how many seconds it may need."""
+    """One table: what it shows, how it is measured, and how many seconds it may need."""
 
     name: str
     shows: str
-    model: str
-    micro_batch: int
-    tokens_per_step: int
-    peers: tuple[str, ...]
     estimate: int
-    seq: int = 1024
-    steps: int = 5
-    rounds: int = 3
-    fresh: bool = False
+    options: tuple[str, ...]
+    program: str = "throughput"
+    tiny: tuple[str, ...] = ("--model", "tiny", "--steps", "1", "--rounds", "1")  # the same path, to try it on a CPU
 
     def files(self, out: Path) -> tuple[Path, Path]:
         """Its figures, or why there are none."""
         return out / f"{self.name}.json", out / f"{self.name}.failed"
 
     def arguments(self, device: str) -> list[str]:
-        sizes = {
-            "model": self.model,
-            "seq": self.seq,
-            "micro-batch": self.micro_batch,
-            "tokens-per-step": self.tokens_per_step,
-            "steps": self.steps,
-            "rounds": self.rounds,
-        }
-        if device == "cpu":  # the same path through the code in little time
-            sizes |= {"model": "tiny", "vocab-size": 1000, "seq": 64, "micro-batch": 4, "tokens-per-step": 1024}
-            sizes |= {"steps": 2, "rounds": 2, "warmup": 1}
-        options = [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
-        return ["--device", device, *options, *(["--fresh"] if self.fresh else []), "--peers", *self.peers]
+        return ["--device", device, *(self.options if device == "cuda" else self.tiny)]
+
+
+def contest(
+    name: str,
+    shows: str,
+    model: str,
+    micro_batch: int,
+    tokens_per_step: int,
+    peers: tuple[str, ...],
+    estimate: int,
+    *,
+    rounds: int = 3,
+    fresh: bool = False,
+) -> Row:
+    """A row of throughput.py at 1,024 tokens a sequence."""
+    sizes = {"model": model, "seq": 1024, "micro-batch": micro_batch, "tokens-per-step": tokens_per_step}
+    sizes |= {"steps": 5, "rounds": rounds}
+    tiny = {"model": "tiny", "vocab-size": 1000, "seq": 64, "micro-batch": 4, "tokens-per-step": 1024}
+    tiny |= {"steps": 2, "rounds": 2, "warmup": 1}
+    more = [*(["--fresh"] if fresh else []), "--peers", *peers]
+    options, small = (
+        (*(word for key, value in of.items() for word in (f"--{key}", str(value))), *more) for of in (sizes, tiny)
+    )
+    return Row(name, shows, estimate, options, tiny=small)
 
 
 def ablation(name: str, shows: str, *variants: str, estimate: int = 180) -> Row:
     """`ours` with one thing changed, against `ours`, at 124M and 262,144 tokens a step."""
-    return Row(name, shows, "124M", 64, 2**18, ("ours", *(f"ours {v}" for v in variants)), estimate, rounds=2)
+    return contest(name, shows, "124M", 64, 2**18, ("ours", *(f"ours {v}" for v in variants)), estimate, rounds=2)
 
 
 ZERO = "zero_optimization"
 PEERS = ("ours", "plain", "gpt2-compile")
 HF_PEERS = ("ours", "hf-compile", "hf-trainer", "hf-trainer-compile")
 ROWS = (  # in order of worth
-    Row("124M", "124M against its peers", "124M", 64, 2**19, (*PEERS, "hf"), 300),
-    Row("1558M", "1.5B against its peers", "1558M", 16, 2**17, PEERS, 420, rounds=1, fresh=True),
+    contest("124M", "124M against its peers", "124M", 64, 2**19, (*PEERS, "hf"), 300),
+    contest("1558M", "1.5B against its peers", "1558M", 16, 2**17, PEERS, 420, rounds=1, fresh=True),
     ablation("micro_batch", "sequences in a micro-batch", *(f"train_micro_batch_size_per_gpu={n}" for n in (32, 128))),
-    Row("350M", "350M against its peers", "350M", 32, 2**18, PEERS, 200, rounds=2),
+    contest("350M", "350M against its peers", "350M", 32, 2**18, PEERS, 200, rounds=2),
     ablation("compile", "without torch.compile", "megagpt.compile=false", estimate=120),
     ablation("stages", "ZeRO stages", *(f"{ZERO}.stage={stage}" for stage in (0, 2, 3))),
     ablation(
@@ -88,7 +102,7 @@ ROWS = (  # in order of worth
         "timers.throughput.enabled=true",
         "bf16.check_grad_overflow=true",
     ),
-    Row("124M_hf", "Hugging Face compiled, and its Trainer", "124M", 32, 2**18, HF_PEERS, 240, rounds=2),
+    contest("124M_hf", "Hugging Face compiled, and its Trainer", "124M", 32, 2**18, HF_PEERS, 240, rounds=2),
     ablation(
         "precision",
         "autocast instead of a bf16 model, offload of Adam",
@@ -101,7 +115,15 @@ ROWS = (  # in order of worth
         'megagpt.recompute={"policy":"every_k","k":2}',
         'megagpt.recompute={"policy":"full"}',
     ),
-    Row("774M", "774M against its peers", "774M", 16, 2**17, PEERS, 300, rounds=1, fresh=True),
+    Row("adam", "Adam's step alone: torch's fused kernel against DeepSpeed's", 60, ("--model", "124M"), "adam"),
+    Row(
+        "ladder",
+        "what recompute policies keep, and what they cost",
+        240,
+        ("--model", "124M", "--seq", "1024", "--micro-batch", "32", "--steps", "3", "--rounds", "2"),
+        "recompute",
+    ),
+    contest("774M", "774M against its peers", "774M", 16, 2**17, PEERS, 300, rounds=1, fresh=True),
 )
 
 
@@ -138,7 +160,7 @@ def run(out: Path, device: str, call_seconds: float, all_seconds: float) -> None
         unfinished = out / f"{row.name}.part"
         signal.setitimer(signal.ITIMER_REAL, left)
         try:
-            throughput.main([*row.arguments(device), "--json", str(unfinished)])
+            PROGRAMS[row.program].main([*row.arguments(device), "--json", str(unfinished)])
             unfinished.rename(done)
         except TimeoutError:
             say(f"{row.name}: cut off, {call_seconds:.0f} s are over")
@@ -166,7 +188,7 @@ def render(out: Path) -> str:
     parts = []
     for row in ROWS:
         done, failed = row.files(out)
-        what = table(json.loads(done.read_text())) if done.exists() else "not measured"
+        what = PROGRAMS[row.program].table(json.loads(done.read_text())) if done.exists() else "not measured"
         if failed.exists():
             what += f" ({failed.read_text().strip()})"
         parts.append(f"**{row.shows}** (`{row.name}`)\n\n{what}")

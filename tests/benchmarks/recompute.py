@@ -135,7 +135,19 @@ def summary(taken: dict[str, list[tuple[int, list[float]]]]) -> list[dict[str, A
     return rows
 
 
-def main() -> None:
+def table(report: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| policy | peak MiB | over none | seconds | over none (rounds) |", "|---|---|---|---|---|"]
+    for row in report["rungs"]:
+        each = ", ".join(f"{ratio:.2f}" for ratio in row["seconds_over_none_of_rounds"])
+        lines.append(
+            f"| {row['rung']} | {row['peak_mib']:.0f} | {row['peak_over_none']:.2f} | {row['seconds']:.2f} "
+            f"| {row['seconds_over_none']:.2f} ({each}) |"
+        )
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", choices=SIZES, default="124M")
@@ -144,21 +156,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="in a turn")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures here")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    setting = {key: value for key, value in vars(args).items() if key != "json"}
+    report = {"date": date.today().isoformat(), "commit": commit(), "setting": setting}
+    report |= {"hardware": hardware(args.device), "versions": {"torch": version("torch")}}
     with tempfile.TemporaryDirectory() as cache:
-        rows = summary(measure(args, cache))
-    print("| policy | peak MiB | over none | seconds | over none (rounds) |\n|---|---|---|---|---|")
-    for row in rows:
-        each = ", ".join(f"{ratio:.2f}" for ratio in row["seconds_over_none_of_rounds"])
-        print(
-            f"| {row['rung']} | {row['peak_mib']:.0f} | {row['peak_over_none']:.2f} | {row['seconds']:.2f} "
-            f"| {row['seconds_over_none']:.2f} ({each}) |"
-        )
+        report["rungs"] = summary(measure(args, cache))
+    print(table(report))
     if args.json:
-        setting = {key: value for key, value in vars(args).items() if key != "json"}
-        about = {"date": date.today().isoformat(), "commit": commit(), "setting": setting, "versions": {}}
-        about |= {"hardware": hardware(args.device), "versions": {"torch": version("torch")}}
-        args.json.write_text(json.dumps({**about, "rungs": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
