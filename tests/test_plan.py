@@ -102,6 +102,19 @@ def test_more_ranks_hold_less_each_and_take_less_time(gpt2):
         assert more.compute_seconds < fewer.compute_seconds
 
 
+def test_overlap_hides_gradients_behind_backward_but_not_the_weights_gathered_after_it(gpt2):
+    """With a slow network backward is the limit, two thirds of the compute; with a fast one what is sent is."""
+    run = parse_run(gpt2.as_json(), ["zero_optimization.overlap_comm=true", "train_micro_batch_size_per_gpu=1"])
+    for stage, passes in ((1, 8), (2, 1)):
+        staged = variant(run, stage, "none", "none", 8)
+        slow, fast = (setting(staged, machine("H100", 8, gb), 50304) for gb in ("0.01", "450"))
+        assert slow.accumulation == 8
+        assert slow.hidden_seconds == pytest.approx(slow.compute_seconds * 2 / 3 / passes)
+        sent = slow.traffic.all_reduce * 2 * 7 / 8
+        assert fast.hidden_seconds == pytest.approx(sent / 450e9)
+    assert setting(variant(run, 0, "none", "none", 8), machine("H100", 8, "0.01"), 50304).hidden_seconds == 0.0
+
+
 def test_the_command_marks_the_run_files_setting_and_names_the_fastest(capsys):
     run_file = str(ROOT / "ds_configs" / "gpt2_124m.json")
     assert main(["plan", run_file, "--ranks", "8", "--gpu", "H200"]) == 0
@@ -123,6 +136,7 @@ def test_the_command_marks_the_run_files_setting_and_names_the_fastest(capsys):
             "--network 'carrier-pigeon' is neither GB/s of each GPU nor one of infiniband",
         ),
         (["--network", "nan"], "--network 'nan' is neither GB/s"),
+        (["--memory", "40"], "--memory limits the steps that --probe takes; add --probe"),
         (["--ranks", "7"], "train_batch_size=512 is not a multiple of"),
         (["zero_optimization.reduce_bucket_size=auto"], 'reduce_bucket_size is "auto"; write the number'),
     ],

@@ -57,7 +57,8 @@ def update_of(model: nn.Module, *, foreach: bool = False) -> Callable[[], None]:
         nn.utils.clip_grad_norm_(masters.values(), CLIP)
         optimizer.step()
         if apart:
-            torch._foreach_copy_([p for p, _ in apart], [master for _, master in apart])
+            with torch.no_grad():
+                torch._foreach_copy_([p for p, _ in apart], [master for _, master in apart])
         for p in (*working, *masters.values()):
             p.grad = None
 
