@@ -19,6 +19,7 @@ from megagpt.rows import IGNORE
 Score = Callable[[Tensor, Tensor], Tensor]  # hidden states (B, T, C), output matrix (V, C) -> what is made of them
 
 CHUNK_BYTES = 2**28  # of fp32 logits: 1,334 tokens of 50,304; large enough for a matrix product at full speed
+PIECE_BYTES = 2**22  # of fp32 logits that a CPU works on at a time: they stay in its cache
 CHUNK_TOKENS = 2**15  # of a small vocabulary: a sum over more normalized states could exceed 65,504, fp16's largest
 
 
@@ -28,9 +29,13 @@ def next_token_score(
     """`next_token_loss` of targets (B, T); in chunks where the logits would not fit into one. Only for training."""
 
     def score(x: Tensor, weight: Tensor) -> Tensor:
-        if chunks(targets.numel(), weight.size(0)) == 1 and not compiled:
+        n_tokens, vocab_size = targets.numel(), weight.size(0)
+        pieces = not compiled and x.device.type == "cpu" and 4 * n_tokens * vocab_size > PIECE_BYTES
+        if chunks(n_tokens, vocab_size) == 1 and not (compiled or pieces):
             return next_token_loss(F.linear(x, weight), targets, label_smoothing=label_smoothing, z_loss=z_loss)
         gradient = partial(_compiled() if compiled else chunk_gradient, label_smoothing=label_smoothing, z_loss=z_loss)
+        if pieces:
+            gradient = partial(in_pieces, gradient)
         return ChunkedLoss.apply(x.flatten(0, 1), weight, targets.flatten(), gradient)
 
     return score
@@ -79,13 +84,13 @@ class ChunkedLoss(torch.autograd.Function):
         """x (B*T, C), weight (V, C), targets (B*T), gradient as `chunk_gradient` of logits and targets."""
         n = chunks(len(targets), len(weight))
         x_grad = torch.empty_like(x)
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32)  # many chunks add up to it
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if n > 1 else None  # many chunks add up to it
         total = torch.zeros((), device=x.device)
         for some, wanted, some_grad in zip(x.chunk(n), targets.chunk(n), x_grad.chunk(n), strict=True):
             loss, grad, scale = gradient(F.linear(some, weight), wanted)
             total += loss
             some_grad.copy_((grad @ weight) * scale)
-            _add_product(weight_grad, grad.t(), (some * scale).to(grad.dtype))
+            weight_grad = _plus_product(weight_grad, grad.t(), (some * scale).to(grad.dtype))
         kept = (targets != IGNORE).sum().clamp(min=1)
         ctx.save_for_backward(x_grad, weight_grad, kept)
         ctx.weight_dtype = weight.dtype
@@ -126,18 +131,31 @@ def chunk_gradient(
     return (loss * kept).sum(), grad.to(logits.dtype), kept
 
 
+def in_pieces(
+    gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], logits: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `gradient` gives, a few rows at a time; the first factor takes the place of the logits."""
+    n = max(1, PIECE_BYTES // (4 * logits.size(1)))
+    losses, scales = [], []
+    for rows, wanted in zip(logits.split(n), targets.split(n), strict=True):
+        loss, grad, scale = gradient(rows, wanted)
+        rows.copy_(grad)
+        losses.append(loss)
+        scales.append(scale)
+    return torch.stack(losses).sum(), logits, torch.cat(scales)
+
+
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """On a GPU the softmax of a chunk takes longer than its matrix products, unless its passes are fused."""
     return torch.compile(chunk_gradient, dynamic=False, fullgraph=True)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in the precision of total."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, in the place and the precision of total, if there is one."""
+    if total is None:
+        return a @ b
+    return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
 
 
 def kept_share(targets: Tensor) -> Tensor:

@@ -108,6 +108,20 @@ def test_in_chunks_loss_and_gradients_are_the_plain_ones(small_chunks, options):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("tokens", [1, 7, 36])
+def test_a_few_rows_at_a_time_loss_and_gradients_are_the_plain_ones(monkeypatch, options, tokens):
+    """As on a CPU; one chunk, which 7 does not divide."""
+    monkeypatch.setattr("megagpt.loss.PIECE_BYTES", 4 * 50 * tokens - 1)
+    x, weight, targets = hidden_states()
+    plain = next_token_loss(F.linear(x, weight), targets, **options)
+    score = next_token_score(targets, **options)(x, weight)
+    torch.testing.assert_close(score, plain, rtol=1e-6, atol=0)
+    expected = torch.autograd.grad(plain, (x, weight))
+    for found, wanted in zip(torch.autograd.grad(score, (x, weight)), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_in_chunks_16_bit_gradients_are_about_as_exact_as_the_plain_ones(small_chunks):
     """Against fp32 gradients of the same 16-bit numbers: bf16 keeps 8 bits, and each entry sums over many terms."""
     x, weight, targets = hidden_states(torch.bfloat16)
