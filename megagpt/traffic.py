@@ -54,7 +54,8 @@ def traffic(run: RunConfig, batch: BatchPlan, vocab_size: int) -> Traffic:
         return Traffic(W, N * sent * (every if stage == 2 else 1), 0, s * _flat(run, sizes, W), exchanged, P)
     padded = sum(-(-n // W) * W for n in sizes)
     small = sum(-(-n // W) * W for n in sizes if n <= persistence(run))
-    gathered = every * (padded - small + regathered(run, padded - small)) + small
+    again = regathered(run, padded - small) + _tied_again(run, sizes[0], padded - small)
+    gathered = every * (padded - small + again) + small
     return Traffic(W, 0, every * padded * sent, s * gathered, exchanged, P)
 
 
@@ -70,8 +71,22 @@ def regathered(run: RunConfig, partitioned: int) -> int:
     the prefetch for backward came across while it was still whole is kept (`partitioned_param_coordinator.py:
     __params_to_release`). `max_live_parameters` limits the prefetch alone.
     """
-    reuse = zero_key(run, "max_reuse_distance", 1e9) // 2
-    return max(0, partitioned - int(max(reuse, zero_key(run, "prefetch_bucket_size", 5e7))))
+    return max(0, partitioned - int(max(_reuse(run) // 2, _prefetch(run))))
+
+
+def _tied_again(run: RunConfig, tied: int, partitioned: int) -> int:
+    """The output matrix, which is the embeddings' too: let go between these two uses, all blocks apart, it is gathered
+    once more in the forward and once more in the backward pass.
+    """
+    return 2 * tied if partitioned - tied > max(_reuse(run), _prefetch(run)) else 0
+
+
+def _reuse(run: RunConfig) -> float:
+    return zero_key(run, "max_reuse_distance", 1e9)
+
+
+def _prefetch(run: RunConfig) -> float:
+    return zero_key(run, "prefetch_bucket_size", 5e7)
 
 
 def zero_key(run: RunConfig, name: str, default: float) -> float:
