@@ -139,17 +139,19 @@ def _copies(parts: list[Part], old: list[Part], step_dir: Path) -> list[tuple[Te
             lies_in[have.name].append((source, have))
     copies = []
     for part, want in [(own, stretch) for own in parts for stretch in own.stretches]:
-        missing = want.numel
-        for source, have in lies_in[want.name]:
-            begin = max(want.start, have.start)
-            n = min(want.start + want.numel, have.start + have.numel) - begin
+        reached, end, missing = want.start, want.start + want.numel, 0
+        for source, have in sorted(lies_in[want.name], key=lambda found: found[1].start):
+            begin = max(reached, have.start)  # what two of them have is taken once, so that it hides no hole
+            n = min(end, have.start + have.numel) - begin
             if n > 0:
                 to, at = want.offset + begin - want.start, have.offset + begin - have.start
                 copies += [
                     (mine.narrow(0, to, n), theirs.narrow(0, at, n))
                     for mine, theirs in zip(part.values, source.values, strict=True)
                 ]
-                missing -= n
+                missing += begin - reached
+                reached = begin + n
+        missing += end - reached
         if missing:
             raise UserError(f"{step_dir} lacks {missing} values of {want.name}; {REPAIR}")
     return copies

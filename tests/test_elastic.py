@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from elastic_ranks import CHAIN, STEPS_EACH, opened, options, part_of_the_chain, whole_state
+from hypothesis import given
+from hypothesis import strategies as st
 from support import ROOT, debug_run, environment, metric, torchrun
 
 from megagpt import session
 from megagpt.commits import committed
+from megagpt.elastic import Part, Stretch, _copies
 from megagpt.engine import consolidated_weights
 from megagpt.errors import UserError
 from megagpt.rng import rng_state, seed_all, seed_from
@@ -196,3 +199,40 @@ def test_a_step_that_lacks_a_part_of_a_parameter_is_refused(saved, dataset):
         patch.setattr(elastic, "_mapped", lacking)
         with pytest.raises(UserError, match=r"lacks 24576 values of wte\.weight; start the run as it was saved"):
             opened(dataset, saved, *options(3))
+
+
+def part_of(cuts: list[tuple[str, int, int]], values: dict[str, torch.Tensor] | None) -> Part:
+    """A part that holds these cuts (name, start, numel) one after another, of the values or of none yet."""
+    stretches, offset = [], 0
+    for name, start, numel in cuts:
+        stretches.append(Stretch(name, start, numel, offset))
+        offset += numel + 1  # padding
+    flat = torch.full((offset,), -1.0)
+    for s in stretches if values else []:
+        flat[s.offset : s.offset + s.numel] = values[s.name][s.start : s.start + s.numel]
+    return Part((flat, flat + 1000, flat + 2000) if values else (flat, flat.clone(), flat.clone()), stretches)
+
+
+SIZE = 12
+CUT = st.integers(0, SIZE).flatmap(lambda i: st.tuples(st.sampled_from("ab"), st.just(i), st.integers(0, SIZE - i)))
+
+
+@given(st.lists(st.lists(CUT, max_size=5), max_size=4), st.lists(CUT, max_size=5))
+def test_what_a_rank_keeps_is_taken_once_wherever_it_lies_or_the_step_is_refused(old_cuts, own_cuts):
+    """However the old files overlap, and in whichever order they come; what is missing is what none of them has."""
+    values = {name: torch.arange(SIZE) + 100.0 * n for n, name in enumerate("ab")}
+    there = {(name, i) for cuts in old_cuts for name, start, numel in cuts for i in range(start, start + numel)}
+    holes = [[(n, i) for i in range(s, s + k) if (n, i) not in there] for n, s, k in own_cuts]
+    old, own = [part_of(cuts, values) for cuts in old_cuts], part_of(own_cuts, None)
+    if first := next(filter(None, holes), None):
+        with pytest.raises(UserError, match=f"lacks {len(first)} values of {first[0][0]};"):
+            _copies([own], old, Path("step"))
+        return
+    copies = _copies([own], old, Path("step"))
+    assert sum(len(to) for to, _ in copies) == 3 * sum(numel for _, _, numel in own_cuts)
+    for to, value in copies:
+        to.copy_(value)
+    expected = part_of(own_cuts, values)
+    for s in own.stretches:
+        for mine, theirs in zip(own.values, expected.values, strict=True):
+            assert torch.equal(mine[s.offset : s.offset + s.numel], theirs[s.offset : s.offset + s.numel])
