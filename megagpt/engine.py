@@ -45,6 +45,7 @@ __all__ = [
     "Engine",
     "before_update",
     "build_engine",
+    "check_deepspeed_keys",
     "consolidated_weights",
     "files_to_save",
     "load_engine",
@@ -73,7 +74,7 @@ def build_engine(
     config = effective_config(run, batch, vocab_size, device)
     if _clips_itself(ds):
         config["gradient_clipping"] = 0.0
-    _check_deepspeed_keys(config)
+    check_deepspeed_keys(config)
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     with deepspeed.zero.Init(config_dict_or_path=config, enabled=ds.zero_optimization.stage == 3):
         model = GPT(cfg.model, vocab_size, dropout=cfg.regularization.dropout)
@@ -121,7 +122,7 @@ def share_positions(model: GPT, size: int) -> None:
     model.part = rank() % size
 
 
-def _check_deepspeed_keys(config: dict[str, Any]) -> None:
+def check_deepspeed_keys(config: dict[str, Any]) -> None:
     """Let DeepSpeed check its own sections before the model takes memory; raises UserError with its reason."""
     try:
         deepspeed.DeepSpeedConfig(config)
@@ -160,7 +161,7 @@ def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.dev
         # a pass over all gradients, for DeepSpeed to leave out a bad step: guards.Gate does, but not at CPUAdam
         filled["bf16.check_grad_overflow"] = adam_on_the_host(run.deepspeed, device)
     if stage > 0:
-        # DeepSpeed's 5e8 elements would be gigabytes of buffer, and one bucket, so nothing could ever overlap
+        # DeepSpeed's 5e8 elements would be gigabytes of buffer, and one bucket, so that overlap_comm could hide nothing
         filled["zero_optimization.reduce_bucket_size"] = bucket
         filled["zero_optimization.allgather_bucket_size"] = bucket
     if stage in (1, 2) and batch.world_size == 1:

@@ -8,7 +8,7 @@ with; one unit U = t C s, a (B, T, C) tensor.
 from dataclasses import dataclass, fields
 
 from megagpt.accounting import bucket_elements, param_sizes
-from megagpt.loss import chunks
+from megagpt.loss import PIECE_BYTES, chunks
 from megagpt.run_config import BatchPlan, RunConfig
 from megagpt.traffic import WIDTH, persistence, regathered, zero_key
 
@@ -56,11 +56,11 @@ class _States:
     stepped: float  # gradients while Adam works
 
 
-def memory(run: RunConfig, batch: BatchPlan, vocab_size: int) -> Memory:
+def memory(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool = False) -> Memory:
     """At the worst of four moments of a step's last micro-batch, once Adam's moments are there."""
     states = _states(run, batch, vocab_size)
     kept, again, moved = _activations(run, batch)
-    logits = _logits(run, batch, vocab_size)
+    logits = _logits(run, batch, vocab_size, on_cpu=on_cpu)
     head = vocab_size * run.megagpt.model.n_embd * WIDTH[run.deepspeed.dtype]  # the output matrix's gradient
     whole = states.weights + states.gathered
     moments = {
@@ -168,16 +168,21 @@ def _activations(run: RunConfig, batch: BatchPlan) -> tuple[float, float, float]
     return ends + blocks, backward, 0.0
 
 
-def _logits(run: RunConfig, batch: BatchPlan, vocab_size: int) -> float:
-    """The most that the loss holds. Whole (`next_token_loss`): the logits' softmax and the gradients of both, in fp32.
-    In chunks: of one chunk the logits, their softmax and gradient, and the output matrix's gradient in fp32.
+def _logits(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool) -> float:
+    """The most that the loss holds, by the way that loss.py: next_token_score goes.
+
+    Whole: the logits' softmax and the gradients of both, in fp32. In chunks: of one chunk the logits, their softmax and
+    gradient; then its logits, what they are multiplied to, and the output matrix's gradient, in fp32 if there are more.
     """
     cfg, s = run.megagpt, WIDTH[run.deepspeed.dtype]
     n_tokens = batch.micro_batch * cfg.seq_len // batch.sequence_parallel_size
     n_chunks = chunks(n_tokens, vocab_size)
-    if n_chunks == 1:
+    pieces = on_cpu and 4 * n_tokens * vocab_size > PIECE_BYTES
+    compiled = not on_cpu and cfg.compile is not False
+    if n_chunks == 1 and not (pieces or compiled):
         scores = 4.0 * n_tokens * vocab_size
         return 3 * scores + (scores if cfg.regularization.z_loss > 0.0 else 0.0)
-    matrix = 4.0 * vocab_size * cfg.model.n_embd
     chunk = -(-n_tokens // n_chunks) * vocab_size
-    return matrix + max(chunk * (4 + (2 * s if s == 2 else s)), matrix * (1 + s / 4))
+    matrix = 0.0 if n_chunks == 1 else 4.0 * vocab_size * cfg.model.n_embd
+    softmax = 2.0 * PIECE_BYTES if pieces else chunk * (4.0 + s)
+    return matrix + s * chunk + max(softmax, float(s * vocab_size * cfg.model.n_embd))

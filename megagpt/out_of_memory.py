@@ -1,6 +1,7 @@
 """Out of memory, said so that it can be mended: what was being done, what is predicted, what to set instead."""
 
 import resource
+import shlex
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,12 @@ DOING = {  # by the function that the error went through, the innermost first
     "resume": "loading the checkpoint",
 }
 
+SAID = (  # where a RuntimeError is all there is
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",  # pinned memory, and what CUDA takes for itself
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
 
 @contextmanager
 def explained(run: RunConfig, device: torch.device) -> Iterator[None]:
@@ -40,9 +47,8 @@ def explained(run: RunConfig, device: torch.device) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """The CPU's allocator has no exception of its own."""
-    own = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return own or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """Only torch's allocator for GPUs has an exception of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in SAID)
 
 
 def memory_of(device: torch.device) -> int:
@@ -60,8 +66,10 @@ def _message(run: RunConfig, device: torch.device, error: BaseException) -> str:
     doing = next((DOING[name] for name in reversed(names) if name in DOING), "starting")
     limit = memory_of(device)
     here = Machine(str(device), Gpu(1e12, limit / GIB, 10.0), world_size(), "", 10.0)
-    found = list(settings(run, here, vocabulary(run)[0]))
-    current = found[0]
+    current, *others = settings(run, here, vocabulary(run)[0])
+    if device.type == "cpu":  # where offloading moves nothing
+        others = [s for s in others if s.offload == current.offload]
+    found = [current, *others]
     parts = ", ".join(f"{part} {getattr(current.memory, part) / GIB:.2f}" for part in PARTS)
     return (
         f"out of memory while {doing}, on rank {rank()}, which may use {limit / GIB:.2f} GiB; predicted are "
@@ -86,5 +94,5 @@ def remedy(found: list[Setting]) -> str:
     if ways:
         return f"Set {', or '.join(ways)}"
     if (best := fastest([replace(s, fits=s in less) for s in found])) is not None:
-        return f"Set {' '.join(best.keys())}"
+        return f"Set {shlex.join(best.keys)}"
     return "No setting fits: take more ranks, or a smaller model"

@@ -6,7 +6,7 @@ model of a step's time, and the table.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from megagpt.accounting import GPUS, Gpu, flops_per_token, gpu_named, n_params, recompute_flops_per_token
 from megagpt.data_manifest import read_manifest
@@ -72,6 +72,7 @@ class Setting:
     host_seconds: float
     hidden_seconds: float  # of the wire's, behind the compute
     fits: bool
+    keys: tuple[str, ...] = field(default=(), compare=False)  # what makes the planned run file this setting
 
     @property
     def seconds(self) -> float:
@@ -80,19 +81,6 @@ class Setting:
     @property
     def total(self) -> float:
         return self.memory.total + self.spare
-
-    def keys(self) -> list[str]:
-        """What to put behind the run file's name, or into it."""
-        optimizer, param = WHERE[self.offload]
-        keys = [f"zero_optimization.stage={self.stage}"]
-        keys += [f"zero_optimization.offload_optimizer.device={optimizer}"] if self.offload != "none" else []
-        keys += [f"zero_optimization.offload_param.device={param}"] if param != "none" else []
-        return [
-            *keys,
-            f"train_micro_batch_size_per_gpu={self.micro_batch}",
-            f"gradient_accumulation_steps={self.accumulation}",
-            f"megagpt.recompute.policy={self.policy}",
-        ]
 
 
 def machine(gpu: str, ranks: int, network: str | None, efficiency: float = EFFICIENCY) -> Machine:
@@ -123,7 +111,8 @@ def vocabulary(run: RunConfig) -> tuple[int, str]:
 def setting(run: RunConfig, on: Machine, vocab_size: int, *, current: bool = False) -> Setting:
     """Raises UserError if the batch does not multiply out."""
     batch, zero = batch_plan(run.deepspeed, on.ranks), run.deepspeed.zero_optimization
-    used, sent = memory(run, batch, vocab_size), traffic(run, batch, vocab_size)
+    used = memory(run, batch, vocab_size, on_cpu=on.name == "cpu")
+    sent = traffic(run, batch, vocab_size)
     spare = FRAGMENTATION * used.total + CONTEXT
     bandwidth, compute = on.gb_per_s * 1e9, _compute_seconds(run, batch, vocab_size, on)
     param = zero.offload_param.device != "none"
@@ -152,7 +141,8 @@ def settings(run: RunConfig, on: Machine, vocab_size: int) -> Iterator[Setting]:
     for micro_batch in micro_batches(run, on.ranks):
         for stage, offload in STAGES:
             for policy in dict.fromkeys((*POLICIES, run.megagpt.recompute.policy)):
-                yield setting(variant(run, stage, offload, policy, micro_batch), on, vocab_size)
+                keys = changes(run, stage, offload, policy, micro_batch)
+                yield replace(setting(parse_run(run.as_json(), keys), on, vocab_size), keys=tuple(keys))
 
 
 def micro_batches(run: RunConfig, ranks: int) -> list[int]:
@@ -161,19 +151,27 @@ def micro_batches(run: RunConfig, ranks: int) -> list[int]:
     return [n for n in range(1, share + 1) if share % n == 0]
 
 
-def variant(run: RunConfig, stage: int, offload: str, policy: str, micro_batch: int) -> RunConfig:
-    """The run file with other keys for what is planned."""
+def changes(run: RunConfig, stage: int, offload: str, policy: str, micro_batch: int) -> list[str]:
+    """What to put behind the run file's name, or into it, for this setting."""
     optimizer, param = WHERE[offload]
-    raw = run.as_json()
-    raw["train_micro_batch_size_per_gpu"] = micro_batch
-    raw["gradient_accumulation_steps"] = None
-    zero = {**raw.get("zero_optimization", {}), "stage": stage}
-    for key, device in (("offload_optimizer", optimizer), ("offload_param", param)):
-        zero[key] = {**zero.get(key, {}), "device": device}
+    zero, ds = run.deepspeed.zero_optimization, run.deepspeed
+    keys = [f"zero_optimization.stage={stage}"]
+    for name, device, now in (
+        ("offload_optimizer", optimizer, zero.offload_optimizer.device),
+        ("offload_param", param, zero.offload_param.device),
+    ):
+        keys += [f"zero_optimization.{name}.device={device}"] if device != now else []
+    keys.append(f"train_micro_batch_size_per_gpu={micro_batch}")
+    keys += ["gradient_accumulation_steps=null"] if ds.gradient_accumulation_steps is not None else []
     if policy != run.megagpt.recompute.policy:
-        raw["megagpt"]["recompute"] = {"policy": policy}
-        raw.pop("activation_checkpointing", None)
-    return parse_run({**raw, "zero_optimization": zero})
+        keys.append(f'megagpt.recompute={{"policy": "{policy}"}}')
+        keys += ["activation_checkpointing={}"] if "activation_checkpointing" in run.deepspeed_raw else []
+    return keys
+
+
+def variant(run: RunConfig, stage: int, offload: str, policy: str, micro_batch: int) -> RunConfig:
+    """The run file with those changes."""
+    return parse_run(run.as_json(), changes(run, stage, offload, policy, micro_batch))
 
 
 def fastest(found: Sequence[Setting]) -> Setting | None:

@@ -1,5 +1,6 @@
 """`megagpt plan` for people, as a table, and for programs, as JSON."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -80,7 +81,7 @@ def as_json(on: Machine, vocab: tuple[int, str], found: Sequence[Setting], token
     """Bytes, seconds and FLOP/s, every setting that was tried."""
 
     def row(s: Setting) -> dict[str, Any]:
-        return {**asdict(s), "seconds": s.seconds, "total": s.total, "wire": s.traffic.wire, "keys": s.keys()}
+        return {**asdict(s), "seconds": s.seconds, "total": s.total, "wire": s.traffic.wire}
 
     best = fastest(found)
     return {
@@ -106,7 +107,8 @@ def assumptions(run: RunConfig, on: Machine) -> list[str]:
         "activations: of uncompiled blocks; compiled ones keep less",
         f"offload: {HOST_LINK / 1e9:.0f} GB/s to the host for each GPU, {HOST_ADAM / 1e9:.0f} GB/s of its memory for "
         "Adam",
-        "not counted: Adam on the GPU, waiting for data, evaluating, saving, the first step's compiling",
+        "not counted: Adam on the GPU, waiting for data, evaluating, saving, the first step's compiling, and that the "
+        "GPU waits where DeepSpeed reads something back: at stage 0 in 16 bit once for each parameter in every step",
     ]
     if run.deepspeed.dtype == "fp32":
         lines.append(f"fp32: {FP32_PEAK:.4f} of the 16-bit peak")
@@ -156,5 +158,5 @@ def _verdict(best: Setting | None, current: Setting, steps: float) -> list[str]:
         f"The run file as it is {fits}.",
         f"Fastest that fits: stage {best.stage}, {best.total / GIB:.2f} GiB (most at {best.memory.when}), "
         f"{1e3 * best.seconds:,.1f} ms/step, {best.seconds * steps / 86_400:,.2f} days:",
-        f"  {' '.join(best.keys())}",
+        f"  {shlex.join(best.keys)}",
     ]

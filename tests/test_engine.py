@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import traceback
+import warnings
 from pathlib import Path
 
 import pytest
@@ -284,6 +285,25 @@ def test_a_steady_step_reads_nothing_back_but_what_deepspeed_reads_once(dataset,
     once = reads_of_a_step(1)
     assert set(once) <= DEEPSPEEDS_READS
     assert reads_of_a_step(3) == once  # none in a micro-batch
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_on_a_gpu_a_steady_step_waits_for_it_in_deepspeed_alone(dataset, device, tmp_path, stage):
+    sizes = ["train_batch_size=8", "bf16.enabled=true", f"zero_optimization.stage={stage}"]
+    session = Session(check(debug_run(dataset, tmp_path / "run", *sizes), fresh=False), device)
+    batches = session.batches()
+    for _ in range(3):
+        train_step(session, batches)
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        loss, *_ = train_step(session, batches)
+        seen = len(waits)
+        loss.item()
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) > seen  # the control: a wait is seen
+    assert {Path(wait.filename).parts[-3] for wait in waits[:seen]} <= {"deepspeed", "runtime"}
 
 
 def test_the_garbage_collector_leaves_alone_what_lives_as_long_as_the_run(dataset, device, tmp_path):

@@ -1,10 +1,13 @@
 """The benchmark against other trainers: all compute the same thing, and its tables say what was measured."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT, environment
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
@@ -13,10 +16,12 @@ from hf_peers import hf_model
 from plain_gpt2 import PlainGPT2
 from throughput import parse, spec_of
 from throughput_table import summary
-from turns import our_model
+from turns import our_model, run_of
 
 from megagpt.config import ModelConfig
+from megagpt.engine import check_deepspeed_keys, effective_config
 from megagpt.loss import next_token_loss
+from megagpt.run_config import batch_plan
 
 
 def setting(*more: str):
@@ -83,14 +88,31 @@ def test_a_row_without_figures_is_not_measured(tmp_path):
 
 
 def test_the_time_of_a_killed_call_counts(tmp_path):
+    """The next call goes on from the seconds that the file had when the first was killed."""
     file = tmp_path / "spent.json"
-    file.write_text('{"seconds": 900.0}')
-    assert Clock(file).before == 900.0
+    program = (
+        "import sys, time; from pathlib import Path; from gpu_suite import Clock\n"
+        "clock = Clock(Path(sys.argv[1]))\n"
+        "while clock.kept < 1.0: time.sleep(0.05)\n"
+        "print('kept', flush=True); time.sleep(60)"
+    )
+    env = environment() | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "benchmarks")])
+    }
+    command = [sys.executable, "-c", program, file]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdout.readline() == "kept\n"
+        process.kill()
+    assert Clock(file).before >= 1.0
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_every_row_of_the_gpu_table_is_a_command_that_can_be_run(row):
+def test_every_row_of_the_gpu_table_is_a_command_that_can_be_run(row, monkeypatch, tmp_path):
     """On one GPU, with the contestants that it names; within one call."""
-    for device in ("cuda", "cpu"):
-        assert PROGRAMS[row.program].parse(row.arguments(device)).device == device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert PROGRAMS[row.program].parse(row.arguments("cpu")).device == "cpu"
+    args = PROGRAMS[row.program].parse(row.arguments("cuda"))
+    for peer in (peer for peer in getattr(args, "peers", []) if peer.startswith("ours")):
+        run = run_of(spec_of(peer, args, tmp_path))
+        check_deepspeed_keys(effective_config(run, batch_plan(run.deepspeed, 1), 50304, torch.device("cuda")))
     assert row.estimate <= 9 * 60

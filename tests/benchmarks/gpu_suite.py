@@ -1,18 +1,20 @@
 """Runs the rows of the GPU table one by one within a budget of time, and renders what is there; see gpu_suite.sh.
 
-A row is one run of throughput.py or of another script here. When it is done its figures are in OUT/ROW.json, and a row
-that failed by itself has its reason in OUT/ROW.failed; both are skipped from then on. A row that was cut off leaves
-nothing and is begun again. The seconds spent are kept in OUT/spent.json while a row runs, so that a killed call counts
-too.
+A row is one run of throughput.py or of another script here, in a process of its own. When it is done its figures are in
+OUT/ROW.json, and a row that failed by itself has its reason in OUT/ROW.failed; both are skipped from then on. A row
+that was cut off leaves its rounds in OUT/ROW.part and is begun again. The seconds spent are kept in OUT/spent.json
+while a row runs, so that a killed call counts too.
 """
 
 import argparse
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +22,7 @@ from types import ModuleType
 import adam
 import recompute
 import throughput
+import torch
 
 from megagpt.files import write_atomically
 
@@ -59,11 +62,12 @@ def contest(
     peers: tuple[str, ...],
     estimate: int,
     *,
+    seq: int = 1024,
     rounds: int = 3,
     fresh: bool = False,
 ) -> Row:
-    """A row of throughput.py at 1,024 tokens a sequence."""
-    sizes = {"model": model, "seq": 1024, "micro-batch": micro_batch, "tokens-per-step": tokens_per_step}
+    """A row of throughput.py."""
+    sizes = {"model": model, "seq": seq, "micro-batch": micro_batch, "tokens-per-step": tokens_per_step}
     sizes |= {"steps": 5, "rounds": rounds}
     tiny = {"model": "tiny", "vocab-size": 1000, "seq": 64, "micro-batch": 4, "tokens-per-step": 1024}
     tiny |= {"steps": 2, "rounds": 2, "warmup": 1}
@@ -79,12 +83,12 @@ def ablation(name: str, shows: str, *variants: str, estimate: int = 180) -> Row:
     return contest(name, shows, "124M", 64, 2**18, ("ours", *(f"ours {v}" for v in variants)), estimate, rounds=2)
 
 
-ZERO = "zero_optimization"
+ZERO, FULL = "zero_optimization", 'megagpt.recompute={"policy":"full"}'
 PEERS = ("ours", "plain", "gpt2-compile")
 HF_PEERS = ("ours", "hf-compile", "hf-trainer", "hf-trainer-compile")
 ROWS = (  # in order of worth
     contest("124M", "124M against its peers", "124M", 64, 2**19, (*PEERS, "hf"), 300),
-    contest("1558M", "1.5B against its peers", "1558M", 16, 2**17, PEERS, 420, rounds=1, fresh=True),
+    contest("1558M", "1.5B: DeepSpeed's cost", "1558M", 16, 2**17, ("ours", "plain"), 420, rounds=2, fresh=True),
     ablation("micro_batch", "sequences in a micro-batch", *(f"train_micro_batch_size_per_gpu={n}" for n in (32, 128))),
     contest("350M", "350M against its peers", "350M", 32, 2**18, PEERS, 200, rounds=2),
     ablation("compile", "without torch.compile", "megagpt.compile=false", estimate=120),
@@ -113,7 +117,7 @@ ROWS = (  # in order of worth
         "recompute",
         "recomputed blocks",
         'megagpt.recompute={"policy":"every_k","k":2}',
-        'megagpt.recompute={"policy":"full"}',
+        FULL,
     ),
     Row("adam", "Adam's step alone: torch's fused kernel against DeepSpeed's", 60, ("--model", "124M"), "adam"),
     Row(
@@ -123,6 +127,7 @@ ROWS = (  # in order of worth
         ("--model", "124M", "--seq", "1024", "--micro-batch", "32", "--steps", "3", "--rounds", "2"),
         "recompute",
     ),
+    contest("32k", "32,768 tokens a sequence", "124M", 1, 2**17, (f"ours {FULL}",), 120, seq=2**15, rounds=2),
     contest("774M", "774M against its peers", "774M", 16, 2**17, PEERS, 300, rounds=1, fresh=True),
 )
 
@@ -131,14 +136,16 @@ class Clock:
     """Seconds spent by all calls together, kept in a file every second."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.before, self.began = file, 0.0, time.monotonic()
+        self.file, self.before, self.kept, self.began = file, 0.0, 0.0, time.monotonic()
         if file.exists():
             self.before = json.loads(file.read_text())["seconds"]
         threading.Thread(target=self._keep, daemon=True).start()
 
     def _keep(self) -> None:
         while True:
-            write_atomically(self.file, json.dumps({"seconds": round(self.before + self.of_call(), 1)}).encode())
+            seconds = round(self.before + self.of_call(), 1)
+            write_atomically(self.file, json.dumps({"seconds": seconds}).encode())
+            self.kept = seconds
             time.sleep(1.0)
 
     def of_call(self) -> float:
@@ -150,7 +157,6 @@ def run(out: Path, device: str, call_seconds: float, all_seconds: float) -> None
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(out.absolute() / "compiled"))  # for all rows and calls
     clock = Clock(out / "spent.json")
     budget = min(call_seconds, all_seconds - clock.before)
-    signal.signal(signal.SIGALRM, _out_of_time)
     for row in ROWS:
         done, failed = row.files(out)
         left = budget - clock.of_call()
@@ -158,29 +164,45 @@ def run(out: Path, device: str, call_seconds: float, all_seconds: float) -> None
             continue
         say(f"{row.name}: {row.shows}; {left:.0f} s left in this call")
         unfinished = out / f"{row.name}.part"
-        signal.setitimer(signal.ITIMER_REAL, left)
         try:
-            PROGRAMS[row.program].main([*row.arguments(device), "--json", str(unfinished)])
+            measure(row, device, unfinished, out / f"{row.name}.log", left)
             unfinished.rename(done)
-        except TimeoutError:
+        except subprocess.TimeoutExpired:
             say(f"{row.name}: cut off, {call_seconds:.0f} s are over")
             if left >= 0.95 * call_seconds:
                 failed.write_text("longer than a call\n")
-        except Exception as error:  # the other rows are worth as much
-            failed.write_text(f"{type(error).__name__}: {error}\n")
+        except RuntimeError as error:  # the other rows are worth as much
+            failed.write_text(f"{error}\n")
             say(f"{row.name}: {error}")
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    missing = [row.name for row in ROWS if not any((out / f"{row.name}.{end}").exists() for end in ("json", "failed"))]
+    missing = [row.name for row in ROWS if not any(file.exists() for file in row.files(out))]
     spent = clock.before + clock.of_call()
+    over = spent + min((row.estimate for row in ROWS if row.name in missing), default=0) > all_seconds
     say(
         f"{spent:.0f} of {all_seconds:.0f} s spent; "
-        + (f"left: {', '.join(missing)}" if missing else "nothing is left")
+        + ("nothing is left" if not missing or over else f"left: {', '.join(missing)}")
+        + (f", and no time for {', '.join(missing)}" if missing and over else "")
     )
 
 
-def _out_of_time(*_: object) -> None:
-    raise TimeoutError
+def measure(row: Row, device: str, file: Path, log: Path, seconds: float) -> None:
+    """One row in a process of its own, which leaves no memory of the GPU behind, into `file`.
+
+    Raises TimeoutExpired if it is not done after so long, RuntimeError if it or its first contestant failed.
+    """
+    command = [sys.executable, str(HERE / f"{row.program}.py"), *row.arguments(device), "--json", str(file)]
+    with log.open("w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+        try:
+            code = process.wait(seconds)
+        finally:
+            with suppress(ProcessLookupError):  # also what it started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code != 0:
+        raise RuntimeError((log.read_text(errors="replace").strip() or f"exit code {code}").splitlines()[-1])
+    first = next(iter(json.loads(file.read_text()).get("contestants", {"": {}}).values()))
+    if "failed" in first:
+        raise RuntimeError(first["failed"])
 
 
 def render(out: Path) -> str:
@@ -188,7 +210,12 @@ def render(out: Path) -> str:
     parts = []
     for row in ROWS:
         done, failed = row.files(out)
-        what = PROGRAMS[row.program].table(json.loads(done.read_text())) if done.exists() else "not measured"
+        part = out / f"{row.name}.part"
+        what = "not measured"
+        if done.exists() or part.exists():
+            what = PROGRAMS[row.program].table(json.loads((done if done.exists() else part).read_text()))
+        if part.exists():
+            what = f"Cut off before its last round:\n\n{what}"
         if failed.exists():
             what += f" ({failed.read_text().strip()})"
         parts.append(f"**{row.shows}** (`{row.name}`)\n\n{what}")
@@ -207,6 +234,9 @@ def main() -> None:
     parser.add_argument("--all-seconds", type=float, default=ALL_SECONDS, help="all calls together")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
+    if args.device == "cuda" and not args.table and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; --device cpu tries the script")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started is ended
     if not args.table:
         run(args.out, args.device, args.call_seconds, args.all_seconds)
     print(render(args.out))

@@ -1,6 +1,7 @@
 #!/bin/bash
 # The GPU's rows of RESULTS.md, in order of worth: at most 9 minutes a call and 25 in all on one H200-class GPU.
-# Call it until it says that nothing is left; rows that are done are kept, and each call goes on where the last ended.
+# Call it until it says that nothing is left, for which 25 minutes may not be enough; rows that are done are kept, and
+# each call goes on where the last ended.
 #
 #   tests/benchmarks/gpu_suite.sh                      on one GPU; results in tests/benchmarks/gpu
 #   tests/benchmarks/gpu_suite.sh --table              the table of what is there, "not measured" for what is not

@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from datetime import date
@@ -107,10 +108,13 @@ def measure(args: argparse.Namespace, cache: str) -> dict[str, list[tuple[int, l
     for number in range(args.rounds):
         for name, (cfg, compiled) in ladder.items():
             here, there = fork.Pipe(duplex=False)
-            process = fork.Process(target=turn, args=(args, cfg, compiled, cache, there))
+            process = fork.Process(target=turn, args=(args, cfg, compiled, cache, there), daemon=True)
             process.start()
             there.close()
-            taken[name].append(here.recv())
+            try:
+                taken[name].append(here.recv())
+            except EOFError:
+                sys.exit(f"{name} died: see above")
             process.join()
             say(f"round {number + 1}/{args.rounds} {name}: {statistics.median(taken[name][-1][1]):.2f} s")
     return taken

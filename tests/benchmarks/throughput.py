@@ -21,6 +21,7 @@ import argparse
 import json
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from contestants import PEERS
 from throughput_table import SIZES, commit, hardware, summary, table
 from turns import Spec, run_of
 
+from megagpt.processor import multiplies_bf16
 from megagpt.session import check
 
 HERE = Path(__file__).parent
@@ -77,11 +80,15 @@ class Contestant:
                 )
             os.close(write)
             self.answers.append(os.fdopen(read))
-        self._answer()
-        self.take(1)
-        self.start_seconds = time.perf_counter() - began
-        if warmup > 1:
-            self.take(warmup - 1)
+        try:
+            self._answer()
+            self.take(1)
+            self.start_seconds = time.perf_counter() - began
+            if warmup > 1:
+                self.take(warmup - 1)
+        except BaseException:  # nobody has it yet who could end it
+            self.end()
+            raise
 
     def take(self, steps: int) -> dict[str, Any]:
         """Rank 0's answer, when all ranks have answered. Raises RuntimeError if one has died."""
@@ -91,11 +98,16 @@ class Contestant:
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        lines = [answer.readline() for answer in self.answers]
-        if not all(lines):
-            said = self.log.read_text(errors="replace").strip().splitlines()
-            raise RuntimeError(said[-1] if said else "died without a word")
-        return json.loads(lines[0])
+        """Rank 0's line, when all ranks have written one; a dead rank is noticed although others wait for it."""
+        waiting, lines = list(self.answers), {}
+        while waiting:
+            for answer in select.select(waiting, [], [])[0]:
+                lines[answer] = answer.readline()
+                waiting.remove(answer)
+                if not lines[answer]:
+                    said = self.log.read_text(errors="replace").strip().splitlines()
+                    raise RuntimeError(said[-1] if said else "died without a word")
+        return json.loads(lines[self.answers[0]])
 
     def end(self) -> None:
         for process in self.processes:
@@ -174,24 +186,33 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def positive(text: str) -> int:
+    """For argparse, which says what it got."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", choices=SIZES, default="124M")
-    parser.add_argument("--vocab-size", type=int, default=50_257)
-    parser.add_argument("--seq", type=int, default=1024, help="tokens per sequence")
-    parser.add_argument("--micro-batch", type=int, default=64, help="sequences per forward pass")
-    parser.add_argument("--tokens-per-step", type=int, default=524_288, help="over all micro-batches and ranks")
-    parser.add_argument("--steps", type=int, default=5, help="in a turn")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=3, help="steps that are not timed, at least 1")
+    parser.add_argument("--vocab-size", type=positive, default=50_257)
+    parser.add_argument("--seq", type=positive, default=1024, help="tokens per sequence")
+    parser.add_argument("--micro-batch", type=positive, default=64, help="sequences per forward pass")
+    parser.add_argument("--tokens-per-step", type=positive, default=524_288, help="over all micro-batches and ranks")
+    parser.add_argument("--steps", type=positive, default=5, help="in a turn")
+    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--warmup", type=positive, default=3, help="steps that are not timed, at least 1")
     parser.add_argument("--peers", nargs="+", help="the first is the reference; default: all that the device can run")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where it is fast")
-    parser.add_argument("--ranks", type=int, default=1, help="processes of each contestant; GPUs")
+    parser.add_argument("--ranks", type=positive, default=1, help="processes of each contestant; GPUs")
     parser.add_argument("--fresh", action="store_true", help="a new process for each turn: models too large to wait")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--folder", type=Path, help="for the temporary files; default: the system's")
     args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, and torch sees no GPU here; try --device cpu")
     args.peers = args.peers or [*DEFAULT_PEERS[args.device], *(["ddp"] if args.ranks > 1 else [])]
     if unknown := [name for name in args.peers if name.split()[0] not in PEERS]:
         parser.error(f"no contestant {unknown[0]!r}; there are {', '.join(PEERS)}")
@@ -199,7 +220,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.tokens_per_step % per_pass:
         parser.error(f"--tokens-per-step {args.tokens_per_step} is no multiple of {per_pass} tokens in a pass")
     if args.dtype == "auto":
-        fast = args.device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        fast = args.device == "cuda" or multiplies_bf16()
         args.dtype = "bf16" if fast else "fp32"
     return args
 
@@ -213,7 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
         "setting": setting,
         "threads": torch.get_num_threads(),
         "hardware": hardware(args.device),
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers") if find_spec(name)},
     }
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for results in measure(args, Path(folder)):
