@@ -25,18 +25,22 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
     from megagpt.preemption import Preemption
 
     preemption = Preemption(launcher_alive=watch(), ctrl_c=True)  # before torch, so that no signal is missed
-    from megagpt.distributed import init_process_group, is_main, together
+    from megagpt.distributed import init_process_group, is_main, say, together
     from megagpt.processor import fitting
     from megagpt.run_file import load_run_config
 
     try:
         check_hostfile()
         device = init_process_group()
-        run = fitting(together(lambda: load_run_config(args.deepspeed_config, args.overrides)), device)
+        run = together(lambda: load_run_config(args.deepspeed_config, args.overrides))
         # after the run file is found right, because DeepSpeed takes seconds to import
+        from megagpt.lint import refuse
         from megagpt.out_of_memory import explained
         from megagpt.trainer import train
 
+        for warning in together(lambda: refuse(run)):
+            say(warning)
+        run = fitting(run, device)
         with explained(run, device):
             state = train(run, device, fresh=args.fresh, preemption=preemption)
     except UserError as error:
@@ -114,6 +118,28 @@ def _plan(args: argparse.Namespace) -> int:
     else:
         print(plan_report.report(run, on, vocab, found, tokens))
     return 0
+
+
+def _lint(args: argparse.Namespace) -> int:
+    from megagpt.lint import effective, lint_file
+    from megagpt.plan import vocabulary
+    from megagpt.run_file import load_run_config
+
+    found = lint_file(args.run_file, args.overrides, ranks=args.ranks)
+    wrong = any(finding.level == "error" for finding in found)
+    shown = None
+    if args.effective and not wrong:
+        run = load_run_config(args.run_file, args.overrides)
+        shown = effective(run, vocabulary(run)[0], args.ranks)
+    if args.json:
+        rows = [{"level": finding.level, "key": finding.key, "text": finding.text} for finding in found]
+        print(json.dumps({"findings": rows} | ({} if shown is None else {"effective": shown})))
+    else:
+        lines = [f"{args.run_file}: {finding}" for finding in found]
+        print("\n".join(lines or [f"{args.run_file}: nothing to say"]))
+        if shown is not None:
+            print(json.dumps(shown, indent=2))
+    return 2 if wrong else 0
 
 
 def _verify_resume(args: argparse.Namespace) -> int:
@@ -211,6 +237,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "check-hosts": _check_hosts,
     "checkpoints": _checkpoints,
+    "lint": _lint,
     "plan": _plan,
     "verify-resume": _verify_resume,
 }

@@ -50,6 +50,16 @@ def _before_a_run(commands: Any) -> None:
         "--memory", type=_above_zero, metavar="GIB", help="with --probe: what each rank may use; default: all"
     )
 
+    lint = commands.add_parser(
+        "lint",
+        help="every key of a run file: unknown, removed from DeepSpeed, without effect; exit code 2 for an error",
+        epilog="example: megagpt lint ds_configs/gpt2_124m.json --ranks 8 zero_optimization.stage=2",
+    )
+    _add_run_file(lint)
+    lint.add_argument("--ranks", type=_positive, help="check the batch arithmetic on so many GPUs")
+    lint.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    lint.add_argument("--effective", action="store_true", help="print the run file with all that will act written out")
+
     resume = commands.add_parser(
         "verify-resume",
         help="whether a run file's run goes on to the last bit after a stop; exit code 1 if not",

@@ -25,7 +25,13 @@ from megagpt.model import GPT, Block, Recompute
 from megagpt.optim import clip_before_step, decay_groups
 from megagpt.pickles import check_pickles, pickles_of
 from megagpt.processor import adam_on_the_host
-from megagpt.recompute import RunAgain, recompute_blocks, recompute_inside, set_memory_budget
+from megagpt.recompute import (
+    RunAgain,
+    recompute_blocks,
+    recompute_inside,
+    refuse_what_cannot_act,
+    set_memory_budget,
+)
 from megagpt.run_config import BatchPlan, DeepSpeedConfig, RunConfig
 from megagpt.run_file import explain
 from megagpt.writer import Collector
@@ -35,6 +41,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # names that DeepSpeed uses
 
 import deepspeed  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig as ConfigReader  # noqa: E402
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine as Engine  # noqa: E402
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
@@ -42,11 +49,13 @@ from deepspeed.sequence.layer import register_all_to_all_group  # noqa: E402
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # noqa: E402
 
 __all__ = [
+    "ConfigReader",
     "Engine",
     "before_update",
     "build_engine",
     "check_deepspeed_keys",
     "consolidated_weights",
+    "effective_config",
     "files_to_save",
     "load_engine",
     "recompute_hook",
@@ -210,40 +219,8 @@ def before_update(engine: Engine, act: Callable[[Optimizer, Tensor | float | Non
 
 def recompute_hook(cfg: MegaGPTConfig, ds: DeepSpeedConfig, device: torch.device, *, compiled: bool) -> Recompute:
     """How the model runs a block in training. Raises UserError for a setting that could not act."""
+    refuse_what_cannot_act(cfg, ds, device, compiled=compiled)
     recompute = cfg.recompute
-    section = ds.activation_checkpointing
-    asked = {key: value for key, value in section.model_dump().items() if value}
-    if asked and (recompute.kind != "deepspeed" or recompute.policy == "none"):
-        raise UserError(
-            f"activation_checkpointing.{next(iter(asked))}={next(iter(asked.values()))} has no effect without "
-            'DeepSpeed\'s checkpointing; set megagpt.recompute to {"policy": "full", "kind": "deepspeed"}'
-        )
-    if section.partition_activations or section.contiguous_memory_optimization:
-        raise UserError(
-            "activation_checkpointing.partition_activations and contiguous_memory_optimization split activations "
-            "over model-parallel ranks, and megagpt has none; remove them"
-        )
-    if section.number_checkpoints is not None:
-        raise UserError(
-            f"activation_checkpointing.number_checkpoints={section.number_checkpoints} sizes the buffers of "
-            "contiguous_memory_optimization, which needs model parallelism; choose blocks with megagpt.recompute"
-        )
-    for key, moves in (
-        ("activation_checkpointing.cpu_checkpointing", section.cpu_checkpointing),
-        ("megagpt.recompute.offload", recompute.offload),
-    ):
-        if moves and device.type == "cpu":
-            raise UserError(f"{key} moves activations to the CPU, where they are; remove it")
-    if recompute.policy == "budget" and not compiled:
-        raise UserError(
-            "megagpt.recompute.policy='budget' is kept by the compiler, and blocks are not compiled here; set "
-            "megagpt.compile to true, or the policy to 'selective'"
-        )
-    if recompute.policy == "budget" and cfg.regularization.dropout > 0.0:  # torch 2.13 on a CPU: a gradient 18 % off
-        raise UserError(
-            f"megagpt.recompute.policy='budget' with dropout={cfg.regularization.dropout}: the compiler may draw other "
-            "masks in backward, and gradients would be wrong; set the policy to 'selective', or dropout to 0"
-        )
     run_again = _deepspeed_checkpoint(ds) if recompute.kind == "deepspeed" else None
     return recompute_blocks(recompute, cfg.regularization.dropout, run_again, compiled=compiled)
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from megagpt.config import RecomputeConfig
+from megagpt.config import MegaGPTConfig, RecomputeConfig
+from megagpt.errors import UserError
 from megagpt.model import Block, Recompute, keep_activations
+from megagpt.run_config import DeepSpeedConfig
 
 RunAgain = Callable[[Block, Tensor, Tensor | None], Tensor]  # a block run so that backward computes it again
 
@@ -29,6 +31,44 @@ ATTENTIONS = {
     aten._scaled_dot_product_fused_attention_overrideable.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+
+
+def refuse_what_cannot_act(cfg: MegaGPTConfig, ds: DeepSpeedConfig, device: torch.device, *, compiled: bool) -> None:
+    """Raises UserError for a setting of recomputation that would change nothing, or gradients."""
+    recompute = cfg.recompute
+    section = ds.activation_checkpointing
+    asked = {key: value for key, value in section.model_dump().items() if value}
+    if asked and (recompute.kind != "deepspeed" or recompute.policy == "none"):
+        raise UserError(
+            f"activation_checkpointing.{next(iter(asked))}={next(iter(asked.values()))} has no effect without "
+            'DeepSpeed\'s checkpointing; set megagpt.recompute to {"policy": "full", "kind": "deepspeed"}'
+        )
+    if section.partition_activations or section.contiguous_memory_optimization:
+        raise UserError(
+            "activation_checkpointing.partition_activations and contiguous_memory_optimization split activations "
+            "over model-parallel ranks, and megagpt has none; remove them"
+        )
+    if section.number_checkpoints is not None:
+        raise UserError(
+            f"activation_checkpointing.number_checkpoints={section.number_checkpoints} sizes the buffers of "
+            "contiguous_memory_optimization, which needs model parallelism; choose blocks with megagpt.recompute"
+        )
+    for key, moves in (
+        ("activation_checkpointing.cpu_checkpointing", section.cpu_checkpointing),
+        ("megagpt.recompute.offload", recompute.offload),
+    ):
+        if moves and device.type == "cpu":
+            raise UserError(f"{key} moves activations to the CPU, where they are; remove it")
+    if recompute.policy == "budget" and not compiled:
+        raise UserError(
+            "megagpt.recompute.policy='budget' is kept by the compiler, and blocks are not compiled here; set "
+            "megagpt.compile to true, or the policy to 'selective'"
+        )
+    if recompute.policy == "budget" and cfg.regularization.dropout > 0.0:  # torch 2.13 on a CPU: a gradient 18 % off
+        raise UserError(
+            f"megagpt.recompute.policy='budget' with dropout={cfg.regularization.dropout}: the compiler may draw other "
+            "masks in backward, and gradients would be wrong; set the policy to 'selective', or dropout to 0"
+        )
 
 
 def recompute_blocks(

@@ -93,15 +93,12 @@ REFUSED_KEYS = {
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file, apply overrides, check every key, split off our section. Raises UserError."""
-    return parse_run(_read_json(path), overrides, where=str(path))
+    return parse_run(read_json(path), overrides, where=str(path))
 
 
 def parse_run(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "run file") -> RunConfig:
     """A RunConfig from the run file's object (which is not changed). Raises UserError."""
-    raw = json.loads(json.dumps(raw))
-    for item in overrides:
-        _override(raw, item)
-    raw.pop("$schema", None)
+    raw = overridden(raw, overrides)
     _check_keys(raw, where)
     section = raw.pop(SECTION)
     try:
@@ -112,6 +109,15 @@ def parse_run(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str 
         raise UserError(f"{where}: {mistakes}") from None
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The run file's object (which is not changed) with single keys changed. Raises UserError."""
+    raw = json.loads(json.dumps(raw))
+    for item in overrides:
+        _override(raw, item)
+    raw.pop("$schema", None)
+    return raw
 
 
 def run_schema() -> dict[str, Any]:
@@ -127,7 +133,7 @@ def run_schema() -> dict[str, Any]:
     return schema
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicate_keys)
     except FileNotFoundError:
@@ -172,16 +178,16 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
     if refused := [f"{key!r} cannot act here: {why}" for key, why in REFUSED_KEYS.items() if key in raw]:
         raise UserError(f"{where}: " + "; ".join(refused))
     if unknown := sorted(set(raw) - DEEPSPEED_KEYS - {SECTION}):
-        hints = "; ".join(f"unknown key {key!r}{_did_you_mean(key, DEEPSPEED_KEYS | {SECTION})}" for key in unknown)
+        hints = "; ".join(f"unknown key {key!r}{did_you_mean(key, DEEPSPEED_KEYS | {SECTION})}" for key in unknown)
         raise UserError(f"{where}: {hints}")
     for name, known in DEEPSPEED_SECTIONS.items():
         for key in sorted(_keys_of(raw, name) - known):
-            raise UserError(f"{where}: unknown key {f'{name}.{key}'!r}{_did_you_mean(key, known)}")
+            raise UserError(f"{where}: unknown key {f'{name}.{key}'!r}{did_you_mean(key, known)}")
     if not isinstance(raw.get(SECTION), dict):
         raise UserError(f'{where}: no "{SECTION}" section; see ds_configs/README.md')
     if "api_key" in _keys_of(raw, "comet"):  # the run file is copied into run.json, checkpoints and TensorBoard
         raise UserError(f"{where}: comet.api_key is a secret; set COMET_API_KEY in the environment instead")
-    for dotted, value in _leaves(raw):
+    for dotted, value in leaves(raw):
         if value == "auto" and not dotted.startswith(f"{SECTION}.sample."):
             raise UserError(f'{where}: {dotted} is "auto"; write the number, nothing here fills it in')
 
@@ -193,32 +199,33 @@ def _keys_of(raw: dict[str, Any], section: str) -> set[str]:
     return set(found)
 
 
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
     if items is None:
         yield path, node
         return
     for key, value in items:
-        yield from _leaves(value, f"{path}.{key}" if path else str(key))
+        yield from leaves(value, f"{path}.{key}" if path else str(key))
 
 
 def explain(error: ValidationError, root: type[BaseModel], *, section: str) -> str:
     """Each mistake in a phrase: the dotted key, what is wrong, the value seen or the nearest right key."""
-    return "; ".join(_phrases(error, root, section))
+    return "; ".join(phrase for _, phrase in mistakes(error, root, section=section))
 
 
-def _phrases(error: ValidationError, root: type[BaseModel], section: str) -> Iterator[str]:
+def mistakes(error: ValidationError, root: type[BaseModel], *, section: str) -> Iterator[tuple[str, str]]:
+    """Each mistake as (dotted key, phrase)."""
     for detail in error.errors():
         dotted = ".".join(map(str, (section, *detail["loc"]) if section else detail["loc"]))
         if detail["type"] == "extra_forbidden":
             known = _fields_at(root, detail["loc"][:-1])
-            yield f"unknown key {dotted!r}{_did_you_mean(str(detail['loc'][-1]), known)}"
+            yield dotted, f"unknown key {dotted!r}{did_you_mean(str(detail['loc'][-1]), known)}"
         elif detail["type"] == "missing":
-            yield f"{dotted} is missing"
-        elif detail["type"] == "value_error":
-            yield f"{dotted}: {detail['ctx']['error']}"
+            yield dotted, f"{dotted} is missing"
+        elif detail["type"] in ("value_error", "assertion_error"):
+            yield dotted, f"{dotted}: {detail['ctx']['error']}"
         else:
-            yield f"{dotted}={detail['input']!r}: {detail['msg']}"
+            yield dotted, f"{dotted}={detail['input']!r}: {detail['msg']}"
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
@@ -231,6 +238,6 @@ def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
     return set(model.model_fields)
 
 
-def _did_you_mean(key: str, known: set[str] | frozenset[str]) -> str:
+def did_you_mean(key: str, known: set[str] | frozenset[str]) -> str:
     near = get_close_matches(key, sorted(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"

@@ -218,7 +218,7 @@ def test_a_mistake_is_printed_once_for_all_ranks_without_a_traceback(dataset, tm
         (["megagpt.data.val_tokens=100000000"], "too little validation data"),
         (["zero_optimization.overlap_com=true"], "'zero_optimization.overlap_com'; did you mean 'overlap_comm'?"),
         (["fp16.enabled=true"], "fp16 is not supported on your device"),
-        (["bf16.enabled=true", "fp16.enabled=true"], "bfloat16 and fp16 modes cannot be simultaneously enabled"),
+        (["bf16.enabled=true", "fp16.enabled=true"], "fp16.enabled and bf16.enabled are both true; choose one"),
         (["activation_checkpointing.cpu_checkpointing=true"], "has no effect without"),
     ],
 )
