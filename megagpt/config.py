@@ -237,7 +237,7 @@ class PackingConfig(Strict):
 
 
 class SpikesConfig(Strict):
-    """A loss or gradient norm above mean + sigma standard deviations of the last `window` steps is a spike."""
+    """A loss or gradient norm is a spike if sigma deviations above the last `window` steps: logarithms, by medians."""
 
     action: Literal["none", "log", "skip", "roll back", "stop"] = "log"
     window: int = Field(default=128, ge=8)

@@ -76,6 +76,8 @@ class Gate:
 
     def next_step(self) -> tuple[list[Tensor], list[Tensor]]:
         """Two lists for the losses and shares of the step's micro-batches, to be full when the optimizer is asked."""
+        if self._losses and self._closed is None:  # DeepSpeed left that update out: it counts as health.py counts it
+            self._history = extended(self._history, self._history.new_full((2,), torch.nan), self._spikes.window)
         self._losses, self._shares, self._closed = [], [], None
         return self._losses, self._shares
 
@@ -139,13 +141,13 @@ def judge(health: Health, steps: Steps, cfg: GuardsConfig, documents: Callable[[
     for i in spikes if cfg.spikes.action != "none" else []:
         what = (
             f"a spike at step {steps.number(i)}: loss {float(steps.losses[i]):.4f}, gradient norm "
-            f"{float(steps.grad_norms[i]):.4f}, one of them more than {cfg.spikes.sigma:g} standard deviations above "
-            f"the last {cfg.spikes.window} steps"
+            f"{float(steps.grad_norms[i]):.4f}, one of them more than {cfg.spikes.sigma:g} deviations above the last "
+            f"{cfg.spikes.window} steps"
         )
         if cfg.spikes.action == "stop":
             raise UserError(
                 f"{what}; megagpt.guards.spikes.action is to stop, and nothing was saved over the last checkpoint. "
-                f"What it saw: {documents(steps.number(i), 0)}"
+                f"What it saw: {documents(steps.number(i), _worst(steps, i))}"
             )
         lines.append(what + ("; its update was left out" if steps.skipped[i] else ""))
     return Verdict(health, bool(spikes) and cfg.spikes.action == "roll back", tuple(lines))
@@ -156,7 +158,12 @@ def _not_finite(steps: Steps, i: int) -> tuple[int, str]:
     ranks = (~steps.rank_losses[:, i].isfinite()).nonzero().flatten().tolist()
     if ranks:
         return ranks[0], f"the loss is {steps.rank_losses[ranks[0], i]} at step {steps.number(i)} on rank {ranks[0]}"
-    return 0, f"the gradient norm is {steps.grad_norms[i]} at step {steps.number(i)}"
+    return _worst(steps, i), f"the gradient norm is {steps.grad_norms[i]} at step {steps.number(i)}"
+
+
+def _worst(steps: Steps, i: int) -> int:
+    """The rank with the highest loss in step i."""
+    return int(steps.rank_losses[:, i].argmax())
 
 
 def documents_of(data: TrainData, samples: Iterable[int], run: Path, step: int, limit: int = 5) -> str:

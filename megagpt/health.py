@@ -12,6 +12,9 @@ from torch import Tensor
 from megagpt.config import GuardsConfig, SpikesConfig
 from megagpt.state import Health
 
+AS_STANDARD = 1.4826  # of a normal distribution: its standard deviation over its median deviation
+LEAST_SPREAD = 0.01  # 1 %: what hardly varies may
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -60,14 +63,18 @@ def history_of(health: Health, device: torch.device | None = None) -> Tensor:
 
 
 def is_spike(history: Tensor, now: Tensor, cfg: SpikesConfig) -> Tensor:
-    """Whether `now` (2,) lies more than sigma standard deviations above the mean of the history: bool (), no read.
+    """Whether `now` (2,) lies more than sigma deviations above the middle of the history: bool (), no read.
 
-    As OLMo-core's SkipStepOptimizer (6 sigma over 128 steps, once half of them are there), but a fall is no spike.
+    Of logarithms, because gradient norms differ by factors. Middle and deviation are medians: in a mean and a standard
+    deviation one great spike would hide all others for as long as the window has it.
     """
     if history.size(1) < cfg.window // 2:
         return torch.zeros((), dtype=torch.bool, device=now.device)
-    std, mean = torch.std_mean(history, dim=1)
-    return (now > mean + cfg.sigma * std).any()
+    logs = history.log()
+    middle = logs.median(dim=1, keepdim=True).values
+    spread = AS_STANDARD * (logs - middle).abs().median(dim=1).values
+    above = now.log() > middle.squeeze(1) + cfg.sigma * spread.clamp(min=LEAST_SPREAD)
+    return (above & now.isfinite()).any()  # an infinite norm is another matter, or fp16's loss scale
 
 
 def extended(history: Tensor, now: Tensor, window: int) -> Tensor:
@@ -83,7 +90,7 @@ def after_steps(health: Health, steps: Steps, cfg: GuardsConfig) -> tuple[Health
     bad = steps.bad().tolist()
     for i, now in enumerate(torch.stack([steps.losses, steps.grad_norms]).unbind(1)):
         in_a_row = in_a_row + 1 if bad[i] else 0
-        if in_a_row == cfg.max_bad_steps and too_many is None:
+        if in_a_row >= cfg.max_bad_steps and too_many is None:  # it may have been lowered since
             too_many = i
         if not bad[i] and bool(is_spike(history, now, cfg.spikes)):
             spikes.append(i)

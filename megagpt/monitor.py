@@ -2,9 +2,14 @@
 
 Only rank 0 writes. DeepSpeed's own TensorBoard writer has no text, no hyperparameters and no purge after a resume,
 so TensorBoard is written here; its CSV, W&B and Comet writers get the same events.
+
+A disk that takes no more numbers does not end a run, which may free it or be rid of it by its next save: that one stops
+all ranks if it finds the same.
 """
 
+import errno
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,7 +35,7 @@ class Monitor:
 
     def __init__(self, run: RunConfig, resumed: TrainState, *, also: Events) -> None:
         self._max_steps = run.megagpt.schedule.max_steps
-        self._also = also
+        self._also, self._told = also, False
         self._writer: SummaryWriter | None = None
         if not is_main():
             return
@@ -48,15 +53,15 @@ class Monitor:
         """Record metrics of the step just finished; "loss/train" and its like group in TensorBoard."""
         if not is_main():
             return
-        row = {"step": state.step, "tokens_seen": state.tokens_seen, **metrics}
-        with self._metrics_file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._writer:
-            for name, value in metrics.items():
-                self._writer.add_scalar(name, value, state.step)
-            self._writer.flush()
-        # DeepSpeed counts its own events in samples, and W&B drops an event whose count is behind the last one's
-        self._also([(name, value, state.samples_seen) for name, value in metrics.items()])
+        with self._losing_numbers():
+            _append(self._metrics_file, {"step": state.step, "tokens_seen": state.tokens_seen, **metrics})
+        with self._losing_numbers():
+            if self._writer:
+                for name, value in metrics.items():
+                    self._writer.add_scalar(name, value, state.step)
+                self._writer.flush()
+            # DeepSpeed counts its own events in samples, and W&B drops an event whose count is behind the last one's
+            self._also([(name, value, state.samples_seen) for name, value in metrics.items()])
         shown = [f"{name} {_short(name, value)}" for name, value in metrics.items() if name in ON_THE_LINE]
         if eta_seconds is not None:
             shown.append(f"eta {timedelta(seconds=round(eta_seconds))}")
@@ -65,13 +70,24 @@ class Monitor:
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Show a text in TensorBoard, as it is."""
-        if self._writer:
-            self._writer.add_text(tag, "\n".join("    " + line for line in text.split("\n")), step)
-            self._writer.flush()
+        with self._losing_numbers():
+            if self._writer:
+                self._writer.add_text(tag, "\n".join("    " + line for line in text.split("\n")), step)
+                self._writer.flush()
 
     def close(self) -> None:
-        if self._writer:
-            self._writer.close()
+        with self._losing_numbers():
+            if self._writer:
+                self._writer.close()
+
+    @contextmanager
+    def _losing_numbers(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                say(f"numbers are lost, and training goes on: {error}")
+            self._told = True
 
     def _write_hyperparameters(self, run: RunConfig) -> None:
         assert self._writer is not None
@@ -158,6 +174,18 @@ def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str
         bar = "█" * (1 + round((width - 1) * (loss - low) / (high - low or 1.0)))
         lines.append(f"  {step:>8} {loss:8.4f} {bar}")
     return "    step loss/val\n" + "\n".join(lines)
+
+
+def _append(metrics_file: Path, row: dict[str, Any]) -> None:
+    """A whole row or none."""
+    with metrics_file.open("ab", buffering=0) as file:
+        line, size = (json.dumps(row) + "\n").encode(), file.tell()
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(metrics_file))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def _keep_up_to(metrics_file: Path, step: int) -> None:

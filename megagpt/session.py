@@ -31,6 +31,7 @@ from megagpt.rng import seed_all
 from megagpt.rows import Rework
 from megagpt.run_config import BatchPlan, RunConfig, batch_plan
 from megagpt.samples import TrainData, plan_mixture, row_opener, source_of
+from megagpt.starts import written_to
 from megagpt.state import TrainState
 from megagpt.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.watchdog import Watchdog
@@ -99,17 +100,22 @@ class Session:
         self.gate = Gate(self.cfg.guards.spikes, plan.state.health, device)
         if not self.scaled:
             before_update(self.engine, self.gate.before_update)
-        if is_main():
-            self.cfg.out_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.cfg.out_dir / "run.json", json.dumps(self.effective, indent=1).encode())
-            say(_opening(plan, self.effective))
-        self.monitor = Monitor(run, plan.state, also=self.engine.monitor.write_events)
+        self.monitor = together(self._open)
+        say(_opening(plan, self.effective))
         self.token_bytes = torch.from_numpy(plan.tokenizer.token_bytes()).to(device)
         self.watch, self.warm, self.warned = Stopwatch(), False, False
         self.watchdog = Watchdog(self.cfg.guards.hang_timeout, rank(), self.cfg.out_dir / f"stacks.{rank()}.txt")
         self.writer = Writer(beside=self.cfg.save_async)
         self.memory_watch = MemoryWatch(self.cfg.guards.memory_growth_mib)
         self.rolled_back: list[int] = []  # steps gone back to
+
+    def _open(self) -> Monitor:
+        """The run's folder."""
+        out_dir = self.cfg.out_dir
+        with written_to(out_dir):
+            if is_main():
+                write_atomically(out_dir / "run.json", json.dumps(self.effective, indent=1).encode())
+            return Monitor(self.plan.run, self.plan.state, also=self.engine.monitor.write_events)
 
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches, endlessly, from where the plan's state stands."""
@@ -183,7 +189,7 @@ class Session:
         )
         self.plan = replace(self.plan, saved=replace(saved, state=back))
         self.monitor.close()
-        self.monitor = Monitor(self.plan.run, back, also=self.engine.monitor.write_events)
+        self.monitor = together(self._open)
         self.watch = Stopwatch()
         return back, self.batches()
 

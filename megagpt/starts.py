@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megagpt.distributed import is_main, together
@@ -10,6 +12,17 @@ from megagpt.files import write_atomically
 from megagpt.run_config import RunConfig
 
 MAX_IN_VAIN = 3  # restarts in a row without a step forward
+
+
+@contextmanager
+def written_to(out_dir: Path) -> Iterator[None]:
+    """Raises UserError, at the start of a run, if the disk or its rights are against it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{out_dir} cannot be written to: {error}; mend that, or give another megagpt.out_dir"
+        ) from error
 
 
 def count_start(run: RunConfig, saved_step: int) -> None:
@@ -40,8 +53,9 @@ def _count(run: RunConfig, saved_step: int) -> None:
         in_vain = 0
     else:
         in_vain, reached = before["in_vain"] + 1, before["reached"]
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps({"run": digest, "reached": reached, "in_vain": in_vain}).encode())
+    with written_to(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps({"run": digest, "reached": reached, "in_vain": in_vain}).encode())
     if in_vain >= MAX_IN_VAIN:
         raise UserError(
             f"the last {in_vain} starts of {out_dir} came no further than step {reached}; see in their logs what ended "

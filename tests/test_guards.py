@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,6 @@ from megagpt.samples import open_run
 from megagpt.state import Health, TrainState
 from megagpt.trainer import train
 
-SAME_ON_BOTH = ("message", "said", "state", "committed", "loss")
-
 
 @pytest.fixture(scope="module")
 def folder(dataset, tmp_path_factory) -> Path:
@@ -36,7 +35,8 @@ def found(folder):
     """Scenario -> what it returned: the same on both ranks, but for the parts of weights that they hold."""
 
     def without_weights(node):
-        return {k: without_weights(v) for k, v in node.items() if k != "weights"} if isinstance(node, dict) else node
+        held = ("weights", "loaded")
+        return {k: without_weights(v) for k, v in node.items() if k not in held} if isinstance(node, dict) else node
 
     results = read_json(folder / "results.json")
     for one, other in results.values():
@@ -44,17 +44,16 @@ def found(folder):
     return {name: both[1] for name, both in results.items()}
 
 
-@pytest.mark.parametrize("kind", [f"stage {stage} {dtype}" for stage in range(4) for dtype in ("fp32", "bf16")])
-def test_a_step_that_is_not_finite_on_one_rank_changes_no_weight_on_any(found, kind):
-    run = found["one_step_that_is_not_finite"][kind]
-    assert run["message"] == ""
-    assert "the loss is nan at step 5 on rank 1; its update was left out" in run["said"]
-    assert run["state"]["health"]["skipped_steps"] == 1
-    assert run["state"]["step"] == 7
-    w = run["weights"]
-    assert w[4] == w[3]
-    assert len(set(w)) == 6
-    assert all(math.isfinite(loss) for loss in run["loss"].values())
+def test_a_step_that_is_not_finite_on_one_rank_changes_no_weight_and_no_moment_on_any(found):
+    """At every stage in fp32 and bf16, with accumulation, with offload, without clipping."""
+    for kind, run in found["one_step_that_is_not_finite"].items():
+        assert run["message"] == "", kind
+        assert "the loss is nan at step 5 on rank 1; its update was left out" in run["said"], kind
+        assert (run["state"]["health"]["skipped_steps"], run["state"]["step"]) == (1, 7), kind
+        w = run["weights"]
+        assert w[4] == w[3], kind
+        assert len(set(w)) == 6, kind
+        assert all(math.isfinite(loss) for loss in run["loss"].values()), kind
 
 
 def test_three_in_a_row_stop_the_run_and_name_the_documents(folder, found):
@@ -64,15 +63,19 @@ def test_three_in_a_row_stop_the_run_and_name_the_documents(folder, found):
     w = run["weights"]
     assert w[0] == w[1]
     assert w[4] == w[5] == w[6] == w[7]
-    data = open_run(folder / "three_steps_in_a_row_that_are_not_finite" / "run")
-    samples = data.mixture.samples_of(8)[4:]  # rank 1's half
-    piece = data.pieces(samples[0])[0]
+    assert document_of_rank_1(folder / "three_steps_in_a_row_that_are_not_finite" / "run", step=8) in run["message"]
+
+
+def document_of_rank_1(run_dir, step) -> str:
+    """Where its first sample of a step came from."""
+    data = open_run(run_dir)
+    piece = data.pieces(data.mixture.samples_of(step)[4])[0]  # its half begins there
     rows = piece.dataset.stream("train", piece.variant).rows_of(piece.start, len(piece.tokens))
-    assert str(next(origins(piece.dataset, "train", rows))) in run["message"]
+    return str(next(origins(piece.dataset, "train", rows)))
 
 
 def test_a_spike_is_counted_and_said(found):
-    quiet, told = found["a_spike"]["none 1"], found["a_spike"]["log 1"]
+    quiet, told = found["a_spike"]["none"], found["a_spike"]["log"]
     assert quiet["state"]["health"]["spikes"] == told["state"]["health"]["spikes"] == 1
     assert quiet["weights"] == told["weights"]
     assert not any("spike" in line for line in quiet["said"])
@@ -80,42 +83,69 @@ def test_a_spike_is_counted_and_said(found):
     assert line.startswith("a spike at step 14: loss ")
 
 
-def test_a_spike_stops_the_run(found):
-    run = found["a_spike"]["stop 1"]
+def test_a_spike_stops_the_run_and_names_the_documents_of_the_rank_that_saw_it(folder, found):
+    run = found["a_spike"]["stop"]
     assert run["message"].startswith("a spike at step 14: loss ")
     assert run["committed"] == ["step_00000006", "step_00000012"]
+    assert document_of_rank_1(folder / "a_spike" / "stop", step=14) in run["message"]
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_a_spike_is_left_out(found, stage):
-    run = found["a_spike"][f"skip {stage}"]
-    w = run["weights"]
-    assert w[13] == w[12]
-    assert len(set(w)) == 19
-    assert (run["state"]["health"]["skipped_steps"], run["state"]["health"]["spikes"]) == (1, 1)
+def test_a_spike_is_left_out(found):
+    """At step 9, the first that is judged; step 5 was not finite."""
+    for kind, run in found["spikes_left_out"].items():
+        w = run["weights"]
+        assert w[8] == w[7], kind
+        assert w[4] == w[3], kind
+        assert len(set(w)) == 9, kind
+        assert (run["state"]["health"]["skipped_steps"], run["state"]["health"]["spikes"]) == (2, 1), kind
+        [line] = [line for line in run["said"] if "spike" in line]
+        assert line.startswith("a spike at step 9: "), kind
+        assert line.endswith("; its update was left out"), kind
 
 
 def test_a_cut_before_a_spike_changes_nothing(found):
-    straight, cut = found["a_spike"]["skip 1"], found["a_spike"]["skip, cut"]
+    straight, cut = found["spikes_left_out"]["stage 1 fp32"], found["spikes_left_out"]["cut"]
     assert cut["weights"] == straight["weights"]
     assert cut["state"] == straight["state"]
 
 
 def test_a_spike_rolls_the_run_back_past_its_data(folder, found):
     """Seen when step 16 is logged; step 12 is saved. Steps 13 to 20 take the samples after those of step 16."""
-    run = found["a_spike"]["roll back 1"]
+    run = found["rolled_back"]["straight"]
     [line] = [line for line in run["said"] if line.startswith("rolled back")]
     assert line.startswith("rolled back from step 16 to ")
     assert line.endswith("step_00000012; samples 96 to 127 are left out")
     assert len(run["weights"]) == 16 + 8
+    assert run["loaded"] == [run["weights"][11]]
     assert run["weights"][16] != run["weights"][12]
     assert (run["state"]["step"], run["state"]["samples_seen"], run["state"]["tokens_seen"]) == (20, 192, 20 * 8 * 64)
-    mixture = open_run(folder / "a_spike" / "roll back 1").mixture
+    mixture = open_run(folder / "rolled_back" / "straight").mixture
     assert [mixture.samples_of(step) for step in (12, 13, 20)] == [range(88, 96), range(128, 136), range(184, 192)]
 
 
+def test_a_cut_after_rolling_back_changes_nothing(found):
+    straight, cut = found["rolled_back"]["straight"], found["rolled_back"]["cut"]
+    assert cut["weights"] == straight["weights"]
+    assert cut["state"] == straight["state"]
+    assert cut["loss"] == straight["loss"]
+
+
+def test_rolling_back_to_a_step_of_another_shape_loads_it_as_resuming_did(found):
+    run = found["rolled_back"]["reshaped"]
+    assert (run["message"], len(run["loaded"]), len(set(run["loaded"]))) == ("", 2, 1)
+
+
+def test_rolling_back_waits_for_the_save_beside_training(found):
+    """Or it would go back to step 6: step 12 is not committed before somebody waits for it."""
+    run = found["rolled_back"]["beside a save"]
+    [line] = [line for line in run["said"] if line.startswith("rolled back")]
+    assert line.startswith("rolled back from step 13 to ")
+    assert line.endswith("step_00000012; samples 96 to 103 are left out")
+    assert run["loaded"] == [run["weights"][11]]
+
+
 def test_rolling_back_again_and_again_ends(found):
-    run = found["a_spike"]["roll back, again and again"]
+    run = found["rolled_back"]["again and again"]
     assert "3 times from the same step" in run["message"]
     assert len([line for line in run["said"] if line.startswith("rolled back")]) == 3
 
@@ -157,12 +187,32 @@ def test_judging_steps_at_once_or_in_two_parts_is_the_same(values, cut):
     assert TrainState.from_json(plain).health == whole
 
 
-def test_a_spike_is_sigma_deviations_above_the_mean_of_half_a_window_or_more():
-    """1, 3, 1, 3: mean 2, deviation sqrt(4/3), so 2 sigma is 4.309."""
-    history = torch.tensor([[1.0, 3.0, 1.0, 3.0]] * 2, dtype=torch.float64)
-    for now, spike in {(4.30, 2.0): False, (4.32, 2.0): True, (2.0, 4.32): True, (-9.0, 0.0): False}.items():
-        assert bool(is_spike(history, torch.tensor(now, dtype=torch.float64), CFG.spikes)) == spike
-    assert not is_spike(history[:, 1:], torch.tensor([99.0, 99.0], dtype=torch.float64), CFG.spikes)
+def judged(values, now):
+    """By values of the loss and twice those of the norm."""
+    history = torch.tensor([values, [2 * value for value in values]], dtype=torch.float64)
+    return bool(is_spike(history, torch.tensor(now, dtype=torch.float64), CFG.spikes))
+
+
+def test_a_spike_is_sigma_deviations_of_the_logarithm_above_the_middle_of_half_a_window_or_more():
+    """Logarithms base 2 of 0, 1, 2, 3 and 99: the middle 2, deviations 2, 1, 0, 1 and 97, whose middle is 1. Two sigma:
+    a factor of 2 ** (2 * 1.4826) = 7.810 over 4; however large the one great spike was.
+    """
+    values = [1.0, 4.0, 2.0, 8.0, 2.0**99]
+    for now, spike in {(31.2, 8.0): False, (31.3, 8.0): True, (4.0, 62.5): True, (4.0, 62.4): False}.items():
+        assert judged(values, now) == spike
+    assert not judged(values, (0.0, 0.0))
+    assert not judged(values[:3], (99.0, 99.0))
+
+
+def test_what_hardly_varies_may_by_sigma_percent():
+    assert not judged([3.0] * 8, (3.06, 6.12))
+    assert judged([3.0] * 8, (3.07, 6.0))
+
+
+def test_no_norm_is_no_spike():
+    """Zeros, where DeepSpeed has none."""
+    zeros = torch.zeros(2, 8, dtype=torch.float64)
+    assert not is_spike(zeros, zeros[:, 0], CFG.spikes)
 
 
 def test_a_step_that_is_not_finite_counts_as_the_one_before():
@@ -174,8 +224,18 @@ def test_a_step_that_is_not_finite_counts_as_the_one_before():
 def test_a_norm_that_is_not_finite_under_a_loss_scale_is_no_bad_step():
     steps = numbers([1.0, 1.0], [math.inf, math.inf], 2)
     assert after_steps(Health(), steps, CFG)[2] == 1
-    scaled = Steps(2, steps.rank_losses, steps.shares, steps.grad_norms, steps.skipped, scaled=True)
-    assert after_steps(Health(), scaled, CFG)[2] is None
+    assert after_steps(Health(), replace(steps, scaled=True), CFG)[2] is None
+
+
+def test_a_norm_that_is_not_finite_under_a_loss_scale_is_no_spike():
+    steps = replace(numbers([1.0] * 9, [1.0] * 8 + [math.inf], 9), scaled=True)
+    health, spikes, _ = after_steps(Health(), steps, CFG)
+    assert (health.spikes, spikes) == (0, [])
+
+
+def test_a_limit_that_was_lowered_in_the_middle_of_bad_steps_holds():
+    steps = numbers([math.nan], [math.nan], 7)
+    assert after_steps(Health(bad_in_a_row=2), steps, CFG)[2] == 0
 
 
 def test_a_commit_from_before_the_guards_loads():
@@ -227,16 +287,16 @@ def test_skipping_spikes_is_refused_where_the_kernel_cannot(dataset, device, tmp
 
 @pytest.mark.long
 def test_no_guard_fires_in_20_clean_runs(dataset, device, tmp_path, capsys):
-    """200 steps each, spikes judged from the 64th on, at OLMo's 6 sigma over 128 steps, which is the default.
+    """600 steps each, spikes judged from the 65th on.
 
-    At a third of the debug run's learning rate, at which a gradient norm does leap now and then: with seed 10 from 0.43
-    to 13.3 at step 80, which is then said.
+    At a third of the debug run's learning rate, at which losses and norms do leap, which is then said: faults/RESULTS.md
+    has the rates of both. With seeds that the rule was not made with.
     """
-    for seed in range(20):
-        options = [f"megagpt.seed={seed}", f"megagpt.data.seed={seed}", "megagpt.schedule.max_steps=200"]
+    for seed in range(20, 40):
+        options = [f"megagpt.seed={seed}", f"megagpt.data.seed={seed}", "megagpt.schedule.max_steps=600"]
         options += ["optimizer.params.lr=0.001"]
         options += ["megagpt.guards.compare_every=10", "megagpt.guards.hang_timeout=30", "megagpt.every.sample=0"]
         state = train(debug_run(dataset, tmp_path / str(seed), *options, f"zero_optimization.stage={seed % 4}"), device)
         assert (state.health.spikes, state.health.skipped_steps, state.health.bad_in_a_row) == (0, 0, 0)
-        assert len(metric(tmp_path / str(seed), "loss/train")) == 200
+        assert len(metric(tmp_path / str(seed), "loss/train")) == 600
     assert not [line for line in capsys.readouterr().out.splitlines() if "spike at" in line or "has grown" in line]

@@ -1,4 +1,5 @@
 import json
+import resource
 
 import pytest
 from support import debug_run, metric
@@ -134,3 +135,19 @@ def test_the_curve_in_the_terminal_keeps_the_last_point(tmp_path):
     assert len(lines) <= 14
     assert lines[1].split()[:2] == ["1", "4.9900"]
     assert lines[-1].split() == ["100", "4.0000", "█"]
+
+
+def test_a_disk_that_takes_no_more_costs_numbers_and_not_the_run(dataset, tmp_path, capsys):
+    """A row is there whole or not at all, so that those after it can be read."""
+    run = debug_run(dataset, tmp_path, "tensorboard.enabled=false")
+    monitor = Monitor(run, TrainState(), also=lambda events: None)
+    file, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(1, 5):
+        if step in (2, 3):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 9, limits[1]))
+        try:
+            monitor.log(TrainState(step=step), {"loss/train": 0.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(metric(tmp_path, "loss/train")) == [1, 4]
+    assert capsys.readouterr().out.count("numbers are lost, and training goes on: ") == 1
