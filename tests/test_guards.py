@@ -289,8 +289,8 @@ def test_skipping_spikes_is_refused_where_the_kernel_cannot(dataset, device, tmp
 def test_no_guard_fires_in_20_clean_runs(dataset, device, tmp_path, capsys):
     """600 steps each, spikes judged from the 65th on.
 
-    At a third of the debug run's learning rate, at which losses and norms do leap, which is then said: faults/RESULTS.md
-    has the rates of both. With seeds that the rule was not made with.
+    At a third of the debug run's learning rate, at which losses and norms do leap, which is then said: RESULTS.md of
+    faults/ has the rates of both. With seeds that the rule was not made with.
     """
     for seed in range(20, 40):
         options = [f"megagpt.seed={seed}", f"megagpt.data.seed={seed}", "megagpt.schedule.max_steps=600"]
