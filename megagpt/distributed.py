@@ -5,7 +5,7 @@ import socket
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from typing import TypeVar, cast
+from typing import Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -149,13 +149,22 @@ class StopVote:
     """Agrees on stopping without making a step wait: the vote cast at one step boundary is read at the next.
 
     The ballot is a MAX all-reduce on the host, over a gloo group of its own, so the GPU is never synchronized.
-    Every rank reads the same vote at the same step, even when only one of them was told to stop.
+    Every rank reads the same vote at the same step, even when only one of them was told to stop. Inside `with`, which
+    waits for the last vote: a process that ends while one is under way, on a slow network, is aborted by gloo.
     """
 
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size() > 1 else None
         self._ballot = torch.zeros(1, dtype=torch.int32)
         self._pending: dist.Work | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        alike = error is None or (isinstance(error, UserError) and not isinstance(error, OwnRankError))
+        if self._pending is not None and alike:  # else the others may never vote
+            self._pending.wait()
 
     def __call__(self, stop: bool) -> bool:
         """Cast this rank's vote; returns the outcome of the previous one (False the first time)."""

@@ -15,6 +15,7 @@ import bare
 import lab
 import torch
 from support import DEBUG_RUN, metric, overrides
+from torch import Tensor
 
 from megagpt.__main__ import pretrain
 from megagpt.commits import committed, point_to, read_commit, step_folder
@@ -95,6 +96,11 @@ class Megagpt:
             return f"state {read_commit(ours).state} in place of {read_commit(theirs).state}"
         return _other_file(ours, theirs, ("*.pt", "rng.*.json"))
 
+    def other_end(self, out_dir: Path, other: Path, stage: int) -> str:
+        """Between the last steps of two runs, losses aside; empty if there is no difference."""
+        ours, theirs = (step_folder(run, STEPS) for run in (out_dir, other))
+        return _other_file(ours, theirs, ("*.pt", "rng.*.json"))
+
 
 @dataclass
 class Bare:
@@ -149,11 +155,17 @@ class Bare:
         ours, theirs = (_weights(run / f"global_step{steps}") for run in (out_dir, straight))
         return "" if same(ours, theirs) else "weights of the last step"
 
+    def other_end(self, out_dir: Path, other: Path, stage: int) -> str:
+        ours, theirs = (_weights(run / f"global_step{STEPS}") for run in (out_dir, other))
+        if not all(bool(weight.isfinite().all()) for module in ours for weight in module.values()):
+            return "weights that are not finite"
+        return "" if same(ours, theirs) else "weights of the last step"
+
 
 System = Megagpt | Bare
 
 
-def _weights(tag: Path) -> list[object]:
+def _weights(tag: Path) -> list[dict[str, Tensor]]:
     files = sorted(tag.glob("*model_states.pt"))
     return [torch.load(file, weights_only=False)["module"] for file in files]  # of our own run of a moment ago
 
