@@ -12,7 +12,7 @@ GROUPS = {
     "B": "kill -9 at a random time",
     "C": "signals, also a second one in the save",
     "D": "damaged files",
-    "E": "full disk",
+    "E": "disks that are full, read-only, or not ours to write to",
     "F": "hang",
     "G": "network between two hosts",
     "H": "another run file",
