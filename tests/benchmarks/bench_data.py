@@ -25,14 +25,18 @@ def wide_tokenizer(vocab_size: int) -> Tokenizer:
     return Tokenizer.from_bytes(model.SerializeToString())
 
 
+def zipf_ids(rng: np.random.Generator, n: int, vocab_size: int) -> np.ndarray:
+    """n ids of no control token, each drawn with probability 1 / rank."""
+    weights = 1.0 / np.arange(1, vocab_size - 2)
+    edges = np.cumsum(weights / weights.sum())
+    return (3 + np.searchsorted(edges[:-1], rng.random(n))).astype(np.uint16)
+
+
 def write_zipf(folder: Path, n_tokens: int, vocab_size: int, *, n_shards: int = 1, seed: int = 0) -> None:
-    """folder/train and folder/val: ids drawn with probability 1 / rank, in documents of about 2^12 tokens."""
+    """folder/train and folder/val, in documents of about 2^12 tokens."""
     tokenizer = wide_tokenizer(vocab_size)
     for split, n in (("train", n_tokens), ("val", 4096)):
-        rng = np.random.default_rng([seed, len(split)])
-        weights = 1.0 / np.arange(1, tokenizer.vocab_size - 2)
-        edges = np.cumsum(weights / weights.sum())
-        ids = (3 + np.searchsorted(edges[:-1], rng.random(n))).astype(np.uint16)
+        ids = zipf_ids(np.random.default_rng([seed, len(split)]), n, tokenizer.vocab_size)
         documents = np.array_split(ids, max(1, n >> 12))
         for document in documents:
             document[-1] = tokenizer.eod_id

@@ -55,7 +55,7 @@ def matmul(spec: Spec, turns: Turns, device: torch.device) -> None:
         turns.answer(None, flops_per_sec=rates, clocks=clocks)
         if not sys.stdin.readline():
             return
-        rates = {}
+        rates, turns.began = {}, time.perf_counter()
         for m, k, n in shapes:
             a, b = (torch.randn(rows, k, device=device).to(spec.torch_dtype) for rows in (m, n))
             times = []

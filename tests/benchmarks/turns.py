@@ -1,5 +1,6 @@
 """What the contestants of throughput.py share: their setting, and the clock that interrupts them between turns."""
 
+import ctypes
 import json
 import os
 import resource
@@ -70,6 +71,7 @@ class Turns:
             "loss": last,
             "memory_gib": peak_memory(self.device),
             "resident_mib": resident_memory(),
+            "live_mib": live_memory(),
             **more,
         }
         print(json.dumps(row), file=self.answers, flush=True)
@@ -87,6 +89,23 @@ def resident_memory() -> float:
     file = Path("/proc/self/status")
     lines = file.read_text().splitlines() if file.exists() else []
     return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+class Mallinfo2(ctypes.Structure):
+    """glibc's own account of its heap, in bytes: see mallinfo(3)."""
+
+    NAMES = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in NAMES]
+
+
+def live_memory() -> float:
+    """MiB that are allocated and not freed, in the heap's arenas and mapped by malloc; 0 where libc is another."""
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        return 0.0
+    mallinfo2.restype = Mallinfo2
+    heap = mallinfo2()
+    return (heap.uordblks + heap.hblkhd) / 2**20
 
 
 def run_of(spec: Spec) -> RunConfig:
