@@ -51,7 +51,7 @@ DEFAULT_PEERS = {
     "cpu": ["ours", "plain", "gpt2-fp32", "hf"],
     "cuda": ["ours", "plain", "gpt2-compile", "hf", "hf-compile", "hf-trainer", "hf-trainer-compile"],
 }
-OURS = ("ours", "plain", "ddp", "matmul")  # with large pages, which megagpt asks torch for
+OURS = ("ours", "ours-one-file", "plain", "ddp", "matmul")  # with large pages, which megagpt asks torch for
 
 
 class Contestant:
