@@ -142,6 +142,26 @@ def _lint(args: argparse.Namespace) -> int:
     return 2 if wrong else 0
 
 
+def _slurm(args: argparse.Namespace) -> int:
+    from megagpt.slurm import batch_script, submit
+
+    more = {name: value for name in ("partition", "account") if (value := getattr(args, name)) is not None}
+    more |= {name: value for name, _, value in (option.partition("=") for option in args.sbatch)}
+    script = batch_script(
+        args.run_file,
+        args.overrides,
+        nodes=args.nodes,
+        gpus_per_node=args.gpus_per_node,
+        time=args.time,
+        more=more,
+        sweep=args.sweep,
+        container=args.container,
+        fresh=args.fresh,
+    )
+    print(script if args.dry_run else submit(script), end="" if args.dry_run else "\n")
+    return 0
+
+
 def _verify_resume(args: argparse.Namespace) -> int:
     from tempfile import TemporaryDirectory
 
@@ -239,6 +259,7 @@ COMMANDS = {
     "checkpoints": _checkpoints,
     "lint": _lint,
     "plan": _plan,
+    "slurm": _slurm,
     "verify-resume": _verify_resume,
 }
 

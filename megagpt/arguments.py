@@ -71,6 +71,25 @@ def _before_a_run(commands: Any) -> None:
     resume.add_argument("--then", action="append", default=[], metavar="key.path=value", help="and with this changed")
     resume.add_argument("--steps", type=_positive, default=4, help="how many; the second run is cut in their middle")
 
+    slurm = commands.add_parser(
+        "slurm",
+        help="submit a run to Slurm, with the cluster's own names and a signal early enough to save",
+        epilog="example: megagpt slurm ds_configs/gpt2_124m.json --nodes 4 --time 12:00:00 --partition gpu --dry-run",
+    )
+    _add_run_file(slurm)
+    slurm.add_argument("--nodes", type=_positive, default=1)
+    slurm.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="and ranks; default: 8")
+    slurm.add_argument("--time", default="24:00:00", help="limit of each start, as sbatch takes it; default: 24:00:00")
+    slurm.add_argument("--partition", metavar="NAME")
+    slurm.add_argument("--account", metavar="NAME")
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], metavar="NAME=VALUE", help="any other of its options: qos=high"
+    )
+    slurm.add_argument("--sweep", type=Path, metavar="FILE", help="an array: a task for each line of key.path=value")
+    slurm.add_argument("--container", metavar="WORDS", help='before python: "apptainer exec --nv image.sif"')
+    slurm.add_argument("--fresh", action="store_true", help="start at step 0; an old run in out_dir is renamed")
+    slurm.add_argument("--dry-run", action="store_true", help="print the script instead")
+
     hosts = commands.add_parser(
         "check-hosts",
         help="a hostfile and .deepspeed_env, before deepspeed hands them to ssh and shells",

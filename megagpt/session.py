@@ -234,7 +234,8 @@ class Session:
                 self.effective,
                 self.writer,
             )
-        self.monitor.log(state, {"seconds/save": self.watch.spent("save")})
+        beside = {"seconds/write": self.writer.seconds} if self.cfg.save_async else {}  # of the save before
+        self.monitor.log(state, {"seconds/save": self.watch.spent("save")} | beside)
         if not self.warned and (warning := grace_warning(self.watch.spent("save") + self.writer.seconds)):
             say(warning)
             self.warned = True

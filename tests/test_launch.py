@@ -144,38 +144,6 @@ def test_a_hostfile_that_does_not_exist_is_no_silent_single_node_run(dataset, tm
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("code", "restarts", "requeued", "passed"),
-    [
-        (75, 0, True, "--fresh a.b=1"),
-        (75, 2, True, "a.b=1"),
-        (0, 0, False, "--fresh a.b=1"),
-        (2, 1, False, "a.b=1"),
-    ],
-)
-def test_the_batch_script_requeues_on_75_alone_and_starts_fresh_once(tmp_path, code, restarts, requeued, passed):
-    """Slurm's two commands stand in as scripts that write down what they were given."""
-    calls = tmp_path / "calls"
-    for name, answer in {
-        "srun": f"exit {code}",
-        "scontrol": 'case "$1" in show) echo node7; echo node8;; esac',
-    }.items():
-        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $* $MASTER_ADDR:$MASTER_PORT" >>{calls}\n{answer}\n')
-        (tmp_path / name).chmod(0o755)
-    done = start(
-        ["bash", ROOT / "launch/slurm/pretrain.sbatch", "run.json", "--fresh", "a.b=1"],
-        PATH=f"{tmp_path}:{os.environ['PATH']}",
-        SLURM_JOB_ID="4321",
-        SLURM_JOB_NODELIST="node[7-8]",
-        SLURM_RESTART_COUNT=str(restarts),
-    )
-    done.communicate(timeout=60)
-    assert done.returncode == code
-    written = calls.read_text()
-    assert f"launch/pretrain.py --deepspeed_config run.json {passed} node7:24321" in written
-    assert ("scontrol requeue 4321" in written) == requeued
-
-
 def test_srun_starts_ranks_by_slurms_variables(dataset, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

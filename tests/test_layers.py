@@ -20,7 +20,7 @@ FLOORS = [
     {"checkpoint", "evaluate", "generate", "monitor"},
     {"session"},
     {"trainer"},
-    {"verify_resume", "probe"},
+    {"verify_resume", "probe", "slurm"},
     {"__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

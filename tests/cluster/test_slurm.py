@@ -1,0 +1,184 @@
+"""The batch scripts in a real Slurm: a run that is cut in every way ends as if nothing had been."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from data_helpers import shard_bytes, write_texts
+from hosts import Cluster
+from slurm_lab import ENDED, field, job_state, start_slurm, wait_for
+from support import DEBUG_RUN, ROOT, metric, read_json
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megagpt.commits import committed
+from megagpt.data_manifest import BUILD_DIR
+from megagpt.starts import last_logged
+
+OUT_DIR = Path("runs/gpt2_124m")  # of the README's run file
+[TRAIN] = re.findall(r"^sbatch launch/slurm/pretrain.sbatch .*?(?=\s+#)", (ROOT / "README.md").read_text(), re.M)
+
+MORE = """\
+KillWait=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=urgent Nodes=ALL PriorityTier=2
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(raise_cluster) -> Cluster:
+    cluster = raise_cluster(2)
+    start_slurm(cluster, MORE)
+    return cluster
+
+
+def checkout(folder: Path, dataset: Path, *, steps: int, batch: int = 8) -> Path:
+    """A copy of this checkout whose README run file is a tiny one, and whose batch script says two nodes of one GPU."""
+    for name in ("launch", "megagpt", "data_tools"):
+        shutil.copytree(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "ds_configs").mkdir()
+    run = read_json(DEBUG_RUN) | {"train_batch_size": batch}
+    run["megagpt"] |= {"out_dir": str(OUT_DIR), "every": {"log": 1, "eval": 20, "save": 20, "sample": 0}}
+    run["megagpt"]["data"] |= {"train": [{"path": str(dataset)}], "val": str(dataset)}
+    run["megagpt"]["schedule"]["max_steps"] = steps
+    (folder / "ds_configs" / "gpt2_124m.json").write_text(json.dumps(run))
+    script = folder / "launch" / "slurm" / "pretrain.sbatch"
+    text = script.read_text()
+    for option, value in {"nodes": 2, "ntasks-per-node": 1, "gpus-per-node": 1}.items():
+        text, n = re.subn(rf"^(#SBATCH --{option})=.*$", rf"\1={value}", text, flags=re.M)
+        assert n == 1
+    script.write_text(text)
+    return folder
+
+
+def sbatch(cluster: Cluster, folder: Path, command: str) -> str:
+    return cluster["h1"].run(*shlex.split(command), cwd=folder).stdout.split()[-1]
+
+
+def until_step(folder: Path, step: int) -> int:
+    return wait_for(lambda: last_logged(folder / OUT_DIR / "metrics.jsonl"), lambda logged: logged >= step)
+
+
+def until_requeued(cluster: Cluster, job: str, times: int, *changes: str) -> None:
+    """Slurm lets a job that was put back wait for two minutes; here it starts at once."""
+    wait_for(
+        lambda: [field(cluster["h1"], job, name) for name in ("JobState", "Restarts")], ["PENDING", str(times)].__eq__
+    )
+    cluster["h1"].run("scontrol", "update", f"JobId={job}", "StartTime=now", *changes)
+
+
+def until_end(cluster: Cluster, job: str) -> str:
+    return wait_for(lambda: job_state(cluster["h1"], job), ENDED.__contains__, 300)
+
+
+def log_of(folder: Path, job: str, name: str = "megagpt") -> str:
+    return (folder / f"slurm-{name}-{job}.out").read_text()
+
+
+def drawn(folder: Path, name: str) -> list[int]:
+    board = EventAccumulator(str(folder / OUT_DIR / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return [event.step for event in board.Scalars(name)]
+
+
+def test_the_readmes_command_saves_when_signaled_goes_back_into_the_queue_and_finishes(cluster, dataset, tmp_path):
+    """What --signal does before a time limit is sent by hand."""
+    folder = checkout(tmp_path / "checkout", dataset, steps=100)
+    job = sbatch(cluster, folder, TRAIN)
+    until_step(folder, 15)
+    cluster["h1"].run("scancel", "--signal=USR1", job)
+    until_requeued(cluster, job, 1)
+    [*_, saved] = committed(folder / OUT_DIR)
+    assert until_end(cluster, job) == "COMPLETED", log_of(folder, job)
+    log = log_of(folder, job)
+    assert "x 2 ranks" in log
+    assert log.count("(SIGUSR1) and saved") == 1
+    assert f"going on from {saved.relative_to(folder)}" in log
+    assert "finished at step 100" in log
+    assert list(metric(folder / OUT_DIR, "loss/train")) == list(range(1, 101))
+    assert field(cluster["h1"], job, "Restarts") == "1"
+    assert not cluster["h1"].run("squeue", "--noheader").stdout
+    assert not cluster.rest()
+
+
+def test_a_rendered_script_is_taken_and_a_mistake_is_not_tried_again(cluster, tmp_path):
+    folder = checkout(tmp_path / "checkout", Path("nowhere"), steps=8)
+    command = "python -m megagpt slurm ds_configs/gpt2_124m.json --nodes 2 --gpus-per-node 1 --time 5 --partition all"
+    job = sbatch(cluster, folder, f"{command} --container 'nice -n 1' --sbatch comment=rendered")
+    assert until_end(cluster, job) == "FAILED"
+    assert field(cluster["h1"], job, "ExitCode") == "2:0"
+    assert field(cluster["h1"], job, "Restarts") == "0"
+    assert field(cluster["h1"], job, "Comment") == "rendered"
+    assert log_of(folder, job).count("error: there is no dataset folder nowhere") == 1
+
+
+def test_a_build_on_two_nodes_that_was_cut_makes_the_same_bytes_as_one_here(cluster, tmp_path):
+    folder = checkout(tmp_path / "checkout", Path("nowhere"), steps=8)
+    write_texts(folder / "books", 60)
+    build = "--input books --out {} vocab_size=300 val_fraction=0.2"
+    cluster["h1"].run("python", "-m", "data_tools", "build", *build.format("here").split(), cwd=folder)
+    script = "sbatch --nodes 2 --cpus-per-task 2 launch/slurm/build_data.sbatch "
+    job = sbatch(cluster, folder, script + build.format("there"))
+    wait_for((folder / "there" / BUILD_DIR).exists, bool)
+    cluster["h1"].run("scancel", "--batch", "--signal=USR1", job)  # as --signal does before the time limit
+    until_requeued(cluster, job, 1)
+    assert until_end(cluster, job) == "COMPLETED", log_of(folder, job, "megagpt-data")
+    assert shard_bytes(folder / "here") == shard_bytes(folder / "there")
+    assert not cluster.rest()
+
+
+@pytest.mark.long
+def test_a_job_that_fails_at_once_is_tried_four_times(cluster, tmp_path):
+    folder = checkout(tmp_path / "checkout", Path("nowhere"), steps=8)
+    script = folder / "launch" / "slurm" / "pretrain.sbatch"
+    script.write_text(script.read_text().replace("python=(.venv/bin/python)", "python=(false)"))
+    job = sbatch(cluster, folder, TRAIN)
+    for n in (1, 2, 3):
+        until_requeued(cluster, job, n)
+    assert until_end(cluster, job) == "FAILED"
+    assert field(cluster["h1"], job, "Restarts") == "3"
+    assert log_of(folder, job).count("failed again after three restarts") == 1
+
+
+@pytest.mark.long
+def test_a_run_that_is_cut_in_every_way_ends_to_the_bit_as_one_that_is_not(cluster, dataset, tmp_path):
+    """By its time limit, an operator, a more urgent job, a lost node, and scancel; then it is submitted again."""
+    straight = checkout(tmp_path / "straight", dataset, steps=200, batch=256)
+    undisturbed = sbatch(cluster, straight, TRAIN)
+    assert until_end(cluster, undisturbed) == "COMPLETED", log_of(straight, undisturbed)
+
+    cut = checkout(tmp_path / "cut", dataset, steps=200, batch=256)
+    job = sbatch(cluster, cut, TRAIN.replace("sbatch", "sbatch --time=1 --signal=USR1@10", 1))
+    until_requeued(cluster, job, 1, "TimeLimit=60")
+    reached = until_step(cut, last_logged(cut / OUT_DIR / "metrics.jsonl") + 10)
+
+    cluster["h1"].run("scontrol", "requeue", job)
+    until_requeued(cluster, job, 2)
+    reached = until_step(cut, reached + 10)
+
+    cluster["h1"].run("srun", "--partition=urgent", "--nodes=2", "--exclusive", "true")
+    until_requeued(cluster, job, 3)
+    reached = until_step(cut, reached + 10)
+
+    cluster["h2"].power_off()
+    until_requeued(cluster, job, 4)
+    cluster.power_on(2)
+    until_step(cut, reached + 10)
+
+    cluster["h1"].run("scancel", job)
+    assert until_end(cluster, job) == "CANCELLED"
+    log = log_of(cut, job)
+    assert log.count("(SIGUSR1) and saved") == 1
+    assert log.count("(SIGTERM) and saved") == 3  # requeued, pre-empted, canceled
+    assert log.count("going on from") == 4
+
+    again = sbatch(cluster, cut, TRAIN)
+    assert until_end(cluster, again) == "COMPLETED", log_of(cut, again)
+    assert metric(cut / OUT_DIR, "loss/train") == metric(straight / OUT_DIR, "loss/train")
+    assert metric(cut / OUT_DIR, "loss/val") == metric(straight / OUT_DIR, "loss/val")
+    assert drawn(cut, "loss/train") == list(range(1, 201))
+    assert drawn(cut, "loss/val") == list(range(20, 201, 20))
