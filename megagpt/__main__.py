@@ -95,11 +95,14 @@ def _check_hosts(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from megagpt import plan, plan_report
+    from megagpt.lint import refuse
     from megagpt.run_file import load_run_config
 
     if args.memory and not args.probe:
         raise UserError("--memory limits the steps that --probe takes; add --probe, or choose --gpu")
     run = load_run_config(args.run_file, args.overrides)
+    for warning in refuse(run):
+        print(warning, file=sys.stderr)
     on = plan.machine(
         args.gpu, args.ranks, args.network, plan.EFFICIENCY if args.efficiency is None else args.efficiency
     )

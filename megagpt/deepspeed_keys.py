@@ -27,11 +27,13 @@ class Known:
 
     keys: dict[Place, set[str]] = field(default_factory=lambda: defaultdict(set))  # of sections, class or not
     classes: dict[Place, type[BaseModel]] = field(default_factory=dict)  # of sections that have one
+    defaults: dict[Place, Any] = field(default_factory=dict)  # of keys in sections without a class
     removed: dict[str, str] = field(default_factory=dict)  # dotted key -> what DeepSpeed says about it
 
     def default(self, place: Place, key: str) -> Any:
-        """The default that a section's class gives a key; None if it has no class."""
-        return self.classes[place].model_fields[key].default if place in self.classes else None
+        """Of a key in a section; None if there is none."""
+        in_class = self.classes[place].model_fields if place in self.classes else {}
+        return in_class[key].default if key in in_class else self.defaults.get((*place, key))
 
 
 @cache
@@ -142,7 +144,9 @@ class _Reader:
         if function is copy.copy:
             return given[0]
         if getattr(function, "__name__", "") == "get_scalar_param":
-            return self._under(given[0], given[1])
+            found = self._under(given[0], given[1])
+            self.known.defaults |= dict.fromkeys(found or (), given[2])
+            return found
         if isinstance(function, type) and issubclass(function, BaseModel):
             for place in named.get(None) or ():
                 self.known.classes[place] = function

@@ -142,6 +142,8 @@ def check_deepspeed_keys(config: dict[str, Any]) -> None:
         raise UserError(explain(error, models[error.title], section=section)) from error
     except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
         raise UserError(f"DeepSpeed refuses the run file: {error}") from error
+    except TypeError as error:  # it looks at few types itself
+        raise UserError(f"DeepSpeed cannot read the run file, as some value is of the wrong type: {error}") from error
 
 
 def effective_config(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> dict[str, Any]:

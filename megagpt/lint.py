@@ -22,6 +22,7 @@ from megagpt.run_file import (
     DEEPSPEED_KEYS,
     REFUSED_KEYS,
     SECTION,
+    as_written,
     did_you_mean,
     mistakes,
     overridden,
@@ -163,6 +164,20 @@ def _unknown(known: Known, raw: dict[str, Any], place: Place) -> Iterator[Findin
             yield Finding("error", dotted, f"unknown key {dotted!r}{did_you_mean(key, allowed)}")
         elif isinstance(value, dict) and (*place, key) in known.keys:
             yield from _unknown(known, value, (*place, key))
+        elif right := _right_type(known, place, key, value):
+            yield Finding("error", dotted, f"{dotted}={as_written(value)} is not {right}")
+
+
+def _right_type(known: Known, place: Place, key: str, value: Any) -> str:
+    """What a value without a class to check it should be, if it is not."""
+    default = known.default(place, key)
+    if (*place, key) in known.keys:
+        return "a section {...}"
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if isinstance(default, int | float):
+        return "" if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
+    return ""
 
 
 # --- warnings -------------------------------------------------------------------------------------------------

@@ -203,6 +203,11 @@ CONTRADICTIONS = (
         'with type "AdamW", which always decouples weight decay; write type "Adam" or remove it',
     ),
     Against(
+        "optimizer.params.lr",
+        lambda run: run.deepspeed.optimizer.params.lr > 0.1,
+        "is about what each of Adam's steps changes every weight by, whose size is 0.02 at first; 6e-4 is usual",
+    ),
+    Against(
         "communication_data_type",
         lambda run: run.deepspeed.dtype != "fp16" and run.deepspeed_raw["communication_data_type"] == "fp16",
         "in a run that is not fp16: no loss scale keeps its gradients in fp16's range; write bf16 or remove it",

@@ -224,8 +224,29 @@ def mistakes(error: ValidationError, root: type[BaseModel], *, section: str) -> 
             yield dotted, f"{dotted} is missing"
         elif detail["type"] in ("value_error", "assertion_error"):
             yield dotted, f"{dotted}: {detail['ctx']['error']}"
+        elif detail["type"] == "too_short":
+            if not detail["input"]:  # else what it holds is wrong, and is named by itself
+                yield dotted, f"{dotted} is an empty list"
+        elif detail["type"] == "enum":  # which names an alias as one more value
+            allowed = ", ".join(dict.fromkeys(detail["ctx"]["expected"].replace(" or ", ", ").split(", ")))
+            yield dotted, f"{dotted}={as_written(detail['input'])} is none of {allowed}"
+        elif detail["type"] in IS_NOT:
+            yield dotted, f"{dotted}={as_written(detail['input'])} is not {IS_NOT[detail['type']]}"
         else:
-            yield dotted, f"{dotted}={detail['input']!r}: {detail['msg']}"
+            yield dotted, f"{dotted}={as_written(detail['input'])}: {detail['msg']}"
+
+
+IS_NOT = {  # pydantic's own words name Python's types
+    "model_type": "a section {...}",
+    "tuple_type": "a list [...]",
+    "path_type": "a path",
+    "string_type": "a text",
+}
+
+
+def as_written(value: Any) -> str:
+    """As JSON has it, but texts in quotes as our messages have them."""
+    return repr(value) if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:

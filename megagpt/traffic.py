@@ -6,7 +6,6 @@ N parameters, W ranks, P of them sharing a sample, s bytes of a number that is s
 from dataclasses import dataclass
 
 from megagpt.accounting import param_sizes
-from megagpt.errors import UserError
 from megagpt.run_config import BatchPlan, RunConfig
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
@@ -91,15 +90,9 @@ def _prefetch(run: RunConfig) -> float:
 
 
 def zero_key(run: RunConfig, name: str, default: float) -> float:
-    """A number of the zero_optimization section, of which stage 3's may be written with a prefix. Raises UserError."""
+    """A number of the zero_optimization section, of which stage 3's may be written with a prefix."""
     section = run.deepspeed_raw.get("zero_optimization", {})
-    value = section.get(name, section.get(f"stage3_{name}"))
-    if value is None:
-        return default
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"zero_optimization.{name}={value!r} is not a number") from None
+    return float(section.get(name, section.get(f"stage3_{name}", default)))
 
 
 def _flat(run: RunConfig, sizes: list[int], world_size: int) -> int:

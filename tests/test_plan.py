@@ -131,6 +131,11 @@ def test_the_command_marks_the_run_files_setting_and_names_the_fastest(capsys):
     assert found["fastest"]["keys"][0] == "zero_optimization.stage=0"
 
 
+def test_what_has_no_effect_is_said_beside_the_plan(capsys):
+    assert main(["plan", str(ROOT / "ds_configs" / "gpt2_124m.json"), "aio.queue_depth=8"]) == 0
+    assert capsys.readouterr().err.startswith("warning: aio.queue_depth=8 has no effect")
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -141,8 +146,13 @@ def test_the_command_marks_the_run_files_setting_and_names_the_fastest(capsys):
         ),
         (["--network", "nan"], "--network 'nan' is neither GB/s"),
         (["--memory", "40"], "--memory limits the steps that --probe takes; add --probe"),
+        (["zero_optimization.stag=3"], "unknown key 'zero_optimization.stag'; did you mean 'stage'?"),
+        (["zero_optimization.offload_optimizer.devise=cpu"], "did you mean 'device'?"),
         (["--ranks", "7"], "train_batch_size=512 is not a multiple of"),
-        (["zero_optimization.stage3_prefetch_bucket_size=large", "zero_optimization.stage=3"], "is not a number"),
+        (
+            ["zero_optimization.stage3_prefetch_bucket_size=large"],
+            "prefetch_bucket_size='large': Input should be a valid",
+        ),
         (["zero_optimization.reduce_bucket_size=auto"], 'reduce_bucket_size is "auto"; write the number'),
     ],
 )

@@ -84,7 +84,11 @@ def test_our_section_is_split_off_and_the_rest_is_as_written():
         (["megagpt.data.train.7.path=x"], "there is no 'megagpt.data.train.7.path' to set"),
         (["megagpt.schedule.max_steps.x=1"], "there is no 'megagpt.schedule.max_steps.x' to set"),
         (["zero_optimization.stage=4"], "zero_optimization.stage=4"),
-        (["bf16=true"], "bf16=True"),
+        (["bf16=true"], "bf16=true is not a section {...}"),
+        (["megagpt.data.val=null"], "megagpt.data.val=null is not a path"),
+        (["megagpt.data.train=data/corpus"], "megagpt.data.train='data/corpus' is not a list [...]"),
+        (['megagpt.data.train=[{"path": "x", "wieght": 1}]'], "'megagpt.data.train.0.wieght'; did you mean 'weight'?"),
+        (["megagpt.out_dir=3"], "megagpt.out_dir=3 is not a path"),
         (["megagpt.model.seq_len=64", "megagpt.data.seq_len=65"], "data.seq_len=65 is more than the model's positions"),
     ],
 )
