@@ -3,9 +3,13 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,11 @@ from megagpt.run_file import load_run_config
 
 ROOT = Path(__file__).parents[1]
 DEBUG_RUN = ROOT / "ds_configs" / "debug_cpu.json"
+SCALARS = {  # that TensorBoard shows of every run that evaluates, saves and samples
+    *("loss/train", "loss/val", "perplexity", "bits_per_byte", "lr", "grad_norm", "tokens_per_sec", "epoch"),
+    *("memory_gib", "skipped_steps"),
+    *("seconds/data", "seconds/step", "seconds/eval", "seconds/save", "seconds/sample"),
+}
 
 
 # Runs of eight steps that a sample's positions may be shared in: every ZeRO stage, and all that makes ranks unlike.
@@ -78,6 +87,32 @@ def metric(out_dir: Path, name: str) -> dict[int, float]:
     values = [(row["step"], row[name]) for row in rows if name in row]
     assert len(values) == len(dict(values)), f"{name} has a step twice"
     return dict(values)
+
+
+def curves(out_dir: Path) -> dict[str, dict[int, float]]:
+    """Every metric: name -> step -> value."""
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    return {name: metric(out_dir, name) for name in {name for row in rows for name in row} - {"step", "tokens_seen"}}
+
+
+@contextmanager
+def held_up(pid: int) -> Iterator[None]:
+    """A process is stopped for four fifths of the time, as one whose processor is throttled."""
+    over = threading.Event()
+
+    def pulse() -> None:
+        while not over.wait(0.001):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.004)
+            os.kill(pid, signal.SIGCONT)
+
+    pulses = threading.Thread(target=pulse)
+    pulses.start()
+    try:
+        yield
+    finally:
+        over.set()
+        pulses.join()
 
 
 def environment() -> dict[str, str]:

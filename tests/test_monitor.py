@@ -2,7 +2,7 @@ import json
 import resource
 
 import pytest
-from support import debug_run, metric
+from support import SCALARS, debug_run, metric
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -27,13 +27,9 @@ def finished(dataset, device, tmp_path_factory):
     return out_dir
 
 
-def test_tensorboard_holds_every_promised_curve(finished):
-    scalars = set(board(finished).Tags()["scalars"])
-    assert scalars >= {
-        *("loss/train", "loss/val", "perplexity", "bits_per_byte", "lr", "grad_norm", "tokens_per_sec", "epoch"),
-        *("memory_gib", "seconds/data", "seconds/step", "seconds/eval", "seconds/save"),
-    }
-    assert "mfu" not in scalars  # a CPU's peak is unknown, and no guess is drawn
+def test_tensorboard_holds_the_promised_curves_alone(finished):
+    """No MFU among them: a CPU's peak is unknown, and no guess is drawn."""
+    assert set(board(finished).Tags()["scalars"]) == SCALARS
 
 
 def test_a_resumed_run_goes_on_with_one_curve(finished):

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
+import board
 import hosts
 import pytest
 import slurm_lab
@@ -11,10 +12,19 @@ import slurm_lab
 Raise = Callable[[int], hosts.Cluster]
 
 
+def _need(*programs: str) -> None:
+    if reason := hosts.missing(*programs):
+        (pytest.fail if os.environ.get("MEGAGPT_LAB") == "required" else pytest.skip)(reason)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _a_lab_can_be_raised() -> None:
-    if reason := hosts.missing(*slurm_lab.NEEDED):
-        (pytest.fail if os.environ.get("MEGAGPT_LAB") == "required" else pytest.skip)(reason)
+    _need(*slurm_lab.NEEDED)
+
+
+@pytest.fixture(scope="session")
+def _a_browser_can_be_started() -> None:
+    _need(*board.NEEDED)
 
 
 @pytest.fixture(scope="module")

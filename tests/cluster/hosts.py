@@ -23,7 +23,7 @@ from typing import Self
 import psutil
 
 NEEDED = ("ip", "unshare", "nsenter", "setpriv", "pdsh", "sshd", "ssh-keygen", "faketime")
-PACKAGES = "iproute2 pdsh openssh-server faketime munge slurm-wlm"
+PACKAGES = "iproute2 pdsh openssh-server faketime munge slurm-wlm chromium chromium-driver"
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 TIMEOUT = 120.0
@@ -154,6 +154,12 @@ class Host:
         """What runs here beside the daemons; with `part`, what has it in its command line."""
         found = [process for process in self._all() if process.pid not in self._daemons]
         return [process for process in found if part in " ".join(_command_line(process))]
+
+    def rank(self) -> psutil.Process:
+        """The one rank of training that runs here."""
+        found = self.processes("--local_rank=0")
+        [rank] = [process for process in found if "deepspeed.launcher.launch" not in _command_line(process)]
+        return rank
 
     def wait_for_rest(self, timeout: float = 60.0) -> list[psutil.Process]:
         """What still runs after so long."""
