@@ -25,14 +25,17 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
     from megagpt.preemption import Preemption
 
     preemption = Preemption(launcher_alive=watch(), ctrl_c=True)  # before torch, so that no signal is missed
-    from megagpt.distributed import init_process_group, is_main, say, together
+    from megagpt.distributed import is_main, say, together
     from megagpt.processor import fitting
-    from megagpt.run_file import load_run_config
+    from megagpt.rendezvous import agree, check_shared, meet
+    from megagpt.run_file import leaves, load_run_config
 
     try:
         check_hostfile()
-        device = init_process_group()
+        device = meet()
         run = together(lambda: load_run_config(args.deepspeed_config, args.overrides))
+        agree(dict(leaves(run.as_json())), "give all ranks the same run file and overrides")
+        check_shared(run.megagpt.out_dir)
         # after the run file is found right, because DeepSpeed takes seconds to import
         from megagpt.lint import refuse
         from megagpt.out_of_memory import explained

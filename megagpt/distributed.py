@@ -19,30 +19,44 @@ Group = dist.ProcessGroup | None  # None: the default one
 TIMEOUT = timedelta(minutes=30)  # hashing a large checkpoint on a cold file system can take longer than the usual 10
 
 
-def init_process_group() -> torch.device:
+def init_process_group(store: dist.Store | None = None) -> torch.device:
     """Join the ranks that deepspeed, torchrun or srun started, or stand alone; returns this rank's device.
 
-    Raises OwnRankError if this rank has no GPU of its own on a machine that has some.
+    With a `store` they know each other by it already. Raises OwnRankError if this rank has no GPU of its own on a
+    machine that has some.
     """
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
-        os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    device = _local_device(int(os.environ.get("LOCAL_RANK", 0)))
+    adopt_slurms_ranks()
+    device = own_device()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // local_ranks()))  # it counts physical cores
     if dist.is_initialized():
         return device
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
-    else:  # plain `python launch/pretrain.py`: no port, so two of them never collide
+    if "RANK" not in os.environ:  # plain `python launch/pretrain.py`: no port, so two of them never collide
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()
+    dist.init_process_group(
+        backend,
+        timeout=TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
     return device
 
 
-def _local_device(local_rank: int) -> torch.device:
+def adopt_slurms_ranks() -> None:
+    """Under srun, set what deepspeed and torchrun set."""
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+
+
+def own_device() -> torch.device:
+    """This rank's; raises OwnRankError if there are more ranks than GPUs on a machine that has some."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if not torch.cuda.is_available():
         return torch.device("cpu")
     there_are = torch.cuda.device_count()
@@ -137,12 +151,12 @@ def together(check: Callable[[], T], group: Group = None) -> T:
         result = check()
     except UserError as error:
         complaint = str(error)
-    complaints = gather_objects(complaint, group)
-    if not any(complaints):
+    said = gather_objects((complaint, socket.gethostname()), group)
+    if not any(text for text, _ in said):
         return cast(T, result)
-    where = "" if all(complaints) or world_size() == 1 else " (on rank {})"
-    first = next(r for r, text in enumerate(complaints) if text)
-    raise UserError(complaints[first] + where.format(first))
+    first, text, host = next((r, text, host) for r, (text, host) in enumerate(said) if text)
+    where = f"on rank {first}" + (f", host {host}" if len({host for _, host in said}) > 1 else "")
+    raise UserError(text if all(text for text, _ in said) else f"{text} ({where})")
 
 
 class StopVote:

@@ -27,6 +27,7 @@ from megagpt.generate import complete
 from megagpt.guards import Gate, MemoryWatch, Recent, check_skipping, documents_of, judge, memory_mib
 from megagpt.launcher import grace_warning
 from megagpt.monitor import Monitor, Stopwatch, say_ending
+from megagpt.rendezvous import agree
 from megagpt.rng import seed_all
 from megagpt.rows import Rework
 from megagpt.run_config import BatchPlan, RunConfig, batch_plan
@@ -64,6 +65,8 @@ def check(run: RunConfig, *, fresh: bool) -> Plan:
     cfg = run.megagpt
     batch = batch_plan(run.deepspeed, world_size())
     val_blocks, datasets = together(lambda: open_data(cfg.data, cfg.model.seq_len, masked=cfg.packing.masked))
+    fingerprints = {f"{dataset.path} (fingerprint)": dataset.fingerprint for dataset in datasets}
+    agree(fingerprints, "let all hosts see the same dataset, or copies of it")
     tokenizer = together(datasets[0].tokenizer)
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
     rework = together(lambda: rework_of(cfg.augment, cfg.packing, tokenizer, vocab_size, cfg.data.seed))

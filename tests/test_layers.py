@@ -9,10 +9,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megagpt"
 FLOORS = [
     {"arguments", "errors", "files", "rng", "rows", "segments", "watchdog"},
-    {"config", "distributed", "launcher", "launches", "permutation", "pickles", "preemption", "tokenizer"},
+    {"config", "distributed", "launcher", "launches", "network", "permutation", "pickles", "preemption", "tokenizer"},
     {"run_config", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "early_stopping"},
     {"run_file", "mixture", "shard_format", "model", "state", "augment", "packing", "processor", "starts", "traffic"},
-    {"commits", "deepspeed_keys", "health", "lint_rules", "shards", "compilation", "recompute", "memory"},
+    {"commits", "deepspeed_keys", "health", "lint_rules", "shards", "compilation", "recompute", "memory", "rendezvous"},
     {"checkpoint_list", "plan", "provenance", "samples", "writer"},
     {"data", "guards", "sample_report", "plan_report", "out_of_memory"},
     {"engine"},

@@ -20,7 +20,7 @@ from megagpt.checkpoint import load_model
 from megagpt.commits import COMMIT, _digest, best, committed, damage_of
 from megagpt.errors import UserError
 from megagpt.files import sha256_of
-from megagpt.launcher import check_environment, check_hosts
+from megagpt.launcher import check_environment, check_hosts, check_settings
 from megagpt.pickles import check_pickles
 from megagpt.run_file import load_run_config
 from megagpt.trainer import train
@@ -205,14 +205,25 @@ def test_the_example_of_a_hostfile_is_accepted():
         ("WANDB_API_KEY=1", False),
     ],
 )
-def test_only_plain_settings_are_sent_to_other_hosts(tmp_path, monkeypatch, line, accepted):
-    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
-    (tmp_path / ".deepspeed_env").write_text(line + "\n")
+def test_only_plain_settings_are_sent_to_other_hosts(tmp_path, line, accepted):
+    file = tmp_path / ".deepspeed_env"
+    file.write_text(line + "\n")
     if accepted:
-        check_environment(tmp_path)
+        check_settings(file)
     else:
         with pytest.raises(UserError, match="line 1"):
-            check_environment(tmp_path)
+            check_settings(file)
+
+
+def test_settings_for_other_hosts_are_taken_from_the_home_folder_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=eth0\n")
+    check_environment(tmp_path)
+    (tmp_path / "work").mkdir()
+    check_environment(tmp_path / "work")
+    (tmp_path / "work" / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=eth0\n")
+    with pytest.raises(UserError, match="move what you need of it to"):
+        check_environment(tmp_path / "work")
 
 
 def test_a_secret_of_the_environment_is_written_nowhere(dataset, tmp_path, options):

@@ -166,6 +166,10 @@ class Host:
         psutil.wait_procs(self.processes(), timeout)
         return self.processes()
 
+    @property
+    def is_on(self) -> bool:
+        return self._above.poll() is None
+
     def power_off(self) -> None:
         """At once, with no word to anybody: no socket is closed in an orderly way."""
         self.cable("down")
@@ -173,7 +177,7 @@ class Host:
 
     def end(self) -> None:
         """The kernel ends all that runs in here first."""
-        if self._above.poll() is None:
+        if self.is_on:
             os.kill(self.pid, signal.SIGKILL)
             self._above.wait(30)
 
@@ -256,7 +260,9 @@ class Cluster:
 
     def rest(self, timeout: float = 60.0) -> dict[str, list[str]]:
         """Host -> command lines of what still runs there after so long; empty if nothing does."""
-        left = {host.name: [" ".join(_command_line(p)) for p in host.wait_for_rest(timeout)] for host in self}
+        left = {
+            host.name: [" ".join(_command_line(p)) for p in host.wait_for_rest(timeout)] for host in self if host.is_on
+        }
         return {name: commands for name, commands in left.items() if commands}
 
     def _inside(self, *arguments: str) -> list[str]:
@@ -274,7 +280,9 @@ class Cluster:
         (self.folder / "known_hosts").write_text(f"{names} {public}")
         config = {"IdentityFile": "user_key", "UserKnownHostsFile": "known_hosts"}
         lines = [f"{option} {self.folder / name}" for option, name in config.items()]
-        (self.folder / "ssh_config").write_text("\n".join(["Host *", *lines, "IdentitiesOnly yes", ""]))
+        (self.folder / "ssh_config").write_text(
+            "\n".join(["Host *", *lines, "IdentitiesOnly yes", "ServerAliveInterval 3", ""])
+        )
 
 
 def sshd(host: Host) -> None:

@@ -18,7 +18,7 @@ from test_security import Gadget, sign_again
 
 from megagpt import trainer
 from megagpt.errors import UserError
-from megagpt.launcher import check_environment, check_hosts
+from megagpt.launcher import check_hosts, check_settings
 
 # --- F: a hang -------------------------------------------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ def named(kind: str, line: str, system: System, folder: Path) -> Outcome:
     file = folder / ("hosts" if kind == "hostfile" else ".deepspeed_env")
     file.write_text(line + "\n")
     with contextlib.suppress(UserError):
-        check_hosts(file) if kind == "hostfile" else check_environment(folder)
+        check_hosts(file) if kind == "hostfile" else check_settings(file)
         return Outcome(WRONG, "accepted")
     return Outcome(REFUSED)
 

@@ -18,7 +18,7 @@ with atheris.instrument_imports(include=["megagpt"]):
     from megagpt.commits import committed, damage_of, newest_record
     from megagpt.data_manifest import read_manifest
     from megagpt.errors import UserError
-    from megagpt.launcher import check_environment, check_hosts
+    from megagpt.launcher import check_hosts, check_settings
     from megagpt.run_file import load_run_config
     from megagpt.shards import open_dataset
     from megagpt.tokenizer import Tokenizer
@@ -31,11 +31,6 @@ def commit(file: Path) -> None:
     assert committed(file.parent) == [step_dir]
     assert damage_of(step_dir, 0) is not None  # no manifest lies beside it
     newest_record(file.parent)
-
-
-def environment(file: Path) -> None:
-    (file.parent / ".deepspeed_env").write_bytes(file.read_bytes())
-    check_environment(file.parent)
 
 
 def manifest(file: Path) -> None:
@@ -65,7 +60,7 @@ def tokenizer(file: Path) -> None:
 
 TARGETS: dict[str, Callable[[Path], object]] = {
     "commit": commit,
-    "environment": environment,
+    "environment": check_settings,
     "hosts": check_hosts,
     "manifest": manifest,
     "pickle": pickle,
