@@ -151,9 +151,7 @@ def wrong_numbers() -> Iterator[Case]:
             run = partial(stopped, WEIGHT, ("megagpt.guards.compare_every=1",), "after step 5 the ranks", victim, stage)
             yield Case("I", f"weight's bit on {victim}, stage {stage}", run, baseline=True)
         victim = "01"[stage % 2]
-        gradient = gradient_before_the_sum(
-            30
-        )  # of the exponent; the norm is infinite, but in stage 3's float64 a spike
+        gradient = gradient_before_the_sum(30)  # of the exponent: an infinite norm, in stage 3's float64 a spike
         run = partial(left_out, gradient, (SPIKES.format("skip"),), "its update was left out", victim, stage)
         yield Case("I", f"gradient's top bit on {victim}, stage {stage}", run, baseline=True)
         run = partial(
