@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from megagpt.distributed import is_main, together
+from megagpt.distributed import broadcast_object, is_main, together
 from megagpt.errors import UserError
 from megagpt.files import write_atomically
 from megagpt.run_config import RunConfig
@@ -35,6 +37,15 @@ def count_start(run: RunConfig, saved_step: int) -> None:
     together(lambda: _count(run, saved_step) if is_main() else None)
 
 
+def begun_by_this_job(out_dir: Path) -> bool:
+    """Whether this is a restart of a Slurm job that has begun the run in out_dir: if so, it is not to begin it again.
+
+    Collective.
+    """
+    record = broadcast_object(_read(out_dir / "starts.json"))
+    return record is not None and "SLURM_RESTART_COUNT" in os.environ and record["job"] == os.environ["SLURM_JOB_ID"]
+
+
 def forget_start(run: RunConfig) -> None:
     """A refused run file is no start: it leaves nothing where nothing was."""
     out_dir = run.megagpt.out_dir
@@ -55,7 +66,8 @@ def _count(run: RunConfig, saved_step: int) -> None:
         in_vain, reached = before["in_vain"] + 1, before["reached"]
     with written_to(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps({"run": digest, "reached": reached, "in_vain": in_vain}).encode())
+        record = {"run": digest, "reached": reached, "in_vain": in_vain, "job": os.environ.get("SLURM_JOB_ID")}
+        write_atomically(file, json.dumps(record).encode())
     if in_vain >= MAX_IN_VAIN:
         raise UserError(
             f"the last {in_vain} starts of {out_dir} came no further than step {reached}; see in their logs what ended "
@@ -73,9 +85,9 @@ def last_logged(metrics_file: Path) -> int:
     return 0
 
 
-def _read(file: Path) -> dict[str, int] | None:
+def _read(file: Path) -> dict[str, Any] | None:
     try:
-        record: dict[str, int] = json.loads(file.read_bytes())
-        return record if {"run", "reached", "in_vain"} <= record.keys() else None
+        record: dict[str, Any] = json.loads(file.read_bytes())
+        return record if {"run", "reached", "in_vain", "job"} <= record.keys() else None
     except (OSError, ValueError, AttributeError):
         return None

@@ -16,7 +16,7 @@ from megagpt.optim import lr_factor
 from megagpt.preemption import Preemption
 from megagpt.run_config import RunConfig
 from megagpt.session import Session, check
-from megagpt.starts import count_start, forget_start
+from megagpt.starts import begun_by_this_job, count_start, forget_start
 from megagpt.state import TrainState
 
 
@@ -34,7 +34,7 @@ def train(
     """
     preemption, vote = preemption or Preemption(), StopVote()
     preemption.time_limit_minutes = run.megagpt.time_limit_minutes
-    plan = check(run, fresh=fresh)
+    plan = check(run, fresh=fresh and not begun_by_this_job(run.megagpt.out_dir))
     state, schedule, every = plan.state, run.megagpt.schedule, run.megagpt.every
     if state.finished(schedule.max_steps):
         say_ending(run.megagpt, state)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support import debug_run
+from support import DEBUG_RUN, debug_run, overrides
 
 from megagpt import trainer
 from megagpt.__main__ import pretrain
@@ -87,3 +87,20 @@ def test_a_crash_loop_ends_with_2(dataset, device, tmp_path, monkeypatch, capsys
             pretrain(command)
     assert pretrain(command) == 2
     assert "the last 3 starts" in capsys.readouterr().err
+
+
+def test_a_requeued_job_that_was_told_to_start_fresh_does_so_once(dataset, device, tmp_path, monkeypatch, capsys):
+    def pretrain_fresh(steps: int) -> str:
+        options = ["--fresh", f"megagpt.schedule.max_steps={steps}", "megagpt.schedule.warmup_steps=0"]
+        assert pretrain(["--deepspeed_config", str(DEBUG_RUN), *options, *overrides(dataset, tmp_path / "run")]) == 0
+        return capsys.readouterr().out
+
+    pretrain_fresh(2)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert "starting at step 0" in pretrain_fresh(3)  # the job's first start had not come that far
+    assert "going on from" in pretrain_fresh(4)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert "starting at step 0" in pretrain_fresh(3)
+    monkeypatch.delenv("SLURM_RESTART_COUNT")  # by hand, in a job that somebody holds
+    assert "starting at step 0" in pretrain_fresh(4)
