@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from judge import Case, Outcome, last_lines, started_again
 from lab import Ended
@@ -23,6 +24,9 @@ from numerics import in_forward
 from strike import InSave
 from support import ROOT
 from systems import STEPS, Bare, Megagpt, System
+
+from megagpt import distributed
+from megagpt.engine import Engine
 
 sys.path.insert(0, str(ROOT / "tests" / "cluster"))
 from hosts import Cluster, missing
@@ -132,16 +136,18 @@ def main(name: str, system_name: str, folder: Path, stage: int, dataset: Path) -
         while not (folder / "dead" / "done").exists():
             time.sleep(0.01)
 
+    def wait_in_step(engine: Engine, output: Any) -> Any:
+        wait()
+        return output
+
     fault = FAULTS[name]
     if os.environ["RANK"] == "0" and fault.where != "a step":
         InSave(fault.where, "before", wait).arm()
     elif os.environ["RANK"] == "0":
-        in_forward((BEGIN + 2,), lambda engine, output: (wait(), output)[1], folder / "dead" / "reached")
+        in_forward((BEGIN + 2,), wait_in_step, folder / "dead" / "reached")
     home = Path(tempfile.gettempdir())  # where straight runs would lie
     if system_name == Bare.name:
         return Bare(home).program(folder / "run", stage)()
-    from megagpt import distributed
-
     distributed.TIMEOUT = TIMEOUT
     patience = f"megagpt.guards.hang_timeout={SILENCE if fault.ends else 60}"
     return Megagpt(dataset, home).program(folder / "run", stage, STEPS, patience)()
