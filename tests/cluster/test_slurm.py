@@ -145,6 +145,21 @@ def test_a_job_that_fails_at_once_is_tried_four_times(cluster, tmp_path):
 
 
 @pytest.mark.long
+def test_a_signal_to_the_batch_shell_alone_saves_ends_the_job_and_leaves_nothing(cluster, dataset, tmp_path):
+    folder = checkout(tmp_path / "checkout", dataset, steps=60, batch=64)
+    job = sbatch(cluster, folder, TRAIN)
+    until_step(folder, 25)
+    cluster["h1"].run("scancel", "--batch", "--signal=TERM", job)
+    assert until_end(cluster, job) != "COMPLETED"
+    assert not cluster.rest(60)
+    log = log_of(folder, job)
+    assert log.count("(SIGTERM) and saved") == 1, log
+    again = sbatch(cluster, folder, TRAIN)
+    assert until_end(cluster, again) == "COMPLETED", log_of(folder, again)
+    assert list(metric(folder / OUT_DIR, "loss/train")) == list(range(1, 61))
+
+
+@pytest.mark.long
 def test_a_run_that_is_cut_in_every_way_ends_to_the_bit_as_one_that_is_not(cluster, dataset, tmp_path):
     """By its time limit, an operator, a more urgent job, a lost node, and scancel; then it is submitted again."""
     straight = checkout(tmp_path / "straight", dataset, steps=200, batch=256)
