@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, debug_run, environment
+from support import ROOT, debug_run, environment, metric
 
 from megagpt import session
 from megagpt.commits import committed
@@ -63,6 +63,7 @@ def test_the_files_are_the_same_beside_training_and_at_once_and_by_deepspeeds_ow
     for way in (False, True):
         train(debug_run(dataset, tmp_path / "run", *options, f"megagpt.save_async={json.dumps(way)}"), device)
         (tmp_path / "run").rename(tmp_path / str(way))
+    assert set(metric(tmp_path / "True", "seconds/write")) == set(metric(tmp_path / "True", "seconds/save"))
     at_once, beside = committed(tmp_path / "False"), committed(tmp_path / "True")
     assert len(at_once) == len(beside) == 3
     for a, b in zip(at_once, beside, strict=True):

@@ -116,18 +116,19 @@ def test_a_rendered_script_is_taken_and_a_mistake_is_not_tried_again(cluster, tm
     assert log_of(folder, job).count("error: there is no dataset folder nowhere") == 1
 
 
-def test_a_build_on_two_nodes_that_was_cut_makes_the_same_bytes_as_one_here(cluster, tmp_path):
+def test_builds_on_one_node_and_on_two_make_the_same_bytes_as_one_here_also_when_cut(cluster, tmp_path):
     folder = checkout(tmp_path / "checkout", Path("nowhere"), steps=8)
     write_texts(folder / "books", 60)
     build = "--input books --out {} vocab_size=300 val_fraction=0.2"
+    script = "sbatch --nodes {} --cpus-per-task 2 launch/slurm/build_data.sbatch " + build
+    one, two = (sbatch(cluster, folder, script.format(n, f"on_{n}")) for n in (1, 2))
+    wait_for((folder / "on_2" / BUILD_DIR).exists, bool)
+    cluster["h1"].run("scancel", "--batch", "--signal=USR1", two)  # as --signal does before the time limit
     cluster["h1"].run("python", "-m", "data_tools", "build", *build.format("here").split(), cwd=folder)
-    script = "sbatch --nodes 2 --cpus-per-task 2 launch/slurm/build_data.sbatch "
-    job = sbatch(cluster, folder, script + build.format("there"))
-    wait_for((folder / "there" / BUILD_DIR).exists, bool)
-    cluster["h1"].run("scancel", "--batch", "--signal=USR1", job)  # as --signal does before the time limit
-    until_requeued(cluster, job, 1)
-    assert until_end(cluster, job) == "COMPLETED", log_of(folder, job, "megagpt-data")
-    assert shard_bytes(folder / "here") == shard_bytes(folder / "there")
+    until_requeued(cluster, two, 1)
+    for job in (one, two):
+        assert until_end(cluster, job) == "COMPLETED", log_of(folder, job, "megagpt-data")
+    assert shard_bytes(folder / "here") == shard_bytes(folder / "on_1") == shard_bytes(folder / "on_2")
     assert not cluster.rest()
 
 
