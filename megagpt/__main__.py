@@ -168,6 +168,18 @@ def _slurm(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from megagpt import doctor, host_probe
+
+    if args.probe:
+        return host_probe.serve()
+    if args.write_env:
+        print(doctor.write_environment(args.hostfile), file=sys.stderr)
+    found = doctor.examine(args.hostfile, args.run_file, args.overrides)
+    print(json.dumps(found, default=vars) if args.json else doctor.as_text(found))
+    return 2 if found["findings"] else 0
+
+
 def _verify_resume(args: argparse.Namespace) -> int:
     from tempfile import TemporaryDirectory
 
@@ -262,6 +274,7 @@ COMMANDS = {
     "generate": _generate,
     "evaluate": _evaluate,
     "check-hosts": _check_hosts,
+    "doctor": _doctor,
     "checkpoints": _checkpoints,
     "lint": _lint,
     "plan": _plan,

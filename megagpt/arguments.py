@@ -60,6 +60,18 @@ def _before_a_run(commands: Any) -> None:
     lint.add_argument("--json", action="store_true", help="one JSON object instead of text")
     lint.add_argument("--effective", action="store_true", help="print the run file with all that will act written out")
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="whether the hosts of a hostfile are ready to train: each finding with what mends it; exit code 2 if any",
+        epilog="example: megagpt doctor --hostfile hosts ds_configs/gpt2_124m.json",
+    )
+    doctor.add_argument("run_file", type=Path, nargs="?", metavar="RUN.json", help="look at its data and disk too")
+    _add_overrides(doctor)
+    doctor.add_argument("--hostfile", type=Path, help="default: this machine alone")
+    doctor.add_argument("--write-env", action="store_true", help="first write ~/.deepspeed_env: what must travel")
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    doctor.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)  # what it starts on every host
+
     resume = commands.add_parser(
         "verify-resume",
         help="whether a run file's run goes on to the last bit after a stop; exit code 1 if not",
