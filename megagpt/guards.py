@@ -1,5 +1,7 @@
 """What watches a run's numbers, and acts on every rank alike when they go wrong. health.py says what wrong is."""
 
+import resource
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -250,3 +252,11 @@ def memory_mib(device: torch.device) -> Tensor:
     own = sum(float(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 2**10
     gpu = torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
     return torch.tensor([own, gpu], device=device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's peak resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -49,8 +49,18 @@ class Monitor:
             if resumed.step == 0:
                 self._write_hyperparameters(run)
 
-    def log(self, state: TrainState, metrics: dict[str, float], *, eta_seconds: float | None = None) -> None:
-        """Record metrics of the step just finished; "loss/train" and its like group in TensorBoard."""
+    def log(
+        self,
+        state: TrainState,
+        metrics: dict[str, float],
+        *,
+        eta_seconds: float | None = None,
+        waits_for: Sequence[str] = (),
+    ) -> None:
+        """Record metrics of the step just finished; "loss/train" and its like group in TensorBoard.
+
+        `waits_for`: hosts that keep the others waiting.
+        """
         if not is_main():
             return
         with self._losing_numbers():
@@ -63,6 +73,8 @@ class Monitor:
             # DeepSpeed counts its own events in samples, and W&B drops an event whose count is behind the last one's
             self._also([(name, value, state.samples_seen) for name, value in metrics.items()])
         shown = [f"{name} {_short(name, value)}" for name, value in metrics.items() if name in ON_THE_LINE]
+        if waits_for:
+            shown.append(f"waits for {', '.join(waits_for)}")
         if eta_seconds is not None:
             shown.append(f"eta {timedelta(seconds=round(eta_seconds))}")
         if shown:

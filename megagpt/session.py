@@ -2,8 +2,7 @@
 
 import gc
 import json
-import resource
-import sys
+import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ from megagpt.augment import rework_of
 from megagpt.commits import Saved, step_folder
 from megagpt.compilation import compiles
 from megagpt.data import Batch, ValBlocks, open_data, prefetched, rank_samples, stretch
-from megagpt.distributed import gather_over_ranks, is_main, rank, say, together, world_size
+from megagpt.distributed import gather_objects, gather_over_ranks, is_main, rank, say, together, world_size
 from megagpt.early_stopping import after_evaluation
 from megagpt.elastic import changed_keys, reshaped
 from megagpt.engine import Engine, before_update, build_engine, effective_config
@@ -24,9 +23,10 @@ from megagpt.errors import OwnRankError, UserError
 from megagpt.evaluate import evaluate
 from megagpt.files import write_atomically
 from megagpt.generate import complete
-from megagpt.guards import Gate, MemoryWatch, Recent, check_skipping, documents_of, judge, memory_mib
+from megagpt.guards import Gate, MemoryWatch, Recent, check_skipping, documents_of, judge, memory_mib, peak_memory
 from megagpt.launcher import grace_warning
 from megagpt.monitor import Monitor, Stopwatch, say_ending
+from megagpt.pace import Clock, Cluster
 from megagpt.rendezvous import agree
 from megagpt.rng import seed_all
 from megagpt.rows import Rework
@@ -107,6 +107,8 @@ class Session:
         say(_opening(plan, self.effective))
         self.token_bytes = torch.from_numpy(plan.tokenizer.token_bytes()).to(device)
         self.watch, self.warm, self.warned = Stopwatch(), False, False
+        waits = run.deepspeed.zero_optimization.stage == 3 or batch.sequence_parallel_size > 1
+        self.clock, self.cluster = Clock(device), Cluster(gather_objects(socket.gethostname()), forward_waits=waits)
         self.watchdog = Watchdog(self.cfg.guards.hang_timeout, rank(), self.cfg.out_dir / f"stacks.{rank()}.txt")
         self.writer = Writer(beside=self.cfg.save_async)
         self.memory_watch = MemoryWatch(self.cfg.guards.memory_growth_mib)
@@ -117,6 +119,7 @@ class Session:
         out_dir = self.cfg.out_dir
         with written_to(out_dir):
             if is_main():
+                out_dir.mkdir(parents=True, exist_ok=True)
                 write_atomically(out_dir / "run.json", json.dumps(self.effective, indent=1).encode())
             return Monitor(self.plan.run, self.plan.state, also=self.engine.monitor.write_events)
 
@@ -145,11 +148,13 @@ class Session:
         steps = recent.read(state.step, scaled=self.scaled)
         verdict = judge(state.health, steps, self.cfg.guards, self._documents)
         state = replace(state, health=verdict.health)
-        memory = gather_over_ranks(memory_mib(self.device)).cpu()
-        for line in (*verdict.lines, *self.memory_watch(state.step, memory)):
+        seconds, n_steps = self.watch.lap(), len(steps)
+        own = torch.tensor([self.clock.lap(), seconds["data"]], device=self.device)
+        memory, own = gather_over_ranks(torch.cat([memory_mib(self.device), own])).cpu().split(2, dim=1)
+        slow = self.cluster.judge(own, seconds["step"] + seconds["data"], n_steps)
+        for line in (*verdict.lines, *self.memory_watch(state.step, memory), *slow):
             say(line)
-        seconds = self.watch.lap()
-        n_tokens = len(steps) * self.plan.batch.global_batch * self.cfg.seq_len
+        n_tokens = n_steps * self.plan.batch.global_batch * self.cfg.seq_len
         metrics = {
             **steps.means(),
             "lr": self.engine.optimizer.param_groups[0]["lr"],
@@ -157,13 +162,15 @@ class Session:
             "skipped_steps": state.health.skipped_steps,
             "epoch": self.plan.train_data.epochs(state.samples_seen)[0],  # of the first dataset
             **{f"seconds/{name}": seconds[name] for name in ("data", "step")},
+            **self.cluster.metrics(own, n_steps),
         }
         if not self.warm:  # what lives now stays, and no collection looks at it again
             gc.collect()
             gc.freeze()
             self.warm = True
         steps_left, steps_done = self.cfg.schedule.max_steps - state.step, state.step - self.plan.state.step
-        self.monitor.log(state, metrics, eta_seconds=steps_left * self.watch.total() / steps_done)
+        eta = steps_left * self.watch.total() / steps_done
+        self.monitor.log(state, metrics, eta_seconds=eta, waits_for=self.cluster.slow)
         return state, verdict.roll_back
 
     def roll_back(self, state: TrainState) -> tuple[TrainState, Iterator[Batch]]:
@@ -262,7 +269,7 @@ class Session:
 
     def _speed(self, tokens_per_sec: float) -> dict[str, float]:
         """Throughput over all ranks without evaluating and saving; MFU and HFU where the device's peak is known."""
-        speed = {"tokens_per_sec": tokens_per_sec, "memory_gib": _peak_memory(self.device) / 2**30}
+        speed = {"tokens_per_sec": tokens_per_sec, "memory_gib": peak_memory(self.device) / 2**30}
         known = self.device.type == "cuda" and self.plan.run.deepspeed.dtype != "fp32"  # the peaks are of 16 bit
         if known and (peak := peak_flops(torch.cuda.get_device_name(self.device))) is not None:
             model = self.cfg.model.model_copy(update={"seq_len": self.cfg.seq_len})  # attention costs what is trained
@@ -299,11 +306,3 @@ def _opening(plan: Plan, effective: dict[str, Any]) -> str:
                 f"  samples from now on: {plan.train_data.describe(plan.saved.state.samples_seen, cfg.seq_len)}"
             )
     return "\n".join(lines)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on a GPU, the process's peak resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -95,7 +95,8 @@ def train_step(session: Session, batches: Iterator[Batch]) -> tuple[Tensor, Tens
             z_loss=regularization.z_loss,
             compiled=session.compiled,
         )
-        loss = engine(batch.inputs, documents=batch.documents, score=score)
+        with session.clock.forward():
+            loss = engine(batch.inputs, documents=batch.documents, score=score)
         shares.append(kept_share(batch.targets))
         loss = loss * shares[-1]
         engine.backward(loss)  # DeepSpeed divides by gradient_accumulation_steps

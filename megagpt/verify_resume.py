@@ -25,7 +25,7 @@ from megagpt.trainer import train
 
 WITHIN = {"fp32": 1e-4, "bf16": 2**-7, "fp16": 2**-7}  # nats: other ranks add in another order, 16 bits round besides
 FOLLOW = ("perplexity", "bits_per_byte", "grad_norm")  # from weights or losses that may differ by so much
-WALL_CLOCK = ("tokens_per_sec", "memory_gib", "mfu", "hfu", "seconds/")
+WALL_CLOCK = ("tokens_per_sec", "memory_gib", "mfu", "hfu", "seconds/", "cluster/")
 
 
 def verify_resume(

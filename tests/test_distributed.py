@@ -1,5 +1,6 @@
 """What two real ranks did (tests/two_ranks.py), and what one rank does with the same run files."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,14 @@ def test_a_signal_during_a_save_beside_training_lets_it_end_and_commits_one_step
 
 def test_a_mistake_that_one_rank_sees_is_raised_on_all(two_ranks):
     assert two_ranks["a_mistake_that_one_rank_alone_sees"] == ["no such file (on rank 1)"] * 2
+
+
+def test_a_rank_that_the_other_waits_for_is_named(two_ranks):
+    """Late with its data; tests/cluster/test_slow_host.py throttles a host."""
+    said, of_rank_1 = two_ranks["a_rank_late_with_its_data"]
+    assert said.count("all ranks wait for rank 1 on") == 1
+    assert f"| waits for {socket.gethostname()} |" in said
+    assert of_rank_1 == ""
 
 
 def test_a_vote_to_stop_reaches_every_rank_at_the_same_boundary(two_ranks):

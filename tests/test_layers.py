@@ -14,7 +14,7 @@ FLOORS = [
     {"run_file", "mixture", "shard_format", "model", "state", "augment", "packing", "processor", "starts", "traffic"},
     {"commits", "deepspeed_keys", "health", "lint_rules", "shards", "compilation", "recompute", "memory", "rendezvous"},
     {"checkpoint_list", "plan", "provenance", "samples", "writer"},
-    {"data", "guards", "sample_report", "plan_report", "out_of_memory", "host_probe"},
+    {"data", "guards", "pace", "sample_report", "plan_report", "out_of_memory", "host_probe"},
     {"engine"},
     {"elastic", "lint"},
     {"checkpoint", "evaluate", "generate", "monitor"},

@@ -4,11 +4,14 @@ Each function returns, on every rank, what its test in test_distributed.py judge
 """
 
 import hashlib
+import io
 import json
 import os
 import resource
 import signal
 import threading
+import time
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ import torch
 from resume_matrix import COVERING, what_a_cut_changes, without_generators
 from support import SHARING, debug_run, metric, run_scenarios
 
-from megagpt import checkpoint, session, trainer
+from megagpt import checkpoint, pace, session, trainer
 from megagpt.checkpoint import load_model
 from megagpt.commits import best, committed
 from megagpt.data import open_data
@@ -27,6 +30,7 @@ from megagpt.errors import UserError
 from megagpt.evaluate import evaluate
 from megagpt.generate import complete
 from megagpt.model import GPT
+from megagpt.samples import TrainData
 from megagpt.state import TrainState
 
 DEVICE = init_process_group()
@@ -207,6 +211,33 @@ def sharing_positions(dataset: Path, folder: Path) -> dict[str, Any]:
     }
 
 
+def a_rank_late_with_its_data(dataset: Path, folder: Path) -> str:
+    """What is said until rank 1, which reads its data slowly, is named; windows of a second, to be named sooner."""
+    options = ["megagpt.schedule.max_steps=1000", 'megagpt.every={"log": 5, "eval": 0, "save": 0}']
+    fill, seconds = TrainData.fill, pace.WINDOW_SECONDS
+
+    def slow_fill(*args: Any) -> None:
+        time.sleep(0.1 if rank() == 1 else 0.0)
+        fill(*args)
+
+    TrainData.fill, pace.WINDOW_SECONDS = slow_fill, 1.0
+    try:
+        with redirect_stdout(UntilNamed()) as said:
+            train(dataset, folder, *options)
+    finally:
+        TrainData.fill, pace.WINDOW_SECONDS = fill, seconds
+    return said.getvalue()
+
+
+class UntilNamed(io.StringIO):
+    """Asks for the run's end once a rank was named."""
+
+    def write(self, text: str) -> int:
+        if "all ranks wait for" in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().write(text)
+
+
 def votes(dataset: Path, folder: Path) -> list[bool]:
     """Rank 1 alone asks to stop at the third boundary."""
     vote = StopVote()
@@ -278,6 +309,7 @@ SCENARIOS = [
     a_mistake_that_one_rank_alone_sees,
     validation_loss,
     sharing_positions,
+    a_rank_late_with_its_data,
     votes,
 ]
 

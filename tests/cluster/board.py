@@ -16,7 +16,7 @@ NEEDED = ("chromium", "chromedriver")
 TIMEOUT = 60.0
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--window-size=1400,3000"),
+    *("--disable-background-networking", "--disable-component-update", "--window-size=1400,4800"),
 )
 # the pages are trees inside trees, which no selector crosses
 FIND = """
