@@ -110,6 +110,19 @@ def test_after_each_failure_nothing_is_left_and_the_next_start_goes_on_as_one_ho
     assert [two[step] for step in compared] == pytest.approx([one[step] for step in compared], abs=1e-4)
 
 
+@pytest.mark.long
+def test_four_hosts_stop_early_together(raise_cluster, dataset, tmp_path):
+    cluster = raise_cluster(4)
+    checkout = Checkout(tmp_path / "four", dataset, 4)
+    checkout.run["megagpt"]["every"]["eval"] = 5
+    checkout.run["megagpt"]["early_stopping"] = {"patience": 2, "min_delta": 100.0}  # which no loss improves by
+    checkout.until(1000)
+    program = checkout.start(cluster["h1"])
+    assert program.end() == 0, program.output
+    assert newest(checkout.out_dir) == 15  # the first evaluation is the best, and two more were waited for
+    assert not cluster.rest()
+
+
 def newest(out_dir: Path) -> int:
     return max((int(folder.name.removeprefix("step_")) for folder in committed(out_dir)), default=0)
 
