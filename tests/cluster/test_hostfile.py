@@ -5,7 +5,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 from checkout import Checkout, name_that_leads_to_itself, other_programs, other_run_file, settings, taken_port
 from hosts import Cluster
@@ -15,7 +14,7 @@ from megagpt.__main__ import pretrain
 from megagpt.commits import committed
 from megagpt.starts import last_logged
 
-KILL, TERM, STOP, INT, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP, signal.SIGINT, signal.SIGUSR1
+KILL, TERM, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1
 RANK, LAUNCH, DEEPSPEED = "--local_rank=0", "deepspeed.launcher.launch --world_info", "bin/deepspeed --hostfile"
 
 
@@ -28,18 +27,6 @@ def send(number: signal.Signals, host: str, part: str) -> Callable[[Cluster], No
     return fail
 
 
-def power_failure(cluster: Cluster) -> None:
-    cluster["h2"].power_off()
-
-
-def torn_cable(cluster: Cluster) -> None:
-    """For longer than ranks, ssh and the watchdog wait."""
-    cluster["h2"].cable("down")
-    left = cluster["h2"].processes(RANK)
-    psutil.wait_procs(left, 60)
-    cluster["h2"].cable("up")
-
-
 # what is done to a run on two hosts -> the exit code of `deepspeed`, if it lives to give one that is promised
 FAILURES: dict[str, tuple[Callable[[Cluster], None], int | None]] = {
     "SIGTERM to h2's rank": (send(TERM, "h2", RANK), 75),
@@ -49,22 +36,13 @@ FAILURES: dict[str, tuple[Callable[[Cluster], None], int | None]] = {
     "SIGUSR1 to h2's rank": (send(USR1, "h2", RANK), 75),
     "kill -9 of h2's rank": (send(KILL, "h2", RANK), None),
     "a crash of h2's rank": (send(signal.SIGSEGV, "h2", RANK), None),
-    "h1's rank hangs": (send(STOP, "h1", RANK), None),
-    "h2's rank hangs": (send(STOP, "h2", RANK), None),
     "kill -9 of h1's launch.py": (send(KILL, "h1", LAUNCH), None),
     "kill -9 of h2's launch.py": (send(KILL, "h2", LAUNCH), None),
     "SIGTERM to h1's launch.py": (send(TERM, "h1", LAUNCH), None),
     "SIGTERM to h2's launch.py": (send(TERM, "h2", LAUNCH), None),
-    "SIGTERM to deepspeed": (send(TERM, "h1", DEEPSPEED), None),
-    "Ctrl-C to deepspeed": (send(INT, "h1", DEEPSPEED), None),
-    "kill -9 of pdsh": (send(KILL, "h1", "pdsh -S"), None),
-    "kill -9 of ssh to h2": (send(KILL, "h1", "ssh -2 -a -x -lroot h2"), None),
-    "kill -9 of h2's sshd session": (send(KILL, "h2", "sshd: root"), None),
-    "h2 loses its power": (power_failure, None),
-    "h2 loses its network": (torn_cable, None),
 }
 SHORT, LONG = list(FAILURES)[:3], list(FAILURES)
-SAVED = [name for name in FAILURES if name.startswith(("SIG", "Ctrl-C", "kill -9 of deepspeed"))]
+SAVED = [name for name in FAILURES if name.startswith(("SIG", "kill -9 of deepspeed"))]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +50,7 @@ def cluster(raise_cluster) -> Cluster:
     return raise_cluster(2)
 
 
-@pytest.mark.parametrize("failures", [SHORT, pytest.param(LONG, marks=pytest.mark.long)], ids=["3", "all 20"])
+@pytest.mark.parametrize("failures", [SHORT, pytest.param(LONG, marks=pytest.mark.long)], ids=["3", "all"])
 def test_after_each_failure_nothing_is_left_and_the_next_start_goes_on_as_one_host_would(
     cluster, dataset, device, tmp_path, failures
 ):
@@ -87,8 +65,6 @@ def test_after_each_failure_nothing_is_left_and_the_next_start_goes_on_as_one_ho
         fail, code = FAILURES[name]
         fail(cluster)
         ended_with = program.end(60)
-        if not cluster["h2"].is_on:
-            cluster.power_on(2)
         left = cluster.rest(60)
         assert not left, f"{name}: {left}\n{program.output[-3000:]}"
         assert code in (None, ended_with), f"{name}: exit code {ended_with}:\n{program.output[-3000:]}"
