@@ -29,7 +29,7 @@ from megagpt.distributed import (
     together,
     world_size,
 )
-from megagpt.errors import OwnRankError, UserError
+from megagpt.errors import OwnRankError, UserError, writing_to
 from megagpt.launcher import hosts_of_ranks
 
 PATIENCE = "MEGAGPT_MEET_SECONDS"  # for file systems on which a start takes longer
@@ -80,10 +80,8 @@ def mark_in(folder: Path) -> Path:
     """A new file, in the nearest folder above that exists."""
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     mark = there / f".megagpt_{uuid.uuid4().hex}"
-    try:
+    with writing_to(folder):
         mark.touch()
-    except OSError as error:
-        raise UserError(f"megagpt.out_dir={folder} cannot be written: {error}") from error
     return mark
 
 

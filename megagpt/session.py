@@ -19,7 +19,7 @@ from megagpt.distributed import gather_objects, gather_over_ranks, is_main, rank
 from megagpt.early_stopping import after_evaluation
 from megagpt.elastic import changed_keys, reshaped
 from megagpt.engine import Engine, before_update, build_engine, effective_config
-from megagpt.errors import OwnRankError, UserError
+from megagpt.errors import OwnRankError, UserError, writing_to
 from megagpt.evaluate import evaluate
 from megagpt.files import write_atomically
 from megagpt.generate import complete
@@ -32,7 +32,6 @@ from megagpt.rng import seed_all
 from megagpt.rows import Rework
 from megagpt.run_config import BatchPlan, RunConfig, batch_plan
 from megagpt.samples import TrainData, plan_mixture, row_opener, source_of
-from megagpt.starts import written_to
 from megagpt.state import TrainState
 from megagpt.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.watchdog import Watchdog
@@ -117,7 +116,7 @@ class Session:
     def _open(self) -> Monitor:
         """The run's folder."""
         out_dir = self.cfg.out_dir
-        with written_to(out_dir):
+        with writing_to(out_dir):
             if is_main():
                 out_dir.mkdir(parents=True, exist_ok=True)
                 write_atomically(out_dir / "run.json", json.dumps(self.effective, indent=1).encode())

@@ -3,28 +3,15 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megagpt.distributed import broadcast_object, is_main, together
-from megagpt.errors import UserError
+from megagpt.errors import UserError, writing_to
 from megagpt.files import write_atomically
 from megagpt.run_config import RunConfig
 
 MAX_IN_VAIN = 3  # restarts in a row without a step forward
-
-
-@contextmanager
-def written_to(out_dir: Path) -> Iterator[None]:
-    """Raises UserError, at the start of a run, if the disk or its rights are against it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{out_dir} cannot be written to: {error}; mend that, or give another megagpt.out_dir"
-        ) from error
 
 
 def count_start(run: RunConfig, saved_step: int) -> None:
@@ -64,7 +51,7 @@ def _count(run: RunConfig, saved_step: int) -> None:
         in_vain = 0
     else:
         in_vain, reached = before["in_vain"] + 1, before["reached"]
-    with written_to(out_dir):
+    with writing_to(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
         record = {"run": digest, "reached": reached, "in_vain": in_vain, "job": os.environ.get("SLURM_JOB_ID")}
         write_atomically(file, json.dumps(record).encode())

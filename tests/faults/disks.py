@@ -176,5 +176,5 @@ def disks() -> Iterator[Case]:
         run = partial(on_disk, no_rights_for_rank_1, "could not be saved", stage)
         yield Case("E", f"no right to write rank 1's files, stage {stage}", run)
     for name, arm in (("full", full_from_the_start), ("read-only", read_only_from_the_start)):
-        yield Case("E", f"disk {name} from the start", partial(on_disk, arm, "cannot be written to", 1))
-    yield Case("E", "no right to write out_dir", partial(on_disk, partial(no_rights, "."), "cannot be written to", 1))
+        yield Case("E", f"disk {name} from the start", partial(on_disk, arm, "cannot be written", 1))
+    yield Case("E", "no right to write out_dir", partial(on_disk, partial(no_rights, "."), "cannot be written", 1))
