@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
@@ -97,9 +98,13 @@ def is_main() -> bool:
 
 
 def say(text: str) -> None:
-    """Print once, not once per rank."""
-    if is_main():
+    """Print once, not once per rank. A launcher or terminal that is gone and reads no more ends no run."""
+    if not is_main():
+        return
+    try:
         print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def barrier() -> None:

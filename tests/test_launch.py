@@ -60,6 +60,18 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_finishes(dataset, tmp_
     assert list(metric(tmp_path / "run", "loss/train"))[-1] == stopped_at + 2
 
 
+def test_a_run_whose_reader_is_gone_trains_to_its_end(dataset, tmp_path):
+    """As pdsh is, and the terminal of a closed ssh session."""
+    process = start([sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run")])
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert any(line.startswith("step") for line in process.stdout)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(120) == 0, errors
+    assert list(metric(tmp_path / "run", "loss/train"))[-1] == 20
+
+
 def test_ranks_whose_launcher_was_killed_save_and_end(dataset, tmp_path):
     options = ["megagpt.schedule.max_steps=100000", "megagpt.every.save=0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]

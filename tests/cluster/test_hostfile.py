@@ -40,6 +40,8 @@ FAILURES: dict[str, tuple[Callable[[Cluster], None], int | None]] = {
     "kill -9 of h2's launch.py": (send(KILL, "h2", LAUNCH), None),
     "SIGTERM to h1's launch.py": (send(TERM, "h1", LAUNCH), None),
     "SIGTERM to h2's launch.py": (send(TERM, "h2", LAUNCH), None),
+    "SIGTERM to deepspeed": (send(TERM, "h1", DEEPSPEED), None),
+    "SIGINT to deepspeed": (send(signal.SIGINT, "h1", DEEPSPEED), None),
 }
 SHORT, LONG = list(FAILURES)[:3], list(FAILURES)
 SAVED = [name for name in FAILURES if name.startswith(("SIG", "kill -9 of deepspeed"))]
