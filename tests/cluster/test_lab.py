@@ -25,7 +25,7 @@ def test_hosts_have_names_addresses_and_processes_of_their_own(cluster):
     program = cluster["h2"].start("sh", "-c", "echo there; sleep 100")
     program.until("there")
     assert len(cluster["h2"].processes("sleep 100")) == 2  # the shell, and what it started
-    assert not cluster["h1"].processes()
+    assert not cluster["h1"].wait_for_rest(10)  # sshd takes a moment to end the session that pdsh had there
     for process in cluster["h2"].processes():
         process.kill()
     assert program.end() != 0
