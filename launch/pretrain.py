@@ -11,9 +11,9 @@ from megagpt.preemption import SIGNALS
 
 if __name__ == "__main__":
     code = pretrain()
-    for number in (
-        *SIGNALS,
-        signal.SIGINT,
-    ):  # the first rank to end makes launchers signal the others, whose code must stand
-        signal.signal(number, signal.SIG_IGN)
+    for number in (*SIGNALS, signal.SIGINT):  # the first rank to end makes launchers signal the others
+        signal.signal(number, signal.SIG_IGN)  # whose code must stand
+    from megagpt.distributed import leave  # torch, which came after signals were remembered
+
+    leave()
     sys.exit(code)

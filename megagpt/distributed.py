@@ -47,6 +47,12 @@ def init_process_group(store: dist.Store | None = None) -> torch.device:
     return device
 
 
+def leave() -> None:
+    """Before the process ends: a thread of gloo's that is still there when its group is torn down would abort it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def adopt_slurms_ranks() -> None:
     """Under srun, set what deepspeed and torchrun set."""
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:

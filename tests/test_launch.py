@@ -188,6 +188,19 @@ def test_a_mistake_is_printed_once_for_all_ranks_without_a_traceback(dataset, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_every_rank_ends_with_2_and_none_is_aborted_by_a_thread_of_its_process_group(dataset, tmp_path):
+    """As one rank in two was with Debian 12's Python 3.11.2, where the group was left to the end of the process."""
+    command = [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.data.val=nowhere")]
+    ranks = []
+    for _ in range(3):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = str(server.getsockname()[1])
+        meeting = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks += [start(command, RANK=str(n), LOCAL_RANK=str(n), **meeting) for n in range(2)]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2] * 6, said
+
+
 @pytest.mark.parametrize(
     ("mistakes", "complaint"),
     [

@@ -16,6 +16,7 @@ from megagpt.starts import last_logged
 
 KILL, TERM, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1
 RANK, LAUNCH, DEEPSPEED = "--local_rank=0", "deepspeed.launcher.launch --world_info", "bin/deepspeed --hostfile"
+PDSH = "pdsh -S"
 
 
 def send(number: signal.Signals, host: str, part: str) -> Callable[[Cluster], None]:
@@ -23,6 +24,16 @@ def send(number: signal.Signals, host: str, part: str) -> Callable[[Cluster], No
 
     def fail(cluster: Cluster) -> None:
         cluster[host].processes(part)[-1].send_signal(number)
+
+    return fail
+
+
+def both(number: signal.Signals) -> Callable[[Cluster], None]:
+    """To the ranks of both hosts."""
+
+    def fail(cluster: Cluster) -> None:
+        for host in cluster:
+            host.rank().send_signal(number)
 
     return fail
 
@@ -42,6 +53,14 @@ FAILURES: dict[str, tuple[Callable[[Cluster], None], int | None]] = {
     "SIGTERM to h2's launch.py": (send(TERM, "h2", LAUNCH), None),
     "SIGTERM to deepspeed": (send(TERM, "h1", DEEPSPEED), None),
     "SIGINT to deepspeed": (send(signal.SIGINT, "h1", DEEPSPEED), None),
+    "SIGHUP to deepspeed": (send(signal.SIGHUP, "h1", DEEPSPEED), None),
+    "SIGUSR1 to h1's rank": (send(USR1, "h1", RANK), 75),
+    "kill -9 of pdsh": (send(KILL, "h1", PDSH), None),
+    "SIGTERM to pdsh": (send(TERM, "h1", PDSH), None),
+    "kill -9 of the ssh to h2": (send(KILL, "h1", " -x h2 "), None),
+    "kill -9 of h2's sshd session": (send(KILL, "h2", "sshd: "), None),
+    "SIGTERM to both ranks": (both(TERM), 75),
+    "kill -9 of both ranks": (both(KILL), None),
 }
 SHORT, LONG = list(FAILURES)[:3], list(FAILURES)
 SAVED = [name for name in FAILURES if name.startswith(("SIG", "kill -9 of deepspeed"))]
