@@ -28,6 +28,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     _before_a_run(commands)
+    _on_a_cluster(commands)
     _after_a_run(commands)
     return parser
 
@@ -60,18 +61,6 @@ def _before_a_run(commands: Any) -> None:
     lint.add_argument("--json", action="store_true", help="one JSON object instead of text")
     lint.add_argument("--effective", action="store_true", help="print the run file with all that will act written out")
 
-    doctor = commands.add_parser(
-        "doctor",
-        help="whether the hosts of a hostfile are ready to train: each finding with what mends it; exit code 2 if any",
-        epilog="example: megagpt doctor --hostfile hosts ds_configs/gpt2_124m.json",
-    )
-    doctor.add_argument("run_file", type=Path, nargs="?", metavar="RUN.json", help="look at its data and disk too")
-    _add_overrides(doctor)
-    doctor.add_argument("--hostfile", type=Path, help="default: this machine alone")
-    doctor.add_argument("--write-env", action="store_true", help="first write ~/.deepspeed_env: what must travel")
-    doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    doctor.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)  # what it starts on every host
-
     resume = commands.add_parser(
         "verify-resume",
         help="whether a run file's run goes on to the last bit after a stop; exit code 1 if not",
@@ -83,6 +72,8 @@ def _before_a_run(commands: Any) -> None:
     resume.add_argument("--then", action="append", default=[], metavar="key.path=value", help="and with this changed")
     resume.add_argument("--steps", type=_positive, default=4, help="how many; the second run is cut in their middle")
 
+
+def _on_a_cluster(commands: Any) -> None:
     slurm = commands.add_parser(
         "slurm",
         help="submit a run to Slurm, with the cluster's own names and a signal early enough to save",
@@ -101,6 +92,18 @@ def _before_a_run(commands: Any) -> None:
     slurm.add_argument("--container", metavar="WORDS", help='before python: "apptainer exec --nv image.sif"')
     slurm.add_argument("--fresh", action="store_true", help="start at step 0; an old run in out_dir is renamed")
     slurm.add_argument("--dry-run", action="store_true", help="print the script instead")
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="whether the hosts of a hostfile are ready to train: each finding with what mends it; exit code 2 if any",
+        epilog="example: megagpt doctor --hostfile hosts ds_configs/gpt2_124m.json",
+    )
+    doctor.add_argument("run_file", type=Path, nargs="?", metavar="RUN.json", help="look at its data and disk too")
+    _add_overrides(doctor)
+    doctor.add_argument("--hostfile", type=Path, help="default: this machine alone")
+    doctor.add_argument("--write-env", action="store_true", help="first write ~/.deepspeed_env: what must travel")
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    doctor.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)  # what it starts on every host
 
     hosts = commands.add_parser(
         "check-hosts",

@@ -3,7 +3,6 @@
 import ctypes
 import json
 import os
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from megagpt.config import ModelConfig
 from megagpt.distributed import rank, world_size
+from megagpt.guards import peak_memory
 from megagpt.model import GPT
 from megagpt.run_config import RunConfig
 from megagpt.run_file import load_run_config
@@ -69,19 +69,12 @@ class Turns:
             "seconds": time.perf_counter() - self.began,
             "cpu_seconds": time.process_time() - self.cpu_began,
             "loss": last,
-            "memory_gib": peak_memory(self.device),
+            "memory_gib": peak_memory(self.device) / 2**30,
             "resident_mib": resident_memory(),
             "live_mib": live_memory(),
             **more,
         }
         print(json.dumps(row), file=self.answers, flush=True)
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB: the allocator's peak on a GPU, the process's peak resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def resident_memory() -> float:
