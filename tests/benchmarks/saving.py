@@ -11,6 +11,7 @@ removed when it was measured, so no rotation is in the figures. Files are read b
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -84,18 +85,24 @@ def measure(options: list[str], rounds: int) -> dict[str, Any]:
 
     def save(*, beside: bool) -> float:
         nonlocal state
-        for step_dir in committed(out_dir):
-            shutil.rmtree(step_dir)
         session.writer, state = writers[beside], replace(state, step=state.step + 1)
         return seconds(session.save, state)
 
+    def remove_steps() -> None:
+        for step_dir in committed(out_dir):
+            shutil.rmtree(step_dir)
+        os.sync()  # and a training step comes next, as in training: the disk is not at work for the save before
+
     train_step(session, batches)
     for number in range(rounds):
+        remove_steps()
         found["step"].append(seconds(train_step, session, batches))
         found["at_once"].append(save(beside=False))
         [step_dir] = committed(out_dir)
         n_bytes = sum(path.stat().st_size for path in step_dir.iterdir())
         found["verify"].append(seconds(damage_of, step_dir, 0))
+        remove_steps()
+        found["step"].append(seconds(train_step, session, batches))
         found["memcpy"].append(statistics.median(seconds(memcpy, n_bytes) for _ in range(3)))
         began = time.perf_counter()
         found["stall"].append(save(beside=True))
