@@ -5,6 +5,7 @@ import pytest
 from support import SCALARS, debug_run, metric
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from megagpt.monitor import Monitor, Stopwatch, validation_curve
 from megagpt.state import TrainState
@@ -13,6 +14,14 @@ from megagpt.trainer import train
 
 def board(out_dir) -> EventAccumulator:
     return EventAccumulator(str(out_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def count_of_event_files():
+    """From 0: files of one second are read in the order of their names, in which this process's tenth is before .9."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+        yield
 
 
 @pytest.fixture(scope="module")
