@@ -5,6 +5,8 @@ and files verify, the same one on every rank.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -124,24 +126,39 @@ def _make_room(step_dir: Path) -> None:
 
 def _rotate(out_dir: Path, newest: Path, state: TrainState, keep: KeepConfig, group: Group) -> None:
     """Remove what nothing keeps any more, now that a newer step is committed. Collective."""
-    superfluous = gather_objects(is_main() and bool(superseded(out_dir, keep)), group)[0]
-    damaged = _damaged_of_newest(out_dir, group) if superfluous else []
+    superfluous = False
     if is_main():
-        try:
+        with _keeping_more():
+            superfluous = bool(superseded(out_dir, keep))
+    damaged = _damaged_of_newest(out_dir, group) if gather_objects(superfluous, group)[0] else []
+    if is_main():
+        with _keeping_more():
             if damaged:
                 put_aside(damaged)
                 point_to(out_dir, newest, state)
             prune(out_dir, keep)
-        except OSError as error:  # the step is committed all the same
-            say(f"an older checkpoint could not be removed: {error}")
     gather_objects(None, group)
+
+
+@contextmanager
+def _keeping_more() -> Iterator[None]:
+    """What a disk has against rotation costs room on it, and no step: the newer one is committed."""
+    try:
+        yield
+    except OSError as error:
+        say(f"an older checkpoint could not be removed: {error}")
 
 
 def _commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: Identity, manifests: list[str]) -> None:
     if is_main():
         with disk_errors(step_dir):
             write_commit(step_dir, state, mixture, asdict(identity), manifests)
+        try:
             point_to(step_dir.parent.parent, step_dir, state)
+        except OSError as error:
+            raise UserError(
+                f"{step_dir} is saved, but no hint to it: {error}; mend that, and it is gone on from"
+            ) from error
 
 
 def _damaged_of_newest(out_dir: Path, group: Group) -> list[Path]:

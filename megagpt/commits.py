@@ -157,7 +157,9 @@ def damage_of(step_dir: Path, rank: int, *, every: int | None = None, hashes: bo
     try:
         if (record := _record_of(step_dir)) is None:
             return f"{step_dir / COMMIT} was changed"
-        manifests = record["manifests"]
+        manifests, ranks = record["manifests"], record["identity"]["world_size"]
+        if len(manifests) != ranks:
+            return f"{step_dir} has the files of {len(manifests)} ranks, not of {ranks}"
         for r in range(len(manifests))[rank :: every or len(manifests)]:
             manifest = step_dir / f"manifest.{r}.json"
             if sha256_of(manifest) != manifests[r]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagpt.errors import OwnRankError, UserError
+from megagpt.errors import OwnRankError, UserError, on_every_rank
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None  # None: the default one
@@ -144,10 +144,13 @@ def broadcast_object(value: T) -> T:
 
 
 def gather_objects(value: T, group: Group = None) -> list[T]:
-    """Every rank's value, in rank order, on every rank."""
-    if world_size() == 1:
+    """Every rank's value, in rank order, on every rank.
+
+    Never of fewer ranks than the group has, also after this process has left the default one.
+    """
+    if group is None and world_size() == 1:
         return [value]
-    gathered: list[T] = [value] * world_size()
+    gathered: list[T] = [value] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered
 
@@ -187,8 +190,7 @@ class StopVote:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        alike = error is None or (isinstance(error, UserError) and not isinstance(error, OwnRankError))
-        if self._pending is not None and alike:  # else the others may never vote
+        if self._pending is not None and on_every_rank(error):  # else the others may never vote
             self._pending.wait()
 
     def __call__(self, stop: bool) -> bool:

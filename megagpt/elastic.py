@@ -228,11 +228,12 @@ def _old_parts(saved: Saved, sizes: dict[str, int]) -> tuple[list[Part], int]:
         if stage == 0:
             weights, states = _of_stage_0(saved, sizes)
             return _parts(weights, states, _one_after_another(weights, sizes)), _step(states)
-        parts, begun = [], dict.fromkeys(sizes, 0)
+        parts, begun, shapes = [], dict.fromkeys(sizes, 0), []
+        if stage == 3:  # the same for all ranks
+            shapes = _mapped(saved.step_dir, "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
         for r in range(n_ranks):
             state = _mapped(saved.step_dir, f"*zero_pp_rank_{r}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
             if stage == 3:
-                shapes = _mapped(saved.step_dir, "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
                 cuts = [_cut({name: sizes[name] for name in group}, r, n_ranks) for group in shapes]
                 weights, states = state["fp32_flat_groups"], state["optimizer_state_dict"]["state"]
             else:

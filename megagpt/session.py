@@ -250,8 +250,7 @@ class Session:
             self.warned = True
 
     def close(self, state: TrainState, reason: str) -> None:
-        """Say how the run ended, once all is saved; after early stopping, put the best weights back."""
-        self.writer.wait()
+        """Say how the run ended, now that all is saved; after early stopping, put the best weights back."""
         if state.stopper.stopped and self.cfg.early_stopping.restore_best:
             best_dir = step_folder(self.cfg.out_dir, state.stopper.best_step)
             checkpoint.restore(self.engine, best_dir, self.plan.identity, self.effective)

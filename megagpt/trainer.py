@@ -47,7 +47,7 @@ def train(
         raise
     batches, recent, stop = session.batches(), Recent(), False
 
-    with session.watchdog, vote:
+    with session.writer, session.watchdog, vote:
         while not (stop or state.finished(schedule.max_steps)):
             set_lr(session.engine, run.deepspeed.optimizer.params.lr * lr_factor(state.step, schedule))
             recent.add(*train_step(session, batches))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,8 @@ from torch import UntypedStorage
 from torch.storage import TypedStorage
 
 from megagpt.commits import disk_errors
-from megagpt.distributed import TIMEOUT, Group, world_size
+from megagpt.distributed import TIMEOUT, Group, say, world_size
+from megagpt.errors import UserError, on_every_rank
 from megagpt.files import write_atomically
 
 
@@ -25,7 +26,8 @@ class Writer:
     """Runs one task at a time: in a thread of its own if `beside` training, else at once.
 
     `group` is for the tasks' collectives, so that they do not meet those of training; None: the usual one. Making a
-    Writer is collective.
+    Writer is collective. Inside `with`, which waits for what is in flight: ranks that leave their group before would
+    leave the others without their files.
     """
 
     def __init__(self, *, beside: bool) -> None:
@@ -43,6 +45,19 @@ class Writer:
             task(files)
             return
         self._in_flight = self._thread.submit(self._timed, task, self._copies.of(files))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not on_every_rank(error):  # else the others may never write theirs
+            return
+        try:
+            self.wait()
+        except UserError as failed:
+            if error is None:
+                raise
+            say(str(failed))
 
     def _timed(self, task: Callable[[dict[Path, Any]], None], files: dict[Path, Any]) -> None:
         began = time.monotonic()

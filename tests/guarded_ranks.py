@@ -167,6 +167,12 @@ def rolled_back(dataset: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
+def stopped_beside_a_save(dataset: Path, folder: Path) -> dict[str, Any]:
+    options = [SPIKES.format("stop"), "megagpt.every.save=6", "megagpt.save_async=true", "megagpt.every.log=1"]
+    with Faulty({13: 30.0}) as run, slow_writer(run, until=13):
+        return run.train(dataset, folder / "run", *options)
+
+
 @contextmanager
 def slow_writer(run: Faulty, until: int) -> Iterator[None]:
     """Step 12 is not written before somebody waits for it after so many steps."""
@@ -219,6 +225,7 @@ SCENARIOS = [
     a_spike,
     spikes_left_out,
     rolled_back,
+    stopped_beside_a_save,
     a_bit_that_flipped,
     memory_that_grows,
 ]

@@ -40,6 +40,13 @@ def commit(out_dir, step, val_loss=None, best_step=0):
     return step_dir, state
 
 
+def test_a_commit_without_the_files_of_all_ranks_is_damage(tmp_path):
+    step_dir, state = commit(tmp_path, 10)
+    assert damage_of(step_dir, 0, every=1) is None
+    write_commit(step_dir, state, Mixture(seed=0), {"world_size": 2}, [write_manifest(step_dir, 0)])
+    assert damage_of(step_dir, 0, every=1) == f"{step_dir} has the files of 1 ranks, not of 2"
+
+
 def steps_of(out_dir):
     return [int(path.name.removeprefix("step_")) for path in committed(out_dir)]
 

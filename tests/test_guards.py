@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import debug_run, metric, read_json, torchrun
 
+from megagpt.commits import damage_of, step_folder
 from megagpt.config import GuardsConfig, SpikesConfig
 from megagpt.errors import UserError
 from megagpt.guards import WINDOW, MemoryWatch, check_skipping
@@ -142,6 +143,15 @@ def test_rolling_back_waits_for_the_save_beside_training(found):
     assert line.startswith("rolled back from step 13 to ")
     assert line.endswith("step_00000012; samples 96 to 103 are left out")
     assert run["loaded"] == [run["weights"][11]]
+
+
+def test_what_stops_a_run_leaves_the_save_in_flight_whole(folder, found):
+    """Step 12's files are not written before somebody waits for them."""
+    run = found["stopped_beside_a_save"]
+    assert run["message"].startswith("a spike at step 13: loss ")
+    assert run["committed"] == ["step_00000006", "step_00000012"]
+    out_dir = folder / "stopped_beside_a_save" / "run"
+    assert damage_of(step_folder(out_dir, 12), 0, every=1) is None
 
 
 def test_rolling_back_again_and_again_ends(found):

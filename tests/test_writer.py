@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from support import ROOT, debug_run, environment, metric
+from torch.multiprocessing import start_processes
 
 from megagpt import session
 from megagpt.commits import committed
+from megagpt.distributed import gather_objects, leave
 from megagpt.errors import UserError
 from megagpt.trainer import train
 from megagpt.verify_resume import same
@@ -127,3 +130,16 @@ def test_killed_at_any_change_a_save_makes_the_run_goes_on_from_the_newest_commi
     for trial in found:
         assert trial["newest"] >= "step_00000004", trial  # what was there before the first strike
         assert (trial["damaged"], trial["resumed_there"], trial["differs"]) == ([], True, []), trial
+
+
+def after_leaving(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    group = dist.new_group(backend="gloo")
+    leave()
+    (folder / f"{rank}").write_text(json.dumps(gather_objects(rank, group)))
+
+
+def test_a_rank_that_has_left_the_others_does_not_take_itself_for_all(tmp_path):
+    """A writer that is still at work would commit a step of its own files alone."""
+    start_processes(after_leaving, (tmp_path,), 2)
+    assert [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)] == [[0, 1], [0, 1]]
