@@ -1,8 +1,10 @@
 """Groups A, B and C: kill -9 at a point of a save and at any time, and the signals that ask for one more save."""
 
+import math
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import lab
 from judge import NOT_STRUCK, RECOVERED, STUCK, Case, Outcome, last_lines, started_again, steps_in
 from lab import Blow, Ended
+from numerics import times
 from strike import PHASES, InSave, signal_to
 from systems import INTERVAL, STEPS, Megagpt, System
 
@@ -51,6 +54,31 @@ def kills_in_save() -> Iterator[Case]:
                             yield Case("A", name, partial(run, False), baseline=known)
                             if stage in (1, 3) and not first:
                                 yield Case("A", f"{name} beside training", partial(run, True))
+        for victim in ("0", "1"):
+            name = f"{victim} killed beside training, when a guard has stopped it, stage {stage}"
+            yield Case("A", name, partial(killed_after_a_guard, victim, stage))
+
+
+def killed_after_a_guard(victim: str, stage: int, system: System, folder: Path) -> Outcome:
+    """A rank dies before it has written its files of step 6, when a guard has stopped all of them at step 7."""
+    system.begin(folder / "run", stage, 4)
+
+    def arm(rank: int) -> None:
+        times(math.nan, 7)(folder / "dead" / "stopped_at")
+        if str(rank) == victim:
+            kill = signal_to(os.getpid(), folder / "dead" / "fault_at")
+
+            def strike() -> None:
+                time.sleep(2)  # the stop comes sooner, and the other rank writes its files
+                kill()
+
+            InSave("rng", "before", strike).arm()
+
+    more = ["megagpt.save_async=true", "megagpt.guards.max_bad_steps=1"]
+    died = lab.launch(system.program(folder / "run", stage, STEPS, *more), folder / "dead", arm=arm)
+    if not (folder / "dead" / "fault_at").exists():
+        return Outcome(NOT_STRUCK, last_lines(died.text))
+    return started_again(system, folder, stage, STEPS, died, at_most=2 * INTERVAL)
 
 
 def _writes(target: str, victim: str, stage: int, first: bool) -> bool:
