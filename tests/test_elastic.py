@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -15,13 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT, debug_run, environment, metric, torchrun
 
-from megagpt import session
+from megagpt import checkpoint, session
 from megagpt.commits import committed
 from megagpt.elastic import Part, Stretch, _copies
 from megagpt.engine import consolidated_weights
 from megagpt.errors import UserError
+from megagpt.guards import memory_mib
 from megagpt.rng import rng_state, seed_all, seed_from
 from megagpt.samples import open_run
+from megagpt.session import Session, check
 from megagpt.trainer import train
 
 PROGRAM = Path(__file__).with_name("elastic_ranks.py")
@@ -83,6 +86,34 @@ def test_every_ordered_pair_of_stages_in_bf16_takes_over_every_bit(dataset, tmp_
     """The fp32 weights and moments, and what the model computes with is those weights rounded."""
     launch(2, dataset, tmp_path, "", "bf16")
     assert json.loads((tmp_path / "pairs.bf16.json").read_text()) == [[], []]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 0)])
+def test_sharing_out_holds_no_second_copy_of_the_state(dataset, device, tmp_path, monkeypatch, before, after):
+    """Old files are mapped, and what is read of them goes where it stays: 16 MiB of 150 are allowed beside."""
+    size = ['megagpt.model={"n_layer": 4, "n_head": 4, "n_embd": 512, "seq_len": 32}', "megagpt.data.val_tokens=32"]
+    train(debug_run(dataset, tmp_path / "run", *options(before, *size)), device, stop_at=1)
+    plan = check(debug_run(dataset, tmp_path / "run", *options(after, *size)), fresh=False)
+    held, done, original = [], Event(), checkpoint.load_reshaped
+
+    def sample() -> None:
+        while not done.is_set():
+            held.append(memory_mib(device)[0].item())
+
+    def watched(*args) -> None:
+        sampler = Thread(target=sample)
+        held.append(memory_mib(device)[0].item())
+        sampler.start()
+        original(*args)
+        done.set()
+        sampler.join()
+        held.append(memory_mib(device)[0].item())
+
+    monkeypatch.setattr(checkpoint, "load_reshaped", watched)
+    Session(plan, device)
+    assert len(held) > 10
+    assert max(held) < max(held[0], held[-1]) + 16
 
 
 @pytest.fixture
