@@ -160,7 +160,9 @@ def _about_network(request: Request) -> Iterator[Finding]:
             yield Finding("interface", f"gloo would take {address}, which no other host reaches; {way}")
     if request.port:
         try:
-            socket.create_server(("", request.port)).close()
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store will: what has ended is free
+                probe.bind(("", request.port))  # refused if anybody listens on any address; it does not listen itself
         except OSError:
             who = _listener(request.port)
             text = f"port {request.port}, where ranks would meet, is taken{who}; end it, or deepspeed --master_port N"

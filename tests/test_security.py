@@ -5,21 +5,27 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from corrupt import DAMAGES
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from packaging.requirements import Requirement
+from packaging.version import Version
 from support import DEBUG_RUN, ROOT, debug_run, environment, overrides
 
 from megagpt.checkpoint import load_model
 from megagpt.commits import COMMIT, _digest, best, committed, damage_of
 from megagpt.errors import UserError
 from megagpt.files import sha256_of
+from megagpt.host_probe import Request, report
 from megagpt.launcher import check_environment, check_hosts, check_settings
 from megagpt.pickles import check_pickles
 from megagpt.run_file import load_run_config
@@ -167,6 +173,14 @@ def test_what_a_checkpoint_in_fp16_holds_is_known(tmp_path):
     check_pickles([tmp_path / "a.pt"])
 
 
+def test_our_own_state_is_json(run):
+    step_dir = committed(run)[-1]
+    ours = {path.name for path in step_dir.iterdir() if path.suffix != ".pt"} - {"tokenizer.model"}
+    assert ours == {COMMIT, "manifest.0.json", "rng.0.json", "run.json"}
+    for name in ours:
+        assert isinstance(json.loads((step_dir / name).read_bytes()), dict)
+
+
 # --- hosts, secrets, code --------------------------------------------------------------------------------------
 
 
@@ -279,6 +293,52 @@ def test_no_file_of_the_project_is_unsafe():
     found = {name: calls for name, calls in found.items() if calls}
     behind_check_pickles = ("megagpt/elastic.py", "megagpt/engine.py", "megagpt/verify_resume.py")
     assert found == {name: {"torch.load"} for name in behind_check_pickles}
+
+
+LISTENING = re.compile(
+    r"\b(bind|listen|\w+_server|\w+Server|TCPStore|\w+\.init_process_group|LocalCluster|SLURMCluster)$"
+)
+LISTENERS = {
+    ("data_tools/dask_cluster.py", "LocalCluster"): "on 127.0.0.1",
+    ("data_tools/dask_cluster.py", "SLURMCluster"): "its workers are batch jobs on other hosts",
+    ("megagpt/distributed.py", "dist.init_process_group"): "ranks on other hosts",
+    ("megagpt/host_probe.py", "probe.bind"): "it does not listen",
+    ("megagpt/network.py", "probe.bind"): "it does not listen",
+    ("megagpt/network.py", "socket.create_server"): "where gloo will listen, until the ranks have met",
+    ("megagpt/rendezvous.py", "dist.TCPStore"): "ranks on other hosts",
+}
+
+
+def listeners(source: str) -> list[str]:
+    called = (ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return [name for name in called if LISTENING.search(name)]
+
+
+@pytest.mark.parametrize("source", ["s.bind(x)", "asyncio.start_server(f)", "HTTPServer(x)", "dist.TCPStore(x)"])
+def test_a_call_that_listens_is_found(source):
+    assert listeners(source)
+
+
+def test_nothing_listens_but_what_is_listed():
+    found = [(str(path.relative_to(ROOT)), name) for path in PROJECT for name in listeners(path.read_text())]
+    assert sorted(found) == sorted(LISTENERS)
+
+
+def test_a_port_that_is_taken_on_one_address_is_found_without_listening_on_any():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        request = Request("h1", [], 1, server.getsockname()[1], run_file="", overrides=[], mark="")
+        assert "port" in {finding.check for finding in report(request).findings}
+    assert "port" not in {finding.check for finding in report(request).findings}
+
+
+def test_dependency_floors_lie_at_or_above_the_fixes():
+    """Those that SECURITY.md names."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {one.name: one.specifier for one in map(Requirement, project["dependencies"])}
+    floors = {name: Version(one.version) for name, all_ in needed.items() for one in all_ if one.operator == ">="}
+    fixes = re.findall(r"CVE-\d+-\d+ \((\w+) ([\d.]+)\)", (ROOT / "SECURITY.md").read_text())
+    assert {name for name, _ in fixes} == {"deepspeed", "pyarrow", "sentencepiece", "torch"}
+    assert all(floors[name] >= Version(fixed) for name, fixed in fixes)
 
 
 @pytest.mark.parametrize("n", [60, pytest.param(2000, marks=pytest.mark.long)])
