@@ -31,7 +31,7 @@ from megagpt.distributed import is_main, rank, together, world_size
 from megagpt.engine import Engine
 from megagpt.errors import UserError
 from megagpt.optim import decay_groups
-from megagpt.pickles import check_pickles, pickles_of
+from megagpt.pickles import check_pickles, load_checked, pickles_of
 
 SHAPE = {
     "world_size": "ranks",
@@ -276,6 +276,6 @@ def _step(states: Any) -> int:
 
 
 def _mapped(step_dir: Path, pattern: str) -> Any:
-    """A file whose tensors are read when they are used. Its pickle must have been checked."""
+    """A file whose tensors are read when they are used."""
     (path,) = step_dir.glob(pattern)
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    return load_checked(path, mmap=True)

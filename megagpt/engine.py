@@ -23,7 +23,7 @@ from megagpt.distributed import neighbors, rank, together, world_size
 from megagpt.errors import UserError
 from megagpt.model import GPT, Block, Recompute
 from megagpt.optim import clip_before_step, decay_groups
-from megagpt.pickles import check_pickles, pickles_of
+from megagpt.pickles import check_pickles, load_checked, pickles_of
 from megagpt.processor import adam_on_the_host
 from megagpt.recompute import (
     RunAgain,
@@ -251,8 +251,7 @@ def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it is chatty
             weights = get_fp32_state_dict_from_zero_checkpoint(str(step_dir.parent), tag=step_dir.name)
     else:  # stage 0: the module is whole in one file
-        file = step_dir / "mp_rank_00_model_states.pt"
-        weights = torch.load(file, map_location="cpu", weights_only=False)["module"]
+        weights = load_checked(step_dir / "mp_rank_00_model_states.pt")["module"]
     return {name: weight.detach().float() for name, weight in weights.items()}
 
 

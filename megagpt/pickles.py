@@ -2,6 +2,7 @@
 
 import pickletools
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,6 +55,15 @@ def check_pickles(paths: list[Path]) -> None:
                 f"{path} would call {foreign[0].replace(' ', '.')} when it is loaded, which no checkpoint of megagpt "
                 f"needs: it may run any program; nothing of it was run. {SAVED_BY_OTHERS.capitalize()}"
             )
+
+
+def load_checked(path: Path, *, mmap: bool = False) -> Any:
+    """What a file holds, on the CPU. With `mmap`, its tensors are read when they are used.
+
+    Raises UserError as `check_pickles` does.
+    """
+    check_pickles([path])
+    return torch.load(path, map_location="cpu", mmap=mmap, weights_only=False)
 
 
 def _globals(program: bytes) -> set[str]:

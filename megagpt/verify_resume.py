@@ -18,7 +18,7 @@ from megagpt.commits import committed, damage_of, read_commit
 from megagpt.distributed import init_process_group, is_main, together
 from megagpt.errors import UserError
 from megagpt.launches import failure_of, on_ranks
-from megagpt.pickles import check_pickles
+from megagpt.pickles import load_checked
 from megagpt.processor import fitting
 from megagpt.run_file import load_run_config
 from megagpt.trainer import train
@@ -122,14 +122,9 @@ def _state_that_differs(straight: Path, cut: Path) -> Iterator[str]:
             continue  # hashes of the rest
         if not (a.is_file() and b.is_file()):
             yield f"{name} is in one of the two alone"
-        elif a.read_bytes() != b.read_bytes() and not (name.endswith(".pt") and same(_load(a), _load(b))):
+        elif a.read_bytes() != b.read_bytes() and not (name.endswith(".pt") and same(load_checked(a), load_checked(b))):
             yield f"{name} differs"
     yield from _damage(before, after)
-
-
-def _load(path: Path) -> Any:
-    check_pickles([path])
-    return torch.load(path, map_location="cpu", weights_only=False)  # written a moment ago by our own launch
 
 
 def same(a: Any, b: Any) -> bool:
