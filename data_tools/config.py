@@ -185,7 +185,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raw = json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read --config {file}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--config {file} is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"--config {file} is not a JSON object of options")
@@ -195,7 +195,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

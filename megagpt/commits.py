@@ -145,7 +145,7 @@ def _record_of(step_dir: Path) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads((step_dir / COMMIT).read_bytes())
         return record if record.pop("sha256") == _digest(record) else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -174,7 +174,7 @@ def damage_of(step_dir: Path, rank: int, *, every: int | None = None, hashes: bo
         return f"{error.filename} is missing"
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{step_dir / COMMIT} is damaged"
     return None
 

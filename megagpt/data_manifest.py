@@ -98,7 +98,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         content = file.read_bytes()
         raw = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}); restore it or build the dataset again") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{file} is not the manifest of a megagpt dataset; make one with {how}")

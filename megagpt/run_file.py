@@ -142,6 +142,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"run file {path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except RecursionError:
+        raise UserError(f"{path} is no run file: its brackets are nested too deep") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds a JSON {type(raw).__name__}; a run file is an object {{...}}")
     return raw
@@ -162,7 +164,7 @@ def _override(raw: dict[str, Any], item: str) -> None:
         raise UserError(f"override {item!r} is not of the form key.path=value{hint}")
     try:
         value = json.loads(text, object_pairs_hook=_no_duplicate_keys)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         value = text
     *parents, leaf = dotted.split(".")
     node: Any = raw

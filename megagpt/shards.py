@@ -216,10 +216,14 @@ def open_dataset(path: Path) -> Dataset:
     index = path / INDEX
     if not index.is_file() or sha256_of(index) != manifest.index_sha256:
         raise UserError(f"{index} is missing or damaged; restore it or build the dataset again")
-    table = pa.ipc.open_file(index.read_bytes()).read_all().combine_chunks()
+    try:
+        table = pa.ipc.open_file(index.read_bytes()).read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, SystemError, UnicodeDecodeError) as error:
+        raise damaged(index, error) from error
     if not table.schema.equals(INDEX_SCHEMA) or not len(table):
         raise UserError(f"{index} is not an index of this format; build the dataset again")
-    return Dataset(path, manifest, table.to_batches()[0])
+    return Dataset(path, manifest, table.combine_chunks().to_batches()[0])
 
 
 def _values(tokens: pa.LargeListArray) -> np.ndarray:

@@ -188,6 +188,7 @@ def _parse(model_bytes: bytes) -> tuple[sentencepiece.SentencePieceProcessor, _S
     processor = sentencepiece.SentencePieceProcessor()
     if not (model_bytes and processor.load_from_serialized_proto(model_bytes) and processor.get_piece_size()):
         raise LookupError("no pieces")
+    processor.id_to_piece(list(range(processor.get_piece_size())))  # a UnicodeDecodeError now rather than later
     return processor, _describe(model_bytes)
 
 

@@ -47,6 +47,12 @@ def test_a_commit_without_the_files_of_all_ranks_is_damage(tmp_path):
     assert damage_of(step_dir, 0, every=1) == f"{step_dir} has the files of 1 ranks, not of 2"
 
 
+def test_a_commit_of_nothing_but_brackets_is_damage(tmp_path):
+    step_dir, _ = commit(tmp_path, 10)
+    (step_dir / COMMIT).write_text("[" * 10**5)
+    assert damage_of(step_dir, 0) == f"{step_dir / COMMIT} was changed"
+
+
 def steps_of(out_dir):
     return [int(path.name.removeprefix("step_")) for path in committed(out_dir)]
 

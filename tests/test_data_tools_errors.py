@@ -127,6 +127,7 @@ BAD_INPUT = {
         r"vocab_size=100 is too small .* set vocab_size=\d+ or more",
     ),
     "config not JSON": (with_config("{"), r"build\.json is not JSON"),
+    "config nested": (with_config("[" * 10**5), r"build\.json is not JSON"),
     "config misspelt": (with_config('{"val_fracton": 0.1}'), r"'val_fracton'; did you mean 'val_fraction'\?"),
     "finished": (out_is_finished, r"--out .*out holds a finished dataset; give another folder, or delete it"),
     "somebody's folder": (out_is_something_else, r"--out .*out holds files that are no unfinished build"),

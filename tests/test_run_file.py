@@ -113,6 +113,7 @@ def test_a_missing_section_and_a_missing_key_are_named():
         ("[]", "holds a JSON list"),
         ("\xff", "cannot be read|not JSON"),
         ("", "not JSON"),
+        ("[" * 10**5, "nested too deep"),
     ],
 )
 def test_a_file_that_is_no_run_file_is_one_message(tmp_path, text, complaint):

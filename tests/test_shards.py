@@ -1,5 +1,6 @@
 """The stream is the documents, one after the other, whatever the shards and batches; damage is refused by name."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -240,6 +241,11 @@ def link_out(folder: Path) -> None:
     (folder / "train").symlink_to(folder.parent / "elsewhere")
 
 
+def another_index(folder: Path) -> None:
+    (folder / "index.arrow").write_bytes(content := b"no Arrow")
+    rewrite(folder, lambda raw: raw.update(index_sha256=hashlib.sha256(content).hexdigest()))
+
+
 def another_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(small_tokenizer("bpe").model_bytes)
 
@@ -253,6 +259,10 @@ REFUSED_AT_OPEN = {
         r"manifest\.json was edited",
     ),
     "manifest cut": (truncate("manifest.json"), r"manifest\.json is damaged"),
+    "manifest nested": (
+        lambda folder: (folder / "manifest.json").write_text("[" * 10**5),
+        r"manifest\.json is damaged",
+    ),
     "manifest of another": (replace_text("manifest.json", "megagpt-arrow", "x"), r"not the manifest of a megagpt"),
     "newer version": (newer_version, r"format version 2, and this megagpt reads 1"),
     "path leads out": (lead_out, r"'\.\./secret\.arrow', which leads out"),
@@ -261,6 +271,7 @@ REFUSED_AT_OPEN = {
     "shard truncated": (truncate(SHARD), rf"{SHARD} has [\d,]+ bytes instead of"),
     "index missing": (remove("index.arrow"), r"index\.arrow is missing or damaged"),
     "index truncated": (truncate("index.arrow"), r"index\.arrow is missing or damaged"),
+    "index signed anew": (another_index, r"index\.arrow is damaged"),
     "tokenizer missing": (remove("tokenizer.model"), r"tokenizer\.model is not the tokenizer this data"),
     "tokenizer replaced": (another_tokenizer, r"tokenizer\.model is not the tokenizer this data"),
 }

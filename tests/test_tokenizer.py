@@ -150,13 +150,14 @@ def test_a_model_without_end_of_sentence_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "model_bytes",
-    [b"", b"hello, this is text", b"\x0a\x03abc" * 100, b"\xff" * 1000, "cut"],
-    ids=["empty", "text", "protobuf of something else", "noise", "truncated"],
+    [b"", b"hello, this is text", b"\x0a\x03abc" * 100, b"\xff" * 1000, "cut", "no UTF-8"],
+    ids=["empty", "text", "protobuf of something else", "noise", "truncated", "pieces that are no text"],
 )
 def test_what_is_no_model_is_refused(model_bytes: bytes | str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     whole = small_tokenizer().model_bytes
-    path.write_bytes(whole[: len(whole) // 2] if isinstance(model_bytes, str) else model_bytes)
+    changed = {"cut": whole[: len(whole) // 2], "no UTF-8": whole.replace("\u2581".encode(), b"\xff" * 3)}
+    path.write_bytes(changed[model_bytes] if isinstance(model_bytes, str) else model_bytes)
     with pytest.raises(UserError, match=r"tokenizer\.model is not a SentencePiece model; give the \.model file"):
         Tokenizer.load(path)
 

@@ -1,6 +1,7 @@
 """Each fuzzing target, from whole files on; campaigns of hours are started by hand."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -10,19 +11,23 @@ import pytest
 from support import DEBUG_RUN, ROOT, environment
 
 FUZZ = Path(__file__).with_name("fuzz.py")
+TARGETS = re.findall(r'^    "(\w+)": \w+,$', FUZZ.read_text(), re.MULTILINE)  # it cannot be imported without atheris
 
 
 @pytest.mark.long
-@pytest.mark.skipif(
-    importlib.util.find_spec("atheris") is None, reason="atheris is not installed (pip install atheris)"
-)
-@pytest.mark.parametrize("target", ["commit", "environment", "hosts", "manifest", "pickle", "run_file", "tokenizer"])
+@pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason='atheris is not installed (the extra "fuzz")')
+@pytest.mark.parametrize("target", TARGETS)
 def test_a_parser_takes_or_refuses_whatever_bytes_come(target, dataset, tmp_path):
     whole = {
+        "build_config": ROOT / "ds_configs" / "demo_data.json",
         "commit": DEBUG_RUN,  # JSON is what they have in common
+        "files_of_a_rank": DEBUG_RUN,
+        "generators": DEBUG_RUN,
         "hosts": ROOT / "launch" / "hostfile.example",
+        "index": dataset / "index.arrow",
         "manifest": dataset / "manifest.json",
         "run_file": DEBUG_RUN,
+        "shard": dataset / "train" / "v0" / "shard-000000.arrow",
         "tokenizer": dataset / "tokenizer.model",
     }
     seeds = tmp_path / "seeds"
@@ -30,8 +35,9 @@ def test_a_parser_takes_or_refuses_whatever_bytes_come(target, dataset, tmp_path
     (seeds / "a").write_text("A=1\n")
     if target in whole:
         shutil.copy(whole[target], seeds)
-    command = [sys.executable, FUZZ, target, seeds, "-runs=20000", "-seed=1", f"-artifact_prefix={tmp_path}/"]
-    variables = environment() | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, FUZZ, target, seeds, "-runs=20000", "-max_total_time=60", "-seed=1"]
+    command += [f"-artifact_prefix={tmp_path}/"]
+    variables = environment() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
         list(map(str, command)), env=variables, cwd=tmp_path, capture_output=True, text=True, check=False
     )
