@@ -20,7 +20,7 @@ class Preemption:
 
     def __init__(self, *, launcher_alive: Callable[[], bool] = lambda: True, ctrl_c: bool = False) -> None:
         self._began = time.monotonic()
-        self._launcher_alive = launcher_alive
+        self.launcher_alive = launcher_alive
         self.time_limit_minutes: float | None = None  # known once the run file is read
         self._signal: int | None = None
         if ctrl_c and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
@@ -40,7 +40,7 @@ class Preemption:
             return signal.Signals(self._signal).name
         if self.time_limit_minutes is not None and time.monotonic() > self._began + 60 * self.time_limit_minutes:
             return "time limit"
-        if not self._launcher_alive():
+        if not self.launcher_alive():
             return "launcher has died"
         return ""
 

@@ -3,7 +3,7 @@
 import gc
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -86,7 +86,7 @@ def check(run: RunConfig, *, fresh: bool) -> Plan:
 class Session:
     """A built engine and its instruments. All methods are collective: every rank calls them at the same steps."""
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, plan: Plan, device: torch.device, *, launcher_alive: Callable[[], bool] = lambda: True) -> None:
         run, batch = plan.run, plan.batch
         self.plan, self.device, self.cfg = plan, device, run.megagpt
         self.scaled = run.deepspeed.fp16.enabled  # DeepSpeed itself leaves out what its loss scale made infinite
@@ -108,7 +108,8 @@ class Session:
         self.watch, self.warm, self.warned = Stopwatch(), False, False
         waits = run.deepspeed.zero_optimization.stage == 3 or batch.sequence_parallel_size > 1
         self.clock, self.cluster = Clock(device), Cluster(gather_objects(socket.gethostname()), forward_waits=waits)
-        self.watchdog = Watchdog(self.cfg.guards.hang_timeout, rank(), self.cfg.out_dir / f"stacks.{rank()}.txt")
+        stacks = self.cfg.out_dir / f"stacks.{rank()}.txt"
+        self.watchdog = Watchdog(self.cfg.guards.hang_timeout, rank(), stacks, launcher_alive)
         self.writer = Writer(beside=self.cfg.save_async)
         self.memory_watch = MemoryWatch(self.cfg.guards.memory_growth_mib)
         self.rolled_back: list[int] = []  # steps gone back to

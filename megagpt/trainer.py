@@ -41,7 +41,7 @@ def train(
         return state
     count_start(run, state.step)
     try:
-        session = Session(plan, device)
+        session = Session(plan, device, launcher_alive=preemption.launcher_alive)
     except UserError:
         forget_start(run)
         raise
@@ -53,8 +53,8 @@ def train(
             recent.add(*train_step(session, batches))
             state = state.after_step(plan.batch.global_batch, run.megagpt.seq_len)
             stop = vote(preemption.requested or session.writer.failed) or state.step == stop_at
-            session.watchdog.beat(state.step)
             done = state.step == schedule.max_steps
+            session.watchdog.beat(state.step, ending=stop or done)
             if due(state.step, run.megagpt.guards.compare_every):
                 compare_weights(session.engine.module.named_parameters(), state.step)
 

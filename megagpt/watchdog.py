@@ -1,18 +1,22 @@
-"""Ends a process that no longer reaches step boundaries, and writes down where each of its threads stood."""
+"""Ends a process that reaches no step boundary in time, or none after its launcher has died.
+
+It writes down where each of its threads stood.
+"""
 
 import faulthandler
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Self
 
 TICK = 1.0  # seconds between two looks
 GRACE = 3.0  # seconds from the stacks to the end: a rank that ends breaks the collective that another one hangs in
+OUTLIVES = 50.0  # seconds that a rank whose launcher has died may stay without a step boundary
 PATIENCE = 10  # a step may take so many times as long as the one before it, where that is more than the timeout
 
 
@@ -21,10 +25,13 @@ class Watchdog:
 
     The first step, which compiles, is not timed. A thread watches, so it sees all that waits without Python's lock, as
     collectives and reads do. Time in which the whole process is suspended does not count.
+
+    A launcher that dies is seen at any time, timed or not.
     """
 
-    def __init__(self, timeout: float, rank: int, stacks: Path) -> None:
+    def __init__(self, timeout: float, rank: int, stacks: Path, launcher_alive: Callable[[], bool]) -> None:
         """`timeout` in seconds, 0: never; `stacks` is the file that is written."""
+        self._launcher_alive, self._ending, self._alone = launcher_alive, False, 0.0
         self._timeout, self._rank, self._stacks = timeout, rank, stacks
         self._ended = Event()
         self._step, self._timed, self._idle, self._allowed = 0, False, 0.0, timeout
@@ -32,18 +39,18 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         self._began = time.monotonic()
-        if self._timeout > 0.0:
-            Thread(target=self._watch, name="watchdog", daemon=True).start()
+        Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
 
-    def beat(self, step: int) -> None:
-        """The boundary after this step."""
+    def beat(self, step: int, *, ending: bool) -> None:
+        """The boundary after this step; if all ranks are `ending`, what they save then is not cut short."""
         now = time.monotonic()
         self._allowed = max(self._timeout, PATIENCE * (now - self._began))
         self._step, self._began, self._idle, self._timed = step, now, 0.0, True
+        self._alone, self._ending = 0.0, ending  # the next boundary stops
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -56,12 +63,19 @@ class Watchdog:
         looked = time.monotonic()
         while not self._ended.wait(TICK):
             now = time.monotonic()
-            self._idle += min(now - looked, 2 * TICK)
+            passed = min(now - looked, 2 * TICK)
             looked = now
-            if self._timed and self._idle > self._allowed:
-                self._end()
+            self._idle += passed
+            if self._timeout > 0.0 and self._timed and self._idle > self._allowed:
+                self._end(
+                    f"{self._idle:.0f} s since step {self._step}",
+                    "; if steps do take so long, raise megagpt.guards.hang_timeout",
+                )
+            self._alone = 0.0 if self._ending or self._launcher_alive() else self._alone + passed
+            if self._alone > OUTLIVES:
+                self._end(f"{self._alone:.0f} s in vain for a step to end since its launcher died")
 
-    def _end(self) -> None:
+    def _end(self, waited: str, way_out: str = "") -> None:
         signal.setitimer(signal.ITIMER_REAL, 1.5 * GRACE)  # SIGALRM ends us if the disk hangs, too
         try:
             with self._stacks.open("w") as file:
@@ -71,10 +85,10 @@ class Watchdog:
         except OSError:
             faulthandler.dump_traceback(all_threads=True)
         message = (
-            f"error: rank {self._rank} has waited {self._idle:.0f} s since step {self._step} and ends; where its "
-            f"threads stood is in {self._stacks}. The run goes on from its last checkpoint; if steps do take so long, "
-            "raise megagpt.guards.hang_timeout"
+            f"error: rank {self._rank} has waited {waited} and ends; where its threads stood is in {self._stacks}. "
+            f"The run goes on from its last checkpoint{way_out}"
         )
-        print(message, file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody may read it any more
+            print(message, file=sys.stderr, flush=True)
         time.sleep(GRACE)
         os._exit(1)

@@ -20,6 +20,7 @@ from megagpt.samples import open_run
 from megagpt.shards import open_dataset
 
 PRETRAIN = ROOT / "launch" / "pretrain.py"
+ORPHANED = Path(__file__).with_name("orphaned_rank.py")
 
 
 def arguments(dataset, out_dir, *more):
@@ -72,20 +73,43 @@ def test_a_run_whose_reader_is_gone_trains_to_its_end(dataset, tmp_path):
     assert list(metric(tmp_path / "run", "loss/train"))[-1] == 20
 
 
-def test_ranks_whose_launcher_was_killed_save_and_end(dataset, tmp_path):
-    options = ["megagpt.schedule.max_steps=100000", "megagpt.every.save=0"]
+def killed_launcher(program: list, dataset, out_dir, until: str) -> str:
+    """torchrun is killed at the first line that begins so, and the rank must end; returns what went to stderr."""
+    options = ["megagpt.schedule.max_steps=100000", "megagpt.every.save=0", "megagpt.guards.hang_timeout=0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
-    launcher = start([*torchrun, PRETRAIN, *arguments(dataset, tmp_path / "run", *options)])
+    launcher = start([*torchrun, *program, *arguments(dataset, out_dir, *options)])
     assert launcher.stdout is not None
     for line in launcher.stdout:
-        if line.startswith("step"):
+        if line.startswith(until):
             break
     ranks = psutil.Process(launcher.pid).children(recursive=True)
     launcher.kill()
     _, alive = psutil.wait_procs(ranks, timeout=60)
+    for rank in alive:
+        rank.kill()
     assert not alive
+    return launcher.communicate()[1]
+
+
+def test_ranks_whose_launcher_was_killed_save_and_end(dataset, tmp_path):
+    killed_launcher([PRETRAIN], dataset, tmp_path / "run", "step")
     assert committed(tmp_path / "run")
-    launcher.communicate()
+
+
+@pytest.mark.parametrize("what", ["the first step", "evaluating"])
+def test_a_rank_that_reaches_no_boundary_ends_soon_after_its_launcher(dataset, tmp_path, what):
+    """Where no timeout for hangs would hold."""
+    errors = killed_launcher([ORPHANED, what], dataset, tmp_path / "run", "waiting")
+    assert "s in vain for a step to end since its launcher died and ends" in errors
+    assert "orphaned_rank.py" in (tmp_path / "run/stacks.0.txt").read_text()
+    assert not committed(tmp_path / "run")
+
+
+def test_a_save_that_a_dead_launcher_led_to_is_not_cut_short(dataset, tmp_path):
+    """It takes several times as long as a rank may otherwise outlive its launcher."""
+    errors = killed_launcher([ORPHANED, "the last save"], dataset, tmp_path / "run", "step")
+    assert "in vain" not in errors
+    assert committed(tmp_path / "run")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])

@@ -1,0 +1,31 @@
+"""pretrain in a process that may outlive its launcher by a second, and in which what argv[1] names takes long."""
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from megagpt import checkpoint, session, trainer, watchdog
+from megagpt.__main__ import pretrain
+
+watchdog.OUTLIVES = 1.0
+PLACES = {  # where it is called, and for how many seconds it waits
+    "the first step": (trainer, "train_step", None),
+    "evaluating": (session, "evaluate", None),
+    "the last save": (checkpoint, "save", 6.0),
+}
+
+
+def slow(original: Callable[..., Any], seconds: float | None) -> Callable[..., Any]:
+    def waits_first(*args: Any, **kw: Any) -> Any:
+        print("waiting", flush=True)
+        threading.Event().wait(seconds)
+        return original(*args, **kw)
+
+    return waits_first
+
+
+if __name__ == "__main__":
+    module, name, seconds = PLACES[sys.argv[1]]
+    setattr(module, name, slow(getattr(module, name), seconds))
+    sys.exit(pretrain(sys.argv[2:]))
