@@ -47,12 +47,16 @@ def _links_above(launch: int) -> list[tuple[int, int]]:
     return [*pairwise(above), *((pid, _parent(pid)) for pid in pdsh)]
 
 
-def grace_warning(save_seconds: float) -> str:
-    """What a signal to the launcher will cost, if a save takes longer than launchers wait; else an empty string."""
+def grace_warning(waited: float, wrote: float) -> str:
+    """What a signal to the launcher will cost, if a save takes longer than launchers wait; else an empty string.
+
+    Training waited so many seconds for it, and one took so many to write beside training; 0 if none is written so.
+    """
+    save_seconds = waited + 2 * wrote  # a stop waits for the one in flight, and for its own
     if save_seconds <= GRACE_SECONDS or not any(name in os.environ for name in LAUNCHERS):
         return ""
     return (
-        f"a save takes {save_seconds:.0f} s, and a launcher that is told to stop kills its ranks after "
+        f"a save takes up to {save_seconds:.0f} s at a stop, and a launcher that is told to stop kills its ranks after "
         f"{GRACE_SECONDS:.0f} s: the run would fall back to the step saved before. Stop it by "
         "megagpt.time_limit_minutes, by Slurm's --signal=USR1@SECONDS or by SIGUSR1 to a rank, or lower "
         "megagpt.every.save"

@@ -244,9 +244,10 @@ class Session:
                 self.effective,
                 self.writer,
             )
-        beside = {"seconds/write": self.writer.seconds} if self.cfg.save_async else {}  # of the save before
-        self.monitor.log(state, {"seconds/save": self.watch.spent("save")} | beside)
-        if not self.warned and (warning := grace_warning(self.watch.spent("save") + self.writer.seconds)):
+        waited, wrote = self.watch.spent("save"), self.writer.seconds  # to write the save before
+        self.monitor.log(state, {"seconds/save": waited} | ({"seconds/write": wrote} if self.cfg.save_async else {}))
+        judged = wrote > 0.0 or not self.cfg.save_async  # not before a write has ended
+        if judged and not self.warned and (warning := grace_warning(waited, wrote)):
             say(warning)
             self.warned = True
 

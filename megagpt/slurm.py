@@ -14,7 +14,8 @@ from megagpt.run_file import load_run_config
 
 SCRIPT = Path("launch/slurm/pretrain.sbatch")
 LEAD_SECONDS = 300  # before the time limit, where the run has not shown yet how long it needs
-BEFORE_THE_END = ("seconds/eval", "seconds/sample", "seconds/save", "seconds/write")  # what a stop may have to wait for
+BEFORE_THE_END = {"seconds/eval": 1, "seconds/sample": 1, "seconds/save": 1, "seconds/write": 2}
+# what a stop may have to wait for, how many times: a write beside training is in flight, and its own follows
 VALUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:/@%+=&|*()\[\]-]*")  # an #SBATCH line ends at a blank, and has no quotes
 OPTION = re.compile(r"[a-z][a-z-]*")
 CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
@@ -119,7 +120,7 @@ def _slowest(run: RunConfig) -> float:
         except ValueError:  # a last row cut in half
             continue
         slowest = {name: max(seconds, row.get(name, 0.0)) for name, seconds in slowest.items()}
-    return sum(slowest.values())
+    return sum(times * slowest[name] for name, times in BEFORE_THE_END.items())
 
 
 def _render(text: str, options: Mapping[str, str], arguments: Sequence[str], container: str | None) -> str:

@@ -120,12 +120,13 @@ def test_the_signal_comes_as_early_as_the_runs_own_saves_need(slurm, tmp_path):
     rows = [{"step": 1, "seconds/save": 100.0}, {"step": 2, "seconds/eval": 40.4, "seconds/save": 50.0}]
     rows.append({"step": 3, "seconds/save": 60.0, "seconds/write": 150.0})  # beside training
     (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, rows), '{"step": 3, "sec']))
-    assert signal() == "#SBATCH --signal=USR1@581"
-    code, _, errors = slurm("--time", "19", "--dry-run", f"megagpt.out_dir={tmp_path}")
+    lead = "#SBATCH --signal=USR1@881"  # 2 * (40.4 + 100 + 2 * 150)
+    assert signal() == lead
+    code, _, errors = slurm("--time", "29", "--dry-run", f"megagpt.out_dir={tmp_path}")
     assert code == 2
-    assert f"took 290 s in {tmp_path}" in errors
-    assert "give --time 20 (minutes) or more" in errors
-    assert signal("--time", "20") == "#SBATCH --signal=USR1@581"
+    assert f"took 440 s in {tmp_path}" in errors
+    assert "give --time 30 (minutes) or more" in errors
+    assert signal("--time", "30") == lead
 
 
 def test_times_are_read_as_sbatch_reads_them():

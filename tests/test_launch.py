@@ -142,9 +142,20 @@ def test_a_run_that_a_person_started_outlives_its_shell(dataset, tmp_path):
     assert "finished at step 400" in out.read_text()
 
 
-def test_a_save_that_outlasts_a_launchers_patience_is_announced_once(dataset, device, tmp_path, monkeypatch, capsys):
+def test_a_stop_waits_for_the_write_in_flight_and_for_its_own(monkeypatch):
+    monkeypatch.setenv("CROSS_SIZE", "1")
+    assert launcher.grace_warning(2.0, 14.0) == launcher.grace_warning(30.0, 0.0) == ""
+    for waited, wrote in ((2.0, 14.5), (31.0, 0.0)):
+        warning = launcher.grace_warning(waited, wrote)
+        assert warning.startswith("a save takes up to 31 s at a stop, and a launcher that is told to stop kills its ")
+
+
+@pytest.mark.parametrize("beside", ["false", "true"])
+def test_a_save_that_outlasts_a_launchers_patience_is_announced_once(
+    dataset, device, tmp_path, monkeypatch, capsys, beside
+):
     monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.0)
-    often = ["megagpt.schedule.max_steps=6", "megagpt.every.save=2"]
+    often = ["megagpt.schedule.max_steps=6", "megagpt.every.save=2", f"megagpt.save_async={beside}"]
     assert pretrain(arguments(dataset, tmp_path / "alone", *often)) == 0
     assert "a save takes" not in capsys.readouterr().out
     monkeypatch.setenv("CROSS_SIZE", "1")
