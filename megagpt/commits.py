@@ -69,15 +69,21 @@ def commit_on_record(out_dir: Path) -> str | None:
 
 
 def read_commit(step_dir: Path) -> Saved:
-    """Raises UserError if another version of megagpt wrote it."""
+    """Raises UserError if another version of megagpt wrote it, or somebody who gave it a hash of its own."""
     record = json.loads((step_dir / COMMIT).read_bytes())
-    if record["version"] != VERSION:
+    if (version := record.get("version")) != VERSION:
         raise UserError(
-            f"{step_dir} was saved in format {record['version']}, and this megagpt reads format {VERSION}; go on with "
+            f"{step_dir} was saved in format {version}, and this megagpt reads format {VERSION}; go on with "
             "the megagpt that saved it, or give another megagpt.out_dir for a new run"
         )
-    state, mixture = TrainState.from_json(record["state"]), Mixture.from_json(record["mixture"])
-    return Saved(step_dir, state, mixture, record["identity"])
+    try:
+        state, mixture = TrainState.from_json(record["state"]), Mixture.from_json(record["mixture"])
+        return Saved(step_dir, state, mixture, record["identity"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{step_dir / COMMIT} is not as megagpt writes it ({error!r}); "
+            f"delete {step_dir} to go on from the step before"
+        ) from error
 
 
 def newest_record(out_dir: Path) -> Saved | None:

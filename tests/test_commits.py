@@ -1,5 +1,6 @@
 """Rotation by itself, on folders as small as a commit can be: which steps stay, and a real kill at each point of it."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from megagpt import files
 from megagpt.commits import (
     COMMIT,
+    _digest,
     best,
     committed,
     damage_of,
+    newest_record,
     point_to,
     prune,
     step_folder,
@@ -24,6 +27,7 @@ from megagpt.commits import (
 )
 from megagpt.config import KeepConfig
 from megagpt.early_stopping import EarlyStopping
+from megagpt.errors import UserError
 from megagpt.mixture import Mixture
 from megagpt.state import TrainState
 
@@ -51,6 +55,16 @@ def test_a_commit_of_nothing_but_brackets_is_damage(tmp_path):
     step_dir, _ = commit(tmp_path, 10)
     (step_dir / COMMIT).write_text("[" * 10**5)
     assert damage_of(step_dir, 0) == f"{step_dir / COMMIT} was changed"
+
+
+@pytest.mark.parametrize("missing", ["version", "state", "mixture", "identity"])
+def test_a_commit_that_lacks_something_and_was_signed_anew_is_one_message(tmp_path, missing):
+    step_dir, _ = commit(tmp_path, 10)
+    record = json.loads((step_dir / COMMIT).read_text())
+    del record["sha256"], record[missing]
+    (step_dir / COMMIT).write_text(json.dumps(record | {"sha256": _digest(record)}))
+    with pytest.raises(UserError, match="step_00000010"):
+        newest_record(tmp_path)
 
 
 def steps_of(out_dir):
