@@ -1,0 +1,38 @@
+"""Launches of our own programs: who ends the command ends their ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+from support import ROOT, environment
+
+LAUNCH = "import sys; from megagpt.launches import on_ranks; on_ranks(2, 'waiting_rank', sys.argv[1])"
+WAITING_RANK = """
+import os, sys, threading
+ready = open(sys.argv[1], "w")
+ready.write(f"{os.getpid()}\\n")
+ready.flush()
+threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_ends_the_command_ends_its_ranks(tmp_path, number):
+    (tmp_path / "waiting_rank.py").write_text(WAITING_RANK)
+    pipe = tmp_path / "ready"
+    os.mkfifo(pipe)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    command = subprocess.Popen([sys.executable, "-c", LAUNCH, pipe], env=environment() | {"PYTHONPATH": path})
+    with pipe.open() as ready:  # as soon as a rank has it open, too
+        ranks = [psutil.Process(int(ready.readline())) for _ in range(2)]
+    below = psutil.Process(command.pid).children(recursive=True)
+    assert set(ranks) <= set(below)
+    command.send_signal(number)
+    assert command.wait(60) in (128 + number, -number)
+    left = [process for process in below if process.is_running()]
+    for process in left:
+        process.kill()
+    assert not left
