@@ -65,11 +65,14 @@ def until_step(folder: Path, step: int) -> int:
 
 
 def until_requeued(cluster: Cluster, job: str, times: int, *changes: str) -> None:
-    """Slurm lets a job that was put back wait for two minutes; here it starts at once."""
+    """Slurm lets a job that was put back wait for two minutes; here it starts in two seconds.
+
+    Not at once: Slurm counts credentials in whole seconds, and one of the second in which the last was revoked is void.
+    """
     wait_for(
         lambda: [field(cluster["h1"], job, name) for name in ("JobState", "Restarts")], ["PENDING", str(times)].__eq__
     )
-    cluster["h1"].run("scontrol", "update", f"JobId={job}", "StartTime=now", *changes)
+    cluster["h1"].run("scontrol", "update", f"JobId={job}", "StartTime=now+2", *changes)
 
 
 def until_end(cluster: Cluster, job: str) -> str:
