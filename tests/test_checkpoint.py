@@ -156,6 +156,19 @@ def test_a_full_disk_ends_in_one_message_and_the_step_before_stands(saved, run_t
     assert committed(saved) == before
 
 
+def test_a_step_whose_hint_cannot_be_written_is_said_to_be_saved_and_is_gone_on_from(saved, run_to, capsys):
+    hint = saved / "checkpoints" / "latest"
+    hint.unlink()
+    hint.mkdir()
+    with pytest.raises(UserError, match=r"step_00000008 is saved, but no hint to it: .*Is a directory"):
+        run_to("run", 8)
+    hint.rmdir()
+    capsys.readouterr()
+    assert run_to("run", 9).step == 9
+    assert "going on from" in (said := capsys.readouterr().out)
+    assert "step_00000008" in said
+
+
 def test_fresh_leaves_a_folder_that_is_no_run_alone(dataset, device, tmp_path):
     (tmp_path / "precious").touch()
     run = debug_run(dataset, tmp_path, *SCHEDULE, "megagpt.schedule.max_steps=1")
