@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from megagpt.compilation import compiles
-from megagpt.distributed import gather_objects, init_process_group, is_main, together, world_size
+from megagpt.distributed import gather_objects, init_process_group, is_main, leave, together, world_size
 from megagpt.engine import build_engine
 from megagpt.errors import UserError
 from megagpt.launches import failure_of, on_ranks
@@ -149,6 +149,7 @@ def _one_rank(run_file: str, micro_batch: str, vocab_size: str, gib: str, out: s
     if is_main():
         most = max(used, key=lambda one: one.peak)
         Path(out).write_text(json.dumps({"peak": most.peak, "limit": most.limit}))
+    leave()
     return 0
 
 

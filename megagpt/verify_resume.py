@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megagpt.commits import committed, damage_of, read_commit
-from megagpt.distributed import init_process_group, is_main, together
+from megagpt.distributed import init_process_group, is_main, leave, together
 from megagpt.errors import UserError
 from megagpt.launches import failure_of, on_ranks
 from megagpt.pickles import load_checked
@@ -156,6 +156,7 @@ def _one_rank(run_file: str, stop_at: str, *overrides: str) -> int:
         if is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    leave()
     return 0
 
 

@@ -14,7 +14,7 @@ from support import debug_run
 from torch import Tensor
 
 from megagpt.data import Batch
-from megagpt.distributed import gather_objects, init_process_group, rank
+from megagpt.distributed import gather_objects, init_process_group, leave, rank
 from megagpt.engine import Engine
 from megagpt.session import Session, check
 from megagpt.trainer import train
@@ -129,3 +129,4 @@ def main(dataset: Path, folder: Path, part: str, dtype: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4])
+    leave()

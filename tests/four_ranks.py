@@ -5,10 +5,11 @@ from pathlib import Path
 
 from support import SHARING, debug_run
 
-from megagpt.distributed import init_process_group
+from megagpt.distributed import init_process_group, leave
 from megagpt.trainer import train
 
 if __name__ == "__main__":
     device = init_process_group()
     dataset, out_dir = map(Path, sys.argv[1:])
     train(debug_run(dataset, out_dir, "sequence_parallel_size=2", *SHARING["stage1"]), device)
+    leave()

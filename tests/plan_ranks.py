@@ -13,7 +13,7 @@ import torch
 from live_bytes import LiveBytes
 from support import debug_run
 
-from megagpt.distributed import init_process_group, rank, world_size
+from megagpt.distributed import init_process_group, leave, rank, world_size
 from megagpt.run_config import BatchPlan, RunConfig, batch_plan
 
 VOCAB = 1024
@@ -96,3 +96,4 @@ if __name__ == "__main__":
     found = {name: three_steps(out.parent, options, device) for name, options in settings.items()}
     if rank() == 0:
         out.write_text(json.dumps(found))
+    leave()

@@ -16,7 +16,7 @@ from typing import Any
 from support import debug_run
 
 from megagpt import checkpoint, trainer
-from megagpt.distributed import barrier, gather_objects, init_process_group, is_main
+from megagpt.distributed import barrier, gather_objects, init_process_group, is_main, leave
 from megagpt.verify_resume import what_differs
 
 CUT_AT = {"warmup": 2, "patience": 5}  # steps: in the middle of warm-up and of patience, and of an epoch both
@@ -141,6 +141,7 @@ def main(dataset: Path, folder: Path) -> int:
             print(f"{case}: {'the same' if verdicts[0] else 'NOT the same'}{control}", flush=True)
     if is_main():
         print(f"{len(CASES) - wrong} of {len(CASES)} as they should be", flush=True)
+    leave()
     return wrong
 
 

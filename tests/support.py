@@ -15,7 +15,7 @@ from typing import Any
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
-from megagpt.distributed import gather_objects, is_main
+from megagpt.distributed import gather_objects, is_main, leave
 from megagpt.run_config import RunConfig
 from megagpt.run_file import load_run_config
 
@@ -147,3 +147,4 @@ def run_scenarios(scenarios: Sequence[Callable[[Path, Path], Any]]) -> None:
         results[scenario.__name__] = gather_objects(scenario(dataset, folder / scenario.__name__))
     if is_main():
         (folder / "results.json").write_text(json.dumps(results))
+    leave()
