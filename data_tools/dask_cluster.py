@@ -9,7 +9,7 @@ from typing import Any
 import dask
 from distributed import Client, KilledWorker, LocalCluster, as_completed
 
-from data_tools.workers import Arguments, progress
+from data_tools.progress import Arguments, progress
 from megagpt.errors import UserError
 
 CONNECT_SECONDS = 10.0

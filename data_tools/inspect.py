@@ -10,7 +10,8 @@ from data_tools.report import human
 from megagpt.data_manifest import Split
 from megagpt.errors import UserError
 from megagpt.provenance import origins
-from megagpt.samples import TrainData, open_run
+from megagpt.run_samples import open_run
+from megagpt.samples import TrainData
 from megagpt.shards import Dataset, open_dataset
 
 

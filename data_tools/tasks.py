@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from data_tools.workers import RunAll
+from data_tools.progress import RunAll
 from megagpt.errors import UserError
 from megagpt.files import written
 

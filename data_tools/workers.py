@@ -4,19 +4,15 @@ A task gets paths and returns nothing; what it makes, it leaves in files, on a f
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from data_tools.progress import Arguments, RunAll, progress
 
 SMALL_BYTES = 2**24  # below it, starting processes costs more than they save
-
-Arguments = Sequence[tuple[Any, ...]]
-RunAll = Callable[[Callable[..., Any], Arguments, str], list[Any]]
-"""run_all(task, arguments, what): task(*arguments[i]) for every i, in any order; the results in order."""
 
 
 @contextmanager
@@ -33,8 +29,3 @@ def start_workers(n: int | None, scheduler: str | None, scratch: Path, *, total_
 
 def _run_here(task: Callable[..., Any], arguments: Arguments, what: str) -> list[Any]:
     return [task(*args) for args in progress(arguments, len(arguments), what)]
-
-
-def progress(items: Any, total: int, what: str) -> Any:
-    """A bar where there is a terminal to draw it on, for what lasts longer than two seconds."""
-    return tqdm(items, total=total, desc=what, unit="task", delay=2, mininterval=0.5, disable=None)

@@ -6,20 +6,19 @@ Imports stand inside the functions so that --help answers at once.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megagpt.arguments import command_line, training_arguments
 from megagpt.errors import OwnRankError, UserError
-
-SAVED_AND_WANTS_RESTART = 75  # EX_TEMPFAIL of sysexits.h
+from megagpt.exit_codes import SAVED_AND_WANTS_RESTART, or_2
 
 
 def pretrain(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code: 0 finished, 2 what the user gave is wrong, 75 saved and wants to go on."""
     args = training_arguments().parse_intermixed_args(argv)
     if args.sample_report is not None:
-        return _or_2(lambda: _sample_report(args))
+        return or_2(lambda: _sample_report(args))
 
     from megagpt.launcher import check_hostfile, watch
     from megagpt.preemption import Preemption
@@ -60,16 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # which argparse does not collect behind an option of a command
         args.overrides += rest
-    return _or_2(lambda: COMMANDS[args.command](args))
-
-
-def _or_2(command: Callable[[], int]) -> int:
-    """The command's exit code; 2 and one line for what the user gave that is wrong."""
-    try:
-        return command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return or_2(lambda: COMMANDS[args.command](args))
 
 
 def _sample_report(args: argparse.Namespace) -> int:

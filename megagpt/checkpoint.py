@@ -7,7 +7,7 @@ and files verify, the same one on every rank.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -35,51 +35,16 @@ from megagpt.commits import (
 )
 from megagpt.config import KeepConfig, ModelConfig, PackingConfig
 from megagpt.distributed import Group, broadcast_object, gather_objects, is_main, rank, say, together, world_size
-from megagpt.elastic import SHAPE, load_reshaped, reshaped
+from megagpt.elastic import Shape, load_reshaped
 from megagpt.engine import Engine, consolidated_weights, files_to_save, load_engine
 from megagpt.errors import UserError
+from megagpt.identity import Identity, reshaped
 from megagpt.mixture import Mixture
 from megagpt.model import GPT
 from megagpt.rng import rng_state, seed_all, seed_from, set_rng_state
-from megagpt.run_config import BatchPlan, RunConfig
-from megagpt.shards import Dataset
 from megagpt.state import TrainState
 from megagpt.tokenizer import Tokenizer
 from megagpt.writer import Writer, write_files
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a resumed run is compared with: elastic.SHAPE may have changed since, the rest must not."""
-
-    world_size: int
-    zero_stage: int
-    offload_optimizer: str
-    dtype: str
-    model: dict[str, Any]
-    vocab_size: int
-    tokenizer: str  # sha256
-    data: dict[str, Any]  # the order of the samples, and what the model is validated on; mixture.py has the rest
-    weight_decay_on: str  # which parameters share Adam's groups
-
-
-def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Dataset) -> Identity:
-    cfg, ds = run.megagpt, run.deepspeed
-    return Identity(
-        world_size=batch.world_size,
-        zero_stage=ds.zero_optimization.stage,
-        offload_optimizer=ds.zero_optimization.offload_optimizer.device,
-        dtype=ds.dtype,
-        model=cfg.model.model_dump(),
-        vocab_size=vocab_size,
-        tokenizer=val.manifest.tokenizer.sha256,
-        data={
-            "seed": cfg.data.seed,
-            "val": val.fingerprint,
-            "best-fit rows of": cfg.seq_len if cfg.packing.kind == "best-fit" else None,  # their numbers are the order
-        },
-        weight_decay_on=cfg.regularization.weight_decay_on,
-    )
 
 
 def save(
@@ -152,7 +117,7 @@ def _keeping_more() -> Iterator[None]:
 def _commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: Identity, manifests: list[str]) -> None:
     if is_main():
         with disk_errors(step_dir):
-            write_commit(step_dir, state, mixture, asdict(identity), manifests)
+            write_commit(step_dir, state, mixture, identity, manifests)
         try:
             point_to(step_dir.parent.parent, step_dir, state)
         except OSError as error:
@@ -226,10 +191,10 @@ def newest_verified(out_dir: Path) -> Saved | None:
 def resume(engine: Engine, saved: Saved, changes: list[str], seed: int) -> None:
     """Load weights, moments and this rank's random generators. Collective.
 
-    `changes`: what elastic.reshaped found. Other ranks than those that saved seed their generators anew.
+    `changes`: what identity.reshaped found. Other ranks than those that saved seed their generators anew.
     """
     _load(engine, saved, changes)
-    if saved.identity["world_size"] == world_size():
+    if saved.identity.world_size == world_size():
         set_rng_state(json.loads((saved.step_dir / f"rng.{rank()}.json").read_bytes()))
     else:
         say("  random generators: seeded anew from (megagpt.seed, step, rank)")
@@ -242,7 +207,7 @@ def restore(engine: Engine, step_dir: Path, identity: Identity, effective: dict[
     damage = _damage(step_dir)
     if damage is None:
         saved = read_commit(step_dir)
-        _load(engine, saved, reshaped(saved, asdict(identity), effective))
+        _load(engine, saved, reshaped(step_dir, saved.identity, identity, effective))
     else:
         say(f"the best weights could not be put back: {damage}")
 
@@ -250,7 +215,15 @@ def restore(engine: Engine, step_dir: Path, identity: Identity, effective: dict[
 def _load(engine: Engine, saved: Saved, changes: list[str]) -> None:
     if changes:
         say(f"{saved.step_dir}: {', '.join(changes)}: weights and moments are shared out anew")
-        load_reshaped(engine, saved)
+        was, state = saved.identity, saved.state
+        load_reshaped(
+            engine,
+            saved.step_dir,
+            Shape(was.world_size, was.zero_stage, was.dtype),
+            weight_decay_on=was.weight_decay_on,
+            step=state.step,
+            samples_seen=state.samples_seen,
+        )
     else:
         load_engine(engine, saved.step_dir)
 
@@ -260,17 +233,6 @@ def _damage(step_dir: Path, group: Group = None) -> str | None:
     return next(filter(None, gather_objects(damage_of(step_dir, rank(), every=world_size()), group)), None)
 
 
-def check_identity(saved: Saved, now: Identity) -> None:
-    """Raises UserError naming what differs between the saved run and this one, and may not."""
-    for name, value in asdict(now).items():
-        if saved.identity[name] != value and name not in SHAPE:
-            before, after = _difference(saved.identity[name], value)
-            raise UserError(
-                f"{saved.step_dir} was saved with {name} {before}, and this run has {after}; start it as it was, or "
-                "give another megagpt.out_dir for a new run"
-            )
-
-
 def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
     """Model (fp32, eval mode), tokenizer and step folder of a run folder (its best step) or one step's folder."""
     step_dir = _step_of(path)
@@ -278,7 +240,7 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
         raise UserError(f"{damage}; restore the file or name another step")
     saved = read_commit(step_dir)
     tokenizer = Tokenizer.load(step_dir / "tokenizer.model")
-    model = GPT(ModelConfig(**saved.identity["model"]), saved.identity["vocab_size"])
+    model = GPT(ModelConfig(**saved.identity.model), saved.identity.vocab_size)
     model.load_state_dict(consolidated_weights(step_dir))
     return model.to(device).eval(), tokenizer, step_dir
 
@@ -296,11 +258,3 @@ def _step_of(path: Path) -> Path:
     if step_dir is None:
         raise UserError(f"{path} holds no committed checkpoint; give a run's out_dir, or one of its checkpoints/step_*")
     return step_dir
-
-
-def _difference(before: Any, after: Any) -> tuple[Any, Any]:
-    """Of two sections only the keys that differ."""
-    if not (isinstance(before, dict) and isinstance(after, dict)):
-        return before, after
-    keys = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
-    return {k: before.get(k) for k in sorted(keys)}, {k: after.get(k) for k in sorted(keys)}

@@ -39,15 +39,15 @@ def _listed(step_dir: Path, hashes: bool) -> Listed:
     except UserError as error:
         step = int(step_dir.name.removeprefix("step_"))
         return Listed(step_dir, step, saved_at, n_bytes, -1, "?", 0, None, str(error))
-    what, ranks = saved.identity, saved.identity["world_size"]
+    what, ranks = saved.identity, saved.identity.world_size
     damage = damage_of(step_dir, 1, every=1, hashes=hashes)  # of the other ranks
     return Listed(
         step_dir,
         saved.state.step,
         saved_at,
         n_bytes,
-        what["zero_stage"],
-        what["dtype"],
+        what.zero_stage,
+        what.dtype,
         ranks,
         saved.state.val_loss,
         damage,

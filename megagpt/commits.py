@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from megagpt.config import KeepConfig
 from megagpt.errors import UserError
 from megagpt.files import fsync, leads_out, sha256_of, write_atomically
+from megagpt.identity import Identity
 from megagpt.mixture import Mixture
 from megagpt.state import TrainState
 
@@ -36,7 +37,7 @@ class Saved:
     step_dir: Path
     state: TrainState
     mixture: Mixture
-    identity: dict[str, Any]
+    identity: Identity
     passed_over: tuple[Path, ...] = ()  # newer steps that are damaged
 
 
@@ -78,7 +79,7 @@ def read_commit(step_dir: Path) -> Saved:
         )
     try:
         state, mixture = TrainState.from_json(record["state"]), Mixture.from_json(record["mixture"])
-        return Saved(step_dir, state, mixture, record["identity"])
+        return Saved(step_dir, state, mixture, Identity(**record["identity"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{step_dir / COMMIT} is not as megagpt writes it ({error!r}); "
@@ -122,9 +123,7 @@ def disk_errors(step_dir: Path) -> Iterator[None]:
         raise UserError(f"{step_dir} could not be saved: {error}; the step before it stands") from error
 
 
-def write_commit(
-    step_dir: Path, state: TrainState, mixture: Mixture, identity: dict[str, Any], manifests: list[str]
-) -> None:
+def write_commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: Identity, manifests: list[str]) -> None:
     """Last of a step's files: from here on it counts. `manifests` holds the sha256 of each rank's.
 
     The folders above are made durable first: a file in a folder that a power cut takes back is no file.
@@ -136,7 +135,7 @@ def write_commit(
         "version": VERSION,
         "state": state.as_json(),
         "mixture": mixture.as_json(),
-        "identity": identity,
+        "identity": asdict(identity),
         "manifests": manifests,
     }
     write_atomically(step_dir / COMMIT, json.dumps(record | {"sha256": _digest(record)}, indent=1).encode())

@@ -14,11 +14,11 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
-from megagpt import network
 from megagpt.errors import UserError
 from megagpt.files import write_atomically
 from megagpt.host_probe import Finding, Report, Request
 from megagpt.launcher import ENV_LINE, SECRET_NAME, check_environment, check_hosts
+from megagpt.network import GLOO, interface_to
 from megagpt.rendezvous import SAME_PROGRAMS, differences, mark_in
 from megagpt.run_file import load_run_config
 
@@ -111,7 +111,7 @@ def write_environment(hostfile: Path | None) -> str:
     """Put what must travel to the other hosts into ~/.deepspeed_env, beside what is there; returns what it says now."""
     file, settings = _file(), _settings()
     for host in list(check_hosts(hostfile))[1:2] if hostfile else []:
-        if name := network.interface_to(host):
+        if name := interface_to(host):
             settings |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), name)
     settings |= _to_travel()
     text = "".join(f"{name}={value}\n" for name, value in settings.items())
@@ -206,7 +206,7 @@ def _all_reduce(probes: Sequence[Probe], together: ThreadPoolExecutor) -> tuple[
     speed = min(answer["gb_per_s"] for answer in answers)
     if speed > SLOW:
         return speed, []
-    text = f"only {speed:.4f} GB/s from each host; look for a slow link, or for the wrong interface ({network.GLOO})"
+    text = f"only {speed:.4f} GB/s from each host; look for a slow link, or for the wrong interface ({GLOO})"
     return speed, [Finding("all-reduce", text)]
 
 

@@ -1,19 +1,9 @@
 """Stop when the validation loss has not improved for a while. Pure: state and evaluation in, next state out."""
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from megagpt.config import EarlyStoppingConfig
-
-
-@dataclass(frozen=True)
-class EarlyStopping:
-    """What a resumed run needs to stop at the step where the straight run would."""
-
-    best: float = math.inf  # nats per token
-    best_step: int = 0
-    bad_evals: int = 0  # evaluations in a row that brought no improvement
-    stopped: bool = False
+from megagpt.state import EarlyStopping
 
 
 def after_evaluation(state: EarlyStopping, val_loss: float, step: int, cfg: EarlyStoppingConfig) -> EarlyStopping:

@@ -15,70 +15,33 @@ How DeepSpeed lays its optimizers out, in memory and in its files, is known here
 All tensors are flat fp32 views.
 """
 
-import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megagpt.commits import Saved
 from megagpt.distributed import is_main, rank, together, world_size
 from megagpt.engine import Engine
 from megagpt.errors import UserError
 from megagpt.optim import decay_groups
 from megagpt.pickles import check_pickles, load_checked, pickles_of
 
-SHAPE = {
-    "world_size": "ranks",
-    "zero_stage": "ZeRO stage",
-    "offload_optimizer": "optimizer offload",
-    "dtype": "dtype",
-}  # of a checkpoint's identity what may change
-LAYOUT = ("zero_optimization.", "data_types.", "bf16.", "fp16.", "optimizer.type:", "optimizer.params.torch_adam:")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 REPAIR = "start the run as it was saved, or give another megagpt.out_dir for a new one"
 
 
-def reshaped(saved: Saved, now: Mapping[str, Any], effective: Mapping[str, Any]) -> list[str]:
-    """What has changed, in words, in how weights and moments lie on the ranks; if nothing, DeepSpeed loads its files.
+@dataclass(frozen=True)
+class Shape:
+    """How the run that saved a step had laid it out."""
 
-    `now` is this run's identity, `effective` its run file. Raises UserError for what lies outside of the files.
-    """
-    was = saved.identity
-    changes = [f"{label} {was[key]} -> {now[key]}" for key, label in SHAPE.items() if was[key] != now[key]]
-    changes = changes or [line for line in changed_keys(saved.step_dir, effective) if line.startswith(LAYOUT)]
-    run_files = (effective, json.loads((saved.step_dir / "run.json").read_bytes()))
-    on_nvme = {key for run in run_files for key, value in _leaves(run) if value == "nvme"}
-    if changes and on_nvme:
-        raise UserError(
-            f"{saved.step_dir} cannot go on with {', '.join(changes)}: {min(on_nvme)} is nvme, and what lies there is "
-            "not in the checkpoint; start it as it was saved, or give another megagpt.out_dir for a new run"
-        )
-    return changes
-
-
-def changed_keys(step_dir: Path, effective: Mapping[str, Any]) -> list[str]:
-    """The keys of the run file that differ from when the step was saved, as `key: before -> now`."""
-    before = dict(_leaves(json.loads((step_dir / "run.json").read_bytes())))
-    now = dict(_leaves(json.loads(json.dumps(effective))))
-    return [
-        f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, node
+    world_size: int
+    zero_stage: int
+    dtype: str  # of the weights it computed with
 
 
 @dataclass(frozen=True)
@@ -99,24 +62,32 @@ class Part:
     stretches: list[Stretch]
 
 
-def load_reshaped(engine: Engine, saved: Saved) -> None:
+def load_reshaped(
+    engine: Engine,
+    step_dir: Path,
+    shape: Shape,
+    *,
+    weight_decay_on: Literal["matrices", "all"],
+    step: int,
+    samples_seen: int,
+) -> None:
     """Weights and moments of a step, however it was saved. Adam's settings stay; a loss scale starts anew. Collective.
 
     Raises UserError, on every rank and before the model changes, for files that pickles.py refuses, and for files that
     lack a part of a parameter.
     """
-    together(lambda: check_pickles(pickles_of(saved.step_dir)[rank() :: world_size()]))
-    groups = decay_groups(engine.module, 0.0, saved.identity["weight_decay_on"])
+    together(lambda: check_pickles(pickles_of(step_dir)[rank() :: world_size()]))
+    groups = decay_groups(engine.module, 0.0, weight_decay_on)
     sizes = {engine.param_names[p]: getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"]}
     stage = engine.zero_optimization_stage()
     if stage == 3:
         engine.optimizer.checkpoint_event_prologue()  # no parameter is left gathered
-    old, adam_step = together(lambda: _old_parts(saved, sizes))
+    old, adam_step = together(lambda: _old_parts(step_dir, shape, sizes))
     parts = _own_parts(engine, sizes, adam_step)
-    copies = together(lambda: _copies(parts, old, saved.step_dir))
+    copies = together(lambda: _copies(parts, old, step_dir))
     for to, value in tqdm(copies, desc="sharing out", unit="stretch", delay=2, disable=None if is_main() else True):
         to.copy_(value)
-    engine.global_steps, engine.global_samples = saved.state.step, saved.state.samples_seen
+    engine.global_steps, engine.global_samples = step, samples_seen
     if stage in (1, 2):
         engine.optimizer.update_lp_params()
         return
@@ -221,18 +192,18 @@ def _cut(sizes: dict[str, int], r: int, n_ranks: int) -> list[Stretch]:
 # --- where the old files have them -------------------------------------------------------------------------------
 
 
-def _old_parts(saved: Saved, sizes: dict[str, int]) -> tuple[list[Part], int]:
+def _old_parts(step_dir: Path, shape: Shape, sizes: dict[str, int]) -> tuple[list[Part], int]:
     """All parts of all old ranks, mapped into memory, and how many updates Adam has made."""
-    stage, n_ranks = saved.identity["zero_stage"], saved.identity["world_size"]
+    stage, n_ranks = shape.zero_stage, shape.world_size
     try:
         if stage == 0:
-            weights, states = _of_stage_0(saved, sizes)
+            weights, states = _of_stage_0(step_dir, shape.dtype, sizes)
             return _parts(weights, states, _one_after_another(weights, sizes)), _step(states)
         parts, begun, shapes = [], dict.fromkeys(sizes, 0), []
         if stage == 3:  # the same for all ranks
-            shapes = _mapped(saved.step_dir, "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
+            shapes = _mapped(step_dir, "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
         for r in range(n_ranks):
-            state = _mapped(saved.step_dir, f"*zero_pp_rank_{r}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
+            state = _mapped(step_dir, f"*zero_pp_rank_{r}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
             if stage == 3:
                 cuts = [_cut({name: sizes[name] for name in group}, r, n_ranks) for group in shapes]
                 weights, states = state["fp32_flat_groups"], state["optimizer_state_dict"]["state"]
@@ -242,13 +213,13 @@ def _old_parts(saved: Saved, sizes: dict[str, int]) -> tuple[list[Part], int]:
             parts += _parts(weights, states, cuts)
         return parts, _step(states)
     except (KeyError, IndexError, AttributeError, TypeError, ValueError, StopIteration) as error:
-        raise UserError(f"{saved.step_dir} is not laid out as expected ({error!r}); {REPAIR}") from error
+        raise UserError(f"{step_dir} is not laid out as expected ({error!r}); {REPAIR}") from error
 
 
-def _of_stage_0(saved: Saved, sizes: dict[str, int]) -> tuple[list[Tensor], Any]:
-    model = _mapped(saved.step_dir, "mp_rank_00_model_states.pt")
+def _of_stage_0(step_dir: Path, dtype: str, sizes: dict[str, int]) -> tuple[list[Tensor], Any]:
+    model = _mapped(step_dir, "mp_rank_00_model_states.pt")
     optimizer = model["optimizer"]
-    if saved.identity["dtype"] == "fp32":
+    if dtype == "fp32":
         return [model["module"][name] for name in sizes], optimizer["state"]
     if "fp32_groups_flat" in optimizer:  # with DeepSpeed's FusedAdam
         weights = optimizer["fp32_groups_flat"]

@@ -34,7 +34,6 @@ from megagpt.recompute import (
 )
 from megagpt.run_config import BatchPlan, DeepSpeedConfig, RunConfig
 from megagpt.run_file import explain
-from megagpt.writer import Collector
 
 # left to itself, DeepSpeed guesses the same and warns that it did
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -253,6 +252,26 @@ def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
     else:  # stage 0: the module is whole in one file
         weights = load_checked(step_dir / "mp_rank_00_model_states.pt")["module"]
     return {name: weight.detach().float() for name, weight in weights.items()}
+
+
+class Collector:
+    """Stands in for the checkpoint engine of a DeepSpeed engine: it writes nothing, and keeps what was to be saved."""
+
+    def __init__(self) -> None:
+        self.files: dict[Path, Any] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[Path(path)] = state_dict
+
+    def makedirs(self, path: str, exist_ok: bool) -> None:
+        """Folders are made by who writes the files."""
+
+    def create(self, info: Any) -> None: ...
+
+    def commit(self, info: Any) -> None: ...
+
+    def is_decoupled(self) -> bool:
+        return False
 
 
 def files_to_save(engine: Engine, step_dir: Path) -> dict[Path, Any]:

@@ -19,10 +19,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megagpt import network
 from megagpt.accounting import n_params
 from megagpt.data_manifest import read_manifest
 from megagpt.errors import UserError
+from megagpt.network import gloo_address, is_loopback, remedy
 from megagpt.plan import GIB, vocabulary
 from megagpt.rendezvous import PATIENCE, meet, programs
 from megagpt.run_config import RunConfig
@@ -148,15 +148,15 @@ def _about_network(request: Request) -> Iterator[Finding]:
         except OSError as error:
             yield Finding("names", f"the name {host} leads nowhere ({error}); mend DNS, /etc/hosts or the hostfile")
         else:
-            if network.is_loopback(address):
+            if is_loopback(address):
                 yield Finding("names", f"the name {host} leads to {address}, this host itself; mend /etc/hosts")
     try:
-        address = network.gloo_address()
+        address = gloo_address()
     except UserError as error:
         yield Finding("interface", str(error))
     else:
-        if request.others and network.is_loopback(address):
-            way = network.remedy(request.others[0])
+        if request.others and is_loopback(address):
+            way = remedy(request.others[0])
             yield Finding("interface", f"gloo would take {address}, which no other host reaches; {way}")
     if request.port:
         try:

@@ -57,7 +57,7 @@ def probe(
             out = Path(folder) / "used.json"
             given = [str(run_file), str(micro_batch), str(vocab_size), str(gib or 0.0), str(out), *overrides]
             done = on_ranks(
-                ranks, "megagpt.probe", *given, f"megagpt.out_dir={folder}/run"
+                ranks, __spec__.name, *given, f"megagpt.out_dir={folder}/run"
             )  # what is compiled goes there
             if done.returncode == 0:
                 return Used(**json.loads(out.read_text()))

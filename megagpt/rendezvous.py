@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megagpt import network
+import megagpt
 from megagpt.distributed import (
     adopt_slurms_ranks,
     broadcast_object,
@@ -31,6 +31,7 @@ from megagpt.distributed import (
 )
 from megagpt.errors import OwnRankError, UserError, writing_to
 from megagpt.launcher import hosts_of_ranks
+from megagpt.network import is_loopback, listen_for_gloo, remedy
 
 PATIENCE = "MEGAGPT_MEET_SECONDS"  # for file systems on which a start takes longer
 SAME_PROGRAMS = "use the same checkout and the same .venv on all hosts"
@@ -87,11 +88,16 @@ def mark_in(folder: Path) -> Path:
 
 def programs() -> dict[str, str]:
     """What must be the same on every host: Python, packages, and our own code by its hash."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(f"{file.name}\0{len(data := file.read_bytes())}\0".encode() + data)
-    code = {"megagpt's code (hash)": digest.hexdigest()[:12]}
+    code = {"megagpt's code (hash)": code_hash(Path(megagpt.__file__).parent)}
     return {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES} | code
+
+
+def code_hash(package: Path) -> str:
+    """Of every source file of a package, in whichever folder below it."""
+    digest = hashlib.sha256()
+    for name, file in sorted((file.relative_to(package).as_posix(), file) for file in package.rglob("*.py")):
+        digest.update(f"{name}\0{len(data := file.read_bytes())}\0".encode() + data)
+    return digest.hexdigest()[:12]
 
 
 def differences(said: Sequence[tuple[str, Mapping[str, object]]]) -> list[str]:
@@ -183,7 +189,7 @@ def _arrival(open_until_reached: ExitStack) -> Said:
     said: Said = {"host": socket.gethostname(), "complaint": "", "programs": programs()}
     try:
         own_device()
-        listener = open_until_reached.enter_context(network.listen_for_gloo())
+        listener = open_until_reached.enter_context(listen_for_gloo())
         said["address"], said["port"] = listener.getsockname()[:2]
     except UserError as error:
         said["complaint"] = str(error)
@@ -197,10 +203,10 @@ def _wrong_arrivals(arrivals: list[Said]) -> str:
         return f"{'; '.join(found)}; {SAME_PROGRAMS}"
     if len({said["host"] for said in arrivals}) > 1:
         for said in arrivals:
-            if network.is_loopback(said["address"]):
+            if is_loopback(said["address"]):
                 return (
                     f"the other hosts cannot reach {said['host']} at {said['address']}, which gloo would take there "
-                    f"because its own name resolves to it; {network.remedy(os.environ['MASTER_ADDR'])}"
+                    f"because its own name resolves to it; {remedy(os.environ['MASTER_ADDR'])}"
                 )
     return ""
 
@@ -211,7 +217,7 @@ def _unreachable(neighbor: Said) -> str:
     except OSError as error:
         return (
             f"{socket.gethostname()} cannot connect to {neighbor['host']} at {neighbor['address']}, where gloo listens "
-            f"({error}): the wrong interface or a firewall; {network.remedy(os.environ['MASTER_ADDR'])}"
+            f"({error}): the wrong interface or a firewall; {remedy(os.environ['MASTER_ADDR'])}"
         )
     return ""
 

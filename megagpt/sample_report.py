@@ -3,7 +3,8 @@
 from megagpt.commits import newest_record
 from megagpt.errors import UserError
 from megagpt.run_config import RunConfig
-from megagpt.samples import TrainData, open_samples
+from megagpt.run_samples import open_samples
+from megagpt.samples import TrainData
 from megagpt.state import TrainState
 
 SHOWN = 8  # samples listed one by one

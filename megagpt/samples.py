@@ -1,6 +1,5 @@
 """From a sample's number to its tokens. Free of torch, so that tools that only read data start fast."""
 
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from megagpt.augment import GoldfishTokens
-from megagpt.commits import Saved, newest_record
 from megagpt.config import MegaGPTConfig
 from megagpt.errors import UserError
 from megagpt.mixture import Mixture, Source
@@ -20,7 +17,6 @@ from megagpt.packing import PackedRows, plan_rows
 from megagpt.rows import Row, Tokens, unmarked
 from megagpt.sampler import PERIOD
 from megagpt.shards import Dataset, open_dataset
-from megagpt.state import TrainState
 
 DRAW = 16384  # samples whose windows are computed at once: the arithmetic is vectorized, a single one is dear
 
@@ -209,13 +205,17 @@ def open_datasets(paths: Sequence[Path]) -> list[Dataset]:
     return datasets
 
 
-def plan_mixture(cfg: MegaGPTConfig, global_batch: int, sources: Sequence[Source], saved: Saved | None) -> Mixture:
-    """Of a run that goes on from a saved step, or begins, with its data.train as `sources`. Raises UserError."""
-    history, state = (saved.mixture, saved.state) if saved else (Mixture(cfg.data.seed), TrainState())
+def plan_mixture(
+    cfg: MegaGPTConfig, global_batch: int, sources: Sequence[Source], history: Mixture, *, step: int, sample: int
+) -> Mixture:
+    """The mixture of a run whose `data.train` entries are `sources`, from its step and sample on.
+
+    `history` is what the run drew before: `Mixture(seed)` for a new one. Raises UserError.
+    """
     return history.going_on(
         [(source, d.weight) for source, d in zip(sources, cfg.data.train, strict=True)],
-        step=state.step,
-        sample=state.samples_seen,
+        step=step,
+        sample=sample,
         seq_len=1 if cfg.packing.kind == "best-fit" else cfg.seq_len,  # see PackedRows
         global_batch=global_batch,
     )
@@ -226,44 +226,6 @@ def source_of(dataset: Dataset, open_variant: OpenVariant | None = None) -> Sour
     variants = dataset.variants("train")
     tokens = tuple(open_variant(dataset, v.id).n_tokens if open_variant else v.tokens for v in variants)
     return Source(str(dataset.path), dataset.fingerprint, tokens)
-
-
-def open_run(out_dir: Path) -> TrainData:
-    """The samples that a run has drawn and would draw next, from its folder alone and without its engine.
-
-    Raises UserError if it is no run's folder, or the run file's data is not there.
-    """
-    file = out_dir / "run.json"
-    try:
-        raw = json.loads(file.read_bytes())
-        cfg, global_batch = MegaGPTConfig.model_validate(raw["megagpt"]), int(raw["train_batch_size"])
-    except FileNotFoundError:
-        raise UserError(f"{out_dir} is not the folder of a run: it has no run.json") from None
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise UserError(f"{file} is damaged or of another version: {error}") from error
-    return open_samples(cfg, global_batch, newest_record(out_dir))
-
-
-def open_samples(cfg: MegaGPTConfig, global_batch: int, saved: Saved | None) -> TrainData:
-    """All samples, past and to come, of a run that stands at a saved step or has yet to begin. Raises UserError."""
-    datasets = open_datasets([d.path for d in cfg.data.train])
-    open_rows = row_opener(cfg)
-    mixture = plan_mixture(cfg, global_batch, [source_of(d, open_rows) for d in datasets], saved)
-    return TrainData(mixture, datasets, earlier=_earlier(mixture, datasets), open_variant=open_rows)
-
-
-def _earlier(mixture: Mixture, datasets: Sequence[Dataset]) -> list[Dataset]:
-    """Datasets that the run has left, as far as they still are what they were."""
-    found = []
-    for source in mixture.sources:
-        if all(source.fingerprint != dataset.fingerprint for dataset in datasets):
-            try:
-                dataset = open_dataset(Path(source.path))
-            except UserError:
-                continue
-            if dataset.fingerprint == source.fingerprint:
-                found.append(dataset)
-    return found
 
 
 def _pieces(stream: Tokens, start: int, length: int) -> list[tuple[int, Row]]:

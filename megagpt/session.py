@@ -4,27 +4,29 @@ import gc
 import json
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from megagpt import checkpoint
 from megagpt.accounting import flops_per_token, peak_flops, recompute_flops_per_token
 from megagpt.augment import rework_of
+from megagpt.checkpoint import newest_verified, restore, resume, set_aside
+from megagpt.checkpoint import save as save_checkpoint
 from megagpt.commits import Saved, step_folder
 from megagpt.compilation import compiles
 from megagpt.data import Batch, ValBlocks, open_data, prefetched, rank_samples, stretch
 from megagpt.distributed import gather_objects, gather_over_ranks, is_main, rank, say, together, world_size
 from megagpt.early_stopping import after_evaluation
-from megagpt.elastic import changed_keys, reshaped
 from megagpt.engine import Engine, before_update, build_engine, effective_config
 from megagpt.errors import OwnRankError, UserError, writing_to
 from megagpt.evaluate import evaluate
 from megagpt.files import write_atomically
 from megagpt.generate import complete
 from megagpt.guards import Gate, MemoryWatch, Recent, check_skipping, documents_of, judge, memory_mib, peak_memory
+from megagpt.identity import Identity, changed_keys, check_identity, identity_of, reshaped
 from megagpt.launcher import grace_warning
+from megagpt.mixture import Mixture
 from megagpt.monitor import Monitor, Stopwatch, say_ending
 from megagpt.pace import Clock, Cluster
 from megagpt.rendezvous import agree
@@ -51,7 +53,7 @@ class Plan:
     val_blocks: ValBlocks
     tokenizer: Tokenizer
     vocab_size: int  # padded
-    identity: checkpoint.Identity
+    identity: Identity
     saved: Saved | None
 
     @property
@@ -69,17 +71,20 @@ def check(run: RunConfig, *, fresh: bool) -> Plan:
     tokenizer = together(datasets[0].tokenizer)
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
     rework = together(lambda: rework_of(cfg.augment, cfg.packing, tokenizer, vocab_size, cfg.data.seed))
-    identity = checkpoint.identity_of(run, batch, vocab_size, val=datasets[-1])
-    saved = None if fresh else checkpoint.newest_verified(cfg.out_dir)
+    identity = identity_of(run, batch, vocab_size, val=datasets[-1])
+    saved = None if fresh else newest_verified(cfg.out_dir)
     if saved is not None:
-        checkpoint.check_identity(saved, identity)
+        check_identity(saved.step_dir, saved.identity, identity)
     open_rows = row_opener(cfg)
     sources = together(lambda: [source_of(dataset, open_rows) for dataset in datasets[:-1]])
-    mixture = together(lambda: plan_mixture(cfg, batch.global_batch, sources, saved))
+    history, state = (saved.mixture, saved.state) if saved else (Mixture(cfg.data.seed), TrainState())
+    mixture = together(
+        lambda: plan_mixture(cfg, batch.global_batch, sources, history, step=state.step, sample=state.samples_seen)
+    )
     train_data = TrainData(mixture, datasets[:-1], open_variant=open_rows)
     together(train_data.open_all)
     if fresh:
-        checkpoint.set_aside(cfg.out_dir)
+        set_aside(cfg.out_dir)
     return Plan(run, batch, train_data, rework, val_blocks, tokenizer, vocab_size, identity, saved)
 
 
@@ -92,13 +97,13 @@ class Session:
         self.scaled = run.deepspeed.fp16.enabled  # DeepSpeed itself leaves out what its loss scale made infinite
         self.effective = {**run.as_json(), **effective_config(run, batch, plan.vocab_size, device)}
         saved = plan.saved
-        changes = reshaped(saved, asdict(plan.identity), self.effective) if saved else []
+        changes = reshaped(saved.step_dir, saved.identity, plan.identity, self.effective) if saved else []
         check_skipping(run, device)
         self.compiled = compiles(self.cfg.compile, device)
         self.engine: Engine = build_engine(run, batch, plan.vocab_size, device, compiled=self.compiled)
         seed_all(self.cfg.seed + 1 + rank())  # dropout differs from rank to rank
         if saved is not None:
-            checkpoint.resume(self.engine, saved, changes, self.cfg.seed)
+            resume(self.engine, saved, changes, self.cfg.seed)
         self.gate = Gate(self.cfg.guards.spikes, plan.state.health, device)
         if not self.scaled:
             before_update(self.engine, self.gate.before_update)
@@ -179,15 +184,15 @@ class Session:
         """
         with self.watchdog.paused():
             self.writer.wait()
-            saved = checkpoint.newest_verified(self.cfg.out_dir)
+            saved = newest_verified(self.cfg.out_dir)
             if saved is None or self.rolled_back.count(saved.state.step) == ROLL_BACKS:
                 raise UserError(
                     f"a spike before step {state.step}, and "
                     + ("no checkpoint to go back to" if saved is None else f"{ROLL_BACKS} times from the same step")
                     + "; lower optimizer.params.lr or gradient_clipping, or set megagpt.guards.spikes.action"
                 )
-            changes = reshaped(saved, asdict(self.plan.identity), self.effective)
-            checkpoint.resume(self.engine, saved, changes, self.cfg.seed)
+            changes = reshaped(saved.step_dir, saved.identity, self.plan.identity, self.effective)
+            resume(self.engine, saved, changes, self.cfg.seed)
         self.rolled_back.append(saved.state.step)
         data = self.plan.train_data
         data.mixture = data.mixture.jumped(step=saved.state.step, sample=state.samples_seen)
@@ -235,7 +240,7 @@ class Session:
 
     def save(self, state: TrainState) -> None:
         with self.watch.section("save"), self.watchdog.paused():
-            checkpoint.save(
+            save_checkpoint(
                 self.engine,
                 state,
                 self.plan.train_data.mixture,
@@ -255,7 +260,7 @@ class Session:
         """Say how the run ended, now that all is saved; after early stopping, put the best weights back."""
         if state.stopper.stopped and self.cfg.early_stopping.restore_best:
             best_dir = step_folder(self.cfg.out_dir, state.stopper.best_step)
-            checkpoint.restore(self.engine, best_dir, self.plan.identity, self.effective)
+            restore(self.engine, best_dir, self.plan.identity, self.effective)
         self.monitor.close()
         gc.unfreeze()
         say_ending(self.cfg, state, reason)

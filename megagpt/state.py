@@ -4,7 +4,15 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from megagpt.early_stopping import EarlyStopping
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """What a resumed run needs to stop at the step where the straight run would."""
+
+    best: float = math.inf  # nats per token
+    best_step: int = 0
+    bad_evals: int = 0  # evaluations in a row that brought no improvement
+    stopped: bool = False
 
 
 @dataclass(frozen=True)

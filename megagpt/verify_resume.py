@@ -60,14 +60,14 @@ def verify_resume(
     _launch(run_file, [*ours, *then], then_ranks, stop_at=steps)
     if not reshaped:
         return list(what_differs(straight, out_dir)), "the same to the last bit"
-    dtypes = [read_commit(committed(run)[-1]).identity["dtype"] for run in (straight, out_dir)]
+    dtypes = [read_commit(committed(run)[-1]).identity.dtype for run in (straight, out_dir)]
     within = max(WITHIN[dtype] for dtype in dtypes)
     differ = [*_metrics_that_differ(straight, out_dir, within), *_position_that_differs(straight, out_dir)]
     return differ, f"the same samples, rates and steps, and losses within {within:.1g} nats"
 
 
 def _launch(run_file: Path, overrides: Sequence[str], ranks: int, *, stop_at: int) -> None:
-    done = on_ranks(ranks, "megagpt.verify_resume", str(run_file), str(stop_at), *overrides)
+    done = on_ranks(ranks, __spec__.name, str(run_file), str(stop_at), *overrides)
     if done.returncode:
         raise failure_of(done)
 

@@ -136,26 +136,6 @@ class _WithStorages(pickle.Unpickler):
         return TypedStorage(wrap_storage=self._storages[number], dtype=dtype, _internal=True)
 
 
-class Collector:
-    """Stands in for the checkpoint engine of a DeepSpeed engine: it writes nothing, and keeps what was to be saved."""
-
-    def __init__(self) -> None:
-        self.files: dict[Path, Any] = {}
-
-    def save(self, state_dict: Any, path: str) -> None:
-        self.files[Path(path)] = state_dict
-
-    def makedirs(self, path: str, exist_ok: bool) -> None:
-        """Folders are made by who writes the files."""
-
-    def create(self, info: Any) -> None: ...
-
-    def commit(self, info: Any) -> None: ...
-
-    def is_decoupled(self) -> bool:
-        return False
-
-
 def write_files(step_dir: Path, files: dict[Path, Any]) -> None:
     """Bytes as they are, all else as torch.save does. Raises UserError if the disk cannot take them."""
     with disk_errors(step_dir):

@@ -49,7 +49,7 @@ class Faulty:
     def __init__(self, factors: dict[int, float] | None = None, act: Callable[[int, Any], None] | None = None) -> None:
         self.factors, self.act = factors or {}, act or (lambda step, module: None)
         self.steps, self.micro_batches, self.said, self.weights, self.loaded = 0, 0, [], [], []
-        self.originals = trainer.train_step, trainer.next_token_score, session.say, checkpoint.resume
+        self.originals = trainer.train_step, trainer.next_token_score, session.say, session.resume
 
     def __enter__(self) -> "Faulty":
         train_step, next_token_score, _, resume = self.originals
@@ -74,11 +74,11 @@ class Faulty:
             self.loaded.append(digest(engine))
 
         trainer.train_step, trainer.next_token_score, session.say = step, score, self.said.append
-        checkpoint.resume = load
+        session.resume = load
         return self
 
     def __exit__(self, *_: object) -> None:
-        trainer.train_step, trainer.next_token_score, session.say, checkpoint.resume = self.originals
+        trainer.train_step, trainer.next_token_score, session.say, session.resume = self.originals
 
     def train(self, dataset: Path, out_dir: Path, *more: str, stop_at: int | None = None) -> dict[str, Any]:
         state, message = None, ""

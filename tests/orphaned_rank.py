@@ -5,14 +5,14 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from megagpt import checkpoint, session, trainer, watchdog
+from megagpt import session, trainer, watchdog
 from megagpt.__main__ import pretrain
 
 watchdog.OUTLIVES = 1.0
 PLACES = {  # where it is called, and for how many seconds it waits
     "the first step": (trainer, "train_step", None),
     "evaluating": (session, "evaluate", None),
-    "the last save": (checkpoint, "save", 6.0),
+    "the last save": (session, "save_checkpoint", 6.0),
 }
 
 

@@ -14,7 +14,8 @@ from megagpt.checkpoint import load_model
 from megagpt.commits import COMMIT, best, committed, write_manifest
 from megagpt.engine import consolidated_weights
 from megagpt.errors import UserError
-from megagpt.samples import TrainData, open_run
+from megagpt.run_samples import open_run
+from megagpt.samples import TrainData
 from megagpt.trainer import train
 
 CPU = torch.device("cpu")

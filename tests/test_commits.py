@@ -28,10 +28,15 @@ from megagpt.commits import (
 from megagpt.config import KeepConfig
 from megagpt.early_stopping import EarlyStopping
 from megagpt.errors import UserError
+from megagpt.identity import Identity
 from megagpt.mixture import Mixture
 from megagpt.state import TrainState
 
 CHANGES = {"os.remove", "os.rmdir", "os.rename", "shutil.rmtree"}  # audit events of what alters a folder
+
+
+def identity(world_size):
+    return Identity(world_size, 1, "none", "fp32", {}, 128, "0" * 64, {}, "matrices")
 
 
 def commit(out_dir, step, val_loss=None, best_step=0):
@@ -40,14 +45,14 @@ def commit(out_dir, step, val_loss=None, best_step=0):
     for name in ("model.pt", "rng.0.json"):
         (step_dir / name).write_text(f"{name} of step {step}")
     state = TrainState(step=step, val_loss=val_loss, stopper=EarlyStopping(best_step=best_step))
-    write_commit(step_dir, state, Mixture(seed=0), {"world_size": 1}, [write_manifest(step_dir, 0)])
+    write_commit(step_dir, state, Mixture(seed=0), identity(1), [write_manifest(step_dir, 0)])
     return step_dir, state
 
 
 def test_a_commit_without_the_files_of_all_ranks_is_damage(tmp_path):
     step_dir, state = commit(tmp_path, 10)
     assert damage_of(step_dir, 0, every=1) is None
-    write_commit(step_dir, state, Mixture(seed=0), {"world_size": 2}, [write_manifest(step_dir, 0)])
+    write_commit(step_dir, state, Mixture(seed=0), identity(2), [write_manifest(step_dir, 0)])
     assert damage_of(step_dir, 0, every=1) == f"{step_dir} has the files of 1 ranks, not of 2"
 
 

@@ -23,7 +23,7 @@ from megagpt.engine import consolidated_weights
 from megagpt.errors import UserError
 from megagpt.guards import memory_mib
 from megagpt.rng import rng_state, seed_all, seed_from
-from megagpt.samples import open_run
+from megagpt.run_samples import open_run
 from megagpt.session import Session, check
 from megagpt.trainer import train
 

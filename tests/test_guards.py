@@ -18,7 +18,7 @@ from megagpt.guards import WINDOW, MemoryWatch, check_skipping
 from megagpt.health import Steps, after_steps, extended, is_spike
 from megagpt.mixture import Batches, Mixture
 from megagpt.provenance import origins
-from megagpt.samples import open_run
+from megagpt.run_samples import open_run
 from megagpt.state import Health, TrainState
 
 

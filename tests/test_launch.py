@@ -16,7 +16,7 @@ from support import DEBUG_RUN, ROOT, environment, metric, overrides, torchrun
 from megagpt import launcher
 from megagpt.__main__ import main, pretrain
 from megagpt.commits import committed
-from megagpt.samples import open_run
+from megagpt.run_samples import open_run
 from megagpt.shards import open_dataset
 
 PRETRAIN = ROOT / "launch" / "pretrain.py"
@@ -289,7 +289,7 @@ def test_a_sample_report_says_what_training_would_draw_and_starts_nothing(datase
 
 def test_a_tool_sees_a_steps_samples_without_torch(trained):
     code = (
-        "import sys; from pathlib import Path; from megagpt.samples import open_run\n"
+        "import sys; from pathlib import Path; from megagpt.run_samples import open_run\n"
         "data = open_run(Path(sys.argv[1]))\n"
         "print(sum(len(p.tokens) for s in data.mixture.samples_of(20) for p in data.pieces(s)), 'torch' in sys.modules)"
     )

@@ -53,7 +53,7 @@ def test_an_attempt_that_never_saved_leaves_no_second_curve(dataset, device, tmp
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("megagpt.session.checkpoint.save", full_disk)
+        patch.setattr("megagpt.session.save_checkpoint", full_disk)
         with pytest.raises(OSError, match="no space"):
             train(debug_run(dataset, tmp_path), device)
     assert len(board(tmp_path).Scalars("loss/train")) == 10

@@ -18,7 +18,7 @@ from megagpt.loss import next_token_loss
 from megagpt.model import GPT
 from megagpt.packing import PackedRows, best_fit_decreasing, plan_rows
 from megagpt.rows import IGNORE, split, unmarked
-from megagpt.samples import open_samples
+from megagpt.run_samples import open_samples
 from megagpt.shards import open_dataset
 from megagpt.trainer import train
 

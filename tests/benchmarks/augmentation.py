@@ -27,7 +27,7 @@ from megagpt.loss import kept_share, next_token_loss
 from megagpt.model import GPT
 from megagpt.optim import decay_groups
 from megagpt.run_config import BatchPlan
-from megagpt.samples import open_samples
+from megagpt.run_samples import open_samples
 from megagpt.shards import TokenStream, open_dataset
 from megagpt.tokenizer import Tokenizer, padded_vocab_size
 

@@ -1,6 +1,7 @@
 """What all hosts of a lab see of a checkout, and ways to make one host see it otherwise."""
 
 import json
+import os
 import re
 import shutil
 from importlib.metadata import distribution
@@ -61,7 +62,8 @@ def name_that_leads_to_itself(cluster: Cluster, checkout: Checkout, host: str = 
 def other_programs(cluster: Cluster, checkout: Checkout) -> None:
     """h2 has a line more in its code, and another sentencepiece."""
     code = Path(shutil.copytree(ROOT / "megagpt", checkout.folder / "other_code"))
-    with (code / "loss.py").open("a") as file:
+    with (code / "loss.py").open("r+") as file:  # which must be there
+        file.seek(0, os.SEEK_END)
         file.write("# a line more\n")
     cluster["h2"].bind(code, ROOT / "megagpt")
     files = distribution("sentencepiece").files

@@ -36,7 +36,7 @@ def in_one_process(dataset: Path, folder: Path, more: list[str], device) -> None
 
     save = checkpoint.save
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megagpt.session.checkpoint.save", full_at_the_cuts)
+        patch.setattr("megagpt.session.save_checkpoint", full_at_the_cuts)
         for cut in CUTS:
             with pytest.raises(OSError, match="no space"):
                 train(debug_run(dataset, folder, *more), device, stop_at=cut)

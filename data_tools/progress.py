@@ -1,0 +1,15 @@
+"""How tasks are handed over, and the bar that shows how many are done."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+Arguments = Sequence[tuple[Any, ...]]
+RunAll = Callable[[Callable[..., Any], Arguments, str], list[Any]]
+"""run_all(task, arguments, what): task(*arguments[i]) for every i, in any order; the results in order."""
+
+
+def progress(items: Any, total: int, what: str) -> Any:
+    """A bar where there is a terminal to draw it on, for what lasts longer than two seconds."""
+    return tqdm(items, total=total, desc=what, unit="task", delay=2, mininterval=0.5, disable=None)
