@@ -63,7 +63,7 @@ audit: .venv/installed
 
 # The editors' completion for run files; a test compares it with the code.
 schema: .venv/installed
-	python -c "import json; from megagpt.run_file import run_schema; print(json.dumps(run_schema(), indent=2))" \
+	python -c "import json; from megagpt.config.run_file import run_schema; print(json.dumps(run_schema(), indent=2))" \
 	    > ds_configs/run.schema.json
 
 clean:

@@ -12,10 +12,10 @@ from data_tools.build import build
 from data_tools.compare_tokenizers import IDLE, KINDS, compare_tokenizers, table_of
 from data_tools.config import BuildConfig, TokenizerConfig, load_config
 from data_tools.inspect import inspect, inspect_samples
-from data_tools.report import summary
-from data_tools.tokenizer_training import train_tokenizer
+from data_tools.report.summary import summary
+from data_tools.stages.train_tokenizer import train_tokenizer
 from data_tools.verify import verify
-from megagpt.data_manifest import SPLITS
+from megagpt.data.manifest import SPLITS
 from megagpt.errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""The `build` command: claim the folder, run the stages (stages.py), publish, and last of all write the manifest.
+"""The `build` command: claim the folder, run the stages (stages/pipeline.py), publish, and write the manifest last.
 
 A build that was killed goes on with the tasks that are not done.
 """
@@ -15,14 +15,15 @@ import pyarrow as pa
 import sentencepiece
 
 from data_tools.config import BuildConfig, SourceConfig
-from data_tools.duplicates import check_files
-from data_tools.extract import find_units
+from data_tools.executor.tasks import Tasks
+from data_tools.executor.workers import start_workers
 from data_tools.publish import publish
-from data_tools.report import make_report
-from data_tools.stages import KINDS, Stages, input_sha256, run_stages
-from data_tools.tasks import Tasks
-from data_tools.workers import start_workers
-from megagpt.data_manifest import (
+from data_tools.report.summary import make_report
+from data_tools.stages.deduplicate import check_files
+from data_tools.stages.extract import find_units
+from data_tools.stages.pipeline import KINDS, Stages, input_sha256, run_stages
+from megagpt.atomic_files import sha256_of
+from megagpt.data.manifest import (
     BUILD_DIR,
     MANIFEST,
     SPLITS,
@@ -35,10 +36,9 @@ from megagpt.data_manifest import (
     Variant,
     write_manifest,
 )
+from megagpt.data.shard_format import REPORT, TOKENIZER_MODEL, token_dtype
+from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.files import sha256_of
-from megagpt.shard_format import REPORT, TOKENIZER_MODEL, token_dtype
-from megagpt.tokenizer import Tokenizer
 
 LOCK = "megagpt.lock"  # in BUILD_DIR: what tells our leftovers, which are deleted, from somebody's files
 

@@ -20,14 +20,14 @@ from tqdm import tqdm
 
 from data_tools.build import finish
 from data_tools.config import BuildConfig, SourceConfig
-from data_tools.extract import find_units
-from data_tools.pieces import PIECE
-from data_tools.selection import keyed_hash, select, selected_texts
-from data_tools.stages import Stages, find_tokenizer, read_and_compare, tokenize_and_shuffle
-from data_tools.tasks import Tasks
-from data_tools.workers import start_workers
+from data_tools.executor.tasks import Tasks
+from data_tools.executor.workers import start_workers
+from data_tools.readers.document_pieces import PIECE
+from data_tools.stages.extract import find_units
+from data_tools.stages.pipeline import Stages, find_tokenizer, read_and_compare, tokenize_and_shuffle
+from data_tools.stages.select import keyed_hash, select, selected_texts
+from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.tokenizer import Tokenizer
 
 Kind = Literal["unigram", "bpe", "char"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

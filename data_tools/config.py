@@ -9,11 +9,11 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from data_tools.decontamination import DecontaminationConfig
-from data_tools.dedup import DedupConfig
-from data_tools.lists import Names, Paths
-from data_tools.rules import RulesConfig
-from megagpt.config import Strict
+from data_tools.dedup.decontamination import DecontaminationConfig
+from data_tools.dedup.lsh import DedupConfig
+from data_tools.filters.rules import RulesConfig
+from data_tools.option_types import Names, Paths
+from megagpt.config.schema import Strict
 from megagpt.errors import UserError
 
 Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "arrow", "warc", "html"]

@@ -6,13 +6,13 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from data_tools.report import human
-from megagpt.data_manifest import Split
+from data_tools.report.summary import human
+from megagpt.checkpoint.run_samples import open_run
+from megagpt.data.dataset import Dataset, open_dataset
+from megagpt.data.manifest import Split
+from megagpt.data.provenance import origins
+from megagpt.data.training_set import TrainData
 from megagpt.errors import UserError
-from megagpt.provenance import origins
-from megagpt.run_samples import open_run
-from megagpt.samples import TrainData
-from megagpt.shards import Dataset, open_dataset
 
 
 def inspect(folder: Path, *, split: Split = "train", documents: int = 0, as_json: bool = False) -> str:

@@ -6,15 +6,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from data_tools.rejects import REJECTS
-from data_tools.shard_writer import write_index
-from data_tools.shuffle import PROVENANCE, SHARD
-from data_tools.stages import Stages
-from data_tools.tasks import Done, file_of
-from megagpt.data_manifest import SPLITS
-from megagpt.files import fsync, sha256_of, write_atomically
-from megagpt.provenance import FOLDER, provenance_path
-from megagpt.shard_format import INDEX, REPORT, TOKENIZER_MODEL
+from data_tools.executor.tasks import Done, file_of
+from data_tools.stages.pipeline import Stages
+from data_tools.stages.shuffle import PROVENANCE, SHARD
+from data_tools.storage.rejects import REJECTS
+from data_tools.storage.shard_writer import write_index
+from megagpt.atomic_files import fsync, sha256_of, write_atomically
+from megagpt.data.manifest import SPLITS
+from megagpt.data.provenance import FOLDER, provenance_path
+from megagpt.data.shard_format import INDEX, REPORT, TOKENIZER_MODEL
 
 REJECTS_DIR, PAGE = "rejects", "report.html"
 OURS = (*SPLITS, FOLDER, REJECTS_DIR, TOKENIZER_MODEL, INDEX, REPORT, PAGE)
@@ -47,7 +47,7 @@ def publish(folder: Path, stages: Stages, report: dict[str, Any]) -> tuple[dict[
 
 
 def _write_report(folder: Path, report: dict[str, Any]) -> None:
-    from data_tools.report_page import page_of  # matplotlib takes too long to import for those who ask for --help
+    from data_tools.report.html_page import page_of  # matplotlib takes too long to import for those who ask for --help
 
     write_atomically(folder / REPORT, json.dumps(report, indent=1).encode() + b"\n")
     write_atomically(folder / PAGE, page_of(report, folder.name).encode())

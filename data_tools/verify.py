@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_tools.report import human
-from megagpt.data_manifest import ShardInfo, Split, confined
+from data_tools.report.summary import human
+from megagpt.atomic_files import sha256_of
+from megagpt.data.dataset import Dataset, open_dataset
+from megagpt.data.manifest import ShardInfo, Split, confined
+from megagpt.data.shard_format import REPORT, batch_xxh3, read_batch
 from megagpt.errors import UserError
-from megagpt.files import sha256_of
-from megagpt.shard_format import REPORT, batch_xxh3, read_batch
-from megagpt.shards import Dataset, open_dataset
 
 Row = dict[str, Any]  # of the index
 

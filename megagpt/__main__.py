@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagpt.arguments import command_line, training_arguments
+from megagpt.cli.arguments import command_line, training_arguments
+from megagpt.cli.exit_codes import SAVED_AND_WANTS_RESTART, or_2
 from megagpt.errors import OwnRankError, UserError
-from megagpt.exit_codes import SAVED_AND_WANTS_RESTART, or_2
 
 
 def pretrain(argv: Sequence[str] | None = None) -> int:
@@ -20,14 +20,14 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
     if args.sample_report is not None:
         return or_2(lambda: _sample_report(args))
 
-    from megagpt.launcher import check_hostfile, watch
-    from megagpt.preemption import Preemption
+    from megagpt.distributed.launcher import check_hostfile, watch
+    from megagpt.train.preemption import Preemption
 
     preemption = Preemption(launcher_alive=watch(), ctrl_c=True)  # before torch, so that no signal is missed
-    from megagpt.distributed import is_main, say, together
-    from megagpt.processor import fitting
-    from megagpt.rendezvous import agree, check_shared, meet
-    from megagpt.run_file import leaves, load_run_config
+    from megagpt.config.run_file import leaves, load_run_config
+    from megagpt.distributed.process_group import is_main, say, together
+    from megagpt.distributed.rendezvous import agree, check_shared, meet
+    from megagpt.engine.precision import fitting
 
     try:
         check_hostfile()
@@ -36,9 +36,9 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
         agree(dict(leaves(run.as_json())), "give all ranks the same run file and overrides")
         check_shared(run.megagpt.out_dir)
         # after the run file is found right, because DeepSpeed takes seconds to import
-        from megagpt.lint import refuse
-        from megagpt.out_of_memory import explained
-        from megagpt.trainer import train
+        from megagpt.guards.out_of_memory import explained
+        from megagpt.lint.linter import refuse
+        from megagpt.train.trainer import train
 
         for warning in together(lambda: refuse(run)):
             say(warning)
@@ -63,15 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sample_report(args: argparse.Namespace) -> int:
-    from megagpt.run_file import load_run_config
-    from megagpt.sample_report import sample_report
+    from megagpt.cli.sample_report import sample_report
+    from megagpt.config.run_file import load_run_config
 
     print(sample_report(load_run_config(args.deepspeed_config, args.overrides), args.sample_report, fresh=args.fresh))
     return 0
 
 
 def _checkpoints(args: argparse.Namespace) -> int:
-    from megagpt.checkpoint_list import checkpoint_table
+    from megagpt.cli.checkpoints import checkpoint_table
 
     table, any_whole = checkpoint_table(args.run_dir, hashes=args.verify)
     print(table)
@@ -79,7 +79,7 @@ def _checkpoints(args: argparse.Namespace) -> int:
 
 
 def _check_hosts(args: argparse.Namespace) -> int:
-    from megagpt.launcher import check_environment, check_hosts
+    from megagpt.distributed.launcher import check_environment, check_hosts
 
     check_hosts(args.hostfile)
     check_environment(Path.cwd())
@@ -87,9 +87,10 @@ def _check_hosts(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from megagpt import plan, plan_report
-    from megagpt.lint import refuse
-    from megagpt.run_file import load_run_config
+    from megagpt.config.run_file import load_run_config
+    from megagpt.lint.linter import refuse
+    from megagpt.planner import estimate as plan
+    from megagpt.planner import report as plan_report
 
     if args.memory and not args.probe:
         raise UserError("--memory limits the steps that --probe takes; add --probe, or choose --gpu")
@@ -101,7 +102,7 @@ def _plan(args: argparse.Namespace) -> int:
     )
     vocab = plan.vocabulary(run)
     if args.probe:
-        from megagpt.probe import probe, probe_report
+        from megagpt.cli.micro_batch_search import probe, probe_report
 
         candidates = plan.micro_batches(run, args.ranks)
         tries = probe(args.run_file, args.overrides, candidates, vocab[0], ranks=args.ranks, gib=args.memory)
@@ -117,9 +118,9 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _lint(args: argparse.Namespace) -> int:
-    from megagpt.lint import effective, lint_file
-    from megagpt.plan import vocabulary
-    from megagpt.run_file import load_run_config
+    from megagpt.config.run_file import load_run_config
+    from megagpt.lint.linter import effective, lint_file
+    from megagpt.planner.estimate import vocabulary
 
     found = lint_file(args.run_file, args.overrides, ranks=args.ranks)
     wrong = any(finding.level == "error" for finding in found)
@@ -139,7 +140,7 @@ def _lint(args: argparse.Namespace) -> int:
 
 
 def _slurm(args: argparse.Namespace) -> int:
-    from megagpt.slurm import batch_script, submit
+    from megagpt.cli.slurm import batch_script, submit
 
     more = {name: value for name in ("partition", "account") if (value := getattr(args, name)) is not None}
     more |= {name: value for name, _, value in (option.partition("=") for option in args.sbatch)}
@@ -159,7 +160,8 @@ def _slurm(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from megagpt import doctor, host_probe
+    from megagpt.cli import doctor
+    from megagpt.cli import doctor_agent as host_probe
 
     if args.probe:
         return host_probe.serve()
@@ -173,7 +175,7 @@ def _doctor(args: argparse.Namespace) -> int:
 def _verify_resume(args: argparse.Namespace) -> int:
     from tempfile import TemporaryDirectory
 
-    from megagpt.verify_resume import verify_resume
+    from megagpt.cli.verify_resume import verify_resume
 
     if args.steps < 2:
         raise UserError(f"--steps {args.steps} cannot be cut in two; give 2 or more")
@@ -198,9 +200,9 @@ def _generate(args: argparse.Namespace) -> int:
     import torch
     from pydantic import ValidationError
 
-    from megagpt.checkpoint import load_model
-    from megagpt.config import SampleConfig
-    from megagpt.generate import complete
+    from megagpt.checkpoint.save import load_model
+    from megagpt.config.schema import SampleConfig
+    from megagpt.model.generate import complete
 
     try:
         cfg = SampleConfig(
@@ -223,10 +225,10 @@ def _generate(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     import torch
 
-    from megagpt.checkpoint import load_model, packing_of
-    from megagpt.data import ValBlocks
-    from megagpt.evaluate import evaluate, unigram_entropy
-    from megagpt.shards import open_dataset
+    from megagpt.checkpoint.save import load_model, packing_of
+    from megagpt.data.dataset import open_dataset
+    from megagpt.data.loader import ValBlocks
+    from megagpt.train.evaluate import evaluate, unigram_entropy
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = open_dataset(args.data)

@@ -5,9 +5,9 @@ from typing import Any
 
 from support import debug_run, metric, run_scenarios
 
-from megagpt import guards
-from megagpt.distributed import init_process_group
-from megagpt.trainer import train
+from megagpt.distributed.process_group import init_process_group
+from megagpt.guards import spikes as guards
+from megagpt.train.trainer import train
 
 DEVICE = init_process_group()
 guards.WINDOW = 100  # steps, so that memory has its four whole windows

@@ -10,7 +10,7 @@ import torch
 from hypothesis import settings
 from support import build_dataset, build_noise, read_json, torchrun
 
-from megagpt.distributed import init_process_group
+from megagpt.distributed.process_group import init_process_group
 
 settings.register_profile("megagpt", deadline=None)  # how long an example takes is for benchmarks to say
 settings.load_profile("megagpt")

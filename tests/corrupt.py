@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.verify import verify
-from megagpt.checkpoint_list import checkpoint_table
-from megagpt.commits import best, committed, damage_of, newest_record
+from megagpt.atomic_files import sha256_of
+from megagpt.checkpoint.commit import best, committed, damage_of, newest_record
+from megagpt.cli.checkpoints import checkpoint_table
+from megagpt.data.dataset import open_dataset
+from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
-from megagpt.files import sha256_of
-from megagpt.shards import open_dataset
-from megagpt.tokenizer import Tokenizer
 
 
 def flip(content: bytearray, rng: random.Random) -> None:
@@ -88,7 +88,7 @@ def of_checkpoints(scratch: Path, name: str) -> Iterator[str]:
     """A step's file is missed by name; a hint that rotted leads to a step or nowhere."""
     import torch  # and DeepSpeed, which the other kinds need not wait for
 
-    from megagpt.checkpoint import load_model
+    from megagpt.checkpoint.save import load_model
 
     step_dir = (scratch / name).parent
     if step_dir.name.startswith("step_"):

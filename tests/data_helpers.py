@@ -10,12 +10,12 @@ import numpy as np
 
 from data_tools.__main__ import main
 from data_tools.config import TokenizerConfig
-from data_tools.shard_writer import Row, ShardWriter, write_index
-from data_tools.tokenizer_training import train_sample
-from megagpt.data_manifest import SPLITS, Manifest, Split, SplitInfo, TokenizerInfo, Variant, write_manifest
-from megagpt.shard_format import INDEX, TOKENIZER_MODEL, ShardHeader, token_dtype
-from megagpt.shards import open_dataset
-from megagpt.tokenizer import Tokenizer
+from data_tools.stages.train_tokenizer import train_sample
+from data_tools.storage.shard_writer import Row, ShardWriter, write_index
+from megagpt.data.dataset import open_dataset
+from megagpt.data.manifest import SPLITS, Manifest, Split, SplitInfo, TokenizerInfo, Variant, write_manifest
+from megagpt.data.shard_format import INDEX, TOKENIZER_MODEL, ShardHeader, token_dtype
+from megagpt.data.tokenizer import Tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "models", "that", "learn", "to", "read", "def", "return", "self"]
 VOCAB_SIZE = 300  # of the small tokenizers: 256 bytes, the special pieces, and a few of their own

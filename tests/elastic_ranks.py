@@ -13,11 +13,11 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from support import debug_run
 from torch import Tensor
 
-from megagpt.data import Batch
-from megagpt.distributed import gather_objects, init_process_group, leave, rank
-from megagpt.engine import Engine
-from megagpt.session import Session, check
-from megagpt.trainer import train
+from megagpt.data.loader import Batch
+from megagpt.distributed.process_group import gather_objects, init_process_group, leave, rank
+from megagpt.engine.build import Engine
+from megagpt.train.session import Session, check
+from megagpt.train.trainer import train
 
 DEVICE = init_process_group()
 CHAIN = [(1, 1, 4), (2, 3, 2), (4, 0, 1), (1, 2, 8)]  # ranks, ZeRO stage, micro-batch of each part

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from support import SHARING, debug_run
 
-from megagpt.distributed import init_process_group, leave
-from megagpt.trainer import train
+from megagpt.distributed.process_group import init_process_group, leave
+from megagpt.train.trainer import train
 
 if __name__ == "__main__":
     device = init_process_group()

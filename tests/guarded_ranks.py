@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from support import debug_run, metric, run_scenarios
 
-from megagpt import checkpoint, guards, session, trainer
-from megagpt.commits import committed
-from megagpt.distributed import init_process_group, rank
+from megagpt.checkpoint import save as checkpoint
+from megagpt.checkpoint.async_writer import Writer
+from megagpt.checkpoint.commit import committed
+from megagpt.distributed.process_group import init_process_group, rank
 from megagpt.errors import UserError
-from megagpt.loss import Score
-from megagpt.writer import Writer
+from megagpt.guards import spikes as guards
+from megagpt.model.loss import Score
+from megagpt.train import session, trainer
 
 DEVICE = init_process_group()
 EACH = ["megagpt.every.log=4", "megagpt.every.eval=0", "megagpt.data.val_tokens=128", "tensorboard.enabled=false"]

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from support import debug_run
 
-from megagpt import session, trainer
-from megagpt.distributed import init_process_group, rank
+from megagpt.distributed.process_group import init_process_group, rank
+from megagpt.train import session, trainer
 
 how, dataset, out_dir = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 DEVICE = init_process_group()

@@ -16,10 +16,10 @@ from typing import Any
 
 from support import debug_run
 
-from megagpt.commits import committed, damage_of
-from megagpt.distributed import init_process_group
-from megagpt.trainer import train
-from megagpt.verify_resume import what_differs
+from megagpt.checkpoint.commit import committed, damage_of
+from megagpt.cli.verify_resume import what_differs
+from megagpt.distributed.process_group import init_process_group
+from megagpt.train.trainer import train
 
 STRUCK = "step_00000006"  # its save is the third: one that has older steps to remove
 CHANGES = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree"}  # audit events

@@ -9,9 +9,9 @@ from typing import Any
 
 from support import debug_run
 
-from megagpt import elastic
-from megagpt.distributed import init_process_group
-from megagpt.trainer import train
+from megagpt.distributed.process_group import init_process_group
+from megagpt.engine import reshard as elastic
+from megagpt.train.trainer import train
 
 
 def half(copies: list[Any]) -> Iterator[Any]:

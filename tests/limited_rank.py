@@ -5,7 +5,7 @@ import resource
 import sys
 from pathlib import Path
 
-import megagpt.trainer  # noqa: F401  # so that what libraries map is not counted
+import megagpt.train.trainer  # noqa: F401  # so that what libraries map is not counted
 from megagpt.__main__ import pretrain
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from megagpt import session, trainer, watchdog
 from megagpt.__main__ import pretrain
+from megagpt.guards.spikes import watchdog
+from megagpt.train import session, trainer
 
 watchdog.OUTLIVES = 1.0
 PLACES = {  # where it is called, and for how many seconds it waits

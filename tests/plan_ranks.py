@@ -13,8 +13,8 @@ import torch
 from live_bytes import LiveBytes
 from support import debug_run
 
-from megagpt.distributed import init_process_group, leave, rank, world_size
-from megagpt.run_config import BatchPlan, RunConfig, batch_plan
+from megagpt.config.deepspeed import BatchPlan, RunConfig, batch_plan
+from megagpt.distributed.process_group import init_process_group, leave, rank, world_size
 
 VOCAB = 1024
 SIZES = ["megagpt.model.n_layer=4", "megagpt.model.n_embd=256", "megagpt.model.n_head=4", "megagpt.model.seq_len=128"]
@@ -67,8 +67,8 @@ def three_steps(folder: Path, options: list[str], device: torch.device) -> dict[
     """
     from deepspeed.comm.comm import comms_logger
 
-    from megagpt.engine import build_engine
-    from megagpt.loss import next_token_score
+    from megagpt.engine.build import build_engine
+    from megagpt.model.loss import next_token_score
 
     run, batch = run_and_batch(folder, options, world_size())
     with LiveBytes() as live:

@@ -15,9 +15,9 @@ from typing import Any
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
-from megagpt.distributed import gather_objects, is_main, leave
-from megagpt.run_config import RunConfig
-from megagpt.run_file import load_run_config
+from megagpt.config.deepspeed import RunConfig
+from megagpt.config.run_file import load_run_config
+from megagpt.distributed.process_group import gather_objects, is_main, leave
 
 ROOT = Path(__file__).parents[1]
 DEBUG_RUN = ROOT / "ds_configs" / "debug_cpu.json"

@@ -4,7 +4,8 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megagpt.accounting import (
+from megagpt.config.schema import ModelConfig, RecomputeConfig
+from megagpt.model.flops import (
     causal_flops_per_token,
     flops_per_token,
     gpu_named,
@@ -12,9 +13,8 @@ from megagpt.accounting import (
     peak_flops,
     recompute_flops_per_token,
 )
-from megagpt.config import ModelConfig, RecomputeConfig
-from megagpt.model import GPT
-from megagpt.recompute import recompute_blocks
+from megagpt.model.gpt import GPT
+from megagpt.model.recompute import recompute_blocks
 
 SIZES = {  # (n_layer, n_head, n_embd) -> parameters with GPT-2's own vocabulary of 50,257 and 1,024 positions
     (12, 12, 768): 124_439_808,

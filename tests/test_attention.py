@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megagpt.attention import backend_order, prefer_cudnn, sdpa_attention
+from megagpt.model.attention import backend_order, prefer_cudnn, sdpa_attention
 
 
 def values_and_gradients(q, k, v):

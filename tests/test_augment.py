@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import debug_run, metric
 
-from megagpt.augment import (
+from megagpt.config.schema import AugmentConfig, GoldfishConfig, PackingConfig, SpanCorruptionConfig
+from megagpt.data.augmentation import (
     GoldfishTokens,
     corrupt_spans,
     fill_in_the_middle,
@@ -15,11 +16,10 @@ from megagpt.augment import (
     rework_of,
     sample_generator,
 )
-from megagpt.config import AugmentConfig, GoldfishConfig, PackingConfig, SpanCorruptionConfig
+from megagpt.data.dataset import open_dataset
+from megagpt.data.loss_mask import IGNORE, marked, split, unmarked
 from megagpt.errors import UserError
-from megagpt.rows import IGNORE, marked, split, unmarked
-from megagpt.shards import open_dataset
-from megagpt.trainer import train
+from megagpt.train.trainer import train
 
 EOD = 2
 FIM = (90, 91, 92)

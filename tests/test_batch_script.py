@@ -9,7 +9,7 @@ import pytest
 from support import DEBUG_RUN, ROOT, environment
 
 from megagpt.__main__ import main
-from megagpt.slurm import limit_seconds
+from megagpt.cli.slurm import limit_seconds
 
 SCRIPT = ROOT / "launch" / "slurm" / "pretrain.sbatch"
 HOSTILE = 'megagpt.sample.prompts=["$(touch pwned) `touch pwned` ; touch pwned; \'"]'

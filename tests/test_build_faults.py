@@ -18,7 +18,7 @@ from distributed import LocalCluster
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
-from data_tools.tasks import Tasks, file_of
+from data_tools.executor.tasks import Tasks, file_of
 
 ROOT = Path(__file__).parents[1]
 OPTIONS: dict[str, Any] = {
@@ -30,8 +30,8 @@ OPTIONS: dict[str, Any] = {
     "rules": {"clean": True},
     "shard_tokens": 3000,
 }
-MANY_UNITS = "import data_tools.inputs; data_tools.inputs.MIN_UNIT_BYTES = 3000"
-MANY_WORKERS = "import data_tools.workers; data_tools.workers.SMALL_BYTES = 0"
+MANY_UNITS = "import data_tools.readers.work_units; data_tools.readers.work_units.MIN_UNIT_BYTES = 3000"
+MANY_WORKERS = "import data_tools.executor.workers; data_tools.executor.workers.SMALL_BYTES = 0"
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_killed_with_its_worker_processes_it_leaves_no_orphan_and_ends_in_the_sa
 def test_a_worker_killed_under_a_running_cluster_costs_nothing_but_time(
     texts: Path, undisturbed: tuple[dict[str, bytes], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_tools.inputs.MIN_UNIT_BYTES", 3000)
+    monkeypatch.setattr("data_tools.readers.work_units.MIN_UNIT_BYTES", 3000)
     out = tmp_path / "out"
     with LocalCluster(
         n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", memory_limit=0
@@ -158,7 +158,7 @@ def test_a_full_disk_says_so_keeps_what_is_valid_and_a_rerun_goes_on(
 
 
 NAME_REUSED = (
-    "import sys, data_tools.tasks as t; is_done = t._is_done; "
+    "import sys, data_tools.executor.tasks as t; is_done = t._is_done; "
     "t._is_done = lambda prefix: is_done(prefix) and (print(prefix.name, file=sys.stderr) or True)"
 )
 
@@ -196,7 +196,7 @@ def test_an_edited_input_is_read_again_and_the_rest_is_not(texts: Path, tmp_path
     for path in texts.glob("*.txt"):
         (folder / path.name).write_bytes(path.read_bytes())
     out = tmp_path / "out"
-    fail = "import data_tools.stages as s; s.write_shard.__code__ = (lambda *a: 1 / 0).__code__"
+    fail = "import data_tools.stages.pipeline as s; s.write_shard.__code__ = (lambda *a: 1 / 0).__code__"
     stopped = subprocess.run(command(folder, out, fail), cwd=ROOT, capture_output=True, check=False)
     assert b"ZeroDivisionError" in stopped.stderr
     before = {path.name for path in (out / ".build" / "extract").glob("*.json")}

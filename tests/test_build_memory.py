@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from data_helpers import document, small_tokenizer
 
-from data_tools.tokenization import PART_TOKENS
+from data_tools.stages.tokenize import PART_TOKENS
 
 ROOT = Path(__file__).parents[1]
 MB = 1_000_000
@@ -44,7 +44,7 @@ def peak_megabytes(
     write(path, n_bytes)
     (folder / "small.model").write_bytes(small_tokenizer().model_bytes)
     script = (
-        "import resource, sys, data_tools.tokenization as t; from data_tools.__main__ import main; "
+        "import resource, sys, data_tools.stages.tokenize as t; from data_tools.__main__ import main; "
         f"t.PART_TOKENS = {part_tokens}; code = main(); "
         "kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN; "
         "print(max(resource.getrusage(kind).ru_maxrss for kind in kinds)); sys.exit(code)"

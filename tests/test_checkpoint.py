@@ -8,15 +8,16 @@ from support import debug_run, metric, write_corpus
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
-from megagpt import checkpoint, writer
 from megagpt.__main__ import main
-from megagpt.checkpoint import load_model
-from megagpt.commits import COMMIT, best, committed, write_manifest
-from megagpt.engine import consolidated_weights
+from megagpt.checkpoint import async_writer as writer
+from megagpt.checkpoint import save as checkpoint
+from megagpt.checkpoint.commit import COMMIT, best, committed, write_manifest
+from megagpt.checkpoint.run_samples import open_run
+from megagpt.checkpoint.save import load_model
+from megagpt.data.training_set import TrainData
+from megagpt.engine.build import consolidated_weights
 from megagpt.errors import UserError
-from megagpt.run_samples import open_run
-from megagpt.samples import TrainData
-from megagpt.trainer import train
+from megagpt.train.trainer import train
 
 CPU = torch.device("cpu")
 DROPOUT = "megagpt.regularization.dropout=0.1"
@@ -348,7 +349,7 @@ def test_what_changed_in_the_run_file_is_said_and_acts(saved, run_to, capsys):
 
 def test_loaded_weight_decay_is_the_run_files(saved, dataset, device, run_to, monkeypatch):
     """Loading Adam's state brings back the saved settings of its groups: the run file must win."""
-    from megagpt import session
+    from megagpt.train import session
 
     engines = []
     build = session.build_engine
@@ -363,7 +364,7 @@ def test_loaded_weight_decay_is_the_run_files(saved, dataset, device, run_to, mo
 def test_a_models_weights_are_the_engines(run_to, tmp_path, monkeypatch, stage):
     import deepspeed
 
-    from megagpt import session
+    from megagpt.train import session
 
     engines = []
     build = session.build_engine

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_tools.cleaning import REPAIR, CleanConfig, clean, repair_mojibake
+from data_tools.filters.cleaning import REPAIR, CleanConfig, clean, repair_mojibake
 
 EVERYTHING = CleanConfig(
     newlines=True,

@@ -11,7 +11,7 @@ from data_helpers import small_tokenizer, write_texts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.columns import column, hashes, numbers, strings, view
+from data_tools.storage.arrow_columns import column, hashes, numbers, strings, view
 
 ROOT = Path(__file__).parents[1]
 BOUNDS = {pa.uint16(): 2**16, pa.uint32(): 2**32, pa.uint64(): 2**64, pa.bool_(): 2}

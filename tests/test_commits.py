@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt import files
-from megagpt.commits import (
+from megagpt import atomic_files as files
+from megagpt.checkpoint.commit import (
     COMMIT,
     _digest,
     best,
@@ -25,12 +25,12 @@ from megagpt.commits import (
     write_commit,
     write_manifest,
 )
-from megagpt.config import KeepConfig
-from megagpt.early_stopping import EarlyStopping
+from megagpt.checkpoint.identity import Identity
+from megagpt.config.schema import KeepConfig
+from megagpt.data.mixture import Mixture
 from megagpt.errors import UserError
-from megagpt.identity import Identity
-from megagpt.mixture import Mixture
-from megagpt.state import TrainState
+from megagpt.train.early_stopping import EarlyStopping
+from megagpt.train_state import TrainState
 
 CHANGES = {"os.remove", "os.rmdir", "os.rename", "shutil.rmtree"}  # audit events of what alters a folder
 
@@ -174,7 +174,7 @@ def test_the_folders_of_a_step_are_durable_before_its_commit_is(tmp_path, monkey
 
     original = files.fsync
     monkeypatch.setattr(files, "fsync", noting)
-    monkeypatch.setattr("megagpt.commits.fsync", noting)
+    monkeypatch.setattr("megagpt.checkpoint.commit.fsync", noting)
     step_dir, _ = commit(tmp_path / "run", 10)
     at = synced.index(step_dir / f"{COMMIT}.tmp")
     owned = {step_dir / name for name in ("model.pt", "rng.0.json", "manifest.0.json.tmp")}

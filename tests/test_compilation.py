@@ -7,12 +7,12 @@ import torch
 from support import debug_run, metric
 from torch._dynamo.utils import counters
 
-from megagpt.compilation import compiles
-from megagpt.engine import build_engine
+from megagpt.config.deepspeed import batch_plan
+from megagpt.engine.build import build_engine
+from megagpt.engine.compilation import compiles
 from megagpt.errors import UserError
-from megagpt.loss import next_token_score
-from megagpt.run_config import batch_plan
-from megagpt.trainer import train
+from megagpt.model.loss import next_token_score
+from megagpt.train.trainer import train
 
 VOCAB = 384
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

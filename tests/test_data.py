@@ -6,14 +6,14 @@ import torch
 from data_helpers import write_dataset
 from support import build_dataset, debug_run
 
-from megagpt.config import DataConfig
-from megagpt.data import ValBlocks, open_data, prefetched, rank_samples
+from megagpt.config.deepspeed import BatchPlan
+from megagpt.config.schema import DataConfig
+from megagpt.data.dataset import open_dataset
+from megagpt.data.loader import ValBlocks, open_data, prefetched, rank_samples
+from megagpt.data.loss_mask import IGNORE, marked, split
+from megagpt.data.mixture import Mixture
+from megagpt.data.training_set import DRAW, TrainData, source_of
 from megagpt.errors import UserError
-from megagpt.mixture import Mixture
-from megagpt.rows import IGNORE, marked, split
-from megagpt.run_config import BatchPlan
-from megagpt.samples import DRAW, TrainData, source_of
-from megagpt.shards import open_dataset
 
 CPU = torch.device("cpu")
 SEQ_LEN = 32

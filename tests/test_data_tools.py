@@ -13,18 +13,18 @@ import pytest
 from data_helpers import all_documents, document, documents_of, run, shard_bytes, small_tokenizer, write_texts
 from distributed import LocalCluster
 
-import data_tools.inputs
-import data_tools.pieces
-import data_tools.read_text
-import data_tools.tokenization
-import data_tools.workers
+import data_tools.executor.workers
+import data_tools.readers.document_pieces
+import data_tools.readers.plain_text
+import data_tools.readers.work_units
+import data_tools.stages.tokenize
 from data_tools.__main__ import COMMANDS
 from data_tools.build import build
 from data_tools.config import BuildConfig
-from data_tools.selection import SplitConfig, split_of
-from megagpt.data_manifest import SPLITS
-from megagpt.provenance import origins
-from megagpt.shards import open_dataset
+from data_tools.stages.select import SplitConfig, split_of
+from megagpt.data.dataset import open_dataset
+from megagpt.data.manifest import SPLITS
+from megagpt.data.provenance import origins
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,9 +75,9 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
 def test_a_document_of_many_pieces_is_one_document(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (data_tools.pieces, data_tools.read_text):
+    for module in (data_tools.readers.document_pieces, data_tools.readers.plain_text):
         monkeypatch.setattr(module, "PIECE", 64)
-    monkeypatch.setattr(data_tools.tokenization, "PART_TOKENS", 100)  # so its parts lie in several files too
+    monkeypatch.setattr(data_tools.stages.tokenize, "PART_TOKENS", 100)  # so its parts lie in several files too
     texts = write_texts(tmp_path / "in", 3, n_words=400)
     report = build([tmp_path / "in"], tmp_path / "out", BuildConfig(tokenizer=model, val_fraction=0))
     assert all_documents(tmp_path / "out") == sorted(texts)
@@ -110,8 +110,8 @@ def test_a_source_tree_is_read_without_its_caches_and_binaries(tmp_path: Path, m
 
 
 def test_one_worker_and_two_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_tools.workers, "SMALL_BYTES", 0)
-    monkeypatch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", 2000)
+    monkeypatch.setattr(data_tools.executor.workers, "SMALL_BYTES", 0)
+    monkeypatch.setattr(data_tools.readers.work_units, "MIN_UNIT_BYTES", 2000)
     write_texts(tmp_path / "in", 60)
     for workers in (1, 2):
         options = BuildConfig(vocab_size=300, val_fraction=0.2, shard_tokens=2000, workers=workers)
@@ -138,8 +138,8 @@ def test_units_do_not_change_the_order_of_documents(
 ) -> None:
     write_texts(tmp_path / "in", 30)
     build([tmp_path / "in"], tmp_path / "one", BuildConfig(tokenizer=model))
-    monkeypatch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", 500)
-    monkeypatch.setattr(data_tools.tokenization, "PART_TOKENS", 100)
+    monkeypatch.setattr(data_tools.readers.work_units, "MIN_UNIT_BYTES", 500)
+    monkeypatch.setattr(data_tools.stages.tokenize, "PART_TOKENS", 100)
     build([tmp_path / "in"], tmp_path / "many", BuildConfig(tokenizer=model))
     assert documents_of(tmp_path / "one") == documents_of(tmp_path / "many")
 

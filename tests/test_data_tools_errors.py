@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_helpers import all_documents, run, small_tokenizer, write_texts
 
-import data_tools.dask_cluster
+import data_tools.executor.dask_cluster
 from data_tools.build import build
 from data_tools.config import BuildConfig
 
@@ -148,7 +148,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(data_tools.dask_cluster, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(data_tools.executor.dask_cluster, "CONNECT_SECONDS", 0.2)
     assert run("build", *arguments(tmp_path)) == 2
     shown = capsys.readouterr()
     assert shown.out == ""

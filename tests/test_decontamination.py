@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.decontamination import DecontaminationConfig, contaminated, read_ngrams, write_ngrams
+from data_tools.dedup.decontamination import DecontaminationConfig, contaminated, read_ngrams, write_ngrams
 from megagpt.errors import UserError
 
 QUESTION = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."

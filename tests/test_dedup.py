@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.dedup import (
+from data_tools.dedup.lsh import (
     BANDS,
     LINKS,
     DedupConfig,

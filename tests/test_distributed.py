@@ -8,10 +8,10 @@ import torch
 from resume_matrix import COVERING, LAST
 from support import debug_run, metric, torchrun
 
-from megagpt.data import open_data
-from megagpt.evaluate import evaluate
-from megagpt.model import GPT
-from megagpt.trainer import train
+from megagpt.data.loader import open_data
+from megagpt.model.gpt import GPT
+from megagpt.train.evaluate import evaluate
+from megagpt.train.trainer import train
 
 WITHIN = 1e-4  # nats: reductions add in another order, nothing else differs
 

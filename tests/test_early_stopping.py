@@ -5,9 +5,9 @@ from functools import reduce
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.config import EarlyStoppingConfig
-from megagpt.early_stopping import EarlyStopping, after_evaluation
-from megagpt.state import TrainState
+from megagpt.config.schema import EarlyStoppingConfig
+from megagpt.train.early_stopping import EarlyStopping, after_evaluation
+from megagpt.train_state import TrainState
 
 losses = st.lists(st.floats(0.0, 20.0) | st.just(math.nan), max_size=30)
 

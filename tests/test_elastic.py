@@ -16,16 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT, debug_run, environment, metric, torchrun
 
-from megagpt import checkpoint, session
-from megagpt.commits import committed
-from megagpt.elastic import Part, Stretch, _copies
-from megagpt.engine import consolidated_weights
+from megagpt.checkpoint import save as checkpoint
+from megagpt.checkpoint.commit import committed
+from megagpt.checkpoint.rng import rng_state, seed_all, seed_from
+from megagpt.checkpoint.run_samples import open_run
+from megagpt.engine.build import consolidated_weights
+from megagpt.engine.reshard import Part, Stretch, _copies
 from megagpt.errors import UserError
-from megagpt.guards import memory_mib
-from megagpt.rng import rng_state, seed_all, seed_from
-from megagpt.run_samples import open_run
-from megagpt.session import Session, check
-from megagpt.trainer import train
+from megagpt.guards.spikes import memory_mib
+from megagpt.train import session
+from megagpt.train.session import Session, check
+from megagpt.train.trainer import train
 
 PROGRAM = Path(__file__).with_name("elastic_ranks.py")
 WITHIN = 1e-4  # nats, as between ranks and stages in test_distributed: sums in another order, nothing else differs
@@ -217,7 +218,7 @@ def test_what_lies_on_nvme_is_refused(saved, dataset):
 
 def test_a_step_that_lacks_a_part_of_a_parameter_is_refused(saved, dataset):
     """As another DeepSpeed might lay it out: a file that is whole, but does not say where one parameter lies."""
-    from megagpt import elastic
+    from megagpt.engine import reshard as elastic
 
     original = elastic._mapped
 

@@ -13,15 +13,15 @@ from live_bytes import LiveBytes
 from support import debug_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megagpt.engine import build_engine, effective_config, recompute_hook
+from megagpt.config.deepspeed import batch_plan
+from megagpt.engine.build import build_engine, effective_config, recompute_hook
 from megagpt.errors import UserError
-from megagpt.guards import Recent
-from megagpt.loss import next_token_loss, next_token_score
-from megagpt.recompute import on_the_host
-from megagpt.run_config import batch_plan
-from megagpt.session import Session, check
-from megagpt.state import TrainState
-from megagpt.trainer import train_step
+from megagpt.guards.spikes import Recent
+from megagpt.model.loss import next_token_loss, next_token_score
+from megagpt.model.recompute import on_the_host
+from megagpt.train.session import Session, check
+from megagpt.train.trainer import train_step
+from megagpt.train_state import TrainState
 
 VOCAB = 384
 POLICIES = {
@@ -177,7 +177,7 @@ def test_the_loss_in_chunks_trains_alike_at_every_stage(engine_of, monkeypatch, 
     """The head's weight is the embedding too, and at stage 3 sharded: gathered once for all chunks, not in backward."""
 
     def losses(chunk_bytes):
-        monkeypatch.setattr("megagpt.loss.CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr("megagpt.model.loss.CHUNK_BYTES", chunk_bytes)
         engine, batch, found = engine_of(f"zero_optimization.stage={stage}"), tokens(4, 65), []
         for _ in range(6):
             engine.backward(loss := engine(batch[:, :-1], score=next_token_score(batch[:, 1:])))

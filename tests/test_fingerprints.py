@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.fingerprints import MinHash, TextDigest
+from data_tools.dedup.minhash import MinHash, TextDigest
 
 N_HASHES, NGRAM = 112, 5
 

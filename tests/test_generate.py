@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.config import ModelConfig
-from megagpt.generate import generate, pick
-from megagpt.model import GPT
+from megagpt.config.schema import ModelConfig
+from megagpt.model.generate import generate, pick
+from megagpt.model.gpt import GPT
 
 VOCAB, EOD = 100, 2
 
@@ -42,7 +42,7 @@ def test_padded_ids_are_never_picked(model):
 
 def test_a_text_that_ended_stays_ended(model, monkeypatch):
     picks = iter([[5, EOD], [6, 7], [EOD, 8], [9, 9]])
-    monkeypatch.setattr("megagpt.generate.pick", lambda *_, **__: torch.tensor(next(picks)).unsqueeze(1))
+    monkeypatch.setattr("megagpt.model.generate.pick", lambda *_, **__: torch.tensor(next(picks)).unsqueeze(1))
     assert run(model, [[1], [1]]).tolist() == [[1, 5, 6, EOD], [1, EOD, EOD, EOD]]
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from support import build_dataset, debug_run, metric
 
-from megagpt.distributed import init_process_group
-from megagpt.trainer import train
+from megagpt.distributed.process_group import init_process_group
+from megagpt.train.trainer import train
 
 GOLDEN = Path(__file__).with_name("golden_debug_cpu.json")
 

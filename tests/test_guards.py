@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import debug_run, read_json, torchrun
 
-from megagpt.commits import damage_of, step_folder
-from megagpt.config import GuardsConfig, SpikesConfig
+from megagpt.checkpoint.commit import damage_of, step_folder
+from megagpt.checkpoint.run_samples import open_run
+from megagpt.config.schema import GuardsConfig, SpikesConfig
+from megagpt.data.mixture import Batches, Mixture
+from megagpt.data.provenance import origins
 from megagpt.errors import UserError
-from megagpt.guards import WINDOW, MemoryWatch, check_skipping
-from megagpt.health import Steps, after_steps, extended, is_spike
-from megagpt.mixture import Batches, Mixture
-from megagpt.provenance import origins
-from megagpt.run_samples import open_run
-from megagpt.state import Health, TrainState
+from megagpt.guards.spikes import WINDOW, MemoryWatch, check_skipping
+from megagpt.guards.step_window import Steps, after_steps, extended, is_spike
+from megagpt.train_state import Health, TrainState
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import psutil
 import pytest
 from support import DEBUG_RUN, ROOT, environment, metric, overrides, torchrun
 
-from megagpt import launcher
 from megagpt.__main__ import main, pretrain
-from megagpt.commits import committed
-from megagpt.run_samples import open_run
-from megagpt.shards import open_dataset
+from megagpt.checkpoint.commit import committed
+from megagpt.checkpoint.run_samples import open_run
+from megagpt.data.dataset import open_dataset
+from megagpt.distributed import launcher
 
 PRETRAIN = ROOT / "launch" / "pretrain.py"
 ORPHANED = Path(__file__).with_name("orphaned_rank.py")
@@ -289,7 +289,7 @@ def test_a_sample_report_says_what_training_would_draw_and_starts_nothing(datase
 
 def test_a_tool_sees_a_steps_samples_without_torch(trained):
     code = (
-        "import sys; from pathlib import Path; from megagpt.run_samples import open_run\n"
+        "import sys; from pathlib import Path; from megagpt.checkpoint.run_samples import open_run\n"
         "data = open_run(Path(sys.argv[1]))\n"
         "print(sum(len(p.tokens) for s in data.mixture.samples_of(20) for p in data.pieces(s)), 'torch' in sys.modules)"
     )

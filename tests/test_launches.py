@@ -9,7 +9,7 @@ import psutil
 import pytest
 from support import ROOT, environment
 
-LAUNCH = "import sys; from megagpt.launches import on_ranks; on_ranks(2, 'waiting_rank', sys.argv[1])"
+LAUNCH = "import sys; from megagpt.cli.spawn_ranks import on_ranks; on_ranks(2, 'waiting_rank', sys.argv[1])"
 WAITING_RANK = """
 import os, sys, threading
 ready = open(sys.argv[1], "w")

@@ -1,48 +1,49 @@
-"""Imports point downwards only: a module may import from the floors below its own, never from beside or above."""
+"""Imports point down: a package imports only from those that stand below it, and no module imports in a circle."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "megagpt"
-FLOORS = [
-    {"arguments", "errors", "files", "rng", "rows", "segments", "watchdog"},
-    {
-        "config",
-        "distributed",
-        "exit_codes",
-        "launcher",
-        "launches",
-        "network",
-        "permutation",
-        "pickles",
-        "preemption",
-        "tokenizer",
-    },
-    {"run_config", "attention", "loss", "optim", "accounting", "data_manifest", "sampler", "state"},
-    {"early_stopping"},
-    {"run_file", "mixture", "shard_format", "model", "augment", "packing", "processor", "starts", "traffic"},
-    {"deepspeed_keys", "health", "lint_rules", "shards", "compilation", "recompute", "memory", "rendezvous"},
-    {"identity", "plan", "provenance", "samples"},
-    {"commits", "data", "guards", "pace", "plan_report", "out_of_memory", "host_probe"},
-    {"checkpoint_list", "run_samples", "writer"},
-    {"sample_report"},
-    {"engine"},
-    {"elastic", "lint"},
-    {"checkpoint", "evaluate", "generate", "monitor"},
-    {"session"},
-    {"trainer"},
-    {"verify_resume", "probe", "slurm", "doctor"},
-    {"__main__"},
+ORDER = [  # lowest first; a package may import from those of lower lines, and from no other of its own line
+    {"megagpt", "megagpt.errors", "megagpt.atomic_files"},
+    {"megagpt.config", "megagpt.distributed"},
+    {"megagpt.train_state", "megagpt.data"},
+    {"megagpt.model"},
+    {"megagpt.engine", "megagpt.planner"},
+    {"megagpt.checkpoint", "megagpt.guards", "megagpt.lint"},
+    {"megagpt.train"},
+    {"megagpt.cli"},
+    {"megagpt.__main__", "megagpt.train.__main__"},
 ]
-FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
-MODULES = [path for path in PACKAGE.glob("*.py") if path.stem != "__init__"]
+BUILDER_ORDER = [
+    {"data_tools", "data_tools.option_types", "data_tools.formatting", "data_tools.executor"},
+    {"data_tools.storage", "data_tools.filters"},
+    {"data_tools.dedup"},
+    {"data_tools.config"},
+    {"data_tools.readers"},
+    {"data_tools.stages"},
+    {"data_tools.report"},
+    {"data_tools.publish", "data_tools.verify", "data_tools.inspect"},
+    {"data_tools.build"},
+    {"data_tools.compare_tokenizers"},
+    {"data_tools.__main__"},
+]
+# what the builder uses of megagpt: none of it imports torch (data_tools/test_arrow_columns.py looks at a real build)
+OF_MEGAGPT = {"errors", "atomic_files", "config.parsing", "checkpoint.run_samples"}
+OF_MEGAGPT |= {f"data.{name}" for name in ("manifest", "shard_format", "dataset", "tokenizer", "provenance")}
+OF_MEGAGPT |= {"data.segment_cache", "data.training_set"}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in ("megagpt", "data_tools")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names of every module that a file imports, at any depth."""
+    """Dotted names of every module of ours that a file imports, at any depth of its code."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -50,40 +51,72 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: write imports in full"
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-    return found
+    return {_module(name) for name in found} & FILES.keys()
 
 
-def megagpt_modules(path: Path) -> set[str]:
-    parts = [name.split(".") for name in imports(path)]
-    return {p[1] for p in parts if p[0] == "megagpt" and len(p) > 1 and (PACKAGE / f"{p[1]}.py").exists()}
+def _module(name: str) -> str:
+    """A name imported from a module stands for the module."""
+    return name if name in FILES else name.rpartition(".")[0]
 
 
-def test_every_module_has_a_floor():
-    assert {path.stem for path in MODULES} == set(FLOOR)
+def package_of(module: str) -> str:
+    """megagpt.data.loader -> megagpt.data; a program's own file stands for itself."""
+    return module if module.endswith("__main__") else ".".join(module.split(".")[:2])
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_every_import_points_down(path):
-    upward = {other for other in megagpt_modules(path) if FLOOR[other] >= FLOOR[path.stem]}
-    assert not upward
+IMPORTS = {module: imports(path) - {module} for module, path in FILES.items()}
+FLOOR = {package: i for order in (ORDER, BUILDER_ORDER) for i, line in enumerate(order) for package in line}
 
 
-def test_deepspeed_is_imported_in_the_engine_alone():
-    users = {path.stem for path in MODULES if any(name.split(".")[0] == "deepspeed" for name in imports(path))}
-    assert users == {"engine"}
+def test_every_package_has_a_place_in_the_order():
+    assert {package_of(module) for module in FILES} == FLOOR.keys()
 
 
-def test_only_the_command_imports_inside_functions():
+@pytest.mark.parametrize("module", FILES)
+def test_every_import_between_packages_points_down(module):
+    own, side = package_of(module), module.split(".")[0]
+    others = {package_of(other) for other in IMPORTS[module] if other.split(".")[0] == side} - {own, side}
+    assert not {other for other in others if FLOOR[other] >= FLOOR[own]}
+
+
+def test_no_module_imports_in_a_circle():
+    try:
+        list(TopologicalSorter(IMPORTS).static_order())
+    except CycleError as circle:
+        pytest.fail(" -> ".join(circle.args[1]))
+
+
+def test_deepspeed_is_imported_below_the_engine_alone():
+    users = {module for module, path in FILES.items() if "deepspeed" in external(path)}
+    assert users
+    assert {package_of(module) for module in users} == {"megagpt.engine"}
+
+
+def external(path: Path) -> set[str]:
+    """The first words of what a file imports."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {name.split(".")[0] for name in named}
+
+
+def test_only_what_must_start_fast_imports_inside_functions():
     lazy = set()
-    for path in MODULES:
+    for module, path in FILES.items():
         tree = ast.parse(path.read_text())
         inner = [n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)]
-        if any(isinstance(node, ast.Import | ast.ImportFrom) for node in inner):
-            lazy.add(path.stem)
-    assert lazy == {"__main__"}
+        if any(isinstance(node, ast.Import | ast.ImportFrom) for node in inner) and module.startswith("megagpt"):
+            lazy.add(module)
+    assert lazy <= {"megagpt.__main__", "megagpt.cli.pretrain"}
 
 
 def test_the_builder_needs_neither_torch_nor_an_engine():
-    used = {module for path in (ROOT / "data_tools").glob("*.py") for module in megagpt_modules(path)}
-    of_data = {"shard_format", "shards", "data_manifest", "tokenizer", "samples", "run_samples", "provenance"}
-    assert used <= {"errors", "files", "config", *of_data}
+    used = {other for module, found in IMPORTS.items() if module.startswith("data_tools") for other in found}
+    assert {name.removeprefix("megagpt.") for name in used if name.startswith("megagpt.")} <= OF_MEGAGPT
+
+
+@pytest.mark.parametrize("module", [module for module, path in FILES.items() if path.name == "__init__.py"])
+def test_an_init_file_re_exports_nothing(module):
+    """One line says what the package is for: importing a module of it imports nothing else."""
+    body = ast.parse(FILES[module].read_text()).body
+    assert not [node for node in body if isinstance(node, ast.ImportFrom) and str(node.module).startswith("megagpt")]

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megagpt.loss import CHUNK_BYTES, chunks, kept_share, next_token_loss, next_token_score, token_nats
-from megagpt.rows import IGNORE
+from megagpt.data.loss_mask import IGNORE
+from megagpt.model.loss import CHUNK_BYTES, chunks, kept_share, next_token_loss, next_token_score, token_nats
 
 
 def test_loss_by_hand():
@@ -85,7 +85,7 @@ def test_without_ignored_targets_the_loss_is_torchs_mean_to_the_last_bit():
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of at most 8 tokens of 50."""
-    monkeypatch.setattr("megagpt.loss.CHUNK_BYTES", 4 * 50 * 8)
+    monkeypatch.setattr("megagpt.model.loss.CHUNK_BYTES", 4 * 50 * 8)
 
 
 def hidden_states(dtype: torch.dtype = torch.float32):
@@ -112,7 +112,7 @@ def test_in_chunks_loss_and_gradients_are_the_plain_ones(small_chunks, options):
 @pytest.mark.parametrize("tokens", [1, 7, 36])
 def test_a_few_rows_at_a_time_loss_and_gradients_are_the_plain_ones(monkeypatch, options, tokens):
     """As on a CPU; one chunk, which 7 does not divide."""
-    monkeypatch.setattr("megagpt.loss.PIECE_BYTES", 4 * 50 * tokens - 1)
+    monkeypatch.setattr("megagpt.model.loss.PIECE_BYTES", 4 * 50 * tokens - 1)
     x, weight, targets = hidden_states()
     plain = next_token_loss(F.linear(x, weight), targets, **options)
     score = next_token_score(targets, **options)(x, weight)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megagpt.data.mixture import Mixture, Source
+from megagpt.data.sampler import PERIOD, Place
 from megagpt.errors import UserError
-from megagpt.mixture import Mixture, Source
-from megagpt.sampler import PERIOD, Place
 
 A, B, C = (Source(f"data/{name}", name * 64, n) for name, n in (("a", (300,)), ("b", (140, 200)), ("c", (121,))))
 

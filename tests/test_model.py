@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from megagpt.attention import ATTENTION
-from megagpt.config import ModelConfig
-from megagpt.loss import next_token_loss
-from megagpt.model import GPT, apart
+from megagpt.config.schema import ModelConfig
+from megagpt.model.attention import ATTENTION
+from megagpt.model.gpt import GPT, apart
+from megagpt.model.loss import next_token_loss
 
 TINY = ModelConfig(n_layer=3, n_head=2, n_embd=32, seq_len=16)
 VOCAB = 128
@@ -113,12 +113,13 @@ def test_dropout_touches_embeddings_attention_and_residuals(monkeypatch):
     calls = []
     original = nn.functional.dropout
     monkeypatch.setattr(
-        "megagpt.model.F.dropout", lambda x, p, training: calls.append((tuple(x.shape), p)) or original(x, p, training)
+        "megagpt.model.gpt.F.dropout",
+        lambda x, p, training: calls.append((tuple(x.shape), p)) or original(x, p, training),
     )
     attention_p = []
     sdpa = nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
-        "megagpt.attention.F.scaled_dot_product_attention",
+        "megagpt.model.attention.F.scaled_dot_product_attention",
         lambda *args, dropout_p, **kwargs: attention_p.append(dropout_p) or sdpa(*args, dropout_p=dropout_p, **kwargs),
     )
     build(dropout=0.25)(some_tokens(2, 16))

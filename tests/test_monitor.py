@@ -7,9 +7,9 @@ from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from megagpt.monitor import Monitor, Stopwatch, validation_curve
-from megagpt.state import TrainState
-from megagpt.trainer import train
+from megagpt.train.monitor import Monitor, Stopwatch, validation_curve
+from megagpt.train.trainer import train
+from megagpt.train_state import TrainState
 
 
 def board(out_dir) -> EventAccumulator:
@@ -53,7 +53,7 @@ def test_an_attempt_that_never_saved_leaves_no_second_curve(dataset, device, tmp
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("megagpt.session.save_checkpoint", full_disk)
+        patch.setattr("megagpt.train.session.save_checkpoint", full_disk)
         with pytest.raises(OSError, match="no space"):
             train(debug_run(dataset, tmp_path), device)
     assert len(board(tmp_path).Scalars("loss/train")) == 10
@@ -121,7 +121,7 @@ def test_the_log_line_is_for_people(dataset, tmp_path, capsys):
 
 def test_a_stopwatch_claims_every_second_once(monkeypatch):
     now = iter([0.0, 1.0, 3.0, 4.0, 9.0, 10.0])
-    monkeypatch.setattr("megagpt.monitor.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("megagpt.train.monitor.time.perf_counter", lambda: next(now))
     watch = Stopwatch()  # 0
     with watch.section("data"):  # 1 to 3
         pass

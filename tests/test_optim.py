@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from megagpt.config import ModelConfig, ScheduleConfig
-from megagpt.model import GPT
-from megagpt.optim import decay_groups, lr_factor
+from megagpt.config.schema import ModelConfig, ScheduleConfig
+from megagpt.engine.optimizer import decay_groups, lr_factor
+from megagpt.model.gpt import GPT
 
 
 def curve(**schedule) -> list[float]:

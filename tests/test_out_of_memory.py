@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import DEBUG_RUN, ROOT, environment, overrides, torchrun
 
-from megagpt.probe import Used, bisect
+from megagpt.cli.micro_batch_search import Used, bisect
 
 LIMITED = Path(__file__).with_name("limited_rank.py")
 WIDE = ["megagpt.model.n_layer=1", "megagpt.model.n_head=1"]

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from megagpt.pace import HOSTS_DRAWN, Clock, Cluster
+from megagpt.guards.stragglers import HOSTS_DRAWN, Clock, Cluster
 
 HOSTS = ["h1", "h1", "h2", "h2"]
 

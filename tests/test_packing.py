@@ -8,19 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import debug_run, metric
 
-from megagpt.augment import GoldfishTokens, goldfish_mask
-from megagpt.checkpoint import packing_of
-from megagpt.commits import committed
-from megagpt.config import DataConfig, GoldfishConfig, ModelConfig
-from megagpt.data import document_numbers, open_data, prefetched
+from megagpt.checkpoint.commit import committed
+from megagpt.checkpoint.run_samples import open_samples
+from megagpt.checkpoint.save import packing_of
+from megagpt.config.schema import DataConfig, GoldfishConfig, ModelConfig
+from megagpt.data.augmentation import GoldfishTokens, goldfish_mask
+from megagpt.data.dataset import open_dataset
+from megagpt.data.loader import document_numbers, open_data, prefetched
+from megagpt.data.loss_mask import IGNORE, split, unmarked
+from megagpt.data.packing import PackedRows, best_fit_decreasing, plan_rows
 from megagpt.errors import UserError
-from megagpt.loss import next_token_loss
-from megagpt.model import GPT
-from megagpt.packing import PackedRows, best_fit_decreasing, plan_rows
-from megagpt.rows import IGNORE, split, unmarked
-from megagpt.run_samples import open_samples
-from megagpt.shards import open_dataset
-from megagpt.trainer import train
+from megagpt.model.gpt import GPT
+from megagpt.model.loss import next_token_loss
+from megagpt.train.trainer import train
 
 EOD = 2
 SEQ_LEN = 16

@@ -9,12 +9,12 @@ from plan_ranks import MEMORY, TRAFFIC, VOCAB, run_and_batch
 from support import ROOT, read_json, torchrun
 
 from megagpt.__main__ import main
-from megagpt.accounting import n_params
-from megagpt.memory import memory
-from megagpt.plan import fastest, machine, setting, settings, variant
-from megagpt.run_config import batch_plan
-from megagpt.run_file import load_run_config, parse_run
-from megagpt.traffic import Traffic, traffic
+from megagpt.config.deepspeed import batch_plan
+from megagpt.config.run_file import load_run_config, parse_run
+from megagpt.model.flops import n_params
+from megagpt.planner.communication import Traffic, traffic
+from megagpt.planner.estimate import fastest, machine, setting, settings, variant
+from megagpt.planner.memory import memory
 
 
 def on_ranks(n_ranks, folder):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from support import debug_run
 
-from megagpt.processor import fitting, multiplies_bf16
+from megagpt.engine.precision import fitting, multiplies_bf16
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -22,9 +22,9 @@ def test_bf16_becomes_fp32_on_a_cpu_that_would_emulate_it(bf16_run, device, caps
 
 
 def test_bf16_stays_where_the_processor_multiplies_it(bf16_run, device, monkeypatch, capsys):
-    monkeypatch.setattr("megagpt.processor.multiplies_bf16", lambda: True)
+    monkeypatch.setattr("megagpt.engine.precision.multiplies_bf16", lambda: True)
     assert fitting(bf16_run, CPU) is bf16_run
-    monkeypatch.setattr("megagpt.processor.multiplies_bf16", lambda: False)
+    monkeypatch.setattr("megagpt.engine.precision.multiplies_bf16", lambda: False)
     assert fitting(bf16_run, CUDA) is bf16_run
     assert capsys.readouterr().out == ""
 

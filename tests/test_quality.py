@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.page import Page, count_sentences, split_words
-from data_tools.quality import C4Config, FineWebConfig, GopherQualityConfig, c4, fineweb, gopher_quality
-from data_tools.repetition import GopherRepetitionConfig, duplicates, gopher_repetition
+from data_tools.filters.quality import C4Config, FineWebConfig, GopherQualityConfig, c4, fineweb, gopher_quality
+from data_tools.filters.repetition import GopherRepetitionConfig, duplicates, gopher_repetition
+from data_tools.filters.text_statistics import Page, count_sentences, split_words
 
 # --- words --------------------------------------------------------------------------------------------------------
 

@@ -19,21 +19,21 @@ from data_helpers import document
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-import data_tools.inputs
-import data_tools.pieces
-import data_tools.read_json
-import data_tools.read_text
-import data_tools.read_web
-import data_tools.texts
+import data_tools.readers.document_pieces
+import data_tools.readers.jsonl
+import data_tools.readers.plain_text
+import data_tools.readers.web
+import data_tools.readers.work_units
+import data_tools.storage.document_store
 from data_tools.build import build
 from data_tools.config import BuildConfig, SourceConfig, load_config
-from data_tools.finding import find_files
-from data_tools.inputs import plan_units
-from data_tools.pieces import Items, Piece, Skipped, cut
-from data_tools.read import read_slice
-from data_tools.read_text import _documents_in
-from data_tools.read_web import is_deeper
-from data_tools.texts import open_texts, read_documents, read_texts
+from data_tools.readers.by_format import read_slice
+from data_tools.readers.document_pieces import Items, Piece, Skipped, cut
+from data_tools.readers.find_files import find_files
+from data_tools.readers.plain_text import _documents_in
+from data_tools.readers.web import is_deeper
+from data_tools.readers.work_units import plan_units
+from data_tools.storage.document_store import open_texts, read_documents, read_texts
 from megagpt.errors import UserError
 
 TEXTS = [document(i, n_words=20) for i in range(20)]
@@ -122,8 +122,8 @@ FORMATS: dict[str, Callable[[list[str]], bytes]] = {
 def test_every_format_gives_the_same_documents(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / name).write_bytes(FORMATS[name](TEXTS))
     assert texts_of(read_all(tmp_path / name)) == TEXTS
-    monkeypatch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", 50)  # one unit for each slice
-    monkeypatch.setattr(data_tools.read_json, "BLOCK", 7)
+    monkeypatch.setattr(data_tools.readers.work_units, "MIN_UNIT_BYTES", 50)  # one unit for each slice
+    monkeypatch.setattr(data_tools.readers.jsonl, "BLOCK", 7)
     assert texts_of(read_all(tmp_path / name)) == TEXTS
 
 
@@ -212,7 +212,7 @@ def test_an_archive_that_ends_within_a_record_is_refused_by_name(tmp_path: Path)
 
 
 def test_a_page_too_large_or_too_deep_is_skipped_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_tools.read_web, "MAX_PAGE", 500_000)
+    monkeypatch.setattr(data_tools.readers.web, "MAX_PAGE", 500_000)
     pages = ["<div>" * 99_000, "<p>much</p>" * 50_000, PAGE]
     for name in ("a.html", "b.html", "c.html"):
         (tmp_path / name).write_text(pages["abc".index(name[0])])
@@ -264,7 +264,7 @@ def test_a_streamed_text_is_cut_as_if_it_had_been_whole(text: str, cuts: list[in
     edges = [0, *sorted(cuts), len(text)]
     blocks = [text[begin:end] for begin, end in pairwise(edges)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_tools.read_text, "PIECE", most)
+        patch.setattr(data_tools.readers.plain_text, "PIECE", most)
         streamed = list(_documents_in(iter(blocks), separator))
     documents = [part + separator for part in text.split(separator)] if separator else [text]
     if separator:
@@ -292,7 +292,7 @@ def test_jsonl_cut_anywhere_yields_each_line_once(
     lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
     path.write_bytes((lines + "\n" * final_newline).encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", unit_bytes)
+        patch.setattr(data_tools.readers.work_units, "MIN_UNIT_BYTES", unit_bytes)
         items = list(read_all(path))
     assert [item.text for item in items if isinstance(item, Piece)] == [text for text in texts if text.strip()]
     assert len(items) == len(texts)
@@ -301,7 +301,7 @@ def test_jsonl_cut_anywhere_yields_each_line_once(
 def test_a_line_too_long_to_parse_is_skipped_and_the_next_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_tools.read_json, "MAX_RECORD", 1000)
+    monkeypatch.setattr(data_tools.readers.jsonl, "MAX_RECORD", 1000)
     (tmp_path / "a.jsonl").write_bytes(jsonl(["one", "x" * 5000, "two"]))
     items = list(read_all(tmp_path / "a.jsonl"))
     assert [item.text for item in items if isinstance(item, Piece)] == ["one", "two"]
@@ -315,7 +315,7 @@ def test_documents_are_written_in_batches_as_if_in_one(
 ) -> None:
     prefix = tmp_path_factory.mktemp("texts") / "a"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_tools.texts, "BATCH_ROWS", rows)
+        patch.setattr(data_tools.storage.document_store, "BATCH_ROWS", rows)
         with open_texts(prefix) as writer:
             for number, (n_pieces, kept) in enumerate(sizes):
                 writer.begin()
@@ -366,7 +366,7 @@ def test_json_and_tables_may_be_in_any_encoding(
     content = {"a.json": f"[{','.join(records)}]", "a.csv": csv(texts).decode()}
     data = content.get(name, "\n\n".join(records)).encode(encoding)
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
-    monkeypatch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", 500)
+    monkeypatch.setattr(data_tools.readers.work_units, "MIN_UNIT_BYTES", 500)
     assert texts_of(read_all(tmp_path / name, encoding=encoding)) == texts
     assert texts_of(read_all(tmp_path / name, encoding=encoding.upper())) == texts
     if encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
@@ -379,7 +379,7 @@ def test_the_encoding_of_json_lines_is_detected_by_the_beginning_of_the_file(
     texts = ["Это просто русский текст про погоду. " * 20, *["Да"] * 9]
     lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
     (tmp_path / "a.jsonl").write_bytes(lines.encode("cp1251"))
-    monkeypatch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", 50)
+    monkeypatch.setattr(data_tools.readers.work_units, "MIN_UNIT_BYTES", 50)
     assert texts_of(read_all(tmp_path / "a.jsonl", encoding="auto")) == texts
     (tmp_path / "a.jsonl").write_bytes(lines.encode("utf-16"))
     assert texts_of(read_all(tmp_path / "a.jsonl", encoding="auto")) == texts
@@ -398,7 +398,7 @@ def test_a_line_in_another_encoding_is_skipped_with_the_reason(tmp_path: Path) -
 def test_a_text_that_stops_being_text_later_on_is_dropped_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_tools.read_text, "PIECE", 10)
+    monkeypatch.setattr(data_tools.readers.plain_text, "PIECE", 10)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_bytes(b"twenty good bytes or so \xff")
     items = list(read_all(tmp_path / "in"))
@@ -475,7 +475,7 @@ def test_what_is_no_text_encoding_is_named_before_anything_is_read(name: str) ->
 def test_the_bad_line_among_many_is_counted_and_its_number_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", 5000)
+    monkeypatch.setattr(data_tools.readers.work_units, "MIN_UNIT_BYTES", 5000)
     good = b'{"text": "x"}\n'
     (tmp_path / "a.jsonl").write_bytes(good * 12_344 + b'{"text": \n' + good * 100)
     items = list(read_all(tmp_path / "a.jsonl"))
@@ -604,7 +604,7 @@ def bucket() -> Iterator[str]:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.csv", "a.parquet", "file.arrow"])
 def test_an_object_store_gives_the_same_documents(name: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_tools.inputs, "MIN_UNIT_BYTES", 500)
+    monkeypatch.setattr(data_tools.readers.work_units, "MIN_UNIT_BYTES", 500)
     assert texts_of(read_all(f"{bucket}/{name.split('.')[0]}/{name}")) == TEXTS
 
 

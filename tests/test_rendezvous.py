@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import megagpt
-from megagpt.rendezvous import code_hash
+from megagpt.distributed.rendezvous import code_hash
 
 
 def test_a_byte_changed_in_any_source_file_changes_the_hash_of_our_code(tmp_path):

@@ -14,11 +14,11 @@ from data_helpers import document, small_tokenizer
 
 from data_tools.build import build
 from data_tools.config import BuildConfig, load_config
-from data_tools.plots import COLORS
-from data_tools.report_page import page_of
-from megagpt.data_manifest import SPLITS
-from megagpt.files import sha256_of
-from megagpt.shards import open_dataset
+from data_tools.report.html_page import page_of
+from data_tools.report.plots import COLORS
+from megagpt.atomic_files import sha256_of
+from megagpt.data.dataset import open_dataset
+from megagpt.data.manifest import SPLITS
 
 NAMED_BADLY = "<script>alert('$1$')<&>.jsonl"
 HEADINGS = ("In and out", "Lengths of documents", "Tokens per byte", "What was left out", "Time")

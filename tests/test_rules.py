@@ -7,10 +7,10 @@ import fasttext
 import pytest
 from pydantic import ValidationError
 
-from data_tools.cleaning import CleanConfig
-from data_tools.quality import C4Config, GopherQualityConfig
-from data_tools.repetition import GopherRepetitionConfig
-from data_tools.rules import Judged, RulesConfig, check, clean_only, judge
+from data_tools.filters.cleaning import CleanConfig
+from data_tools.filters.quality import C4Config, GopherQualityConfig
+from data_tools.filters.repetition import GopherRepetitionConfig
+from data_tools.filters.rules import Judged, RulesConfig, check, clean_only, judge
 from megagpt.errors import UserError
 
 ENGLISH = "The committee met on Monday to talk about the new library and the people who will have to run it."

@@ -6,9 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import DEBUG_RUN, ROOT
 
+from megagpt.config.deepspeed import DeepSpeedConfig, batch_plan
+from megagpt.config.run_file import (
+    DEEPSPEED_KEYS,
+    DEEPSPEED_SECTIONS,
+    REFUSED_KEYS,
+    load_run_config,
+    parse_run,
+    run_schema,
+)
 from megagpt.errors import UserError
-from megagpt.run_config import DeepSpeedConfig, batch_plan
-from megagpt.run_file import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS, load_run_config, parse_run, run_schema
 
 RUN_FILES = sorted(path for path in (ROOT / "ds_configs").glob("*.json") if "megagpt" in json.loads(path.read_text()))
 GOOD = {

@@ -5,8 +5,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.permutation import permute
-from megagpt.sampler import PERIOD, Place, Sampler, Segment, Stretches, shares_of
+from megagpt.data.permutation import permute
+from megagpt.data.sampler import PERIOD, Place, Sampler, Segment, Stretches, shares_of
 
 keys = st.integers(0, 2**63)
 

@@ -21,15 +21,15 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from support import DEBUG_RUN, ROOT, debug_run, environment, overrides
 
-from megagpt.checkpoint import load_model
-from megagpt.commits import COMMIT, _digest, best, committed, damage_of
+from megagpt.atomic_files import sha256_of
+from megagpt.checkpoint.commit import COMMIT, _digest, best, committed, damage_of
+from megagpt.checkpoint.save import load_model
+from megagpt.cli.doctor_agent import Request, report
+from megagpt.config.run_file import load_run_config
+from megagpt.distributed.launcher import check_environment, check_hosts, check_settings
+from megagpt.engine.safe_pickle import check_pickles, load_checked
 from megagpt.errors import UserError
-from megagpt.files import sha256_of
-from megagpt.host_probe import Request, report
-from megagpt.launcher import check_environment, check_hosts, check_settings
-from megagpt.pickles import check_pickles, load_checked
-from megagpt.run_file import load_run_config
-from megagpt.trainer import train
+from megagpt.train.trainer import train
 
 SHORT = ["megagpt.schedule.max_steps=2", "megagpt.schedule.warmup_steps=0", "megagpt.data.val_tokens=256"]
 
@@ -291,20 +291,20 @@ def test_unsafe_code_is_found(source):
 def test_no_file_of_the_project_is_unsafe():
     found = {str(path.relative_to(ROOT)): unsafe(path.read_text()) for path in PROJECT}
     found = {name: calls for name, calls in found.items() if calls}
-    assert found == {"megagpt/pickles.py": ["torch.load"]}  # in load_checked
+    assert found == {"megagpt/engine/safe_pickle.py": ["torch.load"]}  # in load_checked
 
 
 LISTENING = re.compile(
     r"\b(bind|listen|\w+_server|\w+Server|TCPStore|\w+\.init_process_group|LocalCluster|SLURMCluster)$"
 )
 LISTENERS = {
-    ("data_tools/dask_cluster.py", "LocalCluster"): "on 127.0.0.1",
-    ("data_tools/dask_cluster.py", "SLURMCluster"): "its workers are batch jobs on other hosts",
-    ("megagpt/distributed.py", "dist.init_process_group"): "ranks on other hosts",
-    ("megagpt/host_probe.py", "probe.bind"): "it does not listen",
-    ("megagpt/network.py", "probe.bind"): "it does not listen",
-    ("megagpt/network.py", "socket.create_server"): "where gloo will listen, until the ranks have met",
-    ("megagpt/rendezvous.py", "dist.TCPStore"): "ranks on other hosts",
+    ("data_tools/executor/dask_cluster.py", "LocalCluster"): "on 127.0.0.1",
+    ("data_tools/executor/dask_cluster.py", "SLURMCluster"): "its workers are batch jobs on other hosts",
+    ("megagpt/distributed/process_group.py", "dist.init_process_group"): "ranks on other hosts",
+    ("megagpt/cli/doctor_agent.py", "probe.bind"): "it does not listen",
+    ("megagpt/distributed/interfaces.py", "probe.bind"): "it does not listen",
+    ("megagpt/distributed/interfaces.py", "socket.create_server"): "where gloo will listen, until the ranks have met",
+    ("megagpt/distributed/rendezvous.py", "dist.TCPStore"): "ranks on other hosts",
 }
 
 

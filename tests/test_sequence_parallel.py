@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from support import SHARING, debug_run, metric, torchrun
 from torch import Tensor
 
-from megagpt.attention import ATTENTION, over_ranks
-from megagpt.commits import committed
-from megagpt.data import stretch
-from megagpt.engine import consolidated_weights
-from megagpt.model import apart
-from megagpt.trainer import train
+from megagpt.checkpoint.commit import committed
+from megagpt.data.loader import stretch
+from megagpt.engine.build import consolidated_weights
+from megagpt.model.attention import ATTENTION, over_ranks
+from megagpt.model.gpt import apart
+from megagpt.train.trainer import train
 
 # fp32, sums in another order: 1e-6 was seen. Weights move apart further, because no loss depends on the keys' bias:
 # its gradient is rounding alone, which Adam scales up to steps of its own size where epsilon does not hold it down.

@@ -17,11 +17,11 @@ from data_helpers import VOCAB_SIZE, small_tokenizer, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.shard_writer import Row, ShardWriter, narrow
-from megagpt.data_manifest import Manifest, read_manifest, write_manifest
+from data_tools.storage.shard_writer import Row, ShardWriter, narrow
+from megagpt.data.dataset import Dataset, TokenStream, open_dataset
+from megagpt.data.manifest import Manifest, read_manifest, write_manifest
+from megagpt.data.shard_format import ShardHeader, token_dtype
 from megagpt.errors import UserError
-from megagpt.shard_format import ShardHeader, token_dtype
-from megagpt.shards import Dataset, TokenStream, open_dataset
 
 EOD = 2
 SHARD = "train/v0/shard-000000.arrow"
@@ -332,7 +332,7 @@ def test_a_link_that_stays_inside_the_folder_is_followed(damaged: Path) -> None:
 def test_reading_does_not_import_pandas(written: Path) -> None:
     """Arrow's own conversions do, wherever it is installed: half a second and tens of megabytes."""
     code = (
-        "import sys; from pathlib import Path; import numpy as np; from megagpt.shards import open_dataset\n"
+        "import sys; from pathlib import Path; import numpy as np; from megagpt.data.dataset import open_dataset\n"
         "stream = open_dataset(Path(sys.argv[1])).stream('train'); stream.copy(0, np.empty(stream.n_tokens, int))\n"
         "print('pandas' in sys.modules)"
     )

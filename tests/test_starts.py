@@ -5,10 +5,10 @@ import json
 import pytest
 from support import DEBUG_RUN, debug_run, overrides
 
-from megagpt import trainer
 from megagpt.__main__ import pretrain
 from megagpt.errors import UserError
-from megagpt.starts import count_start, last_logged
+from megagpt.guards.restarts import count_start, last_logged
+from megagpt.train import trainer
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from megagpt.commits import (
+from megagpt.checkpoint.commit import (
     best,
     commit_on_record,
     committed,
@@ -23,10 +23,10 @@ from megagpt.commits import (
     write_commit,
     write_manifest,
 )
-from megagpt.config import EarlyStoppingConfig, KeepConfig
-from megagpt.early_stopping import EarlyStopping, after_evaluation
-from megagpt.mixture import Mixture, Source
-from megagpt.state import TrainState
+from megagpt.config.schema import EarlyStoppingConfig, KeepConfig
+from megagpt.data.mixture import Mixture, Source
+from megagpt.train.early_stopping import EarlyStopping, after_evaluation
+from megagpt.train_state import TrainState
 
 STOPPING = EarlyStoppingConfig(patience=3, min_delta=0.5)
 SOURCES = [(Source("a", "fa", (4000, 4100)), 3.0), (Source("b", "fb", (2500,)), 1.0)]

@@ -10,7 +10,7 @@ from data_helpers import document, small_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.subword import CANDIDATES, SubwordSampler
+from data_tools.stages.subword_sampling import CANDIDATES, SubwordSampler
 
 ROOT = Path(__file__).parents[1]
 TEXT = document(3, n_words=200) + "caf\u00e9 \u2581 \u6f22\u5b57 \U0001f600\r\n</s> \0"
@@ -39,7 +39,8 @@ def test_keys_and_seeds_draw_different_tokenizations_and_equal_ones_the_same(kin
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_another_process_draws_the_same(kind: str) -> None:
     script = (
-        "from data_helpers import document, small_tokenizer; from data_tools.subword import SubwordSampler; "
+        "from data_helpers import document, small_tokenizer; "
+        "from data_tools.stages.subword_sampling import SubwordSampler; "
         f"print(SubwordSampler(small_tokenizer({kind!r}), 0.3, 7).encode(document(3), b'key').tolist())"
     )
     done = subprocess.run(

@@ -5,7 +5,7 @@ import torch
 from support import DEBUG_RUN, overrides
 
 from megagpt.__main__ import main
-from megagpt.verify_resume import same
+from megagpt.cli.verify_resume import same
 
 ROUGH = [
     "zero_optimization.stage=3",
@@ -47,7 +47,9 @@ def test_another_rate_after_the_cut_is_told(dataset, tmp_path, capsys):
 @pytest.mark.long
 def test_a_resume_that_loses_the_random_generators_is_found_out(dataset, tmp_path, capsys, monkeypatch):
     """The control: every rank imports a sitecustomize that drops what restores them."""
-    (tmp_path / "sitecustomize.py").write_text("import megagpt.rng\nmegagpt.rng.set_rng_state = lambda saved: None\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import megagpt.checkpoint.rng\nmegagpt.rng.set_rng_state = lambda saved: None\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     options = overrides(dataset, tmp_path / "unused", *ROUGH)
     assert main(["verify-resume", str(DEBUG_RUN), *options]) == 1

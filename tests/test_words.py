@@ -8,7 +8,7 @@ import xxhash
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_tools.words import WORD, ngram_hashes, word_hashes
+from data_tools.dedup.ngrams import WORD, ngram_hashes, word_hashes
 
 
 @given(st.text())

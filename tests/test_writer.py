@@ -12,13 +12,13 @@ import torch.distributed as dist
 from support import ROOT, debug_run, environment, metric
 from torch.multiprocessing import start_processes
 
-from megagpt import session
-from megagpt.commits import committed
-from megagpt.distributed import gather_objects, leave
+from megagpt.checkpoint.async_writer import HostCopies, Writer, write_state
+from megagpt.checkpoint.commit import committed
+from megagpt.cli.verify_resume import same
+from megagpt.distributed.process_group import gather_objects, leave
 from megagpt.errors import UserError
-from megagpt.trainer import train
-from megagpt.verify_resume import same
-from megagpt.writer import HostCopies, Writer, write_state
+from megagpt.train import session
+from megagpt.train.trainer import train
 
 OFTEN = [
     "megagpt.schedule.max_steps=6",

@@ -20,18 +20,20 @@ import torch
 from resume_matrix import COVERING, what_a_cut_changes, without_generators
 from support import SHARING, debug_run, metric, run_scenarios
 
-from megagpt import checkpoint, pace, session, trainer
-from megagpt.checkpoint import load_model
-from megagpt.commits import best, committed
-from megagpt.data import open_data
-from megagpt.distributed import StopVote, init_process_group, rank
-from megagpt.engine import Engine, consolidated_weights
+from megagpt.checkpoint import save as checkpoint
+from megagpt.checkpoint.commit import best, committed
+from megagpt.checkpoint.save import load_model
+from megagpt.data.loader import open_data
+from megagpt.data.training_set import TrainData
+from megagpt.distributed.process_group import StopVote, init_process_group, rank
+from megagpt.engine.build import Engine, consolidated_weights
 from megagpt.errors import UserError
-from megagpt.evaluate import evaluate
-from megagpt.generate import complete
-from megagpt.model import GPT
-from megagpt.samples import TrainData
-from megagpt.state import TrainState
+from megagpt.guards import stragglers as pace
+from megagpt.model.generate import complete
+from megagpt.model.gpt import GPT
+from megagpt.train import session, trainer
+from megagpt.train.evaluate import evaluate
+from megagpt.train_state import TrainState
 
 DEVICE = init_process_group()
 

@@ -23,9 +23,9 @@ from throughput_table import SIZES, commit, hardware
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from megagpt.accounting import n_params
-from megagpt.config import ModelConfig
-from megagpt.tokenizer import padded_vocab_size
+from megagpt.config.schema import ModelConfig
+from megagpt.data.tokenizer import padded_vocab_size
+from megagpt.model.flops import n_params
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "torch fused (ours)": lambda groups, **given: AdamW(groups, fused=True, **given),

@@ -18,18 +18,18 @@ from corpus import jsonl_corpus
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
-from megagpt.augment import rework_of
-from megagpt.config import AugmentConfig, DataConfig, MegaGPTConfig, ModelConfig
-from megagpt.data import ValBlocks, open_data, prefetched, rank_samples
-from megagpt.evaluate import evaluate
-from megagpt.generate import generate
-from megagpt.loss import kept_share, next_token_loss
-from megagpt.model import GPT
-from megagpt.optim import decay_groups
-from megagpt.run_config import BatchPlan
-from megagpt.run_samples import open_samples
-from megagpt.shards import TokenStream, open_dataset
-from megagpt.tokenizer import Tokenizer, padded_vocab_size
+from megagpt.checkpoint.run_samples import open_samples
+from megagpt.config.deepspeed import BatchPlan
+from megagpt.config.schema import AugmentConfig, DataConfig, MegaGPTConfig, ModelConfig
+from megagpt.data.augmentation import rework_of
+from megagpt.data.dataset import TokenStream, open_dataset
+from megagpt.data.loader import ValBlocks, open_data, prefetched, rank_samples
+from megagpt.data.tokenizer import Tokenizer, padded_vocab_size
+from megagpt.engine.optimizer import decay_groups
+from megagpt.model.generate import generate
+from megagpt.model.gpt import GPT
+from megagpt.model.loss import kept_share, next_token_loss
+from megagpt.train.evaluate import evaluate
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(n_layer=2, n_head=4, n_embd=128, seq_len=64)

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
-from megagpt import trainer
-from megagpt.distributed import init_process_group
-from megagpt.loss import next_token_loss
-from megagpt.model import GPT
-from megagpt.optim import decay_groups, lr_factor
-from megagpt.run_config import RunConfig
-from megagpt.run_file import load_run_config
-from megagpt.session import Session
+from megagpt.config.deepspeed import RunConfig
+from megagpt.config.run_file import load_run_config
+from megagpt.distributed.process_group import init_process_group
+from megagpt.engine.optimizer import decay_groups, lr_factor
+from megagpt.model.gpt import GPT
+from megagpt.model.loss import next_token_loss
+from megagpt.train import trainer
+from megagpt.train.session import Session
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from plain_peers import gpt2, plain
 from turns import Spec, Turns, run_of
 
-from megagpt import trainer
-from megagpt.distributed import init_process_group
-from megagpt.shards import Dataset
+from megagpt.data.dataset import Dataset
+from megagpt.distributed.process_group import init_process_group
+from megagpt.train import trainer
 
 
 def ours(spec: Spec, turns: Turns, device: torch.device) -> None:

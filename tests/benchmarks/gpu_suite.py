@@ -24,7 +24,7 @@ import recompute
 import throughput
 import torch
 
-from megagpt.files import write_atomically
+from megagpt.atomic_files import write_atomically
 
 HERE = Path(__file__).parent
 CALL_SECONDS, ALL_SECONDS = 9 * 60, 25 * 60

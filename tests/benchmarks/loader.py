@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data_helpers import small_tokenizer, write_dataset
 
-from data_tools.shard_writer import write_index
-from megagpt.data_manifest import Manifest, ShardInfo, SplitInfo, TokenizerInfo, Variant, write_manifest
-from megagpt.mixture import Mixture
-from megagpt.samples import TrainData, source_of
-from megagpt.shard_format import INDEX, TOKENIZER_MODEL
-from megagpt.shards import open_dataset
+from data_tools.storage.shard_writer import write_index
+from megagpt.data.dataset import open_dataset
+from megagpt.data.manifest import Manifest, ShardInfo, SplitInfo, TokenizerInfo, Variant, write_manifest
+from megagpt.data.mixture import Mixture
+from megagpt.data.shard_format import INDEX, TOKENIZER_MODEL
+from megagpt.data.training_set import TrainData, source_of
 
 VOCAB_SIZE = 50_304
 SHARD_TOKENS, BATCH_TOKENS = 2**28, 2**24

@@ -24,8 +24,8 @@ import pyarrow as pa
 from corpus import jsonl_corpus
 from scipy.sparse import csr_array
 
-from data_tools.dedup import DedupConfig, cluster, duplicates_in, link, write_bands
-from data_tools.words import ngram_hashes, word_hashes
+from data_tools.dedup.lsh import DedupConfig, cluster, duplicates_in, link, write_bands
+from data_tools.dedup.ngrams import ngram_hashes, word_hashes
 
 CONFIG = DedupConfig(method="near")
 UNIT_DOCUMENTS = 4096

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagpt.config import ModelConfig
+from megagpt.config.schema import ModelConfig
 
 
 class Attention(nn.Module):

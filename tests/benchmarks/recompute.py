@@ -25,13 +25,13 @@ import torch
 from throughput import say
 from throughput_table import SIZES, commit, hardware
 
-from megagpt.attention import prefer_cudnn
-from megagpt.compilation import compile_blocks
-from megagpt.config import ModelConfig, RecomputeConfig
-from megagpt.loss import next_token_score
-from megagpt.model import GPT
-from megagpt.recompute import recompute_blocks, recompute_inside, set_memory_budget
-from megagpt.tokenizer import padded_vocab_size
+from megagpt.config.schema import ModelConfig, RecomputeConfig
+from megagpt.data.tokenizer import padded_vocab_size
+from megagpt.engine.compilation import compile_blocks
+from megagpt.model.attention import prefer_cudnn
+from megagpt.model.gpt import GPT
+from megagpt.model.loss import next_token_score
+from megagpt.model.recompute import recompute_blocks, recompute_inside, set_memory_budget
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "none"},

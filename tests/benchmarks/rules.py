@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.rules import RulesConfig, judge
+from data_tools.filters.rules import RulesConfig, judge
 
 REPAIRS = {"newlines": True, "mojibake": True, "control_characters": True, "zero_width": True, "nfc": True}
 MASKS = {"emails": True, "public_ips": True}

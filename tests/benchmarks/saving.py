@@ -29,12 +29,12 @@ import torch
 from bench_data import write_zipf
 from throughput_table import SIZES, commit, hardware
 
-from megagpt.commits import committed, damage_of
-from megagpt.distributed import init_process_group
-from megagpt.run_file import load_run_config
-from megagpt.session import Session, check
-from megagpt.trainer import train_step
-from megagpt.writer import Writer
+from megagpt.checkpoint.async_writer import Writer
+from megagpt.checkpoint.commit import committed, damage_of
+from megagpt.config.run_file import load_run_config
+from megagpt.distributed.process_group import init_process_group
+from megagpt.train.session import Session, check
+from megagpt.train.trainer import train_step
 
 ROOT = Path(__file__).parents[2]
 DEBUG_RUN = ROOT / "ds_configs" / "debug_cpu.json"

@@ -29,10 +29,10 @@ from throughput import Contestant, say
 from throughput_table import SIZES
 from turns import Spec
 
-from data_tools.shard_writer import write_index
-from megagpt.data_manifest import read_manifest, write_manifest
-from megagpt.shard_format import INDEX
-from megagpt.shards import open_dataset
+from data_tools.storage.shard_writer import write_index
+from megagpt.data.dataset import open_dataset
+from megagpt.data.manifest import read_manifest, write_manifest
+from megagpt.data.shard_format import INDEX
 
 ROOT = Path(__file__).parents[2]
 VOCAB_SIZE = 1000

@@ -43,8 +43,8 @@ from contestants import PEERS
 from throughput_table import SIZES, commit, hardware, summary, table
 from turns import Spec, run_of
 
-from megagpt.processor import multiplies_bf16
-from megagpt.session import check
+from megagpt.engine.precision import multiplies_bf16
+from megagpt.train.session import check
 
 HERE = Path(__file__).parent
 DEFAULT_PEERS = {

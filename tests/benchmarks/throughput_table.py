@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from megagpt.accounting import causal_flops_per_token, flops_per_token, peak_flops
-from megagpt.config import ModelConfig
-from megagpt.tokenizer import padded_vocab_size
+from megagpt.config.schema import ModelConfig
+from megagpt.data.tokenizer import padded_vocab_size
+from megagpt.model.flops import causal_flops_per_token, flops_per_token, peak_flops
 
 HERE = Path(__file__).parent
 SIZES = {  # n_layer, n_head, n_embd

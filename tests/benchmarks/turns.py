@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megagpt.config import ModelConfig
-from megagpt.distributed import rank, world_size
-from megagpt.guards import peak_memory
-from megagpt.model import GPT
-from megagpt.run_config import RunConfig
-from megagpt.run_file import load_run_config
-from megagpt.tokenizer import padded_vocab_size
+from megagpt.config.deepspeed import RunConfig
+from megagpt.config.run_file import load_run_config
+from megagpt.config.schema import ModelConfig
+from megagpt.data.tokenizer import padded_vocab_size
+from megagpt.distributed.process_group import rank, world_size
+from megagpt.guards.spikes import peak_memory
+from megagpt.model.gpt import GPT
 
 RUN_FILE = Path(__file__).parents[2] / "ds_configs" / "gpt2_124m.json"
 SEED, LR, BETAS, WEIGHT_DECAY, CLIP = 1234, 3e-4, (0.9, 0.95), 0.1, 1.0

@@ -62,7 +62,7 @@ def name_that_leads_to_itself(cluster: Cluster, checkout: Checkout, host: str = 
 def other_programs(cluster: Cluster, checkout: Checkout) -> None:
     """h2 has a line more in its code, and another sentencepiece."""
     code = Path(shutil.copytree(ROOT / "megagpt", checkout.folder / "other_code"))
-    with (code / "loss.py").open("r+") as file:  # which must be there
+    with (code / "model" / "loss.py").open("r+") as file:  # which must be there
         file.seek(0, os.SEEK_END)
         file.write("# a line more\n")
     cluster["h2"].bind(code, ROOT / "megagpt")

@@ -9,8 +9,8 @@ import pytest
 from hosts import Cluster
 from support import DEBUG_RUN, ROOT, debug_run, metric, overrides
 
-from megagpt.commits import committed, read_commit
-from megagpt.trainer import train
+from megagpt.checkpoint.commit import committed, read_commit
+from megagpt.train.trainer import train
 
 OPTIONS = [
     "train_micro_batch_size_per_gpu=2",  # of 8, on 1, 2 and 4 ranks

@@ -11,8 +11,8 @@ from hosts import Cluster
 from support import build_dataset, metric
 
 from megagpt.__main__ import pretrain
-from megagpt.commits import committed
-from megagpt.starts import last_logged
+from megagpt.checkpoint.commit import committed
+from megagpt.guards.restarts import last_logged
 
 KILL, TERM, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1
 RANK, LAUNCH, DEEPSPEED = "--local_rank=0", "deepspeed.launcher.launch --world_info", "bin/deepspeed --hostfile"

@@ -14,9 +14,9 @@ from slurm_lab import ENDED, field, job_state, start_slurm, wait_for
 from support import DEBUG_RUN, ROOT, metric, read_json
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megagpt.commits import committed
-from megagpt.data_manifest import BUILD_DIR
-from megagpt.starts import last_logged
+from megagpt.checkpoint.commit import committed
+from megagpt.data.manifest import BUILD_DIR
+from megagpt.guards.restarts import last_logged
 
 OUT_DIR = Path("runs/gpt2_124m")  # of the README's run file
 [TRAIN] = re.findall(r"^sbatch launch/slurm/pretrain.sbatch .*?(?=\s+#)", (ROOT / "README.md").read_text(), re.M)

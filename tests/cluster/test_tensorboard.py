@@ -7,8 +7,8 @@ from board import Board
 from hosts import Cluster
 from support import DEBUG_RUN, ROOT, SCALARS, curves, debug_run, overrides
 
-from megagpt import checkpoint
-from megagpt.trainer import train
+from megagpt.checkpoint import save as checkpoint
+from megagpt.train.trainer import train
 
 STEPS, CADENCE = 60, 20
 CUTS = (23, 47)  # steps drawn, but not saved
@@ -36,7 +36,7 @@ def in_one_process(dataset: Path, folder: Path, more: list[str], device) -> None
 
     save = checkpoint.save
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megagpt.session.save_checkpoint", full_at_the_cuts)
+        patch.setattr("megagpt.train.session.save_checkpoint", full_at_the_cuts)
         for cut in CUTS:
             with pytest.raises(OSError, match="no space"):
                 train(debug_run(dataset, folder, *more), device, stop_at=cut)

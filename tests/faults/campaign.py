@@ -28,7 +28,7 @@ SHORT = {"A": 5, "B": 1, "C": 2, "D": 5, "E": 1, "H": 4, "J": 1, "L": 5}  # of 2
 
 
 # what a rank imports on its way to the first step: so much less is left for each forked one
-WARM = ("torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.original_muon", "megagpt.trainer")
+WARM = ("torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.original_muon", "megagpt.train.trainer")
 
 
 def sample(cases: list[Case], n: int, seed: int) -> list[Case]:

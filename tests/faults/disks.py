@@ -13,7 +13,7 @@ from judge import RECOVERED, STUCK, WRONG, Case, Outcome, last_lines, started_ag
 from strike import InSave
 from systems import STEPS, Megagpt, System
 
-from megagpt import trainer
+from megagpt.train import trainer
 
 Arm = Callable[[int], None]
 CAPABILITIES_3, DAC_OVERRIDE = 0x20080522, 1 << 1

@@ -16,10 +16,10 @@ import torch
 from support import build_dataset, debug_run, metric
 from torch import Tensor
 
-from megagpt.config import SpikesConfig
-from megagpt.distributed import init_process_group
-from megagpt.health import is_spike
-from megagpt.trainer import train
+from megagpt.config.schema import SpikesConfig
+from megagpt.distributed.process_group import init_process_group
+from megagpt.guards.step_window import is_spike
+from megagpt.train.trainer import train
 
 CFG = SpikesConfig()
 FIRST = CFG.window // 2  # steps are judged from here on

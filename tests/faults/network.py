@@ -25,8 +25,8 @@ from strike import InSave
 from support import ROOT
 from systems import STEPS, Bare, Megagpt, System
 
-from megagpt import distributed
-from megagpt.engine import Engine
+from megagpt.distributed import process_group as distributed
+from megagpt.engine.build import Engine
 
 sys.path.insert(0, str(ROOT / "tests" / "cluster"))
 from hosts import Cluster, missing

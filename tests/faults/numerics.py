@@ -14,7 +14,7 @@ from judge import RECOVERED, STUCK, WRONG, Case, Outcome, last_lines, started_ag
 from systems import STEPS, Megagpt, System
 from torch import Tensor, nn
 
-from megagpt.engine import Engine
+from megagpt.engine.build import Engine
 
 BEGIN = 4  # the step that runs begin at; the first that is struck is the next
 SPIKES = 'megagpt.guards.spikes={{"action": "{}", "window": 8, "sigma": 12}}'

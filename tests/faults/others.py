@@ -16,9 +16,9 @@ from lab import Blow
 from systems import STEPS, Megagpt, System
 from test_security import Gadget, sign_again
 
-from megagpt import trainer
+from megagpt.distributed.launcher import check_hosts, check_settings
 from megagpt.errors import UserError
-from megagpt.launcher import check_hosts, check_settings
+from megagpt.train import trainer
 
 # --- F: a hang -------------------------------------------------------------------------------------------------------
 

@@ -24,17 +24,17 @@ with atheris.instrument_imports(include=["data_tools", "megagpt", "pickletools"]
     from support import build_dataset
 
     from data_tools.config import BuildConfig, load_config
-    from megagpt.commits import COMMIT, _digest, committed, damage_of, newest_record
-    from megagpt.data_manifest import read_manifest, write_manifest
+    from megagpt.atomic_files import sha256_of
+    from megagpt.checkpoint.commit import COMMIT, _digest, committed, damage_of, newest_record
+    from megagpt.checkpoint.rng import set_rng_state
+    from megagpt.config.run_file import load_run_config
+    from megagpt.data.dataset import open_dataset
+    from megagpt.data.manifest import read_manifest, write_manifest
+    from megagpt.data.shard_format import INDEX
+    from megagpt.data.tokenizer import Tokenizer
+    from megagpt.distributed.launcher import check_hosts, check_settings
+    from megagpt.engine.safe_pickle import check_pickles
     from megagpt.errors import UserError
-    from megagpt.files import sha256_of
-    from megagpt.launcher import check_hosts, check_settings
-    from megagpt.pickles import check_pickles
-    from megagpt.rng import set_rng_state
-    from megagpt.run_file import load_run_config
-    from megagpt.shard_format import INDEX
-    from megagpt.shards import open_dataset
-    from megagpt.tokenizer import Tokenizer
 
 
 def build_config(file: Path) -> None:

@@ -1,0 +1,1 @@
+"""Algorithms that find copies, near copies and contaminated documents."""

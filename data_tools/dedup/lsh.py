@@ -1,0 +1,229 @@
+"""Copies of documents, found across a corpus of any size through files: bands, links, clusters.
+
+A unit is a numbered slice of the input, and a document has the order number unit * 2^32 + row. Each function here
+is one task: it depends on its inputs alone, in memory too, and its output has its name once it is whole.
+
+    write_bands   for each unit: its documents' keys in each band
+    link          for each band and range of keys: which documents share a key
+    cluster       once: what is linked, directly or not, is one cluster; its first document stands for it
+    duplicates_in for each unit: its documents that stand behind an earlier one
+
+Near-duplicates meet if they agree in all `rows` values of any of `bands` bands of their MinHash signatures, which
+two documents of Jaccard similarity s do with probability 1 - (1 - s^rows)^bands (Leskovec, Rajaraman and Ullman,
+"Mining of Massive Datasets", section 3.4): with 14 bands of 8, 5 % at s = 0.5, 92 % at 0.8, 99.96 % at 0.9.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from data_tools.dedup.minhash import DIGEST_BYTES, MinHash, TextDigest
+from data_tools.storage.arrow_columns import column, new_arrow_file, view
+from megagpt.config.schema import Strict
+
+EXACT = 0  # the band of the texts' digests; the bands of the signatures follow
+ROW_BITS = 32
+# A key is 128 bits: high and low. At 64, two of 10^10 different documents would meet by chance.
+BANDS = pa.schema([("key", pa.uint64()), ("low", pa.uint64()), ("row", pa.uint32())])
+LINKS = pa.schema([("first", pa.uint64()), ("other", pa.uint64())])
+CLUSTERS = pa.schema([("document", pa.uint64()), ("first", pa.uint64()), ("exact", pa.bool_())])
+
+
+class DedupConfig(Strict):
+    method: Literal["none", "exact", "near"] = Field(
+        default="exact", description="exact: equal but for white space and Unicode's form; near: by MinHash as well"
+    )
+    duplicates: Literal["remove", "keep"] = Field(
+        default="remove", description="keep: drop nothing, but let all copies of a document go to one split"
+    )
+    bands: int = Field(
+        default=14, gt=0, le=256, description="of a signature; more find more, and less similar, documents"
+    )
+    rows: int = Field(default=8, gt=0, le=64, description="values in a band; more find only more similar documents")
+    ngram: int = Field(default=5, gt=0, description="words in a run; similarity is that of the sets of runs")
+
+    @model_validator(mode="after")
+    def _signatures_are_for_near(self) -> "DedupConfig":
+        if self.method != "near" and (idle := {"bands", "rows", "ngram"} & self.model_fields_set):
+            raise ValueError(f"{sorted(idle)[0]} has no effect with method={self.method!r}; set method to near")
+        return self
+
+    @property
+    def n_bands(self) -> int:
+        """How many bands there are to link."""
+        return {"none": 0, "exact": 1, "near": 1 + self.bands}[self.method]
+
+
+class Duplicates(NamedTuple):
+    """A unit's documents that are not the first of their cluster, by row."""
+
+    rows: np.ndarray  # uint32, rising
+    firsts: np.ndarray  # uint64: the order number of the cluster's first document
+    exact: np.ndarray  # bool: equal to the first, or by way of equal documents; otherwise near
+
+
+def write_bands(pieces: Iterable[tuple[int, str]], n_documents: int, out: Path, cfg: DedupConfig, *, seed: int) -> None:
+    """The keys under which a unit's documents meet copies of themselves, a record batch for each band.
+
+    Batch 0 is the exact band; with method near, 1 to cfg.bands are those of the signatures, which documents without
+    words are not in. Batches are sorted by key, then row. `pieces` are (row, text) with row < n_documents, the pieces
+    of a document one after the other; rows may be missing. Memory: 16 bytes for each document and band.
+    """
+    size = cfg.n_bands * DIGEST_BYTES
+    keys = bytearray(n_documents * size)
+    n_keys = np.zeros(n_documents, np.int32)
+    for row, group in groupby(pieces, key=itemgetter(0)):
+        digest = TextDigest()
+        signature = MinHash(cfg.bands * cfg.rows, cfg.ngram, seed) if cfg.method == "near" else None
+        for _, text in group:
+            digest.update(text)
+            if signature:
+                signature.update(text)
+        found = digest.digest() + (signature.band_keys(cfg.bands) if signature else b"")
+        keys[row * size : row * size + len(found)] = found
+        n_keys[row] = len(found) // DIGEST_BYTES
+    halves = np.frombuffer(keys, ">u8").reshape(n_documents, cfg.n_bands, 2)
+    _write(out, BANDS, (_sorted_band(halves[:, band], n_keys > band) for band in range(cfg.n_bands)))
+
+
+def _sorted_band(keys: np.ndarray, present: np.ndarray) -> list[np.ndarray]:
+    """The columns of BANDS from (documents, 2) keys."""
+    rows = np.flatnonzero(present)
+    key, low = keys[rows].astype(np.uint64).T
+    order = np.lexsort((low, key))  # stable, so rows rise among equal keys
+    return [key[order], low[order], rows[order].astype(np.uint32)]
+
+
+def link(files: Sequence[Path], band: int, part: int, n_parts: int, out: Path) -> int:
+    """Link the documents that share a key of this band to the first of them; returns the number of links.
+
+    files[i] is unit i's. Only keys in the part-th of n_parts ranges are read, at some 80 bytes for each document.
+    The links (first, other) are sorted.
+    """
+    low_key = 2**64 * part // n_parts
+    high_key = 2**64 * (part + 1) // n_parts - 1
+    nothing = (np.empty(0, np.uint64),) * 3
+    read = [nothing, *(_keys_between(low_key, high_key, path, band, unit) for unit, path in enumerate(files))]
+    key, low, document = (np.concatenate(columns) for columns in zip(*read, strict=True))
+    order = np.lexsort((low, key))  # stable, so documents rise among equal keys
+    key, low, document = key[order], low[order], document[order]
+    starts = np.ones(len(key), bool)
+    starts[1:] = (key[1:] != key[:-1]) | (low[1:] != low[:-1])
+    first = document[np.maximum.accumulate(np.where(starts, np.arange(len(key)), 0))]
+    links = np.stack([first[~starts], document[~starts]])
+    links = links[:, np.lexsort(links[::-1])]
+    _write(out, LINKS.with_metadata({"band": str(band)}), [list(links)])
+    return links.shape[1]
+
+
+def _keys_between(low: int, high: int, path: Path, band: int, unit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(key, low, document) with low <= key <= high, copied, so that no file stays open."""
+    with pa.memory_map(str(path)) as file:
+        batch = pa.ipc.open_file(file).get_batch(band)
+        keys = view(batch["key"])
+        begin = int(np.searchsorted(keys, np.uint64(low), side="left"))
+        end = int(np.searchsorted(keys, np.uint64(high), side="right"))
+        rows = view(batch["row"])[begin:end]
+        return keys[begin:end].copy(), view(batch["low"])[begin:end].copy(), rows + order_number(unit, 0)
+
+
+def order_number(unit: int, row: int) -> np.uint64:
+    """The document's place in the input."""
+    return np.uint64((unit << ROW_BITS) + row)
+
+
+def cluster(files: Sequence[Path], out: Path) -> dict[str, int]:
+    """Connected components of all links; how many clusters there are, and duplicates: exact and near.
+
+    Writes (document, first, exact), sorted by document, of every document that is not its cluster's first. Memory:
+    some 200 bytes for each of them, however many links it has, and 100 for each link of the largest file.
+    """
+    firsts, documents = _components(files)
+    exact_firsts, exact_documents = _components([path for path in files if _band(path) == EXACT])
+    exact = np.zeros(len(documents), bool)
+    at = np.searchsorted(documents, exact_documents)
+    exact[at] = exact_firsts == firsts[at]
+    _write(out, CLUSTERS, [[documents, firsts, exact]])
+    n_exact = int(np.sum(exact))
+    return {"clusters": len(_distinct(firsts)), "exact": n_exact, "near": len(documents) - n_exact}
+
+
+def _components(files: Sequence[Path]) -> np.ndarray:
+    """(2, documents): (first, document) of every document that is not the first of its component, sorted by document.
+
+    Near-duplicates share many bands. So that memory follows documents rather than links, what is known is kept as
+    one link for each document, and the next links join it once they are as many.
+    """
+    known = np.empty((2, 0), np.uint64)
+    waiting: list[np.ndarray] = []
+    for path in files:
+        waiting.append(_read_links(path))
+        if sum(links.shape[1] for links in waiting) >= known.shape[1]:
+            known, waiting = _join(np.concatenate([known, *waiting], axis=1)), []
+    return _join(np.concatenate([known, *waiting], axis=1))
+
+
+def _join(links: np.ndarray) -> np.ndarray:
+    """As `_components`, of the links given."""
+    if not links.shape[1]:
+        return links
+    from scipy.sparse import coo_array  # here, because most processes of a build never get here, and it takes long
+    from scipy.sparse.csgraph import connected_components
+
+    documents = _distinct(links)
+    ends = np.searchsorted(documents, links).astype(np.int32)
+    ones = np.ones(links.shape[1], bool)
+    graph = coo_array((ones, (ends[0], ends[1])), shape=(len(documents), len(documents)))
+    _, labels = connected_components(graph, directed=False)
+    _, first_nodes = np.unique(labels, return_index=True)
+    firsts = documents[first_nodes[labels]]
+    behind = documents != firsts
+    return np.stack([firsts[behind], documents[behind]])
+
+
+def _distinct(values: np.ndarray) -> np.ndarray:
+    """Rising; numpy's own `unique` hashes, which takes twenty times as long for millions of numbers."""
+    values = np.sort(values, axis=None)
+    new = np.ones(len(values), bool)
+    new[1:] = values[1:] != values[:-1]
+    return values[new]
+
+
+def _band(links: Path) -> int:
+    with pa.memory_map(str(links)) as file:
+        return int(pa.ipc.open_file(file).schema.metadata[b"band"])
+
+
+def _read_links(path: Path) -> np.ndarray:
+    """(2, links)"""
+    with pa.memory_map(str(path)) as file:
+        return np.stack([view(values) for values in pa.ipc.open_file(file).get_batch(0).columns])
+
+
+def duplicates_in(unit: int, clusters: Path) -> Duplicates:
+    """The unit's documents that are not the first of their cluster.
+
+    A document that is not among them is the first of its cluster, or alone: its cluster is its own order number.
+    """
+    with pa.memory_map(str(clusters)) as file:
+        batch = pa.ipc.open_file(file).get_batch(0)
+        documents = view(batch["document"])
+        begin, end = np.searchsorted(documents, [order_number(unit, 0), order_number(unit + 1, 0)])
+        batch = batch.slice(begin, end - begin)
+        return Duplicates(
+            rows=(documents[begin:end] - order_number(unit, 0)).astype(np.uint32),
+            firsts=view(batch["first"]).copy(),
+            exact=view(batch["exact"]),
+        )
+
+
+def _write(path: Path, schema: pa.Schema, batches: Iterable[Sequence[np.ndarray]]) -> None:
+    with new_arrow_file(path, schema) as writer:
+        for columns in batches:
+            writer.write_batch(pa.record_batch([column(values) for values in columns], schema=schema))

@@ -1,0 +1,123 @@
+"""File tasks that are never done twice: each is named by a hash of all that decides what it makes.
+
+A task writes files that begin with its prefix, .build/FUNCTION/HASH, and last of all HASH.json with its result. That
+file is the ledger: a build that is killed anywhere and started again skips every task that has one.
+"""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from errno import EDQUOT, EFBIG, ENOSPC
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+
+from data_tools.executor.progress import RunAll
+from megagpt.atomic_files import written
+from megagpt.errors import UserError
+
+VERSION = 1  # raise it when a task makes something else of the same arguments
+LIBRARIES = (
+    *("charset-normalizer", "fastwarc", "fasttext-numpy2-wheel", "ftfy", "numpy", "orjson", "pyarrow", "rensa"),
+    *("resiliparse", "sentencepiece", "xxhash"),
+)
+LIST = ".list"
+FULL = {ENOSPC, EDQUOT, EFBIG}
+
+Result = dict[str, Any]  # small, of JSON's types
+Task = Callable[..., Result]
+"""task(prefix, *arguments) writes files named by with_suffix(prefix, ...) and returns its result."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished task: its files begin with `prefix`."""
+
+    prefix: Path
+    result: Result
+
+    @property
+    def key(self) -> str:
+        return self.prefix.name
+
+
+def file_of(prefix: Path, suffix: str) -> Path:
+    """One of a task's files."""
+    return prefix.with_name(prefix.name + suffix)
+
+
+def made_by() -> list[str]:
+    """The versions of all that what a task makes may depend on."""
+    return [f"data_tools {VERSION}", f"Unicode {unicodedata.unidata_version}", *map(_version_of, LIBRARIES)]
+
+
+def _version_of(library: str) -> str:
+    try:
+        return f"{library} {version(library)}"
+    except PackageNotFoundError:
+        return f"no {library}"
+
+
+class Tasks:
+    """Runs tasks in a build's folder for temporary files, over whatever processes `run_all` has."""
+
+    def __init__(self, folder: Path, run_all: RunAll) -> None:
+        self.folder, self._run_all, self._made_by = folder, run_all, made_by()
+
+    def run(self, task: Task, arguments: Sequence[tuple[Any, ...]], what: str) -> list[Done]:
+        """task(prefix, *arguments[i]) for every i that is not done yet; what all have made, in order."""
+        stage = self.folder / task.__name__
+        stage.mkdir(exist_ok=True)
+        prefixes = [stage / self._key(task, args) for args in arguments]
+        waiting = {prefix: args for prefix, args in zip(prefixes, arguments, strict=True) if not _is_done(prefix)}
+        self._run_all(_run_one, [(task, prefix, args) for prefix, args in waiting.items()], what)
+        return [Done(prefix, json.loads(file_of(prefix, ".json").read_bytes())) for prefix in prefixes]
+
+    def run_one(self, task: Task, *args: Any, what: str) -> Done:
+        [done] = self.run(task, [args], what)
+        return done
+
+    def _key(self, task: Task, args: tuple[Any, ...]) -> str:
+        canonical = json.dumps([task.__name__, self._made_by, to_jsonable_python(self._by_name(args))], sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+    def _by_name(self, arg: Any) -> Any:
+        """Earlier tasks' files count by their names, which are hashes, so that the folder may be moved."""
+        if isinstance(arg, tuple | list):
+            return [self._by_name(inner) for inner in arg]
+        is_ours = isinstance(arg, Path) and arg.is_relative_to(self.folder)
+        return str(arg.relative_to(self.folder)) if is_ours else arg
+
+
+def write_list(prefix: Path, items: Sequence[Any]) -> Result:
+    """A task: a long list under one short name, for many others to read."""
+    with written(file_of(prefix, LIST)) as temporary:
+        temporary.write_bytes(json.dumps(items).encode())
+    return {}
+
+
+def read_list(prefix: Path) -> list[Any]:
+    items: list[Any] = json.loads(file_of(prefix, LIST).read_bytes())
+    return items
+
+
+def _is_done(prefix: Path) -> bool:
+    return file_of(prefix, ".json").is_file()
+
+
+def _run_one(task: Task, prefix: Path, args: tuple[Any, ...]) -> None:
+    try:
+        result = task(prefix, *args)
+        with written(file_of(prefix, ".json")) as temporary:
+            temporary.write_bytes(json.dumps(result).encode())
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(
+            f"{prefix.parent} cannot be written: {error.strerror}; what is finished is kept: make room and give the "
+            "same command again, and it goes on"
+        ) from error

@@ -1,0 +1,60 @@
+"""Language identification by a fastText model that the user supplies, such as lid.176 or GlotLID."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol, cast
+
+from pydantic import Field
+
+from data_tools.option_types import Names
+from megagpt.config.schema import Strict
+from megagpt.errors import UserError
+
+MAGIC = (793712314).to_bytes(4, "little")  # how a fastText model begins
+INSTALL = "pip install fasttext-numpy2-wheel"
+
+
+class LanguageConfig(Strict):
+    model: Path = Field(description="a fastText classifier, such as lid.176.bin")
+    keep: Names = Field(
+        default=(), description="labels without '__label__', such as en,de; none: any language that is clear enough"
+    )
+    min_score: float = Field(default=0.65, ge=0.0, lt=1.0, description="the score of one of them is above this")
+
+
+class _Classifier(Protocol):
+    def predict(self, text: str, k: int, threshold: float, on_unicode_error: str) -> list[tuple[float, str]]: ...
+
+
+def language(text: str, cfg: LanguageConfig) -> str | None:
+    """Why the document is rejected, or None: no wanted language has a score above `min_score`."""
+    line = text.replace("\n", " ") + "\n"  # fastText reads one line, and expects its end
+    found = load_model(cfg.model).predict(line, -1, cfg.min_score, "strict")
+    for score, label in found:
+        if score > cfg.min_score and (not cfg.keep or label.removeprefix("__label__") in cfg.keep):
+            return None
+    return f"not one of {', '.join(cfg.keep)}" if cfg.keep else "none that is clear"
+
+
+@lru_cache(maxsize=4)
+def load_model(path: Path) -> _Classifier:
+    """The model behind fastText's Python wrapper, which does not get along with numpy 2."""
+    try:
+        from fasttext.FastText import _FastText  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise UserError(f"language.model={path} needs fastText; {INSTALL}") from error
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(MAGIC))
+    except OSError as error:
+        raise UserError(f"cannot read language.model={path}: {error.strerror}") from error
+    if magic != MAGIC:
+        raise UserError(f"language.model={path} is no fastText model; give one such as lid.176.bin")
+    try:
+        model = _FastText(str(path))
+        labels = set(model.get_labels())
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise UserError(f"language.model={path} cannot be loaded ({error}); is the file complete?") from error
+    if not any(label.startswith("__label__") for label in labels):
+        raise UserError(f"language.model={path} is no classifier: it has no labels")
+    return cast(_Classifier, model.f)

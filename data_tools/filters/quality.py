@@ -1,0 +1,190 @@
+"""Published quality rules: Gopher's, C4's and FineWeb's, each with its paper's thresholds as defaults.
+
+Where a paper leaves a choice, this is what datatrove 0.10.1 does, with the words of `text_statistics.py`. The
+repetition rules of Gopher are in `repetition.py`. A rule returns why it rejects a document, or None.
+"""
+
+import re
+
+from pydantic import Field
+
+from data_tools.filters.repetition import duplicates
+from data_tools.filters.text_statistics import PUNCTUATION, TERMINAL_PUNCTUATION, Page, count_sentences, split_words
+from data_tools.option_types import Names
+from megagpt.config.schema import Strict
+
+CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
+END_OF_LINE = (".", "?", "!", '"', "'")
+POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+
+
+class GopherQualityConfig(Strict):
+    min_words: int | None = Field(default=50, description="words that are not punctuation; null: any number")
+    max_words: int | None = Field(default=100_000, description="words that are not punctuation; null: any number")
+    min_mean_word_length: float | None = Field(default=3.0, description="in characters; null: any")
+    max_mean_word_length: float | None = Field(default=10.0, description="in characters; null: any")
+    max_symbols_per_word: float | None = Field(
+        default=0.1, description="of '#' and of ellipses, each for itself; null: any number"
+    )
+    max_bullet_lines: float | None = Field(default=0.9, description="share of the lines that start so; null: any")
+    max_ellipsis_lines: float | None = Field(default=0.3, description="share of the lines that end so; null: any")
+    min_alphabetic_words: float | None = Field(
+        default=0.8, description="share of the words with a letter in them; null: any"
+    )
+    min_stop_words: int | None = Field(default=2, description="how many different ones occur at least; null: any")
+    stop_words: Names = Field(
+        default=("the", "be", "to", "of", "and", "that", "have", "with"),
+        description="English; give your language's own or set min_stop_words=null",
+    )
+
+
+def gopher_quality(page: Page, cfg: GopherQualityConfig) -> str | None:
+    """Rae et al. 2021 (arXiv 2112.11446), appendix A.1.1, 'Quality Filtering'."""
+    counts, n_words = page.counts, max(len(page.words), 1)
+    unusual = [word for word in counts if not word.isalpha()]
+    symbols = [word for word in unusual if word[0] in PUNCTUATION and PUNCTUATION.issuperset(word)]
+    n_plain = len(page.words) - sum([counts[word] for word in symbols])
+    if cfg.min_words is not None and n_plain < cfg.min_words:
+        return f"fewer than {cfg.min_words} words"
+    if cfg.max_words is not None and n_plain > cfg.max_words:
+        return f"more than {cfg.max_words} words"
+    length = len("".join(page.words)) - sum([counts[word] * len(word) for word in symbols])
+    mean_length = length / max(n_plain, 1)
+    if cfg.min_mean_word_length is not None and mean_length < cfg.min_mean_word_length:
+        return f"words shorter than {cfg.min_mean_word_length:g} on average"
+    if cfg.max_mean_word_length is not None and mean_length > cfg.max_mean_word_length:
+        return f"words longer than {cfg.max_mean_word_length:g} on average"
+    if why := _symbols_and_lines(page.text, n_words, cfg):
+        return why
+    if cfg.min_alphabetic_words is not None:
+        rare = [word for word in unusual if not (word.islower() or word.isupper())]  # two fast tests find most letters
+        n_letterless = sum([counts[word] for word in rare if not any(map(str.isalpha, word))])
+        if (len(page.words) - n_letterless) / n_words < cfg.min_alphabetic_words:
+            return f"words with a letter below {cfg.min_alphabetic_words:g}"
+    if cfg.min_stop_words is not None and sum([word in counts for word in set(cfg.stop_words)]) < cfg.min_stop_words:
+        return f"fewer than {cfg.min_stop_words} stop words"
+    return None
+
+
+def _symbols_and_lines(text: str, n_words: int, cfg: GopherQualityConfig) -> str | None:
+    ellipses = text.count("...") + text.count("…")
+    if cfg.max_symbols_per_word is not None:
+        if text.count("#") / n_words > cfg.max_symbols_per_word:
+            return f"more than {cfg.max_symbols_per_word:g} hashes per word"
+        if ellipses / n_words > cfg.max_symbols_per_word:
+            return f"more than {cfg.max_symbols_per_word:g} ellipses per word"
+    lines = text.splitlines()
+    # without so many of these characters there cannot be so many of these lines
+    if (limit := cfg.max_bullet_lines) is not None and text.count("-") + text.count("•") > limit * len(lines):
+        bullets = sum([line.lstrip().startswith(("•", "-")) for line in lines])
+        if bullets / len(lines) > limit:
+            return f"bullet lines above {limit:g}"
+    if (limit := cfg.max_ellipsis_lines) is not None and ellipses > limit * len(lines):
+        ending = sum([line.rstrip().endswith(("...", "…")) for line in lines])
+        if ending / len(lines) > limit:
+            return f"lines that end in an ellipsis above {limit:g}"
+    return None
+
+
+class C4Config(Strict):
+    min_sentences: int | None = Field(default=5, description="in the lines that are kept; null: any number")
+    min_words_per_line: int | None = Field(default=3, description="lines with fewer are dropped; null: none are")
+    max_word_length: int | None = Field(default=1000, description="lines with a longer word are dropped; null: none")
+    end_punctuation: bool = Field(default=True, description="drop lines that do not end in one of . ? ! \" '")
+    citations: bool = Field(default=True, description="remove [1], [edit] and [citation needed]")
+    javascript: bool = Field(default=True, description="drop lines that say javascript")
+    policy_lines: bool = Field(default=True, description="drop lines about cookies, privacy and terms of use")
+    lorem_ipsum: bool = Field(default=True, description="reject documents that say lorem ipsum")
+    curly_brackets: bool = Field(default=True, description="reject documents with '{'; turn it off for source code")
+
+
+def c4(page: Page, cfg: C4Config) -> tuple[str, str | None]:
+    """(the text of the lines that are kept, why the document is rejected).
+
+    Raffel et al. 2020 (JMLR 21/140), section 2.2, without the list of bad words; the limit on word length and the
+    policy lines are from C4's code. Only lines that are not dropped for their form can reject the document.
+    """
+    kept, why = _kept_lines(page.text, cfg)
+    # each line is a sentence at least, so the sentences of a few lines only need counting
+    if why is None and cfg.min_sentences is not None and len(kept) < cfg.min_sentences:
+        sentences = sum(count_sentences(split_words(line)) for line in kept)
+        if sentences < cfg.min_sentences:
+            why = f"fewer than {cfg.min_sentences} sentences"
+    return "\n".join(kept).strip(), why
+
+
+def c4_lines(text: str, cfg: C4Config) -> str:
+    """The lines that C4 keeps of a later piece, each behind a newline, since the piece before ends without one."""
+    lines_only = cfg.model_copy(update={"lorem_ipsum": False, "curly_brackets": False})
+    return "".join("\n" + line for line in _kept_lines(text, lines_only)[0])
+
+
+def _kept_lines(text: str, cfg: C4Config) -> tuple[list[str], str | None]:
+    lower = text.lower()
+    citations = cfg.citations and "[" in text
+    lorem = cfg.lorem_ipsum and "lorem ipsum" in lower
+    curly = cfg.curly_brackets and "{" in text
+    javascript = cfg.javascript and "javascript" in lower
+    policy = POLICY if cfg.policy_lines and any(phrase in lower for phrase in POLICY) else ()
+    is_special = lorem or curly or javascript or policy
+    min_words, max_length = cfg.min_words_per_line or 0, cfg.max_word_length or len(text)
+    kept: list[str] = []
+    for line in map(str.strip, text.splitlines()):
+        end = CITATION.sub("", line) if citations else line
+        if cfg.end_punctuation and (not end.endswith(END_OF_LINE) or end.endswith("...")):
+            continue
+        if min_words and len(line.split(None, min_words - 1)) < min_words:
+            continue
+        if len(line) > max_length and max(map(len, line.split())) > max_length:
+            continue
+        if is_special:
+            low = end.lower()
+            if lorem and "lorem ipsum" in low:
+                return kept, "lorem ipsum"
+            if javascript and "javascript" in low:
+                continue
+            if curly and "{" in end:
+                return kept, "a curly bracket"
+            if any(phrase in low for phrase in policy):
+                continue
+        kept.append(end)
+    return kept, None
+
+
+class FineWebConfig(Strict):
+    min_punctuated_lines: float | None = Field(
+        default=0.12, description="share of the lines that end in terminal punctuation; null: any"
+    )
+    max_short_lines: float | None = Field(default=0.67, description="share of the lines that are short; null: any")
+    short_line: int = Field(default=30, ge=0, description="characters that a short line has at most")
+    max_duplicate_line_characters: float | None = Field(
+        default=0.01, description="share of the characters in lines that repeat an earlier one; null: any"
+    )
+    max_newlines_per_word: float | None = Field(default=0.3, description="lists have more; null: any")
+
+
+def fineweb(page: Page, cfg: FineWebConfig) -> str | None:
+    """Penedo et al. 2024 (arXiv 2406.17557), section 3.6, the custom filters."""
+    text = page.text
+    lines = [line for line in text.split("\n") if line and not line.isspace()]
+    if not lines:
+        return "no text"
+    n = len(lines)
+    if (limit := cfg.min_punctuated_lines) is not None:
+        punctuated = sum([line[-1] in TERMINAL_PUNCTUATION for line in lines])
+        if punctuated / n < limit:
+            return f"lines with end punctuation below {limit:g}"
+    if (limit := cfg.max_short_lines) is not None:
+        short = sum([length <= cfg.short_line for length in map(len, lines)])
+        if short / n > limit:
+            return f"short lines above {limit:g}"
+    newlines = text.count("\n")
+    if (limit := cfg.max_duplicate_line_characters) is not None:
+        _, characters = duplicates(lines)
+        if characters / (len(text) - newlines) > limit:
+            return f"characters in duplicate lines above {limit:g}"
+    if (limit := cfg.max_newlines_per_word) is not None:
+        n_chunks = len(text.split())  # no more than there are words, which take longer to find
+        if newlines / n_chunks > limit and newlines / len(page.words) > limit:
+            return f"more than {limit:g} newlines per word"
+    return None

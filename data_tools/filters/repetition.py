@@ -1,0 +1,157 @@
+"""Repetition inside a document: the thresholds of Rae et al. 2021 (Gopher, arXiv 2112.11446), Table A1.
+
+Where the paper leaves a choice, this is what datatrove does: one or more newlines end a line, two or more a paragraph;
+the n-grams are of words (`text_statistics.py`); characters are counted against the whole text, white space included.
+"""
+
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from data_tools.filters.text_statistics import Page
+from megagpt.config.schema import Strict
+
+NgramLimits = tuple[tuple[Annotated[int, Field(ge=2)], Annotated[float, Field(ge=0)]], ...]
+
+
+class GopherRepetitionConfig(Strict):
+    max_duplicate_lines: float | None = Field(
+        default=0.3, ge=0, description="share of the lines that repeat an earlier one; null: any"
+    )
+    max_duplicate_paragraphs: float | None = Field(
+        default=0.3, ge=0, description="share of the paragraphs that repeat an earlier one; null: any"
+    )
+    max_duplicate_line_characters: float | None = Field(
+        default=0.2, ge=0, description="share of the characters in lines that repeat an earlier one; null: any"
+    )
+    max_duplicate_paragraph_characters: float | None = Field(
+        default=0.2, ge=0, description="share of the characters in paragraphs that repeat an earlier one; null: any"
+    )
+    max_top_ngrams: NgramLimits = Field(
+        default=((2, 0.2), (3, 0.18), (4, 0.16)),
+        description="(n, share of the characters in the n-gram that occurs most often); an empty list: any",
+    )
+    max_duplicate_ngrams: NgramLimits = Field(
+        default=((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)),
+        description="(n, share of the characters in n-grams that repeat an earlier one); an empty list: any",
+    )
+
+
+def gopher_repetition(page: Page, cfg: GopherRepetitionConfig) -> str | None:
+    """Why the document is rejected, or None."""
+    return _lines(page.text, cfg) or _top_ngrams(page, cfg) or _duplicate_ngrams(page, cfg)
+
+
+def _lines(text: str, cfg: GopherRepetitionConfig) -> str | None:
+    total = max(len(text), 1)
+    # what a split at \n\n+ gives, many times as fast
+    paragraphs = [part for part in [part.strip("\n") for part in text.strip().split("\n\n")] if part] or [""]
+    repeated, characters = duplicates(paragraphs)
+    if _above(repeated / len(paragraphs), cfg.max_duplicate_paragraphs):
+        return "duplicate paragraphs"
+    if _above(characters / total, cfg.max_duplicate_paragraph_characters):
+        return "characters in duplicate paragraphs"
+    lines = [line for line in text.split("\n") if line]
+    lines += [""] * (text.startswith("\n") + text.endswith("\n"))  # as a split at \n+ leaves them
+    repeated, characters = duplicates(lines)
+    if _above(repeated / max(len(lines), 1), cfg.max_duplicate_lines):
+        return "duplicate lines"
+    if _above(characters / total, cfg.max_duplicate_line_characters):
+        return "characters in duplicate lines"
+    return None
+
+
+def duplicates(parts: list[str]) -> tuple[int, int]:
+    """(number, characters) of the parts that repeat an earlier one."""
+    distinct = set(parts)
+    if len(distinct) == len(parts):
+        return 0, 0
+    return len(parts) - len(distinct), sum(map(len, parts)) - sum(map(len, distinct))
+
+
+def _above(value: float, limit: float | None) -> bool:
+    return limit is not None and value > limit
+
+
+def _top_ngrams(page: Page, cfg: GopherRepetitionConfig) -> str | None:
+    most = len(page.words)  # no n-gram occurs more often; known better from each n to the next
+    for n, limit in sorted(cfg.max_top_ngrams):
+        allowed = limit * len(page.text)
+        sizes = page.ngram_lengths(n) + (n - 1)  # with the spaces between the words
+        if not len(sizes) or most * int(sizes.max()) <= allowed:
+            continue
+        keys = page.ngrams(n)
+        ordered = np.sort(keys)
+        starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1], [True])))
+        runs = starts[1:] - starts[:-1]
+        most = int(runs.max())
+        if most * int(sizes.max()) <= allowed:
+            continue
+        top = ordered[starts[:-1][runs == most]]
+        first = int(_where_in(keys, top)[0])  # of those that occur equally often, the first in the text counts
+        if most * int(sizes[first]) > allowed:
+            return f"the most frequent {n}-gram"
+    return None
+
+
+def _duplicate_ngrams(page: Page, cfg: GopherRepetitionConfig) -> str | None:
+    limits = sorted((n, limit * len(page.text)) for n, limit in cfg.max_duplicate_ngrams)
+    for i, (n, allowed) in enumerate(limits):
+        keys, sizes = page.ngrams(n), page.ngram_lengths(n)
+        ordered = np.sort(keys)
+        repeats = ordered[1:][ordered[1:] == ordered[:-1]]
+        least = min(allowed for _, allowed in limits[i:])
+        # longer n-grams that repeat lie within those of length n that do, so they cover no more
+        if not len(repeats) or len(repeats) * int(sizes.max()) <= least:
+            return None
+        positions = _where_in(keys, repeats)
+        keys = keys[positions]
+        bound = _covered_characters(positions, keys, page.lengths, n)
+        if bound <= least:
+            return None
+        if bound > allowed and _repeat_more(allowed, positions, keys, sizes[positions], n):
+            return f"duplicate {n}-grams"
+    return None
+
+
+def _where_in(keys: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions of the keys that are among `wanted`, which is sorted."""
+    nearest = np.minimum(wanted.searchsorted(keys), len(wanted) - 1)
+    return np.flatnonzero(wanted[nearest] == keys)
+
+
+def _covered_characters(
+    positions: NDArray[np.int64], keys: NDArray[np.int64], lengths: NDArray[np.int64], n: int
+) -> int:
+    """Characters of all words in n-grams that repeat an earlier one: no less than `_repeat_more` counts."""
+    order = keys.argsort(kind="stable")
+    repeats = positions[order[1:][keys[order[1:]] == keys[order[:-1]]]]
+    depth = np.zeros(len(lengths) + 1, np.int64)
+    depth[repeats] += 1
+    depth[repeats + n] -= 1
+    return int(lengths[depth.cumsum()[:-1] > 0].sum())
+
+
+def _repeat_more(
+    allowed: float, positions: NDArray[np.int64], keys: NDArray[np.int64], sizes: NDArray[np.int64], n: int
+) -> bool:
+    """Whether repeated n-grams have more characters, none counted twice: after one, the search goes on behind it.
+
+    An n-gram that such a step jumps over was never seen, so a later copy of it is no repetition. `positions` are those
+    of the n-grams that occur more than once: no other one can repeat or be repeated.
+    """
+    seen: set[int] = set()
+    characters, go_on_at = 0, 0
+    for position, key, size in zip(positions.tolist(), keys.tolist(), sizes.tolist(), strict=True):
+        if position < go_on_at:
+            continue
+        if key in seen:
+            characters += size
+            go_on_at = position + n
+            if characters > allowed:
+                return True
+        else:
+            seen.add(key)
+    return False

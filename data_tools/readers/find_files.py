@@ -1,0 +1,155 @@
+"""Which files a source has: folders, globs and object stores searched in a fixed order."""
+
+import fnmatch
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from data_tools.config import Format, SourceConfig
+from data_tools.readers.open_file import InputFile, Kind, reading, remote
+from megagpt.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+KINDS: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".warc": "warc",
+    ".html": "html",
+    ".htm": "html",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+LEFT_OUT = {"__pycache__", "site-packages", "dist-packages", "node_modules"}  # and everything hidden
+STATES = ("ETag", "etag", "md5Hash", "mtime", "LastModified")  # how object stores tell that a file was replaced
+
+
+def find_files(source: SourceConfig, leave_out: Path | None = None) -> list[InputFile]:
+    """The source's files in a fixed order: as given, folders and globs sorted. Raises UserError if there are none.
+
+    What is in `leave_out`, the output of the same build, is no input: not found in folders, and refused if given.
+    """
+    own = leave_out.resolve() if leave_out else None
+    files = [file for path in source.paths for file in _find(path, source, own)]
+    if not files:
+        pattern = f" (with include={','.join(source.include)})" if source.include else ""
+        raise UserError(f"no files to read in {', '.join(source.paths)}{pattern}")
+    return files
+
+
+def _find(path: str, source: SourceConfig, own: Path | None) -> Iterator[InputFile]:
+    include = source.include
+    files = _find_remote(path, include) if "://" in path else _find_local(path, include, own)
+    for found, size, state, named in files:
+        kind, compression = _kind(found, source.format)
+        yield InputFile(found, kind, compression, size, state, named, source.encoding)
+
+
+Found = tuple[str, int, str, bool]  # path, size, state, named by the user
+
+
+def _find_local(path: str, include: Sequence[str], own: Path | None) -> Iterator[Found]:
+    if own is not None and Path(path).resolve().is_relative_to(own):
+        raise UserError(f"{path} is in the output folder, {own}; give another --out, or leave it out")
+    if Path(path).is_dir():
+        yield from (_found(found, named=False) for found in _files_in(Path(path), include, own))
+    elif Path(path).is_file():
+        if Path(path).stat().st_size == 0:
+            raise UserError(f"{path} is empty; leave it out")
+        yield _found(Path(path).absolute(), named=True)
+    elif glob.has_magic(path) and (matches := sorted(glob.glob(path, recursive=True))):
+        yield from (_found(found, named=False) for found in _matched(matches, include, own))
+    else:
+        hint = "; key=value options go after --out or before --input" if "=" in Path(path).name else ""
+        raise UserError(f"{path}: there is no such file or folder{hint}")
+
+
+def _found(path: Path, *, named: bool) -> Found:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{str(path)!r} is no name in UTF-8; rename it or leave it out") from error
+    stat = path.stat()
+    return str(path), stat.st_size, f"{stat.st_mtime_ns}", named
+
+
+def _matched(matches: Sequence[str], include: Sequence[str], own: Path | None) -> Iterable[Path]:
+    """The files among the matches or, if there are only folders, what is in them."""
+    paths = [Path(match).absolute() for match in matches]
+    paths = [path for path in paths if own is None or not path.resolve().is_relative_to(own)]
+    files = [path for path in paths if path.is_file()]
+    return files or dict.fromkeys(file for path in paths for file in _files_in(path, include, own))
+
+
+def _files_in(root: Path, include: Sequence[str], own: Path | None) -> list[Path]:
+    paths = list(_walk(root, include, own))
+    files = [path for path in paths if not path.is_symlink()]
+    if paths and not files:
+        pattern = root / os.path.relpath(paths[0].parent, root.absolute()) / ("*" + paths[0].suffix)
+        raise UserError(
+            f"{root} holds only symbolic links, which are not followed in folders; give them by their names or by a "
+            f"pattern such as '{pattern}'"
+        )
+    return files
+
+
+def _walk(root: Path, include: Sequence[str], own: Path | None) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root.absolute(), onerror=_refuse):
+        folders[:] = sorted(name for name in folders if _is_wanted_folder(name) and Path(folder, name).resolve() != own)
+        for name in sorted(names):
+            path = Path(folder, name)
+            if _is_wanted(name, include) and path.is_file():
+                yield path
+
+
+def _is_wanted_folder(name: str) -> bool:
+    return name not in LEFT_OUT and not name.startswith(".")
+
+
+def _is_wanted(name: str, include: Sequence[str]) -> bool:
+    matches = not include or any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
+    return matches and not name.startswith(".")
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"cannot list {error.filename}: {error.strerror}; repair it or leave it out")
+
+
+def _find_remote(url: str, include: Sequence[str]) -> Iterator[Found]:
+    fs, root = remote(url)
+    with reading(url):
+        if glob.has_magic(root):
+            infos, named = fs.glob(root, detail=True), False
+        elif fs.isdir(root):
+            infos, named = fs.find(root, detail=True), False
+        elif fs.exists(root):
+            infos, named = {root: fs.info(root)}, True
+        else:
+            raise UserError(f"{url}: there is no such file or folder")
+        for found, info in sorted(infos.items()):
+            *folders, name = PurePosixPath(found.removeprefix(root)).parts if not named else (found,)
+            unwanted = not all(map(_is_wanted_folder, (part for part in folders if part != "/")))
+            if info["type"] != "file" or (not named and (unwanted or not _is_wanted(name, include))):
+                continue
+            state = next((str(info[key]) for key in STATES if key in info), "")
+            yield fs.unstrip_protocol(found), info["size"], state, named
+
+
+def _kind(path: str, given: Format) -> tuple[Kind, str]:
+    """(kind, compression) by the name's endings; what is not known there is text."""
+    name = path.lower()
+    ending = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
+    name = name.removesuffix(ending)
+    kind: Kind = next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), "text")
+    if given != "auto" and (given, kind) != ("csv", "tsv"):
+        kind = given
+    if ending and kind in ("parquet", "arrow"):
+        raise UserError(f"{path}: a {kind} file is read at any place, so it cannot be compressed as a whole; unpack it")
+    return kind, COMPRESSIONS.get(ending, "")

@@ -1,0 +1,1 @@
+"""The report of a build: summary, plots and HTML page."""

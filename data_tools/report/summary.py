@@ -1,0 +1,133 @@
+"""What a build did: the figures that report.json and the page show, and a few lines of them for the terminal."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.config import SourceConfig
+from data_tools.stages.pipeline import Stages
+from megagpt.data.manifest import SPLITS
+from megagpt.data.tokenizer import Tokenizer
+
+PROBE = " two  spaces,\ttab\r\nCaf\u00e9 \u6f22\u5b57 \U0001f600 \u2581 </s> \0"  # what a tokenizer may lose
+
+Counts = dict[str, int]  # documents, bytes, and tokens where there are any
+
+
+def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, Any]:
+    splits = {split: _counts(stages.count(split)) for split in SPLITS}
+    total = {name: sum(counts[name] for counts in splits.values()) for name in ("documents", "bytes", "tokens")}
+    own = [_describe_source(stages, number, source.name) for number, source in enumerate(sources)]
+    return {
+        **total,
+        "bytes_per_token": round(total["bytes"] / total["tokens"], 4),
+        "splits": splits,
+        "sources": own,
+        "skipped": _merge_skipped(source["skipped"] for source in own),
+        "rejected": _sum_counts(source["rejected"] for source in own),
+        "dropped": _sum_counts(source["dropped"] for source in own),
+        "variants": _describe_variants(stages),
+        "loses_text": not Tokenizer.load(stages.model).gives_back(PROBE),
+        "seconds": {stage: round(spent, 2) for stage, spent in stages.seconds.items()},
+    }
+
+
+def _describe_source(stages: Stages, number: int, name: str) -> dict[str, Any]:
+    """One source's way through the stages. Lengths are counted by powers of two: key 12 is 2,048 to 4,095 bytes."""
+    mine = [i for i, place in enumerate(stages.places) if place.source == number]
+    texts, tokens = [stages.texts[i].result for i in mine], [stages.tokens[i].result for i in mine]
+    splits = {split: _counts(stages.count(split, source=number)) for split in SPLITS}
+    n_tokens, n_bytes = (sum(counts[unit] for counts in splits.values()) for unit in ("tokens", "bytes"))
+    return {
+        "name": name,
+        "files": len({part.file.path for i in mine for part in stages.units[i].slices}),
+        "skipped": _merge_skipped(_as_skipped(result["skipped"]) for result in texts),
+        "read": _sum_pairs(result["read"] for result in texts),
+        "after_rules": _sum_pairs(result["kept"] for result in texts),
+        "rejected": _sum_counts(_as_counts(result["rejected"]) for result in texts),
+        "cleaned": dict(sum((Counter(result["cleaned"]) for result in texts), Counter())),
+        "dropped": _sum_counts(_as_counts(result["dropped"]) for result in tokens),
+        "splits": splits,
+        "bytes_per_token": round(n_bytes / n_tokens, 4) if n_tokens else None,
+        "bytes_log2": _histogram(result["lengths"] for result in texts),
+        "tokens_log2": _histogram(result["tokens_per_document"] for result in tokens),
+    }
+
+
+def _describe_variants(stages: Stages) -> list[dict[str, Any]]:
+    """Tokens of the training split in each tokenization: how much longer the drawn ones are."""
+    tokens = [stages.count("train", variant)[2] for variant in range(len(stages.variants))]
+    return [{"id": i, "tokens": n, "times_canonical": round(n / tokens[0], 4)} for i, n in enumerate(tokens)]
+
+
+def _merge_skipped(many: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """How many of each reason, and where the first was."""
+    merged: dict[str, dict[str, Any]] = {}
+    for reasons in many:
+        for reason, skipped in reasons.items():
+            merged.setdefault(reason, skipped | {"documents": 0})["documents"] += skipped["documents"]
+    return dict(sorted(merged.items()))
+
+
+def _as_skipped(pairs: dict[str, tuple[int, str]]) -> dict[str, dict[str, Any]]:
+    return {reason: {"documents": documents, "first": first} for reason, (documents, first) in pairs.items()}
+
+
+def _counts(row: tuple[int, int, int]) -> Counts:
+    return dict(zip(("documents", "bytes", "tokens"), row, strict=True))
+
+
+def _as_counts(pairs: dict[str, list[int]]) -> dict[str, Counts]:
+    return {rule: {"documents": documents, "bytes": size} for rule, (documents, size) in pairs.items()}
+
+
+def _sum_pairs(pairs: Iterable[Sequence[int]]) -> Counts:
+    both = list(pairs)
+    return {"documents": sum(documents for documents, _ in both), "bytes": sum(size for _, size in both)}
+
+
+def _sum_counts(many: Iterable[dict[str, Counts]]) -> dict[str, Counts]:
+    total: dict[str, Counts] = {}
+    for rules in many:
+        for rule, counts in rules.items():
+            own = total.setdefault(rule, {"documents": 0, "bytes": 0})
+            own["documents"] += counts["documents"]
+            own["bytes"] += counts["bytes"]
+    return dict(sorted(total.items()))
+
+
+def _histogram(many: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = sum((Counter(one) for one in many), Counter())
+    return {bits: total[bits] for bits in sorted(total, key=int)}
+
+
+def summary(report: dict[str, Any], out: Path) -> str:
+    lines = [
+        f"{report['documents']:,} documents, {human(report['bytes'])} of text -> {report['tokens']:,} tokens "
+        f"({report['bytes_per_token']:.2f} bytes per token) in {sum(report['seconds'].values()):.1f} s"
+    ]
+    for split, count in report["splits"].items():
+        if count["documents"]:
+            lines.append(f"  {split:5}  {count['documents']:,} documents, {count['tokens']:,} tokens")
+    if not report["splits"]["val"]["documents"]:
+        lines.append("  val is empty: build from more documents or with a larger val_fraction")
+    for variant in report["variants"][1:]:
+        lines.append(f"  variant {variant['id']}: {variant['tokens']:,} tokens, {variant['times_canonical']:.2f} times")
+    if report["loses_text"]:
+        lines.append("  the tokenizer loses text: what it encodes does not decode to the same (spaces, rare letters)")
+    for reason, skipped in report["skipped"].items():
+        lines.append(f"  skipped {skipped['documents']:,}: {reason} (first: {skipped['first']})")
+    for how in ("rejected", "dropped"):
+        for rule, counts in report[how].items():
+            lines.append(f"  {how} {counts['documents']:,}: {rule} ({human(counts['bytes'])})")
+    lines.append(f"{out} is ready; look inside with: python -m data_tools inspect {out} --documents 1")
+    return "\n".join(lines)
+
+
+def human(n_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.3g} TB"

@@ -1,0 +1,188 @@
+"""The stages of a build, each a list of file tasks on what the stage before has left: see run_stages."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data_tools.config import BuildConfig, SourceConfig
+from data_tools.executor.tasks import Done, Tasks, file_of, write_list
+from data_tools.readers.work_units import Unit
+from data_tools.stages.deduplicate import find_clusters, find_contaminated
+from data_tools.stages.extract import extract_all, place_units, why_nothing_is_left
+from data_tools.stages.select import SplitConfig, UnitInput
+from data_tools.stages.shuffle import PASS_TOKENS, write_shard
+from data_tools.stages.tokenize import Drawing, tokenize
+from data_tools.stages.train_tokenizer import MODEL, train_on
+from megagpt.atomic_files import write_atomically
+from megagpt.data.manifest import SPLITS, Split
+from megagpt.data.shard_format import ShardHeader, token_dtype
+from megagpt.data.tokenizer import Tokenizer
+from megagpt.errors import UserError
+
+ALPHA = {"unigram": 0.3, "bpe": 0.1}  # of subword variants, where the user gives none
+KINDS: dict[str, Literal["unigram-sampling", "bpe-dropout"]] = {"unigram": "unigram-sampling", "bpe": "bpe-dropout"}
+
+
+@dataclass
+class Stages:
+    """What the stages of a build have made."""
+
+    units: list[Unit]
+    texts: list[Done]
+    splits: SplitConfig
+    clusters: Path | None = None  # the prefix of what tells which documents are alike
+    places: list[UnitInput] = field(default_factory=list)
+    model: Path = Path()
+    sample_sha256: str | None = None
+    variants: list[list[Done]] = field(default_factory=list)  # tokenized units of each variant
+    shards: list[tuple[ShardHeader, Done]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> list[Done]:
+        """The units in their canonical tokenization."""
+        return self.variants[0]
+
+    def count(self, split: Split, variant: int = 0, source: int | None = None) -> tuple[int, int, int]:
+        """(documents, bytes, tokens) of a split, over all sources or of one."""
+        rows = [
+            done.result["counts"][split]
+            for place, done in zip(self.places, self.variants[variant], strict=True)
+            if source in (None, place.source)
+        ]
+        documents, size, tokens = (sum(column) for column in zip(*rows, strict=True)) if rows else (0, 0, 0)
+        return documents, size, tokens
+
+
+def run_stages(
+    units: list[Unit], sources: Sequence[SourceConfig], config: BuildConfig, given: Tokenizer | None, tasks: Tasks
+) -> Stages:
+    stages = read_and_compare(units, sources, config, tasks)
+    find_tokenizer(stages, config, given, tasks)
+    tokenize_and_shuffle(stages, sources, config, tasks)
+    return stages
+
+
+def read_and_compare(units: list[Unit], sources: Sequence[SourceConfig], config: BuildConfig, tasks: Tasks) -> Stages:
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "read"):
+        texts = extract_all(units, sources, config.strict, tasks)
+    stages = Stages(units, texts, _splits(config), seconds=seconds)
+    with _timed(seconds, "compare"):
+        contamination = find_contaminated(texts, config.decontamination, tasks)
+        found = find_clusters(texts, contamination, config.dedup, config.seed, tasks)
+        stages.clusters = found.prefix if found else None
+    stages.places = place_units(units, sources, texts, contamination, tasks.folder)
+    return stages
+
+
+def find_tokenizer(stages: Stages, config: BuildConfig, given: Tokenizer | None, tasks: Tasks) -> None:
+    """The given one, or one trained on the training split."""
+    with _timed(stages.seconds, "tokenizer"):
+        if given is None:
+            trained = train_on(stages.texts, stages.places, stages.clusters, stages.splits, config, tasks)
+            stages.model, stages.sample_sha256 = file_of(trained.prefix, MODEL), trained.result["sample_sha256"]
+        else:
+            stages.model = tasks.folder / f"{given.sha256}.model"
+            write_atomically(stages.model, given.model_bytes)
+
+
+def tokenize_and_shuffle(stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig, tasks: Tasks) -> None:
+    tokenizer = Tokenizer.load(stages.model)
+    with _timed(stages.seconds, "tokenize"):
+        for drawing in _drawings(tokenizer, config):
+            jobs = [
+                (unit, stages.clusters, stages.model, tokenizer.sha256, drawing, stages.splits)
+                for unit in stages.places
+            ]
+            stages.variants.append(tasks.run(tokenize, jobs, "tokenizing"))
+    _check_something_is_left(stages)
+    with _timed(stages.seconds, "shuffle"):
+        stages.shards = _write_shards(stages, sources, tokenizer, config, tasks)
+
+
+def _splits(config: BuildConfig) -> SplitConfig:
+    return SplitConfig(
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+        duplicates=config.dedup.duplicates,
+        seed=config.seed,
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[stage] = time.monotonic() - start
+
+
+def _drawings(tokenizer: Tokenizer, config: BuildConfig) -> list[Drawing]:
+    """The canonical tokenization, and the user's variants of it."""
+    if config.subword.variants and tokenizer.kind not in ALPHA:
+        raise UserError(f"subword.variants has no effect with a {tokenizer.kind} tokenizer; remove it")
+    alpha = config.subword.alpha or ALPHA.get(tokenizer.kind, 0.0)
+    drawn = [Drawing(number=n, alpha=alpha, seed=config.seed) for n in range(1, config.subword.variants + 1)]
+    return [Drawing(), *drawn]
+
+
+def _check_something_is_left(stages: Stages) -> None:
+    if stages.count("train")[0]:
+        return
+    reasons = why_nothing_is_left(stages.texts, stages.tokens)
+    way_out = "give more input" if reasons else "give more input or smaller val_fraction and test_fraction"
+    raise UserError(f"no document is left to train on{reasons}; {way_out}")
+
+
+def _write_shards(
+    stages: Stages, sources: Sequence[SourceConfig], tokenizer: Tokenizer, config: BuildConfig, tasks: Tasks
+) -> list[tuple[ShardHeader, Done]]:
+    """(header, what was written) of every shard, in the order of the index."""
+    headers, jobs = [], []
+    build_id = _sha256_json([config.pipeline(sources), input_sha256(stages), tokenizer.sha256])[:32]
+    for split in SPLITS:
+        for variant, tokenized in enumerate(stages.variants):
+            listed = tasks.run_one(write_list, _parts(stages.units, tokenized, tasks.folder), what="listing")
+            n_tokens = stages.count(split, variant)[2]
+            n_shards = math.ceil(n_tokens / config.shard_tokens)
+            n_passes = math.ceil(n_tokens / max(n_shards, 1) / PASS_TOKENS)
+            for shard in range(n_shards):
+                headers.append(
+                    ShardHeader(
+                        build_id=build_id,
+                        split=split,
+                        variant=variant,
+                        shard=shard,
+                        dtype=token_dtype(tokenizer.vocab_size),
+                        vocab_size=tokenizer.vocab_size,
+                        eod_id=tokenizer.eod_id,
+                        tokenizer_sha256=tokenizer.sha256,
+                    )
+                )
+                jobs.append((headers[-1], n_shards, n_passes, listed.prefix))
+    return list(zip(headers, tasks.run(write_shard, jobs, "shuffling"), strict=True))
+
+
+def _parts(units: Sequence[Unit], tokenized: Sequence[Done], scratch: Path) -> list[tuple[str, list[str]]]:
+    """(path below the scratch folder, the files its slices are of) of every part."""
+    parts = []
+    for unit, done in zip(units, tokenized, strict=True):
+        files = [part.file.path for part in unit.slices]
+        stage = done.prefix.parent.relative_to(scratch)
+        parts += [(str(stage / name), files) for name in done.result["parts"]]
+    return parts
+
+
+def input_sha256(stages: Stages) -> str:
+    """Of all documents that were read and kept, in order."""
+    return _sha256_json([done.result["sha256"] for done in stages.texts])
+
+
+def _sha256_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

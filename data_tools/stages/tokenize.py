@@ -1,0 +1,200 @@
+"""Documents to parts: temporary Arrow files of token ids, one record batch per split.
+
+Rows are sorted by a key that decides where in the split a document ends up: a keyed hash of its content and its
+place in the input, so the order is a shuffle that neither workers nor scheduling can change.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from data_tools.executor.tasks import file_of
+from data_tools.readers.document_pieces import PIECE
+from data_tools.stages.select import Selection, SplitConfig, UnitInput, keyed_hash, select
+from data_tools.stages.subword_sampling import SubwordSampler
+from data_tools.storage.arrow_columns import new_arrow_file, numbers
+from data_tools.storage.document_store import read_texts
+from data_tools.storage.rejects import REJECTS, RejectWriter, open_rejects
+from data_tools.storage.shard_writer import Row, document_columns, narrow
+from megagpt.config.schema import Strict
+from megagpt.data.manifest import SPLITS, Split
+from megagpt.data.shard_format import document_schema, token_dtype
+from megagpt.data.tokenizer import Tokenizer
+
+PART_TOKENS = 2**25  # a part is written when this many are in memory
+EXTRA = {"key": pa.uint64(), "slice": pa.uint32(), "position": pa.uint64(), "is_last": pa.bool_()}
+
+
+class Drawing(Strict):
+    """How often and how a text is tokenized: number 0 is the canonical way, the others draw (Kudo 2018)."""
+
+    number: int = 0
+    alpha: float = 0.0
+    seed: int = 0
+
+
+class PartRow(NamedTuple):
+    key: int
+    row: Row
+    slice: int
+    position: int
+
+
+def tokenize(
+    prefix: Path,
+    unit: UnitInput,
+    clusters: Path | None,
+    model: Path,
+    model_sha256: str,
+    drawing: Drawing,
+    splits: SplitConfig,
+) -> dict[str, Any]:
+    """Write a unit's documents as one part, or as several where it holds more than PART_TOKENS.
+
+    Variants besides the canonical one hold the training split alone.
+    """
+    tokenizer = _load_tokenizer(model, model_sha256)
+    texts, contamination = unit.paths(prefix.parents[1])
+    selection = select(texts, unit.number, clusters, contamination, splits)
+    sampler = _load_sampler(tokenizer, drawing) if drawing.number else None
+    parts = _Parts(prefix, tokenizer)
+    with open_rejects(file_of(prefix, REJECTS)) as rejects:
+        pieces = _selected(texts, selection, rejects if drawing.number == 0 else None)
+        if drawing.number:
+            pieces = ((row, text) for row, text in pieces if selection.splits[row] == "train")
+        for group in _groups(pieces):
+            ids = _encode(tokenizer, group, sampler)
+            for (row, _, is_last), tokens in zip(group, ids, strict=True):
+                parts.add(row, tokens, is_last, selection, unit, splits.seed)
+        parts.flush()
+        return {
+            "parts": parts.names,
+            "counts": parts.counts,
+            "dropped": rejects.documents,
+            "tokens_per_document": dict(parts.lengths),
+        }
+
+
+def _selected(texts: Path, selection: Selection, rejects: RejectWriter | None) -> Iterator[tuple[int, str]]:
+    """(row, piece) of what stays; what does not goes to the rejects."""
+    documents = selection.documents
+    for row, group in groupby(read_texts(texts), key=itemgetter(0)):
+        if row not in selection.dropped:
+            yield from group
+        elif rejects is not None:
+            rule = selection.dropped[row]
+            rejects.count(rule, 1, documents[row].bytes)
+            for _, text in group:
+                rejects.write(rule, text, doc=documents[row].doc.hex(), position=documents[row].position)
+
+
+def _groups(pieces: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str, bool]]]:
+    """(row, piece, is its document's last) by the million characters: an encoder call costs as much as a short one."""
+    group: list[tuple[int, str, bool]] = []
+    size, previous = 0, next(pieces, None)
+    while previous is not None:
+        following = next(pieces, None)
+        row, text = previous
+        group.append((row, text, following is None or following[0] != row))
+        size += len(text)
+        if size >= PIECE:
+            yield group
+            group, size = [], 0
+        previous = following
+    if group:
+        yield group
+
+
+def _encode(
+    tokenizer: Tokenizer, group: Sequence[tuple[int, str, bool]], sampler: SubwordSampler | None
+) -> list[np.ndarray]:
+    """Each piece's ids in the shards' type, after a document's last piece the end-of-document id."""
+    if sampler is None:
+        encoded = tokenizer.encode_batch([text for _, text, _ in group])
+    else:
+        encoded = [sampler.encode(text, text.encode()) for _, text, _ in group]
+    eod, nothing = np.array([tokenizer.eod_id], np.int32), np.empty(0, np.int32)
+    ends = [eod if is_last else nothing for _, _, is_last in group]
+    flat = narrow(
+        np.concatenate([ids for pair in zip(encoded, ends, strict=True) for ids in pair]), tokenizer.vocab_size
+    )
+    lengths = [len(ids) + len(end) for ids, end in zip(encoded, ends, strict=True)]
+    return np.split(flat, np.cumsum(lengths)[:-1])
+
+
+@lru_cache(maxsize=1)
+def _load_sampler(tokenizer: Tokenizer, drawing: Drawing) -> SubwordSampler:
+    return SubwordSampler(tokenizer, drawing.alpha, keyed_hash(f"variant {drawing.number}".encode(), drawing.seed))
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(model: Path, sha256: str) -> Tokenizer:
+    return Tokenizer.load(model, sha256=sha256)  # the hash is in the key: a worker may outlive a build
+
+
+class _Parts:
+    """Rows of tokens on their way to files."""
+
+    def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
+        self._prefix, self._tokenizer = prefix, tokenizer
+        self._rows: dict[Split, list[PartRow]] = {split: [] for split in SPLITS}
+        self._buffered = 0
+        self._part = 0  # of the document being added
+        self._tokens = 0  # of it
+        self.names: list[str] = []
+        self.counts: dict[Split, list[int]] = {split: [0, 0, 0] for split in SPLITS}  # documents, bytes, tokens
+        self.lengths: Counter[int] = Counter()  # by bit length
+
+    def add(self, row: int, ids: np.ndarray, is_last: bool, selection: Selection, unit: UnitInput, seed: int) -> None:
+        """The next piece of document `row`; one that cleaning has emptied leaves no trace."""
+        if not len(ids):
+            return
+        document, split = selection.documents[row], selection.splits[row]
+        place = f"{unit.source}:{unit.files[document.slice]}:{document.position}".encode()
+        line = Row(ids, document.doc, unit.source, self._part, is_last)
+        self._rows[split].append(
+            PartRow(keyed_hash(document.doc + place, seed), line, document.slice, document.position)
+        )
+        self._buffered += len(ids)
+        self._part, self._tokens = self._part + 1, self._tokens + len(ids)
+        counts = self.counts[split]
+        counts[2] += len(ids)
+        if is_last:
+            counts[0] += 1
+            counts[1] += document.bytes
+            self.lengths[self._tokens.bit_length()] += 1
+            self._part = self._tokens = 0
+        if self._buffered >= PART_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what there is, sorted by key."""
+        if not self._buffered:
+            return
+        dtype = token_dtype(self._tokenizer.vocab_size)
+        schema = document_schema(dtype)
+        for name, type_ in EXTRA.items():
+            schema = schema.append(pa.field(name, type_))
+        path = file_of(self._prefix, f".{len(self.names):04d}.arrow")
+        with new_arrow_file(path, schema) as writer:
+            for split in SPLITS:
+                rows = sorted(self._rows[split], key=lambda row: row.key)
+                extra: list[list[int]] = [
+                    [row.key for row in rows],
+                    [row.slice for row in rows],
+                    [row.position for row in rows],
+                    [row.row.is_last for row in rows],
+                ]
+                arrays = [numbers(values, type_) for values, type_ in zip(extra, EXTRA.values(), strict=True)]
+                columns = [*document_columns([row.row for row in rows], self._tokenizer.vocab_size), *arrays]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
+                self._rows[split].clear()
+        self.names.append(path.name)
+        self._buffered = 0

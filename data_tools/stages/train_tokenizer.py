@@ -1,0 +1,163 @@
+"""A SentencePiece model from a seeded sample of the input; its decode(encode(text)) == text for any text."""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import sentencepiece
+
+from data_tools.config import TRAINING, TokenizerConfig
+from data_tools.executor.tasks import Done, Tasks, file_of
+from data_tools.executor.workers import start_workers
+from data_tools.stages.extract import extract_all, find_units, place_units, why_nothing_is_left
+from data_tools.stages.select import SplitConfig, UnitInput, keyed_hash, select
+from data_tools.storage.document_store import read_texts
+from megagpt.atomic_files import write_atomically, written
+from megagpt.data.tokenizer import META_SPACE, Tokenizer
+from megagpt.errors import UserError
+
+CHUNK = 2**14  # characters: long documents are sampled in parts, so that one book cannot fill the sample
+LINE = 1000  # characters: SentencePiece drops lines of more than 4192 bytes, so longer ones are cut
+UNUSABLE = str.maketrans("", "", "\0\u2585")  # it drops every line that holds one of these; encoding knows them
+SAMPLE, MODEL = ".jsonl", ".model"
+THREADS = 16  # a constant, as the model's bytes depend on it
+
+
+def train_tokenizer(
+    inputs: Sequence[str], out: Path, config: TokenizerConfig, scheduler: str | None = None
+) -> Tokenizer:
+    """The `train-tokenizer` command."""
+    if not out.parent.is_dir() or out.is_dir():
+        raise UserError(f"--out {out} " + ("is a folder; name a file" if out.is_dir() else "is in no folder; make it"))
+    sources = config.with_inputs(inputs)
+    units = find_units(sources)
+    with (
+        TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch,
+        start_workers(
+            config.workers, scheduler, Path(scratch), total_bytes=sum(unit.size for unit in units)
+        ) as run_all,
+    ):
+        tasks = Tasks(Path(scratch).absolute(), run_all)
+        texts = extract_all(units, sources, config.strict, tasks)
+        places = place_units(units, sources, texts, [None] * len(texts), tasks.folder)
+        whole = SplitConfig(val_fraction=0.0, test_fraction=0.0, duplicates="remove", seed=config.seed)
+        trained = train_on(texts, places, None, whole, config, tasks)
+        write_atomically(out, file_of(trained.prefix, MODEL).read_bytes())
+    return Tokenizer.load(out)
+
+
+def train_on(
+    texts: Sequence[Done],
+    units: Sequence[UnitInput],
+    clusters: Path | None,
+    splits: SplitConfig,
+    config: TokenizerConfig,
+    tasks: Tasks,
+) -> Done:
+    """A model of a sample of the training split's documents; its result tells the hash of the sample."""
+    text_bytes = sum(done.result["kept"][1] for done in texts)
+    if not text_bytes:
+        raise UserError(f"there is no text to train a tokenizer on{why_nothing_is_left(texts)}; give more input")
+    share = 2 * config.sample_bytes / text_bytes  # twice, as chunks vary in size
+    samples = tasks.run(draw_sample, [(unit, clusters, splits, min(1.0, share)) for unit in units], "sampling")
+    options = config.model_dump(include=TRAINING)
+    return tasks.run_one(train, [done.prefix for done in samples], options, config.seed, what="training a tokenizer")
+
+
+def draw_sample(
+    prefix: Path, unit: UnitInput, clusters: Path | None, splits: SplitConfig, share: float
+) -> dict[str, Any]:
+    """The unit's share of the sample: the chunks whose keyed hashes are smallest, a draw that no order changes."""
+    texts, contamination = unit.paths(prefix.parents[1])
+    selection = select(texts, unit.number, clusters, contamination, splits)
+    limit = int(share * 2**64)
+    with written(file_of(prefix, SAMPLE)) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for piece, (row, text) in enumerate(read_texts(texts)):
+            if row in selection.dropped or selection.splits[row] != "train":
+                continue
+            for at in range(0, len(text), CHUNK):
+                key = keyed_hash(selection.documents[row].doc + f"{piece}:{at}".encode(), splits.seed)
+                if key < limit:
+                    file.write(json.dumps([key, text[at : at + CHUNK]]) + "\n")
+    return {}
+
+
+def train(prefix: Path, samples: Sequence[Path], options: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Write the model of a sample of options["sample_bytes"] bytes."""
+    config = TokenizerConfig(**options, seed=seed)
+    drawn = sorted((key, text) for file in samples for key, text in _read_chunks(file_of(file, SAMPLE)))
+    sample, room = [], config.sample_bytes
+    for _, text in drawn:
+        if room <= 0:
+            break
+        sample.append(text)
+        room -= len(text.encode())
+    if not sample:
+        raise UserError("there is no text to train a tokenizer on: the training split is empty; give more input")
+    model_bytes = train_sample(sample, config)
+    tokenizer = Tokenizer.from_bytes(model_bytes)
+    if tokenizer.decode(tokenizer.encode(" ")) != " ":  # as bytes, a space would come back as U+2581
+        raise UserError(f"vocab_size={config.vocab_size} leaves no piece for the space; set a larger one")
+    with written(file_of(prefix, MODEL)) as temporary:
+        temporary.write_bytes(model_bytes)
+    return {"sample_sha256": hashlib.sha256("\n".join(sample).encode()).hexdigest(), "sha256": tokenizer.sha256}
+
+
+def _read_chunks(file: Path) -> Iterator[tuple[int, str]]:
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            key, text = json.loads(line)
+            yield key, text
+
+
+def train_sample(sample: Sequence[str], config: TokenizerConfig) -> bytes:
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(sample),
+            model_writer=model,
+            model_type=config.tokenizer_type,
+            vocab_size=config.vocab_size,
+            # nothing is lost: no normalization, spaces as they are, bytes for what has no piece
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            byte_fallback=True,
+            required_chars=META_SPACE,
+            character_coverage=1.0 if config.tokenizer_type == "char" else 0.9995,
+            user_defined_symbols=["\n", "\t"],  # the trainer sees single lines and would never learn them
+            allow_whitespace_only_pieces=True,  # indentation: 1.6 times fewer tokens for source code
+            num_threads=THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise _explain(str(error), config) from error
+    return model.getvalue()
+
+
+def _lines(sample: Sequence[str]) -> Iterator[str]:
+    for text in sample:
+        for line in text.translate(UNUSABLE).split("\n"):
+            for at in range(0, len(line), LINE):
+                yield line[at : at + LINE]
+
+
+def _explain(message: str, config: TokenizerConfig) -> UserError:
+    if most := re.search(r"Vocabulary size too high.*<= (\d+)", message):
+        return UserError(
+            f"vocab_size={config.vocab_size} is more pieces than this text supports; "
+            f"set vocab_size={most[1]} or less, or give more text or a larger sample_bytes"
+        )
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return UserError(
+            f"vocab_size={config.vocab_size} is too small for the 256 bytes, the special pieces and the "
+            f"characters of this text; set vocab_size={least[1]} or more"
+        )
+    if re.search(r"empty\(\)|\(sum\) > \(0\)", message):
+        return UserError("there is no text to train a tokenizer on; give more input")
+    return UserError(f"SentencePiece could not train a tokenizer: {message}")

@@ -1,0 +1,1 @@
+"""Files between the stages of a build, and the shards it ends with."""

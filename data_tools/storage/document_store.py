@@ -1,0 +1,140 @@
+"""Cleaned documents between reading and tokenizing, as files of one unit.
+
+.texts.arrow       document: uint32, text: large_string         the pieces of each document, in order
+.documents.arrow   doc, bytes, slice, position, kept            one row per document: its content hash, its size
+                                                                in UTF-8, where it came from, and whether it stays
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from data_tools.executor.tasks import file_of
+from data_tools.storage.arrow_columns import hashes, new_arrow_file, numbers, strings
+from megagpt.data.shard_format import HASH_BYTES
+
+BATCH_BYTES, BATCH_ROWS = 2**24, 2**16  # of a record batch: no more of either is in memory
+PIECES = pa.schema({"document": pa.uint32(), "text": pa.large_string()})
+DOCUMENTS = pa.schema(
+    {
+        "doc": pa.binary(HASH_BYTES),
+        "bytes": pa.uint64(),
+        "slice": pa.uint32(),  # of the unit: which file
+        "position": pa.uint64(),
+        "kept": pa.bool_(),
+    }
+)
+
+
+class Document(NamedTuple):
+    """A row of .documents.arrow."""
+
+    doc: bytes
+    bytes: int
+    slice: int
+    position: int
+    kept: bool
+
+
+class TextWriter:
+    """Documents piece by piece; open_texts() makes the files whole, or leaves none."""
+
+    def __init__(self, texts: pa.ipc.RecordBatchFileWriter, documents: pa.ipc.RecordBatchFileWriter) -> None:
+        self._texts_sink, self._documents_sink = texts, documents
+        self._numbers: list[int] = []  # of documents, one for each piece
+        self._texts: list[bytes] = []
+        self._buffered = 0
+        self._documents: list[Document] = []
+        self._written = 0  # documents
+        self._content = hashlib.blake2b(digest_size=HASH_BYTES)  # of the document being written
+        self._kept_hashes = hashlib.sha256()
+        self.kept = self.kept_bytes = 0  # documents that stay, and what is in them
+        self.is_open = False  # within a document
+        self.size = 0  # bytes so far of the document being written
+
+    @property
+    def sha256(self) -> str:
+        """Of the content hashes of the documents that stay, in order."""
+        return self._kept_hashes.hexdigest()
+
+    def begin(self) -> None:
+        self._content = hashlib.blake2b(digest_size=HASH_BYTES)
+        self.size, self.is_open = 0, True
+
+    def add(self, text: str) -> None:
+        """The next piece of the document."""
+        data = text.encode()
+        self._content.update(data)
+        self._numbers.append(self._written + len(self._documents))
+        self._texts.append(data)
+        self.size += len(data)
+        self._buffered += len(data)
+        if self._buffered >= BATCH_BYTES or len(self._texts) >= BATCH_ROWS:
+            self._flush_texts()
+
+    def end(self, part: int, position: int, *, kept: bool = True) -> None:
+        doc = self._content.digest()
+        self._documents.append(Document(doc, self.size, part, position, kept))
+        self.is_open = False
+        if kept:
+            self.kept += 1
+            self.kept_bytes += self.size
+            self._kept_hashes.update(doc)
+        if len(self._documents) >= BATCH_ROWS:
+            self._flush_documents()
+
+    def flush(self) -> None:
+        self._flush_texts()
+        self._flush_documents()
+
+    def _flush_texts(self) -> None:
+        if self._texts:
+            columns = [numbers(self._numbers, pa.uint32()), strings(self._texts, pa.large_string())]
+            self._texts_sink.write_batch(pa.record_batch(columns, schema=PIECES))
+            self._numbers, self._texts, self._buffered = [], [], 0
+
+    def _flush_documents(self) -> None:
+        if documents := self._documents:
+            columns = [
+                hashes([document.doc for document in documents], HASH_BYTES),
+                numbers([document.bytes for document in documents], pa.uint64()),
+                numbers([document.slice for document in documents], pa.uint32()),
+                numbers([document.position for document in documents], pa.uint64()),
+                numbers([document.kept for document in documents], pa.bool_()),
+            ]
+            self._documents_sink.write_batch(pa.record_batch(columns, schema=DOCUMENTS))
+            self._written += len(documents)
+            self._documents = []
+
+
+@contextmanager
+def open_texts(prefix: Path) -> Iterator[TextWriter]:
+    texts, documents = file_of(prefix, ".texts.arrow"), file_of(prefix, ".documents.arrow")
+    with new_arrow_file(texts, PIECES) as texts_sink, new_arrow_file(documents, DOCUMENTS) as documents_sink:
+        writer = TextWriter(texts_sink, documents_sink)
+        yield writer
+        writer.flush()
+
+
+def read_texts(prefix: Path) -> Iterator[tuple[int, str]]:
+    """(document, piece) for every piece, in order; one record batch in memory at a time."""
+    with pa.memory_map(str(file_of(prefix, ".texts.arrow"))) as file:
+        reader = pa.ipc.open_file(file)
+        for i in range(reader.num_record_batches):
+            batch = reader.get_batch(i)
+            yield from zip(batch["document"].to_pylist(), batch["text"].to_pylist(), strict=True)
+
+
+def read_documents(prefix: Path) -> list[Document]:
+    with pa.memory_map(str(file_of(prefix, ".documents.arrow"))) as file:
+        reader = pa.ipc.open_file(file)
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        return [
+            Document(*row)
+            for batch in batches
+            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True)
+        ]

@@ -1,0 +1,239 @@
+"""Committed steps on disk: which there are, whether they are whole, which of them stay.
+
+    checkpoints/step_00001000/    DeepSpeed's files, rng.<rank>.json, run.json, tokenizer.model
+                                  manifest.<rank>.json: size and sha256 of the files of one rank
+                                  COMMIT: written last; without it the folder is not a checkpoint
+    checkpoints/latest, best      hints for people and tools, replaced atomically
+    committed                     the newest commit's name, beside that folder: losing it does not look like a new run
+
+Nothing here talks to other ranks: save.py does.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from megagpt.atomic_files import fsync, leads_out, sha256_of, write_atomically
+from megagpt.checkpoint.identity import Identity
+from megagpt.config.schema import KeepConfig
+from megagpt.data.mixture import Mixture
+from megagpt.errors import UserError
+from megagpt.train_state import TrainState
+
+COMMIT = "COMMIT"
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One committed step, verified: where it lies, and what its commit record says."""
+
+    step_dir: Path
+    state: TrainState
+    mixture: Mixture
+    identity: Identity
+    passed_over: tuple[Path, ...] = ()  # newer steps that are damaged
+
+
+def folder(out_dir: Path) -> Path:
+    return out_dir / "checkpoints"
+
+
+def step_folder(out_dir: Path, step: int) -> Path:
+    return folder(out_dir) / f"step_{step:08d}"
+
+
+def best(out_dir: Path) -> Path | None:
+    """The committed step that the `best` hint names."""
+    hint = folder(out_dir) / "best"
+    name = hint.read_bytes().strip() if hint.is_file() else b""
+    return next((step_dir for step_dir in committed(out_dir) if step_dir.name.encode() == name), None)
+
+
+def committed(out_dir: Path) -> list[Path]:
+    """Committed steps, oldest first."""
+    return sorted(path.parent for path in folder(out_dir).glob(f"step_*/{COMMIT}"))
+
+
+def commit_on_record(out_dir: Path) -> str | None:
+    """The name of a step that was committed here once, whether it is still there or not."""
+    for record in (out_dir / "committed", folder(out_dir) / "latest"):
+        if record.is_file():
+            return record.read_text(errors="replace").strip() or record.name
+    return next((path.name for path in folder(out_dir).glob("damaged*_step_*")), None)
+
+
+def read_commit(step_dir: Path) -> Saved:
+    """Raises UserError if another version of megagpt wrote it, or somebody who gave it a hash of its own."""
+    record = json.loads((step_dir / COMMIT).read_bytes())
+    if (version := record.get("version")) != VERSION:
+        raise UserError(
+            f"{step_dir} was saved in format {version}, and this megagpt reads format {VERSION}; go on with "
+            "the megagpt that saved it, or give another megagpt.out_dir for a new run"
+        )
+    try:
+        state, mixture = TrainState.from_json(record["state"]), Mixture.from_json(record["mixture"])
+        return Saved(step_dir, state, mixture, Identity(**record["identity"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{step_dir / COMMIT} is not as megagpt writes it ({error!r}); "
+            f"delete {step_dir} to go on from the step before"
+        ) from error
+
+
+def newest_record(out_dir: Path) -> Saved | None:
+    """What the newest step's commit record says, if it is whole; the step's other files are not looked at."""
+    whole = (path for path in reversed(committed(out_dir)) if _record_of(path) is not None)
+    step_dir = next(whole, None)
+    return None if step_dir is None else read_commit(step_dir)
+
+
+def write_manifest(step_dir: Path, rank: int) -> str:
+    """Make this rank's files durable and list them; returns the sha256 of the list."""
+    listed = {}
+    manifest = step_dir / f"manifest.{rank}.json"
+    with disk_errors(step_dir):
+        for path in sorted(step_dir.iterdir()):
+            if path.name.startswith("manifest.") or _owner(path.name) != rank:
+                continue  # another rank writes its own manifest at this moment
+            fsync(path)
+            listed[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        write_atomically(manifest, json.dumps(listed, indent=1).encode())
+        return sha256_of(manifest)
+
+
+def _owner(name: str) -> int:
+    """The rank that wrote a file: DeepSpeed puts it into the names of shards, and all else is rank 0's."""
+    if name.startswith("rng."):
+        return int(name.split(".")[1])
+    return int(name.split("zero_pp_rank_")[1].split("_")[0]) if "zero_pp_rank_" in name else 0
+
+
+@contextmanager
+def disk_errors(step_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{step_dir} could not be saved: {error}; the step before it stands") from error
+
+
+def write_commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: Identity, manifests: list[str]) -> None:
+    """Last of a step's files: from here on it counts. `manifests` holds the sha256 of each rank's.
+
+    The folders above are made durable first: a file in a folder that a power cut takes back is no file.
+    """
+    for made in (step_dir, step_dir.parent, step_dir.parent.parent):
+        fsync(made.parent)
+    record = {
+        "format": "megagpt-checkpoint",
+        "version": VERSION,
+        "state": state.as_json(),
+        "mixture": mixture.as_json(),
+        "identity": asdict(identity),
+        "manifests": manifests,
+    }
+    write_atomically(step_dir / COMMIT, json.dumps(record | {"sha256": _digest(record)}, indent=1).encode())
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _record_of(step_dir: Path) -> dict[str, Any] | None:
+    """The commit record, if it is what was written."""
+    try:
+        record: dict[str, Any] = json.loads((step_dir / COMMIT).read_bytes())
+        return record if record.pop("sha256") == _digest(record) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def damage_of(step_dir: Path, rank: int, *, every: int | None = None, hashes: bool = True) -> str | None:
+    """What is wrong with the files of one rank, or None; without `hashes`, only their sizes are compared.
+
+    With `every`, of every so-many-th of the ranks that saved, from `rank` on: of all of them with 0 and 1.
+    """
+    try:
+        if (record := _record_of(step_dir)) is None:
+            return f"{step_dir / COMMIT} was changed"
+        manifests, ranks = record["manifests"], record["identity"]["world_size"]
+        if len(manifests) != ranks:
+            return f"{step_dir} has the files of {len(manifests)} ranks, not of {ranks}"
+        for r in range(len(manifests))[rank :: every or len(manifests)]:
+            manifest = step_dir / f"manifest.{r}.json"
+            if sha256_of(manifest) != manifests[r]:
+                return f"{manifest} was changed"
+            for name, info in json.loads(manifest.read_bytes()).items():
+                if leads_out(step_dir, name):
+                    return f"{manifest} names {name!r}, which leads out of its folder"
+                path = step_dir / name
+                if path.stat().st_size != info["bytes"] or (hashes and sha256_of(path) != info["sha256"]):
+                    return f"{path} is damaged"
+    except FileNotFoundError as error:
+        return f"{error.filename} is missing"
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{step_dir / COMMIT} is damaged"
+    return None
+
+
+def point_to(out_dir: Path, step_dir: Path, state: TrainState) -> None:
+    """The hints: the step just saved, and the best of the committed ones, early stopping's own if it was saved."""
+    _hint(folder(out_dir) / "latest", step_dir)
+    _hint(out_dir / "committed", step_dir)
+    best_dir = step_folder(out_dir, state.stopper.best_step)
+    if (best_dir / COMMIT).is_file():
+        _hint(folder(out_dir) / "best", best_dir)
+    elif by_loss := _by_loss(committed(out_dir)):
+        _hint(folder(out_dir) / "best", by_loss[0])
+
+
+def _hint(hint: Path, step_dir: Path) -> None:
+    write_atomically(hint, step_dir.name.encode() + b"\n")
+
+
+def _by_loss(steps: list[Path]) -> list[Path]:
+    """Those whose validation loss is known, the lowest first."""
+    records = {path: _record_of(path) for path in steps}
+    losses = {path: record["state"]["val_loss"] for path, record in records.items() if record is not None}
+    return sorted((path for path in losses if losses[path] is not None), key=lambda path: losses[path])
+
+
+def superseded(out_dir: Path, keep: KeepConfig) -> list[Path]:
+    """The committed steps that nothing keeps, oldest first."""
+    steps, named = committed(out_dir), best(out_dir)
+    ranked = [named, *(path for path in _by_loss(steps) if path != named)] if named else _by_loss(steps)
+    stay = {*steps[-keep.last :], *ranked[: keep.best]}
+    if keep.every:
+        stay |= {path for path in steps if int(path.name.removeprefix("step_")) % keep.every == 0}
+    return [path for path in steps if path not in stay]
+
+
+def prune(out_dir: Path, keep: KeepConfig) -> None:
+    """Remove what nothing keeps, and what attempts left that died while they saved or removed."""
+    for step_dir in superseded(out_dir, keep):
+        remove(step_dir)
+    for step_dir in folder(out_dir).glob("step_*"):
+        if not (step_dir / COMMIT).is_file():
+            remove(step_dir)
+
+
+def put_aside(damaged: list[Path]) -> None:
+    """Damaged steps keep their files for a look, but no longer count among the newest."""
+    for step_dir in damaged:
+        free = (step_dir.with_name(f"damaged{n}_{step_dir.name}") for n in count(1))
+        step_dir.rename(next(path for path in free if not path.exists()))
+        fsync(step_dir.parent)
+
+
+def remove(step_dir: Path) -> None:
+    (step_dir / COMMIT).unlink(missing_ok=True)  # first, so that a half-removed folder is no checkpoint
+    fsync(step_dir)
+    shutil.rmtree(step_dir)

@@ -1,0 +1,55 @@
+"""The samples of a run, from its folder alone and without its engine. Free of torch, as data/training_set.py is."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from megagpt.checkpoint.commit import Saved, newest_record
+from megagpt.config.schema import MegaGPTConfig
+from megagpt.data.dataset import Dataset, open_dataset
+from megagpt.data.mixture import Mixture
+from megagpt.data.training_set import TrainData, open_datasets, plan_mixture, row_opener, source_of
+from megagpt.errors import UserError
+from megagpt.train_state import TrainState
+
+
+def open_run(out_dir: Path) -> TrainData:
+    """The samples that a run has drawn and would draw next, from its folder alone and without its engine.
+
+    Raises UserError if it is no run's folder, or the run file's data is not there.
+    """
+    file = out_dir / "run.json"
+    try:
+        raw = json.loads(file.read_bytes())
+        cfg, global_batch = MegaGPTConfig.model_validate(raw["megagpt"]), int(raw["train_batch_size"])
+    except FileNotFoundError:
+        raise UserError(f"{out_dir} is not the folder of a run: it has no run.json") from None
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise UserError(f"{file} is damaged or of another version: {error}") from error
+    return open_samples(cfg, global_batch, newest_record(out_dir))
+
+
+def open_samples(cfg: MegaGPTConfig, global_batch: int, saved: Saved | None) -> TrainData:
+    """All samples, past and to come, of a run that stands at a saved step or has yet to begin. Raises UserError."""
+    datasets = open_datasets([d.path for d in cfg.data.train])
+    open_rows = row_opener(cfg)
+    sources = [source_of(d, open_rows) for d in datasets]
+    history, state = (saved.mixture, saved.state) if saved else (Mixture(cfg.data.seed), TrainState())
+    mixture = plan_mixture(cfg, global_batch, sources, history, step=state.step, sample=state.samples_seen)
+    return TrainData(mixture, datasets, earlier=_earlier(mixture, datasets), open_variant=open_rows)
+
+
+def _earlier(mixture: Mixture, datasets: Sequence[Dataset]) -> list[Dataset]:
+    """Datasets that the run has left, as far as they still are what they were."""
+    found = []
+    for source in mixture.sources:
+        if all(source.fingerprint != dataset.fingerprint for dataset in datasets):
+            try:
+                dataset = open_dataset(Path(source.path))
+            except UserError:
+                continue
+            if dataset.fingerprint == source.fingerprint:
+                found.append(dataset)
+    return found

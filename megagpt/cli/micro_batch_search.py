@@ -1,0 +1,157 @@
+"""`megagpt plan RUN.json --probe`: the largest micro-batch, found by steps that are really taken.
+
+Each try is a launch of its own, so that running out of memory ends nothing but itself. The module is also the program
+of one rank in such a launch. Rows are random tokens: no data is read, and nothing is written to out_dir.
+"""
+
+import json
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from megagpt.cli.spawn_ranks import failure_of, on_ranks
+from megagpt.config.deepspeed import RunConfig, batch_plan
+from megagpt.config.run_file import load_run_config
+from megagpt.distributed.process_group import gather_objects, init_process_group, is_main, leave, together, world_size
+from megagpt.engine.build import build_engine
+from megagpt.engine.compilation import compiles
+from megagpt.engine.precision import fitting
+from megagpt.errors import UserError
+from megagpt.guards.out_of_memory import is_out_of_memory, memory_of
+from megagpt.model.loss import next_token_score
+
+OUT_OF_MEMORY = 3
+KILLED = -9  # by the kernel, when the machine's memory is at its end
+
+
+@dataclass(frozen=True)
+class Used:
+    """Bytes on the rank that used most: of the process on a CPU, reserved by the allocator on a GPU."""
+
+    peak: int
+    limit: int
+
+
+def probe(
+    run_file: Path,
+    overrides: Sequence[str],
+    candidates: Sequence[int],
+    vocab_size: int,
+    *,
+    ranks: int,
+    gib: float | None,
+) -> dict[int, Used | None]:
+    """The tries: micro-batch, of the rising candidates -> what it used, or None if that is more than there is.
+
+    `gib` limits each rank's memory; without it a GPU's own size does, or the rank's share of the machine.
+    Raises UserError if a launch fails otherwise.
+    """
+
+    def attempt(micro_batch: int) -> Used | None:
+        with TemporaryDirectory(prefix="probe_") as folder:
+            out = Path(folder) / "used.json"
+            given = [str(run_file), str(micro_batch), str(vocab_size), str(gib or 0.0), str(out), *overrides]
+            done = on_ranks(
+                ranks, __spec__.name, *given, f"megagpt.out_dir={folder}/run"
+            )  # what is compiled goes there
+            if done.returncode == 0:
+                return Used(**json.loads(out.read_text()))
+            if any(f"(exitcode: {code})" in done.stderr for code in (OUT_OF_MEMORY, KILLED)):
+                return None
+            raise failure_of(done)
+
+    return bisect(candidates, attempt)
+
+
+def probe_report(tries: dict[int, Used | None], run: RunConfig) -> str:
+    """What fits, the tries, and the keys to set."""
+    used = {n: one for n, one in tries.items() if one is not None}
+    told = [f"{n}: " + (f"{used[n].peak / 2**30:.2f} GiB" if n in used else "out of memory") for n in sorted(tries)]
+    if not used:
+        return f"Not even micro-batch {min(tries)} fits; tried {', '.join(told)}"
+    best, ds = max(used), run.deepspeed
+    follows = "" if ds.gradient_accumulation_steps is None else " gradient_accumulation_steps=null"
+    return (
+        f"Micro-batch {best} is the largest that divides the global batch of {ds.train_batch_size} and fits: "
+        f"{used[best].peak / 2**30:.2f} of {used[best].limit / 2**30:.2f} GiB on the rank that used most "
+        f"(tried {', '.join(told)})\n  train_micro_batch_size_per_gpu={best}{follows}"
+    )
+
+
+def bisect(candidates: Sequence[int], attempt: Callable[[int], Used | None]) -> dict[int, Used | None]:
+    """Attempts until the largest candidate that fits is among them; what fits is taken to fit when smaller too."""
+    tries: dict[int, Used | None] = {}
+    low, high = 0, len(candidates)  # those before low fit, those from high do not
+    while low < high:
+        middle = (low + high) // 2
+        tries[candidates[middle]] = used = attempt(candidates[middle])
+        low, high = (middle + 1, high) if used else (low, middle)
+    return tries
+
+
+def _two_steps(run: RunConfig, vocab_size: int, limit: int, device: torch.device) -> Used:
+    """As training takes them, Adam's moments there in the second, with at most two micro-batches each."""
+    batch = batch_plan(run.deepspeed, world_size())
+    batch = replace(batch, accumulation=min(2, batch.accumulation))
+    batch = replace(batch, global_batch=batch.micro_batch * batch.accumulation * batch.replicas)
+    raw = {**run.deepspeed_raw, "train_batch_size": batch.global_batch}
+    del raw["gradient_accumulation_steps"]  # null; filled anew
+    cfg, compiled = run.megagpt, compiles(run.megagpt.compile, device)
+    engine = build_engine(replace(run, deepspeed_raw=raw), batch, vocab_size, device, compiled=compiled)
+    shape = (batch.micro_batch, cfg.seq_len // batch.sequence_parallel_size)
+    for _ in range(2 * batch.accumulation):
+        inputs, targets = (torch.randint(0, vocab_size, shape, device=device) for _ in range(2))
+        documents = None
+        if cfg.packing.masked:
+            documents = torch.zeros(batch.micro_batch, cfg.seq_len, dtype=torch.int32, device=device)
+        score = next_token_score(
+            targets,
+            label_smoothing=cfg.regularization.label_smoothing,
+            z_loss=cfg.regularization.z_loss,
+            compiled=compiled,
+        )
+        engine.backward(engine(inputs, documents=documents, score=score))
+        engine.step()
+    if device.type == "cuda":
+        return Used(torch.cuda.max_memory_reserved(device), limit)
+    return Used(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, limit)
+
+
+def _limit_memory(limit: int, device: torch.device) -> None:
+    """So that a try fails by itself before the machine is out of memory, or where another one would be."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / memory_of(device)), device)
+    else:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _one_rank(run_file: str, micro_batch: str, vocab_size: str, gib: str, out: str, *overrides: str) -> int:
+    try:
+        device = init_process_group()
+        changed = [*overrides, f"train_micro_batch_size_per_gpu={micro_batch}", "gradient_accumulation_steps=null"]
+        run = fitting(together(lambda: load_run_config(Path(run_file), changed)), device)
+        limit = int(float(gib) * 2**30) or memory_of(device)
+        _limit_memory(limit, device)
+        used = gather_objects(_two_steps(run, int(vocab_size), limit, device))
+    except UserError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return OUT_OF_MEMORY
+    if is_main():
+        most = max(used, key=lambda one: one.peak)
+        Path(out).write_text(json.dumps({"peak": most.peak, "limit": most.limit}))
+    leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_one_rank(*sys.argv[1:]))

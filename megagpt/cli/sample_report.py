@@ -1,0 +1,57 @@
+"""What the next samples of a run draw, for `launch/pretrain.py --sample-report`: from the data and COMMIT alone."""
+
+from megagpt.checkpoint.commit import newest_record
+from megagpt.checkpoint.run_samples import open_samples
+from megagpt.config.deepspeed import RunConfig
+from megagpt.data.training_set import TrainData
+from megagpt.errors import UserError
+from megagpt.train_state import TrainState
+
+SHOWN = 8  # samples listed one by one
+
+
+def sample_report(run: RunConfig, n: int, *, fresh: bool = False) -> str:
+    """Of the n samples that come next in this run, or first in a fresh one. Raises UserError as training would."""
+    cfg = run.megagpt
+    saved = None if fresh else newest_record(cfg.out_dir)
+    if saved and saved.mixture.seed != cfg.data.seed:
+        raise UserError(
+            f"{saved.step_dir} was saved with data.seed={saved.mixture.seed}, and this run has {cfg.data.seed}; start "
+            "it as it was, or give --fresh to see a new run's samples"
+        )
+    data = open_samples(cfg, run.deepspeed.train_batch_size, saved)
+    state = saved.state if saved else TrainState()
+    first = state.samples_seen
+    begins = f"goes on from {saved.step_dir}" if saved else "starts at step 0"
+    lines = [
+        f"{cfg.out_dir} {begins}; its next {n:,} samples are {first:,} to {first + n - 1:,}, "
+        f"{n / run.deepspeed.train_batch_size:,.1f} steps, {n * cfg.seq_len:,} tokens in samples of {cfg.seq_len}:"
+    ]
+    return "\n".join([*lines, *_by_dataset(data, first, n, cfg.seq_len), *_one_by_one(data, first, min(n, SHOWN))])
+
+
+def _by_dataset(data: TrainData, first: int, n: int, seq_len: int) -> list[str]:
+    sampler, numbers = data.mixture.sampler(first), {s.fingerprint: k for k, s in enumerate(data.mixture.sources)}
+    before, after = sampler.turns(first), sampler.turns(first + n)
+    epochs = zip(data.epochs(first), data.epochs(first + n), strict=True)
+    lines = [f"  {'samples':>12} {'tokens':>16} {'share':>8}  {'epochs':20} dataset"]
+    for dataset, (begin, end) in zip(data.datasets, epochs, strict=True):
+        k = numbers[dataset.fingerprint]
+        samples = after[k] - before[k]
+        lines.append(
+            f"  {samples:>12,} {samples * seq_len:>16,} {samples / n:>8.2%}  {f'{begin:.4f} to {end:.4f}':20} "
+            f"{dataset.path}"
+        )
+    return lines
+
+
+def _one_by_one(data: TrainData, first: int, n: int) -> list[str]:
+    """Where each of the first n samples lies; one made of several stretches has a line for each."""
+    lines = []
+    for sample in range(first, first + n):
+        for piece in data.pieces(sample):
+            lines.append(
+                f"  sample {sample:,}: {piece.dataset.path} variant {piece.variant}, epoch {piece.epoch}, "
+                f"tokens {piece.start:,} to {piece.start + len(piece.tokens) - 1:,} of its train split"
+            )
+    return lines

@@ -1,0 +1,153 @@
+"""launch/slurm/pretrain.sbatch for one run on one cluster: its partition, its nodes, and a signal in time to save."""
+
+import json
+import re
+import shlex
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from megagpt.config.deepspeed import RunConfig, batch_plan
+from megagpt.config.run_file import load_run_config
+from megagpt.errors import UserError
+from megagpt.lint.linter import refuse
+
+SCRIPT = Path("launch/slurm/pretrain.sbatch")
+LEAD_SECONDS = 300  # before the time limit, where the run has not shown yet how long it needs
+BEFORE_THE_END = {"seconds/eval": 1, "seconds/sample": 1, "seconds/save": 1, "seconds/write": 2}
+# what a stop may have to wait for, how many times: a write beside training is in flight, and its own follows
+VALUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:/@%+=&|*()\[\]-]*")  # an #SBATCH line ends at a blank, and has no quotes
+OPTION = re.compile(r"[a-z][a-z-]*")
+CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+def batch_script(
+    run_file: Path,
+    overrides: Sequence[str],
+    *,
+    nodes: int,
+    gpus_per_node: int,
+    time: str,
+    more: Mapping[str, str],
+    sweep: Path | None = None,
+    container: str | None = None,
+    fresh: bool = False,
+) -> str:
+    """What to give to sbatch for this run, or for an array with a task for each line of `sweep`.
+
+    `more` are other options of sbatch. Raises UserError for a run that cannot be trained on so many ranks, and for a
+    value that sbatch or a shell would read as more than that.
+    """
+    if not SCRIPT.is_file():
+        raise UserError(f"{SCRIPT} is not here; go to the checkout's folder, in which the job starts too")
+    runs = [load_run_config(run_file, overrides)] if sweep is None else list(_swept(run_file, overrides, sweep))
+    for run in runs:
+        refuse(run)
+        batch_plan(run.deepspeed, nodes * gpus_per_node)
+    options = {
+        "nodes": str(nodes),
+        "ntasks-per-node": str(gpus_per_node),
+        "gpus-per-node": str(gpus_per_node),
+        "time": time,
+        "signal": f"USR1@{lead_seconds(runs, limit_seconds(time))}",
+    }
+    arguments = [str(run_file), *(["--fresh"] if fresh else []), *overrides]
+    if sweep is not None:
+        options["array"] = f"1-{len(runs)}"
+        arguments += ["--sweep", str(sweep)]
+    for name in options.keys() & more.keys():
+        raise UserError(f"--sbatch {name}={more[name]}: megagpt slurm sets {name}={options[name]} by its own options")
+    return _render(SCRIPT.read_text(), options | dict(more), arguments, container)
+
+
+def _swept(run_file: Path, overrides: Sequence[str], sweep: Path) -> Iterable[RunConfig]:
+    try:
+        lines = sweep.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--sweep {sweep} cannot be read: {error}") from error
+    if not lines:
+        raise UserError(f"--sweep {sweep} is empty; write one line of key.path=value words for each task")
+    line_of: dict[Path, int] = {}
+    for n, line in enumerate(lines, start=1):
+        try:
+            run = load_run_config(run_file, [*overrides, *line.split()])
+        except UserError as error:
+            raise UserError(f"{sweep}, line {n}: {error}") from error
+        out_dir = run.megagpt.out_dir
+        if "megagpt.out_dir=" not in line or out_dir in line_of:
+            seen = f"as line {line_of[out_dir]}" if out_dir in line_of else "as the run file"
+            raise UserError(f"{sweep}, line {n}: the same megagpt.out_dir={out_dir} {seen}; give each task its own")
+        line_of[out_dir] = n
+        yield run
+
+
+def limit_seconds(text: str) -> int:
+    """A time as sbatch takes it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises UserError for anything else."""
+    found = CLOCK.fullmatch(text)
+    if found is None:
+        raise UserError(f"--time {text} is none of minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S; such as 12:00:00")
+    days, *rest = found.groups()
+    parts = [int(part) for part in rest if part is not None]
+    units = (3600, 60, 1) if days is not None or len(parts) == 3 else (60, 1)
+    seconds = int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+    if seconds < 60:
+        raise UserError(f"--time {text} is less than a minute, the least that Slurm counts")
+    return seconds
+
+
+def lead_seconds(runs: Sequence[RunConfig], limit: int) -> int:
+    """How long before its time limit a run is to be signaled: twice what evaluating, sampling and saving took at most.
+
+    Raises UserError if that is more than half of the limit.
+    """
+    slowest = max(runs, key=_slowest).megagpt.out_dir
+    learned = round(2 * max(map(_slowest, runs)))
+    if learned > limit / 2:
+        raise UserError(
+            f"evaluating, sampling and saving took {learned / 2:.0f} s in {slowest}, so the signal would have to come "
+            f"{learned} s before the end of {limit} s; give --time {-(-2 * learned // 60)} (minutes) or more"
+        )
+    return max(learned, min(LEAD_SECONDS, limit // 4))
+
+
+def _slowest(run: RunConfig) -> float:
+    """Seconds from a signal to the end of the save, as metrics.jsonl knows them; 0 if it knows none."""
+    file = run.megagpt.out_dir / "metrics.jsonl"
+    slowest = dict.fromkeys(BEFORE_THE_END, 0.0)
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:  # a last row cut in half
+            continue
+        slowest = {name: max(seconds, row.get(name, 0.0)) for name, seconds in slowest.items()}
+    return sum(times * slowest[name] for name, times in BEFORE_THE_END.items())
+
+
+def _render(text: str, options: Mapping[str, str], arguments: Sequence[str], container: str | None) -> str:
+    """The script with these options of sbatch in the place of its own, and the run's arguments in it."""
+    for name, value in options.items():
+        if not OPTION.fullmatch(name) or not VALUE.fullmatch(value):
+            raise UserError(f"--{name}={value!r} is no option of sbatch in one word of letters, digits and signs")
+        line = f"#SBATCH --{name}={value}"
+        text, n = re.subn(rf"^#SBATCH --{name}=.*$", line, text, flags=re.M)
+        if n == 0:
+            text = text.replace("\nset -uo pipefail\n", f"\n{line}\nset -uo pipefail\n", 1)
+    text = text.replace("\nrun_file=", f'\nset -- {shlex.join(arguments)} "$@"\nrun_file=', 1)
+    if container is not None:
+        try:
+            python = shlex.join([*shlex.split(container), "python"])
+        except ValueError as error:
+            raise UserError(f"--container {container!r}: {error}; write what stands before python") from error
+        text = re.sub(r"^python=.*$", lambda _: f"python=({python})", text, flags=re.M)
+    return text
+
+
+def submit(script: str) -> str:
+    """Hand it to sbatch; returns what that says. Raises UserError if it refuses."""
+    try:
+        done = subprocess.run(["sbatch"], input=script, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise UserError("there is no sbatch here; --dry-run prints the script, to be taken to where it is") from error
+    if done.returncode:
+        raise UserError(f"sbatch refused the script: {done.stderr.strip()}")
+    return done.stdout.strip()

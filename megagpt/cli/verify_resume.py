@@ -1,0 +1,164 @@
+"""`megagpt verify-resume RUN.json`: does this run go on to the last bit? A few of its steps straight, and cut in two.
+
+Every stretch is a launch of its own, as after a real stop, and all write to the same folder, so that even paths agree.
+The second may have other ranks or other keys of the run file: then samples, rates and steps are held to be the same,
+and losses to lie within a band. The module is also the program of one rank in such a launch.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megagpt.checkpoint.commit import committed, damage_of, read_commit
+from megagpt.cli.spawn_ranks import failure_of, on_ranks
+from megagpt.config.run_file import load_run_config
+from megagpt.distributed.process_group import init_process_group, is_main, leave, together
+from megagpt.engine.precision import fitting
+from megagpt.engine.safe_pickle import load_checked
+from megagpt.errors import UserError
+from megagpt.train.trainer import train
+
+WITHIN = {"fp32": 1e-4, "bf16": 2**-7, "fp16": 2**-7}  # nats: other ranks add in another order, 16 bits round besides
+FOLLOW = ("perplexity", "bits_per_byte", "grad_norm")  # from weights or losses that may differ by so much
+WALL_CLOCK = ("tokens_per_sec", "memory_gib", "mfu", "hfu", "seconds/", "cluster/")
+
+
+def verify_resume(
+    run_file: Path,
+    overrides: Sequence[str],
+    folder: Path,
+    *,
+    ranks: int,
+    steps: int,
+    then_ranks: int,
+    then: Sequence[str],
+) -> tuple[list[str], str]:
+    """What differs between `steps` steps straight and the same cut in the middle; and what they were held to be.
+
+    The run file is the user's, schedule and all; only out_dir, cadences and how much is validated on are replaced. If
+    the second half goes on with other ranks or other keys (`then`), dropout, which every rank draws for itself, is off.
+    Raises UserError if a launch fails.
+    """
+    out_dir, straight = folder / "run", folder / "straight"
+    reshaped = then_ranks != ranks or bool(then)
+    ours = [
+        *overrides,
+        f"megagpt.out_dir={out_dir}",
+        'megagpt.every={"log": 1, "eval": 1, "save": 0}',
+        'megagpt.keep={"last": 2}',
+        "megagpt.early_stopping.restore_best=false",
+        *(["megagpt.regularization.dropout=0.0"] if reshaped else []),
+    ]
+    _launch(run_file, ours, ranks, stop_at=steps)
+    out_dir.rename(straight)
+    _launch(run_file, ours, ranks, stop_at=steps // 2)
+    _launch(run_file, [*ours, *then], then_ranks, stop_at=steps)
+    if not reshaped:
+        return list(what_differs(straight, out_dir)), "the same to the last bit"
+    dtypes = [read_commit(committed(run)[-1]).identity.dtype for run in (straight, out_dir)]
+    within = max(WITHIN[dtype] for dtype in dtypes)
+    differ = [*_metrics_that_differ(straight, out_dir, within), *_position_that_differs(straight, out_dir)]
+    return differ, f"the same samples, rates and steps, and losses within {within:.1g} nats"
+
+
+def _launch(run_file: Path, overrides: Sequence[str], ranks: int, *, stop_at: int) -> None:
+    done = on_ranks(ranks, __spec__.name, str(run_file), str(stop_at), *overrides)
+    if done.returncode:
+        raise failure_of(done)
+
+
+def what_differs(straight: Path, cut: Path) -> Iterator[str]:
+    """A line for every difference between two runs' metrics and last steps."""
+    yield from _metrics_that_differ(straight, cut, 0.0)
+    yield from _state_that_differs(straight, cut)
+
+
+def _metrics_that_differ(straight: Path, cut: Path, within: float) -> Iterator[str]:
+    """To the last bit; with `within`, losses may differ by so much, and what follows from them is left out."""
+    expected, found = ({(r["step"], k): v for r in _rows(run) for k, v in r.items()} for run in (straight, cut))
+    for step, name in sorted(expected.keys() | found.keys()):
+        before, after = expected.get((step, name), math.nan), found.get((step, name), math.nan)
+        if name.startswith(WALL_CLOCK) or before == after or (within and name in FOLLOW):
+            continue
+        if not (name.startswith("loss/") and abs(before - after) <= within):
+            yield f"{name} at step {step}: {before} straight, {after} resumed"
+
+
+def _position_that_differs(straight: Path, cut: Path) -> Iterator[str]:
+    """In the steps and the samples; how these are drawn is in the mixture."""
+    before, after = committed(straight)[-1], committed(cut)[-1]
+    one, two = (read_commit(step) for step in (before, after))
+    for name in ("step", "samples_seen", "tokens_seen"):
+        if getattr(one.state, name) != getattr(two.state, name):
+            yield f"{name}: {getattr(one.state, name)} straight, {getattr(two.state, name)} resumed"
+    if one.mixture != two.mixture:
+        yield f"the mixture: {one.mixture} straight, {two.mixture} resumed"
+    yield from _damage(before, after)
+
+
+def _damage(*steps: Path) -> Iterator[str]:
+    yield from filter(None, (damage_of(step, 0, every=1) for step in steps))
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _state_that_differs(straight: Path, cut: Path) -> Iterator[str]:
+    """Of the last steps' files, with what their commit records say; a pickle is compared by the tensors in it."""
+    before, after = committed(straight)[-1], committed(cut)[-1]
+    one, two = read_commit(before), read_commit(after)
+    if (one.state, one.mixture, one.identity) != (two.state, two.mixture, two.identity):
+        yield f"the commit records: {one.state} straight, {two.state} resumed"
+    names = sorted({path.name for step in (before, after) for path in step.iterdir()})
+    for name in names:
+        a, b = before / name, after / name
+        if name == "COMMIT" or name.startswith("manifest."):
+            continue  # hashes of the rest
+        if not (a.is_file() and b.is_file()):
+            yield f"{name} is in one of the two alone"
+        elif a.read_bytes() != b.read_bytes() and not (name.endswith(".pt") and same(load_checked(a), load_checked(b))):
+            yield f"{name} differs"
+    yield from _damage(before, after)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal to the last bit, in every tensor and number at any depth; a NaN is the same as a NaN."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        raw = (x.detach().contiguous().flatten().view(torch.uint8) for x in (a, b))
+        return torch.equal(*raw) if a.numel() else True
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float):
+        return a == b or (math.isnan(a) and math.isnan(b))
+    if hasattr(a, "__dict__"):
+        return same(vars(a), vars(b))
+    return bool(a == b)
+
+
+def _one_rank(run_file: str, stop_at: str, *overrides: str) -> int:
+    try:
+        device = init_process_group()
+        run = fitting(together(lambda: load_run_config(Path(run_file), overrides)), device)
+        train(run, device, stop_at=int(stop_at))
+    except UserError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_one_rank(*sys.argv[1:]))

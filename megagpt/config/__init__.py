@@ -1,0 +1,1 @@
+"""The run file: its schema, DeepSpeed's keys, batch arithmetic and parsing."""

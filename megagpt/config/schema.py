@@ -1,0 +1,302 @@
+"""What the "megagpt" section of a run file may say: frozen pydantic models, one for each part.
+
+`run_file.py` turns a JSON file into a `RunConfig`; past that door nothing is checked again.
+"""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    """Frozen, and a misspelt key is an error rather than a silent default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Strict):
+    """GPT-2's sizes. The vocabulary comes from the data's tokenizer, padded to a multiple of 128."""
+
+    n_layer: int = Field(default=12, gt=0)
+    n_head: int = Field(default=12, gt=0)
+    n_embd: int = Field(default=768, gt=0)
+    seq_len: int = Field(default=1024, gt=0, description="positions that the model has")
+    attention: Literal["sdpa", "eager"] = "sdpa"
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
+                f"set n_embd to {round(self.n_embd / self.n_head) * self.n_head or self.n_head}"
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+
+class WeightedDataset(Strict):
+    path: Path
+    weight: float = Field(default=1.0, gt=0.0, description="share of the samples, relative to the other weights")
+
+
+class DataConfig(Strict):
+    train: tuple[WeightedDataset, ...] = Field(min_length=1)
+    val: Path
+    val_tokens: int | None = Field(default=None, gt=0, description="validate on the first so many; null: all")
+    seed: int = Field(default=1234, ge=0, description="order of the training samples")
+    seq_len: int | None = Field(default=None, gt=0, description="tokens per training example; null: model.seq_len")
+
+
+class ScheduleConfig(Strict):
+    """Learning rate over steps, as a factor on the peak rate (`optimizer.params.lr`)."""
+
+    max_steps: int = Field(gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    shape: Literal["cosine", "linear", "constant", "warmup-stable-decay"] = "cosine"
+    min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    decay_steps: int | None = Field(default=None, gt=0, description="last steps, for warmup-stable-decay alone")
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if (self.decay_steps is not None) != (self.shape == "warmup-stable-decay"):
+            raise ValueError(
+                f"decay_steps={self.decay_steps} with shape={self.shape!r}; decay_steps is needed by "
+                "'warmup-stable-decay' and has no effect on the other shapes"
+            )
+        if self.warmup_steps + (self.decay_steps or 0) > self.max_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} + decay_steps={self.decay_steps or 0} "
+                f"exceed max_steps={self.max_steps}"
+            )
+        return self
+
+
+class RegularizationConfig(Strict):
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="on embeddings, attention and residuals")
+    weight_decay_on: Literal["matrices", "all"] = "matrices"
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    z_loss: float = Field(default=0.0, ge=0.0, description="weight of the squared log partition function")
+
+
+class EarlyStoppingConfig(Strict):
+    """Stop when the validation loss has not fallen by min_delta for `patience` evaluations in a row."""
+
+    monitor: Literal["loss/val"] = "loss/val"
+    patience: int = Field(default=0, ge=0, description="0: never stop early")
+    min_delta: float = Field(default=0.0, ge=0.0, description="nats per token")
+    min_steps: int = Field(default=0, ge=0, description="evaluations before this step use up no patience")
+    restore_best: bool = Field(default=True, description="save at every improvement; end with those weights")
+
+
+class EveryConfig(Strict):
+    """Cadences, in optimizer steps. 0 switches the action off (the last step always evaluates and saves)."""
+
+    log: int = Field(default=10, ge=0)
+    eval: int = Field(default=250, ge=0)
+    save: int = Field(default=1000, ge=0)
+    sample: int = Field(default=0, ge=0)
+
+
+class KeepConfig(Strict):
+    """Which checkpoints stay when a newer one is committed: a step that any of these keeps."""
+
+    last: int = Field(default=2, ge=2, description="the newest so many; the two newest are verified before others go")
+    every: int = Field(default=0, ge=0, description="those at multiples of so many steps, for good; 0: none")
+    best: int = Field(default=1, ge=1, description="so many of the lowest validation loss")
+
+
+class SampleConfig(Strict):
+    """The texts that `every.sample` generates for people to read."""
+
+    prompts: tuple[str, ...] = ("\n",)
+    max_tokens: int = Field(default=128, gt=0)
+    temperature: float = Field(default=0.8, ge=0.0)
+    top_k: int = Field(default=50, ge=0, description="0: all of the vocabulary")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+
+
+class RecomputeConfig(Strict):
+    """Activation checkpointing: what blocks forget after their forward pass and compute again in backward."""
+
+    policy: Literal["none", "selective", "every_k", "full", "budget"] = Field(
+        default="none",
+        description="keep all; recompute all but attention and every second matrix product; every k-th block; every "
+        "block; what the compiler chooses",
+    )
+    k: int | None = Field(default=None, gt=1, description="every_k: blocks 0, k, 2k, ... are recomputed")
+    budget: float | None = Field(default=None, ge=0.0, lt=1.0, description="budget: share of the activations kept")
+    kind: Literal["torch", "deepspeed"] = "torch"
+    offload: bool = Field(default=False, description="what is kept of the blocks waits in host memory")
+
+    @model_validator(mode="after")
+    def _each_goes_with_its_policy(self) -> Self:
+        if (self.k is not None) != (self.policy == "every_k"):
+            raise ValueError(f"k={self.k} with policy={self.policy!r}; k is needed by 'every_k' and by nothing else")
+        if (self.budget is not None) != (self.policy == "budget"):
+            raise ValueError(
+                f"budget={self.budget} with policy={self.policy!r}; budget, a share such as 0.5, is needed by 'budget' "
+                "and by nothing else"
+            )
+        if self.kind == "deepspeed" and self.policy in ("selective", "budget"):
+            raise ValueError(
+                f"kind='deepspeed' with policy={self.policy!r}; DeepSpeed recomputes whole blocks, leave kind out"
+            )
+        if self.offload and self.kind == "deepspeed":
+            raise ValueError("offload is for kind='torch'; DeepSpeed's is activation_checkpointing.cpu_checkpointing")
+        if self.offload and self.policy in ("selective", "budget"):
+            raise ValueError(
+                f"offload with policy={self.policy!r}, whose kept tensors stay on the device; use it with 'full', "
+                "'every_k' or 'none'"
+            )
+        return self
+
+    def n_blocks(self, n_layer: int) -> int:
+        """How many of the model's blocks compute something again."""
+        return 0 if self.policy in ("none", "budget") else -(-n_layer // (self.k or 1))
+
+
+class FimConfig(Strict):
+    """Fill-in-the-middle (Bavarian et al. 2022): part of a sample is cut in three, the middle put last."""
+
+    rate: float = Field(default=0.0, ge=0.0, le=1.0, description="share of the documents' parts that it acts on")
+    spm_rate: float = Field(default=0.5, ge=0.0, le=1.0, description="of those: suffix before prefix")
+    pieces: tuple[str, str, str] | None = Field(
+        default=None,
+        description="the tokenizer's pieces for prefix, suffix and middle; null: ids that pad the vocabulary",
+    )
+
+
+class SpanCorruptionConfig(Strict):
+    """Spans of a document's part of a sample are replaced by sentinels and appended (Raffel et al. 2020)."""
+
+    rate: float = Field(default=0.0, ge=0.0, le=1.0, description="share of the documents' parts that it acts on")
+    density: float = Field(default=0.15, gt=0.0, le=0.5, description="share of their tokens in spans")
+    mean_span: float = Field(default=3.0, ge=1.0, description="tokens per span")
+    sentinels: int = Field(default=16, gt=0, description="ids that number the spans, in turn, without pieces")
+    pieces: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="the tokenizer's pieces for sentinels; null: ids that pad the vocabulary",
+    )
+
+
+class TokenDropoutConfig(Strict):
+    """Hide inputs, keep targets (Bowman et al. 2016, word dropout)."""
+
+    rate: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of the inputs")
+    piece: str = Field(default="<unk>", description="the tokenizer's piece that stands in for them")
+
+
+class GoldfishConfig(Strict):
+    """No loss on one token in k, chosen by the tokens before it (Hans et al. 2024): so no text is learned whole."""
+
+    k: int = Field(default=0, ge=0, description="drop one target in so many; 0: none")
+    context: int = Field(default=13, gt=0, description="tokens before a target that decide on it")
+
+    @model_validator(mode="after")
+    def _something_is_left_to_learn(self) -> Self:
+        if self.k == 1:
+            raise ValueError("k=1 would drop every target; set k to 2 or more, or to 0 for none")
+        return self
+
+
+class AugmentConfig(Strict):
+    """Changes to the training samples, each off by default; see data/augmentation.py for their order."""
+
+    fim: FimConfig = FimConfig()
+    span_corruption: SpanCorruptionConfig = SpanCorruptionConfig()
+    token_dropout: TokenDropoutConfig = TokenDropoutConfig()
+    goldfish: GoldfishConfig = GoldfishConfig()
+
+    @model_validator(mode="after")
+    def _one_rearrangement_for_each_part(self) -> Self:
+        if self.fim.rate + self.span_corruption.rate > 1.0:
+            raise ValueError(
+                f"fim.rate={self.fim.rate} + span_corruption.rate={self.span_corruption.rate} exceed 1: at most one "
+                "of them acts on a part of a sample; lower one"
+            )
+        return self
+
+
+class PackingConfig(Strict):
+    """How documents become samples of seq_len tokens."""
+
+    kind: Literal["concatenate", "concatenate-masked", "best-fit"] = Field(
+        default="concatenate",
+        description="windows of the stream; the same without attention across documents; whole documents, padded",
+    )
+
+    @property
+    def masked(self) -> bool:
+        """Attention stays inside each document, and positions begin anew in it."""
+        return self.kind != "concatenate"
+
+
+class SpikesConfig(Strict):
+    """A loss or gradient norm is a spike if sigma deviations above the last `window` steps: logarithms, by medians."""
+
+    action: Literal["none", "log", "skip", "roll back", "stop"] = "log"
+    window: int = Field(default=128, ge=8)
+    sigma: float = Field(default=6.0, gt=0.0)
+
+
+class GuardsConfig(Strict):
+    """What watches a run while it trains."""
+
+    max_bad_steps: int = Field(default=3, gt=0, description="stop after so many in a row that are not finite")
+    spikes: SpikesConfig = SpikesConfig()
+    compare_every: int = Field(default=1000, ge=0, description="steps between comparing weights over ranks; 0: never")
+    memory_growth_mib: float = Field(default=256.0, ge=0.0, description="say so if memory grows so fast; 0: never")
+    hang_timeout: float = Field(default=600.0, ge=0.0, description="seconds between two steps, then end; 0: never")
+
+
+class MegaGPTConfig(Strict):
+    """The "megagpt" section of a run file."""
+
+    out_dir: Path
+    seed: int = Field(default=1234, ge=0, description="initial weights and dropout")
+    model: ModelConfig
+    data: DataConfig
+    schedule: ScheduleConfig
+    regularization: RegularizationConfig = RegularizationConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    every: EveryConfig = EveryConfig()
+    keep: KeepConfig = KeepConfig()
+    save_async: bool = Field(
+        default=False, description="write checkpoints beside training, from a copy of each rank's state in host memory"
+    )
+    sample: SampleConfig = SampleConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    compile: bool | None = Field(default=None, description="torch.compile for each block; null: on CUDA alone")
+    augment: AugmentConfig = AugmentConfig()
+    packing: PackingConfig = PackingConfig()
+    guards: GuardsConfig = GuardsConfig()
+    time_limit_minutes: float | None = Field(default=None, gt=0, description="then save and exit with code 75")
+
+    @model_validator(mode="after")
+    def _examples_fit_the_model(self) -> Self:
+        if self.seq_len > self.model.seq_len:
+            raise ValueError(
+                f"data.seq_len={self.seq_len} is more than the model's positions, model.seq_len={self.model.seq_len}; "
+                "lower it, or begin a run with a longer model.seq_len"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_to_stay_is_saved(self) -> Self:
+        kept, saved = self.keep.every, self.every.save
+        if kept and (saved == 0 or kept % saved):
+            raise ValueError(
+                f"keep.every={kept} is not a multiple of every.save={saved}, so those steps are not saved; set "
+                f"keep.every to {max(saved, kept - kept % saved) if saved else 0}, or change every.save"
+            )
+        return self
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per training example: as many as the model has positions, or fewer."""
+        return self.data.seq_len or self.model.seq_len

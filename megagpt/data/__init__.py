@@ -1,0 +1,1 @@
+"""From shards on disk to micro-batches on the device."""

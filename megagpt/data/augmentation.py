@@ -1,0 +1,241 @@
+"""Augmentation while training: other rows of the same text, so that epochs differ and little is learned by heart.
+
+Each acts on a row of seq_len + 1 tokens, in this order:
+
+    1. goldfish          marks 1/k of the tokens as no targets, by what stands before them in the text
+    2. fim, or           a document's part of the row is rearranged: one draw for each such part decides which of the
+       span_corruption   two acts, or neither. Tokens keep their marks where they are moved to
+    3. token_dropout     hides inputs; the targets stay
+
+Goldfish depends on the text alone. The others draw from a Philox generator keyed by (data.seed, global sample number):
+a resumed run, or one on another number of ranks, sees the same rows. Validation never passes through here.
+
+Shapes: B micro_batch, T seq_len.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.random import Generator, Philox
+from numpy.typing import NDArray
+
+from megagpt.config.schema import AugmentConfig, GoldfishConfig, PackingConfig, SpanCorruptionConfig
+from megagpt.data.loss_mask import Rework, Row, Tokens, split, unmarked
+from megagpt.data.tokenizer import Tokenizer
+from megagpt.errors import UserError
+
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, as in Knuth's multiplicative hashing
+FIM_SENTINELS = 3  # prefix, suffix, middle
+SHORTEST = 8  # a document's part of fewer tokens, or with less room for it, stays as it is
+
+
+def rework_of(
+    cfg: AugmentConfig, packing: PackingConfig, tokenizer: Tokenizer, vocab_size: int, seed: int
+) -> Rework | None:
+    """What becomes of a micro-batch's rows, or None if they are windows of the stream and stay so.
+
+    vocab_size is the padded one. Raises UserError for sentinels that are not to be had.
+    """
+    if cfg.fim.rate or cfg.span_corruption.rate or cfg.token_dropout.rate:
+        fim_ids, span_ids = sentinels(cfg, tokenizer, vocab_size)
+        hidden = _piece_id(tokenizer, cfg.token_dropout.piece, "token_dropout.piece") if cfg.token_dropout.rate else 0
+        droppable = np.ones(vocab_size, dtype=np.bool_)
+        droppable[[tokenizer.eod_id, *fim_ids, *span_ids]] = False  # they say where documents and their parts begin
+        return Augment(cfg, seed, tokenizer.eod_id, fim_ids, span_ids, hidden, droppable)
+    if cfg.goldfish.k or packing.kind == "best-fit":
+        return lambda first, rows, targets: split(rows, targets)
+    return None
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Steps 2 and 3 on a micro-batch: a Rework."""
+
+    cfg: AugmentConfig
+    seed: int
+    eod_id: int
+    fim_ids: Sequence[int]
+    span_ids: Sequence[int]
+    hidden_id: int  # what a dropped input becomes
+    droppable: NDArray[np.bool_]  # (V,): whether an input may be
+
+    def __call__(self, first: int, rows: Row, targets: Row) -> None:
+        generators = [sample_generator(self.seed, first + i) for i in range(len(rows))]
+        if self.cfg.fim.rate or self.cfg.span_corruption.rate:
+            for row, rng in zip(rows, generators, strict=True):
+                row[:] = self._rearranged(row, rng)
+        split(rows, targets)
+        if self.cfg.token_dropout.rate:
+            for row, rng in zip(rows, generators, strict=True):
+                row[(rng.random(len(row)) < self.cfg.token_dropout.rate) & self.droppable[row]] = self.hidden_id
+
+    def _rearranged(self, row: Row, rng: Generator) -> Row:
+        """The row with some of its documents' parts rearranged; what the sentinels push out at its end is lost."""
+        ends = np.flatnonzero(unmarked(row) == self.eod_id) + 1
+        fim, spans = self.cfg.fim, self.cfg.span_corruption
+        parts: list[Row] = []
+        room = len(row)
+        for part in np.split(row, ends):
+            size = min(room, len(part))
+            draw = rng.random()
+            if size >= SHORTEST and draw < fim.rate:
+                part = fill_in_the_middle(part, room, self.eod_id, self.fim_ids, rng.random() < fim.spm_rate, rng)
+            elif size >= SHORTEST and draw < fim.rate + spans.rate:
+                part = corrupt_spans(part, room, self.eod_id, self.span_ids, spans, rng)
+            parts.append(part[:room])
+            room -= len(parts[-1])
+            if room == 0:
+                break
+        return np.concatenate(parts)
+
+
+def sample_generator(seed: int, sample: int) -> Generator:
+    """The random numbers of one global sample: a counter-based stream of its own (Salmon et al. 2011)."""
+    return Generator(Philox(key=seed, counter=[0, 0, sample, 0]))
+
+
+def fill_in_the_middle(part: Row, room: int, eod_id: int, ids: Sequence[int], spm: bool, rng: Generator) -> Row:
+    """Cut a document's part in three at random and put the middle last (Bavarian et al. 2022, sections 3 and 3.1).
+
+    PSM: <prefix> p <suffix> s <middle> m. SPM: <prefix> <suffix> s <middle> p m. An end of the document stays last.
+    Text that finds no room with the three sentinels is cut off before.
+    """
+    body, end = _without_end(part, eod_id)
+    text = body[: room - FIM_SENTINELS]
+    a, b = np.sort(rng.integers(0, len(text) + 1, size=2))
+    prefix, middle, suffix = np.split(text, [a, b])
+    prefix_id, suffix_id, middle_id = np.array(ids).reshape(FIM_SENTINELS, 1)
+    if spm:
+        return np.concatenate([prefix_id, suffix_id, suffix, middle_id, prefix, middle, end])
+    return np.concatenate([prefix_id, prefix, suffix_id, suffix, middle_id, middle, end])
+
+
+def corrupt_spans(
+    part: Row, room: int, eod_id: int, ids: Sequence[int], cfg: SpanCorruptionConfig, rng: Generator
+) -> Row:
+    """Replace spans by sentinels and append them, each behind its sentinel (Raffel et al. 2020, for a decoder).
+
+    a b c d e -> a <0> d <1> <0> b c <1> e. An end of the document stays last. Spans beyond the number of sentinels take
+    them in turn again: their order says which is which. Text that finds no room is cut off before.
+    """
+    body, end = _without_end(part, eod_id)
+    n = len(body)
+    if _corrupted_length(n, cfg) > room:  # the least text that fills it: a token or two of the last span go
+        shorter = range(room // 2, n)
+        n = room // 2 + bisect_left(shorter, room, key=lambda m: _corrupted_length(m, cfg))
+        end = end[:0]
+    n_noise, n_spans = _noise(n, cfg)
+    noise, kept = _lengths(n_noise, n_spans, rng), _lengths(n - n_noise, n_spans, rng)
+    is_noise = np.repeat(np.arange(2 * n_spans) % 2 == 1, np.stack([kept, noise], axis=1).ravel())
+    sentinel = np.resize(ids, n_spans)
+    text = np.insert(body[:n][~is_noise], np.cumsum(kept), sentinel)
+    spans = np.insert(body[:n][is_noise], np.cumsum(noise) - noise, sentinel)
+    return np.concatenate([text, spans, end])
+
+
+def goldfish_mask(tokens: Row, eod_id: int, cfg: GoldfishConfig) -> NDArray[np.bool_]:
+    """True where a token is not to be learned (Hans et al. 2024, section 3.1): one in k, by the h tokens before it.
+
+    The same text loses the same tokens wherever it stands. The first h of a document are all kept.
+    """
+    n, h = len(tokens), cfg.context
+    up, down = _powers(n + 1)
+    so_far = np.zeros(n + 1, dtype=np.uint64)  # a polynomial of the tokens before each place, modulo 2^64
+    np.cumsum(tokens.astype(np.uint64) * down[:n], out=so_far[1:])
+    hashed = so_far[:n].copy()
+    hashed[h:] -= so_far[: max(0, n - h)]  # of the last h of them alone,
+    hashed *= up[:n]  # wherever they stand
+    for shift in (32, 29):
+        hashed = (hashed ^ (hashed >> np.uint64(shift))) * MULTIPLIER
+    place = np.arange(n)
+    begin = np.zeros(n, dtype=np.int64)  # of each token's document, as far as it lies in here
+    begin[1:] = np.maximum.accumulate(np.where(tokens[:-1] == eod_id, place[1:], 0))
+    return (place - begin >= h) & ((hashed >> np.uint64(32)) % np.uint64(cfg.k) == 0)
+
+
+@lru_cache(maxsize=4)
+def _powers(n: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """MULTIPLIER^i and its inverse modulo 2^64, for i below n."""
+    up, down = np.full((2, n), 1, dtype=np.uint64)
+    up[1:], down[1:] = MULTIPLIER, pow(int(MULTIPLIER), -1, 2**64)
+    return np.cumprod(up), np.cumprod(down)
+
+
+class GoldfishTokens:
+    """A stream with the goldfish's tokens marked. It reads what stands before a window, so no window's edge matters."""
+
+    def __init__(self, stream: Tokens, eod_id: int, cfg: GoldfishConfig) -> None:
+        self._stream, self._eod_id, self._cfg = stream, eod_id, cfg
+        self.n_tokens = stream.n_tokens
+
+    def copy(self, start: int, out: Row) -> None:
+        before = min(self._cfg.context, start)
+        text = np.empty(before + len(out), dtype=np.int64)
+        self._stream.copy(start - before, text)
+        dropped = goldfish_mask(text, self._eod_id, self._cfg)[before:]
+        out[:] = np.where(dropped, ~text[before:], text[before:])
+
+    def open_all(self) -> None:
+        self._stream.open_all()
+
+
+def sentinels(cfg: AugmentConfig, tokenizer: Tokenizer, vocab_size: int) -> tuple[list[int], list[int]]:
+    """(fim's three ids, span corruption's): the named pieces of the tokenizer, or ids that only padding uses.
+
+    Without names fim has the first three free ids and span corruption the next, whether the other is on or off.
+    """
+    fim, spans = cfg.fim, cfg.span_corruption
+    first_free = tokenizer.vocab_size
+    fim_ids, span_ids = [], []
+    if fim.rate:
+        fim_ids = [_piece_id(tokenizer, piece, "fim.pieces") for piece in fim.pieces or ()]
+        fim_ids = fim_ids or list(range(first_free, first_free + FIM_SENTINELS))
+    if spans.rate:
+        span_ids = [_piece_id(tokenizer, piece, "span_corruption.pieces") for piece in spans.pieces or ()]
+        span_ids = span_ids or [first_free + FIM_SENTINELS + i for i in range(spans.sentinels)]
+    for key, ids in (("fim.pieces", fim_ids), ("span_corruption.pieces", span_ids)):
+        if len(set(ids)) < len(ids):
+            raise UserError(f"megagpt.augment.{key} names one piece twice; name different ones")
+    last = max([*fim_ids, *span_ids], default=0)
+    if last >= vocab_size:
+        raise UserError(
+            f"megagpt.augment needs {last + 1 - first_free} ids for sentinels, and the vocabulary of {first_free:,} "
+            f"pieces, padded to {vocab_size:,}, leaves {vocab_size - first_free} free; build the data with vocab_size="
+            f"{vocab_size - (last + 1 - first_free)} or less, or name control pieces of its tokenizer in "
+            "fim.pieces and span_corruption.pieces"
+        )
+    return fim_ids, span_ids
+
+
+def _piece_id(tokenizer: Tokenizer, piece: str, key: str) -> int:
+    found = tokenizer.piece_id(piece)
+    if found is None:
+        raise UserError(f"megagpt.augment.{key}: the tokenizer has no piece {piece!r}; name one that it has")
+    if found == tokenizer.eod_id:
+        raise UserError(f"megagpt.augment.{key}: {piece!r} is the end of a document; name another piece")
+    return found
+
+
+def _without_end(part: Row, eod_id: int) -> tuple[Row, Row]:
+    """A document's part, and apart from it the end of the document (nothing if it goes on)."""
+    at = len(part) - int(max(part[-1], ~part[-1]) == eod_id)
+    return part[:at], part[at:]
+
+
+def _noise(n: int, cfg: SpanCorruptionConfig) -> tuple[int, int]:
+    """How many of n tokens are noise, and in how many spans (T5's random_spans_noise_mask)."""
+    n_noise = min(max(round(n * cfg.density), 1), n - 1)
+    return n_noise, min(max(round(n_noise / cfg.mean_span), 1), n_noise, n - n_noise)
+
+
+def _corrupted_length(n: int, cfg: SpanCorruptionConfig) -> int:
+    return n + 2 * _noise(n, cfg)[1]
+
+
+def _lengths(total: int, n: int, rng: Generator) -> NDArray[np.int64]:
+    """`total` cut into n lengths of at least one, all ways equally likely."""
+    cuts = np.sort(rng.choice(total - 1, size=n - 1, replace=False)) + 1
+    return np.diff(cuts, prepend=0, append=total)

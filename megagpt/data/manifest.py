@@ -1,0 +1,138 @@
+"""manifest.json of a dataset: what it holds, hashed; written last, so that its absence means "unfinished"."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import ValidationError
+
+from megagpt.atomic_files import leads_out, write_atomically
+from megagpt.config.schema import Strict
+from megagpt.errors import UserError
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+FORMAT: Literal["megagpt-arrow"] = "megagpt-arrow"
+VERSION: Literal[1] = 1
+MANIFEST = "manifest.json"
+BUILD_DIR = ".build"  # temporary files of an unfinished build
+NOT_IN_FINGERPRINT = {"created", "tool", "report_sha256", "other_files", "fingerprint", "sha256"}
+
+
+class ShardInfo(Strict):
+    path: str  # below the dataset's folder, "/" between the parts
+    bytes: int  # of the file
+    documents: int
+    tokens: int
+    batches: int
+    sha256: str
+
+
+class Variant(Strict):
+    """One tokenization of a split's documents; epochs of training take them in turn."""
+
+    id: int
+    kind: Literal["canonical", "unigram-sampling", "bpe-dropout"]
+    tokens: int
+    shards: tuple[ShardInfo, ...]
+
+
+class SplitInfo(Strict):
+    documents: int
+    bytes: int  # of UTF-8 text: what bits per byte divides by
+    variants: tuple[Variant, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of the canonical variant, end-of-document tokens included."""
+        return self.variants[0].tokens
+
+
+class TokenizerInfo(Strict):
+    file: str
+    sha256: str
+    type: str
+    vocab_size: int
+    eod_id: int
+    normalizer: str
+    sample_sha256: str | None  # of the text it was trained on, if this build trained it
+
+
+class SourceInfo(Strict):
+    name: str
+    files: int
+    documents: int
+    bytes: int
+
+
+class Manifest(Strict):
+    format: Literal["megagpt-arrow"] = FORMAT
+    version: Literal[1] = VERSION
+    build_id: str
+    created: str
+    tool: str
+    tokenizer: TokenizerInfo
+    dtype: Literal["uint16", "uint32"]
+    splits: dict[Split, SplitInfo]
+    index_sha256: str
+    report_sha256: str
+    other_files: dict[str, str]  # path -> sha256: provenance, rejected documents, the report's page
+    sources: tuple[SourceInfo, ...]
+    input_sha256: str
+    pipeline: dict[str, Any]  # the build's configuration, every option resolved
+    fingerprint: str = ""  # of everything that decides what training sees
+    sha256: str = ""  # of this manifest without this key, as canonical JSON
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a finished dataset, if nobody has touched it since."""
+    file = path / MANIFEST
+    how = f"`python -m data_tools build --input PATH --out {path}`"
+    if not path.is_dir():
+        raise UserError(f"there is no dataset folder {path}; make it with {how}")
+    if not file.is_file():
+        unfinished = (path / BUILD_DIR).is_dir()
+        what = "is an unfinished build" if unfinished else "is not a dataset"
+        raise UserError(f"{path} {what}: it has no {MANIFEST}; {'run again' if unfinished else 'make one with'} {how}")
+    try:
+        content = file.read_bytes()
+        raw = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}); restore it or build the dataset again") from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise UserError(f"{file} is not the manifest of a megagpt dataset; make one with {how}")
+    if raw.get("version") != VERSION:
+        raise UserError(f"{file} has format version {raw.get('version')}, and this megagpt reads {VERSION}")
+    if raw.get("sha256") != _digest(raw, without={"sha256"}) or content != _as_written(raw):
+        raise UserError(f"{file} was edited or damaged: its sha256 is not its own; restore it or build again")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{file} is not a manifest this megagpt can read: {error}") from error
+
+
+def confined(folder: Path, relative: str) -> Path:
+    """A path that a manifest names, refused if it leads out of the folder."""
+    if leads_out(folder, relative):
+        raise UserError(f"{folder / MANIFEST} names {relative!r}, which leads out of its folder; do not use it")
+    return folder / relative
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Last of all files: from here on the dataset is finished."""
+    raw = manifest.model_dump(mode="json")
+    raw["fingerprint"] = _digest(raw, without=NOT_IN_FINGERPRINT)
+    raw["sha256"] = _digest(raw, without={"sha256"})
+    write_atomically(folder / MANIFEST, _as_written(raw))
+    return Manifest.model_validate(raw)
+
+
+def _as_written(raw: dict[str, Any]) -> bytes:
+    return json.dumps(raw, indent=1).encode() + b"\n"
+
+
+def _digest(raw: dict[str, Any], *, without: set[str]) -> str:
+    kept = {key: value for key, value in raw.items() if key not in without}
+    canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

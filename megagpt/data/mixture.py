@@ -1,0 +1,173 @@
+"""What a run draws its samples from, over all its changes: plain numbers that a checkpoint keeps.
+
+Datasets are numbered in the order in which the run first used them, and known by their fingerprint: their order in the
+run file does not matter, and one that was left out for a while goes on where it was when it comes back.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megagpt.data.sampler import PERIOD, Place, Sampler, Segment, shares_of
+from megagpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A training dataset: where it was last seen, and how many tokens each variant of its train split has."""
+
+    path: str
+    fingerprint: str
+    n_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The steps after first_step take global_batch samples each, beginning with first_sample."""
+
+    first_step: int
+    first_sample: int
+    global_batch: int
+
+
+Change = TypeVar("Change", Segment, Batches)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The datasets of a run, and its segments and batch sizes in order; without any before the run begins."""
+
+    seed: int
+    sources: tuple[Source, ...] = ()
+    segments: tuple[Segment, ...] = ()
+    batches: tuple[Batches, ...] = ()
+
+    def going_on(
+        self, wanted: Sequence[tuple[Source, float]], *, step: int, sample: int, seq_len: int, global_batch: int
+    ) -> "Mixture":
+        """As before up to `sample`, where `step` ended; from there on these datasets with these weights.
+
+        Raises UserError for a dataset that was built anew under its old path, is listed twice, is too short, or has a
+        weight too small to be dealt out.
+        """
+        self._check_not_rebuilt([source for source, _ in wanted])
+        sources = _merged(self.sources, [source for source, _ in wanted])
+        weights = {source.fingerprint: weight for source, weight in wanted}
+        shares = shares_of([weights.get(source.fingerprint, 0.0) for source in sources])
+        for source, share in zip(sources, shares, strict=True):
+            if source.fingerprint in weights:
+                _check_length(source, seq_len)
+                _check_share(source, share, weights)
+        mixture = replace(self, sources=sources)
+        segment = Segment(sample, seq_len, shares, mixture.places(sample))
+        return replace(
+            mixture,
+            segments=_followed_by(self.segments, segment, _draw_alike),
+            batches=_followed_by(self.batches, Batches(step, sample, global_batch), _as_large),
+        )
+
+    def jumped(self, *, step: int, sample: int) -> "Mixture":
+        """The steps after `step` take their samples from `sample` on: those between are never taken."""
+        kept = tuple(b for b in self.batches if b.first_step < step)
+        return replace(self, batches=(*kept, Batches(step, sample, self.batches[-1].global_batch)))
+
+    def sampler(self, sample: int) -> Sampler:
+        """Of the segment that the sample lies in."""
+        segment = next(s for s in reversed(self.segments) if s.first_sample <= sample)
+        absent = len(self.sources) - len(segment.shares)  # datasets that joined later
+        segment = replace(segment, shares=segment.shares + (0,) * absent, places=segment.places + (Place(),) * absent)
+        return Sampler(tuple(source.n_tokens for source in self.sources), segment, self.seed)
+
+    def places(self, sample: int) -> tuple[Place, ...]:
+        """Where each dataset stands before this sample."""
+        return self.sampler(sample).places(sample) if self.segments else (Place(),) * len(self.sources)
+
+    def samples_of(self, step: int) -> range:
+        """The samples that a step takes, over all ranks; the first step is 1."""
+        batches = next(b for b in reversed(self.batches) if b.first_step < step)
+        first = batches.first_sample + (step - 1 - batches.first_step) * batches.global_batch
+        return range(first, first + batches.global_batch)
+
+    def as_json(self) -> dict[str, Any]:
+        """Places as rows of four numbers: a checkpoint keeps this."""
+        plain = asdict(self)
+        for segment in plain["segments"]:
+            segment["places"] = [list(place.values()) for place in segment["places"]]
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> "Mixture":
+        return cls(
+            plain["seed"],
+            tuple(Source(s["path"], s["fingerprint"], tuple(s["n_tokens"])) for s in plain["sources"]),
+            tuple(
+                Segment(s["first_sample"], s["seq_len"], tuple(s["shares"]), tuple(Place(*p) for p in s["places"]))
+                for s in plain["segments"]
+            ),
+            tuple(Batches(**b) for b in plain["batches"]),
+        )
+
+    def _check_not_rebuilt(self, wanted: list[Source]) -> None:
+        """Data that changed under its path is an accident until its owner says that it is other data."""
+        shares = self.segments[-1].shares if self.segments else ()
+        now = {source.fingerprint for source in wanted}
+        gone = {
+            Path(source.path).absolute(): source.fingerprint
+            for source, share in zip(self.sources, shares, strict=False)
+            if share and source.fingerprint not in now
+        }
+        for source in wanted:
+            before = gone.get(Path(source.path).absolute(), source.fingerprint)
+            if before != source.fingerprint and all(source.fingerprint != known.fingerprint for known in self.sources):
+                raise UserError(
+                    f"{source.path} was built anew since this run last read it (fingerprint {before[:12]} then, "
+                    f"{source.fingerprint[:12]} now); restore it, or give the new data another path: there it is "
+                    "another dataset, and the run goes on with it"
+                )
+
+
+def _merged(known: tuple[Source, ...], wanted: list[Source]) -> tuple[Source, ...]:
+    """Known ones keep their numbers and take on their present paths; new ones follow."""
+    now: dict[str, Source] = {}
+    for source in wanted:
+        if source.fingerprint in now:
+            raise UserError(
+                f"data.train has one dataset twice, {now[source.fingerprint].path} and {source.path}: "
+                "list it once, with the sum of the weights"
+            )
+        now[source.fingerprint] = source
+    return (*(now.pop(source.fingerprint, source) for source in known), *now.values())
+
+
+def _followed_by(
+    changes: tuple[Change, ...], new: Change, alike: Callable[[Change, Change], bool]
+) -> tuple[Change, ...]:
+    if changes and alike(changes[-1], new):
+        return changes
+    return tuple(change for change in changes if change.first_sample < new.first_sample) + (new,)  # noqa: RUF005
+
+
+def _draw_alike(before: Segment, now: Segment) -> bool:
+    shares = before.shares + (0,) * (len(now.shares) - len(before.shares))
+    return (before.seq_len, shares) == (now.seq_len, now.shares)
+
+
+def _as_large(before: Batches, now: Batches) -> bool:
+    return before.global_batch == now.global_batch
+
+
+def _check_length(source: Source, seq_len: int) -> None:
+    if (n := min(source.n_tokens)) < 2 * seq_len + 1:
+        raise UserError(
+            f"training dataset {source.path} has {n} tokens, too few for seq_len={seq_len}, which needs "
+            f"{2 * seq_len + 1}; lower seq_len to {max(1, (n - 1) // 2)} or build more data"
+        )
+
+
+def _check_share(source: Source, share: int, weights: dict[str, float]) -> None:
+    if share == 0:
+        raise UserError(
+            f"training dataset {source.path} has weight {weights[source.fingerprint]} of {sum(weights.values())}: "
+            f"less than one sample in {PERIOD}; raise its weight or leave it out"
+        )

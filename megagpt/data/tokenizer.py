@@ -1,0 +1,243 @@
+"""SentencePiece: text to token ids and back, without losing a byte.
+
+The promise decode(encode(text)) == text holds for the models that data_tools trains: identity normalization,
+no dummy prefix, spaces kept, newline and tab as pieces of their own, byte fallback.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import sentencepiece
+
+from megagpt.data.segment_cache import SegmentEncoder
+from megagpt.errors import UserError
+
+META_SPACE = "\u2581"  # how SentencePiece spells a space inside its pieces
+KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}  # TrainerSpec.ModelType
+LOG_ERRORS_ONLY = 2
+
+
+class Tokenizer:
+    """A SentencePiece model together with the exact bytes it came from."""
+
+    def __init__(self, model_bytes: bytes, *, name: str = "tokenizer model"):
+        self._processor, spec = _load(model_bytes, name)
+        self.kind, self.normalizer, self._keeps_text = spec.kind, spec.normalizer, spec.keeps_text
+        self.model_bytes = model_bytes
+        self.sha256 = hashlib.sha256(model_bytes).hexdigest()
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.eod_id: int = self._processor.eos_id()
+        if self.eod_id < 0:
+            raise UserError(
+                f"{name} has no end-of-sentence piece </s>, which we store at the end of each document; "
+                "train it again without eos_id=-1"
+            )
+        self._meta_space_ids = None if spec.has_dummy_prefix else self._byte_ids(META_SPACE)
+
+    @classmethod
+    def from_bytes(cls, model_bytes: bytes) -> "Tokenizer":
+        return cls(model_bytes)
+
+    @classmethod
+    def load(cls, path: Path | str, *, sha256: str | None = None) -> "Tokenizer":
+        """Read a model file; with `sha256`, refuse other bytes before SentencePiece parses them."""
+        try:
+            model_bytes = Path(path).read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"cannot read the tokenizer {path}: {error.strerror}; `python -m data_tools train-tokenizer` makes one"
+            ) from error
+        found = hashlib.sha256(model_bytes).hexdigest()
+        if sha256 is not None and found != sha256:
+            raise UserError(
+                f"{path} is not the tokenizer this data was made with: sha256 {found[:16]}..., "
+                f"expected {sha256[:16]}...; restore the original file"
+            )
+        return cls(model_bytes, name=str(path))
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids as int32, without an end-of-document id."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._segments is None:
+            return [np.array(ids, np.int32) for ids in self._encode_lists(texts)]
+        try:
+            return self._segments.encode_batch([text.encode() for text in texts])
+        except UnicodeEncodeError as error:
+            raise _no_unicode(error) from error
+
+    @cached_property
+    def _segments(self) -> SegmentEncoder | None:
+        """None if what a part of a text becomes may depend on the rest."""
+        if not (self._keeps_text and self.is_exact_in_parts and self.kind in ("unigram", "bpe", "char")):
+            return None
+        return SegmentEncoder((piece.replace(META_SPACE, " ").encode() for piece in self.pieces()), self._encode_lists)
+
+    @property
+    def is_exact_in_parts(self) -> bool:
+        """Whether the ids of a text's parts, put together, decode to the text."""
+        return self._meta_space_ids is not None
+
+    def gives_back(self, text: str) -> bool:
+        return self.decode(self.encode(text)) == text
+
+    def best(self, text: str, n: int) -> list[tuple[float, list[int]]]:
+        """(log probability, ids) of the n likeliest tokenizations of a short text; unigram models only."""
+        if META_SPACE in text:
+            return [(0.0, self.encode(text).tolist())]
+        score = self._scores.__getitem__
+        return [(sum(map(score, ids)), ids) for ids in self._processor.nbest_encode_as_ids(text, n)]
+
+    @cached_property
+    def _scores(self) -> list[float]:
+        return [self._processor.get_score(i) for i in range(self.vocab_size)]
+
+    def pieces(self) -> dict[str, tuple[int, float]]:
+        """piece -> (id, score) of all that text can be spelt with, single bytes aside; META_SPACE is the space."""
+        sp = self._processor
+        usual = (i for i in range(self.vocab_size) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i)))
+        return {sp.id_to_piece(i): (i, self._scores[i]) for i in usual}
+
+    def encode_bytes(self, text: str) -> list[int]:
+        """The text byte by byte."""
+        ids = self._byte_ids(text)
+        assert ids is not None, "the model has no byte fallback"
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text; control ids (end of document, beginning of sentence, padding) leave no trace."""
+        return self._processor.decode(np.asarray(ids, dtype=np.int64).tolist())
+
+    def piece_id(self, piece: str) -> int | None:
+        """The id of a piece as the model spells it, or None if it has no such piece."""
+        found = self._processor.piece_to_id(piece)
+        return found if self._processor.id_to_piece(found) == piece else None
+
+    def token_bytes(self) -> np.ndarray:
+        """How many UTF-8 bytes of text each id stands for: int32, (vocab_size,); control ids stand for 0."""
+        return np.array([self._bytes_of(i) for i in range(self.vocab_size)], dtype=np.int32)
+
+    def _bytes_of(self, token: int) -> int:
+        if self._processor.is_byte(token):
+            return 1
+        if self._processor.is_control(token) or self._processor.is_unknown(token):
+            return 0
+        return len(self._processor.id_to_piece(token).replace(META_SPACE, " ").encode())
+
+    def _encode_lists(self, texts: Sequence[str]) -> list[list[int]]:
+        # A literal U+2581 would decode as a space, so it goes in as the three bytes of its UTF-8 form.
+        if self._meta_space_ids is None:
+            return self._encode_plain(texts)
+        encoded = self._encode_plain(["" if META_SPACE in text else text for text in texts])
+        for i, text in enumerate(texts):
+            if META_SPACE in text:
+                encoded[i] = self._encode_around_meta_space(text, self._meta_space_ids)
+        return encoded
+
+    def _encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        try:
+            return self._processor.encode(list(texts), out_type=int, num_threads=1)
+        except (RuntimeError, TypeError):  # how the bindings put it depends on the length of the list
+            for text in texts:
+                _check_is_unicode(text)
+            raise
+
+    def _encode_around_meta_space(self, text: str, meta_space_ids: list[int]) -> list[int]:
+        first, *rest = self._encode_plain(text.split(META_SPACE))
+        return [*first, *(i for part in rest for i in (*meta_space_ids, *part))]
+
+    def _byte_ids(self, text: str) -> list[int] | None:
+        """The byte-fallback ids that spell `text`, or None if the model has no byte fallback."""
+        ids: list[int] = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+        return ids if all(map(self._processor.is_byte, ids)) else None
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """The next multiple of 128: matrix shapes that GPUs multiply fast."""
+    return -(-vocab_size // 128) * 128
+
+
+class _Spec(NamedTuple):
+    """What a model's protobuf says and SentencePiece has no call to tell."""
+
+    kind: str
+    normalizer: str
+    has_dummy_prefix: bool
+    keeps_text: bool  # changes nothing before it looks for pieces, but for spaces, which it spells META_SPACE
+
+
+def _load(model_bytes: bytes, name: str) -> tuple[sentencepiece.SentencePieceProcessor, _Spec]:
+    """Bytes that are no model are one clear message."""
+    try:
+        return _parse(model_bytes)
+    except (RuntimeError, LookupError, UnicodeDecodeError, TypeError) as error:  # how bytes that make no model show
+        raise UserError(
+            f"{name} is not a SentencePiece model; "
+            "give the .model file that `python -m data_tools train-tokenizer` writes"
+        ) from error
+
+
+@lru_cache(maxsize=8)  # a processor takes 50 ms to make and never changes, so all tokenizers of a model share it
+def _parse(model_bytes: bytes) -> tuple[sentencepiece.SentencePieceProcessor, _Spec]:
+    sentencepiece.set_min_log_level(LOG_ERRORS_ONLY)
+    processor = sentencepiece.SentencePieceProcessor()
+    if not (model_bytes and processor.load_from_serialized_proto(model_bytes) and processor.get_piece_size()):
+        raise LookupError("no pieces")
+    processor.id_to_piece(list(range(processor.get_piece_size())))  # a UnicodeDecodeError now rather than later
+    return processor, _describe(model_bytes)
+
+
+def _check_is_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _no_unicode(error) from error
+
+
+def _no_unicode(error: UnicodeEncodeError) -> UserError:
+    return UserError(f"the text holds a lone surrogate at character {error.start}, which is no Unicode text; remove it")
+
+
+def _describe(model_bytes: bytes) -> _Spec:
+    model = dict(_protobuf_fields(model_bytes))
+    trainer_spec = dict(_protobuf_fields(model.get(2, b"")))
+    normalizer_spec = dict(_protobuf_fields(model.get(3, b"")))
+    rules, has_dummy_prefix = normalizer_spec.get(2, b""), bool(normalizer_spec.get(3, 1))
+    trims_spaces, spells_spaces = normalizer_spec.get(4, 1), normalizer_spec.get(5, 1)
+    return _Spec(
+        kind=KINDS[trainer_spec.get(3, 1)],
+        normalizer=normalizer_spec.get(1, b"").decode(),
+        has_dummy_prefix=has_dummy_prefix,
+        keeps_text=not (rules or has_dummy_prefix or trims_spaces) and bool(spells_spaces),
+    )
+
+
+def _protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value) of a protobuf message: varints as int, everything else as bytes."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        wire_type = tag & 7
+        if wire_type == 0:
+            value, at = _varint(message, at)
+            yield tag >> 3, value
+            continue
+        size, at = _varint(message, at) if wire_type == 2 else ({1: 8, 5: 4}[wire_type], at)
+        yield tag >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return value, at

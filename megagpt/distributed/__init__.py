@@ -1,0 +1,1 @@
+"""Ranks: process group, collectives, rendezvous, launchers and hostfiles."""

@@ -1,0 +1,1 @@
+"""DeepSpeed: the only package that imports it or knows its internals."""

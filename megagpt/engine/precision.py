@@ -1,0 +1,37 @@
+"""What is left to a CPU: 16-bit training only where it multiplies bf16, and Adam where a GPU's is offloaded to it."""
+
+import platform
+from dataclasses import replace
+
+import torch
+
+from megagpt.config.deepspeed import DeepSpeedConfig, Enabled, RunConfig
+from megagpt.distributed.process_group import gather_objects, say
+
+
+def multiplies_bf16() -> bool:
+    """Instructions for it, not torch's emulation, which was 7 times slower than fp32 where it was measured."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def fitting(run: RunConfig, device: torch.device) -> RunConfig:
+    """The run in fp32 where a CPU would have to emulate the bf16 it asks for, and a word about it. Collective."""
+    ds = run.deepspeed
+    if device.type != "cpu" or not ds.bf16.enabled or ds.fp16.enabled:  # with both, DeepSpeed refuses the run file
+        return run
+    if all(gather_objects(multiplies_bf16())):
+        return run
+    say("bf16.enabled=true, but this processor has no instructions for bf16: training in fp32, which is faster here")
+    return replace(
+        run,
+        deepspeed=ds.model_copy(update={"bf16": Enabled(enabled=False)}),
+        deepspeed_raw={**run.deepspeed_raw, "bf16": {**run.deepspeed_raw["bf16"], "enabled": False}},
+    )
+
+
+def adam_on_the_host(ds: DeepSpeedConfig, device: torch.device) -> bool:
+    """Whether DeepSpeed's CPUAdam updates the weights of a GPU."""
+    offloads = ds.zero_optimization.offload_optimizer.device != "none"
+    return offloads and device.type == "cuda" and not ds.optimizer.params.torch_adam

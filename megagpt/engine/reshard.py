@@ -1,0 +1,252 @@
+"""Going on with other ranks, another ZeRO stage, dtype or offload: each rank takes what it keeps from the old files.
+
+Nothing is written: the files of all old ranks are mapped into memory, and a rank copies from them the stretches of
+each parameter, of its weights and Adam's two moments, that it keeps now. So no conversion can be left half done, and
+memory holds one stretch at a time. DeepSpeed's universal checkpoints need a second copy of everything on the disk and
+have none of stage 0.
+
+How DeepSpeed lays its optimizers out, in memory and in its files, is known here and nowhere else:
+
+    stage 0      each rank has everything. Adam updates the parameters one by one (in 16 bit fp32 copies of them,
+                 or one long tensor of each group's copies)
+    stage 1, 2   each group of parameters is one long tensor, cut evenly over the ranks wherever that falls
+    stage 3      each parameter is cut evenly over the ranks; a rank's cuts of a sub-group lie in one tensor
+
+All tensors are flat fp32 views.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megagpt.distributed.process_group import is_main, rank, together, world_size
+from megagpt.engine.build import Engine
+from megagpt.engine.optimizer import decay_groups
+from megagpt.engine.safe_pickle import check_pickles, load_checked, pickles_of
+from megagpt.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+REPAIR = "start the run as it was saved, or give another megagpt.out_dir for a new one"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the run that saved a step had laid it out."""
+
+    world_size: int
+    zero_stage: int
+    dtype: str  # of the weights it computed with
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """`numel` values of a parameter, from `start` on; in the tensor that Adam updates they begin at `offset`."""
+
+    name: str
+    start: int
+    numel: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor that Adam updates on one rank, and what lies in it."""
+
+    values: tuple[Tensor, ...]  # weights and the two moments, alike in length
+    stretches: list[Stretch]
+
+
+def load_reshaped(
+    engine: Engine,
+    step_dir: Path,
+    shape: Shape,
+    *,
+    weight_decay_on: Literal["matrices", "all"],
+    step: int,
+    samples_seen: int,
+) -> None:
+    """Weights and moments of a step, however it was saved. Adam's settings stay; a loss scale starts anew. Collective.
+
+    Raises UserError, on every rank and before the model changes, for files that safe_pickle.py refuses, and for files
+    that lack a part of a parameter.
+    """
+    together(lambda: check_pickles(pickles_of(step_dir)[rank() :: world_size()]))
+    groups = decay_groups(engine.module, 0.0, weight_decay_on)
+    sizes = {engine.param_names[p]: getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"]}
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        engine.optimizer.checkpoint_event_prologue()  # no parameter is left gathered
+    old, adam_step = together(lambda: _old_parts(step_dir, shape, sizes))
+    parts = _own_parts(engine, sizes, adam_step)
+    copies = together(lambda: _copies(parts, old, step_dir))
+    for to, value in tqdm(copies, desc="sharing out", unit="stretch", delay=2, disable=None if is_main() else True):
+        to.copy_(value)
+    engine.global_steps, engine.global_samples = step, samples_seen
+    if stage in (1, 2):
+        engine.optimizer.update_lp_params()
+        return
+    parameters = {name: p for p, name in engine.param_names.items()}
+    for part in parts:
+        for stretch in part.stretches:
+            p = parameters[stretch.name]
+            computed_with = p.ds_tensor if stage == 3 else p
+            here = part.values[0].narrow(0, stretch.offset, stretch.numel)
+            computed_with.data.view(-1).narrow(0, 0, stretch.numel).copy_(here)
+    if stage == 3:
+        engine.optimizer.checkpoint_event_epilogue()
+
+
+def _copies(parts: list[Part], old: list[Part], step_dir: Path) -> list[tuple[Tensor, Tensor]]:
+    """(to, from) of equal lengths for all that a rank keeps. Raises UserError if the old files lack some of it."""
+    lies_in = defaultdict(list)
+    for source in old:
+        for have in source.stretches:
+            lies_in[have.name].append((source, have))
+    copies = []
+    for part, want in [(own, stretch) for own in parts for stretch in own.stretches]:
+        reached, end, missing = want.start, want.start + want.numel, 0
+        for source, have in sorted(lies_in[want.name], key=lambda found: found[1].start):
+            begin = max(reached, have.start)  # what two of them have is taken once, so that it hides no hole
+            n = min(end, have.start + have.numel) - begin
+            if n > 0:
+                to, at = want.offset + begin - want.start, have.offset + begin - have.start
+                copies += [
+                    (mine.narrow(0, to, n), theirs.narrow(0, at, n))
+                    for mine, theirs in zip(part.values, source.values, strict=True)
+                ]
+                missing += begin - reached
+                reached = begin + n
+        missing += end - reached
+        if missing:
+            raise UserError(f"{step_dir} lacks {missing} values of {want.name}; {REPAIR}")
+    return copies
+
+
+# --- where this run keeps its values ----------------------------------------------------------------------------
+
+
+def _own_parts(engine: Engine, sizes: dict[str, int], adam_step: int) -> list[Part]:
+    """This rank's tensors, moments made where Adam has not made its own yet. `sizes`: names in the order of groups."""
+    optimizer, adam = engine.optimizer, engine.basic_optimizer
+    flats = [p for group in adam.param_groups for p in group["params"]]
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        stretches = _one_after_another(flats, sizes)
+    elif stage == 3:
+        flats = optimizer.fp32_partitioned_groups_flat
+        names = [[engine.param_names[p] for p in group] for group in optimizer.fp16_groups]
+        stretches = [_cut({name: sizes[name] for name in group}, rank(), world_size()) for group in names]
+    else:
+        stretches = [[] for _ in flats]
+        for p, name in engine.param_names.items():
+            if (link := p._hp_mapping) is not None:
+                of_parameter, of_flat = link.lp_fragment_address, link.hp_fragment_address
+                at = Stretch(name, of_parameter.start, of_parameter.numel, of_flat.start)
+                stretches[link.param_group_index].append(at)
+    parts = []
+    for flat, inside in zip(flats, stretches, strict=True):
+        state = adam.state[flat]
+        is_torch = isinstance(adam, torch.optim.Adam)  # DeepSpeed's count in plain numbers
+        state["step"] = torch.tensor(float(adam_step), device=flat.device) if is_torch else adam_step
+        for moment in MOMENTS:
+            if moment not in state:
+                state[moment] = torch.zeros_like(flat.data)
+        parts.append(_part(flat.data, state, inside))
+    return parts
+
+
+def _part(weights: Tensor, state: Mapping[str, Any], stretches: list[Stretch]) -> Part:
+    return Part(tuple(x.view(-1) for x in (weights, *(state[moment] for moment in MOMENTS))), stretches)
+
+
+def _one_after_another(flats: Sequence[Tensor], sizes: dict[str, int]) -> list[list[Stretch]]:
+    """Whole parameters, in their order, each tensor as many as fill it."""
+    found: list[list[Stretch]] = []
+    names = iter(sizes)
+    for flat in flats:
+        found.append([])
+        offset = 0
+        while offset < flat.numel():
+            name = next(names)
+            found[-1].append(Stretch(name, 0, sizes[name], offset))
+            offset += sizes[name]
+    return found
+
+
+def _cut(sizes: dict[str, int], r: int, n_ranks: int) -> list[Stretch]:
+    """Rank r's cut of each parameter; the last cuts are padded to the length of the others."""
+    found, offset = [], 0
+    for name, size in sizes.items():
+        length = -(-size // n_ranks)
+        found.append(Stretch(name, r * length, max(0, min(length, size - r * length)), offset))
+        offset += length
+    return found
+
+
+# --- where the old files have them -------------------------------------------------------------------------------
+
+
+def _old_parts(step_dir: Path, shape: Shape, sizes: dict[str, int]) -> tuple[list[Part], int]:
+    """All parts of all old ranks, mapped into memory, and how many updates Adam has made."""
+    stage, n_ranks = shape.zero_stage, shape.world_size
+    try:
+        if stage == 0:
+            weights, states = _of_stage_0(step_dir, shape.dtype, sizes)
+            return _parts(weights, states, _one_after_another(weights, sizes)), _step(states)
+        parts, begun, shapes = [], dict.fromkeys(sizes, 0), []
+        if stage == 3:  # the same for all ranks
+            shapes = _mapped(step_dir, "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
+        for r in range(n_ranks):
+            state = _mapped(step_dir, f"*zero_pp_rank_{r}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
+            if stage == 3:
+                cuts = [_cut({name: sizes[name] for name in group}, r, n_ranks) for group in shapes]
+                weights, states = state["fp32_flat_groups"], state["optimizer_state_dict"]["state"]
+            else:
+                cuts = [_continued(group, begun) for group in state["param_slice_mappings"]]
+                weights, states = state["single_partition_of_fp32_groups"], state["base_optimizer_state"]["state"]
+            parts += _parts(weights, states, cuts)
+        return parts, _step(states)
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, StopIteration) as error:
+        raise UserError(f"{step_dir} is not laid out as expected ({error!r}); {REPAIR}") from error
+
+
+def _of_stage_0(step_dir: Path, dtype: str, sizes: dict[str, int]) -> tuple[list[Tensor], Any]:
+    model = _mapped(step_dir, "mp_rank_00_model_states.pt")
+    optimizer = model["optimizer"]
+    if dtype == "fp32":
+        return [model["module"][name] for name in sizes], optimizer["state"]
+    if "fp32_groups_flat" in optimizer:  # with DeepSpeed's FusedAdam
+        weights = optimizer["fp32_groups_flat"]
+    else:
+        weights = [weight for group in optimizer["fp32_groups"] for weight in group]
+    return weights, optimizer["optimizer_state_dict"]["state"]
+
+
+def _parts(weights: Sequence[Tensor], states: Any, stretches: list[list[Stretch]]) -> list[Part]:
+    """`states[i]` is Adam's of the i-th tensor."""
+    return [_part(x.detach(), states[i], s) for i, (x, s) in enumerate(zip(weights, stretches, strict=True))]
+
+
+def _continued(group: Mapping[str, Any], begun: dict[str, int]) -> list[Stretch]:
+    """A rank's stretches of a group: a parameter goes on where the rank before had its end, as counted in `begun`."""
+    found = []
+    for name, address in group.items():
+        found.append(Stretch(name, begun[name], address.numel, address.start))
+        begun[name] += address.numel
+    return found
+
+
+def _step(states: Any) -> int:
+    return int(states[0]["step"])
+
+
+def _mapped(step_dir: Path, pattern: str) -> Any:
+    """A file whose tensors are read when they are used."""
+    (path,) = step_dir.glob(pattern)
+    return load_checked(path, mmap=True)

@@ -1,0 +1,98 @@
+"""Out of memory, said so that it can be mended: what was being done, what is predicted, what to set instead."""
+
+import resource
+import shlex
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megagpt.config.deepspeed import RunConfig
+from megagpt.distributed.process_group import local_ranks, rank, world_size
+from megagpt.errors import OwnRankError
+from megagpt.model.flops import Gpu
+from megagpt.planner.estimate import GIB, Machine, Setting, fastest, settings, vocabulary
+from megagpt.planner.memory import PARTS
+
+DOING = {  # by the function that the error went through, the innermost first
+    "build_engine": "building the model and its optimizer",
+    "train_step": "training a step",
+    "evaluate": "evaluating",
+    "show_samples": "generating samples",
+    "save": "saving",
+    "resume": "loading the checkpoint",
+}
+
+SAID = (  # where a RuntimeError is all there is
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",  # pinned memory, and what CUDA takes for itself
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+@contextmanager
+def explained(run: RunConfig, device: torch.device) -> Iterator[None]:
+    """Turns a failed allocation into an OwnRankError: the other ranks, which wait for this one, are ended by the
+    launcher when it exits.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OwnRankError(_message(run, device, error)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Only torch's allocator for GPUs has an exception of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in SAID)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that this rank may use: its GPU's, or its share of the machine's memory within the process's limit."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    there_is = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
+    share = int(there_is.split()[1]) * 1024 // local_ranks()
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return share if limit == resource.RLIM_INFINITY else min(limit, share)
+
+
+def _message(run: RunConfig, device: torch.device, error: BaseException) -> str:
+    names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    doing = next((DOING[name] for name in reversed(names) if name in DOING), "starting")
+    limit = memory_of(device)
+    here = Machine(str(device), Gpu(1e12, limit / GIB, 10.0), world_size(), "", 10.0)
+    current, *others = settings(run, here, vocabulary(run)[0])
+    if device.type == "cpu":  # where offloading moves nothing
+        others = [s for s in others if s.offload == current.offload]
+    found = [current, *others]
+    parts = ", ".join(f"{part} {getattr(current.memory, part) / GIB:.2f}" for part in PARTS)
+    return (
+        f"out of memory while {doing}, on rank {rank()}, which may use {limit / GIB:.2f} GiB; predicted are "
+        f"{current.total / GIB:.2f} GiB: {parts}, spare {current.spare / GIB:.2f}. {remedy(found)}"
+        + (
+            "; and gradient_accumulation_steps to null, which then follows from the batch"
+            if run.deepspeed.gradient_accumulation_steps is not None
+            else ""
+        )
+    )
+
+
+def remedy(found: list[Setting]) -> str:
+    """The largest smaller micro-batch, or the policy that fits with this one; else what fits at all."""
+    current = found[0]
+    less = [s for s in found[1:] if s.fits and s.total < 0.95 * current.total]
+    alike = [s for s in less if (s.stage, s.offload) == (current.stage, current.offload)]
+    smaller = [s.micro_batch for s in alike if s.policy == current.policy and s.micro_batch < current.micro_batch]
+    policies = [s.policy for s in alike if s.micro_batch == current.micro_batch]
+    ways = [f"train_micro_batch_size_per_gpu to {max(smaller)}"] if smaller else []
+    ways += [f'megagpt.recompute.policy to "{policies[0]}"'] if policies else []
+    if ways:
+        return f"Set {', or '.join(ways)}"
+    if (best := fastest([replace(s, fits=s in less) for s in found])) is not None:
+        return f"Set {shlex.join(best.keys)}"
+    return "No setting fits: take more ranks, or a smaller model"

@@ -1,0 +1,1 @@
+"""What a run file gets wrong, or says without effect."""

@@ -1,0 +1,254 @@
+"""What a run file can say without effect, or against itself: tables of keys, and when they act.
+
+Keys are patterns of `fnmatch` over dotted keys. DeepSpeed's are looked at if the file has them, ours if they differ
+from their defaults.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megagpt.config.deepspeed import OffloadConfig, RunConfig
+
+When = Callable[[RunConfig], bool]
+
+NEVER: When = lambda run: False  # noqa: E731
+
+
+@dataclass(frozen=True)
+class Acts:
+    """Keys that act only `when`; `why` goes on from "has no effect: "."""
+
+    keys: tuple[str, ...]
+    when: When
+    why: str
+
+
+@dataclass(frozen=True)
+class Against:
+    """A key whose value contradicts another's if `when`; `why` follows the key and its value."""
+
+    key: str
+    when: When
+    why: str
+
+
+def _zero(*names: str) -> tuple[str, ...]:
+    return tuple(f"zero_optimization.{name}" for name in names)
+
+
+def _stage(run: RunConfig) -> int:
+    return run.deepspeed.zero_optimization.stage
+
+
+def _offload(run: RunConfig) -> OffloadConfig:
+    return run.deepspeed.zero_optimization.offload_optimizer
+
+
+def _extra(config: OffloadConfig, key: str) -> object:
+    return (config.model_extra or {}).get(key)
+
+
+def _fp16(run: RunConfig, key: str) -> object:
+    return (run.deepspeed.fp16.model_extra or {}).get(key)
+
+
+# The first that holds is said. A key that no DeepSpeed reads any more is found elsewhere.
+WITHOUT_EFFECT = (
+    Acts(
+        _zero("*"),
+        lambda run: _stage(run) > 0,
+        "it is for ZeRO stages 1 to 3, and stage is 0; set zero_optimization.stage or remove it",
+    ),
+    Acts(
+        _zero(
+            *("stage3_*", "sub_group_size", "zero_hpz_partition_size", "zero_quantized_*", "memory_efficient_linear"),
+            *("override_module_apply", "pipeline_loading_checkpoint", "log_trace_cache_warnings", "leaf_module"),
+            *("enable_sanity_checks", "prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters"),
+            *("model_persistence_threshold", "max_reuse_distance", "gather_16bit_weights_on_model_save"),
+            *("module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential"),
+            *("offload_optimizer.ratio", "offload_optimizer.super_offload", "offload_optimizer.cpuadam_cores_perc"),
+        ),
+        lambda run: _stage(run) == 3,
+        "it is for ZeRO stage 3; set zero_optimization.stage to 3 or remove it",
+    ),
+    Acts(
+        _zero(
+            *("round_robin_gradients", "use_multi_rank_bucket_allreduce", "allgather_bucket_size"),
+            *("allgather_partitions", "parameter_alignment", "ignore_unused_parameters"),
+        ),
+        lambda run: _stage(run) < 3,
+        "it is for ZeRO stages 1 and 2; remove it",
+    ),
+    Acts(
+        _zero("*gather_*16*_weights_on_model_save"),
+        NEVER,
+        "it is for save_16bit_model(), and checkpoints are megagpt's own; remove it",
+    ),
+    Acts(
+        _zero("elastic_checkpoint", "load_from_fp32_weights"),
+        NEVER,
+        "megagpt itself goes on with another number of ranks or dtype, without loss; remove it",
+    ),
+    Acts(_zero("save_muon_momentum_buffer_in_memory"), NEVER, "the optimizer is Adam, not Muon; remove it"),
+    Acts(
+        _zero("offload_optimizer.?*"),
+        lambda run: _offload(run).device != "none",
+        'offload_optimizer.device is "none"; set it to "cpu" or remove the section',
+    ),
+    Acts(
+        _zero("offload_param.?*"),
+        lambda run: run.deepspeed.zero_optimization.offload_param.device != "none",
+        'offload_param.device is "none"; set it to "cpu" or remove the section',
+    ),
+    Acts(
+        _zero(*(f"offload_optimizer.{key}" for key in ("nvme_path", "buffer_count", "pipeline_*", "fast_init"))),
+        lambda run: _offload(run).device == "nvme",
+        'it is for offload_optimizer.device "nvme"; remove it',
+    ),
+    Acts(
+        _zero(*(f"offload_param.{key}" for key in ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu"))),
+        lambda run: run.deepspeed.zero_optimization.offload_param.device == "nvme",
+        'it is for offload_param.device "nvme"; remove it',
+    ),
+    Acts(
+        _zero("offload_optimizer.cpuadam_cores_perc"),
+        lambda run: bool(_extra(_offload(run), "super_offload")),
+        "it is for offload_optimizer.super_offload; set that to true or remove it",
+    ),
+    Acts(
+        ("aio.*",),
+        lambda run: "nvme" in (_offload(run).device, run.deepspeed.zero_optimization.offload_param.device),
+        "nothing is offloaded to NVMe; remove it",
+    ),
+    Acts(
+        ("optimizer.params.torch_adam", "zero_force_ds_cpu_optimizer"),
+        lambda run: _offload(run).device != "none",
+        "it chooses the Adam of offloaded moments, and none are; set zero_optimization.offload_optimizer or remove it",
+    ),
+    Acts(
+        tuple(f"fp16.{key}" for key in ("initial_scale_power", "loss_scale_window", "*hysteresis", "min_loss_scale")),
+        lambda run: not _fp16(run, "loss_scale"),
+        "fp16.loss_scale fixes the scale; remove one of the two",
+    ),
+    Acts(
+        ("gradient_predivide_factor",),
+        lambda run: not run.deepspeed_raw.get("prescale_gradients"),
+        "with prescale_gradients gradients are divided by the number of ranks at once; remove one of the two",
+    ),
+    Acts(("zero_allow_untested_optimizer",), NEVER, "Adam is an optimizer that DeepSpeed has tested; remove it"),
+    Acts(("dataloader_drop_last",), NEVER, "megagpt brings its own loader, which drops nothing; remove it"),
+    Acts(("disable_allgather",), NEVER, "DeepSpeed reads it and does nothing with it; remove it"),
+    Acts(("vocabulary_size",), NEVER, "the vocabulary is the tokenizer's, padded to a multiple of 128; remove it"),
+    Acts(
+        ("megagpt.early_stopping.min_steps",),
+        lambda run: run.megagpt.early_stopping.patience > 0,
+        "early_stopping.patience is 0, so nothing stops early; set it or remove this",
+    ),
+    Acts(
+        ("megagpt.sample.*",),
+        lambda run: run.megagpt.every.sample > 0,
+        "every.sample is 0, so no text is written; set it or remove this",
+    ),
+    Acts(
+        ("megagpt.sample.top_k", "megagpt.sample.top_p"),
+        lambda run: run.megagpt.sample.temperature > 0,
+        "temperature 0 always takes the likeliest token; remove it or raise the temperature",
+    ),
+    Acts(
+        ("megagpt.augment.fim.*",),
+        lambda run: run.megagpt.augment.fim.rate > 0,
+        "augment.fim.rate is 0; set it or remove this",
+    ),
+    Acts(
+        ("megagpt.augment.span_corruption.*",),
+        lambda run: run.megagpt.augment.span_corruption.rate > 0,
+        "augment.span_corruption.rate is 0; set it or remove this",
+    ),
+    Acts(
+        ("megagpt.augment.span_corruption.sentinels",),
+        lambda run: run.megagpt.augment.span_corruption.pieces is None,
+        "the sentinels are named by pieces; remove one of the two",
+    ),
+    Acts(
+        ("megagpt.augment.token_dropout.*",),
+        lambda run: run.megagpt.augment.token_dropout.rate > 0,
+        "augment.token_dropout.rate is 0; set it or remove this",
+    ),
+    Acts(
+        ("megagpt.augment.goldfish.*",),
+        lambda run: run.megagpt.augment.goldfish.k > 0,
+        "augment.goldfish.k is 0; set it or remove this",
+    ),
+    Acts(
+        ("megagpt.guards.spikes.window", "megagpt.guards.spikes.sigma"),
+        lambda run: run.megagpt.guards.spikes.action != "none",
+        'guards.spikes.action is "none"; choose one or remove this',
+    ),
+    Acts(
+        ("megagpt.schedule.min_lr_ratio",),
+        lambda run: run.megagpt.schedule.shape != "constant",
+        "a constant learning rate does not fall; remove it or choose another shape",
+    ),
+    Acts(
+        ("megagpt.regularization.weight_decay_on",),
+        lambda run: run.deepspeed.optimizer.params.weight_decay > 0,
+        "optimizer.params.weight_decay is 0; set it or remove this",
+    ),
+)
+
+CONTRADICTIONS = (
+    Against(
+        "optimizer.params.adam_w_mode",
+        lambda run: run.deepspeed.optimizer.type == "AdamW",
+        'with type "AdamW", which always decouples weight decay; write type "Adam" or remove it',
+    ),
+    Against(
+        "optimizer.params.lr",
+        lambda run: run.deepspeed.optimizer.params.lr > 0.1,
+        "is about what each of Adam's steps changes every weight by, whose size is 0.02 at first; 6e-4 is usual",
+    ),
+    Against(
+        "communication_data_type",
+        lambda run: run.deepspeed.dtype != "fp16" and run.deepspeed_raw["communication_data_type"] == "fp16",
+        "in a run that is not fp16: no loss scale keeps its gradients in fp16's range; write bf16 or remove it",
+    ),
+    Against(
+        "megagpt.early_stopping.patience",
+        lambda run: run.megagpt.every.eval == 0,
+        "counts evaluations, and every.eval=0 leaves only the last; set every.eval or remove it",
+    ),
+    Against(
+        "megagpt.early_stopping.min_steps",
+        lambda run: run.megagpt.early_stopping.min_steps >= run.megagpt.schedule.max_steps,
+        "is not before schedule.max_steps, so nothing stops early; lower it",
+    ),
+    *(
+        Against(
+            f"megagpt.every.{what}",
+            lambda run, what=what: getattr(run.megagpt.every, what) > run.megagpt.schedule.max_steps,  # type: ignore[misc]
+            f"is more than schedule.max_steps: only the end {will}; lower it, or write 0 if that is meant",
+        )
+        for what, will in {"eval": "evaluates", "save": "saves"}.items()
+    ),
+    Against(
+        "megagpt.model.n_head",
+        lambda run: run.megagpt.model.head_dim % 8 != 0,
+        "makes heads whose width is not a multiple of 8, for which GPUs have no fast attention; change it or n_embd",
+    ),
+)
+
+# Left out, these fall back to a value that matters, or that other trainers set otherwise.
+DEFAULTS: dict[str, tuple[When, str]] = {
+    "gradient_clipping": (
+        lambda run: True,
+        "gradients are clipped to norm 1.0; DeepSpeed did not before 0.19",
+    ),
+    "optimizer.params.weight_decay": (lambda run: True, "0.0, where torch's AdamW has 0.01 and GPT-3 had 0.1"),
+    "optimizer.params.betas": (lambda run: True, "(0.9, 0.95) as GPT-3 had, where torch has (0.9, 0.999)"),
+    "bf16": (lambda run: run.deepspeed.dtype == "fp32", "without bf16 or fp16 all is computed in fp32"),
+    "zero_optimization.offload_optimizer.pin_memory": (
+        lambda run: _stage(run) > 0 and _offload(run).device != "none",
+        "true since DeepSpeed 0.19: host memory of all moments is locked; false where `ulimit -l` is low",
+    ),
+    "megagpt.schedule.warmup_steps": (lambda run: True, "0: the first step has the full learning rate"),
+}

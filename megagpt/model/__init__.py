@@ -1,0 +1,1 @@
+"""GPT-2 in plain torch, without ranks or DeepSpeed."""

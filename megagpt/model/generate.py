@@ -1,0 +1,103 @@
+"""Text from a model: temperature, top-k, top-p, with a key-value cache.
+
+Shapes: B texts at once, T positions, V padded vocabulary.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megagpt.config.schema import SampleConfig
+from megagpt.data.tokenizer import Tokenizer
+from megagpt.model.gpt import GPT
+
+
+def pick(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token for each row of logits (B, V). Temperature 0 takes the likeliest."""
+    if temperature == 0.0:
+        return logits.argmax(-1, keepdim=True)  # (B, 1)
+    ordered, tokens = (logits.float() / temperature).sort(-1, descending=True)  # (B, V) each
+    p = ordered.softmax(-1)
+    before = p.cumsum(-1) - p  # probability of the likelier tokens
+    outside = before >= top_p  # nucleus sampling (Holtzman et al. 2020): the first token always stays
+    if top_k > 0:
+        outside[:, top_k:] = True
+    p = p.masked_fill(outside, 0.0)
+    place = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)  # (B, 1); scale does not matter
+    return tokens.gather(-1, place)
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    prompt: Tensor,
+    *,
+    max_tokens: int,
+    vocab_size: int,
+    eod_id: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    use_cache: bool = True,
+    until_ended: bool = True,
+) -> Tensor:
+    """prompt (B, T) -> (B, T + up to max_tokens); a text that ended is filled with eod_id.
+
+    Without until_ended it takes max_tokens steps in any case: ranks that share a model (ZeRO-3) stay in step.
+    When the positions are used up, the later half of the window becomes the context and generation goes on.
+    """
+    was_training, seq_len = model.training, model.cfg.seq_len
+    model.eval()
+    tokens, begin = prompt, max(0, prompt.size(1) - seq_len)
+    caches = model.new_caches(len(prompt)) if use_cache else None
+    ended = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
+    for _ in range(max_tokens):
+        if tokens.size(1) - begin > seq_len:
+            begin = tokens.size(1) - max(1, seq_len // 2)
+            caches = model.new_caches(len(prompt)) if use_cache else None
+        known = caches[0].length if caches else 0
+        logits = model(tokens[:, begin + known :], caches)[:, -1, :vocab_size]  # padded ids are never picked
+        picked = pick(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        tokens = torch.cat([tokens, picked.masked_fill(ended, eod_id)], dim=1)
+        ended |= picked == eod_id
+        if until_ended and ended.all():
+            break
+    model.train(was_training)
+    return tokens
+
+
+def complete(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Iterable[str],
+    cfg: SampleConfig,
+    *,
+    batch: int = 1,
+    seed: int = 0,
+    until_ended: bool = True,
+) -> list[str]:
+    """`batch` continuations of each prompt, prompt included. The same seed gives the same texts.
+
+    Every prompt begins a document: the end of the one before it comes first, as in the training stream.
+    """
+    device = next(model.parameters()).device
+    texts = []
+    for prompt in prompts:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.tensor([[tokenizer.eod_id, *tokenizer.encode(prompt).tolist()]], device=device)
+        out = generate(
+            model,
+            ids.expand(batch, -1),
+            max_tokens=cfg.max_tokens,
+            vocab_size=tokenizer.vocab_size,
+            eod_id=tokenizer.eod_id,
+            generator=generator,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            until_ended=until_ended,
+        )
+        texts += [tokenizer.decode(row[1:]) for row in out.cpu().numpy()]
+    return texts

@@ -1,0 +1,197 @@
+"""GPT-2 (Radford et al. 2019), all of it: embeddings, attention, MLP, pre-LayerNorm blocks, tied output head.
+
+Shapes: B batch, T positions, C width (n_embd), H heads, D head width (C = H * D), V vocabulary.
+Nothing here knows about ranks or DeepSpeed. Three things are handed in: `GPT.recompute`, which runs one block
+(and may drop its activations until backward), a key-value cache for generation, and a score to take of the last hidden
+states instead of logits. Where several ranks share a sample, so are `GPT.part` and each block's `attend`.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megagpt.config.schema import ModelConfig
+from megagpt.model.attention import ATTENTION
+from megagpt.model.loss import Score
+
+
+class Linear(nn.Linear):
+    """nn.Linear with GPT-2's init inside __init__: ZeRO-3 shards a layer as soon as it is built."""
+
+    def __init__(self, n_in: int, n_out: int, *, std: float = 0.02, bias: bool = True) -> None:
+        self.std = std
+        super().__init__(n_in, n_out, bias=bias)
+
+    def reset_parameters(self) -> None:
+        draw_normal(self.weight, self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding with GPT-2's init, for the same reason."""
+
+    def reset_parameters(self) -> None:
+        draw_normal(self.weight, 0.02)
+
+
+class OutputHead(Linear):
+    """Logits, or a score taken here, while ZeRO-3 has the weight gathered."""
+
+    def forward(self, x: Tensor, score: Score | None = None) -> Tensor:
+        return F.linear(x, self.weight) if score is None else score(x, self.weight)
+
+
+@torch.no_grad()
+def draw_normal(weight: Tensor, std: float) -> None:
+    """Draw on the CPU in fp32, wherever ZeRO-3 has put the weight and in whatever type: the same at every stage."""
+    weight.copy_(torch.normal(0.0, std, weight.shape, device="cpu"))
+
+
+class KeyValueCache:
+    """Keys and values of one layer for the positions already generated, preallocated for seq_len of them."""
+
+    def __init__(self, batch: int, cfg: ModelConfig, like: Tensor) -> None:
+        shape = (batch, cfg.n_head, cfg.seq_len, cfg.head_dim)
+        self.k = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.v = torch.empty_like(self.k)
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Remember T more positions, each (B, H, T, D); returns all of them, (B, H, S, D)."""
+        end = self.length + k.size(-2)
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.length = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, cfg: ModelConfig, dropout: float) -> None:
+        super().__init__()
+        self.n_head, self.head_dim = cfg.n_head, cfg.head_dim
+        self.attend = self.attend_alone = ATTENTION[cfg.attention]
+        self.dropout = dropout
+        self.c_attn = Linear(cfg.n_embd, 3 * cfg.n_embd)
+        self.c_proj = Linear(cfg.n_embd, cfg.n_embd, std=residual_std(cfg))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        attend = self.attend
+        if cache is not None:
+            k, v = cache.append(k, v)  # each (B, H, S, D)
+            attend = self.attend_alone  # every rank generates whole texts
+        y = attend(q, k, v, self.dropout if self.training else 0.0, mask)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: ModelConfig, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.c_fc = Linear(cfg.n_embd, 4 * cfg.n_embd)
+        self.c_proj = Linear(4 * cfg.n_embd, cfg.n_embd, std=residual_std(cfg))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig, dropout: float) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        self.attn = CausalSelfAttention(cfg, dropout)
+        self.ln_2 = nn.LayerNorm(cfg.n_embd)
+        self.mlp = MLP(cfg, dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Recompute(Protocol):
+    """Runs block number i on x (B, T, C), keeping its activations for backward or computing them again then."""
+
+    def __call__(self, i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor: ...
+
+
+def keep_activations(i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The `none` policy: run the block, keep everything."""
+    return block(x, mask)
+
+
+class GPT(nn.Module):
+    """Decoder-only language model: tokens (B, T) -> logits (B, T, V), V the padded vocabulary; or a score of them."""
+
+    def __init__(self, cfg: ModelConfig, vocab_size: int, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.cfg, self.dropout = cfg, dropout
+        self.wte = Embedding(vocab_size, cfg.n_embd)
+        self.wpe = Embedding(cfg.seq_len, cfg.n_embd)
+        self.h = nn.ModuleList(Block(cfg, dropout) for _ in range(cfg.n_layer))
+        self.ln_f = nn.LayerNorm(cfg.n_embd)
+        self.lm_head = OutputHead(cfg.n_embd, vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight  # tied (Press and Wolf 2017)
+        self.recompute: Recompute = keep_activations
+        self.part = 0  # which stretch of T positions the tokens are, where ranks share a sample
+
+    def forward(
+        self,
+        tokens: Tensor,
+        caches: list[KeyValueCache] | None = None,
+        *,
+        documents: Tensor | None = None,
+        score: Score | None = None,
+    ) -> Tensor:
+        """With caches (one per layer), tokens continue the positions already in them.
+
+        With documents, numbers that change where a document begins, each is read as if it stood alone; they are
+        (B, T), or of all positions where ranks share them.
+        Raises ValueError if the positions do not fit seq_len.
+        """
+        T = tokens.size(1)
+        begin = caches[0].length if caches else self.part * T
+        end = begin + T
+        if end > self.cfg.seq_len:
+            raise ValueError(f"position {end} does not fit the model's seq_len={self.cfg.seq_len}")
+        positions, mask = torch.arange(begin, end, device=tokens.device), None  # (T,)
+        if documents is not None:
+            positions, mask = apart(documents)
+            positions = positions[:, begin:end]  # (B, T)
+        x = F.dropout(self.wte(tokens) + self.wpe(positions), self.dropout, self.training)  # (B, T, C)
+        recompute = self.recompute if self.training else keep_activations
+        for i, block in enumerate(self.blocks()):
+            x = block(x, cache=caches[i]) if caches else recompute(i, block, x, mask)  # (B, T, C)
+        return self.lm_head(self.ln_f(x), score)  # (B, T, V)
+
+    def blocks(self) -> Iterator[Block]:
+        for block in self.h:
+            assert isinstance(block, Block)
+            yield block
+
+    def new_caches(self, batch: int) -> list[KeyValueCache]:
+        """Empty key-value caches for generating `batch` texts."""
+        return [KeyValueCache(batch, self.cfg, self.wte.weight) for _ in self.h]
+
+
+def apart(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions (B, T) counted anew in each document, and who sees whom (B, 1, T, T): the same document's past."""
+    T = documents.size(1)
+    place = torch.arange(T, device=documents.device)
+    begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0  # (B, T)
+    first = torch.where(begins, place, 0).cummax(1).values  # (B, T): where each one's document begins
+    seen = (place >= first.unsqueeze(-1)) & (place <= place.unsqueeze(1))  # (B, T, T), and never numbers of that size
+    return place - first, seen.unsqueeze(1)
+
+
+def residual_std(cfg: ModelConfig) -> float:
+    """GPT-2 shrinks the 2 * n_layer projections that write into the residual stream (section 2.3)."""
+    return 0.02 / math.sqrt(2 * cfg.n_layer)

@@ -1,0 +1,154 @@
+"""Activation checkpointing: what a block keeps for backward, and what it computes again.
+
+A policy is a function that runs block number i, as `GPT.recompute` wants it. None of them changes a gradient.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from megagpt.config.deepspeed import DeepSpeedConfig
+from megagpt.config.schema import MegaGPTConfig, RecomputeConfig
+from megagpt.errors import UserError
+from megagpt.model.gpt import Block, Recompute, keep_activations
+
+RunAgain = Callable[[Block, Tensor, Tensor | None], Tensor]  # a block run so that backward computes it again
+
+IN_THE_GRAPH = ("selective", "budget")  # the policies that compiled blocks carry out inside themselves
+
+aten = torch.ops.aten
+MATMULS = {aten.mm.default, aten.addmm.default}
+ATTENTIONS = {
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_fused_attention_overrideable.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+
+
+def refuse_what_cannot_act(cfg: MegaGPTConfig, ds: DeepSpeedConfig, device: torch.device, *, compiled: bool) -> None:
+    """Raises UserError for a setting of recomputation that would change nothing, or gradients."""
+    recompute = cfg.recompute
+    section = ds.activation_checkpointing
+    asked = {key: value for key, value in section.model_dump().items() if value}
+    if asked and (recompute.kind != "deepspeed" or recompute.policy == "none"):
+        raise UserError(
+            f"activation_checkpointing.{next(iter(asked))}={next(iter(asked.values()))} has no effect without "
+            'DeepSpeed\'s checkpointing; set megagpt.recompute to {"policy": "full", "kind": "deepspeed"}'
+        )
+    if section.partition_activations or section.contiguous_memory_optimization:
+        raise UserError(
+            "activation_checkpointing.partition_activations and contiguous_memory_optimization split activations "
+            "over model-parallel ranks, and megagpt has none; remove them"
+        )
+    if section.number_checkpoints is not None:
+        raise UserError(
+            f"activation_checkpointing.number_checkpoints={section.number_checkpoints} sizes the buffers of "
+            "contiguous_memory_optimization, which needs model parallelism; choose blocks with megagpt.recompute"
+        )
+    for key, moves in (
+        ("activation_checkpointing.cpu_checkpointing", section.cpu_checkpointing),
+        ("megagpt.recompute.offload", recompute.offload),
+    ):
+        if moves and device.type == "cpu":
+            raise UserError(f"{key} moves activations to the CPU, where they are; remove it")
+    if recompute.policy == "budget" and not compiled:
+        raise UserError(
+            "megagpt.recompute.policy='budget' is kept by the compiler, and blocks are not compiled here; set "
+            "megagpt.compile to true, or the policy to 'selective'"
+        )
+    if recompute.policy == "budget" and cfg.regularization.dropout > 0.0:  # torch 2.13 on a CPU: a gradient 18 % off
+        raise UserError(
+            f"megagpt.recompute.policy='budget' with dropout={cfg.regularization.dropout}: the compiler may draw other "
+            "masks in backward, and gradients would be wrong; set the policy to 'selective', or dropout to 0"
+        )
+
+
+def recompute_blocks(
+    cfg: RecomputeConfig, dropout: float, run_again: RunAgain | None = None, *, compiled: bool = False
+) -> Recompute:
+    """How the model runs its blocks; run_again takes the place of torch's checkpoint (policies full and every_k)."""
+    if cfg.policy == "none" or (compiled and cfg.policy in IN_THE_GRAPH):
+        recompute = keep_activations
+    else:
+        recompute = _every(cfg.k or 1, run_again or _torch_checkpoint(cfg, dropout))
+    return on_the_host(recompute) if cfg.offload else recompute
+
+
+def recompute_inside(cfg: RecomputeConfig, dropout: float) -> Callable[..., Tensor] | None:
+    """What a block's forward pass is compiled within: a choice by operation is the compiler's to carry out."""
+    return _torch_checkpoint(cfg, dropout) if cfg.policy == "selective" else None
+
+
+def set_memory_budget(cfg: RecomputeConfig) -> None:
+    """Of what compiled blocks would keep, the share that they may."""
+    budget = 1.0 if cfg.budget is None else cfg.budget
+    if torch._functorch.config.activation_memory_budget != budget:
+        torch.compiler.reset()  # or what this process compiled for another budget would serve again
+        torch._functorch.config.activation_memory_budget = budget
+
+
+def _torch_checkpoint(cfg: RecomputeConfig, dropout: float) -> Callable[..., Tensor]:
+    contexts: dict[str, Any] = {"context_fn": partial(_contexts, dropout)} if cfg.policy == "selective" else {}
+    return partial(torch_checkpoint, use_reentrant=False, preserve_rng_state=dropout > 0.0, **contexts)
+
+
+def _every(k: int, run_again: RunAgain) -> Recompute:
+    def recompute(i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return run_again(block, x, mask) if i % k == 0 else block(x, mask)
+
+    return recompute
+
+
+def _contexts(dropout: float) -> Any:
+    return create_selective_checkpoint_contexts(_Selective(dropout))
+
+
+class _Selective:
+    """Keep the outputs of attention and of the first of every two matrix products: c_attn and mlp.c_fc.
+
+    What is left to compute again is cheap: LayerNorms, GELU and attn.c_proj (the second product of each pair; torch
+    stops before mlp.c_proj, whose output no gradient needs unless dropout follows it).
+    """
+
+    def __init__(self, dropout: float) -> None:
+        # Attention that draws random numbers must draw them again: skipped, it would shift the masks that come after.
+        self.kept = set() if dropout > 0.0 else ATTENTIONS
+        self.products = {False: 0, True: 0}  # seen in the forward pass, and while computing again
+
+    def __call__(self, ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = op in self.kept
+        if op in MATMULS:
+            self.products[ctx.is_recompute] += 1
+            keep = self.products[ctx.is_recompute] % 2 == 1
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def on_the_host(recompute: Recompute) -> Recompute:
+    """What autograd keeps of the blocks waits for backward in host memory.
+
+    The copies go through pinned memory in the order of the device's own work, so that the host never waits for them
+    (torch's save_on_cpu does, and moves the weights too).
+    """
+
+    def to_host(kept: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+        if isinstance(kept, nn.Parameter) or isinstance(kept._base, nn.Parameter):
+            return kept  # lives on the device anyway
+        host = torch.empty(kept.shape, dtype=kept.dtype, device="cpu", pin_memory=kept.is_cuda)
+        return kept.device, host.copy_(kept, non_blocking=True)
+
+    def to_device(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+        return packed if isinstance(packed, Tensor) else packed[1].to(packed[0], non_blocking=True)
+
+    def offloaded(i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):
+            return recompute(i, block, x, mask)
+
+    return offloaded

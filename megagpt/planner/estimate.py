@@ -1,0 +1,223 @@
+"""What a run file needs and how long it takes, before anything is started: `megagpt plan`. Arithmetic alone.
+
+Memory is memory.py's, traffic communication.py's, FLOPs model/flops.py's; here are the settings that are tried, the
+simple model of a step's time, and the table.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from megagpt.config.deepspeed import BatchPlan, RunConfig, batch_plan
+from megagpt.config.run_file import parse_run
+from megagpt.data.manifest import read_manifest
+from megagpt.data.tokenizer import padded_vocab_size
+from megagpt.errors import UserError
+from megagpt.model.flops import GPUS, Gpu, flops_per_token, gpu_named, n_params, recompute_flops_per_token
+from megagpt.planner.communication import WIDTH, Traffic, traffic
+from megagpt.planner.memory import ADAM, Memory, memory
+
+GIB = 2**30
+GPUS_PER_HOST = 8
+VOCABULARY = 50_257  # GPT-2's, where the data is not there to ask
+EFFICIENCY = 0.4  # of the peak; published for GPT-2 on Hopper: 33 to 52 %
+FP32_PEAK = 1 / 16  # of the 16-bit peak: 19.5 of 312 TFLOP/s on an A100
+BACKWARD_SHARE = 2 / 3  # of a step's FLOPs, where nothing is computed again
+FRAGMENTATION = 0.1  # of the tensors' bytes: holes of the allocator
+CONTEXT = 1.0 * GIB  # CUDA's context, kernels, NCCL's buffers
+HOST_LINK = 25e9  # bytes/s between a GPU and its host, each way: PCI Express 4, 16 lanes, of which 80 % are reached
+HOST_ADAM = 10e9  # bytes/s of a host's memory for each GPU's share of an offloaded Adam, which moves 28 per parameter
+
+NETWORKS = {  # GB/s of each GPU, each way
+    "infiniband-ndr": 50.0,  # 400 Gbit/s
+    "infiniband-hdr": 25.0,  # 200 Gbit/s
+    "ethernet-100": 12.5,
+    "ethernet-25": 3.125,
+    "ethernet-10": 1.25,
+}
+
+WHERE = {"none": ("none", "none"), "optimizer": ("cpu", "none"), "all": ("cpu", "cpu")}  # offload_optimizer, _param
+STAGES = [(0, "none"), (1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer")]
+STAGES.append((3, "all"))
+POLICIES = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs that are planned for, and what connects them."""
+
+    name: str
+    gpu: Gpu
+    ranks: int
+    network: str
+    gb_per_s: float
+    efficiency: float = EFFICIENCY
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the run file: sizes in bytes for each GPU, seconds for each step."""
+
+    stage: int
+    offload: str
+    policy: str
+    micro_batch: int
+    accumulation: int
+    current: bool
+    memory: Memory
+    spare: float  # for fragmentation and CUDA itself
+    traffic: Traffic
+    compute_seconds: float
+    wire_seconds: float
+    host_seconds: float
+    hidden_seconds: float  # of the wire's, behind the compute
+    fits: bool
+    keys: tuple[str, ...] = field(default=(), compare=False)  # what makes the planned run file this setting
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_seconds + self.wire_seconds - self.hidden_seconds + self.host_seconds
+
+    @property
+    def total(self) -> float:
+        return self.memory.total + self.spare
+
+
+def machine(gpu: str, ranks: int, network: str | None, efficiency: float = EFFICIENCY) -> Machine:
+    """By names or numbers. Raises UserError for a GPU or network that is not known."""
+    if (name := gpu_named(gpu)) is None:
+        raise UserError(f"--gpu {gpu!r} is not known; known are {', '.join(GPUS)}")
+    if network is None and ranks <= GPUS_PER_HOST:
+        return Machine(name, GPUS[name], ranks, "the GPUs' own links", GPUS[name].link_gb_s, efficiency)
+    network = network or "infiniband-ndr"
+    try:
+        speed = NETWORKS[network] if network in NETWORKS else float(network)
+    except ValueError:
+        speed = 0.0
+    if not 0.0 < speed < math.inf:
+        raise UserError(f"--network {network!r} is neither GB/s of each GPU nor one of {', '.join(NETWORKS)}")
+    return Machine(name, GPUS[name], ranks, network if network in NETWORKS else "network", speed, efficiency)
+
+
+def vocabulary(run: RunConfig) -> tuple[int, str]:
+    """(padded vocabulary, where it is from): the data's, or GPT-2's if there is no data yet."""
+    path = run.megagpt.data.train[0].path
+    try:
+        return padded_vocab_size(read_manifest(path).tokenizer.vocab_size), f"of {path}"
+    except UserError:
+        return padded_vocab_size(VOCABULARY), f"GPT-2's, since {path} cannot be read"
+
+
+def setting(run: RunConfig, on: Machine, vocab_size: int, *, current: bool = False) -> Setting:
+    """Raises UserError if the batch does not multiply out."""
+    batch, zero = batch_plan(run.deepspeed, on.ranks), run.deepspeed.zero_optimization
+    used = memory(run, batch, vocab_size, on_cpu=on.name == "cpu")
+    sent = traffic(run, batch, vocab_size)
+    spare = FRAGMENTATION * used.total + CONTEXT
+    bandwidth, compute = on.gb_per_s * 1e9, _compute_seconds(run, batch, vocab_size, on)
+    param = zero.offload_param.device != "none"
+    offload = "all" if param else "optimizer" if zero.offload_optimizer.device != "none" else "none"
+    return Setting(
+        stage=zero.stage,
+        offload=offload,
+        policy=run.megagpt.recompute.policy,
+        micro_batch=batch.micro_batch,
+        accumulation=batch.accumulation,
+        current=current,
+        memory=used,
+        spare=spare,
+        traffic=sent,
+        compute_seconds=compute,
+        wire_seconds=sent.wire / bandwidth,
+        host_seconds=_host_seconds(run, batch, vocab_size, offload),
+        hidden_seconds=_hidden_seconds(run, batch, sent, compute, bandwidth),
+        fits=used.total + spare <= on.gpu.memory_gib * GIB,
+    )
+
+
+def settings(run: RunConfig, on: Machine, vocab_size: int) -> Iterator[Setting]:
+    """The run file's own, and all stages, offloads, policies and micro-batches with the same global batch."""
+    yield setting(run, on, vocab_size, current=True)
+    for micro_batch in micro_batches(run, on.ranks):
+        for stage, offload in STAGES:
+            for policy in dict.fromkeys((*POLICIES, run.megagpt.recompute.policy)):
+                keys = changes(run, stage, offload, policy, micro_batch)
+                yield replace(setting(parse_run(run.as_json(), keys), on, vocab_size), keys=tuple(keys))
+
+
+def micro_batches(run: RunConfig, ranks: int) -> list[int]:
+    """Those that the global batch is a multiple of, on so many ranks. Raises UserError as batch_plan does."""
+    share = run.deepspeed.train_batch_size // batch_plan(run.deepspeed, ranks).replicas
+    return [n for n in range(1, share + 1) if share % n == 0]
+
+
+def changes(run: RunConfig, stage: int, offload: str, policy: str, micro_batch: int) -> list[str]:
+    """What to put behind the run file's name, or into it, for this setting."""
+    optimizer, param = WHERE[offload]
+    zero, ds = run.deepspeed.zero_optimization, run.deepspeed
+    keys = [f"zero_optimization.stage={stage}"]
+    for name, device, now in (
+        ("offload_optimizer", optimizer, zero.offload_optimizer.device),
+        ("offload_param", param, zero.offload_param.device),
+    ):
+        keys += [f"zero_optimization.{name}.device={device}"] if device != now else []
+    keys.append(f"train_micro_batch_size_per_gpu={micro_batch}")
+    keys += ["gradient_accumulation_steps=null"] if ds.gradient_accumulation_steps is not None else []
+    if policy != run.megagpt.recompute.policy:
+        keys.append(f'megagpt.recompute={{"policy": "{policy}"}}')
+        keys += ["activation_checkpointing={}"] if "activation_checkpointing" in run.deepspeed_raw else []
+    return keys
+
+
+def variant(run: RunConfig, stage: int, offload: str, policy: str, micro_batch: int) -> RunConfig:
+    """The run file with those changes."""
+    return parse_run(run.as_json(), changes(run, stage, offload, policy, micro_batch))
+
+
+def fastest(found: Sequence[Setting]) -> Setting | None:
+    """Of those that fit. Within 2 %, which this model cannot tell apart, the lowest stage with the largest batch."""
+    fitting = [s for s in found if s.fits]
+    if not fitting:
+        return None
+    limit = min(s.seconds for s in fitting) * 1.02
+    return min((s for s in fitting if s.seconds <= limit), key=lambda s: (s.stage, s.offload != "none", -s.micro_batch))
+
+
+def _compute_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, on: Machine) -> float:
+    """FLOPs of a step, recomputation included, over what the GPUs reach together."""
+    cfg = run.megagpt
+    model = cfg.model.model_copy(update={"seq_len": cfg.seq_len})
+    again = recompute_flops_per_token(
+        model,
+        cfg.recompute,
+        dropout=cfg.regularization.dropout,
+        zero3=run.deepspeed.zero_optimization.stage == 3,
+        compiled=cfg.compile is not False,
+    )
+    flops = batch.global_batch * cfg.seq_len * (flops_per_token(model, vocab_size) + (again or 0.0))
+    peak = on.gpu.peak_flops * (FP32_PEAK if run.deepspeed.dtype == "fp32" else 1.0)
+    return flops / (on.ranks * peak * on.efficiency)
+
+
+def _hidden_seconds(run: RunConfig, batch: BatchPlan, sent: Traffic, compute: float, bandwidth: float) -> float:
+    """What overlap_comm can hide of the wire's seconds: at stage 3, where it is on unless the run file says otherwise,
+    gathering and scattering behind all of the compute; at stages 1 and 2 reducing alone, behind the backward passes
+    that reduce, which at stage 1 is the last one.
+    """
+    stage = run.deepspeed.zero_optimization.stage
+    overlap = run.deepspeed_raw.get("zero_optimization", {}).get("overlap_comm")
+    if stage == 0 or not (stage == 3 if overlap is None else overlap):
+        return 0.0
+    if stage == 3:
+        return min(replace(sent, all_to_all=0).wire / bandwidth, compute)
+    reduced = replace(sent, all_gather=0, all_to_all=0).wire / bandwidth
+    return min(reduced, BACKWARD_SHARE * compute / (batch.accumulation if stage == 1 else 1))
+
+
+def _host_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, offload: str) -> float:
+    """Offload: gradients to the host, Adam there (28 bytes of a parameter read and written), weights back."""
+    if offload == "none":
+        return 0.0
+    part, s = n_params(run.megagpt.model, vocab_size) / batch.world_size, WIDTH[run.deepspeed.dtype]
+    reads = batch.accumulation * 2 if offload == "all" else 1  # weights for each forward and backward pass
+    return part * (s * (batch.accumulation + reads) / HOST_LINK + (2 * ADAM + 4) / HOST_ADAM)

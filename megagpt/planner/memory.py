@@ -1,0 +1,191 @@
+"""Bytes of tensors that one rank holds at the worst moment of a training step, by what they are.
+
+Pure arithmetic, checked against the tensors that really live (tests/planner/test_estimate.py). N parameters, W ranks, t
+tokens of a micro-batch on this rank, C width, H heads, T positions, V vocabulary; s bytes of a number that the model
+computes with; one unit U = t C s, a (B, T, C) tensor.
+"""
+
+from dataclasses import dataclass, fields
+
+from megagpt.config.deepspeed import BatchPlan, RunConfig
+from megagpt.model.flops import bucket_elements, param_sizes
+from megagpt.model.loss import PIECE_BYTES, chunks
+from megagpt.planner.communication import WIDTH, persistence, regathered, zero_key
+
+ADAM = 12  # bytes per parameter: two moments and the fp32 master weights, which ZeRO keeps in fp32 training too
+AT_ONCE = 500_000_000  # elements that stage 0 reduces at a time: MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed's engine.py
+WHOLE, SELECTIVE = (
+    16,
+    9,
+)  # units that a block keeps for backward, its result included: tests/engine/test_build.py counts them
+BACKWARD = 5  # units that a block's backward adds: gradients of (B, T, 4C) before and after GELU, less what it frees
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part, all at one moment, which `when` names; `host` is what offload moves to the CPU's memory."""
+
+    weights: float
+    optimizer: float
+    gradients: float
+    buffers: float  # what is gathered, reduced or converted then
+    activations: float
+    logits: float
+    host: float
+    when: str
+
+    @property
+    def total(self) -> float:
+        return float(sum(getattr(self, part) for part in PARTS))
+
+
+PARTS = tuple(field.name for field in fields(Memory) if field.name not in ("host", "when"))
+
+
+@dataclass(frozen=True)
+class _States:
+    """What a ZeRO stage holds, whatever the micro-batch."""
+
+    weights: float
+    optimizer: float
+    host: float
+    held: float  # gradients that wait for the last micro-batch
+    gathered: float  # weights that stage 3 has whole between a forward and a backward pass
+    prefetched: float  # and the flat tensors in which they came
+    bucket: float  # gradients on their way
+    reduced: float  # gradients at the end of backward
+    copied: float  # and what is made of them then
+    converted: float  # their copies for Adam
+    stepped: float  # gradients while Adam works
+
+
+def memory(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool = False) -> Memory:
+    """At the worst of four moments of a step's last micro-batch, once Adam's moments are there."""
+    states = _states(run, batch, vocab_size)
+    kept, again, moved = _activations(run, batch)
+    logits = _logits(run, batch, vocab_size, on_cpu=on_cpu)
+    head = vocab_size * run.megagpt.model.n_embd * WIDTH[run.deepspeed.dtype]  # the output matrix's gradient
+    whole = states.weights + states.gathered
+    moments = {
+        "loss": (whole, states.held, states.prefetched, kept, logits),
+        "first backward": (whole, states.held + head, states.bucket, kept + again, 0.0),
+        "last backward": (
+            states.weights,
+            states.reduced,
+            max(states.copied, states.bucket + 2 * head),
+            again,
+            0.0,
+        ),
+        "Adam": (states.weights, states.stepped, states.converted, 0.0, 0.0),
+    }
+    found = [
+        Memory(weights, states.optimizer, gradients, buffers, activations, scores, states.host + moved, when)
+        for when, (weights, gradients, buffers, activations, scores) in moments.items()
+    ]
+    return max(found, key=lambda moment: moment.total)
+
+
+def _states(run: RunConfig, batch: BatchPlan, vocab_size: int) -> _States:
+    zero, sizes, W = run.deepspeed.zero_optimization, param_sizes(run.megagpt.model, vocab_size), batch.world_size
+    N, s, accumulates = sum(sizes), WIDTH[run.deepspeed.dtype], batch.accumulation > 1
+    elements = zero_key(run, "reduce_bucket_size", bucket_elements(run.megagpt.model, vocab_size, W))
+    overlap = run.deepspeed_raw.get("zero_optimization", {}).get("overlap_comm")
+    bucket = s * elements * (2 if overlap and zero.stage < 3 else 1)
+    part = s * N / W
+    to_host = 0.0 if zero.offload_optimizer.device == "none" else (ADAM + 4) * N / W  # gradients go there in fp32
+    adam = 0.0 if to_host else ADAM * N / W
+    if zero.stage == 0:
+        mixed = s == 2
+        return _States(
+            weights=s * N,
+            optimizer=ADAM * N if mixed else 8 * N,  # in fp32 the weights are their own masters
+            host=0.0,
+            held=s * N if accumulates else 0.0,
+            gathered=0.0,
+            prefetched=0.0,
+            bucket=0.0,
+            reduced=s * N,
+            copied=s * min(N, AT_ONCE) if W > 1 else 0.0,
+            converted=4 * N if mixed else 0.0,
+            stepped=s * N,
+        )
+    if zero.stage < 3:
+        held = (s * N if zero.stage == 1 else part) if accumulates else 0.0
+        return _States(
+            weights=s * N,
+            optimizer=adam,
+            host=to_host,
+            held=held,
+            gathered=0.0,
+            prefetched=0.0,
+            bucket=bucket if W > 1 else 0.0,
+            reduced=part if zero.stage == 1 or not accumulates else 2 * part,
+            copied=part + bucket,
+            converted=0.0 if to_host else part + (4 * N / W if s == 2 else 0.0),
+            stepped=0.0 if to_host else part,
+        )
+    small = sum(n for n in sizes if n <= persistence(run))
+    live = N - small - regathered(run, N - small)
+    weights = s * small + (0.0 if zero.offload_param.device != "none" else part)
+    group = min(N, zero_key(run, "sub_group_size", 1e9)) / W
+    return _States(
+        weights=weights,
+        optimizer=adam,
+        host=to_host + (s * N / W if zero.offload_param.device != "none" else 0.0),
+        held=part + bucket,
+        gathered=s * live,
+        prefetched=s * min(live, zero_key(run, "prefetch_bucket_size", 5e7)),
+        bucket=0.0,
+        reduced=part + bucket,
+        copied=0.0,
+        converted=0.0 if to_host else group * (s + (4 if s == 2 else 0)),
+        stepped=part + bucket,
+    )
+
+
+def _activations(run: RunConfig, batch: BatchPlan) -> tuple[float, float, float]:
+    """(kept for backward, added by the backward of the last block, moved to the host)."""
+    cfg, s = run.megagpt, WIDTH[run.deepspeed.dtype]
+    L, H, T = cfg.model.n_layer, cfg.model.n_head, cfg.seq_len
+    tokens = batch.micro_batch * T / batch.sequence_parallel_size
+    U = tokens * cfg.model.n_embd * s
+    scores = tokens * H * T  # elements of all heads' attention weights
+    extra = 4 * tokens * (H + 4)  # attention's log-sum-exp, mean and deviation of two LayerNorms
+    if cfg.model.attention == "eager":  # softmax and queries and keys in fp32; what multiplies the values
+        extra += scores * (4 + (s if s == 2 else 0) + 1) + (2 * tokens * cfg.model.n_embd * 4 if s == 2 else 0)
+    elif cfg.packing.masked:
+        extra += batch.micro_batch * T * T * s  # the mask as numbers that are added
+    if cfg.regularization.dropout > 0.0:
+        extra += 2 * tokens * cfg.model.n_embd  # a byte for each number of two results
+    whole = WHOLE * U + extra
+    policy, again = cfg.recompute.policy, cfg.recompute.n_blocks(L)
+    each = {"selective": SELECTIVE * U + 4 * tokens * H, "budget": U + (cfg.recompute.budget or 0.0) * (whole - U)}
+    less = each.get(policy, U)  # a block whose activations are computed again
+    if policy == "budget":
+        again = L
+    blocks = again * less + (L - again) * whole
+    ends = 2 * U  # the embeddings' sum, and the last LayerNorm's result
+    backward = BACKWARD * U + (whole - less if again and (L - 1) % (cfg.recompute.k or 1) == 0 else 0.0)
+    if cfg.recompute.offload or run.deepspeed.activation_checkpointing.cpu_checkpointing:
+        return ends + whole, backward, blocks
+    return ends + blocks, backward, 0.0
+
+
+def _logits(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool) -> float:
+    """The most that the loss holds, by the way that loss.py: next_token_score goes.
+
+    Whole: the logits' softmax and the gradients of both, in fp32. In chunks: of one chunk the logits, their softmax and
+    gradient; then its logits, what they are multiplied to, and the output matrix's gradient, in fp32 if there are more.
+    """
+    cfg, s = run.megagpt, WIDTH[run.deepspeed.dtype]
+    n_tokens = batch.micro_batch * cfg.seq_len // batch.sequence_parallel_size
+    n_chunks = chunks(n_tokens, vocab_size)
+    pieces = on_cpu and 4 * n_tokens * vocab_size > PIECE_BYTES
+    compiled = not on_cpu and cfg.compile is not False
+    if n_chunks == 1 and not (pieces or compiled):
+        scores = 4.0 * n_tokens * vocab_size
+        return 3 * scores + (scores if cfg.regularization.z_loss > 0.0 else 0.0)
+    chunk = -(-n_tokens // n_chunks) * vocab_size
+    matrix = 0.0 if n_chunks == 1 else 4.0 * vocab_size * cfg.model.n_embd
+    softmax = 2.0 * PIECE_BYTES if pieces else chunk * (4.0 + s)
+    return matrix + s * chunk + max(softmax, float(s * vocab_size * cfg.model.n_embd))

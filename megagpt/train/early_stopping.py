@@ -1,0 +1,16 @@
+"""Stop when the validation loss has not improved for a while. Pure: state and evaluation in, next state out."""
+
+from dataclasses import replace
+
+from megagpt.config.schema import EarlyStoppingConfig
+from megagpt.train_state import EarlyStopping
+
+
+def after_evaluation(state: EarlyStopping, val_loss: float, step: int, cfg: EarlyStoppingConfig) -> EarlyStopping:
+    """The state after one evaluation. val_loss must be the mean over all ranks, so that all ranks agree."""
+    if val_loss < state.best - cfg.min_delta:
+        return replace(state, best=val_loss, best_step=step, bad_evals=0)
+    if cfg.patience == 0 or step < cfg.min_steps:
+        return state
+    bad_evals = state.bad_evals + 1
+    return replace(state, bad_evals=bad_evals, stopped=bad_evals >= cfg.patience)

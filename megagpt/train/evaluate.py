@@ -1,0 +1,73 @@
+"""Validation loss on fixed blocks, weighted exactly by token over all ranks. Takes an engine or a model.
+
+Shapes: B micro_batch, T seq_len.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megagpt.data.loader import ValBlocks, prefetched, stretch
+from megagpt.distributed.process_group import rank, sum_over_ranks, world_size
+from megagpt.model.loss import token_nats
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float  # nats per token
+    tokens: int  # predicted
+    bytes: int  # of UTF-8 text that those tokens stand for
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Loss per byte of text: comparable between tokenizers."""
+        return self.loss * self.tokens / (self.bytes * math.log(2))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, blocks: ValBlocks, token_bytes: Tensor, *, micro_batch: int, sequence_parallel_size: int = 1
+) -> Evaluation:
+    """Each rank takes a contiguous share of the blocks; all run the same number of forward passes.
+
+    With sequence_parallel_size > 1, so many ranks take the same blocks, each a stretch of their positions.
+
+    token_bytes (vocab_size,) says how many bytes of text each token stands for, and lies on the model's device.
+    """
+    device = token_bytes.device
+    replica, replicas = rank() // sequence_parallel_size, world_size() // sequence_parallel_size
+    share = math.ceil(len(blocks) / replicas)
+    begin, end = replica * share, min((replica + 1) * share, len(blocks))
+    firsts = range(begin, begin + share, micro_batch)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+    was_training = model.training
+    model.eval()
+    shape = (micro_batch, blocks.seq_len + 1)
+    positions = stretch(blocks.seq_len, rank(), sequence_parallel_size)
+    batches = prefetched(blocks.fill, firsts, shape, device, document_end=blocks.document_end, positions=positions)
+    for first, (inputs, targets, documents) in zip(firsts, batches, strict=True):
+        nats = model(inputs, documents=documents, score=token_nats(targets))  # (B, T)
+        kept = (first + torch.arange(micro_batch, device=device) < end).unsqueeze(1).expand_as(targets)  # (B, T)
+        totals[0] += (nats.double() * kept).sum()
+        totals[1] += kept.sum()
+        totals[2] += (token_bytes[targets] * kept).sum()
+    model.train(was_training)
+    nats_sum, n_tokens, n_bytes = sum_over_ranks(totals).tolist()
+    return Evaluation(nats_sum / n_tokens, int(n_tokens), int(n_bytes))
+
+
+def unigram_entropy(blocks: ValBlocks) -> float:
+    """Nats per token of the best guess that ignores context: what a model must beat to have learned anything."""
+    counts = torch.zeros(0, dtype=torch.int64)
+    for batch in prefetched(blocks.fill, range(len(blocks)), (1, blocks.seq_len + 1), torch.device("cpu")):
+        more = torch.bincount(batch.targets[0], minlength=len(counts))
+        more[: len(counts)] += counts
+        counts = more
+    p = counts[counts > 0].double() / counts.sum()
+    return -(p * p.log()).sum().item()

@@ -1,0 +1,233 @@
+"""Numbers for people and machines: a line in the terminal, TensorBoard, metrics.jsonl, and DeepSpeed's monitors.
+
+Only rank 0 writes. DeepSpeed's own TensorBoard writer has no text, no hyperparameters and no purge after a resume,
+so TensorBoard is written here; its CSV, W&B and Comet writers get the same events.
+
+A disk that takes no more numbers does not end a run, which may free it or be rid of it by its next save: that one stops
+all ranks if it finds the same.
+"""
+
+import errno
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from megagpt.atomic_files import write_atomically
+from megagpt.checkpoint.commit import best
+from megagpt.config.deepspeed import RunConfig
+from megagpt.config.schema import MegaGPTConfig
+from megagpt.distributed.process_group import is_main, say
+from megagpt.train_state import TrainState
+
+Events = Callable[[list[tuple[str, float, int]]], None]
+
+
+class Monitor:
+    """One per run. `resumed` is the state training goes on from: later points of an earlier attempt are dropped."""
+
+    def __init__(self, run: RunConfig, resumed: TrainState, *, also: Events) -> None:
+        self._max_steps = run.megagpt.schedule.max_steps
+        self._also, self._told = also, False
+        self._writer: SummaryWriter | None = None
+        if not is_main():
+            return
+        out_dir, board = run.megagpt.out_dir, run.deepspeed.tensorboard
+        self._metrics_file = out_dir / "metrics.jsonl"
+        _keep_up_to(self._metrics_file, resumed.step)
+        if board.enabled:
+            folder = Path(board.output_path or out_dir) / board.job_name
+            # an earlier attempt may have drawn more than it saved: from here on the curve is ours
+            self._writer = SummaryWriter(str(folder), purge_step=resumed.step + 1 if resumed.step else 0)
+            if resumed.step == 0:
+                self._write_hyperparameters(run)
+
+    def log(
+        self,
+        state: TrainState,
+        metrics: dict[str, float],
+        *,
+        eta_seconds: float | None = None,
+        waits_for: Sequence[str] = (),
+    ) -> None:
+        """Record metrics of the step just finished; "loss/train" and its like group in TensorBoard.
+
+        `waits_for`: hosts that keep the others waiting.
+        """
+        if not is_main():
+            return
+        with self._losing_numbers():
+            _append(self._metrics_file, {"step": state.step, "tokens_seen": state.tokens_seen, **metrics})
+        with self._losing_numbers():
+            if self._writer:
+                for name, value in metrics.items():
+                    self._writer.add_scalar(name, value, state.step)
+                self._writer.flush()
+            # DeepSpeed counts its own events in samples, and W&B drops an event whose count is behind the last one's
+            self._also([(name, value, state.samples_seen) for name, value in metrics.items()])
+        shown = [f"{name} {_short(name, value)}" for name, value in metrics.items() if name in ON_THE_LINE]
+        if waits_for:
+            shown.append(f"waits for {', '.join(waits_for)}")
+        if eta_seconds is not None:
+            shown.append(f"eta {timedelta(seconds=round(eta_seconds))}")
+        if shown:
+            say(f"step {state.step:>{len(str(self._max_steps))}}/{self._max_steps} | " + " | ".join(shown))
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Show a text in TensorBoard, as it is."""
+        with self._losing_numbers():
+            if self._writer:
+                self._writer.add_text(tag, "\n".join("    " + line for line in text.split("\n")), step)
+                self._writer.flush()
+
+    def close(self) -> None:
+        with self._losing_numbers():
+            if self._writer:
+                self._writer.close()
+
+    @contextmanager
+    def _losing_numbers(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                say(f"numbers are lost, and training goes on: {error}")
+            self._told = True
+
+    def _write_hyperparameters(self, run: RunConfig) -> None:
+        assert self._writer is not None
+        self.text("run_file", json.dumps(run.as_json(), indent=2), 0)
+        flat = dict(_flatten(run.as_json()))
+        events = self._writer._get_file_writer()  # add_hparams() would start a second run beside this one
+        for summary in hparams(flat, {"loss/val": 0.0}):
+            events.add_summary(summary)
+
+
+ON_THE_LINE = {
+    "loss/train",
+    "loss/val",
+    "perplexity",
+    "bits_per_byte",
+    "lr",
+    "grad_norm",
+    "tokens_per_sec",
+    "mfu",
+}
+
+
+class Stopwatch:
+    """Seconds since the last lap, by what they went to; what no section claims is the training step's."""
+
+    def __init__(self) -> None:
+        self._started = self._began = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def total(self) -> float:
+        """Seconds up to the last lap."""
+        return self._began - self._started
+
+    def spent(self, name: str) -> float:
+        """Seconds of one section since the last lap."""
+        return self._seconds.get(name, 0.0)
+
+    def lap(self) -> dict[str, float]:
+        now = time.perf_counter()
+        seconds = {"data": 0.0} | self._seconds
+        seconds["step"] = now - self._began - sum(seconds.values())
+        self._began, self._seconds = now, {}
+        return seconds
+
+
+def say_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> None:
+    """The last words of a run: its validation curve, why it ended, and its best checkpoint."""
+    if not is_main():
+        return
+    stopper = state.stopper
+    if stopper.stopped:
+        evaluations = f"{stopper.bad_evals} evaluations"
+        why = f"stopped early at step {state.step}: no better than step {stopper.best_step} for {evaluations}"
+    elif state.finished(cfg.schedule.max_steps):
+        why = f"finished at step {state.step}"
+    else:
+        why = f"stopped at step {state.step} ({reason or 'asked by another rank'}) and saved; the same command goes on"
+    lines = [why]
+    if stopper.best_step:
+        lines = [validation_curve(cfg.out_dir / "metrics.jsonl"), why]
+        lines.append(f"best loss/val {stopper.best:.4f} at step {stopper.best_step}")
+    if (named := best(cfg.out_dir)) is not None:
+        lines.append(f"best checkpoint: {named}")
+    say("\n".join(lines))
+
+
+def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str:
+    """The run's validation losses as bars, for the end of a run in a terminal."""
+    lines_of_file = metrics_file.read_text().splitlines() if metrics_file.is_file() else []
+    points = [row for row in map(json.loads, lines_of_file) if "loss/val" in row]
+    if not points:
+        return "    no validation losses in metrics.jsonl"
+    points = points[:: max(1, -(-len(points) // rows))] + points[-1:]
+    losses = [row["loss/val"] for row in points]
+    low, high = min(losses), max(losses)
+    lines = []
+    for step, loss in {row["step"]: row["loss/val"] for row in points}.items():
+        bar = "█" * (1 + round((width - 1) * (loss - low) / (high - low or 1.0)))
+        lines.append(f"  {step:>8} {loss:8.4f} {bar}")
+    return "    step loss/val\n" + "\n".join(lines)
+
+
+def _append(metrics_file: Path, row: dict[str, Any]) -> None:
+    """A whole row or none."""
+    with metrics_file.open("ab", buffering=0) as file:
+        line, size = (json.dumps(row) + "\n").encode(), file.tell()
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(metrics_file))
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def _keep_up_to(metrics_file: Path, step: int) -> None:
+    """Drop rows after `step`, and a last row cut in half: a resumed run writes them again."""
+    if not metrics_file.exists():
+        metrics_file.parent.mkdir(parents=True, exist_ok=True)
+        return
+    kept = []
+    for line in metrics_file.read_bytes().splitlines(keepends=True):
+        try:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    write_atomically(metrics_file, b"".join(kept))
+
+
+def _short(name: str, value: float) -> str:
+    if name == "tokens_per_sec":
+        return f"{value:,.0f}"
+    if name == "mfu":
+        return f"{value:.1%}"
+    return f"{value:.2e}" if name == "lr" else f"{value:.4f}"
+
+
+def _flatten(node: Any, path: str = "") -> Iterator[tuple[str, str | float | bool]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _flatten(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, (str, int, float, bool)):
+        yield path, node
+    else:
+        yield path, json.dumps(node)

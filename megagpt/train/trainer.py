@@ -1,0 +1,110 @@
+"""The training loop. Read `train` first; everything it calls is one hop away, most of it in session.py."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from megagpt.config.deepspeed import RunConfig
+from megagpt.data.loader import Batch
+from megagpt.distributed.process_group import StopVote
+from megagpt.engine.build import set_lr
+from megagpt.engine.optimizer import lr_factor
+from megagpt.errors import UserError
+from megagpt.guards.restarts import begun_by_this_job, count_start, forget_start
+from megagpt.guards.spikes import Recent, compare_weights
+from megagpt.model.loss import kept_share, next_token_score
+from megagpt.train.monitor import say_ending
+from megagpt.train.preemption import Preemption
+from megagpt.train.session import Session, check
+from megagpt.train_state import TrainState
+
+
+def train(
+    run: RunConfig,
+    device: torch.device,
+    *,
+    fresh: bool = False,
+    preemption: Preemption | None = None,
+    stop_at: int | None = None,
+) -> TrainState:
+    """Train until finished, told to stop, or at step `stop_at`; returns the state that was saved last. Collective.
+
+    Raises UserError for what is wrong with the run file or the data, and for a loss that is no longer finite.
+    """
+    preemption, vote = preemption or Preemption(), StopVote()
+    preemption.time_limit_minutes = run.megagpt.time_limit_minutes
+    plan = check(run, fresh=fresh and not begun_by_this_job(run.megagpt.out_dir))
+    state, schedule, every = plan.state, run.megagpt.schedule, run.megagpt.every
+    if state.finished(schedule.max_steps):
+        say_ending(run.megagpt, state)
+        return state
+    count_start(run, state.step)
+    try:
+        session = Session(plan, device, launcher_alive=preemption.launcher_alive)
+    except UserError:
+        forget_start(run)
+        raise
+    batches, recent, stop = session.batches(), Recent(), False
+
+    with session.writer, session.watchdog, vote:
+        while not (stop or state.finished(schedule.max_steps)):
+            set_lr(session.engine, run.deepspeed.optimizer.params.lr * lr_factor(state.step, schedule))
+            recent.add(*train_step(session, batches))
+            state = state.after_step(plan.batch.global_batch, run.megagpt.seq_len)
+            stop = vote(preemption.requested or session.writer.failed) or state.step == stop_at
+            done = state.step == schedule.max_steps
+            session.watchdog.beat(state.step, ending=stop or done)
+            if due(state.step, run.megagpt.guards.compare_every):
+                compare_weights(session.engine.module.named_parameters(), state.step)
+
+            if stop or done or any(due(state.step, n) for n in (every.log, every.eval, every.save, every.sample)):
+                state, roll_back = session.log(state, recent)
+                recent = Recent()
+                if roll_back:
+                    state, batches = session.roll_back(state)
+                    continue
+            if done or due(state.step, every.eval):
+                state = session.evaluate(state)
+            if due(state.step, every.sample):
+                session.show_samples(state)
+            if stop or state.finished(schedule.max_steps) or due(state.step, every.save) or session.is_new_best(state):
+                session.save(state)
+
+    session.close(state, preemption.reason)
+    return state
+
+
+def train_step(session: Session, batches: Iterator[Batch]) -> tuple[Tensor, Tensor, Tensor | float | None, Tensor]:
+    """One optimizer update over this rank's share of a global batch.
+
+    Returns its loss, the share of its targets that have one, the gradient norm, and whether the update was left out.
+
+    Every target with a loss weighs the same, in whichever micro-batch and on whichever rank: the gradient is that of
+    their sum over the number of all targets, ignored ones included. That number is known without asking other ranks.
+    The results stay on the device: reading them here would make every step wait for the GPU.
+    """
+    engine, regularization = session.engine, session.cfg.regularization
+    losses, shares = session.gate.next_step()
+    for _ in range(session.plan.batch.accumulation):
+        with session.watch.section("data"):
+            batch = next(batches)
+        score = next_token_score(
+            batch.targets,
+            label_smoothing=regularization.label_smoothing,
+            z_loss=regularization.z_loss,
+            compiled=session.compiled,
+        )
+        with session.clock.forward():
+            loss = engine(batch.inputs, documents=batch.documents, score=score)
+        shares.append(kept_share(batch.targets))
+        loss = loss * shares[-1]
+        engine.backward(loss)  # DeepSpeed divides by gradient_accumulation_steps
+        losses.append(loss.detach())
+        engine.step()  # updates the weights on the last micro-batch only
+    means = torch.stack(losses).mean(), torch.stack(shares).mean()
+    return *means, engine.get_global_grad_norm(), session.gate.closed
+
+
+def due(step: int, cadence: int) -> bool:
+    return cadence > 0 and step % cadence == 0
