@@ -35,7 +35,6 @@ IDLE = {"tokenizer": "--tokenizer", "tokenizer_type": "--types", "subword": None
 MEASURED_BYTES = 32_000_000  # of each source: of a larger one, so many bytes of documents drawn by a keyed hash
 VAL_BYTES = 1_000_000  # of the validation split: the same text for every tokenizer
 OF_LAUNCHERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"}  # it is one process
-PRETRAIN = "import sys; from megagpt.__main__ import pretrain; sys.exit(pretrain(sys.argv[1:]))"
 DEBUG_RUN: dict[str, Any] = {  # takes seconds on a CPU
     "train_batch_size": 8,
     "train_micro_batch_size_per_gpu": 8,
@@ -208,7 +207,7 @@ def _bits_per_byte(
     }
     file = run / "run.json"
     file.write_text(json.dumps(DEBUG_RUN | {"megagpt": megagpt}))
-    command = [sys.executable, "-c", PRETRAIN, "--deepspeed_config", str(file)]
+    command = [sys.executable, "-m", "megagpt.train", "--deepspeed_config", str(file)]
     alone = {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS}
     done = subprocess.run(command, env=alone, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:

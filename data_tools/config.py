@@ -13,7 +13,7 @@ from data_tools.dedup.decontamination import DecontaminationConfig
 from data_tools.dedup.lsh import DedupConfig
 from data_tools.filters.rules import RulesConfig
 from data_tools.option_types import Names, Paths
-from megagpt.config.schema import Strict
+from megagpt.config.parsing import Strict
 from megagpt.errors import UserError
 
 Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "arrow", "warc", "html"]

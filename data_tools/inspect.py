@@ -6,7 +6,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from data_tools.report.summary import human
+from data_tools.formatting import human
 from megagpt.checkpoint.run_samples import open_run
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.manifest import Split

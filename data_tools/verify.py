@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_tools.report.summary import human
+from data_tools.formatting import human
 from megagpt.atomic_files import sha256_of
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.manifest import ShardInfo, Split, confined

@@ -88,7 +88,7 @@ def of_checkpoints(scratch: Path, name: str) -> Iterator[str]:
     """A step's file is missed by name; a hint that rotted leads to a step or nowhere."""
     import torch  # and DeepSpeed, which the other kinds need not wait for
 
-    from megagpt.checkpoint.save import load_model
+    from megagpt.checkpoint.load import load_model
 
     step_dir = (scratch / name).parent
     if step_dir.name.startswith("step_"):

@@ -14,9 +14,11 @@ from support import debug_run
 from torch import Tensor
 
 from megagpt.data.loader import Batch
-from megagpt.distributed.process_group import gather_objects, init_process_group, leave, rank
+from megagpt.distributed.collectives import gather_objects
+from megagpt.distributed.process_group import init_process_group, leave, rank
 from megagpt.engine.build import Engine
-from megagpt.train.session import Session, check
+from megagpt.train.preflight import check
+from megagpt.train.session import Session
 from megagpt.train.trainer import train
 
 DEVICE = init_process_group()

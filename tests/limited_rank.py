@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import megagpt.train.trainer  # noqa: F401  # so that what libraries map is not counted
-from megagpt.__main__ import pretrain
+from megagpt.cli.pretrain import pretrain
 
 if __name__ == "__main__":
     if int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from megagpt.__main__ import pretrain
+from megagpt.cli.pretrain import pretrain
 from megagpt.guards.spikes import watchdog
 from megagpt.train import session, trainer
 

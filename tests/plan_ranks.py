@@ -13,7 +13,8 @@ import torch
 from live_bytes import LiveBytes
 from support import debug_run
 
-from megagpt.config.deepspeed import BatchPlan, RunConfig, batch_plan
+from megagpt.config.batch import BatchPlan, batch_plan
+from megagpt.config.run_file import RunConfig
 from megagpt.distributed.process_group import init_process_group, leave, rank, world_size
 
 VOCAB = 1024

@@ -17,7 +17,8 @@ from support import debug_run
 
 from megagpt.checkpoint import save as checkpoint
 from megagpt.cli.verify_resume import what_differs
-from megagpt.distributed.process_group import barrier, gather_objects, init_process_group, is_main, leave
+from megagpt.distributed.collectives import barrier, gather_objects
+from megagpt.distributed.process_group import init_process_group, is_main, leave
 from megagpt.train import trainer
 
 CUT_AT = {"warmup": 2, "patience": 5}  # steps: in the middle of warm-up and of patience, and of an epoch both

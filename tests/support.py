@@ -15,9 +15,9 @@ from typing import Any
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
-from megagpt.config.deepspeed import RunConfig
-from megagpt.config.run_file import load_run_config
-from megagpt.distributed.process_group import gather_objects, is_main, leave
+from megagpt.config.run_file import RunConfig, load_run_config
+from megagpt.distributed.collectives import gather_objects
+from megagpt.distributed.process_group import is_main, leave
 
 ROOT = Path(__file__).parents[1]
 DEBUG_RUN = ROOT / "ds_configs" / "debug_cpu.json"

@@ -5,16 +5,10 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagpt.config.schema import ModelConfig, RecomputeConfig
-from megagpt.model.flops import (
-    causal_flops_per_token,
-    flops_per_token,
-    gpu_named,
-    n_params,
-    peak_flops,
-    recompute_flops_per_token,
-)
+from megagpt.model.flops import causal_flops_per_token, flops_per_token, n_params, recompute_flops_per_token
 from megagpt.model.gpt import GPT
 from megagpt.model.recompute import recompute_blocks
+from megagpt.planner.gpu_specs import gpu_named, peak_flops
 
 SIZES = {  # (n_layer, n_head, n_embd) -> parameters with GPT-2's own vocabulary of 50,257 and 1,024 positions
     (12, 12, 768): 124_439_808,

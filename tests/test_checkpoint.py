@@ -12,10 +12,10 @@ from megagpt.__main__ import main
 from megagpt.checkpoint import async_writer as writer
 from megagpt.checkpoint import save as checkpoint
 from megagpt.checkpoint.commit import COMMIT, best, committed, write_manifest
+from megagpt.checkpoint.load import load_model
 from megagpt.checkpoint.run_samples import open_run
-from megagpt.checkpoint.save import load_model
 from megagpt.data.training_set import TrainData
-from megagpt.engine.build import consolidated_weights
+from megagpt.engine.state_files import consolidated_weights
 from megagpt.errors import UserError
 from megagpt.train.trainer import train
 

@@ -19,13 +19,12 @@ from megagpt.checkpoint.commit import (
     damage_of,
     newest_record,
     point_to,
-    prune,
     step_folder,
-    superseded,
     write_commit,
     write_manifest,
 )
 from megagpt.checkpoint.identity import Identity
+from megagpt.checkpoint.rotation import prune, superseded
 from megagpt.config.schema import KeepConfig
 from megagpt.data.mixture import Mixture
 from megagpt.errors import UserError

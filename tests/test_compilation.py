@@ -7,7 +7,7 @@ import torch
 from support import debug_run, metric
 from torch._dynamo.utils import counters
 
-from megagpt.config.deepspeed import batch_plan
+from megagpt.config.batch import batch_plan
 from megagpt.engine.build import build_engine
 from megagpt.engine.compilation import compiles
 from megagpt.errors import UserError

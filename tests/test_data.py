@@ -6,7 +6,7 @@ import torch
 from data_helpers import write_dataset
 from support import build_dataset, debug_run
 
-from megagpt.config.deepspeed import BatchPlan
+from megagpt.config.batch import BatchPlan
 from megagpt.config.schema import DataConfig
 from megagpt.data.dataset import open_dataset
 from megagpt.data.loader import ValBlocks, open_data, prefetched, rank_samples

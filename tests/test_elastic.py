@@ -20,12 +20,13 @@ from megagpt.checkpoint import save as checkpoint
 from megagpt.checkpoint.commit import committed
 from megagpt.checkpoint.rng import rng_state, seed_all, seed_from
 from megagpt.checkpoint.run_samples import open_run
-from megagpt.engine.build import consolidated_weights
 from megagpt.engine.reshard import Part, Stretch, _copies
+from megagpt.engine.state_files import consolidated_weights
 from megagpt.errors import UserError
-from megagpt.guards.spikes import memory_mib
+from megagpt.guards.memory_growth import memory_mib
 from megagpt.train import session
-from megagpt.train.session import Session, check
+from megagpt.train.preflight import check
+from megagpt.train.session import Session
 from megagpt.train.trainer import train
 
 PROGRAM = Path(__file__).with_name("elastic_ranks.py")

@@ -13,13 +13,16 @@ from live_bytes import LiveBytes
 from support import debug_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megagpt.config.deepspeed import batch_plan
-from megagpt.engine.build import build_engine, effective_config, recompute_hook
+from megagpt.config.batch import batch_plan
+from megagpt.engine.activation_checkpointing import recompute_hook
+from megagpt.engine.build import build_engine
+from megagpt.engine.deepspeed_config import effective_config
 from megagpt.errors import UserError
-from megagpt.guards.spikes import Recent
+from megagpt.guards.step_window import Recent
 from megagpt.model.loss import next_token_loss, next_token_score
 from megagpt.model.recompute import on_the_host
-from megagpt.train.session import Session, check
+from megagpt.train.preflight import check
+from megagpt.train.session import Session
 from megagpt.train.trainer import train_step
 from megagpt.train_state import TrainState
 

@@ -17,8 +17,9 @@ from megagpt.config.schema import GuardsConfig, SpikesConfig
 from megagpt.data.mixture import Batches, Mixture
 from megagpt.data.provenance import origins
 from megagpt.errors import UserError
-from megagpt.guards.spikes import WINDOW, MemoryWatch, check_skipping
-from megagpt.guards.step_window import Steps, after_steps, extended, is_spike
+from megagpt.guards.memory_growth import WINDOW, MemoryWatch
+from megagpt.guards.spikes import after_steps, check_skipping, extended, is_spike
+from megagpt.guards.step_window import Steps
 from megagpt.train_state import Health, TrainState
 
 

@@ -13,9 +13,10 @@ import psutil
 import pytest
 from support import DEBUG_RUN, ROOT, environment, metric, overrides, torchrun
 
-from megagpt.__main__ import main, pretrain
+from megagpt.__main__ import main
 from megagpt.checkpoint.commit import committed
 from megagpt.checkpoint.run_samples import open_run
+from megagpt.cli.pretrain import pretrain
 from megagpt.data.dataset import open_dataset
 from megagpt.distributed import launcher
 

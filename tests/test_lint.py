@@ -6,8 +6,9 @@ from pydantic import BaseModel
 from test_run_file import GOOD, RUN_FILES
 
 from megagpt.__main__ import main
-from megagpt.config.run_file import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS, parse_run
-from megagpt.engine.build import ConfigReader
+from megagpt.config.deepspeed import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS
+from megagpt.config.run_file import parse_run
+from megagpt.engine.deepspeed_config import ConfigReader
 from megagpt.errors import UserError
 from megagpt.lint.deepspeed_keys import known_to
 from megagpt.lint.linter import lint_file, refuse

@@ -7,7 +7,8 @@ from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from megagpt.train.monitor import Monitor, Stopwatch, validation_curve
+from megagpt.train.metrics import Stopwatch
+from megagpt.train.monitor import Monitor, validation_curve
 from megagpt.train.trainer import train
 from megagpt.train_state import TrainState
 

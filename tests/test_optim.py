@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from megagpt.config.schema import ModelConfig, ScheduleConfig
-from megagpt.engine.optimizer import decay_groups, lr_factor
+from megagpt.engine.optimizer import decay_groups
 from megagpt.model.gpt import GPT
+from megagpt.train.lr_schedule import lr_factor
 
 
 def curve(**schedule) -> list[float]:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from support import debug_run, metric
 
 from megagpt.checkpoint.commit import committed
+from megagpt.checkpoint.load import packing_of
 from megagpt.checkpoint.run_samples import open_samples
-from megagpt.checkpoint.save import packing_of
 from megagpt.config.schema import DataConfig, GoldfishConfig, ModelConfig
 from megagpt.data.augmentation import GoldfishTokens, goldfish_mask
 from megagpt.data.dataset import open_dataset

@@ -9,7 +9,7 @@ from plan_ranks import MEMORY, TRAFFIC, VOCAB, run_and_batch
 from support import ROOT, read_json, torchrun
 
 from megagpt.__main__ import main
-from megagpt.config.deepspeed import batch_plan
+from megagpt.config.batch import batch_plan
 from megagpt.config.run_file import load_run_config, parse_run
 from megagpt.model.flops import n_params
 from megagpt.planner.communication import Traffic, traffic

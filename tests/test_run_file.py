@@ -6,15 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import DEBUG_RUN, ROOT
 
-from megagpt.config.deepspeed import DeepSpeedConfig, batch_plan
-from megagpt.config.run_file import (
-    DEEPSPEED_KEYS,
-    DEEPSPEED_SECTIONS,
-    REFUSED_KEYS,
-    load_run_config,
-    parse_run,
-    run_schema,
-)
+from megagpt.config.batch import batch_plan
+from megagpt.config.deepspeed import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS, DeepSpeedConfig
+from megagpt.config.run_file import load_run_config, parse_run, run_schema
 from megagpt.errors import UserError
 
 RUN_FILES = sorted(path for path in (ROOT / "ds_configs").glob("*.json") if "megagpt" in json.loads(path.read_text()))

@@ -23,10 +23,10 @@ from support import DEBUG_RUN, ROOT, debug_run, environment, overrides
 
 from megagpt.atomic_files import sha256_of
 from megagpt.checkpoint.commit import COMMIT, _digest, best, committed, damage_of
-from megagpt.checkpoint.save import load_model
+from megagpt.checkpoint.load import load_model
 from megagpt.cli.doctor_agent import Request, report
 from megagpt.config.run_file import load_run_config
-from megagpt.distributed.launcher import check_environment, check_hosts, check_settings
+from megagpt.distributed.hostfile import check_environment, check_hosts, check_settings
 from megagpt.engine.safe_pickle import check_pickles, load_checked
 from megagpt.errors import UserError
 from megagpt.train.trainer import train

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megagpt.checkpoint.commit import committed
 from megagpt.data.loader import stretch
-from megagpt.engine.build import consolidated_weights
+from megagpt.engine.state_files import consolidated_weights
 from megagpt.model.attention import ATTENTION, over_ranks
 from megagpt.model.gpt import apart
 from megagpt.train.trainer import train

@@ -5,7 +5,7 @@ import json
 import pytest
 from support import DEBUG_RUN, debug_run, overrides
 
-from megagpt.__main__ import pretrain
+from megagpt.cli.pretrain import pretrain
 from megagpt.errors import UserError
 from megagpt.guards.restarts import count_start, last_logged
 from megagpt.train import trainer

@@ -17,12 +17,11 @@ from megagpt.checkpoint.commit import (
     damage_of,
     newest_record,
     point_to,
-    prune,
-    put_aside,
     step_folder,
     write_commit,
     write_manifest,
 )
+from megagpt.checkpoint.rotation import prune, put_aside
 from megagpt.config.schema import EarlyStoppingConfig, KeepConfig
 from megagpt.data.mixture import Mixture, Source
 from megagpt.train.early_stopping import EarlyStopping, after_evaluation

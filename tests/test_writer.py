@@ -15,7 +15,8 @@ from torch.multiprocessing import start_processes
 from megagpt.checkpoint.async_writer import HostCopies, Writer, write_state
 from megagpt.checkpoint.commit import committed
 from megagpt.cli.verify_resume import same
-from megagpt.distributed.process_group import gather_objects, leave
+from megagpt.distributed.collectives import gather_objects
+from megagpt.distributed.process_group import leave
 from megagpt.errors import UserError
 from megagpt.train import session
 from megagpt.train.trainer import train

@@ -22,11 +22,13 @@ from support import SHARING, debug_run, metric, run_scenarios
 
 from megagpt.checkpoint import save as checkpoint
 from megagpt.checkpoint.commit import best, committed
-from megagpt.checkpoint.save import load_model
+from megagpt.checkpoint.load import load_model
 from megagpt.data.loader import open_data
 from megagpt.data.training_set import TrainData
-from megagpt.distributed.process_group import StopVote, init_process_group, rank
-from megagpt.engine.build import Engine, consolidated_weights
+from megagpt.distributed.collectives import StopVote
+from megagpt.distributed.process_group import init_process_group, rank
+from megagpt.engine.build import Engine
+from megagpt.engine.state_files import consolidated_weights
 from megagpt.errors import UserError
 from megagpt.guards import stragglers as pace
 from megagpt.model.generate import complete

@@ -13,7 +13,7 @@ from pydantic import Field
 from data_tools.dedup.ngrams import ngram_hashes, word_hashes
 from data_tools.option_types import Paths
 from megagpt.atomic_files import written
-from megagpt.config.schema import Strict
+from megagpt.config.parsing import Strict
 from megagpt.errors import UserError
 
 

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 
 from data_tools.dedup.minhash import DIGEST_BYTES, MinHash, TextDigest
 from data_tools.storage.arrow_columns import column, new_arrow_file, view
-from megagpt.config.schema import Strict
+from megagpt.config.parsing import Strict
 
 EXACT = 0  # the band of the texts' digests; the bands of the signatures follow
 ROW_BITS = 32

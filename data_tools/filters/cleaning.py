@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 
 from data_tools.filters.quality import POLICY
 from data_tools.option_types import Lines
-from megagpt.config.schema import Strict
+from megagpt.config.parsing import Strict
 from megagpt.errors import UserError
 
 

@@ -7,7 +7,7 @@ from typing import Protocol, cast
 from pydantic import Field
 
 from data_tools.option_types import Names
-from megagpt.config.schema import Strict
+from megagpt.config.parsing import Strict
 from megagpt.errors import UserError
 
 MAGIC = (793712314).to_bytes(4, "little")  # how a fastText model begins

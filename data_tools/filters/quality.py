@@ -11,7 +11,7 @@ from pydantic import Field
 from data_tools.filters.repetition import duplicates
 from data_tools.filters.text_statistics import PUNCTUATION, TERMINAL_PUNCTUATION, Page, count_sentences, split_words
 from data_tools.option_types import Names
-from megagpt.config.schema import Strict
+from megagpt.config.parsing import Strict
 
 CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
 END_OF_LINE = (".", "?", "!", '"', "'")

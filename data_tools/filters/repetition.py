@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from data_tools.filters.text_statistics import Page
-from megagpt.config.schema import Strict
+from megagpt.config.parsing import Strict
 
 NgramLimits = tuple[tuple[Annotated[int, Field(ge=2)], Annotated[float, Field(ge=0)]], ...]
 

@@ -24,7 +24,7 @@ from data_tools.filters.quality import (
 from data_tools.filters.repetition import GopherRepetitionConfig, gopher_repetition
 from data_tools.filters.text_statistics import Page
 from data_tools.option_types import Names
-from megagpt.config.schema import Strict
+from megagpt.config.parsing import Strict
 from megagpt.errors import UserError
 
 CustomRule = Callable[[str], bool | str | None]

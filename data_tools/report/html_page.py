@@ -7,8 +7,8 @@ import html
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from data_tools.formatting import human
 from data_tools.report.plots import COLORS, Series, bars, columns, printable, shortened
-from data_tools.report.summary import human
 from megagpt.data.manifest import SPLITS
 
 FLOW = ("read", "after rules", "after deduplication", *SPLITS)

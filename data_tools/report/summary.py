@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.config import SourceConfig
+from data_tools.formatting import human
 from data_tools.stages.pipeline import Stages
 from megagpt.data.manifest import SPLITS
 from megagpt.data.tokenizer import Tokenizer
@@ -123,11 +124,3 @@ def summary(report: dict[str, Any], out: Path) -> str:
             lines.append(f"  {how} {counts['documents']:,}: {rule} ({human(counts['bytes'])})")
     lines.append(f"{out} is ready; look inside with: python -m data_tools inspect {out} --documents 1")
     return "\n".join(lines)
-
-
-def human(n_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:,.3g} TB"

@@ -11,7 +11,7 @@ import numpy as np
 from data_tools.dedup.lsh import duplicates_in
 from data_tools.executor.tasks import file_of
 from data_tools.storage.document_store import Document, read_documents, read_texts
-from megagpt.config.schema import Strict
+from megagpt.config.parsing import Strict
 from megagpt.data.manifest import Split
 
 CLUSTERS, CONTAMINATED = ".arrow", ".npy"

@@ -23,7 +23,7 @@ from data_tools.storage.arrow_columns import new_arrow_file, numbers
 from data_tools.storage.document_store import read_texts
 from data_tools.storage.rejects import REJECTS, RejectWriter, open_rejects
 from data_tools.storage.shard_writer import Row, document_columns, narrow
-from megagpt.config.schema import Strict
+from megagpt.config.parsing import Strict
 from megagpt.data.manifest import SPLITS, Split
 from megagpt.data.shard_format import document_schema, token_dtype
 from megagpt.data.tokenizer import Tokenizer

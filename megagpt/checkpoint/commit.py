@@ -11,22 +11,20 @@ Nothing here talks to other ranks: save.py does.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from megagpt.atomic_files import fsync, leads_out, sha256_of, write_atomically
 from megagpt.checkpoint.identity import Identity
-from megagpt.config.schema import KeepConfig
 from megagpt.data.mixture import Mixture
 from megagpt.errors import UserError
 from megagpt.train_state import TrainState
 
 COMMIT = "COMMIT"
+
 VERSION = 2
 
 
@@ -204,36 +202,3 @@ def _by_loss(steps: list[Path]) -> list[Path]:
     records = {path: _record_of(path) for path in steps}
     losses = {path: record["state"]["val_loss"] for path, record in records.items() if record is not None}
     return sorted((path for path in losses if losses[path] is not None), key=lambda path: losses[path])
-
-
-def superseded(out_dir: Path, keep: KeepConfig) -> list[Path]:
-    """The committed steps that nothing keeps, oldest first."""
-    steps, named = committed(out_dir), best(out_dir)
-    ranked = [named, *(path for path in _by_loss(steps) if path != named)] if named else _by_loss(steps)
-    stay = {*steps[-keep.last :], *ranked[: keep.best]}
-    if keep.every:
-        stay |= {path for path in steps if int(path.name.removeprefix("step_")) % keep.every == 0}
-    return [path for path in steps if path not in stay]
-
-
-def prune(out_dir: Path, keep: KeepConfig) -> None:
-    """Remove what nothing keeps, and what attempts left that died while they saved or removed."""
-    for step_dir in superseded(out_dir, keep):
-        remove(step_dir)
-    for step_dir in folder(out_dir).glob("step_*"):
-        if not (step_dir / COMMIT).is_file():
-            remove(step_dir)
-
-
-def put_aside(damaged: list[Path]) -> None:
-    """Damaged steps keep their files for a look, but no longer count among the newest."""
-    for step_dir in damaged:
-        free = (step_dir.with_name(f"damaged{n}_{step_dir.name}") for n in count(1))
-        step_dir.rename(next(path for path in free if not path.exists()))
-        fsync(step_dir.parent)
-
-
-def remove(step_dir: Path) -> None:
-    (step_dir / COMMIT).unlink(missing_ok=True)  # first, so that a half-removed folder is no checkpoint
-    fsync(step_dir)
-    shutil.rmtree(step_dir)

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megagpt.config.deepspeed import BatchPlan, RunConfig
+from megagpt.config.batch import BatchPlan
+from megagpt.config.run_file import RunConfig
 from megagpt.data.dataset import Dataset
 from megagpt.errors import UserError
 

@@ -14,9 +14,14 @@ def training_arguments() -> argparse.ArgumentParser:
         epilog="example: deepspeed --hostfile hosts launch/pretrain.py --deepspeed_config ds_configs/gpt2_124m.json "
         "megagpt.out_dir=runs/mine optimizer.params.lr=3e-4",
     )
-    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/gpt2_124m.json"), metavar="RUN.json")
-    parser.add_argument("--fresh", action="store_true", help="start at step 0; an old run in out_dir is renamed")
-    parser.add_argument("--sample-report", type=_positive, metavar="N", help="print what the next N samples draw; exit")
+    parser.add_argument(
+        "--deepspeed_config",
+        dest="run_file",
+        type=Path,
+        default=Path("ds_configs/gpt2_124m.json"),
+        metavar="RUN.json",
+    )
+    _add_start(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
     _add_overrides(parser)
     return parser
@@ -27,6 +32,13 @@ def command_line() -> argparse.ArgumentParser:
         prog="megagpt", description="Around training: plan it, check it, use what it made."
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train as a run file says; the program of launch/pretrain.py, in this process",
+        epilog="example: megagpt train ds_configs/debug_cpu.json megagpt.out_dir=runs/mine",
+    )
+    _add_run_file(train)
+    _add_start(train)
     _before_a_run(commands)
     _on_a_cluster(commands)
     _after_a_run(commands)
@@ -147,6 +159,11 @@ def _after_a_run(commands: Any) -> None:
     )
     checkpoints.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder, its out_dir")
     checkpoints.add_argument("--verify", action="store_true", help="hash every file; without it sizes are compared")
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fresh", action="store_true", help="start at step 0; an old run in out_dir is renamed")
+    parser.add_argument("--sample-report", type=_positive, metavar="N", help="print what the next N samples draw; exit")
 
 
 def _add_run_file(parser: argparse.ArgumentParser) -> None:

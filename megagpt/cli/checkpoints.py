@@ -1,5 +1,6 @@
 """What `megagpt checkpoints RUN` prints: every step of a run, and whether it is whole."""
 
+import argparse
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -85,3 +86,9 @@ def checkpoint_table(out_dir: Path, *, hashes: bool) -> tuple[str, bool]:
 def _size(n_bytes: int) -> str:
     mib = n_bytes / 2**20
     return f"{mib:.1f} MiB" if mib < 1024 else f"{mib / 1024:.1f} GiB"
+
+
+def run(args: argparse.Namespace) -> int:
+    table, any_whole = checkpoint_table(args.run_dir, hashes=args.verify)
+    print(table)
+    return 0 if any_whole else 2

@@ -1,5 +1,6 @@
 """`megagpt doctor`: is every host of a hostfile ready to train, and if not, what mends it. Starts no training."""
 
+import argparse
 import json
 import os
 import shlex
@@ -15,10 +16,10 @@ from threading import Timer
 from typing import Any
 
 from megagpt.atomic_files import write_atomically
-from megagpt.cli.doctor_agent import Finding, Report, Request
+from megagpt.cli.doctor_agent import Finding, Report, Request, serve
 from megagpt.config.run_file import load_run_config
+from megagpt.distributed.hostfile import ENV_LINE, SECRET_NAME, check_environment, check_hosts
 from megagpt.distributed.interfaces import GLOO, interface_to
-from megagpt.distributed.launcher import ENV_LINE, SECRET_NAME, check_environment, check_hosts
 from megagpt.distributed.rendezvous import SAME_PROGRAMS, differences, mark_in
 from megagpt.errors import UserError
 
@@ -231,3 +232,19 @@ def _exported() -> list[str]:
     ours = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
     ours["PYTHONPATH"] = ":".join(filter(None, [os.getcwd(), ours.get("PYTHONPATH")]))
     return [f"{name}={value}" for name, value in (ours | _settings()).items()]
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.probe:
+        return serve()
+    if args.write_env:
+        print(write_environment(args.hostfile), file=sys.stderr)
+    found = examine(args.hostfile, args.run_file, args.overrides)
+    print(json.dumps(found, default=vars) if args.json else as_text(found))
+    return 2 if found["findings"] else 0
+
+
+def run_check_hosts(args: argparse.Namespace) -> int:
+    check_hosts(args.hostfile)
+    check_environment(Path.cwd())
+    return 0

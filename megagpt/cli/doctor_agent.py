@@ -19,8 +19,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megagpt.config.deepspeed import RunConfig
-from megagpt.config.run_file import leaves, load_run_config
+from megagpt.config.parsing import leaves
+from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.data.manifest import read_manifest
 from megagpt.distributed.interfaces import gloo_address, is_loopback, remedy
 from megagpt.distributed.rendezvous import PATIENCE, meet, programs

@@ -15,9 +15,10 @@ from tempfile import TemporaryDirectory
 import torch
 
 from megagpt.cli.spawn_ranks import failure_of, on_ranks
-from megagpt.config.deepspeed import RunConfig, batch_plan
-from megagpt.config.run_file import load_run_config
-from megagpt.distributed.process_group import gather_objects, init_process_group, is_main, leave, together, world_size
+from megagpt.config.batch import batch_plan
+from megagpt.config.run_file import RunConfig, load_run_config
+from megagpt.distributed.collectives import gather_objects, together
+from megagpt.distributed.process_group import init_process_group, is_main, leave, world_size
 from megagpt.engine.build import build_engine
 from megagpt.engine.compilation import compiles
 from megagpt.engine.precision import fitting

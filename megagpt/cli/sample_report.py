@@ -2,7 +2,7 @@
 
 from megagpt.checkpoint.commit import newest_record
 from megagpt.checkpoint.run_samples import open_samples
-from megagpt.config.deepspeed import RunConfig
+from megagpt.config.run_file import RunConfig
 from megagpt.data.training_set import TrainData
 from megagpt.errors import UserError
 from megagpt.train_state import TrainState

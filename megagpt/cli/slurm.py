@@ -1,5 +1,6 @@
 """launch/slurm/pretrain.sbatch for one run on one cluster: its partition, its nodes, and a signal in time to save."""
 
+import argparse
 import json
 import re
 import shlex
@@ -7,8 +8,8 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from megagpt.config.deepspeed import RunConfig, batch_plan
-from megagpt.config.run_file import load_run_config
+from megagpt.config.batch import batch_plan
+from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.errors import UserError
 from megagpt.lint.linter import refuse
 
@@ -151,3 +152,21 @@ def submit(script: str) -> str:
     if done.returncode:
         raise UserError(f"sbatch refused the script: {done.stderr.strip()}")
     return done.stdout.strip()
+
+
+def run(args: argparse.Namespace) -> int:
+    more = {name: value for name in ("partition", "account") if (value := getattr(args, name)) is not None}
+    more |= {name: value for name, _, value in (option.partition("=") for option in args.sbatch)}
+    script = batch_script(
+        args.run_file,
+        args.overrides,
+        nodes=args.nodes,
+        gpus_per_node=args.gpus_per_node,
+        time=args.time,
+        more=more,
+        sweep=args.sweep,
+        container=args.container,
+        fresh=args.fresh,
+    )
+    print(script if args.dry_run else submit(script), end="" if args.dry_run else "\n")
+    return 0

@@ -5,11 +5,13 @@ The second may have other ranks or other keys of the run file: then samples, rat
 and losses to lie within a band. The module is also the program of one rank in such a launch.
 """
 
+import argparse
 import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ import torch
 from megagpt.checkpoint.commit import committed, damage_of, read_commit
 from megagpt.cli.spawn_ranks import failure_of, on_ranks
 from megagpt.config.run_file import load_run_config
-from megagpt.distributed.process_group import init_process_group, is_main, leave, together
+from megagpt.distributed.collectives import together
+from megagpt.distributed.process_group import init_process_group, is_main, leave
 from megagpt.engine.precision import fitting
 from megagpt.engine.safe_pickle import load_checked
 from megagpt.errors import UserError
@@ -158,6 +161,26 @@ def _one_rank(run_file: str, stop_at: str, *overrides: str) -> int:
         return 2
     leave()
     return 0
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.steps < 2:
+        raise UserError(f"--steps {args.steps} cannot be cut in two; give 2 or more")
+    then_ranks = args.then_ranks or args.ranks
+    with TemporaryDirectory(prefix="verify_resume_") as folder:
+        different, agreed = verify_resume(
+            args.run_file,
+            args.overrides,
+            Path(folder),
+            ranks=args.ranks,
+            steps=args.steps,
+            then_ranks=then_ranks,
+            then=args.then,
+        )
+    how = f"{args.steps} steps straight and cut after {args.steps // 2}, on {args.ranks} rank(s)"
+    how += "".join(f", then {change}" for change in [f"{then_ranks} rank(s)"] * (then_ranks != args.ranks) + args.then)
+    print("\n".join([*different, f"{how}: " + ("NOT " if different else "") + agreed]))
+    return 1 if different else 0
 
 
 if __name__ == "__main__":

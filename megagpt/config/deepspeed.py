@@ -1,13 +1,10 @@
-"""A run: our section of its file, the DeepSpeed keys that we read too, and how batches multiply out."""
+"""DeepSpeed's part of the run file: the keys that decide something here too, and which keys there are."""
 
-import math
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from megagpt.config.schema import MegaGPTConfig, Strict
-from megagpt.errors import UserError
+from megagpt.config.parsing import Strict
 
 
 class OptimizerParams(Strict):
@@ -89,83 +86,81 @@ class DeepSpeedConfig(BaseModel):
         return "bf16" if self.bf16.enabled else "fp16" if self.fp16.enabled else "fp32"
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """A run file, parsed: our section, our view of DeepSpeed's keys, and those keys exactly as written.
+# DeepSpeed ignores a misspelt key at the top level, so the keys it reads there are listed here.
+# tests/test_run_file.py derives the same list from the installed DeepSpeed.
+DEEPSPEED_KEYS = frozenset(
+    [
+        "activation_checkpointing",
+        "aio",
+        "bf16",
+        "comet",
+        "comms_logger",
+        "communication_data_type",
+        "csv_monitor",
+        "data_types",
+        "dataloader_drop_last",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "flops_profiler",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_allreduce_op",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "log_level",
+        "memory_breakdown",
+        "optimizer",
+        "prescale_gradients",
+        "sequence_parallel_size",
+        "steps_per_print",
+        "tensorboard",
+        "timers",
+        "torch_autocast",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "vocabulary_size",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    ]
+)
 
-    Raises ValueError for settings of the two that do not go together.
-    """
+# Its sections that are plain dictionaries ignore a misspelt key too; the typed ones refuse it themselves.
+DEEPSPEED_SECTIONS = {
+    "aio": {"block_size", "intra_op_parallelism", "overlap_events", "queue_depth", "single_submit", "use_gds"},
+    "data_types": {"buffer_dtype", "grad_accum_dtype", "keep_in_fp32_modules", "param_dtype"},
+    "flops_profiler": {
+        *("detailed", "enabled", "module_depth", "output_file", "profile_step", "recompute_fwd_factor", "top_modules"),
+    },
+    "timers": {"throughput"},
+    "torch_autocast": {"dtype", "enabled", "lower_precision_safe_modules"},
+}
 
-    megagpt: MegaGPTConfig
-    deepspeed: DeepSpeedConfig
-    deepspeed_raw: dict[str, Any]
+# Keys that DeepSpeed reads but that could not act here: refused with the reason instead of ignored.
+_DATA_PARALLEL = "megagpt is data and sequence parallel only; remove it"
 
-    def __post_init__(self) -> None:
-        cfg, P = self.megagpt, self.deepspeed.sequence_parallel_size
-        shared = {"model.n_head": cfg.model.n_head, "model.seq_len": cfg.model.seq_len, "data.seq_len": cfg.seq_len}
-        common = math.gcd(*shared.values())
-        for name, n in shared.items():
-            if n % P:
-                raise ValueError(
-                    f"sequence_parallel_size={P} does not divide megagpt.{name}={n}, and so many ranks share heads and "
-                    f"positions evenly; set it to {max(p for p in range(1, P) if common % p == 0)}, or change {name}"
-                )
+_OWN_CHECKPOINTS = "megagpt commits checkpoints itself; see megagpt.every.save"
 
-    def as_json(self) -> dict[str, Any]:
-        """The run file again, with our section's defaults written out."""
-        return {**self.deepspeed_raw, "megagpt": self.megagpt.model_dump(mode="json")}
+_OWN_DATA = "megagpt brings its own sampler; see megagpt.data"
 
-
-# --- batch arithmetic -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """global_batch = micro_batch x accumulation x replicas, all in sequences."""
-
-    global_batch: int
-    micro_batch: int
-    accumulation: int
-    world_size: int
-    sequence_parallel_size: int = 1
-
-    @property
-    def replicas(self) -> int:
-        """How many ranks, or groups of ranks that share their samples' positions, see samples of their own."""
-        return self.world_size // self.sequence_parallel_size
-
-
-def batch_plan(ds: DeepSpeedConfig, world_size: int) -> BatchPlan:
-    """Accumulation follows from the global batch, which is the same on any number of ranks.
-
-    Raises UserError, with the number to set, when the sizes do not multiply out.
-    """
-    total, micro, accum = (
-        ds.train_batch_size,
-        ds.train_micro_batch_size_per_gpu,
-        ds.gradient_accumulation_steps,
-    )
-    shared_by = ds.sequence_parallel_size
-    if world_size % shared_by:
-        raise UserError(
-            f"sequence_parallel_size={shared_by} does not divide the number of ranks, {world_size}; "
-            f"set it to {math.gcd(shared_by, world_size)}, or start a multiple of {shared_by} ranks"
-        )
-    replicas = world_size // shared_by
-    per_pass = micro * replicas
-    ranks = f"{replicas} {'rank' if shared_by == 1 else 'group'}{'s' if replicas > 1 else ''}"
-    if shared_by > 1:
-        ranks += f" of {shared_by} ranks (sequence_parallel_size)"
-    if total % per_pass:
-        nearest = max(1, round(total / per_pass)) * per_pass
-        raise UserError(
-            f"train_batch_size={total} is not a multiple of train_micro_batch_size_per_gpu={micro} x {ranks} "
-            f"= {per_pass}; set train_batch_size to {nearest}, or another micro-batch"
-        )
-    if accum is not None and accum * per_pass != total:
-        raise UserError(
-            f"train_batch_size={total} is not train_micro_batch_size_per_gpu={micro} x "
-            f"gradient_accumulation_steps={accum} x {ranks} = {accum * per_pass}; "
-            f"set gradient_accumulation_steps to {total // per_pass}, or leave it out"
-        )
-    return BatchPlan(total, micro, total // per_pass, world_size, shared_by)
+REFUSED_KEYS = {
+    "autotuning": "sizes are chosen by hand; remove it",
+    "bfloat16": 'write "bf16"',
+    "checkpoint": _OWN_CHECKPOINTS,
+    "compile": "blocks are compiled by torch; see megagpt.compile",
+    "curriculum_learning": _OWN_DATA,
+    "data_efficiency": _OWN_DATA,
+    "datastates_ckpt": _OWN_CHECKPOINTS,
+    "expert_parallel": _DATA_PARALLEL,
+    "hybrid_engine": "it is for RLHF; remove it",
+    "managed_gradient_accumulation": "the training loop relies on DeepSpeed's default; remove it",
+    "pipeline": _DATA_PARALLEL,
+    "scheduler": "the learning rate comes from megagpt.schedule",
+    "seq_parallel_communication_data_type": "gradients are reduced over all ranks alike; see communication_data_type",
+    "tensor_parallel": _DATA_PARALLEL,
+    "use_data_before_expert_parallelism": _DATA_PARALLEL,
+    "weight_quantization": "it is for inference; remove it",
+}

@@ -1,94 +1,46 @@
 """From a JSON run file and `key.path=value` overrides to a `RunConfig`, or one message that says what is wrong."""
 
-import json
-from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from megagpt.config.deepspeed import DeepSpeedConfig, RunConfig
+from megagpt.config.deepspeed import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS, DeepSpeedConfig
+from megagpt.config.parsing import did_you_mean, explain, leaves, overridden, read_json
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.errors import UserError
 
 SECTION = "megagpt"
 
-# DeepSpeed ignores a misspelt key at the top level, so the keys it reads there are listed here.
-# tests/test_run_file.py derives the same list from the installed DeepSpeed.
-DEEPSPEED_KEYS = frozenset(
-    [
-        "activation_checkpointing",
-        "aio",
-        "bf16",
-        "comet",
-        "comms_logger",
-        "communication_data_type",
-        "csv_monitor",
-        "data_types",
-        "dataloader_drop_last",
-        "disable_allgather",
-        "disable_python_gc",
-        "dump_state",
-        "flops_profiler",
-        "fp16",
-        "gradient_accumulation_steps",
-        "gradient_allreduce_op",
-        "gradient_clipping",
-        "gradient_predivide_factor",
-        "log_level",
-        "memory_breakdown",
-        "optimizer",
-        "prescale_gradients",
-        "sequence_parallel_size",
-        "steps_per_print",
-        "tensorboard",
-        "timers",
-        "torch_autocast",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "vocabulary_size",
-        "wall_clock_breakdown",
-        "wandb",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    ]
-)
 
-# Its sections that are plain dictionaries ignore a misspelt key too; the typed ones refuse it themselves.
-DEEPSPEED_SECTIONS = {
-    "aio": {"block_size", "intra_op_parallelism", "overlap_events", "queue_depth", "single_submit", "use_gds"},
-    "data_types": {"buffer_dtype", "grad_accum_dtype", "keep_in_fp32_modules", "param_dtype"},
-    "flops_profiler": {
-        *("detailed", "enabled", "module_depth", "output_file", "profile_step", "recompute_fwd_factor", "top_modules"),
-    },
-    "timers": {"throughput"},
-    "torch_autocast": {"dtype", "enabled", "lower_precision_safe_modules"},
-}
+@dataclass(frozen=True)
+class RunConfig:
+    """A run file, parsed: our section, our view of DeepSpeed's keys, and those keys exactly as written.
 
-# Keys that DeepSpeed reads but that could not act here: refused with the reason instead of ignored.
-_DATA_PARALLEL = "megagpt is data and sequence parallel only; remove it"
-_OWN_CHECKPOINTS = "megagpt commits checkpoints itself; see megagpt.every.save"
-_OWN_DATA = "megagpt brings its own sampler; see megagpt.data"
-REFUSED_KEYS = {
-    "autotuning": "sizes are chosen by hand; remove it",
-    "bfloat16": 'write "bf16"',
-    "checkpoint": _OWN_CHECKPOINTS,
-    "compile": "blocks are compiled by torch; see megagpt.compile",
-    "curriculum_learning": _OWN_DATA,
-    "data_efficiency": _OWN_DATA,
-    "datastates_ckpt": _OWN_CHECKPOINTS,
-    "expert_parallel": _DATA_PARALLEL,
-    "hybrid_engine": "it is for RLHF; remove it",
-    "managed_gradient_accumulation": "the training loop relies on DeepSpeed's default; remove it",
-    "pipeline": _DATA_PARALLEL,
-    "scheduler": "the learning rate comes from megagpt.schedule",
-    "seq_parallel_communication_data_type": "gradients are reduced over all ranks alike; see communication_data_type",
-    "tensor_parallel": _DATA_PARALLEL,
-    "use_data_before_expert_parallelism": _DATA_PARALLEL,
-    "weight_quantization": "it is for inference; remove it",
-}
+    Raises ValueError for settings of the two that do not go together.
+    """
+
+    megagpt: MegaGPTConfig
+    deepspeed: DeepSpeedConfig
+    deepspeed_raw: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        cfg, P = self.megagpt, self.deepspeed.sequence_parallel_size
+        shared = {"model.n_head": cfg.model.n_head, "model.seq_len": cfg.model.seq_len, "data.seq_len": cfg.seq_len}
+        common = math.gcd(*shared.values())
+        for name, n in shared.items():
+            if n % P:
+                raise ValueError(
+                    f"sequence_parallel_size={P} does not divide megagpt.{name}={n}, and so many ranks share heads and "
+                    f"positions evenly; set it to {max(p for p in range(1, P) if common % p == 0)}, or change {name}"
+                )
+
+    def as_json(self) -> dict[str, Any]:
+        """The run file again, with our section's defaults written out."""
+        return {**self.deepspeed_raw, "megagpt": self.megagpt.model_dump(mode="json")}
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -111,15 +63,6 @@ def parse_run(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str 
         raise UserError(f"{where}: {error}") from None
 
 
-def overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The run file's object (which is not changed) with single keys changed. Raises UserError."""
-    raw = json.loads(json.dumps(raw))
-    for item in overrides:
-        _override(raw, item)
-    raw.pop("$schema", None)
-    return raw
-
-
 def run_schema() -> dict[str, Any]:
     """JSON schema of a run file, for completion in editors (`ds_configs/run.schema.json`)."""
     schema = DeepSpeedConfig.model_json_schema()
@@ -131,49 +74,6 @@ def run_schema() -> dict[str, Any]:
     schema["required"] = [*schema["required"], SECTION]
     schema["additionalProperties"] = False
     return schema
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicate_keys)
-    except FileNotFoundError:
-        raise UserError(f"run file {path} does not exist; examples are in ds_configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"run file {path} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
-    except RecursionError:
-        raise UserError(f"{path} is no run file: its brackets are nested too deep") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds a JSON {type(raw).__name__}; a run file is an object {{...}}")
-    return raw
-
-
-def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
-        raise UserError(f"the run file gives {', '.join(map(repr, repeated))} twice in one section; keep one")
-    return dict(pairs)
-
-
-def _override(raw: dict[str, Any], item: str) -> None:
-    """Set one dotted key; a number steps into a list. The value is JSON, or text if it is not."""
-    dotted, sep, text = item.partition("=")
-    if not sep or not dotted:
-        hint = "; a run file goes after --deepspeed_config" if item.endswith(".json") else ""
-        raise UserError(f"override {item!r} is not of the form key.path=value{hint}")
-    try:
-        value = json.loads(text, object_pairs_hook=_no_duplicate_keys)
-    except (json.JSONDecodeError, RecursionError):
-        value = text
-    *parents, leaf = dotted.split(".")
-    node: Any = raw
-    try:
-        for key in parents:
-            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
-        node[int(leaf) if isinstance(node, list) else leaf] = value
-    except (ValueError, IndexError, TypeError, AttributeError):
-        raise UserError(f"override {item!r}: there is no {dotted!r} to set") from None
 
 
 def _check_keys(raw: dict[str, Any], where: str) -> None:
@@ -199,68 +99,3 @@ def _keys_of(raw: dict[str, Any], section: str) -> set[str]:
     if not isinstance(found, dict):
         raise UserError(f"{section}={found!r} is not a section {{...}}")
     return set(found)
-
-
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-    if items is None:
-        yield path, node
-        return
-    for key, value in items:
-        yield from leaves(value, f"{path}.{key}" if path else str(key))
-
-
-def explain(error: ValidationError, root: type[BaseModel], *, section: str) -> str:
-    """Each mistake in a phrase: the dotted key, what is wrong, the value seen or the nearest right key."""
-    return "; ".join(phrase for _, phrase in mistakes(error, root, section=section))
-
-
-def mistakes(error: ValidationError, root: type[BaseModel], *, section: str) -> Iterator[tuple[str, str]]:
-    """Each mistake as (dotted key, phrase)."""
-    for detail in error.errors():
-        dotted = ".".join(map(str, (section, *detail["loc"]) if section else detail["loc"]))
-        if detail["type"] == "extra_forbidden":
-            known = _fields_at(root, detail["loc"][:-1])
-            yield dotted, f"unknown key {dotted!r}{did_you_mean(str(detail['loc'][-1]), known)}"
-        elif detail["type"] == "missing":
-            yield dotted, f"{dotted} is missing"
-        elif detail["type"] in ("value_error", "assertion_error"):
-            yield dotted, f"{dotted}: {detail['ctx']['error']}"
-        elif detail["type"] == "too_short":
-            if not detail["input"]:  # else what it holds is wrong, and is named by itself
-                yield dotted, f"{dotted} is an empty list"
-        elif detail["type"] == "enum":  # which names an alias as one more value
-            allowed = ", ".join(dict.fromkeys(detail["ctx"]["expected"].replace(" or ", ", ").split(", ")))
-            yield dotted, f"{dotted}={as_written(detail['input'])} is none of {allowed}"
-        elif detail["type"] in IS_NOT:
-            yield dotted, f"{dotted}={as_written(detail['input'])} is not {IS_NOT[detail['type']]}"
-        else:
-            yield dotted, f"{dotted}={as_written(detail['input'])}: {detail['msg']}"
-
-
-IS_NOT = {  # pydantic's own words name Python's types
-    "model_type": "a section {...}",
-    "tuple_type": "a list [...]",
-    "path_type": "a path",
-    "string_type": "a text",
-}
-
-
-def as_written(value: Any) -> str:
-    """As JSON has it, but texts in quotes as our messages have them."""
-    return repr(value) if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        model = inner[0]
-    return set(model.model_fields)
-
-
-def did_you_mean(key: str, known: set[str] | frozenset[str]) -> str:
-    near = get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"

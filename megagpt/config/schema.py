@@ -6,13 +6,9 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Strict(BaseModel):
-    """Frozen, and a misspelt key is an error rather than a silent default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from megagpt.config.parsing import Strict
 
 
 class ModelConfig(Strict):

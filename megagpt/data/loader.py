@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megagpt.config.deepspeed import BatchPlan
+from megagpt.config.batch import BatchPlan
 from megagpt.config.schema import DataConfig
 from megagpt.data.dataset import Dataset, TokenStream
 from megagpt.data.loss_mask import Fill, Rework, Row

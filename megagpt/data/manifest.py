@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError
 
 from megagpt.atomic_files import leads_out, write_atomically
-from megagpt.config.schema import Strict
+from megagpt.config.parsing import Strict
 from megagpt.errors import UserError
 
 Split = Literal["train", "val", "test"]

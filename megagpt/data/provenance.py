@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 
 from megagpt.data.dataset import Dataset
 from megagpt.data.manifest import Split
+from megagpt.data.training_set import TrainData
 from megagpt.errors import UserError
 
 FOLDER = "provenance"
@@ -68,3 +70,20 @@ def _read_row(path: Path, row: int) -> dict[str, Any]:
 @lru_cache(maxsize=4)
 def _read_table(path: Path, changed: int) -> pa.Table:
     return pq.read_table(path)
+
+
+def documents_of(data: TrainData, samples: Iterable[int], run: Path, step: int, limit: int = 5) -> str:
+    """Where the first documents of these samples came from."""
+
+    def named() -> Iterable[str]:
+        for sample in samples:
+            for piece in data.pieces(sample):
+                rows = piece.dataset.stream("train", piece.variant).rows_of(piece.start, len(piece.tokens))
+                for origin in origins(piece.dataset, "train", rows):
+                    yield f"{piece.dataset.path}, {origin}"
+
+    try:
+        found = list(islice(named(), limit))
+    except UserError as error:
+        found = [str(error)]
+    return "; ".join(found) + f"; `python -m data_tools inspect {run} --step {step}` shows all"

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from megagpt.config.schema import Strict
+from megagpt.config.parsing import Strict
 from megagpt.data.manifest import FORMAT, VERSION, Split
 from megagpt.errors import UserError
 

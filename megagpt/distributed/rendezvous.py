@@ -18,19 +18,10 @@ import torch
 import torch.distributed as dist
 
 import megagpt
+from megagpt.distributed.collectives import broadcast_object, gather_objects, together
 from megagpt.distributed.interfaces import is_loopback, listen_for_gloo, remedy
-from megagpt.distributed.launcher import hosts_of_ranks
-from megagpt.distributed.process_group import (
-    adopt_slurms_ranks,
-    broadcast_object,
-    gather_objects,
-    init_process_group,
-    is_main,
-    local_ranks,
-    own_device,
-    together,
-    world_size,
-)
+from megagpt.distributed.launcher import adopt_slurms_ranks, hosts_of_ranks, local_ranks
+from megagpt.distributed.process_group import init_process_group, is_main, own_device, world_size
 from megagpt.errors import OwnRankError, UserError, writing_to
 
 PATIENCE = "MEGAGPT_MEET_SECONDS"  # for file systems on which a start takes longer

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megagpt.distributed.process_group import gather_objects, say
+from megagpt.distributed.collectives import gather_objects
+from megagpt.distributed.process_group import say
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT, Block, KeyValueCache
 

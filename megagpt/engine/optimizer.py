@@ -1,14 +1,14 @@
-"""Weight-decay groups, clipping, and the learning-rate curve."""
+"""Adam as the run file says: its weight-decay groups, its kernel, and clipping."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, Literal
 
+import deepspeed
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from megagpt.config.schema import ScheduleConfig
+from megagpt.config.deepspeed import DeepSpeedConfig
 
 
 def decay_groups(
@@ -39,41 +39,27 @@ def clip_before_step(optimizer: Optimizer, max_norm: float) -> None:
     optimizer.register_step_pre_hook(clip)
 
 
-def lr_factor(step: int, cfg: ScheduleConfig) -> float:
-    """Factor on the peak rate for the update numbered `step` (0-based): linear warmup, then the chosen shape."""
-    if step < cfg.warmup_steps:
-        return (step + 1) / cfg.warmup_steps
-    return SHAPES[cfg.shape](step, cfg)
+def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, device: torch.device) -> Optimizer:
+    """Adam with torch's fused kernel, which guards.Gate can close; DeepSpeed's CPUAdam for offload beside a GPU."""
+    p = ds.optimizer.params
+    decoupled = ds.optimizer.type == "AdamW" or p.adam_w_mode
+    adam: dict[str, Any] = {"lr": p.lr, "betas": p.betas, "eps": p.eps}
+    optimizer: Optimizer
+    if adam_on_the_host(ds, device):
+        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **adam)
+    else:
+        optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **adam)
+    if _clips_itself(ds):
+        clip_before_step(optimizer, ds.gradient_clipping)
+    return optimizer
 
 
-def _progress(step: int, cfg: ScheduleConfig, begin: int) -> float:
-    """0 at `begin`, 1 at the last update."""
-    return min(1.0, (step - begin) / max(1, cfg.max_steps - 1 - begin))
+def _clips_itself(ds: DeepSpeedConfig) -> bool:
+    """At ZeRO stage 0 in fp32 DeepSpeed clips but forgets the norm, so the optimizer does both."""
+    return ds.zero_optimization.stage == 0 and ds.dtype == "fp32"
 
 
-def _cosine(step: int, cfg: ScheduleConfig) -> float:
-    """Half a cosine from 1 to min_lr_ratio (Loshchilov and Hutter 2017, equation 5, without restarts)."""
-    half = 0.5 * (1 + math.cos(math.pi * _progress(step, cfg, cfg.warmup_steps)))
-    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * half
-
-
-def _linear(step: int, cfg: ScheduleConfig) -> float:
-    return 1 - (1 - cfg.min_lr_ratio) * _progress(step, cfg, cfg.warmup_steps)
-
-
-def _constant(step: int, cfg: ScheduleConfig) -> float:
-    return 1.0
-
-
-def _warmup_stable_decay(step: int, cfg: ScheduleConfig) -> float:
-    """Constant, then linear over the last decay_steps (Hu et al. 2024, MiniCPM, section 4.2)."""
-    begin = cfg.max_steps - (cfg.decay_steps or 0) - 1
-    return 1.0 if step <= begin else 1 - (1 - cfg.min_lr_ratio) * _progress(step, cfg, begin)
-
-
-SHAPES: dict[str, Callable[[int, ScheduleConfig], float]] = {
-    "cosine": _cosine,
-    "linear": _linear,
-    "constant": _constant,
-    "warmup-stable-decay": _warmup_stable_decay,
-}
+def adam_on_the_host(ds: DeepSpeedConfig, device: torch.device) -> bool:
+    """Whether DeepSpeed's CPUAdam updates the weights of a GPU."""
+    offloads = ds.zero_optimization.offload_optimizer.device != "none"
+    return offloads and device.type == "cuda" and not ds.optimizer.params.torch_adam

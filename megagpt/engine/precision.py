@@ -1,12 +1,14 @@
-"""What is left to a CPU: 16-bit training only where it multiplies bf16, and Adam where a GPU's is offloaded to it."""
+"""Train in bf16 on a CPU only where it has instructions for it."""
 
 import platform
 from dataclasses import replace
 
 import torch
 
-from megagpt.config.deepspeed import DeepSpeedConfig, Enabled, RunConfig
-from megagpt.distributed.process_group import gather_objects, say
+from megagpt.config.deepspeed import Enabled
+from megagpt.config.run_file import RunConfig
+from megagpt.distributed.collectives import gather_objects
+from megagpt.distributed.process_group import say
 
 
 def multiplies_bf16() -> bool:
@@ -29,9 +31,3 @@ def fitting(run: RunConfig, device: torch.device) -> RunConfig:
         deepspeed=ds.model_copy(update={"bf16": Enabled(enabled=False)}),
         deepspeed_raw={**run.deepspeed_raw, "bf16": {**run.deepspeed_raw["bf16"], "enabled": False}},
     )
-
-
-def adam_on_the_host(ds: DeepSpeedConfig, device: torch.device) -> bool:
-    """Whether DeepSpeed's CPUAdam updates the weights of a GPU."""
-    offloads = ds.zero_optimization.offload_optimizer.device != "none"
-    return offloads and device.type == "cuda" and not ds.optimizer.params.torch_adam

@@ -25,13 +25,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megagpt.distributed.process_group import is_main, rank, together, world_size
+from megagpt.distributed.collectives import together
+from megagpt.distributed.process_group import is_main, rank, world_size
 from megagpt.engine.build import Engine
 from megagpt.engine.optimizer import decay_groups
 from megagpt.engine.safe_pickle import check_pickles, load_checked, pickles_of
 from megagpt.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
 REPAIR = "start the run as it was saved, or give another megagpt.out_dir for a new one"
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from megagpt.config.deepspeed import RunConfig
-from megagpt.distributed.process_group import local_ranks, rank, world_size
+from megagpt.config.run_file import RunConfig
+from megagpt.distributed.launcher import local_ranks
+from megagpt.distributed.process_group import rank, world_size
 from megagpt.errors import OwnRankError
-from megagpt.model.flops import Gpu
 from megagpt.planner.estimate import GIB, Machine, Setting, fastest, settings, vocabulary
+from megagpt.planner.gpu_specs import Gpu
 from megagpt.planner.memory import PARTS
 
 DOING = {  # by the function that the error went through, the innermost first

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.atomic_files import write_atomically
-from megagpt.config.deepspeed import RunConfig
-from megagpt.distributed.process_group import broadcast_object, is_main, together
+from megagpt.config.run_file import RunConfig
+from megagpt.distributed.collectives import broadcast_object, together
+from megagpt.distributed.process_group import is_main
 from megagpt.errors import UserError, writing_to
 
 MAX_IN_VAIN = 3  # restarts in a row without a step forward

@@ -1,63 +1,22 @@
-"""What watches a run's numbers, and acts on every rank alike when they go wrong. step_window.py says what wrong is."""
+"""Spikes and steps that are not finite: left out of the update, named, or a reason to stop, on every rank alike."""
 
-import resource
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from megagpt.config.deepspeed import RunConfig
+from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import GuardsConfig, SpikesConfig
-from megagpt.data.provenance import origins
-from megagpt.data.training_set import TrainData
-from megagpt.distributed.process_group import gather_over_ranks, world_size
-from megagpt.engine.precision import adam_on_the_host
+from megagpt.distributed.collectives import gather_over_ranks
+from megagpt.engine.optimizer import adam_on_the_host
 from megagpt.errors import UserError
-from megagpt.guards.step_window import Steps, after_steps, extended, history_of, is_spike, mean_loss
+from megagpt.guards.step_window import Steps, _norm, mean_loss
 from megagpt.train_state import Health
 
-WINDOW = 1000  # steps in which memory is looked at together
-GROWING = 3  # windows in a row
-
-
-@dataclass
-class Recent:
-    """The numbers of the steps since they were last read, on the device until then."""
-
-    losses: list[Tensor] = field(default_factory=list)  # this rank's, over all its targets
-    shares: list[Tensor] = field(default_factory=list)  # of its targets that have one
-    grad_norms: list[Tensor | float | None] = field(default_factory=list)
-    skipped: list[Tensor] = field(default_factory=list)
-
-    def add(self, loss: Tensor, share: Tensor, grad_norm: Tensor | float | None, skipped: Tensor) -> None:
-        self.losses.append(loss)
-        self.shares.append(share)
-        self.grad_norms.append(grad_norm)
-        self.skipped.append(skipped)
-
-    def read(self, last_step: int, *, scaled: bool) -> Steps:
-        """Wait for the device, and gather over ranks."""
-        n = len(self.losses)
-        found = gather_over_ranks(torch.stack([*self.losses, *self.shares])).cpu().double()  # (world_size, 2 n)
-        rank_losses, shares = found.split(n, dim=1)
-        grad_norms = torch.stack([_norm(norm, self.losses[0].device) for norm in self.grad_norms]).cpu().double()
-        return Steps(
-            last_step,
-            rank_losses,
-            shares.sum(0),
-            grad_norms,
-            torch.stack(self.skipped).cpu() | ~grad_norms.isfinite(),
-            scaled,
-        )
-
-
-def _norm(norm: Tensor | float | None, device: torch.device) -> Tensor:
-    return torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=device)
+AS_STANDARD = 1.4826  # of a normal distribution: its standard deviation over its median deviation
+LEAST_SPREAD = 0.01  # 1 %: what hardly varies may
 
 
 class Gate:
@@ -170,95 +129,43 @@ def _worst(steps: Steps, i: int) -> int:
     return int(steps.rank_losses[:, i].argmax())
 
 
-def documents_of(data: TrainData, samples: Iterable[int], run: Path, step: int, limit: int = 5) -> str:
-    """Where the first documents of these samples came from."""
-
-    def named() -> Iterable[str]:
-        for sample in samples:
-            for piece in data.pieces(sample):
-                rows = piece.dataset.stream("train", piece.variant).rows_of(piece.start, len(piece.tokens))
-                for origin in origins(piece.dataset, "train", rows):
-                    yield f"{piece.dataset.path}, {origin}"
-
-    try:
-        found = list(islice(named(), limit))
-    except UserError as error:
-        found = [str(error)]
-    return "; ".join(found) + f"; `python -m data_tools inspect {run} --step {step}` shows all"
+def history_of(health: Health, device: torch.device | None = None) -> Tensor:
+    return torch.tensor([health.losses, health.grad_norms], dtype=torch.float64, device=device)
 
 
-def compare_weights(named: Iterable[tuple[str, nn.Parameter]], step: int) -> None:
-    """Raises UserError, on every rank, if a parameter that all ranks hold has other bits on one of them. Collective.
+def is_spike(history: Tensor, now: Tensor, cfg: SpikesConfig) -> Tensor:
+    """Whether `now` (2,) lies more than sigma deviations above the middle of the history: bool (), no read.
 
-    Under ZeRO-3 those are the small parameters that DeepSpeed keeps whole; of the others each rank has its own part.
+    Of logarithms, because gradient norms differ by factors. Middle and deviation are medians: in a mean and a standard
+    deviation one great spike would hide all others for as long as the window has it.
     """
-    whole = [(name, p.detach()) for name, p in named if p.numel() > 0]
-    if world_size() == 1 or not whole:
-        return
-    sums = gather_over_ranks(torch.stack([_sum_of_bits(p) for _, p in whole])).cpu()  # (world_size, parameters)
-    usual = sums.mode(dim=0).values
-    differ = (sums != usual).any(dim=0).nonzero().flatten().tolist()
-    if differ:
-        ranks = sorted({r for n in differ for r in (sums[:, n] != usual[n]).nonzero().flatten().tolist()})
-        one_of_two = "one of the two is wrong, which is unknown" if world_size() == 2 else f"wrong on rank {ranks}"
-        raise UserError(
-            f"after step {step} the ranks no longer have the same weights: {whole[differ[0]][0]}"
-            + (f" and {len(differ) - 1} more" if len(differ) > 1 else "")
-            + f" ({one_of_two}); a bit flipped in memory, or a computation went wrong. Nothing was saved over the last "
-            "checkpoint: take that machine out and start again, the run goes on from there"
-        )
+    if history.size(1) < cfg.window // 2:
+        return torch.zeros((), dtype=torch.bool, device=now.device)
+    logs = history.log()
+    middle = logs.median(dim=1, keepdim=True).values
+    spread = AS_STANDARD * (logs - middle).abs().median(dim=1).values
+    above = now.log() > middle.squeeze(1) + cfg.sigma * spread.clamp(min=LEAST_SPREAD)
+    return (above & now.isfinite()).any()  # an infinite norm is another matter, or fp16's loss scale
 
 
-def _sum_of_bits(p: Tensor) -> Tensor:
-    """int64 (): modulo 2^64, so that any one bit that flips changes it."""
-    return p.view(torch.int32 if p.element_size() == 4 else torch.int16).sum(dtype=torch.int64)
+def extended(history: Tensor, now: Tensor, window: int) -> Tensor:
+    """The history after one more step; one that is not finite counts as the one before it once more."""
+    before = history[:, -1] if history.size(1) else torch.zeros_like(now)
+    now = torch.where(now.isfinite().all(), now, before)
+    return torch.cat([history, now.unsqueeze(1)], dim=1)[:, -window:]
 
 
-class MemoryWatch:
-    """Says, once, that memory grows and grows: by more than the limit from window to window, three times in a row.
-
-    Windows of 1000 steps are compared by the least that each saw, so buffers that come and go do not count,
-    nor does what grows once, at the start or at the first evaluation or save.
-    """
-
-    KINDS = ("memory", "GPU memory")
-
-    def __init__(self, growth_mib: float) -> None:
-        """`growth_mib` per window; 0: never."""
-        self._limit, self._lows, self._next, self._said = growth_mib, list[Tensor](), 0, False
-
-    def __call__(self, step: int, mib: Tensor) -> Sequence[str]:
-        """mib (world_size, kinds) at this step."""
-        if self._limit == 0.0 or self._said:
-            return ()
-        if step < self._next:
-            self._lows[-1] = torch.minimum(self._lows[-1], mib)
-            return ()
-        self._next = step + WINDOW
-        self._lows = [*self._lows[-GROWING - 1 :], mib]
-        ended = torch.stack(self._lows[:-1]) if len(self._lows) > 1 else mib.new_zeros(0, *mib.shape)
-        growing = (ended.diff(dim=0) > self._limit).all(0) if len(ended) == GROWING + 1 else mib < 0
-        for r, kind in growing.nonzero().tolist():
-            self._said = True
-            return (
-                f"the {self.KINDS[kind]} of rank {r} has grown from {ended[0, r, kind]:.0f} to "
-                f"{ended[-1, r, kind]:.0f} MiB in {GROWING * WINDOW} steps, and grows on",
-            )
-        return ()
-
-
-def memory_mib(device: torch.device) -> Tensor:
-    """(2,): what this process holds itself, files that are mapped into it aside, and what it has allocated on a GPU."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    own = sum(float(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 2**10
-    gpu = torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
-    return torch.tensor([own, gpu], device=device)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on a GPU, the process's peak resident memory on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def after_steps(health: Health, steps: Steps, cfg: GuardsConfig) -> tuple[Health, list[int], int | None]:
+    """The health after these steps, which of them were spikes, and where too many in a row were not finite."""
+    history, in_a_row, spikes, too_many = history_of(health), health.bad_in_a_row, [], None
+    bad = steps.bad().tolist()
+    for i, now in enumerate(torch.stack([steps.losses, steps.grad_norms]).unbind(1)):
+        in_a_row = in_a_row + 1 if bad[i] else 0
+        if in_a_row >= cfg.max_bad_steps and too_many is None:  # it may have been lowered since
+            too_many = i
+        if not bad[i] and bool(is_spike(history, now, cfg.spikes)):
+            spikes.append(i)
+        history = extended(history, now, cfg.spikes.window)
+    losses, grad_norms = history.tolist()
+    skipped = health.skipped_steps + int(steps.skipped.sum())
+    return Health(tuple(losses), tuple(grad_norms), in_a_row, skipped, health.spikes + len(spikes)), spikes, too_many

@@ -4,16 +4,12 @@ A history is (2, n): loss (nats per token, over all ranks) and gradient norm of 
 sum over ranks does not depend on its order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megagpt.config.schema import GuardsConfig, SpikesConfig
-from megagpt.train_state import Health
-
-AS_STANDARD = 1.4826  # of a normal distribution: its standard deviation over its median deviation
-LEAST_SPREAD = 0.01  # 1 %: what hardly varies may
+from megagpt.distributed.collectives import gather_over_ranks
 
 
 @dataclass(frozen=True)
@@ -58,43 +54,36 @@ def mean_loss(total: Tensor, share: Tensor) -> Tensor:
     return total / share.clamp(min=1e-9)
 
 
-def history_of(health: Health, device: torch.device | None = None) -> Tensor:
-    return torch.tensor([health.losses, health.grad_norms], dtype=torch.float64, device=device)
+@dataclass
+class Recent:
+    """The numbers of the steps since they were last read, on the device until then."""
+
+    losses: list[Tensor] = field(default_factory=list)  # this rank's, over all its targets
+    shares: list[Tensor] = field(default_factory=list)  # of its targets that have one
+    grad_norms: list[Tensor | float | None] = field(default_factory=list)
+    skipped: list[Tensor] = field(default_factory=list)
+
+    def add(self, loss: Tensor, share: Tensor, grad_norm: Tensor | float | None, skipped: Tensor) -> None:
+        self.losses.append(loss)
+        self.shares.append(share)
+        self.grad_norms.append(grad_norm)
+        self.skipped.append(skipped)
+
+    def read(self, last_step: int, *, scaled: bool) -> Steps:
+        """Wait for the device, and gather over ranks."""
+        n = len(self.losses)
+        found = gather_over_ranks(torch.stack([*self.losses, *self.shares])).cpu().double()  # (world_size, 2 n)
+        rank_losses, shares = found.split(n, dim=1)
+        grad_norms = torch.stack([_norm(norm, self.losses[0].device) for norm in self.grad_norms]).cpu().double()
+        return Steps(
+            last_step,
+            rank_losses,
+            shares.sum(0),
+            grad_norms,
+            torch.stack(self.skipped).cpu() | ~grad_norms.isfinite(),
+            scaled,
+        )
 
 
-def is_spike(history: Tensor, now: Tensor, cfg: SpikesConfig) -> Tensor:
-    """Whether `now` (2,) lies more than sigma deviations above the middle of the history: bool (), no read.
-
-    Of logarithms, because gradient norms differ by factors. Middle and deviation are medians: in a mean and a standard
-    deviation one great spike would hide all others for as long as the window has it.
-    """
-    if history.size(1) < cfg.window // 2:
-        return torch.zeros((), dtype=torch.bool, device=now.device)
-    logs = history.log()
-    middle = logs.median(dim=1, keepdim=True).values
-    spread = AS_STANDARD * (logs - middle).abs().median(dim=1).values
-    above = now.log() > middle.squeeze(1) + cfg.sigma * spread.clamp(min=LEAST_SPREAD)
-    return (above & now.isfinite()).any()  # an infinite norm is another matter, or fp16's loss scale
-
-
-def extended(history: Tensor, now: Tensor, window: int) -> Tensor:
-    """The history after one more step; one that is not finite counts as the one before it once more."""
-    before = history[:, -1] if history.size(1) else torch.zeros_like(now)
-    now = torch.where(now.isfinite().all(), now, before)
-    return torch.cat([history, now.unsqueeze(1)], dim=1)[:, -window:]
-
-
-def after_steps(health: Health, steps: Steps, cfg: GuardsConfig) -> tuple[Health, list[int], int | None]:
-    """The health after these steps, which of them were spikes, and where too many in a row were not finite."""
-    history, in_a_row, spikes, too_many = history_of(health), health.bad_in_a_row, [], None
-    bad = steps.bad().tolist()
-    for i, now in enumerate(torch.stack([steps.losses, steps.grad_norms]).unbind(1)):
-        in_a_row = in_a_row + 1 if bad[i] else 0
-        if in_a_row >= cfg.max_bad_steps and too_many is None:  # it may have been lowered since
-            too_many = i
-        if not bad[i] and bool(is_spike(history, now, cfg.spikes)):
-            spikes.append(i)
-        history = extended(history, now, cfg.spikes.window)
-    losses, grad_norms = history.tolist()
-    skipped = health.skipped_steps + int(steps.skipped.sum())
-    return Health(tuple(losses), tuple(grad_norms), in_a_row, skipped, health.spikes + len(spikes)), spikes, too_many
+def _norm(norm: Tensor | float | None, device: torch.device) -> Tensor:
+    return torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=device)

@@ -11,24 +11,16 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ValidationError
 
-from megagpt.config.deepspeed import BatchPlan, DeepSpeedConfig, RunConfig, batch_plan
-from megagpt.config.run_file import (
-    DEEPSPEED_KEYS,
-    REFUSED_KEYS,
-    SECTION,
-    as_written,
-    did_you_mean,
-    mistakes,
-    overridden,
-    parse_run,
-    read_json,
-)
+from megagpt.config.batch import BatchPlan, batch_plan
+from megagpt.config.deepspeed import DEEPSPEED_KEYS, REFUSED_KEYS, DeepSpeedConfig
+from megagpt.config.parsing import as_written, did_you_mean, mistakes, overridden, read_json
+from megagpt.config.run_file import SECTION, RunConfig, parse_run
 from megagpt.config.schema import MegaGPTConfig
-from megagpt.engine.build import KEPT_FROM_DEEPSPEED, ConfigReader, check_deepspeed_keys, effective_config
+from megagpt.engine.activation_checkpointing import refuse_what_cannot_act
+from megagpt.engine.deepspeed_config import KEPT_FROM_DEEPSPEED, ConfigReader, check_deepspeed_keys, effective_config
 from megagpt.errors import UserError
 from megagpt.lint.deepspeed_keys import Known, Place, known_to
 from megagpt.lint.rules import CONTRADICTIONS, DEFAULTS, WITHOUT_EFFECT
-from megagpt.model.recompute import refuse_what_cannot_act
 
 GPU = torch.device("cuda")  # what a run file is written for, wherever it is looked at
 

@@ -7,7 +7,8 @@ from their defaults.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megagpt.config.deepspeed import OffloadConfig, RunConfig
+from megagpt.config.deepspeed import OffloadConfig
+from megagpt.config.run_file import RunConfig
 
 When = Callable[[RunConfig], bool]
 

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from megagpt.config.deepspeed import DeepSpeedConfig
-from megagpt.config.schema import MegaGPTConfig, RecomputeConfig
-from megagpt.errors import UserError
+from megagpt.config.schema import RecomputeConfig
 from megagpt.model.gpt import Block, Recompute, keep_activations
 
 RunAgain = Callable[[Block, Tensor, Tensor | None], Tensor]  # a block run so that backward computes it again
@@ -23,7 +21,9 @@ RunAgain = Callable[[Block, Tensor, Tensor | None], Tensor]  # a block run so th
 IN_THE_GRAPH = ("selective", "budget")  # the policies that compiled blocks carry out inside themselves
 
 aten = torch.ops.aten
+
 MATMULS = {aten.mm.default, aten.addmm.default}
+
 ATTENTIONS = {
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
@@ -31,44 +31,6 @@ ATTENTIONS = {
     aten._scaled_dot_product_fused_attention_overrideable.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-
-
-def refuse_what_cannot_act(cfg: MegaGPTConfig, ds: DeepSpeedConfig, device: torch.device, *, compiled: bool) -> None:
-    """Raises UserError for a setting of recomputation that would change nothing, or gradients."""
-    recompute = cfg.recompute
-    section = ds.activation_checkpointing
-    asked = {key: value for key, value in section.model_dump().items() if value}
-    if asked and (recompute.kind != "deepspeed" or recompute.policy == "none"):
-        raise UserError(
-            f"activation_checkpointing.{next(iter(asked))}={next(iter(asked.values()))} has no effect without "
-            'DeepSpeed\'s checkpointing; set megagpt.recompute to {"policy": "full", "kind": "deepspeed"}'
-        )
-    if section.partition_activations or section.contiguous_memory_optimization:
-        raise UserError(
-            "activation_checkpointing.partition_activations and contiguous_memory_optimization split activations "
-            "over model-parallel ranks, and megagpt has none; remove them"
-        )
-    if section.number_checkpoints is not None:
-        raise UserError(
-            f"activation_checkpointing.number_checkpoints={section.number_checkpoints} sizes the buffers of "
-            "contiguous_memory_optimization, which needs model parallelism; choose blocks with megagpt.recompute"
-        )
-    for key, moves in (
-        ("activation_checkpointing.cpu_checkpointing", section.cpu_checkpointing),
-        ("megagpt.recompute.offload", recompute.offload),
-    ):
-        if moves and device.type == "cpu":
-            raise UserError(f"{key} moves activations to the CPU, where they are; remove it")
-    if recompute.policy == "budget" and not compiled:
-        raise UserError(
-            "megagpt.recompute.policy='budget' is kept by the compiler, and blocks are not compiled here; set "
-            "megagpt.compile to true, or the policy to 'selective'"
-        )
-    if recompute.policy == "budget" and cfg.regularization.dropout > 0.0:  # torch 2.13 on a CPU: a gradient 18 % off
-        raise UserError(
-            f"megagpt.recompute.policy='budget' with dropout={cfg.regularization.dropout}: the compiler may draw other "
-            "masks in backward, and gradients would be wrong; set the policy to 'selective', or dropout to 0"
-        )
 
 
 def recompute_blocks(

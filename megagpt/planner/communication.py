@@ -5,7 +5,8 @@ N parameters, W ranks, P of them sharing a sample, s bytes of a number that is s
 
 from dataclasses import dataclass
 
-from megagpt.config.deepspeed import BatchPlan, RunConfig
+from megagpt.config.batch import BatchPlan
+from megagpt.config.run_file import RunConfig
 from megagpt.model.flops import param_sizes
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes

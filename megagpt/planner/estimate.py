@@ -8,13 +8,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from megagpt.config.deepspeed import BatchPlan, RunConfig, batch_plan
-from megagpt.config.run_file import parse_run
+from megagpt.config.batch import BatchPlan, batch_plan
+from megagpt.config.run_file import RunConfig, parse_run
 from megagpt.data.manifest import read_manifest
 from megagpt.data.tokenizer import padded_vocab_size
 from megagpt.errors import UserError
-from megagpt.model.flops import GPUS, Gpu, flops_per_token, gpu_named, n_params, recompute_flops_per_token
+from megagpt.model.flops import flops_per_token, n_params, recompute_flops_per_token
 from megagpt.planner.communication import WIDTH, Traffic, traffic
+from megagpt.planner.gpu_specs import GPUS, Gpu, gpu_named
 from megagpt.planner.memory import ADAM, Memory, memory
 
 GIB = 2**30

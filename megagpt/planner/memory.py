@@ -7,7 +7,8 @@ computes with; one unit U = t C s, a (B, T, C) tensor.
 
 from dataclasses import dataclass, fields
 
-from megagpt.config.deepspeed import BatchPlan, RunConfig
+from megagpt.config.batch import BatchPlan
+from megagpt.config.run_file import RunConfig
 from megagpt.model.flops import bucket_elements, param_sizes
 from megagpt.model.loss import PIECE_BYTES, chunks
 from megagpt.planner.communication import WIDTH, persistence, regathered, zero_key

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from megagpt.config.deepspeed import RunConfig
+from megagpt.config.run_file import RunConfig
 from megagpt.planner.estimate import (
     CONTEXT,
     EFFICIENCY,

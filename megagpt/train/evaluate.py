@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.data.loader import ValBlocks, prefetched, stretch
-from megagpt.distributed.process_group import rank, sum_over_ranks, world_size
+from megagpt.distributed.collectives import sum_over_ranks
+from megagpt.distributed.process_group import rank, world_size
 from megagpt.model.loss import token_nats
 
 

@@ -10,7 +10,6 @@ all ranks if it finds the same.
 import errno
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,7 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from megagpt.atomic_files import write_atomically
 from megagpt.checkpoint.commit import best
-from megagpt.config.deepspeed import RunConfig
+from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.distributed.process_group import is_main, say
 from megagpt.train_state import TrainState
@@ -120,35 +119,6 @@ ON_THE_LINE = {
     "tokens_per_sec",
     "mfu",
 }
-
-
-class Stopwatch:
-    """Seconds since the last lap, by what they went to; what no section claims is the training step's."""
-
-    def __init__(self) -> None:
-        self._started = self._began = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def section(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
-
-    def total(self) -> float:
-        """Seconds up to the last lap."""
-        return self._began - self._started
-
-    def spent(self, name: str) -> float:
-        """Seconds of one section since the last lap."""
-        return self._seconds.get(name, 0.0)
-
-    def lap(self) -> dict[str, float]:
-        now = time.perf_counter()
-        seconds = {"data": 0.0} | self._seconds
-        seconds["step"] = now - self._began - sum(seconds.values())
-        self._began, self._seconds = now, {}
-        return seconds
 
 
 def say_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> None:

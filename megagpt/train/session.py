@@ -1,108 +1,47 @@
-"""One training run in progress: what `trainer.train` needs, checked and built, and what it does between steps."""
+"""One training run in progress: a built engine, and what happens between steps."""
 
 import gc
 import json
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from megagpt.atomic_files import write_atomically
 from megagpt.checkpoint.async_writer import Writer
-from megagpt.checkpoint.commit import Saved, step_folder
-from megagpt.checkpoint.identity import Identity, changed_keys, check_identity, identity_of, reshaped
+from megagpt.checkpoint.commit import step_folder
+from megagpt.checkpoint.identity import changed_keys, reshaped
+from megagpt.checkpoint.load import restore, resume
 from megagpt.checkpoint.rng import seed_all
-from megagpt.checkpoint.save import newest_verified, restore, resume, set_aside
 from megagpt.checkpoint.save import save as save_checkpoint
-from megagpt.config.deepspeed import BatchPlan, RunConfig, batch_plan
-from megagpt.data.augmentation import rework_of
-from megagpt.data.loader import Batch, ValBlocks, open_data, prefetched, rank_samples, stretch
-from megagpt.data.loss_mask import Rework
-from megagpt.data.mixture import Mixture
-from megagpt.data.tokenizer import Tokenizer, padded_vocab_size
-from megagpt.data.training_set import TrainData, plan_mixture, row_opener, source_of
+from megagpt.checkpoint.verification import newest_verified
+from megagpt.data.loader import Batch, prefetched, rank_samples, stretch
+from megagpt.data.provenance import documents_of
+from megagpt.distributed.collectives import gather_objects, gather_over_ranks, together
 from megagpt.distributed.launcher import grace_warning
-from megagpt.distributed.process_group import (
-    gather_objects,
-    gather_over_ranks,
-    is_main,
-    rank,
-    say,
-    together,
-    world_size,
-)
-from megagpt.distributed.rendezvous import agree
-from megagpt.engine.build import Engine, before_update, build_engine, effective_config
+from megagpt.distributed.process_group import is_main, rank, say, world_size
+from megagpt.engine.build import Engine, before_update, build_engine
 from megagpt.engine.compilation import compiles
+from megagpt.engine.deepspeed_config import effective_config
 from megagpt.errors import OwnRankError, UserError, writing_to
-from megagpt.guards.spikes import (
-    Gate,
-    MemoryWatch,
-    Recent,
-    check_skipping,
-    documents_of,
-    judge,
-    memory_mib,
-    peak_memory,
-)
+from megagpt.guards.memory_growth import MemoryWatch, memory_mib, peak_memory
+from megagpt.guards.spikes import Gate, check_skipping, judge
+from megagpt.guards.step_window import Recent
 from megagpt.guards.stragglers import Clock, Cluster
 from megagpt.guards.watchdog import Watchdog
-from megagpt.model.flops import flops_per_token, peak_flops, recompute_flops_per_token
+from megagpt.model.flops import flops_per_token, recompute_flops_per_token
 from megagpt.model.generate import complete
+from megagpt.planner.gpu_specs import peak_flops
 from megagpt.train.early_stopping import after_evaluation
 from megagpt.train.evaluate import evaluate
-from megagpt.train.monitor import Monitor, Stopwatch, say_ending
+from megagpt.train.metrics import Stopwatch
+from megagpt.train.monitor import Monitor, say_ending
+from megagpt.train.preflight import Plan
 from megagpt.train_state import TrainState
 
 ROLL_BACKS = 3  # to one checkpoint
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run whose files were all found right, before anything is built; `saved` is the step to resume from."""
-
-    run: RunConfig
-    batch: BatchPlan
-    train_data: TrainData
-    rework: Rework | None  # what becomes of its rows
-    val_blocks: ValBlocks
-    tokenizer: Tokenizer
-    vocab_size: int  # padded
-    identity: Identity
-    saved: Saved | None
-
-    @property
-    def state(self) -> TrainState:
-        return self.saved.state if self.saved else TrainState()
-
-
-def check(run: RunConfig, *, fresh: bool) -> Plan:
-    """Everything a user can have got wrong, found before a GPU is used. Collective; raises UserError."""
-    cfg = run.megagpt
-    batch = batch_plan(run.deepspeed, world_size())
-    val_blocks, datasets = together(lambda: open_data(cfg.data, cfg.model.seq_len, masked=cfg.packing.masked))
-    fingerprints = {f"{dataset.path} (fingerprint)": dataset.fingerprint for dataset in datasets}
-    agree(fingerprints, "let all hosts see the same dataset, or copies of it")
-    tokenizer = together(datasets[0].tokenizer)
-    vocab_size = padded_vocab_size(tokenizer.vocab_size)
-    rework = together(lambda: rework_of(cfg.augment, cfg.packing, tokenizer, vocab_size, cfg.data.seed))
-    identity = identity_of(run, batch, vocab_size, val=datasets[-1])
-    saved = None if fresh else newest_verified(cfg.out_dir)
-    if saved is not None:
-        check_identity(saved.step_dir, saved.identity, identity)
-    open_rows = row_opener(cfg)
-    sources = together(lambda: [source_of(dataset, open_rows) for dataset in datasets[:-1]])
-    history, state = (saved.mixture, saved.state) if saved else (Mixture(cfg.data.seed), TrainState())
-    mixture = together(
-        lambda: plan_mixture(cfg, batch.global_batch, sources, history, step=state.step, sample=state.samples_seen)
-    )
-    train_data = TrainData(mixture, datasets[:-1], open_variant=open_rows)
-    together(train_data.open_all)
-    if fresh:
-        set_aside(cfg.out_dir)
-    return Plan(run, batch, train_data, rework, val_blocks, tokenizer, vocab_size, identity, saved)
 
 
 class Session:

@@ -5,18 +5,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megagpt.config.deepspeed import RunConfig
+from megagpt.config.run_file import RunConfig
 from megagpt.data.loader import Batch
-from megagpt.distributed.process_group import StopVote
+from megagpt.distributed.collectives import StopVote
 from megagpt.engine.build import set_lr
-from megagpt.engine.optimizer import lr_factor
 from megagpt.errors import UserError
 from megagpt.guards.restarts import begun_by_this_job, count_start, forget_start
-from megagpt.guards.spikes import Recent, compare_weights
+from megagpt.guards.step_window import Recent
+from megagpt.guards.weight_check import compare_weights
 from megagpt.model.loss import kept_share, next_token_score
+from megagpt.train.lr_schedule import lr_factor
 from megagpt.train.monitor import say_ending
 from megagpt.train.preemption import Preemption
-from megagpt.train.session import Session, check
+from megagpt.train.preflight import check
+from megagpt.train.session import Session
 from megagpt.train_state import TrainState
 
 

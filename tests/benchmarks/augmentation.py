@@ -19,7 +19,7 @@ from corpus import jsonl_corpus
 from data_tools.build import build
 from data_tools.config import BuildConfig
 from megagpt.checkpoint.run_samples import open_samples
-from megagpt.config.deepspeed import BatchPlan
+from megagpt.config.batch import BatchPlan
 from megagpt.config.schema import AugmentConfig, DataConfig, MegaGPTConfig, ModelConfig
 from megagpt.data.augmentation import rework_of
 from megagpt.data.dataset import TokenStream, open_dataset

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
-from megagpt.config.deepspeed import RunConfig
-from megagpt.config.run_file import load_run_config
+from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.distributed.process_group import init_process_group
-from megagpt.engine.optimizer import decay_groups, lr_factor
+from megagpt.engine.optimizer import decay_groups
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import next_token_loss
 from megagpt.train import trainer
+from megagpt.train.lr_schedule import lr_factor
 from megagpt.train.session import Session
 
 ROOT = Path(__file__).parents[2]

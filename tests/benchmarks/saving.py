@@ -33,7 +33,8 @@ from megagpt.checkpoint.async_writer import Writer
 from megagpt.checkpoint.commit import committed, damage_of
 from megagpt.config.run_file import load_run_config
 from megagpt.distributed.process_group import init_process_group
-from megagpt.train.session import Session, check
+from megagpt.train.preflight import check
+from megagpt.train.session import Session
 from megagpt.train.trainer import train_step
 
 ROOT = Path(__file__).parents[2]

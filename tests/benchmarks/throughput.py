@@ -44,7 +44,7 @@ from throughput_table import SIZES, commit, hardware, summary, table
 from turns import Spec, run_of
 
 from megagpt.engine.precision import multiplies_bf16
-from megagpt.train.session import check
+from megagpt.train.preflight import check
 
 HERE = Path(__file__).parent
 DEFAULT_PEERS = {

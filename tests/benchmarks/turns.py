@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megagpt.config.deepspeed import RunConfig
-from megagpt.config.run_file import load_run_config
+from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.config.schema import ModelConfig
 from megagpt.data.tokenizer import padded_vocab_size
 from megagpt.distributed.process_group import rank, world_size
-from megagpt.guards.spikes import peak_memory
+from megagpt.guards.memory_growth import peak_memory
 from megagpt.model.gpt import GPT
 
 RUN_FILE = Path(__file__).parents[2] / "ds_configs" / "gpt2_124m.json"

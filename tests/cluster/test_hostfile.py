@@ -10,8 +10,8 @@ from checkout import Checkout, name_that_leads_to_itself, other_programs, other_
 from hosts import Cluster
 from support import build_dataset, metric
 
-from megagpt.__main__ import pretrain
 from megagpt.checkpoint.commit import committed
+from megagpt.cli.pretrain import pretrain
 from megagpt.guards.restarts import last_logged
 
 KILL, TERM, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megagpt.config.schema import SpikesConfig
 from megagpt.distributed.process_group import init_process_group
-from megagpt.guards.step_window import is_spike
+from megagpt.guards.spikes import is_spike
 from megagpt.train.trainer import train
 
 CFG = SpikesConfig()

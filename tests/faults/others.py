@@ -16,7 +16,7 @@ from lab import Blow
 from systems import STEPS, Megagpt, System
 from test_security import Gadget, sign_again
 
-from megagpt.distributed.launcher import check_hosts, check_settings
+from megagpt.distributed.hostfile import check_hosts, check_settings
 from megagpt.errors import UserError
 from megagpt.train import trainer
 

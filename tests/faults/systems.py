@@ -17,9 +17,9 @@ import torch
 from support import DEBUG_RUN, metric, overrides
 from torch import Tensor
 
-from megagpt.__main__ import pretrain
 from megagpt.atomic_files import sha256_of
 from megagpt.checkpoint.commit import committed, point_to, read_commit, step_folder
+from megagpt.cli.pretrain import pretrain
 from megagpt.cli.verify_resume import same
 
 STEPS, INTERVAL = 8, 2

@@ -1,0 +1,80 @@
+"""Retention: which committed steps stay, and how the others are removed."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+from megagpt.atomic_files import fsync
+from megagpt.checkpoint.commit import (
+    COMMIT,
+    _by_loss,
+    best,
+    committed,
+    folder,
+    point_to,
+)
+from megagpt.checkpoint.verification import _damaged_of_newest
+from megagpt.config.schema import KeepConfig
+from megagpt.distributed.collectives import gather_objects
+from megagpt.distributed.process_group import Group, is_main, say
+from megagpt.train_state import TrainState
+
+
+def _rotate(out_dir: Path, newest: Path, state: TrainState, keep: KeepConfig, group: Group) -> None:
+    """Remove what nothing keeps any more, now that a newer step is committed. Collective."""
+    superfluous = False
+    if is_main():
+        with _keeping_more():
+            superfluous = bool(superseded(out_dir, keep))
+    damaged = _damaged_of_newest(out_dir, group) if gather_objects(superfluous, group)[0] else []
+    if is_main():
+        with _keeping_more():
+            if damaged:
+                put_aside(damaged)
+                point_to(out_dir, newest, state)
+            prune(out_dir, keep)
+    gather_objects(None, group)
+
+
+@contextmanager
+def _keeping_more() -> Iterator[None]:
+    """What a disk has against rotation costs room on it, and no step: the newer one is committed."""
+    try:
+        yield
+    except OSError as error:
+        say(f"an older checkpoint could not be removed: {error}")
+
+
+def superseded(out_dir: Path, keep: KeepConfig) -> list[Path]:
+    """The committed steps that nothing keeps, oldest first."""
+    steps, named = committed(out_dir), best(out_dir)
+    ranked = [named, *(path for path in _by_loss(steps) if path != named)] if named else _by_loss(steps)
+    stay = {*steps[-keep.last :], *ranked[: keep.best]}
+    if keep.every:
+        stay |= {path for path in steps if int(path.name.removeprefix("step_")) % keep.every == 0}
+    return [path for path in steps if path not in stay]
+
+
+def prune(out_dir: Path, keep: KeepConfig) -> None:
+    """Remove what nothing keeps, and what attempts left that died while they saved or removed."""
+    for step_dir in superseded(out_dir, keep):
+        remove(step_dir)
+    for step_dir in folder(out_dir).glob("step_*"):
+        if not (step_dir / COMMIT).is_file():
+            remove(step_dir)
+
+
+def put_aside(damaged: list[Path]) -> None:
+    """Damaged steps keep their files for a look, but no longer count among the newest."""
+    for step_dir in damaged:
+        free = (step_dir.with_name(f"damaged{n}_{step_dir.name}") for n in count(1))
+        step_dir.rename(next(path for path in free if not path.exists()))
+        fsync(step_dir.parent)
+
+
+def remove(step_dir: Path) -> None:
+    (step_dir / COMMIT).unlink(missing_ok=True)  # first, so that a half-removed folder is no checkpoint
+    fsync(step_dir)
+    shutil.rmtree(step_dir)

@@ -1,0 +1,45 @@
+"""`megagpt evaluate CKPT --data DIR`: loss, perplexity and bits per byte of a checkpoint."""
+
+import argparse
+import json
+
+import torch
+
+from megagpt.checkpoint.load import load_model, packing_of
+from megagpt.data.dataset import open_dataset
+from megagpt.data.loader import ValBlocks
+from megagpt.errors import UserError
+from megagpt.train.evaluate import evaluate, unigram_entropy
+
+
+def run(args: argparse.Namespace) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dataset = open_dataset(args.data)
+    model, tokenizer, step_dir = load_model(args.checkpoint, device)
+    if dataset.manifest.tokenizer.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{args.data} was tokenized with another model than {step_dir} was trained on; build it again with "
+            f"tokenizer={step_dir / 'tokenizer.model'}"
+        )
+    document_end = tokenizer.eod_id if packing_of(step_dir).masked else None
+    blocks = ValBlocks(dataset.stream(args.split), model.cfg.seq_len, args.tokens, document_end=document_end)
+    token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
+    result = evaluate(model, blocks, token_bytes, micro_batch=args.micro_batch)
+    row = {
+        "checkpoint": str(step_dir),
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "unigram_entropy": unigram_entropy(blocks),
+        "tokens": result.tokens,
+    }
+    if args.json:
+        print(json.dumps(row))
+    else:
+        print(
+            f"{step_dir} on {result.tokens:,} tokens of {args.data} ({args.split}):\n"
+            f"  loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
+            f"{result.bits_per_byte:.4f} bits per byte\n"
+            f"  guessing by token frequency alone would give {row['unigram_entropy']:.4f} nats per token"
+        )
+    return 0

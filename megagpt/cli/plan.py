@@ -1,0 +1,34 @@
+"""`megagpt plan RUN.json`: memory, communication and time, before anything is started."""
+
+import argparse
+import json
+import sys
+
+from megagpt.cli.micro_batch_search import probe, probe_report
+from megagpt.config.run_file import load_run_config
+from megagpt.errors import UserError
+from megagpt.lint.linter import refuse
+from megagpt.planner.estimate import EFFICIENCY, machine, micro_batches, settings, vocabulary
+from megagpt.planner.report import as_json, report
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.memory and not args.probe:
+        raise UserError("--memory limits the steps that --probe takes; add --probe, or choose --gpu")
+    run = load_run_config(args.run_file, args.overrides)
+    for warning in refuse(run):
+        print(warning, file=sys.stderr)
+    on = machine(args.gpu, args.ranks, args.network, EFFICIENCY if args.efficiency is None else args.efficiency)
+    vocab = vocabulary(run)
+    if args.probe:
+        candidates = micro_batches(run, args.ranks)
+        tries = probe(args.run_file, args.overrides, candidates, vocab[0], ranks=args.ranks, gib=args.memory)
+        print(probe_report(tries, run))
+        return 0
+    found = list(settings(run, on, vocab[0]))
+    tokens = args.tokens or run.megagpt.schedule.max_steps * run.deepspeed.train_batch_size * run.megagpt.seq_len
+    if args.json:
+        print(json.dumps(as_json(on, vocab, found, tokens)))
+    else:
+        print(report(run, on, vocab, found, tokens))
+    return 0

@@ -1,0 +1,83 @@
+"""Train: what launch/pretrain.py, `megagpt train` and `python -m megagpt.train` run on every rank.
+
+Imports stand inside the functions: signals are remembered before torch is loaded, and --help answers at once.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megagpt.cli.arguments import training_arguments
+from megagpt.cli.exit_codes import SAVED_AND_WANTS_RESTART, or_2
+from megagpt.errors import OwnRankError, UserError
+from megagpt.train.preemption import SIGNALS
+
+
+def main() -> NoReturn:
+    """Train as the command line says, and end this process with the exit code."""
+    sys.exit(run(training_arguments().parse_intermixed_args()))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; nothing but the end of the process may follow."""
+    code = _pretrain(args)
+    for number in (*SIGNALS, signal.SIGINT):  # the first rank to end makes launchers signal the others
+        signal.signal(number, signal.SIG_IGN)  # whose code must stand
+    from megagpt.distributed.process_group import leave
+
+    leave()
+    return code
+
+
+def pretrain(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit code: 0 finished, 2 what the user gave is wrong, 75 saved and wants to go on."""
+    return _pretrain(training_arguments().parse_intermixed_args(argv))
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    if args.sample_report is not None:
+        return or_2(lambda: _sample_report(args))
+
+    from megagpt.distributed.hostfile import check_hostfile
+    from megagpt.distributed.launcher import watch
+    from megagpt.train.preemption import Preemption
+
+    preemption = Preemption(launcher_alive=watch(), ctrl_c=True)  # before torch, so that no signal is missed
+    from megagpt.config.parsing import leaves
+    from megagpt.config.run_file import load_run_config
+    from megagpt.distributed.collectives import together
+    from megagpt.distributed.process_group import is_main, say
+    from megagpt.distributed.rendezvous import agree, check_shared, meet
+    from megagpt.engine.precision import fitting
+
+    try:
+        check_hostfile()
+        device = meet()
+        run = together(lambda: load_run_config(args.run_file, args.overrides))
+        agree(dict(leaves(run.as_json())), "give all ranks the same run file and overrides")
+        check_shared(run.megagpt.out_dir)
+        # after the run file is found right, because DeepSpeed takes seconds to import
+        from megagpt.guards.out_of_memory import explained
+        from megagpt.lint.linter import refuse
+        from megagpt.train.trainer import train
+
+        for warning in together(lambda: refuse(run)):
+            say(warning)
+        run = fitting(run, device)
+        with explained(run, device):
+            state = train(run, device, fresh=args.fresh, preemption=preemption)
+    except UserError as error:
+        if is_main() or isinstance(error, OwnRankError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0 if state.finished(run.megagpt.schedule.max_steps) else SAVED_AND_WANTS_RESTART
+
+
+def _sample_report(args: argparse.Namespace) -> int:
+    from megagpt.cli.sample_report import sample_report
+    from megagpt.config.run_file import load_run_config
+
+    print(sample_report(load_run_config(args.run_file, args.overrides), args.sample_report, fresh=args.fresh))
+    return 0

@@ -1,0 +1,115 @@
+"""The few collectives that the rest of the package needs. All of them work without a process group."""
+
+import socket
+from collections.abc import Callable
+from functools import cache
+from typing import Self, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megagpt.distributed.process_group import TIMEOUT, Group, world_size
+from megagpt.errors import UserError, on_every_rank
+
+T = TypeVar("T")
+
+
+@cache
+def neighbors(size: int) -> dist.ProcessGroup:
+    """The group of `size` neighboring ranks that this one is in, counted from rank 0. Collective."""
+    group, _ = dist.new_subgroups(size, timeout=TIMEOUT)
+    return group
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Element-wise sum; every rank gets the same numbers."""
+    values = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def gather_over_ranks(values: Tensor) -> Tensor:
+    """values (n,) of each rank -> (world_size, n), on every rank."""
+    if world_size() == 1:
+        return values.detach().unsqueeze(0)
+    gathered = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(gathered, values.detach().contiguous())
+    return torch.stack(gathered)
+
+
+def broadcast_object(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: T, group: Group = None) -> list[T]:
+    """Every rank's value, in rank order, on every rank.
+
+    Never of fewer ranks than the group has, also after this process has left the default one.
+    """
+    if group is None and world_size() == 1:
+        return [value]
+    gathered: list[T] = [value] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def together(check: Callable[[], T], group: Group = None) -> T:
+    """Run something that only this rank's host can judge; if it fails on one rank, every rank raises its message.
+
+    Without this the others would wait in their next collective for a rank that has gone.
+    """
+    result, complaint = None, ""
+    try:
+        result = check()
+    except UserError as error:
+        complaint = str(error)
+    said = gather_objects((complaint, socket.gethostname()), group)
+    if not any(text for text, _ in said):
+        return cast(T, result)
+    first, text, host = next((r, text, host) for r, (text, host) in enumerate(said) if text)
+    where = f"on rank {first}" + (f", host {host}" if len({host for _, host in said}) > 1 else "")
+    raise UserError(text if all(text for text, _ in said) else f"{text} ({where})")
+
+
+class StopVote:
+    """Agrees on stopping without making a step wait: the vote cast at one step boundary is read at the next.
+
+    The ballot is a MAX all-reduce on the host, over a gloo group of its own, so the GPU is never synchronized.
+    Every rank reads the same vote at the same step, even when only one of them was told to stop. Inside `with`, which
+    waits for the last vote: a process that ends while one is under way, on a slow network, is aborted by gloo.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size() > 1 else None
+        self._ballot = torch.zeros(1, dtype=torch.int32)
+        self._pending: dist.Work | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._pending is not None and on_every_rank(error):  # else the others may never vote
+            self._pending.wait()
+
+    def __call__(self, stop: bool) -> bool:
+        """Cast this rank's vote; returns the outcome of the previous one (False the first time)."""
+        if self._group is None:
+            return stop
+        outcome = False
+        if self._pending is not None:
+            self._pending.wait()
+            outcome = bool(self._ballot.item())
+        self._ballot = torch.tensor([int(stop or outcome)], dtype=torch.int32)
+        self._pending = dist.all_reduce(self._ballot, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return outcome

@@ -1,0 +1,94 @@
+"""Check hostfiles and .deepspeed_env before deepspeed hands them to ssh and shells."""
+
+import os
+import re
+from pathlib import Path
+
+from megagpt.distributed.launcher import _ancestors, _is_deepspeed
+from megagpt.errors import UserError
+
+HOST_LINE = re.compile(
+    r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\s+slots=(?P<slots>[1-9][0-9]{0,3})(\s*#.*)?"
+)  # no option, no shell
+
+ENV_LINE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[A-Za-z0-9_.,:/@%+=^~-]*")  # pasted into a remote shell's command line
+
+SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)(_|=|$)")
+
+
+def check_hostfile() -> None:
+    """`deepspeed --hostfile X` trains on one machine, with a warning, if X does not exist: raises UserError instead.
+
+    Also for what it was told that a shell would run, as far as this process can see it.
+    """
+    for arguments, folder in _ancestors():
+        named = _named_hostfile(arguments)
+        if named is not None and not (folder / named).is_file():
+            raise UserError(
+                f"--hostfile {named} does not exist, and deepspeed would train on this machine alone; "
+                "launch/hostfile.example shows one"
+            )
+        if named is not None:
+            check_hosts(folder / named)
+    if int(os.environ.get("CROSS_SIZE", "1")) > 1:  # over ssh: the folder is the same on all hosts
+        check_environment(Path.cwd())
+
+
+def check_hosts(hostfile: Path) -> dict[str, int]:
+    """Host -> slots. Refuses names that ssh or a shell would read as more than a name: UserError with the line."""
+    try:
+        lines = hostfile.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the hostfile {hostfile} cannot be read: {error}") from error
+    slots: dict[str, int] = {}
+    for n, line in enumerate(map(str.strip, lines), start=1):
+        if not line or line.startswith("#"):
+            continue
+        name = line.split()[0]
+        found = HOST_LINE.fullmatch(line)
+        if not found or name in slots:
+            why = "names a host again" if name in slots else "is not `NAME slots=N`, NAME of letters, digits, . _ and -"
+            raise UserError(f"{hostfile}, line {n}: {line!r} {why}; launch/hostfile.example shows the form")
+        slots[name] = int(found["slots"])
+    if not slots:
+        raise UserError(f"the hostfile {hostfile} names no host; launch/hostfile.example shows the form")
+    return slots
+
+
+def check_environment(folder: Path) -> None:
+    """Refuse what deepspeed, started in `folder`, would paste into the other hosts' shells. Raises UserError."""
+    name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    if (folder / name).is_file() and folder.resolve() != Path.home().resolve():
+        raise UserError(
+            f"{folder / name}: deepspeed pastes what lies in the folder it is started in into a shell on every host, "
+            f"and a folder may be anybody's; move what you need of it to {Path.home() / name}"
+        )
+    if (Path.home() / name).is_file():
+        check_settings(Path.home() / name)
+
+
+def check_settings(file: Path) -> None:
+    """Refuse lines of a .deepspeed_env that are more than a plain setting. Raises UserError with the line."""
+    for n, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
+        key = line.partition("=")[0]
+        if not ENV_LINE.fullmatch(line):
+            raise UserError(
+                f"{file}, line {n}, {key!r}: deepspeed pastes it into a shell on every host; write NAME=VALUE, "
+                "VALUE without blanks, quotes or a shell's signs"
+            )
+        if SECRET_NAME.search(key):
+            raise UserError(f"{file}, line {n}: deepspeed prints {key} in its log; set it on each host instead")
+
+
+def _named_hostfile(arguments: list[str]) -> str | None:
+    """The value of the launcher's own -H or --hostfile, which stand before the script's name."""
+    if not _is_deepspeed(arguments):
+        return None
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if option.endswith(".py"):
+            return None
+        if option in ("-H", "--hostfile"):
+            return value
+        if option.startswith("--hostfile="):
+            return option.removeprefix("--hostfile=")
+    return None

@@ -1,0 +1,70 @@
+"""The configuration that DeepSpeed gets: the run file with what it leaves out filled by rule."""
+
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig as ConfigReader
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from pydantic import ValidationError
+
+from megagpt.config.batch import BatchPlan
+from megagpt.config.parsing import explain
+from megagpt.config.run_file import RunConfig
+from megagpt.engine.optimizer import adam_on_the_host
+from megagpt.errors import UserError
+from megagpt.model.flops import bucket_elements
+
+# Sections that we act on ourselves: Adam is built below, activations and TensorBoard have rooms of their own.
+KEPT_FROM_DEEPSPEED = {"optimizer", "activation_checkpointing", "tensorboard"}
+
+
+def check_deepspeed_keys(config: dict[str, Any]) -> None:
+    """Let DeepSpeed check its own sections before the model takes memory; raises UserError with its reason."""
+    try:
+        ConfigReader(config)
+    except ValidationError as error:
+        wrong = error.errors()[0]["loc"][0]
+        section = next((key for key, value in config.items() if isinstance(value, dict) and wrong in value), "")
+        models = {model.__name__: model for model in DeepSpeedConfigModel.__subclasses__()}
+        raise UserError(explain(error, models[error.title], section=section)) from error
+    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+        raise UserError(f"DeepSpeed refuses the run file: {error}") from error
+    except TypeError as error:  # it looks at few types itself
+        raise UserError(f"DeepSpeed cannot read the run file, as some value is of the wrong type: {error}") from error
+
+
+def effective_config(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's part of the run file with what it leaves out filled by rule. What the file says stays."""
+    config = {key: value for key, value in run.deepspeed_raw.items() if key not in KEPT_FROM_DEEPSPEED}
+    for dotted, value in _filled(run, batch, vocab_size, device).items():
+        *parents, leaf = dotted.split(".")
+        node = config
+        for key in parents:
+            node[key] = dict(node.get(key, {}))
+            node = node[key]
+        node.setdefault(leaf, value)
+    return config
+
+
+def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> dict[str, Any]:
+    """The keys that a run file may leave out, with the reason for each value."""
+    stage = run.deepspeed.zero_optimization.stage
+    bucket = bucket_elements(run.megagpt.model, vocab_size, batch.world_size)
+    filled: dict[str, Any] = {
+        "gradient_accumulation_steps": batch.accumulation,
+        "timers.throughput.enabled": False,  # else the device is synchronized at every forward and step
+        "steps_per_print": None,  # our monitor prints
+    }
+    if run.deepspeed.bf16.enabled:
+        # a pass over all gradients, for DeepSpeed to leave out a bad step: guards.Gate does, but not at CPUAdam
+        filled["bf16.check_grad_overflow"] = adam_on_the_host(run.deepspeed, device)
+    if stage > 0:
+        # DeepSpeed's 5e8 elements would be gigabytes of buffer, and one bucket, so that overlap_comm could hide nothing
+        filled["zero_optimization.reduce_bucket_size"] = bucket
+        filled["zero_optimization.allgather_bucket_size"] = bucket
+    if stage in (1, 2) and batch.world_size == 1:
+        filled["zero_optimization.contiguous_gradients"] = False  # no peers: no hooks and copies for their sake
+    if run.deepspeed.zero_optimization.offload_optimizer.device != "none":
+        filled["zero_force_ds_cpu_optimizer"] = adam_on_the_host(run.deepspeed, device)
+    return filled

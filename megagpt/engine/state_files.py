@@ -1,0 +1,78 @@
+"""What a DeepSpeed engine saves, and how its files become an engine or plain weights again."""
+
+import contextlib
+import copyreg
+import io
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine as Engine
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
+
+from megagpt.distributed.collectives import together
+from megagpt.distributed.process_group import rank, world_size
+from megagpt.engine.safe_pickle import check_pickles, load_checked, pickles_of
+
+# As from Python 3.11.4 on; before, it is pickled as a call of getattr, which safe_pickle.py refuses.
+copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (int(stage),)))
+ADAM_SETTINGS = ("betas", "eps", "weight_decay")  # lr is set anew at every step
+
+
+def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
+    """All weights of one committed step, whatever its ZeRO stage and number of ranks; tied ones share.
+
+    fp32 tensors of the masters' values, but at stage 0 in 16 bit of the weights that the model computes with.
+    Raises UserError, before anything is loaded, for a file that safe_pickle.py refuses.
+    """
+    check_pickles(pickles_of(step_dir))
+    if any(step_dir.glob("*optim_states.pt")):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it is chatty
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(step_dir.parent), tag=step_dir.name)
+    else:  # stage 0: the module is whole in one file
+        weights = load_checked(step_dir / "mp_rank_00_model_states.pt")["module"]
+    return {name: weight.detach().float() for name, weight in weights.items()}
+
+
+class Collector:
+    """Stands in for the checkpoint engine of a DeepSpeed engine: it writes nothing, and keeps what was to be saved."""
+
+    def __init__(self) -> None:
+        self.files: dict[Path, Any] = {}
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[Path(path)] = state_dict
+
+    def makedirs(self, path: str, exist_ok: bool) -> None:
+        """Folders are made by who writes the files."""
+
+    def create(self, info: Any) -> None: ...
+
+    def commit(self, info: Any) -> None: ...
+
+    def is_decoupled(self) -> bool:
+        return False
+
+
+def files_to_save(engine: Engine, step_dir: Path) -> dict[Path, Any]:
+    """What DeepSpeed saves of this step on this rank, path -> state. Nothing is written or copied. Collective."""
+    usual, engine.checkpoint_engine = engine.checkpoint_engine, (collector := Collector())
+    engine._copy_recovery_script = lambda folder: None  # which a full disk would end in an error on rank 0 alone
+    engine.save_checkpoint(str(step_dir.parent), tag=step_dir.name, save_latest=False)
+    engine.checkpoint_engine = usual
+    return collector.files
+
+
+def load_engine(engine: Engine, step_dir: Path) -> None:
+    """Load what `files_to_save` named: weights, moments, loss scale. Adam's settings stay the run file's.
+
+    Collective; for a step that a run of the same shape saved, else reshard.py. Raises UserError, on every rank and
+    before anything is loaded, for a file that safe_pickle.py refuses.
+    """
+    together(lambda: check_pickles(pickles_of(step_dir)[rank() :: world_size()]))
+    settings = [{key: group[key] for key in ADAM_SETTINGS} for group in engine.optimizer.param_groups]
+    loaded, _ = engine.load_checkpoint(str(step_dir.parent), tag=step_dir.name, load_lr_scheduler_states=False)
+    assert loaded is not None, f"DeepSpeed found nothing to load in {step_dir}"  # it only warns
+    for group, current in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(current)
