@@ -33,8 +33,8 @@ test-long: .venv/installed
 # Every fault that tests/faults/cases.py lists, then what bare DeepSpeed makes of the same: hours, but it goes on where
 # it was stopped.
 faults: .venv/installed
-	PYTHONPATH=.:tests OMP_NUM_THREADS=1 python tests/faults/campaign.py
-	PYTHONPATH=.:tests OMP_NUM_THREADS=1 python tests/faults/campaign.py --baseline
+	PYTHONPATH=.:tests:tests/programs OMP_NUM_THREADS=1 python tests/faults/campaign.py
+	PYTHONPATH=.:tests:tests/programs OMP_NUM_THREADS=1 python tests/faults/campaign.py --baseline
 	python tests/faults/report.py runs/faults.jsonl
 
 lint: .venv/installed

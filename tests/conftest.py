@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from support import build_dataset, build_noise, read_json, torchrun
+from support import PROGRAMS, build_dataset, build_noise, read_json, torchrun
 
 from megagpt.distributed.process_group import init_process_group
 
@@ -44,8 +44,8 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def two_ranks(dataset, tmp_path_factory) -> dict[str, list[Any]]:
-    """Every scenario of tests/two_ranks.py, run in one launch: name -> what rank 0 and rank 1 returned."""
+    """Every scenario of tests/programs/two_ranks.py, run in one launch: name -> what rank 0 and rank 1 returned."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    done = torchrun(2, Path(__file__).with_name("two_ranks.py"), dataset, folder, timeout=900)
+    done = torchrun(2, PROGRAMS / "two_ranks.py", dataset, folder, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return read_json(folder / "results.json")

@@ -20,7 +20,20 @@ from megagpt.distributed.collectives import gather_objects
 from megagpt.distributed.process_group import is_main, leave
 
 ROOT = Path(__file__).parents[1]
+PROGRAMS = ROOT / "tests" / "programs"  # what tests start in processes of their own
 DEBUG_RUN = ROOT / "ds_configs" / "debug_cpu.json"
+RUN_FILES = sorted(path for path in (ROOT / "ds_configs").glob("*.json") if "megagpt" in json.loads(path.read_text()))
+GOOD = {  # a run file that nothing is wrong with
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 4,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+    "megagpt": {
+        "out_dir": "runs/x",
+        "model": {"n_layer": 2, "n_head": 2, "n_embd": 32},
+        "data": {"train": [{"path": "d"}], "val": "d"},
+        "schedule": {"max_steps": 5},
+    },
+}
 SCALARS = {  # that TensorBoard shows of every run that evaluates, saves and samples
     *("loss/train", "loss/val", "perplexity", "bits_per_byte", "lr", "grad_norm", "tokens_per_sec", "epoch"),
     *("memory_gib", "skipped_steps"),
@@ -118,7 +131,9 @@ def held_up(pid: int) -> Iterator[None]:
 def environment() -> dict[str, str]:
     """The test's own, without what would make a child think that a launcher started it."""
     drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-    return {key: value for key, value in os.environ.items() if key not in drop}
+    kept = {key: value for key, value in os.environ.items() if key not in drop}
+    path = [str(ROOT), str(ROOT / "tests"), str(PROGRAMS), *filter(None, [kept.get("PYTHONPATH")])]
+    return kept | {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def torchrun(n_ranks: int, *args: str | Path, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:

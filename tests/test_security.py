@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from corrupt import DAMAGES
+from corrupt_files import DAMAGES
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from packaging.requirements import Requirement
 from packaging.version import Version
-from support import DEBUG_RUN, ROOT, debug_run, environment, overrides
+from support import DEBUG_RUN, PROGRAMS, ROOT, debug_run, environment, overrides
 
 from megagpt.atomic_files import sha256_of
 from megagpt.checkpoint.commit import COMMIT, _digest, best, committed, damage_of
@@ -122,7 +122,7 @@ def test_every_way_a_pickle_can_import_is_seen(tmp_path, program, named):
 @pytest.mark.parametrize("n", [150, pytest.param(2000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["checkpoints", "tokenizer"])
 def test_no_damaged_file_is_taken_for_a_whole_one_and_none_ends_the_process(run, dataset, tmp_path, kind, n):
-    """In a process of its own, which a parser's crash would end. test_data_tools.py does it to datasets."""
+    """In a process of its own, which a parser's crash would end. test_build.py does it to datasets."""
     whole = run
     if kind == "tokenizer":
         whole = tmp_path / "tokenizer"
@@ -131,8 +131,8 @@ def test_no_damaged_file_is_taken_for_a_whole_one_and_none_ends_the_process(run,
     else:  # only what a resume reads
         (run / "metrics.jsonl").unlink()
         (run / "run.json").unlink()
-    command = [sys.executable, ROOT / "tests" / "corrupt.py", kind, whole, tmp_path / "scratch", n, 1]
-    variables = environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, PROGRAMS / "corrupt_files.py", kind, whole, tmp_path / "scratch", n, 1]
+    variables = environment() | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"damages": n, "accepted": 0}

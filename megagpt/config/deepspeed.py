@@ -87,7 +87,7 @@ class DeepSpeedConfig(BaseModel):
 
 
 # DeepSpeed ignores a misspelt key at the top level, so the keys it reads there are listed here.
-# tests/test_run_file.py derives the same list from the installed DeepSpeed.
+# tests/config/test_run_file.py derives the same list from the installed DeepSpeed.
 DEEPSPEED_KEYS = frozenset(
     [
         "activation_checkpointing",

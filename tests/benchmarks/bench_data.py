@@ -9,7 +9,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_helpers import small_tokenizer, write_dataset
+from data_support import small_tokenizer, write_dataset
 
 from megagpt.data.tokenizer import Tokenizer
 

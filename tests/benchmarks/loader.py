@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from data_helpers import small_tokenizer, write_dataset
+from data_support import small_tokenizer, write_dataset
 
 from data_tools.storage.shard_writer import write_index
 from megagpt.data.dataset import open_dataset

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from bench_data import wide_tokenizer, write_zipf, zipf_ids
-from data_helpers import write_dataset
+from data_support import write_dataset
 from throughput import Contestant, say
 from throughput_table import SIZES
 from turns import Spec

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from data_helpers import shard_bytes, write_texts
+from data_support import shard_bytes, write_texts
 from hosts import Cluster
 from slurm_lab import ENDED, field, job_state, start_slurm, wait_for
 from support import DEBUG_RUN, ROOT, metric, read_json

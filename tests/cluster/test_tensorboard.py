@@ -7,7 +7,7 @@ from board import Board
 from hosts import Cluster
 from support import DEBUG_RUN, ROOT, SCALARS, curves, debug_run, overrides
 
-from megagpt.checkpoint import save as checkpoint
+from megagpt.checkpoint.save import save
 from megagpt.train.trainer import train
 
 STEPS, CADENCE = 60, 20
@@ -34,7 +34,6 @@ def in_one_process(dataset: Path, folder: Path, more: list[str], device) -> None
             raise OSError("no space left on device")
         save(engine, state, *rest)
 
-    save = checkpoint.save
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megagpt.train.session.save_checkpoint", full_at_the_cuts)
         for cut in CUTS:

@@ -1,7 +1,8 @@
-"""The faults campaign: strikes a run in every way that cases.py lists; one JSON line for each case.
+r"""The faults campaign: strikes a run in every way that cases.py lists; one JSON line for each case.
 
     make faults                     all of it, for hours: stop it and start it again as you like
-    PYTHONPATH=.:tests OMP_NUM_THREADS=1 python tests/faults/campaign.py [--sample N] [--seed S] [--groups ABD]
+    PYTHONPATH=.:tests:tests/programs OMP_NUM_THREADS=1 \
+        python tests/faults/campaign.py [--sample N] [--seed S] [--groups ABD]
         [--minutes M] [--baseline] [--results FILE]
 
 Cases that stand in the results are not run again. It is a process of its own, because it forks all the ranks.

@@ -1,6 +1,7 @@
-"""How often the spike detector speaks in runs that nothing was done to, and what it would have seen: one line a rule.
+r"""How often the spike detector speaks in runs that nothing was done to, and what it would have seen: one line a rule.
 
-    PYTHONPATH=.:tests OMP_NUM_THREADS=1 python tests/faults/false_alarms.py --lr 0.001 --seeds 20 40 --steps 200
+    PYTHONPATH=.:tests:tests/programs OMP_NUM_THREADS=1 \
+        python tests/faults/false_alarms.py --lr 0.001 --seeds 20 40 --steps 200
 
 The debug run on one rank. A leap is known without any rule: a loss 0.3 nats or a gradient norm ten times above the
 median of the 20 steps before. What is injected into ten steps of each run is what the rule is asked, not trained on.

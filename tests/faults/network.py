@@ -25,7 +25,7 @@ from strike import InSave
 from support import ROOT
 from systems import STEPS, Bare, Megagpt, System
 
-from megagpt.distributed import process_group as distributed
+from megagpt.distributed import collectives, process_group
 from megagpt.engine.build import Engine
 
 sys.path.insert(0, str(ROOT / "tests" / "cluster"))
@@ -83,7 +83,10 @@ def over_the_network(name: str, stage: int, system: System, folder: Path) -> Out
     dead.mkdir()
     with Cluster(folder / "cluster", 2) as cluster:
         variables = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "10.99.0.1", "MASTER_PORT": PORT}
-        variables |= {"GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/faults'}"}
+        variables |= {
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "PYTHONPATH": ":".join(str(ROOT / part) for part in (".", "tests", "tests/programs", "tests/faults")),
+        }
         rank = [sys.executable, str(Path(__file__)), name, system.name, str(folder), str(stage)]
         rank.append(str(system.dataset) if isinstance(system, Megagpt) else "-")
         programs = []
@@ -148,7 +151,7 @@ def main(name: str, system_name: str, folder: Path, stage: int, dataset: Path) -
     home = Path(tempfile.gettempdir())  # where straight runs would lie
     if system_name == Bare.name:
         return Bare(home).program(folder / "run", stage)()
-    distributed.TIMEOUT = TIMEOUT
+    process_group.TIMEOUT = collectives.TIMEOUT = TIMEOUT
     patience = f"megagpt.guards.hang_timeout={SILENCE if fault.ends else 60}"
     return Megagpt(dataset, home).program(folder / "run", stage, STEPS, patience)()
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import lab
-from corrupt import flip, truncate, zero
+from corrupt_files import flip, truncate, zero
 from judge import RECOVERED, REFUSED, STUCK, WRONG, Case, Outcome, last_lines, started_again
 from lab import Ended
 from strike import at_most

@@ -1,7 +1,8 @@
-"""atheris targets, one for each parser of files that other people may have written.
+r"""atheris targets, one for each parser of files that other people may have written.
 
     pip install -e ".[fuzz]"
-    PYTHONPATH=.:tests python tests/fuzz/fuzz.py TARGET SEEDS [libFuzzer's options, such as -max_total_time=3600]
+    PYTHONPATH=.:tests:tests/programs \
+        python tests/fuzz/fuzz.py TARGET SEEDS [libFuzzer's options, such as -max_total_time=3600]
 
 SEEDS is a folder of whole files to begin with, and takes what was found. Whatever the bytes, a parser takes them or
 raises UserError; anything else ends the process with what brought it about. What a hash stands before is signed anew,

@@ -1,0 +1,236 @@
+import json
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from support import GOOD, RUN_FILES
+
+from megagpt.__main__ import main
+from megagpt.config.deepspeed import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS
+from megagpt.config.run_file import parse_run
+from megagpt.engine.deepspeed_config import ConfigReader
+from megagpt.errors import UserError
+from megagpt.lint.deepspeed_keys import known_to
+from megagpt.lint.linter import lint_file, refuse
+
+SOUND: dict[str, Any] = {
+    **GOOD,
+    "gradient_clipping": 1.0,
+    "bf16": {"enabled": True},
+    "zero_optimization": {"stage": 1},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+    "megagpt": {**GOOD["megagpt"], "schedule": {"max_steps": 2000, "warmup_steps": 10}},
+}
+
+
+@pytest.fixture
+def sound(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(SOUND))
+    return path
+
+
+def test_a_sound_run_file_has_no_findings(sound):
+    assert lint_file(sound) == []
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.name)
+def test_every_shipped_run_file_is_clean(path):
+    """On a CPU a run file may leave bf16 out, and is told what that means."""
+    assert [str(finding) for finding in lint_file(path) if (finding.level, finding.key) != ("note", "bf16")] == []
+
+
+FP16 = ["bf16.enabled=false", "fp16.enabled=true"]
+MISTAKES = [
+    # unknown, at every level, and the nearest name
+    (["gradient_cliping=1.0"], "error", "gradient_cliping", "did you mean 'gradient_clipping'?"),
+    (["zero_optimization.stag=2"], "error", "zero_optimization.stag", "did you mean 'stage'?"),
+    (["zero_optimization.offload_optimizer.devise=cpu"], "error", None, "did you mean 'device'?"),
+    (["bf16.enable=true"], "error", "bf16.enable", "did you mean 'enabled'?"),
+    (["data_types.grad_acum_dtype=fp32"], "error", None, "did you mean 'grad_accum_dtype'?"),
+    (["timers.throughput.synchronised=true"], "error", None, "did you mean 'synchronized'?"),
+    (["activation_checkpointing.partitioned_activations=true"], "error", None, "did you mean 'partition_activations'?"),
+    (["megagpt.schedule.warmup=3"], "error", "megagpt.schedule.warmup", "did you mean 'warmup_steps'?"),
+    (["optimizer.params.beta=0.9"], "error", "optimizer.params.beta", "did you mean 'betas'?"),
+    # removed or changed in the installed DeepSpeed
+    (["elasticity.enabled=false"], "error", "elasticity", "was removed from DeepSpeed"),
+    (["curriculum_learning.enabled=true"], "error", None, "Here: megagpt brings its own sampler"),
+    (["zero_optimization.mics_shard_size=8"], "error", "zero_optimization.mics_shard_size", "was removed"),
+    (["zero_optimization.cpu_offload=true"], "warning", None, "deprecated by the installed DeepSpeed; write offload"),
+    # of a wrong value or type
+    (["zero_optimization.overlap_comm=7"], "error", "zero_optimization.overlap_comm", "valid boolean"),
+    (["fp16.loss_scale=-1"], "error", "fp16.loss_scale", "must be >= 0"),
+    (["zero_optimization.reduce_bucket_size=0"], "error", None, "greater than 0"),
+    (["wall_clock_breakdown=null"], "error", "wall_clock_breakdown", "=null is not true or false"),
+    (["prescale_gradients=yes"], "error", "prescale_gradients", "'yes' is not true or false"),
+    (["gradient_predivide_factor=null"], "error", "gradient_predivide_factor", "=null is not a number"),
+    (["timers.throughput=3"], "error", "timers.throughput", "=3 is not a section {...}"),
+    (["zero_optimization.stage=4"], "error", None, "zero_optimization.stage=4 is none of 0, 1, 2, 3"),
+    (['megagpt.data.train=[{"path": "x", "weight": 0}]'], "error", None, "greater than 0"),
+    (["megagpt.model.n_head=3"], "error", "megagpt.model", "n_embd=32 is not a multiple of n_head=3"),
+    # that cannot act here, or do not at this stage or with this model
+    (["pipeline.stages=2"], "error", "pipeline", "cannot act here"),
+    (["zero_optimization.stage3_max_live_parameters=10"], "warning", None, "it is for ZeRO stage 3"),
+    (['zero_optimization={"stage": 3, "round_robin_gradients": true}'], "warning", None, "for ZeRO stages 1 and 2"),
+    (['zero_optimization={"stage": 0, "overlap_comm": true}'], "warning", None, "and stage is 0"),
+    (['zero_optimization={"stage": 0, "offload_optimizer": {"device": "cpu"}}'], "warning", None, "stage is 0"),
+    (["zero_optimization.offload_optimizer.pin_memory=true"], "warning", None, 'offload_optimizer.device is "none"'),
+    (["aio.queue_depth=8"], "warning", "aio.queue_depth", "nothing is offloaded to NVMe"),
+    (["activation_checkpointing.partition_activations=true"], "error", None, "has no effect without"),
+    (["flops_profiler.profile_step=5"], "warning", "flops_profiler", "set it to true"),
+    (["optimizer.params.torch_adam=true"], "warning", "optimizer.params.torch_adam", "chooses the Adam of offloaded"),
+    (["vocabulary_size=50257"], "warning", "vocabulary_size", "the vocabulary is the tokenizer's"),
+    (["megagpt.sample.top_p=0.9"], "warning", "megagpt.sample.top_p", "every.sample is 0"),
+    (["megagpt.augment.fim.spm_rate=0.9"], "warning", "megagpt.augment.fim.spm_rate", "augment.fim.rate is 0"),
+    (["megagpt.schedule.shape=constant", "megagpt.schedule.min_lr_ratio=0.2"], "warning", None, "does not fall"),
+    # against another
+    (["fp16.enabled=true"], "error", "fp16.enabled", "both true; choose one"),
+    ([*FP16, "fp16.loss_scale=128", "fp16.hysteresis=4"], "warning", "fp16.hysteresis", "fixes the scale"),
+    (["prescale_gradients=true", "gradient_predivide_factor=2"], "warning", None, "divided by the number of ranks"),
+    (["communication_data_type=fp16"], "warning", "communication_data_type", "write bf16 or remove it"),
+    (["optimizer.params.adam_w_mode=false"], "warning", "optimizer.params.adam_w_mode", 'write type "Adam"'),
+    (["optimizer.params.lr=6e4"], "warning", "optimizer.params.lr", "6e-4 is usual"),
+    (["megagpt.early_stopping.patience=3", "megagpt.every.eval=0"], "warning", None, "leaves only the last"),
+    (["megagpt.every.save=5000"], "warning", "megagpt.every.save", "only the end saves"),
+    (["train_batch_size=9"], "error", "train_batch_size", "set train_batch_size to 8"),
+    (
+        ["gradient_clipping=0", 'zero_optimization={"stage": 3, "compute_grad_norm": false}'],
+        "error",
+        None,
+        "Stage 1 or",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "level", "key", "complaint"), MISTAKES, ids=[m[0][-1][:48] for m in MISTAKES])
+def test_a_planted_mistake_is_named_with_the_way_out(sound, overrides, level, key, complaint):
+    (finding,) = lint_file(sound, overrides)
+    assert finding.level == level
+    assert complaint in finding.text
+    assert finding.key == (key or finding.key)
+    assert any(finding.key.split(".")[-1] in override for override in overrides)
+
+
+def test_what_is_left_out_and_matters_is_noted(sound):
+    run = json.loads(sound.read_text())
+    for section, key in ((run, "gradient_clipping"), (run["optimizer"]["params"], "betas"), (run, "bf16")):
+        del section[key]
+    sound.write_text(json.dumps(run))
+    found = lint_file(sound)
+    assert {finding.level for finding in found} == {"note"}
+    assert [finding.key for finding in found] == ["gradient_clipping", "optimizer.params.betas", "bf16"]
+
+
+def test_all_mistakes_are_found_at_once(sound):
+    overrides = ["gradient_cliping=1", "zero_optimization.stag=2", "megagpt.every.saves=3", "amp.enabled=true"]
+    keys = {finding.key for finding in lint_file(sound, overrides)}
+    assert keys == {"gradient_cliping", "zero_optimization.stag", "megagpt.every.saves", "amp"}
+
+
+def test_the_ranks_decide_on_the_batch(sound):
+    assert lint_file(sound, ranks=2) == []
+    (finding,) = lint_file(sound, ranks=3)
+    assert "x 3 ranks = 12; set train_batch_size to 12" in finding.text
+
+
+def _classes_of_training() -> set[type[BaseModel]]:
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    parts = ("runtime", "monitor", "comm", "compile", "utils")
+    found = {cls for cls in DeepSpeedConfigModel.__subclasses__() if cls.__module__.split(".")[1] in parts}
+    return {
+        cls for cls in found if cls.__module__.startswith("deepspeed.") and cls.__name__ != "DeepSpeedMonitorConfig"
+    }
+
+
+def test_every_config_class_of_deepspeeds_training_is_found():
+    assert _classes_of_training() - set(known_to(ConfigReader).classes.values()) == set()
+
+
+def test_no_key_of_deepspeeds_config_classes_is_unknown(sound):
+    """Each field under both of its names; what a section holds is looked at in its own place."""
+    known = known_to(ConfigReader)
+    complaints = []
+    for place, model in known.classes.items():
+        section = {name: None for field, info in model.model_fields.items() for name in {field, info.alias or field}}
+        for key in reversed(place):
+            section = {key: section}
+        raw = {**SOUND, **section}
+        sound.write_text(json.dumps(raw))
+        complaints += [finding.text for finding in lint_file(sound) if "unknown key" in finding.text]
+    assert complaints == []
+    assert len(known.classes) >= 15
+
+
+# What DeepSpeed's page on its configuration documents, written down by hand, section by section.
+DOCUMENTED = {
+    "": "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation "
+    "optimizer scheduler communication_data_type prescale_gradients gradient_predivide_factor gradient_clipping "
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer steps_per_print wall_clock_breakdown dump_state "
+    "sequence_parallel_size seq_parallel_communication_data_type memory_breakdown disable_allgather "
+    "sparse_gradients sparse_attention elasticity amp progressive_layer_drop eigenvalue curriculum_learning "
+    "autotuning checkpoint data_efficiency compression_training hybrid_engine tensor_parallel compile pipeline",
+    "fp16": "enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis "
+    "min_loss_scale fp16_master_weights_and_grads",
+    "bf16": "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states",
+    "torch_autocast": "enabled dtype lower_precision_safe_modules",
+    "zero_optimization": "stage allgather_partitions allgather_bucket_size overlap_comm reduce_scatter "
+    "reduce_bucket_size contiguous_gradients round_robin_gradients sub_group_size elastic_checkpoint "
+    "ignore_unused_parameters zero_hpz_partition_size zero_quantized_weights zero_quantized_gradients leaf_module "
+    "load_from_fp32_weights stage3_max_live_parameters stage3_max_reuse_distance stage3_prefetch_bucket_size "
+    "stage3_param_persistence_threshold stage3_gather_16bit_weights_on_model_save "
+    "stage3_module_granularity_threshold cpu_offload cpu_offload_param cpu_offload_use_pin_memory",
+    "zero_optimization.offload_param": "device nvme_path pin_memory buffer_count buffer_size max_in_cpu",
+    "zero_optimization.offload_optimizer": "device nvme_path pin_memory buffer_count ratio fast_init pipeline_read "
+    "pipeline_write super_offload cpuadam_cores_perc",
+    "aio": "block_size queue_depth intra_op_parallelism single_submit overlap_events",
+    "flops_profiler": "enabled profile_step module_depth top_modules detailed output_file recompute_fwd_factor",
+    "activation_checkpointing": "partition_activations cpu_checkpointing contiguous_memory_optimization "
+    "number_checkpoints synchronize_checkpoint_boundary profile",
+    "tensorboard": "enabled output_path job_name",
+    "wandb": "enabled group team project",
+    "comet": "enabled workspace project samples_log_interval experiment_name experiment_key online mode",
+    "csv_monitor": "enabled output_path job_name",
+    "comms_logger": "enabled verbose prof_all debug prof_ops",
+    "data_types": "grad_accum_dtype",
+    "timers.throughput": "enabled synchronized",
+}
+
+
+@pytest.mark.parametrize("section", DOCUMENTED)
+def test_no_key_that_deepspeed_documents_is_unknown(sound, section):
+    """Some are refused, as they cannot act here or were removed, but none is taken for a misspelling."""
+    for key in DOCUMENTED[section].split():
+        raw: dict[str, Any] = {key: None}
+        for name in reversed(section.split(".") if section else []):
+            raw = {name: raw}
+        sound.write_text(json.dumps(SOUND | raw))
+        assert not [finding.text for finding in lint_file(sound) if "unknown key" in finding.text]
+
+
+def test_the_keys_read_from_deepspeeds_source_are_those_it_asks_for():
+    """tests/config/test_run_file.py records what it asks for when it runs; the walk must see no less."""
+    known = known_to(ConfigReader)
+    top = known.keys[()]
+    assert top >= DEEPSPEED_KEYS | set(REFUSED_KEYS) - set(known.removed)
+    assert top - DEEPSPEED_KEYS - set(REFUSED_KEYS) - set(known.removed) == {"allgather_size"}  # beside a boolean ZeRO
+    assert {name: known.keys[(name,)] for name in DEEPSPEED_SECTIONS} == DEEPSPEED_SECTIONS
+
+
+def test_the_command_prints_findings_and_the_effective_configuration(sound, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["lint", str(sound), "--json", "--effective"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["findings"] == []
+    assert printed["effective"]["gradient_accumulation_steps"] == 2
+    assert printed["effective"]["megagpt"]["keep"] == {"last": 2, "every": 0, "best": 1}
+    assert main(["lint", str(sound), "zero_optimization.stag=2"]) == 2
+    assert "error: unknown key 'zero_optimization.stag'; did you mean 'stage'?" in capsys.readouterr().out
+
+
+def test_training_is_told_the_warnings_and_refuses_all_errors():
+    run = parse_run(SOUND, ["vocabulary_size=50257"])
+    (warning,) = refuse(run)
+    assert warning.startswith("warning: vocabulary_size=50257 has no effect: the vocabulary is the tokenizer's")
+    with pytest.raises(UserError, match=r"unknown key 'bf16\.on'.*; unknown key 'zero_optimization\.stag'"):
+        refuse(parse_run(SOUND, ["zero_optimization.stag=2", "bf16.on=true"]))

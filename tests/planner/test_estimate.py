@@ -1,0 +1,160 @@
+"""`megagpt plan`: what it predicts against what lives and is sent on real ranks, and what it says."""
+
+import json
+from itertools import pairwise
+
+import pytest
+from plan_ranks import MEMORY, TRAFFIC, VOCAB, run_and_batch
+from support import PROGRAMS, ROOT, read_json, torchrun
+
+from megagpt.__main__ import main
+from megagpt.config.batch import batch_plan
+from megagpt.config.run_file import load_run_config, parse_run
+from megagpt.model.flops import n_params
+from megagpt.planner.communication import Traffic, traffic
+from megagpt.planner.estimate import fastest, machine, setting, settings, variant
+from megagpt.planner.memory import memory
+
+
+def on_ranks(n_ranks, folder):
+    out = folder / "found.json"
+    done = torchrun(n_ranks, PROGRAMS / "plan_ranks.py", out)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return read_json(out)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return on_ranks(2, tmp_path_factory.mktemp("plan"))
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_is_within_a_tenth_of_what_lives(found, tmp_path, name):
+    """The plan counts what grows with model and batch, and leaves out what is small in each: masks, norms, copies."""
+    run, batch = run_and_batch(tmp_path, MEMORY[name], 2)
+    assert memory(run, batch, VOCAB, on_cpu=True).total == pytest.approx(found[name]["live"], rel=0.1)
+
+
+def as_counted(sent: Traffic) -> dict[str, int]:
+    """As DeepSpeed's comms logger counts: the tensor that a rank hands in, which for a gather is its part."""
+    counted = {
+        "all_reduce": sent.all_reduce,
+        "reduce_scatter_tensor": sent.reduce_scatter,
+        "all_gather_into_tensor": sent.all_gather // sent.world_size,
+        "all_to_all_single": sent.all_to_all,
+    }
+    return {name: size for name, size in counted.items() if size}
+
+
+def assert_counted(found, folder, n_ranks):
+    for name, options in TRAFFIC.items():
+        run, batch = run_and_batch(folder, options, n_ranks)
+        counted = {op: size for op, size in found[name]["sent"].items() if size}
+        assert counted == as_counted(traffic(run, batch, VOCAB)), name
+
+
+def test_every_byte_that_deepspeed_sends_between_two_ranks_is_predicted(found, tmp_path):
+    """Exactly, but for its flags and norms of at most 8 bytes each."""
+    assert_counted(found, tmp_path, 2)
+
+
+@pytest.mark.long
+def test_every_byte_that_deepspeed_sends_between_four_ranks_is_predicted(tmp_path):
+    assert_counted(on_ranks(4, tmp_path), tmp_path, 4)
+
+
+def test_bytes_on_the_wire_of_a_ring():
+    """Four ranks reduce 80 bytes: each sends three quarters of them twice; the other collectives once."""
+    assert Traffic(4, all_reduce=80, reduce_scatter=0, all_gather=0, all_to_all=0).wire == 120
+    assert Traffic(4, all_reduce=0, reduce_scatter=80, all_gather=40, all_to_all=0).wire == 90
+    assert Traffic(4, all_reduce=0, reduce_scatter=0, all_gather=0, all_to_all=80, shared_by=2).wire == 40
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    """The 1.5 billion parameters' run file, whose data is not there: GPT-2's vocabulary is taken."""
+    return load_run_config(ROOT / "ds_configs" / "gpt2_1558m.json", [f"megagpt.data.train.0.path={tmp_path}"])
+
+
+def test_states_of_mixed_precision_on_one_gpu_are_20_bytes_for_each_parameter(gpt2):
+    """2 weights, 12 Adam, 2 gradients, and 4 as Adam reads them, with so few tokens that nothing else is as large."""
+    run = variant(gpt2, stage=0, offload="none", policy="full", micro_batch=1)
+    used = memory(run, batch_plan(run.deepspeed, 1), 50304)
+    assert (used.when, used.total) == ("Adam", 20 * n_params(run.megagpt.model, 50304))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "ds_configs").glob("gpt2_*.json")))
+def test_every_setting_is_what_its_keys_say(name, tmp_path):
+    """Also where the run file offloads, recomputes or fixes what the setting does not."""
+    run = load_run_config(ROOT / "ds_configs" / name, [f"megagpt.data.train.0.path={tmp_path}"])
+    on = machine("NVIDIA A100-SXM4-80GB", 32, "infiniband-hdr")
+    _, *found = settings(run, on, 50304)
+    assert len({s.keys for s in found}) == len(found)
+    for s in found:
+        assert setting(parse_run(run.as_json(), s.keys), on, 50304) == s
+    best = fastest(found)
+    assert best is None or best.fits
+
+
+def test_more_ranks_hold_less_each_and_take_less_time(gpt2):
+    run = parse_run(gpt2.as_json(), ["train_batch_size=4096", "train_micro_batch_size_per_gpu=1"])
+    run = variant(run, stage=3, offload="none", policy="none", micro_batch=1)
+    found = [setting(run, machine("H100", ranks, "50"), 50304) for ranks in (1, 8, 64, 512, 4096)]
+    for fewer, more in pairwise(found):
+        assert more.total < fewer.total
+        assert more.compute_seconds < fewer.compute_seconds
+
+
+def test_overlap_hides_gradients_behind_backward_but_not_the_weights_gathered_after_it(gpt2):
+    """With a slow network backward is the limit, two thirds of the compute; with a fast one what is sent is."""
+    run = parse_run(gpt2.as_json(), ["zero_optimization.overlap_comm=true", "train_micro_batch_size_per_gpu=1"])
+    for stage, passes in ((1, 8), (2, 1)):
+        staged = variant(run, stage, "none", "none", 8)
+        slow, fast = (setting(staged, machine("H100", 8, gb), 50304) for gb in ("0.01", "450"))
+        assert slow.accumulation == 8
+        assert slow.hidden_seconds == pytest.approx(slow.compute_seconds * 2 / 3 / passes)
+        sent = slow.traffic.all_reduce * 2 * 7 / 8
+        assert fast.hidden_seconds == pytest.approx(sent / 450e9)
+    assert setting(variant(run, 0, "none", "none", 8), machine("H100", 8, "0.01"), 50304).hidden_seconds == 0.0
+
+
+def test_the_command_marks_the_run_files_setting_and_names_the_fastest(capsys):
+    run_file = str(ROOT / "ds_configs" / "gpt2_124m.json")
+    assert main(["plan", run_file, "--ranks", "8", "--gpu", "H200"]) == 0
+    text = capsys.readouterr().out
+    assert len([line for line in text.splitlines() if line.startswith("* 1 ")]) == 1
+    assert "Fastest that fits: stage 0" in text
+    assert main(["plan", run_file, "--ranks", "8", "--gpu", "H200", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"][0]["current"]
+    assert found["fastest"]["keys"][0] == "zero_optimization.stage=0"
+
+
+def test_what_has_no_effect_is_said_beside_the_plan(capsys):
+    assert main(["plan", str(ROOT / "ds_configs" / "gpt2_124m.json"), "aio.queue_depth=8"]) == 0
+    assert capsys.readouterr().err.startswith("warning: aio.queue_depth=8 has no effect")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--gpu", "H300"], "--gpu 'H300' is not known; known are B200, H200"),
+        (
+            ["--network", "carrier-pigeon"],
+            "--network 'carrier-pigeon' is neither GB/s of each GPU nor one of infiniband",
+        ),
+        (["--network", "nan"], "--network 'nan' is neither GB/s"),
+        (["--memory", "40"], "--memory limits the steps that --probe takes; add --probe"),
+        (["zero_optimization.stag=3"], "unknown key 'zero_optimization.stag'; did you mean 'stage'?"),
+        (["zero_optimization.offload_optimizer.devise=cpu"], "did you mean 'device'?"),
+        (["--ranks", "7"], "train_batch_size=512 is not a multiple of"),
+        (
+            ["zero_optimization.stage3_prefetch_bucket_size=large"],
+            "prefetch_bucket_size='large': Input should be a valid",
+        ),
+        (["zero_optimization.reduce_bucket_size=auto"], 'reduce_bucket_size is "auto"; write the number'),
+    ],
+)
+def test_what_cannot_be_planned_is_one_message(options, complaint, capsys):
+    assert main(["plan", str(ROOT / "ds_configs" / "gpt2_124m.json"), *options]) == 2
+    assert complaint in capsys.readouterr().err

@@ -1,0 +1,322 @@
+"""Scenarios for two real gloo ranks, started once by the `two_ranks` fixture: starting processes is what costs.
+
+Each function returns, on every rank, what its test in test_two_ranks.py judges.
+"""
+
+import hashlib
+import io
+import json
+import os
+import resource
+import signal
+import threading
+import time
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from resume_matrix import COVERING, what_a_cut_changes, without_generators
+from support import SHARING, debug_run, metric, run_scenarios
+
+from megagpt.checkpoint import save
+from megagpt.checkpoint.commit import best, committed
+from megagpt.checkpoint.load import load_model
+from megagpt.data.loader import open_data
+from megagpt.data.training_set import TrainData
+from megagpt.distributed.collectives import StopVote
+from megagpt.distributed.process_group import init_process_group, rank
+from megagpt.engine.build import Engine
+from megagpt.engine.state_files import consolidated_weights
+from megagpt.errors import UserError
+from megagpt.guards import stragglers as pace
+from megagpt.model.generate import complete
+from megagpt.model.gpt import GPT
+from megagpt.train import session, trainer
+from megagpt.train.evaluate import evaluate
+from megagpt.train_state import TrainState
+
+DEVICE = init_process_group()
+
+
+def train(dataset: Path, out_dir: Path, *more: str) -> TrainState:
+    return trainer.train(debug_run(dataset, out_dir, *more), DEVICE)
+
+
+def losses_of_every_stage(dataset: Path, folder: Path) -> dict[str, dict[int, float]]:
+    small_buckets = "zero_optimization.reduce_bucket_size=1000"  # smaller than most parameters
+    for stage in range(4):
+        train(dataset, folder / f"stage{stage}", f"zero_optimization.stage={stage}")
+        train(dataset, folder / f"bucket{stage}", f"zero_optimization.stage={stage}", small_buckets)
+    train(dataset, folder / "offload", "zero_optimization.stage=2", "zero_optimization.offload_optimizer.device=cpu")
+    return {run.name: metric(run, "loss/train") for run in sorted(folder.iterdir())}
+
+
+def stopped_by_a_signal_to_one_rank(dataset: Path, folder: Path) -> dict[str, Any]:
+    """Straight, and cut at a step when only rank 1 gets SIGTERM; with dropout, recompute and accumulation."""
+    found = {}
+    for stage in (1, 3):
+        options = [
+            f"zero_optimization.stage={stage}",
+            "megagpt.regularization.dropout=0.1",
+            'megagpt.recompute={"policy": "every_k", "k": 2}',
+            "train_micro_batch_size_per_gpu=2",
+            "megagpt.schedule.warmup_steps=10",
+        ]
+        straight = train(dataset, folder / f"straight{stage}", *options)
+        with stopped_after(7):
+            cut = train(dataset, folder / f"cut{stage}", *options)
+        resumed = train(dataset, folder / f"cut{stage}", *options)
+        found[f"stage{stage}"] = {
+            "cut_at": cut.step,
+            "states": [asdict(straight), asdict(resumed)],
+            "losses": [metric(folder / f"{run}{stage}", "loss/train") for run in ("straight", "cut")],
+            "weights": [digest(newest_weights(folder / f"{run}{stage}")) for run in ("straight", "cut")],
+        }
+    return found
+
+
+def straight_and_cut(dataset: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    found = {str(case): what_a_cut_changes(case, dataset, folder, DEVICE) for case in COVERING}
+    with without_generators():
+        found["control"] = what_a_cut_changes(COVERING[6], dataset, folder, DEVICE)
+    return found
+
+
+OVERFIT = [
+    "zero_optimization.stage=1",
+    "optimizer.params.lr=0.001",
+    "optimizer.params.weight_decay=0.0",
+    "megagpt.data.val_tokens=null",
+    "megagpt.schedule.max_steps=1000",
+    "megagpt.schedule.shape=constant",
+    'megagpt.every={"log": 20, "eval": 20, "save": 100}',
+    'megagpt.early_stopping={"patience": 12, "min_delta": 0.001}',
+]
+
+
+def overfitting(dataset: Path, folder: Path) -> dict[str, Any]:
+    """Nothing to learn but the training text: the run must end by itself, the best weights back in the engine."""
+    noise = dataset.parent / "noise"
+    engines: list[Engine] = []
+    with keeping_the_engine(engines):
+        state = train(noise, folder / "whole", *OVERFIT)
+    best_dir = best(folder / "whole")
+    assert best_dir is not None
+    in_memory = {name: p.detach() for name, p in engines[0].module.state_dict().items()}
+    middle_of_patience = state.step - 90
+    with after_step(middle_of_patience, lambda: os.kill(os.getpid(), signal.SIGUSR1)):
+        cut = train(noise, folder / "cut", *OVERFIT)
+    resumed = train(noise, folder / "cut", *OVERFIT)
+    return {
+        "state": asdict(state),
+        "cut": asdict(cut),
+        "resumed": asdict(resumed),
+        "val": metric(folder / "whole", "loss/val"),
+        "train": metric(folder / "whole", "loss/train"),
+        "best_step": best_dir.name,
+        "weights": [digest(in_memory), digest(consolidated_weights(best_dir))],
+        "again": asdict(train(noise, folder / "whole", *OVERFIT)),
+    }
+
+
+def a_full_disk_on_one_rank(dataset: Path, folder: Path) -> dict[str, Any]:
+    """From step 8 on rank 1 can write no file of 20,000 bytes; its share of the save of step 10 is larger."""
+    found = {}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for way in ("false", "true"):
+        options = [f"megagpt.save_async={way}", "megagpt.every.save=5", "megagpt.every.sample=0"]
+        try:
+            with after_step(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if rank() else soft, hard))):
+                train(dataset, folder / way, *options)
+        except UserError as error:
+            message = str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        left = [path.name for path in committed(folder / way)]
+        found[way] = {"message": message, "left": left, "then": train(dataset, folder / way, *options).step}
+    return found
+
+
+def a_signal_during_a_save(dataset: Path, folder: Path) -> dict[str, Any]:
+    """Written beside training, the save of step 5 cannot end before rank 1 has got its signal after step 7."""
+    signaled, original = threading.Event(), save.write_files
+
+    def waiting(*args: Any) -> None:
+        signaled.wait()
+        original(*args)
+
+    def tell() -> None:
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        found["while in flight"] = [path.name for path in committed(folder / "run")]
+        signaled.set()
+
+    found: dict[str, Any] = {}
+    save.write_files = waiting
+    options = ["megagpt.save_async=true", "megagpt.every.save=5", "megagpt.every.sample=0"]
+    try:
+        with after_step(7, tell):
+            found["stopped at"] = train(dataset, folder / "run", *options).step
+    finally:
+        save.write_files = original
+    found["committed"] = [path.name for path in committed(folder / "run")]
+    found["then"] = train(dataset, folder / "run", *options).step
+    return found
+
+
+def a_mistake_that_one_rank_alone_sees(dataset: Path, folder: Path) -> str:
+    try:
+        session.together(lambda: (_ for _ in ()).throw(UserError("no such file")) if rank() == 1 else None)
+    except UserError as error:
+        return str(error)
+    return "nothing raised"
+
+
+def validation_loss(dataset: Path, folder: Path) -> dict[str, float]:
+    """Five blocks over two ranks, micro-batch 2: the second rank gets fewer blocks than it has rows."""
+    run = debug_run(dataset, folder, "megagpt.data.val_tokens=320")
+    blocks, datasets = open_data(run.megagpt.data, run.megagpt.model.seq_len)
+    torch.manual_seed(0)
+    model = GPT(run.megagpt.model, 384)
+    token_bytes = torch.from_numpy(datasets[0].tokenizer().token_bytes())
+    return asdict(evaluate(model, blocks, token_bytes, micro_batch=2))
+
+
+def sharing_positions(dataset: Path, folder: Path) -> dict[str, Any]:
+    """Both ranks on each sample, half of its positions each. The runs are left for the test to compare."""
+    for name, options in SHARING.items():
+        compiled = f"megagpt.compile={json.dumps(name == 'stage2')}"  # which is to change nothing
+        train(dataset, folder / name, "sequence_parallel_size=2", compiled, *options)
+    bf16 = ["bf16.enabled=true", "megagpt.schedule.max_steps=8"]
+    for size in (1, 2):
+        train(dataset, folder / f"bf16 by {size}", f"sequence_parallel_size={size}", *bf16)
+
+    engines: list[Engine] = []
+    options = ["sequence_parallel_size=2", "megagpt.regularization.dropout=0.1", *SHARING["stage3"]]
+    with keeping_the_engine(engines):
+        straight = train(dataset, folder / "straight", *options)
+    with stopped_after(4):
+        cut = train(dataset, folder / "cut", *options)
+    resumed = train(dataset, folder / "cut", *options)
+    with stopped_after(4):
+        train(dataset, folder / "changed", "sequence_parallel_size=2", *SHARING["stage1"])
+    train(dataset, folder / "changed", *SHARING["stage1"])
+
+    alone, tokenizer, _ = load_model(folder / "straight", DEVICE)
+    sample = debug_run(dataset, folder).megagpt.sample
+    return {
+        "folder": str(folder),
+        "cut_at": cut.step,
+        "states": [asdict(straight), asdict(resumed)],
+        "weights": [digest(newest_weights(folder / run)) for run in ("straight", "cut")],
+        "texts": [complete(model, tokenizer, ["the "], sample) for model in (engines[0].module, alone)],
+    }
+
+
+def a_rank_late_with_its_data(dataset: Path, folder: Path) -> str:
+    """What is said until rank 1, which reads its data slowly, is named; windows of a second, to be named sooner."""
+    options = ["megagpt.schedule.max_steps=1000", 'megagpt.every={"log": 5, "eval": 0, "save": 0}']
+    fill, seconds = TrainData.fill, pace.WINDOW_SECONDS
+
+    def slow_fill(*args: Any) -> None:
+        time.sleep(0.1 if rank() == 1 else 0.0)
+        fill(*args)
+
+    TrainData.fill, pace.WINDOW_SECONDS = slow_fill, 1.0
+    try:
+        with redirect_stdout(UntilNamed()) as said:
+            train(dataset, folder, *options)
+    finally:
+        TrainData.fill, pace.WINDOW_SECONDS = fill, seconds
+    return said.getvalue()
+
+
+class UntilNamed(io.StringIO):
+    """Asks for the run's end once a rank was named."""
+
+    def write(self, text: str) -> int:
+        if "all ranks wait for" in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().write(text)
+
+
+def votes(dataset: Path, folder: Path) -> list[bool]:
+    """Rank 1 alone asks to stop at the third boundary."""
+    vote = StopVote()
+    return [vote(rank() == 1 and boundary == 2) for boundary in range(6)]
+
+
+class after_step:
+    """Do something on this rank when a step has been taken, before the vote on stopping is cast."""
+
+    def __init__(self, step: int, action: Any) -> None:
+        self.step, self.action, self.original = step, action, trainer.train_step
+
+    def __enter__(self) -> None:
+        taken = 0
+
+        def counted(*args: Any) -> Any:
+            nonlocal taken
+            result = self.original(*args)
+            taken += 1
+            if taken == self.step:
+                self.action()
+            return result
+
+        trainer.train_step = counted
+
+    def __exit__(self, *_: object) -> None:
+        trainer.train_step = self.original
+
+
+def stopped_after(step: int) -> after_step:
+    """As by a scheduler that tells rank 1 alone."""
+    return after_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM) if rank() == 1 else None)
+
+
+class keeping_the_engine:
+    def __init__(self, engines: list[Engine]) -> None:
+        self.engines, self.original = engines, session.build_engine
+
+    def __enter__(self) -> None:
+        def build(*args: Any, **kw: Any) -> Engine:
+            self.engines.append(self.original(*args, **kw))
+            return self.engines[-1]
+
+        session.build_engine = build
+
+    def __exit__(self, *_: object) -> None:
+        session.build_engine = self.original
+
+
+def newest_weights(out_dir: Path) -> dict[str, torch.Tensor]:
+    return consolidated_weights(committed(out_dir)[-1])
+
+
+def digest(weights: dict[str, torch.Tensor]) -> str:
+    """sha256 over all bytes of all weights."""
+    whole = hashlib.sha256()
+    for name in sorted(weights):
+        whole.update(name.encode() + weights[name].contiguous().float().numpy().tobytes())
+    return whole.hexdigest()
+
+
+SCENARIOS = [
+    losses_of_every_stage,
+    stopped_by_a_signal_to_one_rank,
+    straight_and_cut,
+    overfitting,
+    a_full_disk_on_one_rank,
+    a_signal_during_a_save,
+    a_mistake_that_one_rank_alone_sees,
+    validation_loss,
+    sharing_positions,
+    a_rank_late_with_its_data,
+    votes,
+]
+
+
+if __name__ == "__main__":
+    run_scenarios(SCENARIOS)

@@ -1,0 +1,159 @@
+import json
+import resource
+
+import pytest
+from support import SCALARS, debug_run, metric
+from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+
+from megagpt.train.metrics import Stopwatch
+from megagpt.train.monitor import Monitor, validation_curve
+from megagpt.train.trainer import train
+from megagpt.train_state import TrainState
+
+
+def board(out_dir) -> EventAccumulator:
+    return EventAccumulator(str(out_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def count_of_event_files():
+    """From 0: files of one second are read in the order of their names, in which this process's tenth is before .9."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, device, tmp_path_factory):
+    """A run that saved at step 10 and logged until 14, and then went on from 10 to the end."""
+    out_dir = tmp_path_factory.mktemp("monitor") / "run"
+    options = ["megagpt.sample.max_tokens=8", 'megagpt.sample.prompts=["ab\\nc"]']
+    train(debug_run(dataset, out_dir, *options, "megagpt.schedule.max_steps=14"), device)
+    for path in (out_dir / "checkpoints").glob("step_00000014"):
+        (path / "COMMIT").unlink()  # as if the save had been cut off
+    train(debug_run(dataset, out_dir, *options), device)
+    return out_dir
+
+
+def test_tensorboard_holds_the_promised_curves_alone(finished):
+    """No MFU among them: a CPU's peak is unknown, and no guess is drawn."""
+    assert set(board(finished).Tags()["scalars"]) == SCALARS
+
+
+def test_a_resumed_run_goes_on_with_one_curve(finished):
+    """Steps 11 to 14 were drawn by the first attempt and again by the second."""
+    steps = [event.step for event in board(finished).Scalars("loss/train")]
+    assert steps == list(range(1, 21))
+    assert list(metric(finished, "loss/train")) == list(range(1, 21))
+
+
+def test_an_attempt_that_never_saved_leaves_no_second_curve(dataset, device, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megagpt.train.session.save_checkpoint", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            train(debug_run(dataset, tmp_path), device)
+    assert len(board(tmp_path).Scalars("loss/train")) == 10
+    train(debug_run(dataset, tmp_path), device)
+    assert [event.step for event in board(tmp_path).Scalars("loss/train")] == list(range(1, 21))
+    shown = plugin_event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # the server's own reader
+    assert [event.step for event in shown.Tensors("run_file/text_summary")] == [0]
+    assert [event.step for event in shown.Tensors("samples/text_summary")] == [10, 20]
+
+
+def test_tensorboard_and_metrics_file_say_the_same(finished):
+    drawn = {event.step: event.value for event in board(finished).Scalars("loss/val")}
+    assert drawn == pytest.approx(metric(finished, "loss/val"))
+
+
+def test_samples_run_file_and_hyperparameters_can_be_read(finished):
+    events = board(finished)
+    tags = events.Tags()["tensors"]
+    assert {"samples/text_summary", "run_file/text_summary"} <= set(tags)
+    [run_file] = events.Tensors("run_file/text_summary")
+    assert '"n_embd": 64' in run_file.tensor_proto.string_val[0].decode()
+    samples = events.Tensors("samples/text_summary")
+    assert [event.step for event in samples] == [10, 20]
+    assert samples[0].tensor_proto.string_val[0].decode().startswith("    ab\n    c")
+    assert "_hparams_/experiment" in events.summary_metadata
+
+
+def test_evaluating_saving_and_sampling_are_reported_by_themselves(finished):
+    """Each in its own row, the save that ends a run too."""
+    assert set(metric(finished, "seconds/eval")) == set(metric(finished, "loss/val"))
+    assert list(metric(finished, "seconds/save")) == [10, 20]
+    assert list(metric(finished, "seconds/sample")) == [10, 20]
+
+
+def test_throughput_leaves_out_evaluating_saving_and_sampling(finished):
+    """A log's tokens over its own seconds of steps and of waiting for data, and over nothing else."""
+    speed, data, step = (metric(finished, name) for name in ("tokens_per_sec", "seconds/data", "seconds/step"))
+    assert speed == {at: pytest.approx(8 * 64 / (data[at] + step[at])) for at in range(1, 21)}
+
+
+def test_a_row_that_was_cut_in_half_is_dropped(dataset, tmp_path):
+    run = debug_run(dataset, tmp_path, "tensorboard.enabled=false")
+    whole = b'{"step": 1, "loss/val": 2.0}\n{"step": 2, "loss/val": 1.5}\n{"step": 3, "loss/val": 1.0}\n{"step": 2'
+    (tmp_path / "metrics.jsonl").write_bytes(whole)
+    Monitor(run, TrainState(step=2), also=lambda events: None)
+    assert metric(tmp_path, "loss/val") == {1: 2.0, 2: 1.5}
+
+
+def test_other_writers_get_the_same_numbers(dataset, tmp_path):
+    events = []
+    monitor = Monitor(debug_run(dataset, tmp_path, "tensorboard.enabled=false"), TrainState(), also=events.extend)
+    monitor.log(TrainState(step=3, samples_seen=24, tokens_seen=9), {"loss/train": 1.5, "lr": 0.1})
+    assert events == [("loss/train", 1.5, 24), ("lr", 0.1, 24)]  # counted in samples, as DeepSpeed's own are
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row == {"step": 3, "tokens_seen": 9, "loss/train": 1.5, "lr": 0.1}
+
+
+def test_the_log_line_is_for_people(dataset, tmp_path, capsys):
+    monitor = Monitor(debug_run(dataset, tmp_path, "tensorboard.enabled=false"), TrainState(), also=lambda events: None)
+    metrics = {"loss/train": 3.4124, "lr": 6e-4, "tokens_per_sec": 12345.6, "seconds/data": 1.0}
+    monitor.log(TrainState(step=7), metrics, eta_seconds=3725)
+    line = "step  7/20 | loss/train 3.4124 | lr 6.00e-04 | tokens_per_sec 12,346 | eta 1:02:05\n"
+    assert capsys.readouterr().out == line
+
+
+def test_a_stopwatch_claims_every_second_once(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 4.0, 9.0, 10.0])
+    monkeypatch.setattr("megagpt.train.metrics.time.perf_counter", lambda: next(now))
+    watch = Stopwatch()  # 0
+    with watch.section("data"):  # 1 to 3
+        pass
+    with watch.section("eval"):  # 4 to 9
+        pass
+    assert watch.spent("eval") == 5.0
+    assert watch.lap() == {"data": 2.0, "eval": 5.0, "step": 3.0}  # at 10
+    assert watch.spent("eval") == 0.0
+    assert watch.total() == 10.0
+
+
+def test_the_curve_in_the_terminal_keeps_the_last_point(tmp_path):
+    rows = [{"step": i, "loss/val": 5.0 - i / 100} for i in range(1, 101)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = validation_curve(tmp_path / "metrics.jsonl").splitlines()
+    assert len(lines) <= 14
+    assert lines[1].split()[:2] == ["1", "4.9900"]
+    assert lines[-1].split() == ["100", "4.0000", "█"]
+
+
+def test_a_disk_that_takes_no_more_costs_numbers_and_not_the_run(dataset, tmp_path, capsys):
+    """A row is there whole or not at all, so that those after it can be read."""
+    run = debug_run(dataset, tmp_path, "tensorboard.enabled=false")
+    monitor = Monitor(run, TrainState(), also=lambda events: None)
+    file, limits = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(1, 5):
+        if step in (2, 3):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 9, limits[1]))
+        try:
+            monitor.log(TrainState(step=step), {"loss/train": 0.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(metric(tmp_path, "loss/train")) == [1, 4]
+    assert capsys.readouterr().out.count("numbers are lost, and training goes on: ") == 1

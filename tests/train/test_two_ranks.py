@@ -1,0 +1,168 @@
+"""What two real ranks did (tests/programs/two_ranks.py), and what one rank does with the same run files."""
+
+import socket
+
+import pytest
+import torch
+from resume_matrix import COVERING, LAST
+from support import PROGRAMS, debug_run, metric, torchrun
+
+from megagpt.data.loader import open_data
+from megagpt.model.gpt import GPT
+from megagpt.train.evaluate import evaluate
+from megagpt.train.trainer import train
+
+WITHIN = 1e-4  # nats: reductions add in another order, nothing else differs
+
+
+def equal_losses(found: dict, expected: dict) -> None:
+    assert {int(step) for step in found} == set(expected) == set(range(1, 21))
+    for step, loss in expected.items():
+        assert found[str(step)] == pytest.approx(loss, abs=WITHIN), f"step {step}"
+
+
+@pytest.fixture(scope="module")
+def one_rank(dataset, device, tmp_path_factory) -> dict[int, float]:
+    out_dir = tmp_path_factory.mktemp("one_rank") / "run"
+    train(debug_run(dataset, out_dir), device)
+    return metric(out_dir, "loss/train")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_on_two_ranks_equals_stage_1_on_one(two_ranks, one_rank, stage):
+    equal_losses(two_ranks["losses_of_every_stage"][0][f"stage{stage}"], one_rank)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_bucket_smaller_than_a_parameter_changes_no_loss(two_ranks, one_rank, stage):
+    equal_losses(two_ranks["losses_of_every_stage"][0][f"bucket{stage}"], one_rank)
+
+
+def test_optimizer_offload_changes_no_loss(two_ranks, one_rank):
+    equal_losses(two_ranks["losses_of_every_stage"][0]["offload"], one_rank)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_zero_stage_equals_stage_1_on_one_rank(dataset, device, one_rank, tmp_path, stage):
+    train(debug_run(dataset, tmp_path / "run", f"zero_optimization.stage={stage}"), device)
+    equal_losses({str(k): v for k, v in metric(tmp_path / "run", "loss/train").items()}, one_rank)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_every_zero_stage_in_bf16_learns_as_stage_1_does(dataset, device, tmp_path, stage):
+    """The first losses agree to 1/256 of a nat, as activations have 8 bits; one step too many in Adam's count shows."""
+    few = ["bf16.enabled=true", "megagpt.schedule.max_steps=5"]
+    for n in (1, stage):
+        train(debug_run(dataset, tmp_path / f"stage{n}", f"zero_optimization.stage={n}", *few), device)
+    losses = [metric(tmp_path / f"stage{n}", "loss/train") for n in (1, stage)]
+    assert losses[0] == pytest.approx(losses[1], abs=2**-8)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_a_signal_to_one_rank_stops_both_at_one_step_and_resuming_is_bit_exact(two_ranks, stage):
+    """With dropout (each rank's own random stream), recompute and accumulation, in the middle of warmup."""
+    ranks = [found[stage] for found in two_ranks["stopped_by_a_signal_to_one_rank"]]
+    assert [found["cut_at"] for found in ranks] == [8, 8]  # the vote cast after step 7 is read after step 8
+    for found in ranks:
+        straight, resumed = found["states"]
+        assert straight == resumed
+    straight, cut = ranks[0]["losses"]
+    assert straight == cut
+    assert set(map(int, cut)) == set(range(1, 21))
+    assert ranks[0]["weights"][0] == ranks[0]["weights"][1]
+
+
+@pytest.mark.parametrize("case", map(str, COVERING))
+def test_a_run_that_was_cut_equals_a_straight_one_to_the_last_bit_on_both_ranks(two_ranks, case):
+    """Eight of 64 combinations of stage, dtype, dropout, accumulation and where it was cut: every two settings meet."""
+    for found in (ranks[case] for ranks in two_ranks["straight_and_cut"]):
+        assert found["differs"] == []
+        assert found["straight"] == found["cut"]
+        assert len(found["cut"]) == LAST
+
+
+def test_without_its_generators_a_resume_is_another_run_on_both_ranks(two_ranks):
+    """The control of the test above, on each rank by itself, from the step after the cut."""
+    for found in (ranks["control"] for ranks in two_ranks["straight_and_cut"]):
+        assert found["differs"]
+        assert [a == b for a, b in zip(found["straight"], found["cut"], strict=True)] == [True] * 2 + [False] * 5
+
+
+@pytest.mark.long
+def test_all_64_combinations_resume_exactly_and_none_with_dropout_without_its_generators(dataset, tmp_path):
+    done = torchrun(2, PROGRAMS / "resume_matrix.py", dataset, tmp_path, timeout=1800)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "64 of 64 as they should be"
+
+
+def test_overfitting_stops_by_itself_on_both_ranks_with_the_best_weights(two_ranks):
+    first, second = two_ranks["overfitting"]
+    assert first["state"] == second["state"]
+    stopper, step = first["state"]["stopper"], first["state"]["step"]
+    assert stopper["stopped"]
+    assert step < 1000
+    assert step - stopper["best_step"] >= 12 * 20  # patience x every.eval; small gains count as none
+    val, losses = first["val"], first["train"]
+    assert val[str(step)] > stopper["best"] + 0.02  # it turned up
+    assert losses[str(step)] < stopper["best"] - 0.05  # while training went on falling: memorized
+    assert first["best_step"] == f"step_{stopper['best_step']:08d}"
+    for found in (first, second):
+        in_memory, on_disk = found["weights"]
+        assert in_memory == on_disk
+
+
+def test_a_resume_in_the_middle_of_patience_stops_at_the_same_step(two_ranks):
+    for found in two_ranks["overfitting"]:
+        assert 0 < found["cut"]["stopper"]["bad_evals"] < 12
+        assert found["resumed"] == found["state"]
+
+
+def test_a_finished_run_started_again_changes_nothing(two_ranks):
+    for found in two_ranks["overfitting"]:
+        assert found["again"] == found["state"]
+
+
+@pytest.mark.parametrize("beside_training", ["false", "true"])
+def test_a_full_disk_on_one_rank_is_one_message_on_both_and_the_step_before_stands(two_ranks, beside_training):
+    for found in (ranks[beside_training] for ranks in two_ranks["a_full_disk_on_one_rank"]):
+        assert "step_00000010 could not be saved: [Errno 27] File too large" in found["message"]
+        assert found["message"].endswith("the step before it stands (on rank 1)")
+        assert found["left"] == ["step_00000005"]
+        assert found["then"] == 20
+
+
+def test_a_signal_during_a_save_beside_training_lets_it_end_and_commits_one_step_more(two_ranks):
+    for found in two_ranks["a_signal_during_a_save"]:
+        assert found["while in flight"] == []
+        assert found["stopped at"] == 8  # the vote cast after step 7 is read after step 8
+        assert found["committed"] == ["step_00000005", "step_00000008"]
+        assert found["then"] == 20
+
+
+def test_a_mistake_that_one_rank_sees_is_raised_on_all(two_ranks):
+    assert two_ranks["a_mistake_that_one_rank_alone_sees"] == ["no such file (on rank 1)"] * 2
+
+
+def test_a_rank_that_the_other_waits_for_is_named(two_ranks):
+    """Late with its data; tests/cluster/test_slow_host.py throttles a host."""
+    said, of_rank_1 = two_ranks["a_rank_late_with_its_data"]
+    assert said.count("all ranks wait for rank 1 on") == 1
+    assert f"| waits for {socket.gethostname()} |" in said
+    assert of_rank_1 == ""
+
+
+def test_a_vote_to_stop_reaches_every_rank_at_the_same_boundary(two_ranks):
+    assert two_ranks["votes"] == [[False, False, False, True, True, True]] * 2
+
+
+def test_validation_loss_is_weighted_by_token_whatever_the_ranks(two_ranks, dataset, tmp_path):
+    run = debug_run(dataset, tmp_path, "megagpt.data.val_tokens=320")
+    blocks, datasets = open_data(run.megagpt.data, run.megagpt.model.seq_len)
+    torch.manual_seed(0)
+    model = GPT(run.megagpt.model, 384)
+    token_bytes = torch.from_numpy(datasets[0].tokenizer().token_bytes())
+    expected = evaluate(model, blocks, token_bytes, micro_batch=5)
+    for found in two_ranks["validation_loss"]:
+        assert (found["tokens"], found["bytes"]) == (320, expected.bytes)
+        assert found["loss"] == pytest.approx(expected.loss, rel=1e-6)
