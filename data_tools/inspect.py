@@ -11,7 +11,7 @@ from megagpt.checkpoint.run_samples import open_run
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.manifest import Split
 from megagpt.data.provenance import origins
-from megagpt.data.training_set import TrainData
+from megagpt.data.training_set import TrainingSet
 from megagpt.errors import UserError
 
 
@@ -40,7 +40,7 @@ def inspect_samples(run: Path, *, sample: int | None = None, step: int | None = 
     return "\n".join(block for number in samples for block in _show_sample(data, number))
 
 
-def _show_sample(data: TrainData, sample: int) -> Iterator[str]:
+def _show_sample(data: TrainingSet, sample: int) -> Iterator[str]:
     for piece in data.pieces(sample):
         stream = piece.dataset.stream("train", piece.variant)
         yield (

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from megagpt.cli.arguments import command_line
-from megagpt.cli.exit_codes import or_2
+from megagpt.cli.exit_codes import exit_code_of
 
 COMMANDS = {  # command -> module below megagpt.cli, function
     "train": ("pretrain", "run"),
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:  # which argparse does not collect behind an option of a command
         args.overrides += rest
     module, function = COMMANDS[args.command]
-    return or_2(lambda: int(getattr(import_module(f"megagpt.cli.{module}"), function)(args)))
+    return exit_code_of(lambda: int(getattr(import_module(f"megagpt.cli.{module}"), function)(args)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ class OwnRankError(UserError):
     """Seen by this rank alone, which therefore prints it itself; any other UserError is the same on every rank."""
 
 
-def on_every_rank(error: BaseException | None) -> bool:
+def raised_on_every_rank(error: BaseException | None) -> bool:
     """Whether all ranks come to the same end, so that what they have under way together will end too."""
     return error is None or (isinstance(error, UserError) and not isinstance(error, OwnRankError))
 

@@ -18,8 +18,8 @@ from torch.storage import TypedStorage
 
 from megagpt.atomic_files import write_atomically
 from megagpt.checkpoint.commit import disk_errors
-from megagpt.distributed.process_group import TIMEOUT, Group, say, world_size
-from megagpt.errors import UserError, on_every_rank
+from megagpt.distributed.process_group import TIMEOUT, Group, print_rank0, world_size
+from megagpt.errors import UserError, raised_on_every_rank
 
 
 class Writer:
@@ -50,14 +50,14 @@ class Writer:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not on_every_rank(error):  # else the others may never write theirs
+        if not raised_on_every_rank(error):  # else the others may never write theirs
             return
         try:
             self.wait()
         except UserError as failed:
             if error is None:
                 raise
-            say(str(failed))
+            print_rank0(str(failed))
 
     def _timed(self, task: Callable[[dict[Path, Any]], None], files: dict[Path, Any]) -> None:
         began = time.monotonic()

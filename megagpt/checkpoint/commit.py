@@ -182,7 +182,7 @@ def damage_of(step_dir: Path, rank: int, *, every: int | None = None, hashes: bo
     return None
 
 
-def point_to(out_dir: Path, step_dir: Path, state: TrainState) -> None:
+def update_latest_and_best(out_dir: Path, step_dir: Path, state: TrainState) -> None:
     """The hints: the step just saved, and the best of the committed ones, early stopping's own if it was saved."""
     _hint(folder(out_dir) / "latest", step_dir)
     _hint(out_dir / "committed", step_dir)

@@ -65,7 +65,7 @@ def check_identity(step_dir: Path, was: Identity, now: Identity) -> None:
             )
 
 
-def reshaped(step_dir: Path, was: Identity, now: Identity, effective: Mapping[str, Any]) -> list[str]:
+def layout_changes(step_dir: Path, was: Identity, now: Identity, effective: Mapping[str, Any]) -> list[str]:
     """What has changed, in words, in how weights and moments lie on the ranks; if nothing, DeepSpeed loads its files.
 
     `was` is the identity of the run that saved the step, `now` this run's, `effective` its run file.

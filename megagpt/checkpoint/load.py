@@ -14,16 +14,16 @@ from megagpt.checkpoint.commit import (
     damage_of,
     read_commit,
 )
-from megagpt.checkpoint.identity import Identity, reshaped
+from megagpt.checkpoint.identity import Identity, layout_changes
 from megagpt.checkpoint.rng import seed_all, seed_from, set_rng_state
-from megagpt.checkpoint.rotation import put_aside
-from megagpt.checkpoint.verification import _damage
+from megagpt.checkpoint.rotation import quarantine_steps
+from megagpt.checkpoint.verification import find_damage
 from megagpt.config.schema import ModelConfig, PackingConfig
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.distributed.collectives import together
-from megagpt.distributed.process_group import is_main, rank, say, world_size
+from megagpt.distributed.collectives import on_every_rank
+from megagpt.distributed.process_group import is_main, print_rank0, rank, world_size
 from megagpt.engine.build import Engine
-from megagpt.engine.reshard import Shape, load_reshaped
+from megagpt.engine.reshard import SavedShape, load_reshaped
 from megagpt.engine.state_files import consolidated_weights, load_engine
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
@@ -38,29 +38,29 @@ def resume(engine: Engine, saved: Saved, changes: list[str], seed: int) -> None:
     if saved.identity.world_size == world_size():
         set_rng_state(json.loads((saved.step_dir / f"rng.{rank()}.json").read_bytes()))
     else:
-        say("  random generators: seeded anew from (megagpt.seed, step, rank)")
+        print_rank0("  random generators: seeded anew from (megagpt.seed, step, rank)")
         seed_all(seed_from(seed, saved.state.step, rank()))
-    together(lambda: put_aside(list(saved.passed_over)) if is_main() else None)
+    on_every_rank(lambda: quarantine_steps(list(saved.passed_over)) if is_main() else None)
 
 
 def restore(engine: Engine, step_dir: Path, identity: Identity, effective: dict[str, Any]) -> None:
     """Load the weights of a step that was saved earlier, if it is still whole. Collective."""
-    damage = _damage(step_dir)
+    damage = find_damage(step_dir)
     if damage is None:
         saved = read_commit(step_dir)
-        _load(engine, saved, reshaped(step_dir, saved.identity, identity, effective))
+        _load(engine, saved, layout_changes(step_dir, saved.identity, identity, effective))
     else:
-        say(f"the best weights could not be put back: {damage}")
+        print_rank0(f"the best weights could not be put back: {damage}")
 
 
 def _load(engine: Engine, saved: Saved, changes: list[str]) -> None:
     if changes:
-        say(f"{saved.step_dir}: {', '.join(changes)}: weights and moments are shared out anew")
+        print_rank0(f"{saved.step_dir}: {', '.join(changes)}: weights and moments are shared out anew")
         was, state = saved.identity, saved.state
         load_reshaped(
             engine,
             saved.step_dir,
-            Shape(was.world_size, was.zero_stage, was.dtype),
+            SavedShape(was.world_size, was.zero_stage, was.dtype),
             weight_decay_on=was.weight_decay_on,
             step=state.step,
             samples_seen=state.samples_seen,

@@ -13,27 +13,27 @@ from megagpt.checkpoint.commit import (
     best,
     committed,
     folder,
-    point_to,
+    update_latest_and_best,
 )
-from megagpt.checkpoint.verification import _damaged_of_newest
+from megagpt.checkpoint.verification import damaged_of_newest
 from megagpt.config.schema import KeepConfig
 from megagpt.distributed.collectives import gather_objects
-from megagpt.distributed.process_group import Group, is_main, say
+from megagpt.distributed.process_group import Group, is_main, print_rank0
 from megagpt.train_state import TrainState
 
 
-def _rotate(out_dir: Path, newest: Path, state: TrainState, keep: KeepConfig, group: Group) -> None:
+def rotate(out_dir: Path, newest: Path, state: TrainState, keep: KeepConfig, group: Group) -> None:
     """Remove what nothing keeps any more, now that a newer step is committed. Collective."""
     superfluous = False
     if is_main():
         with _keeping_more():
-            superfluous = bool(superseded(out_dir, keep))
-    damaged = _damaged_of_newest(out_dir, group) if gather_objects(superfluous, group)[0] else []
+            superfluous = bool(steps_to_delete(out_dir, keep))
+    damaged = damaged_of_newest(out_dir, group) if gather_objects(superfluous, group)[0] else []
     if is_main():
         with _keeping_more():
             if damaged:
-                put_aside(damaged)
-                point_to(out_dir, newest, state)
+                quarantine_steps(damaged)
+                update_latest_and_best(out_dir, newest, state)
             prune(out_dir, keep)
     gather_objects(None, group)
 
@@ -44,10 +44,10 @@ def _keeping_more() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        say(f"an older checkpoint could not be removed: {error}")
+        print_rank0(f"an older checkpoint could not be removed: {error}")
 
 
-def superseded(out_dir: Path, keep: KeepConfig) -> list[Path]:
+def steps_to_delete(out_dir: Path, keep: KeepConfig) -> list[Path]:
     """The committed steps that nothing keeps, oldest first."""
     steps, named = committed(out_dir), best(out_dir)
     ranked = [named, *(path for path in _by_loss(steps) if path != named)] if named else _by_loss(steps)
@@ -59,14 +59,14 @@ def superseded(out_dir: Path, keep: KeepConfig) -> list[Path]:
 
 def prune(out_dir: Path, keep: KeepConfig) -> None:
     """Remove what nothing keeps, and what attempts left that died while they saved or removed."""
-    for step_dir in superseded(out_dir, keep):
+    for step_dir in steps_to_delete(out_dir, keep):
         remove(step_dir)
     for step_dir in folder(out_dir).glob("step_*"):
         if not (step_dir / COMMIT).is_file():
             remove(step_dir)
 
 
-def put_aside(damaged: list[Path]) -> None:
+def quarantine_steps(damaged: list[Path]) -> None:
     """Damaged steps keep their files for a look, but no longer count among the newest."""
     for step_dir in damaged:
         free = (step_dir.with_name(f"damaged{n}_{step_dir.name}") for n in count(1))

@@ -10,12 +10,12 @@ from megagpt.checkpoint.commit import Saved, newest_record
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.mixture import Mixture
-from megagpt.data.training_set import TrainData, open_datasets, plan_mixture, row_opener, source_of
+from megagpt.data.training_set import TrainingSet, open_datasets, plan_mixture, row_opener, source_of
 from megagpt.errors import UserError
 from megagpt.train_state import TrainState
 
 
-def open_run(out_dir: Path) -> TrainData:
+def open_run(out_dir: Path) -> TrainingSet:
     """The samples that a run has drawn and would draw next, from its folder alone and without its engine.
 
     Raises UserError if it is no run's folder, or the run file's data is not there.
@@ -31,14 +31,14 @@ def open_run(out_dir: Path) -> TrainData:
     return open_samples(cfg, global_batch, newest_record(out_dir))
 
 
-def open_samples(cfg: MegaGPTConfig, global_batch: int, saved: Saved | None) -> TrainData:
+def open_samples(cfg: MegaGPTConfig, global_batch: int, saved: Saved | None) -> TrainingSet:
     """All samples, past and to come, of a run that stands at a saved step or has yet to begin. Raises UserError."""
     datasets = open_datasets([d.path for d in cfg.data.train])
     open_rows = row_opener(cfg)
     sources = [source_of(d, open_rows) for d in datasets]
     history, state = (saved.mixture, saved.state) if saved else (Mixture(cfg.data.seed), TrainState())
     mixture = plan_mixture(cfg, global_batch, sources, history, step=state.step, sample=state.samples_seen)
-    return TrainData(mixture, datasets, earlier=_earlier(mixture, datasets), open_variant=open_rows)
+    return TrainingSet(mixture, datasets, earlier=_earlier(mixture, datasets), open_variant=open_rows)
 
 
 def _earlier(mixture: Mixture, datasets: Sequence[Dataset]) -> list[Dataset]:

@@ -13,19 +13,19 @@ from megagpt.checkpoint.async_writer import Writer, write_files
 from megagpt.checkpoint.commit import (
     disk_errors,
     folder,
-    point_to,
     step_folder,
+    update_latest_and_best,
     write_commit,
     write_manifest,
 )
 from megagpt.checkpoint.identity import Identity
 from megagpt.checkpoint.rng import rng_state
-from megagpt.checkpoint.rotation import _rotate, remove
+from megagpt.checkpoint.rotation import remove, rotate
 from megagpt.config.schema import KeepConfig
 from megagpt.data.mixture import Mixture
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.distributed.collectives import gather_objects, together
-from megagpt.distributed.process_group import is_main, rank, say
+from megagpt.distributed.collectives import gather_objects, on_every_rank
+from megagpt.distributed.process_group import is_main, print_rank0, rank
 from megagpt.engine.build import Engine
 from megagpt.engine.state_files import files_to_save
 from megagpt.errors import UserError
@@ -49,7 +49,7 @@ def save(
     writer.wait()
     out_dir, keep = Path(effective["megagpt"]["out_dir"]), KeepConfig(**effective["megagpt"]["keep"])
     step_dir = step_folder(out_dir, state.step)
-    together(lambda: _make_room(step_dir))
+    on_every_rank(lambda: _make_room(step_dir))
     files = files_to_save(engine, step_dir)
     files[step_dir / f"rng.{rank()}.json"] = json.dumps(rng_state()).encode()
     if is_main():
@@ -58,10 +58,10 @@ def save(
 
     def write_and_commit(files: dict[Path, Any]) -> None:
         group = writer.group
-        together(lambda: write_files(step_dir, files), group)
-        manifests = gather_objects(together(lambda: write_manifest(step_dir, rank()), group), group)
-        together(lambda: _commit(step_dir, state, mixture, identity, manifests), group)
-        _rotate(out_dir, step_dir, state, keep, group)
+        on_every_rank(lambda: write_files(step_dir, files), group)
+        manifests = gather_objects(on_every_rank(lambda: write_manifest(step_dir, rank()), group), group)
+        on_every_rank(lambda: _commit(step_dir, state, mixture, identity, manifests), group)
+        rotate(out_dir, step_dir, state, keep, group)
 
     writer.start(files, write_and_commit)
 
@@ -79,14 +79,14 @@ def _commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: Ident
         with disk_errors(step_dir):
             write_commit(step_dir, state, mixture, identity, manifests)
         try:
-            point_to(step_dir.parent.parent, step_dir, state)
+            update_latest_and_best(step_dir.parent.parent, step_dir, state)
         except OSError as error:
             raise UserError(
                 f"{step_dir} is saved, but no hint to it: {error}; mend that, and it is gone on from"
             ) from error
 
 
-def set_aside(out_dir: Path) -> None:
+def archive_run(out_dir: Path) -> None:
     """Rename an old run's folder, so that a fresh one can begin under its name. Collective; raises UserError."""
 
     def rename() -> None:
@@ -99,6 +99,6 @@ def set_aside(out_dir: Path) -> None:
             out_dir.rename(aside)
         except OSError as error:
             raise UserError(f"--fresh cannot rename {out_dir}: {error}; give another megagpt.out_dir") from error
-        say(f"the old run is now {aside}")
+        print_rank0(f"the old run is now {aside}")
 
-    together(rename)
+    on_every_rank(rename)

@@ -12,23 +12,23 @@ from megagpt.checkpoint.commit import (
     read_commit,
 )
 from megagpt.distributed.collectives import broadcast_object, gather_objects
-from megagpt.distributed.process_group import Group, rank, say, world_size
+from megagpt.distributed.process_group import Group, print_rank0, rank, world_size
 from megagpt.errors import UserError
 
 
-def _damaged_of_newest(out_dir: Path, group: Group) -> list[Path]:
+def damaged_of_newest(out_dir: Path, group: Group) -> list[Path]:
     """The steps found damaged on the way from the newest back to the second that is whole. Collective.
 
     Before an older one goes: what should take its place may have rotted since it was written.
     """
     whole, damaged = 0, []
     for step_dir in reversed(gather_objects(committed(out_dir), group)[0]):
-        damage = _damage(step_dir, group)
+        damage = find_damage(step_dir, group)
         if damage is None:
             whole += 1
         else:
             damaged.append(step_dir)
-            say(f"checkpoint put aside: {damage}")
+            print_rank0(f"checkpoint put aside: {damage}")
         if whole == 2:
             break
     return damaged
@@ -43,11 +43,11 @@ def newest_verified(out_dir: Path) -> Saved | None:
     refused: list[Path] = []
     first_damage = ""
     for step_dir in reversed(candidates):
-        damage = _damage(step_dir)
+        damage = find_damage(step_dir)
         if damage is None:
             return replace(read_commit(step_dir), passed_over=tuple(refused))
         refused.append(step_dir)
-        say(f"checkpoint passed over: {damage}")
+        print_rank0(f"checkpoint passed over: {damage}")
         first_damage = first_damage or damage
     recorded = broadcast_object(commit_on_record(out_dir))
     if recorded is not None and not refused:
@@ -60,6 +60,6 @@ def newest_verified(out_dir: Path) -> Saved | None:
     return None
 
 
-def _damage(step_dir: Path, group: Group = None) -> str | None:
+def find_damage(step_dir: Path, group: Group = None) -> str | None:
     """What is wrong with the files of all ranks that saved a step, shared out over those there are now. Collective."""
     return next(filter(None, gather_objects(damage_of(step_dir, rank(), every=world_size()), group)), None)

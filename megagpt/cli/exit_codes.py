@@ -8,7 +8,7 @@ from megagpt.errors import UserError
 SAVED_AND_WANTS_RESTART = 75  # EX_TEMPFAIL of sysexits.h
 
 
-def or_2(command: Callable[[], int]) -> int:
+def exit_code_of(command: Callable[[], int]) -> int:
     """The command's exit code; 2 and one line for what the user gave that is wrong."""
     try:
         return command()

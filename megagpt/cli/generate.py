@@ -6,14 +6,14 @@ import torch
 from pydantic import ValidationError
 
 from megagpt.checkpoint.load import load_model
-from megagpt.config.schema import SampleConfig
+from megagpt.config.schema import GenerationConfig
 from megagpt.errors import UserError
 from megagpt.model.generate import complete
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        cfg = SampleConfig(
+        cfg = GenerationConfig(
             prompts=tuple(args.prompt or [""]),
             max_tokens=args.max_tokens,
             temperature=args.temperature,

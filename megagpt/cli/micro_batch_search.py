@@ -17,11 +17,11 @@ import torch
 from megagpt.cli.spawn_ranks import failure_of, on_ranks
 from megagpt.config.batch import batch_plan
 from megagpt.config.run_file import RunConfig, load_run_config
-from megagpt.distributed.collectives import gather_objects, together
+from megagpt.distributed.collectives import gather_objects, on_every_rank
 from megagpt.distributed.process_group import init_process_group, is_main, leave, world_size
 from megagpt.engine.build import build_engine
 from megagpt.engine.compilation import compiles
-from megagpt.engine.precision import fitting
+from megagpt.engine.precision import with_supported_dtype
 from megagpt.errors import UserError
 from megagpt.guards.out_of_memory import is_out_of_memory, memory_of
 from megagpt.model.loss import next_token_score
@@ -135,7 +135,7 @@ def _one_rank(run_file: str, micro_batch: str, vocab_size: str, gib: str, out: s
     try:
         device = init_process_group()
         changed = [*overrides, f"train_micro_batch_size_per_gpu={micro_batch}", "gradient_accumulation_steps=null"]
-        run = fitting(together(lambda: load_run_config(Path(run_file), changed)), device)
+        run = with_supported_dtype(on_every_rank(lambda: load_run_config(Path(run_file), changed)), device)
         limit = int(float(gib) * 2**30) or memory_of(device)
         _limit_memory(limit, device)
         used = gather_objects(_two_steps(run, int(vocab_size), limit, device))

@@ -7,7 +7,7 @@ import sys
 from megagpt.cli.micro_batch_search import probe, probe_report
 from megagpt.config.run_file import load_run_config
 from megagpt.errors import UserError
-from megagpt.lint.linter import refuse
+from megagpt.lint.linter import lint_or_raise
 from megagpt.planner.estimate import EFFICIENCY, machine, micro_batches, settings, vocabulary
 from megagpt.planner.report import as_json, report
 
@@ -16,7 +16,7 @@ def run(args: argparse.Namespace) -> int:
     if args.memory and not args.probe:
         raise UserError("--memory limits the steps that --probe takes; add --probe, or choose --gpu")
     run = load_run_config(args.run_file, args.overrides)
-    for warning in refuse(run):
+    for warning in lint_or_raise(run):
         print(warning, file=sys.stderr)
     on = machine(args.gpu, args.ranks, args.network, EFFICIENCY if args.efficiency is None else args.efficiency)
     vocab = vocabulary(run)

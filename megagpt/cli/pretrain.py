@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megagpt.cli.arguments import training_arguments
-from megagpt.cli.exit_codes import SAVED_AND_WANTS_RESTART, or_2
+from megagpt.cli.exit_codes import SAVED_AND_WANTS_RESTART, exit_code_of
 from megagpt.errors import OwnRankError, UserError
 from megagpt.train.preemption import SIGNALS
 
@@ -38,34 +38,34 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
 
 def _pretrain(args: argparse.Namespace) -> int:
     if args.sample_report is not None:
-        return or_2(lambda: _sample_report(args))
+        return exit_code_of(lambda: _sample_report(args))
 
     from megagpt.distributed.hostfile import check_hostfile
-    from megagpt.distributed.launcher import watch
+    from megagpt.distributed.launcher import launcher_watch
     from megagpt.train.preemption import Preemption
 
-    preemption = Preemption(launcher_alive=watch(), ctrl_c=True)  # before torch, so that no signal is missed
+    preemption = Preemption(launcher_alive=launcher_watch(), ctrl_c=True)  # before torch, so that no signal is missed
     from megagpt.config.parsing import leaves
     from megagpt.config.run_file import load_run_config
-    from megagpt.distributed.collectives import together
-    from megagpt.distributed.process_group import is_main, say
-    from megagpt.distributed.rendezvous import agree, check_shared, meet
-    from megagpt.engine.precision import fitting
+    from megagpt.distributed.collectives import on_every_rank
+    from megagpt.distributed.process_group import is_main, print_rank0
+    from megagpt.distributed.rendezvous import check_equal_on_ranks, check_shared, meet
+    from megagpt.engine.precision import with_supported_dtype
 
     try:
         check_hostfile()
         device = meet()
-        run = together(lambda: load_run_config(args.run_file, args.overrides))
-        agree(dict(leaves(run.as_json())), "give all ranks the same run file and overrides")
+        run = on_every_rank(lambda: load_run_config(args.run_file, args.overrides))
+        check_equal_on_ranks(dict(leaves(run.as_json())), "give all ranks the same run file and overrides")
         check_shared(run.megagpt.out_dir)
         # after the run file is found right, because DeepSpeed takes seconds to import
         from megagpt.guards.out_of_memory import explained
-        from megagpt.lint.linter import refuse
+        from megagpt.lint.linter import lint_or_raise
         from megagpt.train.trainer import train
 
-        for warning in together(lambda: refuse(run)):
-            say(warning)
-        run = fitting(run, device)
+        for warning in on_every_rank(lambda: lint_or_raise(run)):
+            print_rank0(warning)
+        run = with_supported_dtype(run, device)
         with explained(run, device):
             state = train(run, device, fresh=args.fresh, preemption=preemption)
     except UserError as error:

@@ -3,7 +3,7 @@
 from megagpt.checkpoint.commit import newest_record
 from megagpt.checkpoint.run_samples import open_samples
 from megagpt.config.run_file import RunConfig
-from megagpt.data.training_set import TrainData
+from megagpt.data.training_set import TrainingSet
 from megagpt.errors import UserError
 from megagpt.train_state import TrainState
 
@@ -30,7 +30,7 @@ def sample_report(run: RunConfig, n: int, *, fresh: bool = False) -> str:
     return "\n".join([*lines, *_by_dataset(data, first, n, cfg.seq_len), *_one_by_one(data, first, min(n, SHOWN))])
 
 
-def _by_dataset(data: TrainData, first: int, n: int, seq_len: int) -> list[str]:
+def _by_dataset(data: TrainingSet, first: int, n: int, seq_len: int) -> list[str]:
     sampler, numbers = data.mixture.sampler(first), {s.fingerprint: k for k, s in enumerate(data.mixture.sources)}
     before, after = sampler.turns(first), sampler.turns(first + n)
     epochs = zip(data.epochs(first), data.epochs(first + n), strict=True)
@@ -45,7 +45,7 @@ def _by_dataset(data: TrainData, first: int, n: int, seq_len: int) -> list[str]:
     return lines
 
 
-def _one_by_one(data: TrainData, first: int, n: int) -> list[str]:
+def _one_by_one(data: TrainingSet, first: int, n: int) -> list[str]:
     """Where each of the first n samples lies; one made of several stretches has a line for each."""
     lines = []
     for sample in range(first, first + n):

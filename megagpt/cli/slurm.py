@@ -11,7 +11,7 @@ from pathlib import Path
 from megagpt.config.batch import batch_plan
 from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.errors import UserError
-from megagpt.lint.linter import refuse
+from megagpt.lint.linter import lint_or_raise
 
 SCRIPT = Path("launch/slurm/pretrain.sbatch")
 LEAD_SECONDS = 300  # before the time limit, where the run has not shown yet how long it needs
@@ -43,7 +43,7 @@ def batch_script(
         raise UserError(f"{SCRIPT} is not here; go to the checkout's folder, in which the job starts too")
     runs = [load_run_config(run_file, overrides)] if sweep is None else list(_swept(run_file, overrides, sweep))
     for run in runs:
-        refuse(run)
+        lint_or_raise(run)
         batch_plan(run.deepspeed, nodes * gpus_per_node)
     options = {
         "nodes": str(nodes),

@@ -19,9 +19,9 @@ import torch
 from megagpt.checkpoint.commit import committed, damage_of, read_commit
 from megagpt.cli.spawn_ranks import failure_of, on_ranks
 from megagpt.config.run_file import load_run_config
-from megagpt.distributed.collectives import together
+from megagpt.distributed.collectives import on_every_rank
 from megagpt.distributed.process_group import init_process_group, is_main, leave
-from megagpt.engine.precision import fitting
+from megagpt.engine.precision import with_supported_dtype
 from megagpt.engine.safe_pickle import load_checked
 from megagpt.errors import UserError
 from megagpt.train.trainer import train
@@ -153,7 +153,7 @@ def same(a: Any, b: Any) -> bool:
 def _one_rank(run_file: str, stop_at: str, *overrides: str) -> int:
     try:
         device = init_process_group()
-        run = fitting(together(lambda: load_run_config(Path(run_file), overrides)), device)
+        run = with_supported_dtype(on_every_rank(lambda: load_run_config(Path(run_file), overrides)), device)
         train(run, device, stop_at=int(stop_at))
     except UserError as error:
         if is_main():

@@ -105,7 +105,7 @@ class KeepConfig(Strict):
     best: int = Field(default=1, ge=1, description="so many of the lowest validation loss")
 
 
-class SampleConfig(Strict):
+class GenerationConfig(Strict):
     """The texts that `every.sample` generates for people to read."""
 
     prompts: tuple[str, ...] = ("\n",)
@@ -265,7 +265,7 @@ class MegaGPTConfig(Strict):
     save_async: bool = Field(
         default=False, description="write checkpoints beside training, from a copy of each rank's state in host memory"
     )
-    sample: SampleConfig = SampleConfig()
+    sample: GenerationConfig = GenerationConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     compile: bool | None = Field(default=None, description="torch.compile for each block; null: on CUDA alone")
     augment: AugmentConfig = AugmentConfig()

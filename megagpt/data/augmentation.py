@@ -23,7 +23,7 @@ from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
 from megagpt.config.schema import AugmentConfig, GoldfishConfig, PackingConfig, SpanCorruptionConfig
-from megagpt.data.loss_mask import Rework, Row, Tokens, split, unmarked
+from megagpt.data.loss_mask import BatchTransform, Row, Tokens, split, unmarked
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
@@ -34,7 +34,7 @@ SHORTEST = 8  # a document's part of fewer tokens, or with less room for it, sta
 
 def rework_of(
     cfg: AugmentConfig, packing: PackingConfig, tokenizer: Tokenizer, vocab_size: int, seed: int
-) -> Rework | None:
+) -> BatchTransform | None:
     """What becomes of a micro-batch's rows, or None if they are windows of the stream and stay so.
 
     vocab_size is the padded one. Raises UserError for sentinels that are not to be had.

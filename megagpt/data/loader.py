@@ -14,7 +14,7 @@ from torch import Tensor
 from megagpt.config.batch import BatchPlan
 from megagpt.config.schema import DataConfig
 from megagpt.data.dataset import Dataset, TokenStream
-from megagpt.data.loss_mask import Fill, Rework, Row
+from megagpt.data.loss_mask import BatchTransform, Fill, Row
 from megagpt.data.training_set import open_datasets
 from megagpt.errors import UserError
 
@@ -84,7 +84,7 @@ def rank_samples(batch: BatchPlan, rank: int, first: int) -> Iterator[int]:
         yield from range(begin, begin + share, batch.micro_batch)
 
 
-def stretch(T: int, rank: int, sequence_parallel_size: int) -> slice:
+def rank_slice(T: int, rank: int, sequence_parallel_size: int) -> slice:
     """Of T positions those that are this rank's: all, or a share in the order of neighboring ranks."""
     share = T // sequence_parallel_size
     begin = rank % sequence_parallel_size * share
@@ -97,7 +97,7 @@ def prefetched(
     shape: tuple[int, int],
     device: torch.device,
     *,
-    rework: Rework | None = None,
+    rework: BatchTransform | None = None,
     document_end: int | None = None,
     positions: slice = slice(None),
 ) -> Iterator[Batch]:

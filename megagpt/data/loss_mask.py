@@ -17,7 +17,7 @@ Row = NDArray[np.int64]
 Fill = Callable[[int, Row], None]
 """Fill(first, rows) writes samples first, first + 1, ... into the rows of a (B, T + 1) array."""
 
-Rework = Callable[[int, Row, Row], None]
+BatchTransform = Callable[[int, Row, Row], None]
 """Rework(first, rows, targets) makes inputs of rows[:, :-1], in place, and writes their targets (B, T)."""
 
 

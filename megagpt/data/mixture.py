@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megagpt.data.sampler import PERIOD, Place, Sampler, Segment, shares_of
+from megagpt.data.sampler import PERIOD, DatasetPosition, Sampler, Segment, shares_of
 from megagpt.errors import UserError
 
 
@@ -76,12 +76,14 @@ class Mixture:
         """Of the segment that the sample lies in."""
         segment = next(s for s in reversed(self.segments) if s.first_sample <= sample)
         absent = len(self.sources) - len(segment.shares)  # datasets that joined later
-        segment = replace(segment, shares=segment.shares + (0,) * absent, places=segment.places + (Place(),) * absent)
+        segment = replace(
+            segment, shares=segment.shares + (0,) * absent, places=segment.places + (DatasetPosition(),) * absent
+        )
         return Sampler(tuple(source.n_tokens for source in self.sources), segment, self.seed)
 
-    def places(self, sample: int) -> tuple[Place, ...]:
+    def places(self, sample: int) -> tuple[DatasetPosition, ...]:
         """Where each dataset stands before this sample."""
-        return self.sampler(sample).places(sample) if self.segments else (Place(),) * len(self.sources)
+        return self.sampler(sample).places(sample) if self.segments else (DatasetPosition(),) * len(self.sources)
 
     def samples_of(self, step: int) -> range:
         """The samples that a step takes, over all ranks; the first step is 1."""
@@ -102,7 +104,9 @@ class Mixture:
             plain["seed"],
             tuple(Source(s["path"], s["fingerprint"], tuple(s["n_tokens"])) for s in plain["sources"]),
             tuple(
-                Segment(s["first_sample"], s["seq_len"], tuple(s["shares"]), tuple(Place(*p) for p in s["places"]))
+                Segment(
+                    s["first_sample"], s["seq_len"], tuple(s["shares"]), tuple(DatasetPosition(*p) for p in s["places"])
+                )
                 for s in plain["segments"]
             ),
             tuple(Batches(**b) for b in plain["batches"]),

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from megagpt.data.dataset import Dataset
 from megagpt.data.manifest import Split
-from megagpt.data.training_set import TrainData
+from megagpt.data.training_set import TrainingSet
 from megagpt.errors import UserError
 
 FOLDER = "provenance"
@@ -72,7 +72,7 @@ def _read_table(path: Path, changed: int) -> pa.Table:
     return pq.read_table(path)
 
 
-def documents_of(data: TrainData, samples: Iterable[int], run: Path, step: int, limit: int = 5) -> str:
+def documents_of(data: TrainingSet, samples: Iterable[int], run: Path, step: int, limit: int = 5) -> str:
     """Where the first documents of these samples came from."""
 
     def named() -> Iterable[str]:

@@ -32,7 +32,7 @@ I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Place:
+class DatasetPosition:
     """Where the reading of a dataset stands: the first `offset` inputs of `epoch` are read.
 
     Of an epoch that is begun, also its windows: their length, and how many inputs of the first of them went to a
@@ -52,11 +52,11 @@ class Segment:
     first_sample: int
     seq_len: int
     shares: tuple[int, ...]
-    places: tuple[Place, ...]
+    places: tuple[DatasetPosition, ...]
 
 
 @dataclass(frozen=True)
-class Stretches:
+class SampleSpans:
     """Rows are stretches of consecutive inputs; sample first + i is rows begin[i] to begin[i + 1], mostly one."""
 
     begin: I64
@@ -84,7 +84,7 @@ class Sampler:
     segment: Segment
     seed: int
 
-    def draw(self, first: int, count: int) -> Stretches:
+    def draw(self, first: int, count: int) -> SampleSpans:
         """Samples first, first + 1, ..., first + count - 1, all within the segment."""
         dataset, turn = self._deal(np.arange(first, first + count, dtype=np.int64))
         parts = []
@@ -95,7 +95,7 @@ class Sampler:
         sample, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
         in_order = np.argsort(sample, kind="stable")
         begin = np.searchsorted(sample[in_order], np.arange(count + 1))
-        return Stretches(begin, *(column[in_order] for column in columns))
+        return SampleSpans(begin, *(column[in_order] for column in columns))
 
     def turns(self, sample: int) -> list[int]:
         """Samples of each dataset before this one, in this segment."""
@@ -103,7 +103,7 @@ class Sampler:
         dealt = np.bincount(self._pattern[0][:place], minlength=len(self.n_tokens)).tolist()
         return [period * share + n for share, n in zip(self.segment.shares, dealt, strict=True)]
 
-    def places(self, sample: int) -> tuple[Place, ...]:
+    def places(self, sample: int) -> tuple[DatasetPosition, ...]:
         """Where each dataset stands before this sample."""
         return tuple(
             self.line(k).place(turn * self.segment.seq_len) if turn else self.segment.places[k]
@@ -117,8 +117,8 @@ class Sampler:
             for k, place in enumerate(self.places(sample))
         ]
 
-    def line(self, k: int) -> "Line":
-        return Line(self.n_tokens[k], self.segment.places[k], self.segment.seq_len, self.seed, k)
+    def line(self, k: int) -> "EpochStream":
+        return EpochStream(self.n_tokens[k], self.segment.places[k], self.segment.seq_len, self.seed, k)
 
     def _deal(self, g: I64) -> tuple[I64, I64]:
         """For each g: the dataset, and how many samples of that dataset came before it in this segment."""
@@ -142,11 +142,11 @@ def _shuffled_period(seed: int) -> I64:
 
 
 @dataclass(frozen=True)
-class Line:
+class EpochStream:
     """All inputs of dataset k in the order of one segment: epoch after epoch from `begin` on. t counts them."""
 
     n_tokens: tuple[int, ...]  # of each variant
-    begin: Place
+    begin: DatasetPosition
     seq_len: int
     seed: int
     k: int
@@ -168,12 +168,16 @@ class Line:
         """Inputs that the sample at the end of an epoch takes from the first window of the next."""
         return -self.rest % self.seq_len
 
-    def place(self, t: int) -> Place:
+    def place(self, t: int) -> DatasetPosition:
         """Where the dataset stands when t inputs were read; t ends a sample."""
         if t < self.rest:
             return replace(self.begin, offset=self.begin.offset + t)
         [epoch], [offset] = self._epochs(np.array([t - self.rest]))
-        return Place(int(epoch), int(offset), self.seq_len, self.split) if offset else Place(int(epoch))
+        return (
+            DatasetPosition(int(epoch), int(offset), self.seq_len, self.split)
+            if offset
+            else DatasetPosition(int(epoch))
+        )
 
     def cut(self, turn: I64) -> tuple[I64, I64, I64, I64]:
         """The stretches of these samples: which of them, epoch, start and length.

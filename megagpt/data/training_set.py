@@ -22,7 +22,7 @@ DRAW = 16384  # samples whose windows are computed at once: the arithmetic is ve
 
 
 @dataclass(frozen=True)
-class Piece:
+class SampleSpan:
     """Consecutive inputs of a sample: `tokens`, which begin at token `start` of this variant of the train split.
 
     Of a packed row: a document, or a chunk of one.
@@ -58,7 +58,7 @@ def row_opener(cfg: MegaGPTConfig) -> OpenVariant:
 
 
 @dataclass(frozen=True)
-class Block:
+class DrawnSamples:
     """Samples drawn at once, as plain lists: sample i is stretches first[i] to last[i] of `length` inputs each."""
 
     samples: range
@@ -69,7 +69,7 @@ class Block:
     length: list[int]
 
 
-class TrainData:
+class TrainingSet:
     """The training datasets of a run as one endless, shuffled sequence of samples.
 
     `datasets` are those of the run file, in which the samples to come lie; what the run drew before may lie in
@@ -95,7 +95,7 @@ class TrainData:
         ]
         self._firsts = [segment.first_sample for segment in mixture.segments]
         self._samplers = [mixture.sampler(first) for first in self._firsts]
-        self._block = Block(range(0), [], [], [], [], [])
+        self._block = DrawnSamples(range(0), [], [], [], [], [])
 
     def open_all(self) -> None:
         """Open every shard now: one of another build is found here, not by one rank in the middle of a run."""
@@ -120,7 +120,7 @@ class TrainData:
                 block.streams[last].copy(block.start[last], row)
             first, rows = first + n, rows[n:]
 
-    def pieces(self, sample: int) -> list[Piece]:
+    def pieces(self, sample: int) -> list[SampleSpan]:
         """Where the inputs of a sample, past or to come, lie and what they are; raises UserError for a dataset gone."""
         drawn, pieces = self._samplers[self._segment(sample)].draw(sample, 1), []
         columns = (drawn.dataset, drawn.epoch, drawn.start, drawn.length)
@@ -129,7 +129,7 @@ class TrainData:
             stream = self._variants(k)[variant]
             dataset = self._by_fingerprint[self.mixture.sources[k].fingerprint]
             for at, tokens in _pieces(stream, start, length):
-                pieces.append(Piece(dataset, variant, epoch, at, unmarked(tokens)))
+                pieces.append(SampleSpan(dataset, variant, epoch, at, unmarked(tokens)))
         return pieces
 
     def epochs(self, sample: int) -> list[float]:
@@ -172,7 +172,7 @@ class TrainData:
     def _segment(self, sample: int) -> int:
         return bisect_right(self._firsts, sample) - 1
 
-    def _block_of(self, sample: int) -> Block:
+    def _block_of(self, sample: int) -> DrawnSamples:
         """The DRAW samples around this one, as far as its segment goes."""
         if sample not in self._block.samples:
             segment, begin = self._segment(sample), sample // DRAW * DRAW
@@ -180,7 +180,7 @@ class TrainData:
             drawn = self._samplers[segment].draw(first, end - first)
             by_dataset = {k: self._variants(k) for k in np.unique(drawn.dataset).tolist()}
             variants = zip(drawn.dataset.tolist(), drawn.epoch.tolist(), strict=True)
-            self._block = Block(
+            self._block = DrawnSamples(
                 range(first, end),
                 drawn.begin[:-1].tolist(),
                 (drawn.begin[1:] - 1).tolist(),

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.distributed.process_group import TIMEOUT, Group, world_size
-from megagpt.errors import UserError, on_every_rank
+from megagpt.errors import UserError, raised_on_every_rank
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def gather_objects(value: T, group: Group = None) -> list[T]:
     return gathered
 
 
-def together(check: Callable[[], T], group: Group = None) -> T:
+def on_every_rank(check: Callable[[], T], group: Group = None) -> T:
     """Run something that only this rank's host can judge; if it fails on one rank, every rank raises its message.
 
     Without this the others would wait in their next collective for a rank that has gone.
@@ -99,7 +99,7 @@ class StopVote:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._pending is not None and on_every_rank(error):  # else the others may never vote
+        if self._pending is not None and raised_on_every_rank(error):  # else the others may never vote
             self._pending.wait()
 
     def __call__(self, stop: bool) -> bool:

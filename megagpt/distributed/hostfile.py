@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from megagpt.distributed.launcher import _ancestors, _is_deepspeed
+from megagpt.distributed.launcher import ancestors, is_deepspeed
 from megagpt.errors import UserError
 
 HOST_LINE = re.compile(
@@ -21,7 +21,7 @@ def check_hostfile() -> None:
 
     Also for what it was told that a shell would run, as far as this process can see it.
     """
-    for arguments, folder in _ancestors():
+    for arguments, folder in ancestors():
         named = _named_hostfile(arguments)
         if named is not None and not (folder / named).is_file():
             raise UserError(
@@ -82,7 +82,7 @@ def check_settings(file: Path) -> None:
 
 def _named_hostfile(arguments: list[str]) -> str | None:
     """The value of the launcher's own -H or --hostfile, which stand before the script's name."""
-    if not _is_deepspeed(arguments):
+    if not is_deepspeed(arguments):
         return None
     for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
         if option.endswith(".py"):

@@ -25,7 +25,7 @@ def local_ranks() -> int:
     return next((int(os.environ[name]) for name in names if name in os.environ and "RANK" in os.environ), 1)
 
 
-def watch() -> Callable[[], bool]:
+def launcher_watch() -> Callable[[], bool]:
     """A function that says whether the launcher above this rank is alive; always, if a person started this process.
 
     A person's process may outlive its shell; a launcher's ranks must not outlive the launcher. `deepspeed` is two
@@ -44,7 +44,7 @@ def _links_above(launch: int) -> list[tuple[int, int]]:
     if "deepspeed.launcher.launch" not in arguments:
         return []
     above = [launch, _parent(launch)]
-    if not _is_deepspeed(_arguments(above[-1])):  # but a shell or ssh's daemon, which has a process for each connection
+    if not is_deepspeed(_arguments(above[-1])):  # but a shell or ssh's daemon, which has a process for each connection
         while above[-1] > 1 and "sshd" not in _program(above[-1]):
             above.append(_parent(above[-1]))
     this_run = {part for part in arguments if part.startswith(("--world_info=", "--master_port="))}
@@ -78,11 +78,11 @@ def hosts_of_ranks() -> list[str]:
     return []
 
 
-def _is_deepspeed(arguments: list[str]) -> bool:
+def is_deepspeed(arguments: list[str]) -> bool:
     return any(Path(part).name in ("deepspeed", "ds", "deepspeed.pt") for part in arguments[:3])
 
 
-def _ancestors() -> Iterator[tuple[list[str], Path]]:
+def ancestors() -> Iterator[tuple[list[str], Path]]:
     """(command line, working folder) of the processes above this one, as far as they may be read."""
     pid = os.getppid()
     while pid > 1:

@@ -79,7 +79,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def say(text: str) -> None:
+def print_rank0(text: str) -> None:
     """Print once, not once per rank. A launcher or terminal that is gone and reads no more ends no run."""
     if not is_main():
         return

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import megagpt
-from megagpt.distributed.collectives import broadcast_object, gather_objects, together
+from megagpt.distributed.collectives import broadcast_object, gather_objects, on_every_rank
 from megagpt.distributed.interfaces import is_loopback, listen_for_gloo, remedy
 from megagpt.distributed.launcher import adopt_slurms_ranks, hosts_of_ranks, local_ranks
 from megagpt.distributed.process_group import init_process_group, is_main, own_device, world_size
@@ -46,7 +46,7 @@ def meet() -> torch.device:
     return init_process_group(meeting.store)
 
 
-def agree(facts: Mapping[str, object], remedy: str) -> None:
+def check_equal_on_ranks(facts: Mapping[str, object], remedy: str) -> None:
     """Collective; raises UserError with the host and both values, if one of the facts is not the same on every rank."""
     said = gather_objects((socket.gethostname(), dict(facts)))
     if found := differences(said):
@@ -57,7 +57,7 @@ def check_shared(folder: Path) -> None:
     """Collective; raises UserError if a rank does not see what rank 0 writes where `folder` is or will be."""
     if world_size() == 1:
         return
-    mark = Path(broadcast_object(str(together(lambda: mark_in(folder.absolute()) if is_main() else ""))))
+    mark = Path(broadcast_object(str(on_every_rank(lambda: mark_in(folder.absolute()) if is_main() else ""))))
     seen = gather_objects((socket.gethostname(), mark.exists()))
     if is_main():
         mark.unlink(missing_ok=True)

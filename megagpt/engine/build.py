@@ -17,7 +17,7 @@ from megagpt.distributed.process_group import rank
 from megagpt.engine.activation_checkpointing import recompute_hook
 from megagpt.engine.compilation import compile_blocks
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
-from megagpt.engine.optimizer import _clips_itself, build_optimizer, decay_groups
+from megagpt.engine.optimizer import build_optimizer, clips_itself, decay_groups
 from megagpt.errors import UserError
 from megagpt.model.attention import over_ranks, prefer_cudnn
 from megagpt.model.gpt import GPT, Block
@@ -36,7 +36,7 @@ def build_engine(
     deepspeed.init_distributed(verbose=False)
     cfg, ds = run.megagpt, run.deepspeed
     config = effective_config(run, batch, vocab_size, device)
-    if _clips_itself(ds):
+    if clips_itself(ds):
         config["gradient_clipping"] = 0.0
     check_deepspeed_keys(config)
     torch.manual_seed(cfg.seed)  # the same weights on every rank

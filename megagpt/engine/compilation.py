@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megagpt.distributed.collectives import gather_objects
-from megagpt.distributed.process_group import say
+from megagpt.distributed.process_group import print_rank0
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT, Block, KeyValueCache
 
@@ -32,7 +32,9 @@ def compiles(asked: bool | None, device: torch.device) -> bool:
             "install g++ and python3-dev, or set it to false"
         )
     if asked is None and device.type == "cuda" and not able:
-        say("not compiled, so slower: a machine has no C++ compiler or no Python headers; install g++ and python3-dev")
+        print_rank0(
+            "not compiled, so slower: a machine has no C++ compiler or no Python headers; install g++ and python3-dev"
+        )
     return able and (device.type == "cuda" if asked is None else asked)
 
 

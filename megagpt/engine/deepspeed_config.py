@@ -57,7 +57,7 @@ def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.dev
         "steps_per_print": None,  # our monitor prints
     }
     if run.deepspeed.bf16.enabled:
-        # a pass over all gradients, for DeepSpeed to leave out a bad step: guards.Gate does, but not at CPUAdam
+        # a pass over all gradients, for DeepSpeed to leave out a bad step: guards.UpdateGate does, but not at CPUAdam
         filled["bf16.check_grad_overflow"] = adam_on_the_host(run.deepspeed, device)
     if stage > 0:
         # DeepSpeed's 5e8 elements would be gigabytes of buffer, and one bucket, so that overlap_comm could hide nothing

@@ -40,7 +40,7 @@ def clip_before_step(optimizer: Optimizer, max_norm: float) -> None:
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, device: torch.device) -> Optimizer:
-    """Adam with torch's fused kernel, which guards.Gate can close; DeepSpeed's CPUAdam for offload beside a GPU."""
+    """Adam with torch's fused kernel, which guards.UpdateGate can close; DeepSpeed's CPUAdam for offload beside a GPU."""
     p = ds.optimizer.params
     decoupled = ds.optimizer.type == "AdamW" or p.adam_w_mode
     adam: dict[str, Any] = {"lr": p.lr, "betas": p.betas, "eps": p.eps}
@@ -49,12 +49,12 @@ def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, devic
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **adam)
     else:
         optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **adam)
-    if _clips_itself(ds):
+    if clips_itself(ds):
         clip_before_step(optimizer, ds.gradient_clipping)
     return optimizer
 
 
-def _clips_itself(ds: DeepSpeedConfig) -> bool:
+def clips_itself(ds: DeepSpeedConfig) -> bool:
     """At ZeRO stage 0 in fp32 DeepSpeed clips but forgets the norm, so the optimizer does both."""
     return ds.zero_optimization.stage == 0 and ds.dtype == "fp32"
 

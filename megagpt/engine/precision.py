@@ -8,7 +8,7 @@ import torch
 from megagpt.config.deepspeed import Enabled
 from megagpt.config.run_file import RunConfig
 from megagpt.distributed.collectives import gather_objects
-from megagpt.distributed.process_group import say
+from megagpt.distributed.process_group import print_rank0
 
 
 def multiplies_bf16() -> bool:
@@ -18,14 +18,16 @@ def multiplies_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def fitting(run: RunConfig, device: torch.device) -> RunConfig:
+def with_supported_dtype(run: RunConfig, device: torch.device) -> RunConfig:
     """The run in fp32 where a CPU would have to emulate the bf16 it asks for, and a word about it. Collective."""
     ds = run.deepspeed
     if device.type != "cpu" or not ds.bf16.enabled or ds.fp16.enabled:  # with both, DeepSpeed refuses the run file
         return run
     if all(gather_objects(multiplies_bf16())):
         return run
-    say("bf16.enabled=true, but this processor has no instructions for bf16: training in fp32, which is faster here")
+    print_rank0(
+        "bf16.enabled=true, but this processor has no instructions for bf16: training in fp32, which is faster here"
+    )
     return replace(
         run,
         deepspeed=ds.model_copy(update={"bf16": Enabled(enabled=False)}),

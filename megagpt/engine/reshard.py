@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megagpt.distributed.collectives import together
+from megagpt.distributed.collectives import on_every_rank
 from megagpt.distributed.process_group import is_main, rank, world_size
 from megagpt.engine.build import Engine
 from megagpt.engine.optimizer import decay_groups
@@ -38,7 +38,7 @@ REPAIR = "start the run as it was saved, or give another megagpt.out_dir for a n
 
 
 @dataclass(frozen=True)
-class Shape:
+class SavedShape:
     """How the run that saved a step had laid it out."""
 
     world_size: int
@@ -47,7 +47,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class ParamSlice:
     """`numel` values of a parameter, from `start` on; in the tensor that Adam updates they begin at `offset`."""
 
     name: str
@@ -57,17 +57,17 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Part:
+class FlatTensor:
     """One tensor that Adam updates on one rank, and what lies in it."""
 
     values: tuple[Tensor, ...]  # weights and the two moments, alike in length
-    stretches: list[Stretch]
+    stretches: list[ParamSlice]
 
 
 def load_reshaped(
     engine: Engine,
     step_dir: Path,
-    shape: Shape,
+    shape: SavedShape,
     *,
     weight_decay_on: Literal["matrices", "all"],
     step: int,
@@ -78,15 +78,15 @@ def load_reshaped(
     Raises UserError, on every rank and before the model changes, for files that safe_pickle.py refuses, and for files
     that lack a part of a parameter.
     """
-    together(lambda: check_pickles(pickles_of(step_dir)[rank() :: world_size()]))
+    on_every_rank(lambda: check_pickles(pickles_of(step_dir)[rank() :: world_size()]))
     groups = decay_groups(engine.module, 0.0, weight_decay_on)
     sizes = {engine.param_names[p]: getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"]}
     stage = engine.zero_optimization_stage()
     if stage == 3:
         engine.optimizer.checkpoint_event_prologue()  # no parameter is left gathered
-    old, adam_step = together(lambda: _old_parts(step_dir, shape, sizes))
+    old, adam_step = on_every_rank(lambda: _old_parts(step_dir, shape, sizes))
     parts = _own_parts(engine, sizes, adam_step)
-    copies = together(lambda: _copies(parts, old, step_dir))
+    copies = on_every_rank(lambda: _copies(parts, old, step_dir))
     for to, value in tqdm(copies, desc="sharing out", unit="stretch", delay=2, disable=None if is_main() else True):
         to.copy_(value)
     engine.global_steps, engine.global_samples = step, samples_seen
@@ -104,7 +104,7 @@ def load_reshaped(
         engine.optimizer.checkpoint_event_epilogue()
 
 
-def _copies(parts: list[Part], old: list[Part], step_dir: Path) -> list[tuple[Tensor, Tensor]]:
+def _copies(parts: list[FlatTensor], old: list[FlatTensor], step_dir: Path) -> list[tuple[Tensor, Tensor]]:
     """(to, from) of equal lengths for all that a rank keeps. Raises UserError if the old files lack some of it."""
     lies_in = defaultdict(list)
     for source in old:
@@ -133,7 +133,7 @@ def _copies(parts: list[Part], old: list[Part], step_dir: Path) -> list[tuple[Te
 # --- where this run keeps its values ----------------------------------------------------------------------------
 
 
-def _own_parts(engine: Engine, sizes: dict[str, int], adam_step: int) -> list[Part]:
+def _own_parts(engine: Engine, sizes: dict[str, int], adam_step: int) -> list[FlatTensor]:
     """This rank's tensors, moments made where Adam has not made its own yet. `sizes`: names in the order of groups."""
     optimizer, adam = engine.optimizer, engine.basic_optimizer
     flats = [p for group in adam.param_groups for p in group["params"]]
@@ -149,7 +149,7 @@ def _own_parts(engine: Engine, sizes: dict[str, int], adam_step: int) -> list[Pa
         for p, name in engine.param_names.items():
             if (link := p._hp_mapping) is not None:
                 of_parameter, of_flat = link.lp_fragment_address, link.hp_fragment_address
-                at = Stretch(name, of_parameter.start, of_parameter.numel, of_flat.start)
+                at = ParamSlice(name, of_parameter.start, of_parameter.numel, of_flat.start)
                 stretches[link.param_group_index].append(at)
     parts = []
     for flat, inside in zip(flats, stretches, strict=True):
@@ -163,30 +163,30 @@ def _own_parts(engine: Engine, sizes: dict[str, int], adam_step: int) -> list[Pa
     return parts
 
 
-def _part(weights: Tensor, state: Mapping[str, Any], stretches: list[Stretch]) -> Part:
-    return Part(tuple(x.view(-1) for x in (weights, *(state[moment] for moment in MOMENTS))), stretches)
+def _part(weights: Tensor, state: Mapping[str, Any], stretches: list[ParamSlice]) -> FlatTensor:
+    return FlatTensor(tuple(x.view(-1) for x in (weights, *(state[moment] for moment in MOMENTS))), stretches)
 
 
-def _one_after_another(flats: Sequence[Tensor], sizes: dict[str, int]) -> list[list[Stretch]]:
+def _one_after_another(flats: Sequence[Tensor], sizes: dict[str, int]) -> list[list[ParamSlice]]:
     """Whole parameters, in their order, each tensor as many as fill it."""
-    found: list[list[Stretch]] = []
+    found: list[list[ParamSlice]] = []
     names = iter(sizes)
     for flat in flats:
         found.append([])
         offset = 0
         while offset < flat.numel():
             name = next(names)
-            found[-1].append(Stretch(name, 0, sizes[name], offset))
+            found[-1].append(ParamSlice(name, 0, sizes[name], offset))
             offset += sizes[name]
     return found
 
 
-def _cut(sizes: dict[str, int], r: int, n_ranks: int) -> list[Stretch]:
+def _cut(sizes: dict[str, int], r: int, n_ranks: int) -> list[ParamSlice]:
     """Rank r's cut of each parameter; the last cuts are padded to the length of the others."""
     found, offset = [], 0
     for name, size in sizes.items():
         length = -(-size // n_ranks)
-        found.append(Stretch(name, r * length, max(0, min(length, size - r * length)), offset))
+        found.append(ParamSlice(name, r * length, max(0, min(length, size - r * length)), offset))
         offset += length
     return found
 
@@ -194,7 +194,7 @@ def _cut(sizes: dict[str, int], r: int, n_ranks: int) -> list[Stretch]:
 # --- where the old files have them -------------------------------------------------------------------------------
 
 
-def _old_parts(step_dir: Path, shape: Shape, sizes: dict[str, int]) -> tuple[list[Part], int]:
+def _old_parts(step_dir: Path, shape: SavedShape, sizes: dict[str, int]) -> tuple[list[FlatTensor], int]:
     """All parts of all old ranks, mapped into memory, and how many updates Adam has made."""
     stage, n_ranks = shape.zero_stage, shape.world_size
     try:
@@ -230,16 +230,16 @@ def _of_stage_0(step_dir: Path, dtype: str, sizes: dict[str, int]) -> tuple[list
     return weights, optimizer["optimizer_state_dict"]["state"]
 
 
-def _parts(weights: Sequence[Tensor], states: Any, stretches: list[list[Stretch]]) -> list[Part]:
+def _parts(weights: Sequence[Tensor], states: Any, stretches: list[list[ParamSlice]]) -> list[FlatTensor]:
     """`states[i]` is Adam's of the i-th tensor."""
     return [_part(x.detach(), states[i], s) for i, (x, s) in enumerate(zip(weights, stretches, strict=True))]
 
 
-def _continued(group: Mapping[str, Any], begun: dict[str, int]) -> list[Stretch]:
+def _continued(group: Mapping[str, Any], begun: dict[str, int]) -> list[ParamSlice]:
     """A rank's stretches of a group: a parameter goes on where the rank before had its end, as counted in `begun`."""
     found = []
     for name, address in group.items():
-        found.append(Stretch(name, begun[name], address.numel, address.start))
+        found.append(ParamSlice(name, begun[name], address.numel, address.start))
         begun[name] += address.numel
     return found
 

@@ -8,24 +8,24 @@ from typing import Any
 
 from megagpt.atomic_files import write_atomically
 from megagpt.config.run_file import RunConfig
-from megagpt.distributed.collectives import broadcast_object, together
+from megagpt.distributed.collectives import broadcast_object, on_every_rank
 from megagpt.distributed.process_group import is_main
 from megagpt.errors import UserError, writing_to
 
 MAX_IN_VAIN = 3  # restarts in a row without a step forward
 
 
-def count_start(run: RunConfig, saved_step: int) -> None:
+def record_start(run: RunConfig, saved_step: int) -> None:
     """Record in out_dir/starts.json how far the starts before this one came; `saved_step` is where it goes on.
 
     A start was in vain if no step was saved or logged after it that had not been reached before it. A run that is
     killed between saves thus goes on as long as it sometimes comes further, and a changed run file is counted anew.
     Collective; raises UserError at the third restart in a row after a start in vain, before any weights are loaded.
     """
-    together(lambda: _count(run, saved_step) if is_main() else None)
+    on_every_rank(lambda: _count(run, saved_step) if is_main() else None)
 
 
-def begun_by_this_job(out_dir: Path) -> bool:
+def is_requeued_start(out_dir: Path) -> bool:
     """Whether this is a restart of a Slurm job that has begun the run in out_dir: if so, it is not to begin it again.
 
     Collective.
@@ -34,7 +34,7 @@ def begun_by_this_job(out_dir: Path) -> bool:
     return record is not None and "SLURM_RESTART_COUNT" in os.environ and record["job"] == os.environ["SLURM_JOB_ID"]
 
 
-def forget_start(run: RunConfig) -> None:
+def undo_start(run: RunConfig) -> None:
     """A refused run file is no start: it leaves nothing where nothing was."""
     out_dir = run.megagpt.out_dir
     if is_main() and [path.name for path in out_dir.iterdir()] == ["starts.json"]:

@@ -12,14 +12,14 @@ from megagpt.config.schema import GuardsConfig, SpikesConfig
 from megagpt.distributed.collectives import gather_over_ranks
 from megagpt.engine.optimizer import adam_on_the_host
 from megagpt.errors import UserError
-from megagpt.guards.step_window import Steps, _norm, mean_loss
+from megagpt.guards.step_window import StepMetrics, mean_loss, norm_tensor
 from megagpt.train_state import Health
 
 AS_STANDARD = 1.4826  # of a normal distribution: its standard deviation over its median deviation
 LEAST_SPREAD = 0.01  # 1 %: what hardly varies may
 
 
-class Gate:
+class UpdateGate:
     """Stands before the optimizer, which changes nothing where the gate is closed. The device decides: nothing is read.
 
     It closes if the gradient norm, which is one of all ranks, is not finite, and for spikes if told to. torch's fused
@@ -51,7 +51,7 @@ class Gate:
 
     def before_update(self, optimizer: Optimizer, grad_norm: Tensor | float | None) -> None:
         if self._closed is None:  # ZeRO asks for each group of parameters
-            norm = _norm(grad_norm, self._open.device)
+            norm = norm_tensor(grad_norm, self._open.device)
             self._closed = ~norm.isfinite()
             if self._spikes.action == "skip":
                 self._closed = self._closed | self._is_spike(norm)
@@ -84,7 +84,7 @@ class Verdict:
     lines: tuple[str, ...]  # to be said
 
 
-def judge(health: Health, steps: Steps, cfg: GuardsConfig, documents: Callable[[int, int], str]) -> Verdict:
+def judge(health: Health, steps: StepMetrics, cfg: GuardsConfig, documents: Callable[[int, int], str]) -> Verdict:
     """What some steps mean for the run. `documents` names those that a step had on a rank.
 
     Raises UserError where the run is to stop, on all ranks alike.
@@ -116,7 +116,7 @@ def judge(health: Health, steps: Steps, cfg: GuardsConfig, documents: Callable[[
     return Verdict(health, bool(spikes) and cfg.spikes.action == "roll back", tuple(lines))
 
 
-def _not_finite(steps: Steps, i: int) -> tuple[int, str]:
+def _not_finite(steps: StepMetrics, i: int) -> tuple[int, str]:
     """The first rank that saw step i go wrong, and what it saw."""
     ranks = (~steps.rank_losses[:, i].isfinite()).nonzero().flatten().tolist()
     if ranks:
@@ -124,7 +124,7 @@ def _not_finite(steps: Steps, i: int) -> tuple[int, str]:
     return _worst(steps, i), f"the gradient norm is {steps.grad_norms[i]} at step {steps.number(i)}"
 
 
-def _worst(steps: Steps, i: int) -> int:
+def _worst(steps: StepMetrics, i: int) -> int:
     """The rank with the highest loss in step i."""
     return int(steps.rank_losses[:, i].argmax())
 
@@ -155,7 +155,7 @@ def extended(history: Tensor, now: Tensor, window: int) -> Tensor:
     return torch.cat([history, now.unsqueeze(1)], dim=1)[:, -window:]
 
 
-def after_steps(health: Health, steps: Steps, cfg: GuardsConfig) -> tuple[Health, list[int], int | None]:
+def after_steps(health: Health, steps: StepMetrics, cfg: GuardsConfig) -> tuple[Health, list[int], int | None]:
     """The health after these steps, which of them were spikes, and where too many in a row were not finite."""
     history, in_a_row, spikes, too_many = history_of(health), health.bad_in_a_row, [], None
     bad = steps.bad().tolist()

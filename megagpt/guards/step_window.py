@@ -13,7 +13,7 @@ from megagpt.distributed.collectives import gather_over_ranks
 
 
 @dataclass(frozen=True)
-class Steps:
+class StepMetrics:
     """What some steps in a row came to, on the host, the same on every rank. float64 and bool."""
 
     last: int  # the last one's number
@@ -55,7 +55,7 @@ def mean_loss(total: Tensor, share: Tensor) -> Tensor:
 
 
 @dataclass
-class Recent:
+class StepWindow:
     """The numbers of the steps since they were last read, on the device until then."""
 
     losses: list[Tensor] = field(default_factory=list)  # this rank's, over all its targets
@@ -69,13 +69,13 @@ class Recent:
         self.grad_norms.append(grad_norm)
         self.skipped.append(skipped)
 
-    def read(self, last_step: int, *, scaled: bool) -> Steps:
+    def read(self, last_step: int, *, scaled: bool) -> StepMetrics:
         """Wait for the device, and gather over ranks."""
         n = len(self.losses)
         found = gather_over_ranks(torch.stack([*self.losses, *self.shares])).cpu().double()  # (world_size, 2 n)
         rank_losses, shares = found.split(n, dim=1)
-        grad_norms = torch.stack([_norm(norm, self.losses[0].device) for norm in self.grad_norms]).cpu().double()
-        return Steps(
+        grad_norms = torch.stack([norm_tensor(norm, self.losses[0].device) for norm in self.grad_norms]).cpu().double()
+        return StepMetrics(
             last_step,
             rank_losses,
             shares.sum(0),
@@ -85,5 +85,5 @@ class Recent:
         )
 
 
-def _norm(norm: Tensor | float | None, device: torch.device) -> Tensor:
+def norm_tensor(norm: Tensor | float | None, device: torch.device) -> Tensor:
     return torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=device)

@@ -20,7 +20,7 @@ IN_A_ROW = 3  # windows
 HOSTS_DRAWN = 16  # by themselves, with at most so many hosts
 
 
-class Clock:
+class ForwardTimer:
     """How long this rank's forward passes take, by the device's clock, which nothing waits for."""
 
     def __init__(self, device: torch.device) -> None:
@@ -51,7 +51,7 @@ class Clock:
         return median(seconds) * len(seconds)
 
 
-class Cluster:
+class StragglerDetector:
     """Compares the ranks of all hosts, and says, once each time, that one has become slow and that it no longer is."""
 
     def __init__(self, hosts: Sequence[str], *, forward_waits: bool) -> None:

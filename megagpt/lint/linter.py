@@ -67,7 +67,7 @@ def lint(run: RunConfig) -> list[Finding]:
     return _once(found)
 
 
-def refuse(run: RunConfig) -> list[str]:
+def lint_or_raise(run: RunConfig) -> list[str]:
     """The warnings about a run, to be printed; raises UserError with all errors. The same on every rank."""
     found = lint(run)
     if errors := [finding.text for finding in found if finding.level == "error"]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megagpt.config.schema import SampleConfig
+from megagpt.config.schema import GenerationConfig
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.model.gpt import GPT
 
@@ -72,7 +72,7 @@ def complete(
     model: GPT,
     tokenizer: Tokenizer,
     prompts: Iterable[str],
-    cfg: SampleConfig,
+    cfg: GenerationConfig,
     *,
     batch: int = 1,
     seed: int = 0,

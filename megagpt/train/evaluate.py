@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megagpt.data.loader import ValBlocks, prefetched, stretch
+from megagpt.data.loader import ValBlocks, prefetched, rank_slice
 from megagpt.distributed.collectives import sum_over_ranks
 from megagpt.distributed.process_group import rank, world_size
 from megagpt.model.loss import token_nats
@@ -50,7 +50,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     shape = (micro_batch, blocks.seq_len + 1)
-    positions = stretch(blocks.seq_len, rank(), sequence_parallel_size)
+    positions = rank_slice(blocks.seq_len, rank(), sequence_parallel_size)
     batches = prefetched(blocks.fill, firsts, shape, device, document_end=blocks.document_end, positions=positions)
     for first, (inputs, targets, documents) in zip(firsts, batches, strict=True):
         nats = model(inputs, documents=documents, score=token_nats(targets))  # (B, T)

@@ -23,7 +23,7 @@ from megagpt.atomic_files import write_atomically
 from megagpt.checkpoint.commit import best
 from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
-from megagpt.distributed.process_group import is_main, say
+from megagpt.distributed.process_group import is_main, print_rank0
 from megagpt.train_state import TrainState
 
 Events = Callable[[list[tuple[str, float, int]]], None]
@@ -77,7 +77,7 @@ class Monitor:
         if eta_seconds is not None:
             shown.append(f"eta {timedelta(seconds=round(eta_seconds))}")
         if shown:
-            say(f"step {state.step:>{len(str(self._max_steps))}}/{self._max_steps} | " + " | ".join(shown))
+            print_rank0(f"step {state.step:>{len(str(self._max_steps))}}/{self._max_steps} | " + " | ".join(shown))
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Show a text in TensorBoard, as it is."""
@@ -97,7 +97,7 @@ class Monitor:
             yield
         except OSError as error:
             if not self._told:
-                say(f"numbers are lost, and training goes on: {error}")
+                print_rank0(f"numbers are lost, and training goes on: {error}")
             self._told = True
 
     def _write_hyperparameters(self, run: RunConfig) -> None:
@@ -139,7 +139,7 @@ def say_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> None:
         lines.append(f"best loss/val {stopper.best:.4f} at step {stopper.best_step}")
     if (named := best(cfg.out_dir)) is not None:
         lines.append(f"best checkpoint: {named}")
-    say("\n".join(lines))
+    print_rank0("\n".join(lines))
 
 
 def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str:

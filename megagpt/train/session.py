@@ -12,24 +12,24 @@ import torch
 from megagpt.atomic_files import write_atomically
 from megagpt.checkpoint.async_writer import Writer
 from megagpt.checkpoint.commit import step_folder
-from megagpt.checkpoint.identity import changed_keys, reshaped
+from megagpt.checkpoint.identity import changed_keys, layout_changes
 from megagpt.checkpoint.load import restore, resume
 from megagpt.checkpoint.rng import seed_all
 from megagpt.checkpoint.save import save as save_checkpoint
 from megagpt.checkpoint.verification import newest_verified
-from megagpt.data.loader import Batch, prefetched, rank_samples, stretch
+from megagpt.data.loader import Batch, prefetched, rank_samples, rank_slice
 from megagpt.data.provenance import documents_of
-from megagpt.distributed.collectives import gather_objects, gather_over_ranks, together
+from megagpt.distributed.collectives import gather_objects, gather_over_ranks, on_every_rank
 from megagpt.distributed.launcher import grace_warning
-from megagpt.distributed.process_group import is_main, rank, say, world_size
+from megagpt.distributed.process_group import is_main, print_rank0, rank, world_size
 from megagpt.engine.build import Engine, before_update, build_engine
 from megagpt.engine.compilation import compiles
 from megagpt.engine.deepspeed_config import effective_config
 from megagpt.errors import OwnRankError, UserError, writing_to
 from megagpt.guards.memory_growth import MemoryWatch, memory_mib, peak_memory
-from megagpt.guards.spikes import Gate, check_skipping, judge
-from megagpt.guards.step_window import Recent
-from megagpt.guards.stragglers import Clock, Cluster
+from megagpt.guards.spikes import UpdateGate, check_skipping, judge
+from megagpt.guards.step_window import StepWindow
+from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
 from megagpt.model.flops import flops_per_token, recompute_flops_per_token
 from megagpt.model.generate import complete
@@ -38,7 +38,7 @@ from megagpt.train.early_stopping import after_evaluation
 from megagpt.train.evaluate import evaluate
 from megagpt.train.metrics import Stopwatch
 from megagpt.train.monitor import Monitor, say_ending
-from megagpt.train.preflight import Plan
+from megagpt.train.preflight import RunSetup
 from megagpt.train_state import TrainState
 
 ROLL_BACKS = 3  # to one checkpoint
@@ -47,28 +47,33 @@ ROLL_BACKS = 3  # to one checkpoint
 class Session:
     """A built engine and its instruments. All methods are collective: every rank calls them at the same steps."""
 
-    def __init__(self, plan: Plan, device: torch.device, *, launcher_alive: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self, plan: RunSetup, device: torch.device, *, launcher_alive: Callable[[], bool] = lambda: True
+    ) -> None:
         run, batch = plan.run, plan.batch
         self.plan, self.device, self.cfg = plan, device, run.megagpt
         self.scaled = run.deepspeed.fp16.enabled  # DeepSpeed itself leaves out what its loss scale made infinite
         self.effective = {**run.as_json(), **effective_config(run, batch, plan.vocab_size, device)}
         saved = plan.saved
-        changes = reshaped(saved.step_dir, saved.identity, plan.identity, self.effective) if saved else []
+        changes = layout_changes(saved.step_dir, saved.identity, plan.identity, self.effective) if saved else []
         check_skipping(run, device)
         self.compiled = compiles(self.cfg.compile, device)
         self.engine: Engine = build_engine(run, batch, plan.vocab_size, device, compiled=self.compiled)
         seed_all(self.cfg.seed + 1 + rank())  # dropout differs from rank to rank
         if saved is not None:
             resume(self.engine, saved, changes, self.cfg.seed)
-        self.gate = Gate(self.cfg.guards.spikes, plan.state.health, device)
+        self.gate = UpdateGate(self.cfg.guards.spikes, plan.state.health, device)
         if not self.scaled:
             before_update(self.engine, self.gate.before_update)
-        self.monitor = together(self._open)
-        say(_opening(plan, self.effective))
+        self.monitor = on_every_rank(self._open)
+        print_rank0(_opening(plan, self.effective))
         self.token_bytes = torch.from_numpy(plan.tokenizer.token_bytes()).to(device)
         self.watch, self.warm, self.warned = Stopwatch(), False, False
         waits = run.deepspeed.zero_optimization.stage == 3 or batch.sequence_parallel_size > 1
-        self.clock, self.cluster = Clock(device), Cluster(gather_objects(socket.gethostname()), forward_waits=waits)
+        self.clock, self.cluster = (
+            ForwardTimer(device),
+            StragglerDetector(gather_objects(socket.gethostname()), forward_waits=waits),
+        )
         stacks = self.cfg.out_dir / f"stacks.{rank()}.txt"
         self.watchdog = Watchdog(self.cfg.guards.hang_timeout, rank(), stacks, launcher_alive)
         self.writer = Writer(beside=self.cfg.save_async)
@@ -96,12 +101,12 @@ class Session:
                 self.device,
                 rework=self.plan.rework,
                 document_end=self.plan.val_blocks.document_end,
-                positions=stretch(self.cfg.seq_len, rank(), self.plan.batch.sequence_parallel_size),
+                positions=rank_slice(self.cfg.seq_len, rank(), self.plan.batch.sequence_parallel_size),
             )
         except UserError as error:  # a shard that went bad since it was opened
             raise OwnRankError(str(error)) from error
 
-    def log(self, state: TrainState, recent: Recent) -> tuple[TrainState, bool]:
+    def log(self, state: TrainState, recent: StepWindow) -> tuple[TrainState, bool]:
         """Read the steps since the last log, and judge them; returns whether to roll back too.
 
         Raises UserError, on all ranks alike, where they mean that the run is to stop.
@@ -114,7 +119,7 @@ class Session:
         memory, own = gather_over_ranks(torch.cat([memory_mib(self.device), own])).cpu().split(2, dim=1)
         slow = self.cluster.judge(own, seconds["step"] + seconds["data"], n_steps)
         for line in (*verdict.lines, *self.memory_watch(state.step, memory), *slow):
-            say(line)
+            print_rank0(line)
         n_tokens = n_steps * self.plan.batch.global_batch * self.cfg.seq_len
         metrics = {
             **steps.means(),
@@ -147,20 +152,20 @@ class Session:
                     + ("no checkpoint to go back to" if saved is None else f"{ROLL_BACKS} times from the same step")
                     + "; lower optimizer.params.lr or gradient_clipping, or set megagpt.guards.spikes.action"
                 )
-            changes = reshaped(saved.step_dir, saved.identity, self.plan.identity, self.effective)
+            changes = layout_changes(saved.step_dir, saved.identity, self.plan.identity, self.effective)
             resume(self.engine, saved, changes, self.cfg.seed)
         self.rolled_back.append(saved.state.step)
         data = self.plan.train_data
         data.mixture = data.mixture.jumped(step=saved.state.step, sample=state.samples_seen)
         health = replace(saved.state.health, spikes=state.health.spikes)
         back = replace(saved.state, samples_seen=state.samples_seen, health=health)
-        say(
+        print_rank0(
             f"rolled back from step {state.step} to {saved.step_dir}; samples {saved.state.samples_seen:,} to "
             f"{state.samples_seen - 1:,} are left out"
         )
         self.plan = replace(self.plan, saved=replace(saved, state=back))
         self.monitor.close()
-        self.monitor = together(self._open)
+        self.monitor = on_every_rank(self._open)
         self.watch = Stopwatch()
         return back, self.batches()
 
@@ -209,7 +214,7 @@ class Session:
         self.monitor.log(state, {"seconds/save": waited} | ({"seconds/write": wrote} if self.cfg.save_async else {}))
         judged = wrote > 0.0 or not self.cfg.save_async  # not before a write has ended
         if judged and not self.warned and (warning := grace_warning(waited, wrote)):
-            say(warning)
+            print_rank0(warning)
             self.warned = True
 
     def close(self, state: TrainState, reason: str) -> None:
@@ -247,7 +252,7 @@ class Session:
         return speed
 
 
-def _opening(plan: Plan, effective: dict[str, Any]) -> str:
+def _opening(plan: RunSetup, effective: dict[str, Any]) -> str:
     cfg, batch = plan.run.megagpt, plan.batch
     tokens = [f"{dataset.variants('train')[0].tokens:,}" for dataset in plan.train_data.datasets]
     lines = [

@@ -10,14 +10,14 @@ from megagpt.data.loader import Batch
 from megagpt.distributed.collectives import StopVote
 from megagpt.engine.build import set_lr
 from megagpt.errors import UserError
-from megagpt.guards.restarts import begun_by_this_job, count_start, forget_start
-from megagpt.guards.step_window import Recent
+from megagpt.guards.restarts import is_requeued_start, record_start, undo_start
+from megagpt.guards.step_window import StepWindow
 from megagpt.guards.weight_check import compare_weights
 from megagpt.model.loss import kept_share, next_token_score
 from megagpt.train.lr_schedule import lr_factor
 from megagpt.train.monitor import say_ending
 from megagpt.train.preemption import Preemption
-from megagpt.train.preflight import check
+from megagpt.train.preflight import prepare
 from megagpt.train.session import Session
 from megagpt.train_state import TrainState
 
@@ -36,18 +36,18 @@ def train(
     """
     preemption, vote = preemption or Preemption(), StopVote()
     preemption.time_limit_minutes = run.megagpt.time_limit_minutes
-    plan = check(run, fresh=fresh and not begun_by_this_job(run.megagpt.out_dir))
+    plan = prepare(run, fresh=fresh and not is_requeued_start(run.megagpt.out_dir))
     state, schedule, every = plan.state, run.megagpt.schedule, run.megagpt.every
     if state.finished(schedule.max_steps):
         say_ending(run.megagpt, state)
         return state
-    count_start(run, state.step)
+    record_start(run, state.step)
     try:
         session = Session(plan, device, launcher_alive=preemption.launcher_alive)
     except UserError:
-        forget_start(run)
+        undo_start(run)
         raise
-    batches, recent, stop = session.batches(), Recent(), False
+    batches, recent, stop = session.batches(), StepWindow(), False
 
     with session.writer, session.watchdog, vote:
         while not (stop or state.finished(schedule.max_steps)):
@@ -62,7 +62,7 @@ def train(
 
             if stop or done or any(due(state.step, n) for n in (every.log, every.eval, every.save, every.sample)):
                 state, roll_back = session.log(state, recent)
-                recent = Recent()
+                recent = StepWindow()
                 if roll_back:
                     state, batches = session.roll_back(state)
                     continue

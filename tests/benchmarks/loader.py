@@ -2,7 +2,7 @@
 
 Reading: tokens per core-second (process time) copied into the int64 batch that the model receives, in turns:
 
-    ours            TrainData.fill, the sampler's arithmetic included: one row of T + 1 tokens per sample
+    ours            TrainingSet.fill, the sampler's arithmetic included: one row of T + 1 tokens per sample
     ours, recut     the same in an epoch that was begun with windows of 1,500: two or three stretches per sample
     slices          one np.memmap, opened once; slices for x and y, astype(int64), nothing else
     nanoGPT, open   the same and torch.stack of both: nanoGPT's get_batch with its np.memmap opened once
@@ -32,7 +32,7 @@ from megagpt.data.dataset import open_dataset
 from megagpt.data.manifest import Manifest, ShardInfo, SplitInfo, TokenizerInfo, Variant, write_manifest
 from megagpt.data.mixture import Mixture
 from megagpt.data.shard_format import INDEX, TOKENIZER_MODEL
-from megagpt.data.training_set import TrainData, source_of
+from megagpt.data.training_set import TrainingSet, source_of
 
 VOCAB_SIZE = 50_304
 SHARD_TOKENS, BATCH_TOKENS = 2**28, 2**24
@@ -103,7 +103,7 @@ def ours(folder: Path, *, begun_with: int) -> Callable[[int], None]:
     mixture = Mixture(1).going_on(wanted, step=0, sample=0, seq_len=begun_with, global_batch=B)
     mixture = mixture.going_on(wanted, step=1, sample=B, seq_len=T, global_batch=B)
     n_samples = wanted[0][0].n_tokens[0] // T - 1000  # of the epoch that was begun, over and over
-    data, rows, at = TrainData(mixture, [dataset]), np.empty((B, T + 1), dtype=np.int64), B
+    data, rows, at = TrainingSet(mixture, [dataset]), np.empty((B, T + 1), dtype=np.int64), B
 
     def run(batches: int) -> None:
         nonlocal at
@@ -198,7 +198,7 @@ def report_opening(folder: Path) -> None:
     begin = time.perf_counter()
     dataset = open_dataset(folder)
     mixture = Mixture(1).going_on([(source_of(dataset), 1.0)], step=0, sample=0, seq_len=T, global_batch=B)
-    data = TrainData(mixture, [dataset])
+    data = TrainingSet(mixture, [dataset])
     sampler = data.mixture.sampler(0)
     sampler.draw(0, 1)
     seconds = time.perf_counter() - begin

@@ -33,7 +33,7 @@ from megagpt.checkpoint.async_writer import Writer
 from megagpt.checkpoint.commit import committed, damage_of
 from megagpt.config.run_file import load_run_config
 from megagpt.distributed.process_group import init_process_group
-from megagpt.train.preflight import check
+from megagpt.train.preflight import prepare
 from megagpt.train.session import Session
 from megagpt.train.trainer import train_step
 
@@ -77,7 +77,7 @@ SOURCE, TARGET = torch.ones(2, 2**30, dtype=torch.uint8)  # untouched zeros woul
 def measure(options: list[str], rounds: int) -> dict[str, Any]:
     """Leaves one committed step behind."""
     run = load_run_config(DEBUG_RUN, options)
-    session = Session(check(run, fresh=False), init_process_group())
+    session = Session(prepare(run, fresh=False), init_process_group())
     batches, state, out_dir = session.batches(), session.plan.state, run.megagpt.out_dir
     writers = {beside: Writer(beside=beside) for beside in (False, True)}
     names = ("memcpy", "at_once", "stall", "until_committed", "verify", "step", "step_beside")

@@ -44,7 +44,7 @@ from throughput_table import SIZES, commit, hardware, summary, table
 from turns import Spec, run_of
 
 from megagpt.engine.precision import multiplies_bf16
-from megagpt.train.preflight import check
+from megagpt.train.preflight import prepare
 
 HERE = Path(__file__).parent
 DEFAULT_PEERS = {
@@ -173,7 +173,7 @@ def spec_of(name: str, args: argparse.Namespace, folder: Path) -> Spec:
 
 def write_rows(path: Path, spec: Spec, steps: int) -> None:
     """(steps, global batch, T + 1) of the samples that our sampler draws, for the peers."""
-    fill = check(run_of(spec), fresh=False).train_data.fill
+    fill = prepare(run_of(spec), fresh=False).train_data.fill
     rows = np.empty((spec.global_batch, spec.model["seq_len"] + 1), dtype=np.int64)
     out = np.empty((steps, *rows.shape), dtype=np.uint16)
     for step in range(steps):

@@ -18,13 +18,13 @@ from megagpt.checkpoint.commit import (
     committed,
     damage_of,
     newest_record,
-    point_to,
     step_folder,
+    update_latest_and_best,
     write_commit,
     write_manifest,
 )
 from megagpt.checkpoint.identity import Identity
-from megagpt.checkpoint.rotation import prune, superseded
+from megagpt.checkpoint.rotation import prune, steps_to_delete
 from megagpt.config.schema import KeepConfig
 from megagpt.data.mixture import Mixture
 from megagpt.errors import UserError
@@ -88,7 +88,7 @@ def run_dir(tmp_path):
 
 def test_each_rule_keeps_its_steps(run_dir):
     out_dir, last = run_dir
-    point_to(out_dir, *last)
+    update_latest_and_best(out_dir, *last)
     assert best(out_dir).name == "step_00000020"
     kept = {
         (2, 0, 1): [20, 60, 70],
@@ -97,7 +97,7 @@ def test_each_rule_keeps_its_steps(run_dir):
         (2, 0, 3): [20, 30, 40, 60, 70],
     }
     for (newest, every, n_best), steps in kept.items():
-        gone = superseded(out_dir, KeepConfig(last=newest, every=every, best=n_best))
+        gone = steps_to_delete(out_dir, KeepConfig(last=newest, every=every, best=n_best))
         assert [int(path.name[5:]) for path in committed(out_dir) if path not in gone] == steps
 
 
@@ -113,7 +113,7 @@ def test_rotation_after_each_commit_never_takes_the_newest_two_or_the_best(
 ):
     out_dir, keep = tmp_path_factory.mktemp("rotation"), KeepConfig(last=last, every=every, best=n_best)
     for step, loss in enumerate(losses, 1):
-        point_to(out_dir, *commit(out_dir, step, loss))
+        update_latest_and_best(out_dir, *commit(out_dir, step, loss))
         prune(out_dir, keep)
         stay = steps_of(out_dir)
         assert stay[-last:] == list(range(max(1, step - last + 1), step + 1))
@@ -134,13 +134,13 @@ def test_killed_at_any_point_of_a_rotation_nothing_is_wrong_and_the_next_one_end
         pid = os.fork()
         if pid == 0:
             _die_before_change(killed)
-            point_to(out_dir, *last)
+            update_latest_and_best(out_dir, *last)
             prune(out_dir, keep)
             os._exit(0)
         ended = os.waitpid(pid, 0)[1]
         assert not [d for path in committed(out_dir) if (d := damage_of(path, 0))]
         assert {20, 60, 70} <= set(steps_of(out_dir))
-        point_to(out_dir, *last)
+        update_latest_and_best(out_dir, *last)
         prune(out_dir, keep)
         assert steps_of(out_dir) == [20, 60, 70]
         assert sorted(path.name for path in (out_dir / "checkpoints").glob("step_*")) == [

@@ -13,7 +13,7 @@ from megagpt.checkpoint import async_writer, load, rotation, save
 from megagpt.checkpoint.commit import COMMIT, best, committed, write_manifest
 from megagpt.checkpoint.load import load_model
 from megagpt.checkpoint.run_samples import open_run
-from megagpt.data.training_set import TrainData
+from megagpt.data.training_set import TrainingSet
 from megagpt.engine.state_files import consolidated_weights
 from megagpt.errors import UserError
 from megagpt.train.trainer import train
@@ -104,14 +104,14 @@ def test_a_step_that_rotted_does_not_count_among_the_two_that_stay(run_to, tmp_p
     run_to("run", 6, "megagpt.keep.last=3")
     step_2, step_4, step_6 = committed(tmp_path / "run")
     only_last = ["megagpt.every.save=0", "megagpt.every.eval=0", "megagpt.early_stopping.restore_best=false"]
-    original = rotation.superseded
+    original = rotation.steps_to_delete
 
     def rot(step_dir):
         """After the resume has verified it, before the next rotation."""
         (step_dir / "rng.0.json").write_text("{}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rotation, "superseded", lambda *args: rot(step_6) or original(*args))
+        patch.setattr(rotation, "steps_to_delete", lambda *args: rot(step_6) or original(*args))
         run_to("run", 8, *only_last)
     assert f"checkpoint put aside: {step_6 / 'rng.0.json'} is damaged" in capsys.readouterr().out
     assert committed(tmp_path / "run")[-2] == step_4
@@ -272,13 +272,13 @@ def other(dataset, tmp_path):
 def rows_seen(monkeypatch):
     """Sample -> its row, as training last read it."""
     rows = {}
-    fill = TrainData.fill
+    fill = TrainingSet.fill
 
     def noting(self, first, into):
         fill(self, first, into)
         rows.update({first + i: row.tolist() for i, row in enumerate(into)})
 
-    monkeypatch.setattr(TrainData, "fill", noting)
+    monkeypatch.setattr(TrainingSet, "fill", noting)
     return rows
 
 

@@ -16,12 +16,12 @@ from megagpt.checkpoint.commit import (
     committed,
     damage_of,
     newest_record,
-    point_to,
     step_folder,
+    update_latest_and_best,
     write_commit,
     write_manifest,
 )
-from megagpt.checkpoint.rotation import prune, put_aside
+from megagpt.checkpoint.rotation import prune, quarantine_steps
 from megagpt.config.schema import EarlyStoppingConfig, KeepConfig
 from megagpt.data.mixture import Mixture, Source
 from megagpt.train.early_stopping import EarlyStopping, after_evaluation
@@ -73,7 +73,7 @@ class Run(RuleBasedStateMachine):
         if dies != "before COMMIT":
             write_commit(step_dir, self.state, self.mixture, {"world_size": 1}, [manifest])
             self.saved[self.state.step] = (self.state, self.mixture, [*self.drawn], [*self.evaluations])
-            point_to(self.out_dir, step_dir, self.state)
+            update_latest_and_best(self.out_dir, step_dir, self.state)
         if dies == "no":
             prune(self.out_dir, self.keep)
         else:
@@ -98,7 +98,7 @@ class Run(RuleBasedStateMachine):
         newest = committed(self.out_dir)[-1]
         (newest / "model.pt").write_text("[]")
         assert damage_of(newest, 0) is not None
-        put_aside([newest])
+        quarantine_steps([newest])
         self.go_on()
 
     @invariant()

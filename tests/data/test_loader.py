@@ -12,7 +12,7 @@ from megagpt.data.dataset import open_dataset
 from megagpt.data.loader import ValBlocks, open_data, prefetched, rank_samples
 from megagpt.data.loss_mask import IGNORE, marked, split
 from megagpt.data.mixture import Mixture
-from megagpt.data.training_set import DRAW, TrainData, source_of
+from megagpt.data.training_set import DRAW, TrainingSet, source_of
 from megagpt.errors import UserError
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ SEQ_LEN = 32
 def train_data(dataset):
     opened = open_dataset(dataset)
     mixture = Mixture(1234).going_on([(source_of(opened), 1.0)], step=0, sample=0, seq_len=SEQ_LEN, global_batch=8)
-    return TrainData(mixture, [opened])
+    return TrainingSet(mixture, [opened])
 
 
 def global_batch(data, plan: BatchPlan, step: int) -> list[tuple[int, ...]]:
@@ -72,7 +72,7 @@ def test_epochs_read_the_variants_in_turn(tmp_path):
     write_dataset(tmp_path / "data", variants[0], resampled=variants[1:])
     opened = open_dataset(tmp_path / "data")
     mixture = Mixture(1).going_on([(source_of(opened), 1.0)], step=0, sample=0, seq_len=8, global_batch=1)
-    data, first = TrainData(mixture, [opened]), 0
+    data, first = TrainingSet(mixture, [opened]), 0
     for epoch in range(6):
         flat = np.concatenate(variants[epoch % 3])
         rows = np.empty(((len(flat) - 1) // 8 - 1, 9), dtype=np.int64)  # all windows of the epoch
@@ -93,7 +93,7 @@ def test_a_sample_of_several_stretches_is_their_tokens_one_after_the_other(tmp_p
     wanted = [(source_of(opened), 1.0)]
     mixture = Mixture(1).going_on(wanted, step=0, sample=0, seq_len=10, global_batch=1)
     mixture = mixture.going_on(wanted, step=3, sample=3, seq_len=16, global_batch=1)
-    data, rows = TrainData(mixture, [opened]), np.empty((20, 17), dtype=np.int64)
+    data, rows = TrainingSet(mixture, [opened]), np.empty((20, 17), dtype=np.int64)
     data.fill(3, rows)
     for i, row in enumerate(rows):
         pieces = data.pieces(3 + i)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt.data.mixture import Mixture, Source
-from megagpt.data.sampler import PERIOD, Place
+from megagpt.data.sampler import PERIOD, DatasetPosition
 from megagpt.errors import UserError
 
 A, B, C = (Source(f"data/{name}", name * 64, n) for name, n in (("a", (300,)), ("b", (140, 200)), ("c", (121,))))
@@ -98,7 +98,7 @@ def test_a_dataset_that_was_left_out_goes_on_where_it_was():
     stopped = mixture.places(80)[1]
     assert stopped.offset > 0
     assert mixture.places(10_000)[1] == stopped
-    assert mixture.places(80)[2] == Place()  # a new one begins at its beginning
+    assert mixture.places(80)[2] == DatasetPosition()  # a new one begins at its beginning
     mixture = mixture.going_on([(B, 1.0)], step=20, sample=160, seq_len=10, global_batch=8)
     assert mixture.segments[-1].shares == (0, PERIOD, 0)
     assert mixture.places(160)[1] == stopped

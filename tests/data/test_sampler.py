@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt.data.permutation import permute
-from megagpt.data.sampler import PERIOD, Place, Sampler, Segment, Stretches, shares_of
+from megagpt.data.sampler import PERIOD, DatasetPosition, Sampler, SampleSpans, Segment, shares_of
 
 keys = st.integers(0, 2**63)
 
 
 def first_segment(weights: Sequence[float], seq_len: int) -> Segment:
-    return Segment(0, seq_len, shares_of(weights), (Place(),) * len(weights))
+    return Segment(0, seq_len, shares_of(weights), (DatasetPosition(),) * len(weights))
 
 
 @given(st.integers(1, 3000), keys)
@@ -70,7 +70,7 @@ def test_a_window_never_leaves_the_data(n_tokens, seq_len, first, seed):
     assert windows.start.max() + seq_len + 1 <= n_tokens
 
 
-def rows(drawn: Stretches) -> list[list[tuple[int, ...]]]:
+def rows(drawn: SampleSpans) -> list[list[tuple[int, ...]]]:
     """For each sample its stretches."""
     columns = [column.tolist() for column in (drawn.dataset, drawn.epoch, drawn.start, drawn.length)]
     stretches = list(zip(*columns, strict=True))
@@ -87,8 +87,8 @@ def segments(draw, n_datasets=2, first_sample=0):
     places = []
     for _ in range(n_datasets):
         epoch, seq_len = draw(st.integers(0, 5)), draw(st.integers(1, 60))
-        place = Place(epoch, draw(st.integers(1, seq_len)), seq_len, draw(st.integers(0, seq_len - 1)))
-        places.append(draw(st.sampled_from([Place(epoch), place])))
+        place = DatasetPosition(epoch, draw(st.integers(1, seq_len)), seq_len, draw(st.integers(0, seq_len - 1)))
+        places.append(draw(st.sampled_from([DatasetPosition(epoch), place])))
     share = draw(st.integers(1, PERIOD - 1))
     return Segment(first_sample, draw(st.integers(1, 60)), (share, PERIOD - share), tuple(places))
 
@@ -139,7 +139,7 @@ def test_samples_of_another_length_are_cut_from_the_rest_of_the_epoch_by_hand():
     That has 2 windows of 4: 1 input, the other window whole, and then the 3 left of the first.
     """
     old = plain([16], seq_len=5).draw(0, 2).start.tolist()
-    sampler = Sampler(((16,),), Segment(10, 4, (PERIOD,), (Place(0, 3, 5, 0),)), 1)
+    sampler = Sampler(((16,),), Segment(10, 4, (PERIOD,), (DatasetPosition(0, 3, 5, 0),)), 1)
     new = plain([16], seq_len=4).draw(2, 3).start.tolist()
     assert rows(sampler.draw(10, 4)) == [
         [(0, 0, old[0] + 3, 2), (0, 0, old[1], 2)],
@@ -147,9 +147,9 @@ def test_samples_of_another_length_are_cut_from_the_rest_of_the_epoch_by_hand():
         [(0, 1, new[1], 4)],
         [(0, 1, new[0] + 1, 3), (0, 2, new[2], 1)],
     ]
-    assert sampler.places(12) == (Place(1, 1, 4, 1),)
-    assert sampler.places(13) == (Place(1, 5, 4, 1),)
-    assert sampler.places(14) == (Place(2, 1, 4, 1),)
+    assert sampler.places(12) == (DatasetPosition(1, 1, 4, 1),)
+    assert sampler.places(13) == (DatasetPosition(1, 5, 4, 1),)
+    assert sampler.places(14) == (DatasetPosition(2, 1, 4, 1),)
     assert sampler.epochs(12) == [1 + 1 / 8]
 
 

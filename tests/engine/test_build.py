@@ -18,10 +18,10 @@ from megagpt.engine.activation_checkpointing import recompute_hook
 from megagpt.engine.build import build_engine
 from megagpt.engine.deepspeed_config import effective_config
 from megagpt.errors import UserError
-from megagpt.guards.step_window import Recent
+from megagpt.guards.step_window import StepWindow
 from megagpt.model.loss import next_token_loss, next_token_score
 from megagpt.model.recompute import on_the_host
-from megagpt.train.preflight import check
+from megagpt.train.preflight import prepare
 from megagpt.train.session import Session
 from megagpt.train.trainer import train_step
 from megagpt.train_state import TrainState
@@ -273,7 +273,7 @@ def test_a_steady_step_reads_nothing_back_but_what_deepspeed_reads_once(dataset,
         sizes = [f"train_batch_size={4 * accumulation}", f"bf16.enabled={json.dumps(dtype == 'bf16')}"]
         sizes += ['megagpt.guards.spikes={"action": "skip", "window": 8}']  # the guard that does most in a step
         run = debug_run(dataset, tmp_path / str(accumulation), f"zero_optimization.stage={stage}", *sizes)
-        session = Session(check(run, fresh=False), device)
+        session = Session(prepare(run, fresh=False), device)
         batches = session.batches()
         for _ in range(3):  # stage 3 learns the order of modules, and compares it over ranks, in the first ones
             train_step(session, batches)
@@ -294,7 +294,7 @@ def test_a_steady_step_reads_nothing_back_but_what_deepspeed_reads_once(dataset,
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_on_a_gpu_a_steady_step_waits_for_it_in_deepspeed_alone(dataset, device, tmp_path, stage):
     sizes = ["train_batch_size=8", "bf16.enabled=true", f"zero_optimization.stage={stage}"]
-    session = Session(check(debug_run(dataset, tmp_path / "run", *sizes), fresh=False), device)
+    session = Session(prepare(debug_run(dataset, tmp_path / "run", *sizes), fresh=False), device)
     batches = session.batches()
     for _ in range(3):
         train_step(session, batches)
@@ -310,8 +310,8 @@ def test_on_a_gpu_a_steady_step_waits_for_it_in_deepspeed_alone(dataset, device,
 
 
 def test_the_garbage_collector_leaves_alone_what_lives_as_long_as_the_run(dataset, device, tmp_path):
-    session = Session(check(debug_run(dataset, tmp_path / "run"), fresh=False), device)
-    state, recent = TrainState(), Recent()
+    session = Session(prepare(debug_run(dataset, tmp_path / "run"), fresh=False), device)
+    state, recent = TrainState(), StepWindow()
     recent.add(*train_step(session, session.batches()))
     before = gc.get_freeze_count()
     session.log(state.after_step(8, 64), recent)

@@ -20,12 +20,12 @@ from megagpt.checkpoint import load
 from megagpt.checkpoint.commit import committed
 from megagpt.checkpoint.rng import rng_state, seed_all, seed_from
 from megagpt.checkpoint.run_samples import open_run
-from megagpt.engine.reshard import Part, Stretch, _copies
+from megagpt.engine.reshard import FlatTensor, ParamSlice, _copies
 from megagpt.engine.state_files import consolidated_weights
 from megagpt.errors import UserError
 from megagpt.guards.memory_growth import memory_mib
 from megagpt.train import session
-from megagpt.train.preflight import check
+from megagpt.train.preflight import prepare
 from megagpt.train.session import Session
 from megagpt.train.trainer import train
 
@@ -96,7 +96,7 @@ def test_sharing_out_holds_no_second_copy_of_the_state(dataset, device, tmp_path
     """Old files are mapped, and what is read of them goes where it stays: 16 MiB of 150 are allowed beside."""
     size = ['megagpt.model={"n_layer": 4, "n_head": 4, "n_embd": 512, "seq_len": 32}', "megagpt.data.val_tokens=32"]
     train(debug_run(dataset, tmp_path / "run", *options(before, *size)), device, stop_at=1)
-    plan = check(debug_run(dataset, tmp_path / "run", *options(after, *size)), fresh=False)
+    plan = prepare(debug_run(dataset, tmp_path / "run", *options(after, *size)), fresh=False)
     held, done, original = [], Event(), load.load_reshaped
 
     def sample() -> None:
@@ -159,7 +159,7 @@ def test_killed_in_the_middle_nothing_is_half_done_and_the_next_start_does_it(sa
         cwd=ROOT,
         env=environment(),
         capture_output=True,
-        check=False,
+        prepare=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert {path: path.read_bytes() for path in (saved / "checkpoints").rglob("*") if path.is_file()} == before
@@ -234,16 +234,16 @@ def test_a_step_that_lacks_a_part_of_a_parameter_is_refused(saved, dataset):
             opened(dataset, saved, *options(3))
 
 
-def part_of(cuts: list[tuple[str, int, int]], values: dict[str, torch.Tensor] | None) -> Part:
+def part_of(cuts: list[tuple[str, int, int]], values: dict[str, torch.Tensor] | None) -> FlatTensor:
     """A part that holds these cuts (name, start, numel) one after another, of the values or of none yet."""
     stretches, offset = [], 0
     for name, start, numel in cuts:
-        stretches.append(Stretch(name, start, numel, offset))
+        stretches.append(ParamSlice(name, start, numel, offset))
         offset += numel + 1  # padding
     flat = torch.full((offset,), -1.0)
     for s in stretches if values else []:
         flat[s.offset : s.offset + s.numel] = values[s.name][s.start : s.start + s.numel]
-    return Part((flat, flat + 1000, flat + 2000) if values else (flat, flat.clone(), flat.clone()), stretches)
+    return FlatTensor((flat, flat + 1000, flat + 2000) if values else (flat, flat.clone(), flat.clone()), stretches)
 
 
 SIZE = 12

@@ -11,7 +11,7 @@ from support import PROGRAMS, SHARING, debug_run, metric, torchrun
 from torch import Tensor
 
 from megagpt.checkpoint.commit import committed
-from megagpt.data.loader import stretch
+from megagpt.data.loader import rank_slice
 from megagpt.engine.state_files import consolidated_weights
 from megagpt.model.attention import ATTENTION, over_ranks
 from megagpt.model.gpt import apart
@@ -94,7 +94,7 @@ def test_attention_over_ranks_is_attention_over_all_positions(P, heads_each, T, 
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, B, P * heads_each, P * T, 4, generator=generator, dtype=torch.float64)
     mask = apart(torch.randint(0, 2, (B, P * T), generator=generator))[1] if masked else None
-    parts = [[x[:, :, stretch(P * T, rank, P)] for x in (q, k, v)] for rank in range(P)]
+    parts = [[x[:, :, rank_slice(P * T, rank, P)] for x in (q, k, v)] for rank in range(P)]
 
     def run(rank: int, received: list[Tensor]) -> list[Tensor]:
         """What this rank sends, up to the first exchange that it has no answer to yet; then what it returns."""

@@ -18,7 +18,7 @@ from support import DEBUG_RUN, metric, overrides
 from torch import Tensor
 
 from megagpt.atomic_files import sha256_of
-from megagpt.checkpoint.commit import committed, point_to, read_commit, step_folder
+from megagpt.checkpoint.commit import committed, read_commit, step_folder, update_latest_and_best
 from megagpt.cli.pretrain import pretrain
 from megagpt.cli.verify_resume import same
 
@@ -70,7 +70,7 @@ class Megagpt:
             if int(step_dir.name[5:]) > step:
                 shutil.rmtree(step_dir)
         newest = step_folder(out_dir, step)
-        point_to(out_dir, newest, read_commit(newest).state)
+        update_latest_and_best(out_dir, newest, read_commit(newest).state)
 
     def newest(self, out_dir: Path, stage: int) -> int:
         """The newest committed step; 0 if there is none."""

@@ -19,7 +19,7 @@ from megagpt.data.provenance import origins
 from megagpt.errors import UserError
 from megagpt.guards.memory_growth import WINDOW, MemoryWatch
 from megagpt.guards.spikes import after_steps, check_skipping, extended, is_spike
-from megagpt.guards.step_window import Steps
+from megagpt.guards.step_window import StepMetrics
 from megagpt.train_state import Health, TrainState
 
 
@@ -176,7 +176,7 @@ def test_memory_that_grows_on_one_rank_is_said_once(found):
 def numbers(losses, norms, last):
     losses, norms = (torch.tensor(values, dtype=torch.float64) for values in (losses, norms))
     skipped = torch.zeros(len(losses), dtype=torch.bool)
-    return Steps(last, losses.unsqueeze(0), torch.ones_like(losses), norms, skipped, scaled=False)
+    return StepMetrics(last, losses.unsqueeze(0), torch.ones_like(losses), norms, skipped, scaled=False)
 
 
 CFG = GuardsConfig(spikes=SpikesConfig(window=8, sigma=2.0), max_bad_steps=2)

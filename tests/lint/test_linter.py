@@ -11,7 +11,7 @@ from megagpt.config.run_file import parse_run
 from megagpt.engine.deepspeed_config import ConfigReader
 from megagpt.errors import UserError
 from megagpt.lint.deepspeed_keys import known_to
-from megagpt.lint.linter import lint_file, refuse
+from megagpt.lint.linter import lint_file, lint_or_raise
 
 SOUND: dict[str, Any] = {
     **GOOD,
@@ -230,7 +230,7 @@ def test_the_command_prints_findings_and_the_effective_configuration(sound, caps
 
 def test_training_is_told_the_warnings_and_refuses_all_errors():
     run = parse_run(SOUND, ["vocabulary_size=50257"])
-    (warning,) = refuse(run)
+    (warning,) = lint_or_raise(run)
     assert warning.startswith("warning: vocabulary_size=50257 has no effect: the vocabulary is the tokenizer's")
     with pytest.raises(UserError, match=r"unknown key 'bf16\.on'.*; unknown key 'zero_optimization\.stag'"):
-        refuse(parse_run(SOUND, ["zero_optimization.stag=2", "bf16.on=true"]))
+        lint_or_raise(parse_run(SOUND, ["zero_optimization.stag=2", "bf16.on=true"]))

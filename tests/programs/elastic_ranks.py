@@ -17,7 +17,7 @@ from megagpt.data.loader import Batch
 from megagpt.distributed.collectives import gather_objects
 from megagpt.distributed.process_group import init_process_group, leave, rank
 from megagpt.engine.build import Engine
-from megagpt.train.preflight import check
+from megagpt.train.preflight import prepare
 from megagpt.train.session import Session
 from megagpt.train.trainer import train
 
@@ -60,7 +60,7 @@ def rows_taken() -> Iterator[list[Tensor]]:
 
 def opened(dataset: Path, out_dir: Path, *overrides: str) -> Engine:
     """An engine as a resumed run has it before its first step."""
-    plan = check(debug_run(dataset, out_dir, *overrides), fresh=False)
+    plan = prepare(debug_run(dataset, out_dir, *overrides), fresh=False)
     assert plan.saved is not None
     return Session(plan, DEVICE).engine
 

@@ -51,7 +51,7 @@ class Faulty:
     def __init__(self, factors: dict[int, float] | None = None, act: Callable[[int, Any], None] | None = None) -> None:
         self.factors, self.act = factors or {}, act or (lambda step, module: None)
         self.steps, self.micro_batches, self.said, self.weights, self.loaded = 0, 0, [], [], []
-        self.originals = trainer.train_step, trainer.next_token_score, session.say, session.resume
+        self.originals = trainer.train_step, trainer.next_token_score, session.print_rank0, session.resume
 
     def __enter__(self) -> "Faulty":
         train_step, next_token_score, _, resume = self.originals
@@ -75,12 +75,12 @@ class Faulty:
             resume(engine, *args)
             self.loaded.append(digest(engine))
 
-        trainer.train_step, trainer.next_token_score, session.say = step, score, self.said.append
+        trainer.train_step, trainer.next_token_score, session.print_rank0 = step, score, self.said.append
         session.resume = load
         return self
 
     def __exit__(self, *_: object) -> None:
-        trainer.train_step, trainer.next_token_score, session.say, session.resume = self.originals
+        trainer.train_step, trainer.next_token_score, session.print_rank0, session.resume = self.originals
 
     def train(self, dataset: Path, out_dir: Path, *more: str, stop_at: int | None = None) -> dict[str, Any]:
         state, message = None, ""

@@ -24,7 +24,7 @@ from megagpt.checkpoint import save
 from megagpt.checkpoint.commit import best, committed
 from megagpt.checkpoint.load import load_model
 from megagpt.data.loader import open_data
-from megagpt.data.training_set import TrainData
+from megagpt.data.training_set import TrainingSet
 from megagpt.distributed.collectives import StopVote
 from megagpt.distributed.process_group import init_process_group, rank
 from megagpt.engine.build import Engine
@@ -168,7 +168,7 @@ def a_signal_during_a_save(dataset: Path, folder: Path) -> dict[str, Any]:
 
 def a_mistake_that_one_rank_alone_sees(dataset: Path, folder: Path) -> str:
     try:
-        session.together(lambda: (_ for _ in ()).throw(UserError("no such file")) if rank() == 1 else None)
+        session.on_every_rank(lambda: (_ for _ in ()).throw(UserError("no such file")) if rank() == 1 else None)
     except UserError as error:
         return str(error)
     return "nothing raised"
@@ -218,18 +218,18 @@ def sharing_positions(dataset: Path, folder: Path) -> dict[str, Any]:
 def a_rank_late_with_its_data(dataset: Path, folder: Path) -> str:
     """What is said until rank 1, which reads its data slowly, is named; windows of a second, to be named sooner."""
     options = ["megagpt.schedule.max_steps=1000", 'megagpt.every={"log": 5, "eval": 0, "save": 0}']
-    fill, seconds = TrainData.fill, pace.WINDOW_SECONDS
+    fill, seconds = TrainingSet.fill, pace.WINDOW_SECONDS
 
     def slow_fill(*args: Any) -> None:
         time.sleep(0.1 if rank() == 1 else 0.0)
         fill(*args)
 
-    TrainData.fill, pace.WINDOW_SECONDS = slow_fill, 1.0
+    TrainingSet.fill, pace.WINDOW_SECONDS = slow_fill, 1.0
     try:
         with redirect_stdout(UntilNamed()) as said:
             train(dataset, folder, *options)
     finally:
-        TrainData.fill, pace.WINDOW_SECONDS = fill, seconds
+        TrainingSet.fill, pace.WINDOW_SECONDS = fill, seconds
     return said.getvalue()
 
 
