@@ -40,7 +40,7 @@ def clip_before_step(optimizer: Optimizer, max_norm: float) -> None:
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, device: torch.device) -> Optimizer:
-    """Adam with torch's fused kernel, which guards.UpdateGate can close; DeepSpeed's CPUAdam for offload beside a GPU."""
+    """Adam with torch's fused kernel, which UpdateGate can close; DeepSpeed's CPUAdam for offload from a GPU."""
     p = ds.optimizer.params
     decoupled = ds.optimizer.type == "AdamW" or p.adam_w_mode
     adam: dict[str, Any] = {"lr": p.lr, "betas": p.betas, "eps": p.eps}

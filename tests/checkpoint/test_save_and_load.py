@@ -104,14 +104,14 @@ def test_a_step_that_rotted_does_not_count_among_the_two_that_stay(run_to, tmp_p
     run_to("run", 6, "megagpt.keep.last=3")
     step_2, step_4, step_6 = committed(tmp_path / "run")
     only_last = ["megagpt.every.save=0", "megagpt.every.eval=0", "megagpt.early_stopping.restore_best=false"]
-    original = rotation.steps_to_delete
+    original = rotation.damaged_of_newest
 
     def rot(step_dir):
         """After the resume has verified it, before the next rotation."""
         (step_dir / "rng.0.json").write_text("{}")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rotation, "steps_to_delete", lambda *args: rot(step_6) or original(*args))
+        patch.setattr(rotation, "damaged_of_newest", lambda *args: rot(step_6) or original(*args))
         run_to("run", 8, *only_last)
     assert f"checkpoint put aside: {step_6 / 'rng.0.json'} is damaged" in capsys.readouterr().out
     assert committed(tmp_path / "run")[-2] == step_4

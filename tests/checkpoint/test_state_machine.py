@@ -21,6 +21,7 @@ from megagpt.checkpoint.commit import (
     write_commit,
     write_manifest,
 )
+from megagpt.checkpoint.identity import Identity
 from megagpt.checkpoint.rotation import prune, quarantine_steps
 from megagpt.config.schema import EarlyStoppingConfig, KeepConfig
 from megagpt.data.mixture import Mixture, Source
@@ -29,6 +30,8 @@ from megagpt.train_state import TrainState
 
 STOPPING = EarlyStoppingConfig(patience=3, min_delta=0.5)
 SOURCES = [(Source("a", "fa", (4000, 4100)), 3.0), (Source("b", "fb", (2500,)), 1.0)]
+
+IDENTITY = Identity(1, 1, "none", "fp32", {}, 128, "0" * 64, {}, "matrices")
 
 
 class Run(RuleBasedStateMachine):
@@ -71,7 +74,7 @@ class Run(RuleBasedStateMachine):
         (step_dir / "model.pt").write_text(json.dumps(self.drawn))
         manifest = write_manifest(step_dir, 0)
         if dies != "before COMMIT":
-            write_commit(step_dir, self.state, self.mixture, {"world_size": 1}, [manifest])
+            write_commit(step_dir, self.state, self.mixture, IDENTITY, [manifest])
             self.saved[self.state.step] = (self.state, self.mixture, [*self.drawn], [*self.evaluations])
             update_latest_and_best(self.out_dir, step_dir, self.state)
         if dies == "no":
