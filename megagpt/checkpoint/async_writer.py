@@ -1,6 +1,6 @@
-"""Writing a step's files beside training: what they hold is copied in host memory, and a thread does the rest.
+"""Asynchronous saving: the state is copied to host memory, and a thread writes the copy while training continues.
 
-While the thread writes, training goes on and changes the originals. So nothing of them may be left in what it is given.
+Training changes the originals while the thread writes, so the copy must not share any memory with them.
 """
 
 import io
@@ -16,32 +16,32 @@ import torch.distributed as dist
 from torch import UntypedStorage
 from torch.storage import TypedStorage
 
-from megagpt.atomic_files import write_atomically
-from megagpt.checkpoint.commit import disk_errors
 from megagpt.distributed.process_group import TIMEOUT, Group, print_rank0, world_size
 from megagpt.errors import UserError, raised_on_every_rank
 
 
 class Writer:
-    """Runs one task at a time: in a thread of its own if `beside` training, else at once.
+    """Runs one task at a time: in a thread of its own if `asynchronous`, else at once.
 
-    `group` is for the tasks' collectives, so that they do not meet those of training; None: the usual one. Making a
-    Writer is collective. Inside `with`, which waits for what is in flight: ranks that leave their group before would
-    leave the others without their files.
+    `group` is for the collectives of asynchronous tasks, which must not mix with those of training; None is the default
+    group. Making a Writer is collective. Use it in a `with` block, whose end waits for the task in flight: a rank that
+    left its group earlier would leave the other ranks without its files.
     """
 
-    def __init__(self, *, beside: bool) -> None:
-        self._beside = beside
+    def __init__(self, *, asynchronous: bool) -> None:
+        self._asynchronous = asynchronous
         self._copies = HostCopies()
-        self._thread = ThreadPoolExecutor(1, "writer")  # which the interpreter waits for before it exits
+        self._thread = ThreadPoolExecutor(1, "writer")  # the interpreter waits for it before it exits
         self._in_flight: Future[None] | None = None
-        self.seconds = 0.0  # that the last task beside training took
-        self.group: Group = dist.new_group(backend="gloo", timeout=TIMEOUT) if beside and world_size() > 1 else None
+        self.seconds = 0.0  # that the last asynchronous task took
+        self.group: Group = (
+            dist.new_group(backend="gloo", timeout=TIMEOUT) if asynchronous and world_size() > 1 else None
+        )
 
     def start(self, files: dict[Path, Any], task: Callable[[dict[Path, Any]], None]) -> None:
-        """Hand `files` (path -> content) to `task`; what they hold may change as soon as this returns."""
+        """Hand a copy of `files` (path -> content) to `task`; the originals may change as soon as this returns."""
         self.wait()
-        if not self._beside:
+        if not self._asynchronous:
             task(files)
             return
         self._in_flight = self._thread.submit(self._timed, task, self._copies.of(files))
@@ -50,7 +50,7 @@ class Writer:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not raised_on_every_rank(error):  # else the others may never write theirs
+        if not raised_on_every_rank(error):  # the others may never reach their part of the task
             return
         try:
             self.wait()
@@ -66,26 +66,26 @@ class Writer:
 
     @property
     def failed(self) -> bool:
-        """Whether what is in flight has come to a bad end, which `wait` raises."""
+        """Whether the task in flight has failed; `wait` raises its error."""
         return self._in_flight is not None and self._in_flight.done() and self._in_flight.exception() is not None
 
     def wait(self) -> None:
-        """Until nothing is in flight; raises what the task raised."""
+        """Wait for the task in flight; raises what it raised."""
         in_flight, self._in_flight = self._in_flight, None
         if in_flight is not None:
             in_flight.result()
 
 
 class HostCopies:
-    """Copies of nested state in host memory, which the next copy takes again: equal states have equal sizes."""
+    """Copies of a nested state in host memory, pinned if it comes from a GPU; the next copy reuses the buffers."""
 
     def __init__(self) -> None:
         self._memory: list[UntypedStorage] = []
 
     def of(self, state: Any) -> Any:
-        """Everything that torch.save would save, with tensors that share storages sharing them again.
+        """Copy everything that torch.save would save; tensors that share a storage share one in the copy too.
 
-        The copy before it is overwritten.
+        The previous copy is overwritten.
         """
         pickled = io.BytesIO()
         pickler = _AllButStorages(pickled)
@@ -107,7 +107,7 @@ def _host_memory(n_bytes: int, *, pinned: bool) -> UntypedStorage:
 
 
 class _AllButStorages(pickle.Pickler):
-    """Leaves the contents of tensors out, as torch.save does, and lists where they are."""
+    """Leaves the contents of tensors out, as torch.save does, and lists their storages."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
@@ -125,7 +125,7 @@ class _AllButStorages(pickle.Pickler):
 
 
 class _WithStorages(pickle.Unpickler):
-    """Reads what _AllButStorages wrote a moment ago in this process, and nothing else."""
+    """Reads what _AllButStorages wrote a moment ago in this process; it is never given anything else."""
 
     def __init__(self, file: io.BytesIO, storages: list[UntypedStorage]) -> None:
         super().__init__(file)
@@ -134,24 +134,3 @@ class _WithStorages(pickle.Unpickler):
     def persistent_load(self, item: tuple[int, torch.dtype]) -> TypedStorage:
         number, dtype = item
         return TypedStorage(wrap_storage=self._storages[number], dtype=dtype, _internal=True)
-
-
-def write_files(step_dir: Path, files: dict[Path, Any]) -> None:
-    """Bytes as they are, all else as torch.save does. Raises UserError if the disk cannot take them."""
-    with disk_errors(step_dir):
-        for path, content in files.items():
-            if isinstance(content, bytes):
-                write_atomically(path, content)
-            else:
-                write_state(path, content)
-
-
-def write_state(path: Path, state: Any) -> None:
-    """As torch.save, but an error of the disk is the OSError that it was."""
-    with path.open("wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch ends the file even so, which fails again, and hides the first error
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise

@@ -1,12 +1,12 @@
-"""Committed steps on disk: which there are, whether they are whole, which of them stay.
+"""Committed steps on disk: which there are, and whether they are undamaged.
 
     checkpoints/step_00001000/    DeepSpeed's files, rng.<rank>.json, run.json, tokenizer.model
                                   manifest.<rank>.json: size and sha256 of the files of one rank
                                   COMMIT: written last; without it the folder is not a checkpoint
-    checkpoints/latest, best      hints for people and tools, replaced atomically
-    committed                     the newest commit's name, beside that folder: losing it does not look like a new run
+    checkpoints/latest, best      pointers for people and tools, replaced atomically
+    committed                     the newest commit's name, outside that folder: a lost folder is no new run
 
-Nothing here talks to other ranks: save.py does.
+Nothing here communicates with other ranks: save.py and verification.py do.
 """
 
 import hashlib
@@ -30,37 +30,39 @@ VERSION = 2
 
 @dataclass(frozen=True)
 class Saved:
-    """One committed step, verified: where it lies, and what its commit record says."""
+    """A committed, verified step: its folder, and the contents of its commit record."""
 
     step_dir: Path
     state: TrainState
     mixture: Mixture
     identity: Identity
-    passed_over: tuple[Path, ...] = ()  # newer steps that are damaged
+    passed_over: tuple[Path, ...] = ()  # newer, damaged steps
 
 
 def folder(out_dir: Path) -> Path:
+    """The folder of a run's steps."""
     return out_dir / "checkpoints"
 
 
 def step_folder(out_dir: Path, step: int) -> Path:
+    """The folder of one step, whether it exists or not."""
     return folder(out_dir) / f"step_{step:08d}"
 
 
 def best(out_dir: Path) -> Path | None:
-    """The committed step that the `best` hint names."""
+    """Return the committed step that the `best` pointer names."""
     hint = folder(out_dir) / "best"
     name = hint.read_bytes().strip() if hint.is_file() else b""
     return next((step_dir for step_dir in committed(out_dir) if step_dir.name.encode() == name), None)
 
 
 def committed(out_dir: Path) -> list[Path]:
-    """Committed steps, oldest first."""
+    """Return the committed steps, oldest first."""
     return sorted(path.parent for path in folder(out_dir).glob(f"step_*/{COMMIT}"))
 
 
 def commit_on_record(out_dir: Path) -> str | None:
-    """The name of a step that was committed here once, whether it is still there or not."""
+    """Return the name of a step that was committed here once, whether it still exists or not."""
     for record in (out_dir / "committed", folder(out_dir) / "latest"):
         if record.is_file():
             return record.read_text(errors="replace").strip() or record.name
@@ -68,12 +70,12 @@ def commit_on_record(out_dir: Path) -> str | None:
 
 
 def read_commit(step_dir: Path) -> Saved:
-    """Raises UserError if another version of megagpt wrote it, or somebody who gave it a hash of its own."""
+    """Read a step's COMMIT. Raises UserError for another format version or foreign contents."""
     record = json.loads((step_dir / COMMIT).read_bytes())
     if (version := record.get("version")) != VERSION:
         raise UserError(
-            f"{step_dir} was saved in format {version}, and this megagpt reads format {VERSION}; go on with "
-            "the megagpt that saved it, or give another megagpt.out_dir for a new run"
+            f"checkpoint {step_dir} has format {version}, and this megagpt reads format {VERSION}; resume with the "
+            "megagpt that saved it, or give another megagpt.out_dir for a new run"
         )
     try:
         state, mixture = TrainState.from_json(record["state"]), Mixture.from_json(record["mixture"])
@@ -81,25 +83,25 @@ def read_commit(step_dir: Path) -> Saved:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{step_dir / COMMIT} is not as megagpt writes it ({error!r}); "
-            f"delete {step_dir} to go on from the step before"
+            f"delete {step_dir} to resume from the step before"
         ) from error
 
 
 def newest_record(out_dir: Path) -> Saved | None:
-    """What the newest step's commit record says, if it is whole; the step's other files are not looked at."""
+    """Return the newest step whose commit record is undamaged; its other files are not checked."""
     whole = (path for path in reversed(committed(out_dir)) if _record_of(path) is not None)
     step_dir = next(whole, None)
     return None if step_dir is None else read_commit(step_dir)
 
 
 def write_manifest(step_dir: Path, rank: int) -> str:
-    """Make this rank's files durable and list them; returns the sha256 of the list."""
+    """Sync this rank's files to disk and list their sizes and hashes; returns the sha256 of the list."""
     listed = {}
     manifest = step_dir / f"manifest.{rank}.json"
     with disk_errors(step_dir):
         for path in sorted(step_dir.iterdir()):
             if path.name.startswith("manifest.") or _owner(path.name) != rank:
-                continue  # another rank writes its own manifest at this moment
+                continue  # another rank may be writing its own manifest right now
             fsync(path)
             listed[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         write_atomically(manifest, json.dumps(listed, indent=1).encode())
@@ -107,7 +109,7 @@ def write_manifest(step_dir: Path, rank: int) -> str:
 
 
 def _owner(name: str) -> int:
-    """The rank that wrote a file: DeepSpeed puts it into the names of shards, and all else is rank 0's."""
+    """The rank that wrote a file: DeepSpeed names it in its shards; everything else is rank 0's."""
     if name.startswith("rng."):
         return int(name.split(".")[1])
     return int(name.split("zero_pp_rank_")[1].split("_")[0]) if "zero_pp_rank_" in name else 0
@@ -115,16 +117,17 @@ def _owner(name: str) -> int:
 
 @contextmanager
 def disk_errors(step_dir: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that names the step."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{step_dir} could not be saved: {error}; the step before it stands") from error
+        raise UserError(f"checkpoint {step_dir} could not be saved: {error}; the one before it is intact") from error
 
 
 def write_commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: Identity, manifests: list[str]) -> None:
-    """Last of a step's files: from here on it counts. `manifests` holds the sha256 of each rank's.
+    """Write the last of a step's files: from here on it counts. `manifests`: the sha256 of each rank's manifest.
 
-    The folders above are made durable first: a file in a folder that a power cut takes back is no file.
+    The folders above are synced first: a power cut can undo a folder that was not, with all files in it.
     """
     for made in (step_dir, step_dir.parent, step_dir.parent.parent):
         fsync(made.parent)
@@ -144,7 +147,7 @@ def _digest(record: dict[str, Any]) -> str:
 
 
 def _record_of(step_dir: Path) -> dict[str, Any] | None:
-    """The commit record, if it is what was written."""
+    """Return the commit record, or None if it is not what was written."""
     try:
         record: dict[str, Any] = json.loads((step_dir / COMMIT).read_bytes())
         return record if record.pop("sha256") == _digest(record) else None
@@ -153,9 +156,9 @@ def _record_of(step_dir: Path) -> dict[str, Any] | None:
 
 
 def damage_of(step_dir: Path, rank: int, *, every: int | None = None, hashes: bool = True) -> str | None:
-    """What is wrong with the files of one rank, or None; without `hashes`, only their sizes are compared.
+    """Return what is wrong with the files of one rank, or None; without `hashes`, only their sizes are compared.
 
-    With `every`, of every so-many-th of the ranks that saved, from `rank` on: of all of them with 0 and 1.
+    With `every`, also of each `every`-th rank after it: rank 0 and every 1 check the files of all ranks.
     """
     try:
         if (record := _record_of(step_dir)) is None:
@@ -183,22 +186,22 @@ def damage_of(step_dir: Path, rank: int, *, every: int | None = None, hashes: bo
 
 
 def update_latest_and_best(out_dir: Path, step_dir: Path, state: TrainState) -> None:
-    """The hints: the step just saved, and the best of the committed ones, early stopping's own if it was saved."""
-    _hint(folder(out_dir) / "latest", step_dir)
-    _hint(out_dir / "committed", step_dir)
+    """Point `latest` to the step just saved, and `best` to early stopping's best or the lowest loss that was saved."""
+    _point(folder(out_dir) / "latest", step_dir)
+    _point(out_dir / "committed", step_dir)
     best_dir = step_folder(out_dir, state.stopper.best_step)
     if (best_dir / COMMIT).is_file():
-        _hint(folder(out_dir) / "best", best_dir)
-    elif by_loss := _by_loss(committed(out_dir)):
-        _hint(folder(out_dir) / "best", by_loss[0])
+        _point(folder(out_dir) / "best", best_dir)
+    elif ranked := by_loss(committed(out_dir)):
+        _point(folder(out_dir) / "best", ranked[0])
 
 
-def _hint(hint: Path, step_dir: Path) -> None:
-    write_atomically(hint, step_dir.name.encode() + b"\n")
+def _point(pointer: Path, step_dir: Path) -> None:
+    write_atomically(pointer, step_dir.name.encode() + b"\n")
 
 
-def _by_loss(steps: list[Path]) -> list[Path]:
-    """Those whose validation loss is known, the lowest first."""
+def by_loss(steps: list[Path]) -> list[Path]:
+    """Return the steps whose validation loss is known, the lowest first."""
     records = {path: _record_of(path) for path in steps}
     losses = {path: record["state"]["val_loss"] for path, record in records.items() if record is not None}
     return sorted((path for path in losses if losses[path] is not None), key=lambda path: losses[path])

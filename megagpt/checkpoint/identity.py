@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that saved it, and what of that may differ in the run that resumes from it."""
+"""The identity of a run in its checkpoints: what must be equal to resume, and what may change (elastic resume)."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,18 +11,20 @@ from megagpt.config.run_file import RunConfig
 from megagpt.data.dataset import Dataset
 from megagpt.errors import UserError
 
+# Fields of Identity that may change between resumes, and their names for people.
 SHAPE = {
     "world_size": "ranks",
     "zero_stage": "ZeRO stage",
     "offload_optimizer": "optimizer offload",
     "dtype": "dtype",
-}  # of a checkpoint's identity what may change
+}
+# Keys of the run file that change how DeepSpeed lays out its state.
 LAYOUT = ("zero_optimization.", "data_types.", "bf16.", "fp16.", "optimizer.type:", "optimizer.params.torch_adam:")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a resumed run is compared with: SHAPE may have changed since, the rest must not."""
+    """What a resumed run is compared with: the fields of SHAPE may have changed since, the others must not."""
 
     world_size: int
     zero_stage: int
@@ -31,11 +33,12 @@ class Identity:
     model: dict[str, Any]
     vocab_size: int
     tokenizer: str  # sha256
-    data: dict[str, Any]  # the order of the samples, and what the model is validated on; mixture.py has the rest
-    weight_decay_on: Literal["matrices", "all"]  # which parameters share Adam's groups
+    data: dict[str, Any]  # the seed of the sample order, and the validation data; the mixture records the rest
+    weight_decay_on: Literal["matrices", "all"]  # decides which parameters share an optimizer group
 
 
 def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Dataset) -> Identity:
+    """The identity of a run on the ranks there are now. `vocab_size` is padded."""
     cfg, ds = run.megagpt, run.deepspeed
     return Identity(
         world_size=batch.world_size,
@@ -55,21 +58,21 @@ def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Dataset)
 
 
 def check_identity(step_dir: Path, was: Identity, now: Identity) -> None:
-    """Raises UserError naming what differs between the run that saved a step and this one, and may not."""
+    """Raise UserError naming a difference between the run that saved a step and this one that must not be."""
     for name, value in asdict(now).items():
         if getattr(was, name) != value and name not in SHAPE:
             before, after = _difference(getattr(was, name), value)
             raise UserError(
-                f"{step_dir} was saved with {name} {before}, and this run has {after}; start it as it was, or "
-                "give another megagpt.out_dir for a new run"
+                f"checkpoint {step_dir} was saved with {name} {before}, and this run has {after}; start it as it was, "
+                "or give another megagpt.out_dir for a new run"
             )
 
 
 def layout_changes(step_dir: Path, was: Identity, now: Identity, effective: Mapping[str, Any]) -> list[str]:
-    """What has changed, in words, in how weights and moments lie on the ranks; if nothing, DeepSpeed loads its files.
+    """Describe what changed in how the state is sharded over ranks; if nothing did, DeepSpeed loads its own files.
 
     `was` is the identity of the run that saved the step, `now` this run's, `effective` its run file.
-    Raises UserError for what lies outside of the files.
+    Raises UserError where some of the state is not in the checkpoint.
     """
     pairs = [(label, getattr(was, key), getattr(now, key)) for key, label in SHAPE.items()]
     changes = [f"{label} {before} -> {after}" for label, before, after in pairs if before != after]
@@ -78,14 +81,14 @@ def layout_changes(step_dir: Path, was: Identity, now: Identity, effective: Mapp
     on_nvme = {key for run in run_files for key, value in _leaves(run) if value == "nvme"}
     if changes and on_nvme:
         raise UserError(
-            f"{step_dir} cannot go on with {', '.join(changes)}: {min(on_nvme)} is nvme, and what lies there is "
-            "not in the checkpoint; start it as it was saved, or give another megagpt.out_dir for a new run"
+            f"checkpoint {step_dir} cannot be resumed with {', '.join(changes)}: {min(on_nvme)} is nvme, and the state "
+            "on NVMe is not in the checkpoint; start the run as it was saved, or give another megagpt.out_dir"
         )
     return changes
 
 
 def changed_keys(step_dir: Path, effective: Mapping[str, Any]) -> list[str]:
-    """The keys of the run file that differ from when the step was saved, as `key: before -> now`."""
+    """List the keys of the run file that differ from when the step was saved, as `key: before -> now`."""
     before = dict(_leaves(json.loads((step_dir / "run.json").read_bytes())))
     now = dict(_leaves(json.loads(json.dumps(effective))))
     return [
@@ -104,7 +107,7 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _difference(before: Any, after: Any) -> tuple[Any, Any]:
-    """Of two sections only the keys that differ."""
+    """Reduce two sections to the keys that differ."""
     if not (isinstance(before, dict) and isinstance(after, dict)):
         return before, after
     keys = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]

@@ -2,21 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megagpt.checkpoint.commit import (
-    COMMIT,
-    Saved,
-    best,
-    committed,
-    damage_of,
-    read_commit,
-)
-from megagpt.checkpoint.identity import Identity, layout_changes
+from megagpt.checkpoint.commit import COMMIT, Saved, best, committed, damage_of, read_commit
+from megagpt.checkpoint.identity import layout_changes
 from megagpt.checkpoint.rng import seed_all, seed_from, set_rng_state
 from megagpt.checkpoint.rotation import quarantine_steps
+from megagpt.checkpoint.save import RunRecord
 from megagpt.checkpoint.verification import find_damage
 from megagpt.config.schema import ModelConfig, PackingConfig
 from megagpt.data.tokenizer import Tokenizer
@@ -30,32 +23,32 @@ from megagpt.model.gpt import GPT
 
 
 def resume(engine: Engine, saved: Saved, changes: list[str], seed: int) -> None:
-    """Load weights, moments and this rank's random generators. Collective.
+    """Load weights, moments and this rank's RNG state. Collective.
 
-    `changes`: what identity.reshaped found. Other ranks than those that saved seed their generators anew.
+    `changes`: what identity.layout_changes found. With another number of ranks the generators are reseeded.
     """
     _load(engine, saved, changes)
     if saved.identity.world_size == world_size():
         set_rng_state(json.loads((saved.step_dir / f"rng.{rank()}.json").read_bytes()))
     else:
-        print_rank0("  random generators: seeded anew from (megagpt.seed, step, rank)")
+        print_rank0("  RNG state not restored (other number of ranks): reseeded from (megagpt.seed, step, rank)")
         seed_all(seed_from(seed, saved.state.step, rank()))
     on_every_rank(lambda: quarantine_steps(list(saved.passed_over)) if is_main() else None)
 
 
-def restore(engine: Engine, step_dir: Path, identity: Identity, effective: dict[str, Any]) -> None:
-    """Load the weights of a step that was saved earlier, if it is still whole. Collective."""
+def restore(engine: Engine, step_dir: Path, record: RunRecord) -> None:
+    """Load the weights of a step that this run saved, if it is undamaged. Collective."""
     damage = find_damage(step_dir)
     if damage is None:
         saved = read_commit(step_dir)
-        _load(engine, saved, layout_changes(step_dir, saved.identity, identity, effective))
+        _load(engine, saved, layout_changes(step_dir, saved.identity, record.identity, record.effective))
     else:
-        print_rank0(f"the best weights could not be put back: {damage}")
+        print_rank0(f"the best weights could not be restored: {damage}")
 
 
 def _load(engine: Engine, saved: Saved, changes: list[str]) -> None:
     if changes:
-        print_rank0(f"{saved.step_dir}: {', '.join(changes)}: weights and moments are shared out anew")
+        print_rank0(f"{saved.step_dir}: {', '.join(changes)}: resharding weights and optimizer state")
         was, state = saved.identity, saved.state
         load_reshaped(
             engine,
@@ -70,9 +63,12 @@ def _load(engine: Engine, saved: Saved, changes: list[str]) -> None:
 
 
 def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
-    """Model (fp32, eval mode), tokenizer and step folder of a run folder (its best step) or one step's folder."""
+    """Return model (fp32, eval mode), tokenizer and step folder of a run folder (its best step) or one step's folder.
+
+    Raises UserError for a folder without a committed step, and for a damaged one.
+    """
     step_dir = _step_of(path)
-    if damage := damage_of(step_dir, 0, every=1):  # which reads COMMIT too
+    if damage := damage_of(step_dir, 0, every=1):  # reads COMMIT too
         raise UserError(f"{damage}; restore the file or name another step")
     saved = read_commit(step_dir)
     tokenizer = Tokenizer.load(step_dir / "tokenizer.model")
@@ -82,7 +78,7 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
 
 
 def packing_of(step_dir: Path) -> PackingConfig:
-    """How the documents of a step's run were packed: its model is to be evaluated with attention masked alike."""
+    """Return how a step's run packed its documents: evaluation must mask attention alike."""
     section = json.loads((step_dir / "run.json").read_bytes())["megagpt"]
     return PackingConfig(**section.get("packing", {}))  # a step of an older megagpt has none
 

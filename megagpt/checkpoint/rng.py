@@ -1,4 +1,4 @@
-"""The random generators of this process, as plain JSON: a resumed rank draws what it would have drawn."""
+"""Save and restore the random generators of this process as plain JSON, so that a resumed rank draws the same."""
 
 import base64
 import random
@@ -9,19 +9,19 @@ import torch
 
 
 def seed_all(seed: int) -> None:
-    """Every generator whose state is saved, so that two runs of one run file save the same."""
+    """Seed every generator whose state is saved, so that two runs of one run file save the same."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def seed_from(*numbers: int) -> int:
-    """One seed of several numbers: another one for each combination."""
+    """Derive one seed from several numbers, another one for each combination."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def rng_state() -> dict[str, Any]:
-    """Every random generator of this process, as plain JSON."""
+    """Return the state of every random generator of this process."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.empty(0, dtype=torch.uint8)
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
@@ -34,6 +34,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(saved: dict[str, Any]) -> None:
+    """Restore what `rng_state` returned."""
     version, internal, gauss = saved["python"]
     random.setstate((version, tuple(internal), gauss))
     saved["numpy"]["state"]["key"] = np.array(saved["numpy"]["state"]["key"], dtype=np.uint32)

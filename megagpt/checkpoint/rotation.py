@@ -7,14 +7,7 @@ from itertools import count
 from pathlib import Path
 
 from megagpt.atomic_files import fsync
-from megagpt.checkpoint.commit import (
-    COMMIT,
-    _by_loss,
-    best,
-    committed,
-    folder,
-    update_latest_and_best,
-)
+from megagpt.checkpoint.commit import COMMIT, best, by_loss, committed, folder, update_latest_and_best
 from megagpt.checkpoint.verification import damaged_of_newest
 from megagpt.config.schema import KeepConfig
 from megagpt.distributed.collectives import gather_objects
@@ -23,14 +16,17 @@ from megagpt.train_state import TrainState
 
 
 def rotate(out_dir: Path, newest: Path, state: TrainState, keep: KeepConfig, group: Group) -> None:
-    """Remove what nothing keeps any more, now that a newer step is committed. Collective."""
-    superfluous = False
+    """Delete the steps that `keep` no longer names, now that a newer one is committed. Collective.
+
+    The two newest undamaged steps are verified first, on all ranks; damaged newer ones are quarantined.
+    """
+    excess = False
     if is_main():
-        with _keeping_more():
-            superfluous = bool(steps_to_delete(out_dir, keep))
-    damaged = damaged_of_newest(out_dir, group) if gather_objects(superfluous, group)[0] else []
+        with _reporting_disk_errors():
+            excess = bool(steps_to_delete(out_dir, keep))
+    damaged = damaged_of_newest(out_dir, group) if gather_objects(excess, group)[0] else []
     if is_main():
-        with _keeping_more():
+        with _reporting_disk_errors():
             if damaged:
                 quarantine_steps(damaged)
                 update_latest_and_best(out_dir, newest, state)
@@ -39,18 +35,18 @@ def rotate(out_dir: Path, newest: Path, state: TrainState, keep: KeepConfig, gro
 
 
 @contextmanager
-def _keeping_more() -> Iterator[None]:
-    """What a disk has against rotation costs room on it, and no step: the newer one is committed."""
+def _reporting_disk_errors() -> Iterator[None]:
+    """A failed deletion only wastes disk space: the newer checkpoint is already committed."""
     try:
         yield
     except OSError as error:
-        print_rank0(f"an older checkpoint could not be removed: {error}")
+        print_rank0(f"an older checkpoint could not be deleted: {error}")
 
 
 def steps_to_delete(out_dir: Path, keep: KeepConfig) -> list[Path]:
-    """The committed steps that nothing keeps, oldest first."""
+    """Return the committed steps that neither `keep` nor the `best` pointer names, oldest first."""
     steps, named = committed(out_dir), best(out_dir)
-    ranked = [named, *(path for path in _by_loss(steps) if path != named)] if named else _by_loss(steps)
+    ranked = [named, *(path for path in by_loss(steps) if path != named)] if named else by_loss(steps)
     stay = {*steps[-keep.last :], *ranked[: keep.best]}
     if keep.every:
         stay |= {path for path in steps if int(path.name.removeprefix("step_")) % keep.every == 0}
@@ -58,7 +54,7 @@ def steps_to_delete(out_dir: Path, keep: KeepConfig) -> list[Path]:
 
 
 def prune(out_dir: Path, keep: KeepConfig) -> None:
-    """Remove what nothing keeps, and what attempts left that died while they saved or removed."""
+    """Delete what `keep` does not name, and the remains of attempts that died while they saved or deleted."""
     for step_dir in steps_to_delete(out_dir, keep):
         remove(step_dir)
     for step_dir in folder(out_dir).glob("step_*"):
@@ -67,7 +63,7 @@ def prune(out_dir: Path, keep: KeepConfig) -> None:
 
 
 def quarantine_steps(damaged: list[Path]) -> None:
-    """Damaged steps keep their files for a look, but no longer count among the newest."""
+    """Rename damaged steps: their files stay for inspection, but they no longer count as checkpoints."""
     for step_dir in damaged:
         free = (step_dir.with_name(f"damaged{n}_{step_dir.name}") for n in count(1))
         step_dir.rename(next(path for path in free if not path.exists()))
@@ -75,6 +71,7 @@ def quarantine_steps(damaged: list[Path]) -> None:
 
 
 def remove(step_dir: Path) -> None:
-    (step_dir / COMMIT).unlink(missing_ok=True)  # first, so that a half-removed folder is no checkpoint
+    """Delete a step, its COMMIT first: a half-deleted folder is no checkpoint."""
+    (step_dir / COMMIT).unlink(missing_ok=True)
     fsync(step_dir)
     shutil.rmtree(step_dir)

@@ -1,4 +1,4 @@
-"""The samples of a run, from its folder alone and without its engine. Free of torch, as data/training_set.py is."""
+"""The samples of a run, from its folder alone: what each step read. Imports no torch, so that it starts fast."""
 
 import json
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from megagpt.train_state import TrainState
 
 
 def open_run(out_dir: Path) -> TrainingSet:
-    """The samples that a run has drawn and would draw next, from its folder alone and without its engine.
+    """Open the samples that a run has drawn and would draw next, from its folder alone.
 
-    Raises UserError if it is no run's folder, or the run file's data is not there.
+    Raises UserError if it is no run folder, or if its datasets are missing.
     """
     file = out_dir / "run.json"
     try:
@@ -32,7 +32,7 @@ def open_run(out_dir: Path) -> TrainingSet:
 
 
 def open_samples(cfg: MegaGPTConfig, global_batch: int, saved: Saved | None) -> TrainingSet:
-    """All samples, past and to come, of a run that stands at a saved step or has yet to begin. Raises UserError."""
+    """Open all samples, past and future, of a run at a saved step, or of one that has not begun. Raises UserError."""
     datasets = open_datasets([d.path for d in cfg.data.train])
     open_rows = row_opener(cfg)
     sources = [source_of(d, open_rows) for d in datasets]
@@ -42,7 +42,7 @@ def open_samples(cfg: MegaGPTConfig, global_batch: int, saved: Saved | None) -> 
 
 
 def _earlier(mixture: Mixture, datasets: Sequence[Dataset]) -> list[Dataset]:
-    """Datasets that the run has left, as far as they still are what they were."""
+    """Open datasets that the run no longer uses, as far as they still exist unchanged."""
     found = []
     for source in mixture.sources:
         if all(source.fingerprint != dataset.fingerprint for dataset in datasets):

@@ -1,15 +1,18 @@
-"""Save a step, together on all ranks. It counts only once it is committed (commit.py).
+"""Save a step, on all ranks together. It counts only once it is committed (commit.py).
 
-Every rank writes and hashes its own files; when all have, rank 0 commits. Loading picks the newest step whose commit
-and files verify, the same one on every rank.
+Every rank writes and hashes its own files; when all have, rank 0 commits. Only then are older steps rotated.
 """
 
 import json
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from megagpt.checkpoint.async_writer import Writer, write_files
+import torch
+
+from megagpt.atomic_files import write_atomically
+from megagpt.checkpoint.async_writer import Writer
 from megagpt.checkpoint.commit import (
     disk_errors,
     folder,
@@ -32,36 +35,38 @@ from megagpt.errors import UserError
 from megagpt.train_state import TrainState
 
 
-def save(
-    engine: Engine,
-    state: TrainState,
-    mixture: Mixture,
-    identity: Identity,
-    tokenizer: Tokenizer,
-    effective: dict[str, Any],
-    writer: Writer,
-) -> None:
-    """Write and commit one step, or let the writer do so beside training; collective. Older steps go only after that.
+@dataclass(frozen=True)
+class RunRecord:
+    """What every checkpoint of a run records besides its state, and where it goes."""
 
-    `effective` is the run file with all defaults written out. Raises UserError, on every rank, if a file of one of
-    them cannot be written, now or by the save before: the step before stands.
+    out_dir: Path
+    keep: KeepConfig
+    identity: Identity
+    tokenizer: Tokenizer
+    effective: dict[str, Any]  # the run file with all defaults written out
+
+
+def save(engine: Engine, state: TrainState, mixture: Mixture, record: RunRecord, writer: Writer) -> None:
+    """Write and commit one step, then rotate; an asynchronous writer does all that after this returns. Collective.
+
+    Raises UserError, on every rank, if a file of one of them cannot be written, now or by the save before: the previous
+    step stays the newest.
     """
     writer.wait()
-    out_dir, keep = Path(effective["megagpt"]["out_dir"]), KeepConfig(**effective["megagpt"]["keep"])
-    step_dir = step_folder(out_dir, state.step)
+    step_dir = step_folder(record.out_dir, state.step)
     on_every_rank(lambda: _make_room(step_dir))
     files = files_to_save(engine, step_dir)
     files[step_dir / f"rng.{rank()}.json"] = json.dumps(rng_state()).encode()
     if is_main():
-        files[step_dir / "run.json"] = json.dumps(effective, indent=1).encode()
-        files[step_dir / "tokenizer.model"] = tokenizer.model_bytes
+        files[step_dir / "run.json"] = json.dumps(record.effective, indent=1).encode()
+        files[step_dir / "tokenizer.model"] = record.tokenizer.model_bytes
 
     def write_and_commit(files: dict[Path, Any]) -> None:
         group = writer.group
         on_every_rank(lambda: write_files(step_dir, files), group)
         manifests = gather_objects(on_every_rank(lambda: write_manifest(step_dir, rank()), group), group)
-        on_every_rank(lambda: _commit(step_dir, state, mixture, identity, manifests), group)
-        rotate(out_dir, step_dir, state, keep, group)
+        on_every_rank(lambda: _commit(step_dir, state, mixture, record.identity, manifests), group)
+        rotate(record.out_dir, step_dir, state, record.keep, group)
 
     writer.start(files, write_and_commit)
 
@@ -69,9 +74,31 @@ def save(
 def _make_room(step_dir: Path) -> None:
     if is_main():
         with disk_errors(step_dir):
-            if step_dir.exists():  # of an attempt that died while it saved
+            if step_dir.exists():  # left by an attempt that died while it saved
                 remove(step_dir)
             step_dir.mkdir(parents=True)
+
+
+def write_files(step_dir: Path, files: dict[Path, Any]) -> None:
+    """Write bytes as they are and everything else as torch.save does. Raises UserError for an error of the disk."""
+    with disk_errors(step_dir):
+        for path, content in files.items():
+            if isinstance(content, bytes):
+                write_atomically(path, content)
+            else:
+                write_state(path, content)
+
+
+def write_state(path: Path, state: Any) -> None:
+    """Do as torch.save does, but raise an error of the disk as the OSError that it was."""
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # after an OSError torch still finishes the zip file, which fails again and hides the first error
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: Identity, manifests: list[str]) -> None:
@@ -82,23 +109,24 @@ def _commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: Ident
             update_latest_and_best(step_dir.parent.parent, step_dir, state)
         except OSError as error:
             raise UserError(
-                f"{step_dir} is saved, but no hint to it: {error}; mend that, and it is gone on from"
+                f"checkpoint {step_dir} was saved, but the `latest` pointer could not be updated ({error}); fix the "
+                "disk and give the same command: it resumes from this checkpoint"
             ) from error
 
 
 def archive_run(out_dir: Path) -> None:
-    """Rename an old run's folder, so that a fresh one can begin under its name. Collective; raises UserError."""
+    """Rename an old run's folder, so that a new run can use its name. Collective; raises UserError."""
 
     def rename() -> None:
         is_run = (out_dir / "run.json").is_file() or folder(out_dir).is_dir()
         if not (is_main() and is_run):
             return
         free = (out_dir.with_name(f"{out_dir.name}.old{n}") for n in count(1))
-        aside = next(path for path in free if not path.exists())
+        archive = next(path for path in free if not path.exists())
         try:
-            out_dir.rename(aside)
+            out_dir.rename(archive)
         except OSError as error:
             raise UserError(f"--fresh cannot rename {out_dir}: {error}; give another megagpt.out_dir") from error
-        print_rank0(f"the old run is now {aside}")
+        print_rank0(f"the old run is now {archive}")
 
     on_every_rank(rename)

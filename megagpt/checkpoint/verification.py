@@ -1,25 +1,18 @@
-"""Find the newest step whose files every rank can verify. Collective."""
+"""Verify checkpoints: find the newest step whose files are undamaged, each rank hashing a share. Collective."""
 
 from dataclasses import replace
 from pathlib import Path
 
-from megagpt.checkpoint.commit import (
-    Saved,
-    commit_on_record,
-    committed,
-    damage_of,
-    folder,
-    read_commit,
-)
+from megagpt.checkpoint.commit import Saved, commit_on_record, committed, damage_of, folder, read_commit
 from megagpt.distributed.collectives import broadcast_object, gather_objects
 from megagpt.distributed.process_group import Group, print_rank0, rank, world_size
 from megagpt.errors import UserError
 
 
 def damaged_of_newest(out_dir: Path, group: Group) -> list[Path]:
-    """The steps found damaged on the way from the newest back to the second that is whole. Collective.
+    """Return the damaged steps among those newer than the second undamaged one. Collective.
 
-    Before an older one goes: what should take its place may have rotted since it was written.
+    Checked before an older step is deleted: the steps that replace it may have been damaged since they were written.
     """
     whole, damaged = 0, []
     for step_dir in reversed(gather_objects(committed(out_dir), group)[0]):
@@ -28,14 +21,14 @@ def damaged_of_newest(out_dir: Path, group: Group) -> list[Path]:
             whole += 1
         else:
             damaged.append(step_dir)
-            print_rank0(f"checkpoint put aside: {damage}")
+            print_rank0(f"checkpoint quarantined: {damage}")
         if whole == 2:
             break
     return damaged
 
 
 def newest_verified(out_dir: Path) -> Saved | None:
-    """The newest step that every rank can verify; None before the first commit. Collective.
+    """Return the newest step that every rank can verify; None before the first commit. Collective.
 
     Raises UserError if a step was ever committed and none verifies: a silent start from step 0 would lose the run.
     """
@@ -47,19 +40,19 @@ def newest_verified(out_dir: Path) -> Saved | None:
         if damage is None:
             return replace(read_commit(step_dir), passed_over=tuple(refused))
         refused.append(step_dir)
-        print_rank0(f"checkpoint passed over: {damage}")
+        print_rank0(f"checkpoint skipped: {damage}")
         first_damage = first_damage or damage
     recorded = broadcast_object(commit_on_record(out_dir))
     if recorded is not None and not refused:
-        first_damage = f"{recorded} was committed and is gone"
+        first_damage = f"{recorded} was committed and is missing"
     if first_damage:
         raise UserError(
-            f"no checkpoint in {folder(out_dir)} is whole ({first_damage}); restore the file, or give --fresh to "
-            "start again at step 0 (the old run is kept beside the new one)"
+            f"no checkpoint in {folder(out_dir)} is undamaged ({first_damage}); restore the file, or give --fresh to "
+            "start again at step 0 (the old run is renamed and kept)"
         )
     return None
 
 
 def find_damage(step_dir: Path, group: Group = None) -> str | None:
-    """What is wrong with the files of all ranks that saved a step, shared out over those there are now. Collective."""
+    """Return what is wrong with a step's files, or None. Each rank hashes a share of them. Collective."""
     return next(filter(None, gather_objects(damage_of(step_dir, rank(), every=world_size()), group)), None)

@@ -12,7 +12,7 @@ from megagpt.model.recompute import RunAgain, recompute_blocks
 
 
 def recompute_hook(cfg: MegaGPTConfig, ds: DeepSpeedConfig, device: torch.device, *, compiled: bool) -> Recompute:
-    """How the model runs a block in training. Raises UserError for a setting that could not act."""
+    """Return how the model runs a block in training. Raises UserError for a setting without effect."""
     refuse_what_cannot_act(cfg, ds, device, compiled=compiled)
     recompute = cfg.recompute
     run_again = _deepspeed_checkpoint(ds) if recompute.kind == "deepspeed" else None
@@ -33,7 +33,7 @@ def _deepspeed_checkpoint(ds: DeepSpeedConfig) -> RunAgain:
 
 
 def refuse_what_cannot_act(cfg: MegaGPTConfig, ds: DeepSpeedConfig, device: torch.device, *, compiled: bool) -> None:
-    """Raises UserError for a setting of recomputation that would change nothing, or gradients."""
+    """Raise UserError for a recomputation setting that would have no effect, or would change gradients."""
     recompute = cfg.recompute
     section = ds.activation_checkpointing
     asked = {key: value for key, value in section.model_dump().items() if value}
@@ -57,10 +57,10 @@ def refuse_what_cannot_act(cfg: MegaGPTConfig, ds: DeepSpeedConfig, device: torc
         ("megagpt.recompute.offload", recompute.offload),
     ):
         if moves and device.type == "cpu":
-            raise UserError(f"{key} moves activations to the CPU, where they are; remove it")
+            raise UserError(f"{key} moves activations to the CPU, where they already are; remove it")
     if recompute.policy == "budget" and not compiled:
         raise UserError(
-            "megagpt.recompute.policy='budget' is kept by the compiler, and blocks are not compiled here; set "
+            "megagpt.recompute.policy='budget' acts in the compiler, and blocks are not compiled here; set "
             "megagpt.compile to true, or the policy to 'selective'"
         )
     if recompute.policy == "budget" and cfg.regularization.dropout > 0.0:  # torch 2.13 on a CPU: a gradient 18 % off

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import deepspeed
 import torch
@@ -25,25 +26,32 @@ from megagpt.model.recompute import recompute_inside, set_memory_budget
 
 
 def build_engine(
-    run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device, *, compiled: bool = False
+    run: RunConfig,
+    batch: BatchPlan,
+    vocab_size: int,
+    device: torch.device,
+    *,
+    config: dict[str, Any] | None = None,
+    compiled: bool = False,
 ) -> Engine:
-    """Model, optimizer and ZeRO as the run file says. Raises UserError for what DeepSpeed refuses.
+    """Build model, optimizer and ZeRO as the run file says. Collective; raises UserError for what DeepSpeed refuses.
 
-    `compiled`: whether to compile the blocks, the same on every rank (compilation.compiles decides).
+    `config`: DeepSpeed's part of the run file, if `effective_config` has computed it already.
+    `compiled`: whether to compile the blocks, the same on every rank (`compilation.compiles` decides).
     """
-    # gloo does all that training needs: without this, a CPU rank compiles a shared-memory operator at its first start
+    # Training needs no more than gloo: without this, a CPU rank compiles a shared-memory operator at its first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     cfg, ds = run.megagpt, run.deepspeed
-    config = effective_config(run, batch, vocab_size, device)
+    config = effective_config(run, batch, vocab_size, device) if config is None else config
     if clips_itself(ds):
-        config["gradient_clipping"] = 0.0
+        config = {**config, "gradient_clipping": 0.0}
     check_deepspeed_keys(config)
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     with deepspeed.zero.Init(config_dict_or_path=config, enabled=ds.zero_optimization.stage == 3):
         model = GPT(cfg.model, vocab_size, dropout=cfg.regularization.dropout)
     if batch.sequence_parallel_size > 1:
-        share_positions(model, batch.sequence_parallel_size)
+        shard_positions(model, batch.sequence_parallel_size)
     if compiled:
         set_memory_budget(cfg.recompute)
         compile_blocks(model, cfg.out_dir / "compiled", recompute_inside(cfg.recompute, model.dropout))
@@ -62,19 +70,19 @@ def build_engine(
     except (ValueError, AssertionError, NotImplementedError) as error:  # how DeepSpeed refuses a combination
         raise UserError(f"DeepSpeed refuses the run file: {error}") from error
     if ds.zero_optimization.stage == 0 and ds.dtype != "fp32":
-        # DeepSpeed has Adam take a step of zeros to make its moments: it would count and decay the weights
+        # DeepSpeed lets Adam take a step of zero gradients to allocate its moments: undo its step count and its decay.
         engine.basic_optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
     return engine
 
 
-def share_positions(model: GPT, size: int) -> None:
-    """Let `size` neighboring ranks have a stretch of each sample's positions each: DeepSpeed-Ulysses. Collective.
+def shard_positions(model: GPT, size: int) -> None:
+    """Let `size` neighboring ranks share the positions of each sample (DeepSpeed-Ulysses: Jacobs et al. 2023).
 
-    DeepSpeed is told the size for its batch arithmetic, but handed no `mpu`: it partitions and averages over all ranks
-    as it does without, and each rank's loss being the mean over its own targets, that average is the gradient.
-    (Its own parallel_state_sp as `mpu` would divide by the number of groups, and add up norms as if a group's ranks
-    held parts of a model.)
+    DeepSpeed gets the size for its batch arithmetic, but no `mpu`: it partitions and averages over all ranks as it does
+    without. Each rank's loss is the mean over its own targets, so that average is the gradient. (With its own
+    parallel_state_sp as `mpu` it would divide by the number of groups, and add up gradient norms as if the ranks of a
+    group held parts of a model.) Collective.
     """
     group = register_all_to_all_group(neighbors(size))
 
@@ -87,7 +95,7 @@ def share_positions(model: GPT, size: int) -> None:
 
 
 def set_lr(engine: Engine, lr: float) -> None:
-    """The learning rate of the next step. It is a function of the step number, so no scheduler has to be saved."""
+    """Set the learning rate of the next step. It is a function of the step number, so no scheduler has to be saved."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
 
@@ -95,8 +103,8 @@ def set_lr(engine: Engine, lr: float) -> None:
 def before_update(engine: Engine, act: Callable[[Optimizer, Tensor | float | None], None]) -> None:
     """Call act(optimizer, gradient norm over all ranks) whenever Adam is about to change weights.
 
-    Under ZeRO that is once for each group of parameters, and never for a step that DeepSpeed leaves out itself: at
-    stage 3, at stages 1 and 2 in fp32, and at stage 0 in bf16 one whose norm is not finite; in fp16 every such one.
+    Under ZeRO that is once for each group of parameters, and never for a step that DeepSpeed skips itself: one whose
+    norm is not finite, at stage 3, at stages 1 and 2 in fp32, at stage 0 in bf16, and always in fp16.
     """
     outer = engine.optimizer
     inner = getattr(outer, "optimizer", outer)

@@ -1,5 +1,6 @@
-"""torch.compile, one block at a time: kernels are fused, the names of the weights stay, and compiling takes as long for
-2 layers as for 48, since one compilation serves all blocks.
+"""Compile the model with torch.compile, one block at a time.
+
+One compilation serves all blocks, so compiling takes as long for 2 layers as for 48; the names of the weights stay.
 """
 
 import os
@@ -20,10 +21,10 @@ from megagpt.model.gpt import GPT, Block, KeyValueCache
 
 
 def compiles(asked: bool | None, device: torch.device) -> bool:
-    """Whether to compile: what the run file asks, else on CUDA, where compiling for minutes is repaid within the hour.
+    """Whether to compile: as the run file asks; by default on CUDA, where minutes of compiling are soon repaid.
 
-    The same on every rank, since at stage 3 it decides what is gathered together. Collective.
-    Raises UserError, on every rank, if it is asked for and one of their machines could not.
+    The same on every rank, since at stage 3 it decides which weights are gathered at a time. Collective. Raises
+    UserError, on every rank, if compiling was asked for and one of the machines cannot.
     """
     able = all(gather_objects(_has_compiler()))
     if asked and not able:
@@ -33,23 +34,24 @@ def compiles(asked: bool | None, device: torch.device) -> bool:
         )
     if asked is None and device.type == "cuda" and not able:
         print_rank0(
-            "not compiled, so slower: a machine has no C++ compiler or no Python headers; install g++ and python3-dev"
+            "torch.compile is off, so training is slower: a machine has no C++ compiler or no Python headers; "
+            "install g++ and python3-dev"
         )
     return able and (device.type == "cuda" if asked is None else asked)
 
 
 def _has_compiler() -> bool:
-    """The one that torch calls, and the header that its wrappers include, as Triton's do beside a GPU."""
+    """Look for the compiler that torch calls, and the header that its wrappers include, as Triton's do on a GPU."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     headers = Path(sysconfig.get_path("include", "posix_prefix"))  # Debian's default scheme names another folder
     return shutil.which(compiler) is not None and (headers / "Python.h").is_file()
 
 
 def compile_blocks(model: GPT, cache: Path, within: Callable[..., Tensor] | None = None) -> None:
-    """In place, before any engine takes the model. What is compiled is kept in the folder `cache` for the next start.
+    """Compile the blocks in place, before an engine takes the model; the folder `cache` keeps kernels for later starts.
 
-    Shapes are fixed: another batch or length is compiled anew. Generation, whose length grows, stays as it was.
-    `within` calls the forward pass that it is given, with the arguments after it, and is compiled with it.
+    Shapes are static: another batch size or length compiles again. Generation, whose length grows, runs uncompiled.
+    `within`, if given, wraps the forward pass (it is called with it and its arguments) and is compiled with it.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.absolute()))
     for block in model.blocks():

@@ -15,7 +15,7 @@ from megagpt.engine.optimizer import adam_on_the_host
 from megagpt.errors import UserError
 from megagpt.model.flops import bucket_elements
 
-# Sections that we act on ourselves: Adam is built below, activations and TensorBoard have rooms of their own.
+# Sections that DeepSpeed does not get: optimizer.py, activation_checkpointing.py and train/monitor.py act on them.
 KEPT_FROM_DEEPSPEED = {"optimizer", "activation_checkpointing", "tensorboard"}
 
 
@@ -30,12 +30,12 @@ def check_deepspeed_keys(config: dict[str, Any]) -> None:
         raise UserError(explain(error, models[error.title], section=section)) from error
     except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
         raise UserError(f"DeepSpeed refuses the run file: {error}") from error
-    except TypeError as error:  # it looks at few types itself
+    except TypeError as error:  # it checks few types itself
         raise UserError(f"DeepSpeed cannot read the run file, as some value is of the wrong type: {error}") from error
 
 
 def effective_config(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's part of the run file with what it leaves out filled by rule. What the file says stays."""
+    """Return DeepSpeed's part of the run file, with the keys that it leaves out filled by rule. Its own values stay."""
     config = {key: value for key, value in run.deepspeed_raw.items() if key not in KEPT_FROM_DEEPSPEED}
     for dotted, value in _filled(run, batch, vocab_size, device).items():
         *parents, leaf = dotted.split(".")
@@ -48,7 +48,7 @@ def effective_config(run: RunConfig, batch: BatchPlan, vocab_size: int, device: 
 
 
 def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> dict[str, Any]:
-    """The keys that a run file may leave out, with the reason for each value."""
+    """The keys that are filled where a run file leaves them out, with the reason for each value."""
     stage = run.deepspeed.zero_optimization.stage
     bucket = bucket_elements(run.megagpt.model, vocab_size, batch.world_size)
     filled: dict[str, Any] = {
@@ -57,14 +57,14 @@ def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.dev
         "steps_per_print": None,  # our monitor prints
     }
     if run.deepspeed.bf16.enabled:
-        # a pass over all gradients, for DeepSpeed to leave out a bad step: guards.UpdateGate does, but not at CPUAdam
+        # A pass over all gradients, for DeepSpeed to skip a bad step: UpdateGate does that, but not with CPUAdam.
         filled["bf16.check_grad_overflow"] = adam_on_the_host(run.deepspeed, device)
     if stage > 0:
-        # DeepSpeed's 5e8 elements would be gigabytes of buffer, and one bucket, so that overlap_comm could hide nothing
+        # DeepSpeed's 5e8 elements would be gigabytes of buffer in one bucket, so that overlap_comm could hide nothing.
         filled["zero_optimization.reduce_bucket_size"] = bucket
         filled["zero_optimization.allgather_bucket_size"] = bucket
     if stage in (1, 2) and batch.world_size == 1:
-        filled["zero_optimization.contiguous_gradients"] = False  # no peers: no hooks and copies for their sake
+        filled["zero_optimization.contiguous_gradients"] = False  # no peers, so no hooks and copies for them
     if run.deepspeed.zero_optimization.offload_optimizer.device != "none":
         filled["zero_force_ds_cpu_optimizer"] = adam_on_the_host(run.deepspeed, device)
     return filled

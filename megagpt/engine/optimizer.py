@@ -14,7 +14,7 @@ from megagpt.config.deepspeed import DeepSpeedConfig
 def decay_groups(
     model: nn.Module, weight_decay: float, decay_on: Literal["matrices", "all"] = "matrices"
 ) -> list[dict[str, Any]]:
-    """Two groups for Adam: what decays (by default the matrices), and biases and LayerNorm gains, which do not."""
+    """Two groups for Adam: the parameters that decay (by default the matrices), and biases and LayerNorm gains."""
     params = [p for p in model.parameters() if p.requires_grad]
     decays = [p for p in params if decay_on == "all" or _ndim(p) >= 2]
     others = [p for p in params if not any(p is q for q in decays)]
@@ -27,7 +27,7 @@ def _ndim(p: nn.Parameter) -> int:
 
 
 def clip_before_step(optimizer: Optimizer, max_norm: float) -> None:
-    """Clip the global gradient norm, and leave the norm where DeepSpeed looks for it."""
+    """Clip the global gradient norm before each step, and leave the norm where DeepSpeed reads it."""
 
     def clip(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -40,7 +40,10 @@ def clip_before_step(optimizer: Optimizer, max_norm: float) -> None:
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, device: torch.device) -> Optimizer:
-    """Adam with torch's fused kernel, which UpdateGate can close; DeepSpeed's CPUAdam for offload from a GPU."""
+    """Build Adam: torch's fused kernel, whose update UpdateGate can skip; DeepSpeed's CPUAdam for offload from a GPU.
+
+    `groups`: as `decay_groups` makes them, or their flat copies under ZeRO.
+    """
     p = ds.optimizer.params
     decoupled = ds.optimizer.type == "AdamW" or p.adam_w_mode
     adam: dict[str, Any] = {"lr": p.lr, "betas": p.betas, "eps": p.eps}
@@ -55,7 +58,7 @@ def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, devic
 
 
 def clips_itself(ds: DeepSpeedConfig) -> bool:
-    """At ZeRO stage 0 in fp32 DeepSpeed clips but forgets the norm, so the optimizer does both."""
+    """Whether the optimizer clips: at ZeRO stage 0 in fp32 DeepSpeed would clip, but does not keep the norm."""
     return ds.zero_optimization.stage == 0 and ds.dtype == "fp32"
 
 

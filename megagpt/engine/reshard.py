@@ -1,16 +1,15 @@
-"""Going on with other ranks, another ZeRO stage, dtype or offload: each rank takes what it keeps from the old files.
+"""Resharding: load a checkpoint on other ranks, or with another ZeRO stage, dtype or offload.
 
-Nothing is written: the files of all old ranks are mapped into memory, and a rank copies from them the stretches of
-each parameter, of its weights and Adam's two moments, that it keeps now. So no conversion can be left half done, and
-memory holds one stretch at a time. DeepSpeed's universal checkpoints need a second copy of everything on the disk and
-have none of stage 0.
+Each rank maps the files of all old ranks into memory and copies the slices of each parameter that it holds now: weights
+and Adam's two moments. Nothing is written, so no conversion can be left half done, and memory holds one slice at a
+time. DeepSpeed's universal checkpoints need a second copy of everything on the disk, and do not support stage 0.
 
-How DeepSpeed lays its optimizers out, in memory and in its files, is known here and nowhere else:
+Only this file knows how DeepSpeed lays out its optimizers, in memory and in its files:
 
     stage 0      each rank has everything. Adam updates the parameters one by one (in 16 bit fp32 copies of them,
                  or one long tensor of each group's copies)
-    stage 1, 2   each group of parameters is one long tensor, cut evenly over the ranks wherever that falls
-    stage 3      each parameter is cut evenly over the ranks; a rank's cuts of a sub-group lie in one tensor
+    stage 1, 2   each group of parameters is one long tensor, cut evenly over the ranks, also inside parameters
+    stage 3      each parameter is cut evenly over the ranks; a rank's slices of a sub-group lie in one tensor
 
 All tensors are flat fp32 views.
 """
@@ -39,7 +38,7 @@ REPAIR = "start the run as it was saved, or give another megagpt.out_dir for a n
 
 @dataclass(frozen=True)
 class SavedShape:
-    """How the run that saved a step had laid it out."""
+    """The layout of the run that saved a step."""
 
     world_size: int
     zero_stage: int
@@ -48,7 +47,7 @@ class SavedShape:
 
 @dataclass(frozen=True)
 class ParamSlice:
-    """`numel` values of a parameter, from `start` on; in the tensor that Adam updates they begin at `offset`."""
+    """`numel` values of a parameter from `start` on; they begin at `offset` in the flat tensor that Adam updates."""
 
     name: str
     start: int
@@ -58,10 +57,10 @@ class ParamSlice:
 
 @dataclass(frozen=True)
 class FlatTensor:
-    """One tensor that Adam updates on one rank, and what lies in it."""
+    """One tensor that Adam updates on one rank, and the parameter slices in it."""
 
     values: tuple[Tensor, ...]  # weights and the two moments, alike in length
-    stretches: list[ParamSlice]
+    slices: list[ParamSlice]
 
 
 def load_reshaped(
@@ -73,54 +72,54 @@ def load_reshaped(
     step: int,
     samples_seen: int,
 ) -> None:
-    """Weights and moments of a step, however it was saved. Adam's settings stay; a loss scale starts anew. Collective.
+    """Load weights and moments of a step of any layout. Adam's settings stay; an fp16 loss scale restarts. Collective.
 
     Raises UserError, on every rank and before the model changes, for files that safe_pickle.py refuses, and for files
-    that lack a part of a parameter.
+    that lack a slice of a parameter.
     """
     on_every_rank(lambda: check_pickles(pickles_of(step_dir)[rank() :: world_size()]))
     groups = decay_groups(engine.module, 0.0, weight_decay_on)
     sizes = {engine.param_names[p]: getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"]}
     stage = engine.zero_optimization_stage()
     if stage == 3:
-        engine.optimizer.checkpoint_event_prologue()  # no parameter is left gathered
-    old, adam_step = on_every_rank(lambda: _old_parts(step_dir, shape, sizes))
-    parts = _own_parts(engine, sizes, adam_step)
-    copies = on_every_rank(lambda: _copies(parts, old, step_dir))
-    for to, value in tqdm(copies, desc="sharing out", unit="stretch", delay=2, disable=None if is_main() else True):
+        engine.optimizer.checkpoint_event_prologue()  # leaves no parameter gathered
+    old, adam_step = on_every_rank(lambda: _saved_tensors(step_dir, shape, sizes))
+    own = _own_tensors(engine, sizes, adam_step)
+    copies = on_every_rank(lambda: _copies(own, old, step_dir))
+    for to, value in tqdm(copies, desc="resharding", unit="slice", delay=2, disable=None if is_main() else True):
         to.copy_(value)
     engine.global_steps, engine.global_samples = step, samples_seen
     if stage in (1, 2):
         engine.optimizer.update_lp_params()
         return
     parameters = {name: p for p, name in engine.param_names.items()}
-    for part in parts:
-        for stretch in part.stretches:
-            p = parameters[stretch.name]
+    for flat in own:
+        for piece in flat.slices:
+            p = parameters[piece.name]
             computed_with = p.ds_tensor if stage == 3 else p
-            here = part.values[0].narrow(0, stretch.offset, stretch.numel)
-            computed_with.data.view(-1).narrow(0, 0, stretch.numel).copy_(here)
+            here = flat.values[0].narrow(0, piece.offset, piece.numel)
+            computed_with.data.view(-1).narrow(0, 0, piece.numel).copy_(here)
     if stage == 3:
         engine.optimizer.checkpoint_event_epilogue()
 
 
-def _copies(parts: list[FlatTensor], old: list[FlatTensor], step_dir: Path) -> list[tuple[Tensor, Tensor]]:
-    """(to, from) of equal lengths for all that a rank keeps. Raises UserError if the old files lack some of it."""
+def _copies(own: list[FlatTensor], old: list[FlatTensor], step_dir: Path) -> list[tuple[Tensor, Tensor]]:
+    """Return (to, from) pairs of equal lengths for all that a rank holds. Raises UserError if some of it is missing."""
     lies_in = defaultdict(list)
     for source in old:
-        for have in source.stretches:
+        for have in source.slices:
             lies_in[have.name].append((source, have))
     copies = []
-    for part, want in [(own, stretch) for own in parts for stretch in own.stretches]:
+    for flat, want in [(mine, piece) for mine in own for piece in mine.slices]:
         reached, end, missing = want.start, want.start + want.numel, 0
         for source, have in sorted(lies_in[want.name], key=lambda found: found[1].start):
-            begin = max(reached, have.start)  # what two of them have is taken once, so that it hides no hole
+            begin = max(reached, have.start)  # an overlap of two sources is taken once, so that it cannot hide a hole
             n = min(end, have.start + have.numel) - begin
             if n > 0:
                 to, at = want.offset + begin - want.start, have.offset + begin - have.start
                 copies += [
                     (mine.narrow(0, to, n), theirs.narrow(0, at, n))
-                    for mine, theirs in zip(part.values, source.values, strict=True)
+                    for mine, theirs in zip(flat.values, source.values, strict=True)
                 ]
                 missing += begin - reached
                 reached = begin + n
@@ -130,45 +129,45 @@ def _copies(parts: list[FlatTensor], old: list[FlatTensor], step_dir: Path) -> l
     return copies
 
 
-# --- where this run keeps its values ----------------------------------------------------------------------------
+# --- where this run holds its values ----------------------------------------------------------------------------
 
 
-def _own_parts(engine: Engine, sizes: dict[str, int], adam_step: int) -> list[FlatTensor]:
-    """This rank's tensors, moments made where Adam has not made its own yet. `sizes`: names in the order of groups."""
+def _own_tensors(engine: Engine, sizes: dict[str, int], adam_step: int) -> list[FlatTensor]:
+    """Return this rank's tensors, with moments allocated where Adam has none yet. `sizes` is in the order of groups."""
     optimizer, adam = engine.optimizer, engine.basic_optimizer
     flats = [p for group in adam.param_groups for p in group["params"]]
     stage = engine.zero_optimization_stage()
     if stage == 0:
-        stretches = _one_after_another(flats, sizes)
+        slices = _one_after_another(flats, sizes)
     elif stage == 3:
         flats = optimizer.fp32_partitioned_groups_flat
         names = [[engine.param_names[p] for p in group] for group in optimizer.fp16_groups]
-        stretches = [_cut({name: sizes[name] for name in group}, rank(), world_size()) for group in names]
+        slices = [_cut({name: sizes[name] for name in group}, rank(), world_size()) for group in names]
     else:
-        stretches = [[] for _ in flats]
+        slices = [[] for _ in flats]
         for p, name in engine.param_names.items():
             if (link := p._hp_mapping) is not None:
                 of_parameter, of_flat = link.lp_fragment_address, link.hp_fragment_address
                 at = ParamSlice(name, of_parameter.start, of_parameter.numel, of_flat.start)
-                stretches[link.param_group_index].append(at)
-    parts = []
-    for flat, inside in zip(flats, stretches, strict=True):
+                slices[link.param_group_index].append(at)
+    own = []
+    for flat, inside in zip(flats, slices, strict=True):
         state = adam.state[flat]
-        is_torch = isinstance(adam, torch.optim.Adam)  # DeepSpeed's count in plain numbers
+        is_torch = isinstance(adam, torch.optim.Adam)  # DeepSpeed's Adams count steps in plain numbers
         state["step"] = torch.tensor(float(adam_step), device=flat.device) if is_torch else adam_step
         for moment in MOMENTS:
             if moment not in state:
                 state[moment] = torch.zeros_like(flat.data)
-        parts.append(_part(flat.data, state, inside))
-    return parts
+        own.append(_flat_tensor(flat.data, state, inside))
+    return own
 
 
-def _part(weights: Tensor, state: Mapping[str, Any], stretches: list[ParamSlice]) -> FlatTensor:
-    return FlatTensor(tuple(x.view(-1) for x in (weights, *(state[moment] for moment in MOMENTS))), stretches)
+def _flat_tensor(weights: Tensor, state: Mapping[str, Any], slices: list[ParamSlice]) -> FlatTensor:
+    return FlatTensor(tuple(x.view(-1) for x in (weights, *(state[moment] for moment in MOMENTS))), slices)
 
 
 def _one_after_another(flats: Sequence[Tensor], sizes: dict[str, int]) -> list[list[ParamSlice]]:
-    """Whole parameters, in their order, each tensor as many as fill it."""
+    """Whole parameters in their order, as many in each tensor as fill it."""
     found: list[list[ParamSlice]] = []
     names = iter(sizes)
     for flat in flats:
@@ -182,7 +181,7 @@ def _one_after_another(flats: Sequence[Tensor], sizes: dict[str, int]) -> list[l
 
 
 def _cut(sizes: dict[str, int], r: int, n_ranks: int) -> list[ParamSlice]:
-    """Rank r's cut of each parameter; the last cuts are padded to the length of the others."""
+    """Rank r's slice of each parameter at stage 3; the last slices are padded to the length of the others."""
     found, offset = [], 0
     for name, size in sizes.items():
         length = -(-size // n_ranks)
@@ -191,17 +190,17 @@ def _cut(sizes: dict[str, int], r: int, n_ranks: int) -> list[ParamSlice]:
     return found
 
 
-# --- where the old files have them -------------------------------------------------------------------------------
+# --- where the saved files hold them ----------------------------------------------------------------------------
 
 
-def _old_parts(step_dir: Path, shape: SavedShape, sizes: dict[str, int]) -> tuple[list[FlatTensor], int]:
-    """All parts of all old ranks, mapped into memory, and how many updates Adam has made."""
+def _saved_tensors(step_dir: Path, shape: SavedShape, sizes: dict[str, int]) -> tuple[list[FlatTensor], int]:
+    """Return all tensors of all old ranks, mapped into memory, and how many updates Adam has made."""
     stage, n_ranks = shape.zero_stage, shape.world_size
     try:
         if stage == 0:
             weights, states = _of_stage_0(step_dir, shape.dtype, sizes)
-            return _parts(weights, states, _one_after_another(weights, sizes)), _step(states)
-        parts, begun, shapes = [], dict.fromkeys(sizes, 0), []
+            return _flat_tensors(weights, states, _one_after_another(weights, sizes)), _step(states)
+        found, begun, shapes = [], dict.fromkeys(sizes, 0), []
         if stage == 3:  # the same for all ranks
             shapes = _mapped(step_dir, "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
         for r in range(n_ranks):
@@ -212,10 +211,10 @@ def _old_parts(step_dir: Path, shape: SavedShape, sizes: dict[str, int]) -> tupl
             else:
                 cuts = [_continued(group, begun) for group in state["param_slice_mappings"]]
                 weights, states = state["single_partition_of_fp32_groups"], state["base_optimizer_state"]["state"]
-            parts += _parts(weights, states, cuts)
-        return parts, _step(states)
+            found += _flat_tensors(weights, states, cuts)
+        return found, _step(states)
     except (KeyError, IndexError, AttributeError, TypeError, ValueError, StopIteration) as error:
-        raise UserError(f"{step_dir} is not laid out as expected ({error!r}); {REPAIR}") from error
+        raise UserError(f"{step_dir} does not have the expected layout ({error!r}); {REPAIR}") from error
 
 
 def _of_stage_0(step_dir: Path, dtype: str, sizes: dict[str, int]) -> tuple[list[Tensor], Any]:
@@ -230,13 +229,13 @@ def _of_stage_0(step_dir: Path, dtype: str, sizes: dict[str, int]) -> tuple[list
     return weights, optimizer["optimizer_state_dict"]["state"]
 
 
-def _parts(weights: Sequence[Tensor], states: Any, stretches: list[list[ParamSlice]]) -> list[FlatTensor]:
-    """`states[i]` is Adam's of the i-th tensor."""
-    return [_part(x.detach(), states[i], s) for i, (x, s) in enumerate(zip(weights, stretches, strict=True))]
+def _flat_tensors(weights: Sequence[Tensor], states: Any, slices: list[list[ParamSlice]]) -> list[FlatTensor]:
+    """`states[i]` is Adam's state of the i-th tensor."""
+    return [_flat_tensor(x.detach(), states[i], s) for i, (x, s) in enumerate(zip(weights, slices, strict=True))]
 
 
 def _continued(group: Mapping[str, Any], begun: dict[str, int]) -> list[ParamSlice]:
-    """A rank's stretches of a group: a parameter goes on where the rank before had its end, as counted in `begun`."""
+    """A rank's slices of a group: each parameter continues where the previous rank's slice ended (`begun`)."""
     found = []
     for name, address in group.items():
         found.append(ParamSlice(name, begun[name], address.numel, address.start))
@@ -249,6 +248,6 @@ def _step(states: Any) -> int:
 
 
 def _mapped(step_dir: Path, pattern: str) -> Any:
-    """A file whose tensors are read when they are used."""
+    """Load a file whose tensors are read from disk only when they are used."""
     (path,) = step_dir.glob(pattern)
     return load_checked(path, mmap=True)

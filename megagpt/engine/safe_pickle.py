@@ -1,4 +1,4 @@
-"""Checkpoint files are pickles, and a pickle is a program: each is read as data before anything may run it."""
+"""Load checkpoint files safely: a pickle is a program, so each is read as data before anything may run it."""
 
 import pickletools
 from pathlib import Path
@@ -26,11 +26,11 @@ ALLOWED = frozenset(
         *(f"torch {name}Storage" for name in ("BFloat16", "Bool", "Byte", "Double", "Float", "Half", "Int", "Long")),
     ]
 )
-SAVED_BY_OTHERS = "save what you trust with this megagpt, or delete the step's folder"
+SAVED_BY_OTHERS = "if you trust it, save it with this megagpt; else delete the step's folder"
 
 
 def pickles_of(step_dir: Path) -> list[Path]:
-    """All that DeepSpeed might read: it finds shards by pattern, so one that no manifest lists counts too."""
+    """Return all files that DeepSpeed might read: it finds shards by pattern, so files without a manifest count too."""
     return sorted(step_dir.rglob("*.pt"))
 
 
@@ -46,7 +46,7 @@ def check_pickles(paths: list[Path]) -> None:
             records = set(reader.get_all_records())
             program = reader.get_record("data.pkl")
             found = _globals(program)
-        except (RuntimeError, ValueError, UnicodeDecodeError) as error:  # also what torch's older format is
+        except (RuntimeError, ValueError, UnicodeDecodeError) as error:  # also raised for torch's older format
             raise UserError(f"{path} is no checkpoint file that torch writes today: {error}") from error
         if "constants.pkl" in records:
             raise UserError(f"{path} holds a compiled program (TorchScript), no checkpoint; {SAVED_BY_OTHERS}")
@@ -58,7 +58,7 @@ def check_pickles(paths: list[Path]) -> None:
 
 
 def load_checked(path: Path, *, mmap: bool = False) -> Any:
-    """What a file holds, on the CPU. With `mmap`, its tensors are read when they are used.
+    """Load a file onto the CPU. With `mmap`, its tensors are read from disk only when they are used.
 
     Raises UserError as `check_pickles` does.
     """
@@ -67,7 +67,7 @@ def load_checked(path: Path, *, mmap: bool = False) -> Any:
 
 
 def _globals(program: bytes) -> set[str]:
-    """Every "module name" that a pickle imports. torch.save writes protocol 2, which has one opcode for it."""
+    """Return every "module name" that a pickle imports. torch.save writes protocol 2, which has one opcode for it."""
     found = set()
     for opcode, argument, _ in pickletools.genops(program):
         if opcode.name == "GLOBAL":

@@ -1,4 +1,4 @@
-"""What a DeepSpeed engine saves, and how its files become an engine or plain weights again."""
+"""The files of a DeepSpeed engine: which it would save, how they are loaded, and how they become plain weights."""
 
 import contextlib
 import copyreg
@@ -15,20 +15,20 @@ from megagpt.distributed.collectives import on_every_rank
 from megagpt.distributed.process_group import rank, world_size
 from megagpt.engine.safe_pickle import check_pickles, load_checked, pickles_of
 
-# As from Python 3.11.4 on; before, it is pickled as a call of getattr, which safe_pickle.py refuses.
+# Pickle the stage as Python 3.11.4 and later do; earlier ones pickle a call of getattr, which safe_pickle.py refuses.
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (int(stage),)))
-ADAM_SETTINGS = ("betas", "eps", "weight_decay")  # lr is set anew at every step
+ADAM_SETTINGS = ("betas", "eps", "weight_decay")  # lr is set before every step
 
 
 def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
-    """All weights of one committed step, whatever its ZeRO stage and number of ranks; tied ones share.
+    """Return all weights of one committed step, of any ZeRO stage and number of ranks; tied ones share memory.
 
-    fp32 tensors of the masters' values, but at stage 0 in 16 bit of the weights that the model computes with.
+    fp32 tensors with the values of the master weights, or at stage 0 in 16 bit of the weights used to compute.
     Raises UserError, before anything is loaded, for a file that safe_pickle.py refuses.
     """
     check_pickles(pickles_of(step_dir))
     if any(step_dir.glob("*optim_states.pt")):
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it is chatty
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints
             weights = get_fp32_state_dict_from_zero_checkpoint(str(step_dir.parent), tag=step_dir.name)
     else:  # stage 0: the module is whole in one file
         weights = load_checked(step_dir / "mp_rank_00_model_states.pt")["module"]
@@ -36,7 +36,7 @@ def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
 
 
 class Collector:
-    """Stands in for the checkpoint engine of a DeepSpeed engine: it writes nothing, and keeps what was to be saved."""
+    """Replaces the checkpoint engine of a DeepSpeed engine: writes nothing, and collects what would be saved."""
 
     def __init__(self) -> None:
         self.files: dict[Path, Any] = {}
@@ -45,7 +45,7 @@ class Collector:
         self.files[Path(path)] = state_dict
 
     def makedirs(self, path: str, exist_ok: bool) -> None:
-        """Folders are made by who writes the files."""
+        """Whoever writes the files makes the folders."""
 
     def create(self, info: Any) -> None: ...
 
@@ -56,19 +56,20 @@ class Collector:
 
 
 def files_to_save(engine: Engine, step_dir: Path) -> dict[Path, Any]:
-    """What DeepSpeed saves of this step on this rank, path -> state. Nothing is written or copied. Collective."""
+    """Return what DeepSpeed would save on this rank, path -> state. Writes and copies nothing. Collective."""
     usual, engine.checkpoint_engine = engine.checkpoint_engine, (collector := Collector())
-    engine._copy_recovery_script = lambda folder: None  # which a full disk would end in an error on rank 0 alone
+    # rank 0 alone would write zero_to_fp32.py, and a full disk would end in an error that the others never hear of
+    engine._copy_recovery_script = lambda folder: None
     engine.save_checkpoint(str(step_dir.parent), tag=step_dir.name, save_latest=False)
     engine.checkpoint_engine = usual
     return collector.files
 
 
 def load_engine(engine: Engine, step_dir: Path) -> None:
-    """Load what `files_to_save` named: weights, moments, loss scale. Adam's settings stay the run file's.
+    """Load what `files_to_save` named: weights, moments, loss scale. Adam's settings stay those of the run file.
 
-    Collective; for a step that a run of the same shape saved, else reshard.py. Raises UserError, on every rank and
-    before anything is loaded, for a file that safe_pickle.py refuses.
+    For a step whose run had the same ranks, ZeRO stage and dtype; reshard.py loads others. Collective. Raises
+    UserError, on every rank and before anything is loaded, for a file that safe_pickle.py refuses.
     """
     on_every_rank(lambda: check_pickles(pickles_of(step_dir)[rank() :: world_size()]))
     settings = [{key: group[key] for key in ADAM_SETTINGS} for group in engine.optimizer.param_groups]

@@ -1,4 +1,4 @@
-"""Out of memory, said so that it can be mended: what was being done, what is predicted, what to set instead."""
+"""Explain a failed allocation: what was being done, what memory was predicted, and what to set instead."""
 
 import resource
 import shlex
@@ -6,8 +6,8 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
+import psutil
 import torch
 
 from megagpt.config.run_file import RunConfig
@@ -18,7 +18,8 @@ from megagpt.planner.estimate import GIB, Machine, Setting, fastest, settings, v
 from megagpt.planner.gpu_specs import Gpu
 from megagpt.planner.memory import PARTS
 
-DOING = {  # by the function that the error went through, the innermost first
+# By the function that the error went through, the innermost first; a test holds these names to the code's.
+DOING = {
     "build_engine": "building the model and its optimizer",
     "train_step": "training a step",
     "evaluate": "evaluating",
@@ -27,7 +28,8 @@ DOING = {  # by the function that the error went through, the innermost first
     "resume": "loading the checkpoint",
 }
 
-SAID = (  # where a RuntimeError is all there is
+# Messages of errors that are plain RuntimeErrors.
+MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "CUDA error: out of memory",  # pinned memory, and what CUDA takes for itself
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -36,8 +38,9 @@ SAID = (  # where a RuntimeError is all there is
 
 @contextmanager
 def explained(run: RunConfig, device: torch.device) -> Iterator[None]:
-    """Turns a failed allocation into an OwnRankError: the other ranks, which wait for this one, are ended by the
-    launcher when it exits.
+    """Turn a failed allocation into an OwnRankError.
+
+    The other ranks wait for this one in a collective; the launcher ends them when this rank exits.
     """
     try:
         yield
@@ -48,16 +51,15 @@ def explained(run: RunConfig, device: torch.device) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Only torch's allocator for GPUs has an exception of its own."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in SAID)
+    """Tell by type and message: only torch's GPU allocator has an exception of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in MESSAGES)
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes that this rank may use: its GPU's, or its share of the machine's memory within the process's limit."""
+    """Return the bytes that this rank may use: its GPU's, or its share of the machine's memory within RLIMIT_AS."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    there_is = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
-    share = int(there_is.split()[1]) * 1024 // local_ranks()
+    share = int(psutil.virtual_memory().total) // local_ranks()
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return share if limit == resource.RLIM_INFINITY else min(limit, share)
 
@@ -73,8 +75,8 @@ def _message(run: RunConfig, device: torch.device, error: BaseException) -> str:
     found = [current, *others]
     parts = ", ".join(f"{part} {getattr(current.memory, part) / GIB:.2f}" for part in PARTS)
     return (
-        f"out of memory while {doing}, on rank {rank()}, which may use {limit / GIB:.2f} GiB; predicted are "
-        f"{current.total / GIB:.2f} GiB: {parts}, spare {current.spare / GIB:.2f}. {remedy(found)}"
+        f"out of memory while {doing}, on rank {rank()}, which may use {limit / GIB:.2f} GiB; predicted: "
+        f"{current.total / GIB:.2f} GiB ({parts}, spare {current.spare / GIB:.2f}). {remedy(found)}"
         + (
             "; and gradient_accumulation_steps to null, which then follows from the batch"
             if run.deepspeed.gradient_accumulation_steps is not None
@@ -84,7 +86,7 @@ def _message(run: RunConfig, device: torch.device, error: BaseException) -> str:
 
 
 def remedy(found: list[Setting]) -> str:
-    """The largest smaller micro-batch, or the policy that fits with this one; else what fits at all."""
+    """Name the largest smaller micro-batch, or the recompute policy that fits with this one; else what fits at all."""
     current = found[0]
     less = [s for s in found[1:] if s.fits and s.total < 0.95 * current.total]
     alike = [s for s in less if (s.stage, s.offload) == (current.stage, current.offload)]

@@ -1,4 +1,4 @@
-"""Ends a chain of restarts that gets nowhere: a batch system would go on with it for as long as it is allowed to."""
+"""End a chain of restarts without progress, which a batch system would repeat for as long as it is allowed to."""
 
 import hashlib
 import json
@@ -12,30 +12,27 @@ from megagpt.distributed.collectives import broadcast_object, on_every_rank
 from megagpt.distributed.process_group import is_main
 from megagpt.errors import UserError, writing_to
 
-MAX_IN_VAIN = 3  # restarts in a row without a step forward
+MAX_WITHOUT_PROGRESS = 3  # restarts in a row
 
 
 def record_start(run: RunConfig, saved_step: int) -> None:
-    """Record in out_dir/starts.json how far the starts before this one came; `saved_step` is where it goes on.
+    """Record in out_dir/starts.json how far earlier starts came; `saved_step` is the step that this one resumes from.
 
-    A start was in vain if no step was saved or logged after it that had not been reached before it. A run that is
-    killed between saves thus goes on as long as it sometimes comes further, and a changed run file is counted anew.
-    Collective; raises UserError at the third restart in a row after a start in vain, before any weights are loaded.
+    A start made no progress if no step was saved or logged after it that had not been reached before it. So a run that
+    is killed between saves may be restarted as long as it sometimes comes further. A changed run file resets the count.
+    Collective; raises UserError at the third restart in a row without progress, before any weights are loaded.
     """
     on_every_rank(lambda: _count(run, saved_step) if is_main() else None)
 
 
 def is_requeued_start(out_dir: Path) -> bool:
-    """Whether this is a restart of a Slurm job that has begun the run in out_dir: if so, it is not to begin it again.
-
-    Collective.
-    """
+    """Whether Slurm restarted the job that began the run in out_dir: `--fresh` must not begin it twice. Collective."""
     record = broadcast_object(_read(out_dir / "starts.json"))
     return record is not None and "SLURM_RESTART_COUNT" in os.environ and record["job"] == os.environ["SLURM_JOB_ID"]
 
 
 def undo_start(run: RunConfig) -> None:
-    """A refused run file is no start: it leaves nothing where nothing was."""
+    """Remove starts.json, and out_dir with it, if it is all there is: a refused run file leaves nothing behind."""
     out_dir = run.megagpt.out_dir
     if is_main() and [path.name for path in out_dir.iterdir()] == ["starts.json"]:
         (out_dir / "starts.json").unlink()
@@ -56,15 +53,15 @@ def _count(run: RunConfig, saved_step: int) -> None:
         out_dir.mkdir(parents=True, exist_ok=True)
         record = {"run": digest, "reached": reached, "in_vain": in_vain, "job": os.environ.get("SLURM_JOB_ID")}
         write_atomically(file, json.dumps(record).encode())
-    if in_vain >= MAX_IN_VAIN:
+    if in_vain >= MAX_WITHOUT_PROGRESS:
         raise UserError(
-            f"the last {in_vain} starts of {out_dir} came no further than step {reached}; see in their logs what ended "
-            f"them, and mend it. A changed run file is tried anew; to try this one again, remove {file}"
+            f"{out_dir}: the last {in_vain} starts came no further than step {reached}; see in their logs what ended "
+            f"them. A changed run file resets this count; to try this one again, remove {file}"
         )
 
 
 def last_logged(metrics_file: Path) -> int:
-    """The step of the last row that was written whole; 0 if there is none."""
+    """Return the step of the last complete row; 0 if there is none."""
     for line in reversed(metrics_file.read_bytes().splitlines() if metrics_file.is_file() else []):
         try:
             return int(json.loads(line)["step"])

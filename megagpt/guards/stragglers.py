@@ -1,8 +1,8 @@
-"""Which host the others wait for: what each rank takes for the same work, compared where steps are logged.
+"""Find stragglers: hosts that slow every step, by comparing the time that each rank takes for the same work.
 
-Ranks that train together end each step at the same time, since in the collectives all wait for the slowest. So what is
-compared is what stands before them: the wait for data, and the forward passes. Where these hold collectives themselves,
-as ZeRO stage 3 gathers weights in them and shared positions are exchanged, only the wait for data is compared.
+Ranks end each step at the same time, because in the collectives all wait for the slowest. So the parts before them are
+compared: the wait for data, and the forward passes. Where forward passes contain collectives themselves (ZeRO stage 3
+gathers weights in them, sequence parallelism exchanges positions), only the wait for data is compared.
 """
 
 import time
@@ -13,15 +13,17 @@ from statistics import median
 import torch
 from torch import Tensor
 
-SLOWER = 0.3  # than the median rank forward
-WAITING = 0.1  # of a step, beyond the median rank's wait for data
-WINDOW_STEPS, WINDOW_SECONDS = 10, 5.0  # that are judged together, at least
-IN_A_ROW = 3  # windows
-HOSTS_DRAWN = 16  # by themselves, with at most so many hosts
+# A rank is a straggler if its forward passes take 30 % longer than the median rank's, ...
+SLOWER = 0.3
+# ... or if it waits for data longer than the median rank, by a tenth of the step.
+WAITING = 0.1
+WINDOW_STEPS, WINDOW_SECONDS = 10, 5.0  # judged together, at least
+IN_A_ROW = 3  # windows that must agree
+HOSTS_DRAWN = 16  # TensorBoard gets a curve for each host up to this many hosts
 
 
 class ForwardTimer:
-    """How long this rank's forward passes take, by the device's clock, which nothing waits for."""
+    """Measures this rank's forward passes by the device's clock, without waiting for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -42,9 +44,9 @@ class ForwardTimer:
             self._seconds.append(time.perf_counter() - began)
 
     def lap(self) -> float:
-        """Seconds of those since the last lap, each taken for their median, so that a hiccup does not count.
+        """Return the seconds of the passes since the last lap, each counted as their median to ignore hiccups.
 
-        The device has come to their end, as it has where a loss was read.
+        The device must have finished them, as it has once a later loss was read.
         """
         seconds = self._seconds + [begin.elapsed_time(end) / 1000 for begin, end in self._events]
         self._events, self._seconds = [], []
@@ -52,20 +54,20 @@ class ForwardTimer:
 
 
 class StragglerDetector:
-    """Compares the ranks of all hosts, and says, once each time, that one has become slow and that it no longer is."""
+    """Compares the ranks of all hosts; reports when a host becomes a straggler, and when it no longer is one."""
 
     def __init__(self, hosts: Sequence[str], *, forward_waits: bool) -> None:
-        """`hosts`: each rank's. `forward_waits`: for other ranks, so that forward passes tell nothing."""
+        """`hosts`: the host of each rank. `forward_waits`: forward passes contain collectives, so are not compared."""
         self._forward_waits = forward_waits
         self._ranks = {host: [r for r, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)}
-        self._windows = dict.fromkeys(hosts, 0)  # in a row in which a host was not what it is taken for
+        self._windows = dict.fromkeys(hosts, 0)  # in a row that contradict a host's present status
         self._own, self._wall, self._steps = torch.zeros(len(hosts), 2), 0.0, 0
         self.slow: list[str] = []
 
     def metrics(self, own: Tensor, n_steps: int) -> dict[str, float]:
-        """Seconds of each step. own (world_size, 2): those of n_steps in forward passes, and in waiting for data.
+        """Return seconds per step. own (world_size, 2): seconds of n_steps in forward passes, and in waiting for data.
 
-        A host counts as its slowest rank does; nothing is said of a rank that is alone.
+        A host counts as its slowest rank. A single rank has nothing to compare with: no metrics.
         """
         if len(own) == 1:
             return {}
@@ -82,37 +84,37 @@ class StragglerDetector:
         return found
 
     def judge(self, own: Tensor, wall: float, n_steps: int) -> list[str]:
-        """Lines to be said. `own` as above; `wall`: seconds that those steps took."""
+        """Return the lines to print. `own` as for `metrics`; `wall`: seconds that those steps took."""
         self._own, self._wall, self._steps = self._own + own, self._wall + wall, self._steps + n_steps
         if self._steps < WINDOW_STEPS or self._wall < WINDOW_SECONDS:
             return []
         own, wall, n_steps = self._own, self._wall, self._steps
         self._own, self._wall, self._steps = torch.zeros_like(own), 0.0, 0
-        usual = own.median(dim=0).values  # of two ranks the faster one's
+        usual = own.median(dim=0).values  # torch's median of two values is the smaller one
         excess = (own[:, 1] - usual[1]) / (WAITING * wall)
         if not self._forward_waits:
             excess = torch.maximum(excess, (own[:, 0] / usual[0] - 1) / SLOWER)
         lines = []
         for host, ranks in self._ranks.items():
             worst = max(ranks, key=lambda r: float(excess[r]))
-            other = bool(excess[worst] < 0.5) if host in self.slow else bool(excess[worst] > 1.0)
-            self._windows[host] = self._windows[host] + 1 if other else 0
+            changed = bool(excess[worst] < 0.5) if host in self.slow else bool(excess[worst] > 1.0)
+            self._windows[host] = self._windows[host] + 1 if changed else 0
             if self._windows[host] < IN_A_ROW:
                 continue
             self._windows[host] = 0
             if host in self.slow:
                 self.slow.remove(host)
-                lines.append(f"{host} no longer keeps the others waiting")
+                lines.append(f"{host} is no longer a straggler")
             else:
                 self.slow.append(host)
                 why = self._why(own[worst] / n_steps, usual / n_steps, wall / n_steps)
-                lines.append(f"all ranks wait for rank {worst} on {host}: {why}")
+                lines.append(f"straggler: rank {worst} on {host} slows every step: {why}")
         return lines
 
     def _why(self, own: Tensor, usual: Tensor, wall: float) -> str:
         (forward, data), (usual_forward, usual_data) = own.tolist(), usual.tolist()
-        passes = f"takes {forward:.3f} s forward, the median rank {usual_forward:.3f} s, and "
+        passes = f"takes {forward:.3f} s for its forward passes (median rank: {usual_forward:.3f} s) and "
         return (
-            f"in each step of {wall:.3f} s it {'' if self._forward_waits else passes}waits {data:.3f} s for data, the "
-            f"median rank {usual_data:.3f} s; look there for other programs, heat or a slow disk"
+            f"in a step of {wall:.3f} s it {'' if self._forward_waits else passes}waits {data:.3f} s for data "
+            f"(median rank: {usual_data:.3f} s); look there for other programs, heat or a slow disk"
         )

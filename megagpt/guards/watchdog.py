@@ -1,6 +1,6 @@
-"""Ends a process that reaches no step boundary in time, or none after its launcher has died.
+"""End a rank that hangs: one that reaches no step boundary in time, or none after its launcher has died.
 
-It writes down where each of its threads stood.
+Before it ends, the stack of each of its threads is written to a file.
 """
 
 import faulthandler
@@ -14,23 +14,24 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Self
 
-TICK = 1.0  # seconds between two looks
-GRACE = 3.0  # seconds from the stacks to the end: a rank that ends breaks the collective that another one hangs in
-OUTLIVES = 50.0  # seconds that a rank whose launcher has died may stay without a step boundary
-PATIENCE = 10  # a step may take so many times as long as the one before it, where that is more than the timeout
+TICK = 1.0  # seconds between two checks
+# Seconds from writing the stacks to the end: a rank that ends breaks the collective in which another one hangs, which
+# then could not write its own stacks.
+GRACE = 3.0
+OUTLIVES = 50.0  # seconds without a step boundary that end a rank whose launcher has died
+PATIENCE = 10  # a step may take this many times as long as the one before it, where that exceeds the timeout
 
 
 class Watchdog:
-    """One per rank. Inside `with`, `beat` is called at every step boundary.
+    """One for each rank. Inside `with`, `beat` must be called at every step boundary.
 
-    The first step, which compiles, is not timed. A thread watches, so it sees all that waits without Python's lock, as
-    collectives and reads do. Time in which the whole process is suspended does not count.
-
-    A launcher that dies is seen at any time, timed or not.
+    The first step, which compiles, is not timed. A thread watches, so a wait that releases Python's lock is seen, as in
+    collectives and reads. Time in which the whole process is suspended does not count. A launcher that dies is noticed
+    at any time, timed or not.
     """
 
     def __init__(self, timeout: float, rank: int, stacks: Path, launcher_alive: Callable[[], bool]) -> None:
-        """`timeout` in seconds, 0: never; `stacks` is the file that is written."""
+        """`timeout` in seconds, 0 for none; `stacks`: the file that the stacks are written to."""
         self._launcher_alive, self._ending, self._alone = launcher_alive, False, 0.0
         self._timeout, self._rank, self._stacks = timeout, rank, stacks
         self._ended = Event()
@@ -46,7 +47,7 @@ class Watchdog:
         self._ended.set()
 
     def beat(self, step: int, *, ending: bool) -> None:
-        """The boundary after this step; if all ranks are `ending`, what they save then is not cut short."""
+        """Note the boundary after this step; with `ending`, all ranks save now, and that save is not cut short."""
         now = time.monotonic()
         self._allowed = max(self._timeout, PATIENCE * (now - self._began))
         self._step, self._began, self._idle, self._timed = step, now, 0.0, True
@@ -54,7 +55,7 @@ class Watchdog:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For what may take long between two steps: the process group's own timeout holds there."""
+        """Stop timing for work that may take long between two steps; the process group's own timeout holds there."""
         timed, self._timed = self._timed, False
         yield
         self._began, self._idle, self._timed = time.monotonic(), 0.0, timed
@@ -68,14 +69,14 @@ class Watchdog:
             self._idle += passed
             if self._timeout > 0.0 and self._timed and self._idle > self._allowed:
                 self._end(
-                    f"{self._idle:.0f} s since step {self._step}",
-                    "; if steps do take so long, raise megagpt.guards.hang_timeout",
+                    f"has waited {self._idle:.0f} s since step {self._step}",
+                    "; if a step takes that long, raise megagpt.guards.hang_timeout",
                 )
             self._alone = 0.0 if self._ending or self._launcher_alive() else self._alone + passed
             if self._alone > OUTLIVES:
-                self._end(f"{self._alone:.0f} s in vain for a step to end since its launcher died")
+                self._end(f"reached no step boundary in the {self._alone:.0f} s since its launcher died")
 
-    def _end(self, waited: str, way_out: str = "") -> None:
+    def _end(self, reason: str, way_out: str = "") -> None:
         signal.setitimer(signal.ITIMER_REAL, 1.5 * GRACE)  # SIGALRM ends us if the disk hangs, too
         try:
             with self._stacks.open("w") as file:
@@ -85,8 +86,8 @@ class Watchdog:
         except OSError:
             faulthandler.dump_traceback(all_threads=True)
         message = (
-            f"error: rank {self._rank} has waited {waited} and ends; where its threads stood is in {self._stacks}. "
-            f"The run goes on from its last checkpoint{way_out}"
+            f"error: rank {self._rank} {reason}, and ends; the stacks of its threads are in {self._stacks}. "
+            f"The same command resumes from the last checkpoint{way_out}"
         )
         with suppress(OSError):  # nobody may read it any more
             print(message, file=sys.stderr, flush=True)

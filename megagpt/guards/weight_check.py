@@ -1,4 +1,4 @@
-"""Compare the weights that all ranks hold, bit for bit."""
+"""Compare the replicas of the weights over ranks, bit for bit: a flipped bit or a wrong computation on one of them."""
 
 from collections.abc import Iterable
 
@@ -11,9 +11,9 @@ from megagpt.errors import UserError
 
 
 def compare_weights(named: Iterable[tuple[str, nn.Parameter]], step: int) -> None:
-    """Raises UserError, on every rank, if a parameter that all ranks hold has other bits on one of them. Collective.
+    """Raise UserError, on every rank, if a parameter that all ranks hold differs on one of them. Collective.
 
-    Under ZeRO-3 those are the small parameters that DeepSpeed keeps whole; of the others each rank has its own part.
+    Under ZeRO-3 only the small parameters that DeepSpeed keeps whole are compared; the others are sharded.
     """
     whole = [(name, p.detach()) for name, p in named if p.numel() > 0]
     if world_size() == 1 or not whole:
@@ -23,15 +23,15 @@ def compare_weights(named: Iterable[tuple[str, nn.Parameter]], step: int) -> Non
     differ = (sums != usual).any(dim=0).nonzero().flatten().tolist()
     if differ:
         ranks = sorted({r for n in differ for r in (sums[:, n] != usual[n]).nonzero().flatten().tolist()})
-        one_of_two = "one of the two is wrong, which is unknown" if world_size() == 2 else f"wrong on rank {ranks}"
+        which = "on one of the two ranks, unknown which" if world_size() == 2 else f"on rank {ranks}"
         raise UserError(
-            f"after step {step} the ranks no longer have the same weights: {whole[differ[0]][0]}"
+            f"weights differ between ranks after step {step}: {whole[differ[0]][0]}"
             + (f" and {len(differ) - 1} more" if len(differ) > 1 else "")
-            + f" ({one_of_two}); a bit flipped in memory, or a computation went wrong. Nothing was saved over the last "
-            "checkpoint: take that machine out and start again, the run goes on from there"
+            + f" ({which}); a bit flipped in memory, or a computation went wrong. The last checkpoint is untouched: "
+            "remove that machine from the hostfile and give the same command, which resumes from it"
         )
 
 
 def _sum_of_bits(p: Tensor) -> Tensor:
-    """int64 (): modulo 2^64, so that any one bit that flips changes it."""
+    """int64 (): the sum of a parameter's bit patterns modulo 2^64, which any single flipped bit changes."""
     return p.view(torch.int32 if p.element_size() == 4 else torch.int16).sum(dtype=torch.int64)

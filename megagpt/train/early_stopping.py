@@ -1,4 +1,4 @@
-"""Stop when the validation loss has not improved for a while. Pure: state and evaluation in, next state out."""
+"""Decide early stopping: stop when the validation loss has not improved for `patience` evaluations. A pure function."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from megagpt.train_state import EarlyStopping
 
 
 def after_evaluation(state: EarlyStopping, val_loss: float, step: int, cfg: EarlyStoppingConfig) -> EarlyStopping:
-    """The state after one evaluation. val_loss must be the mean over all ranks, so that all ranks agree."""
+    """Return the state after one evaluation. `val_loss` is the mean over all ranks, so that all ranks decide alike."""
     if val_loss < state.best - cfg.min_delta:
         return replace(state, best=val_loss, best_step=step, bad_evals=0)
     if cfg.patience == 0 or step < cfg.min_steps:

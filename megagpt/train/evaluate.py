@@ -1,4 +1,4 @@
-"""Validation loss on fixed blocks, weighted exactly by token over all ranks. Takes an engine or a model.
+"""Measure the validation loss on fixed blocks, weighted exactly by token over all ranks.
 
 Shapes: B micro_batch, T seq_len.
 """
@@ -17,12 +17,15 @@ from megagpt.model.loss import token_nats
 
 @dataclass(frozen=True)
 class Evaluation:
+    """What was predicted, and how well."""
+
     loss: float  # nats per token
     tokens: int  # predicted
     bytes: int  # of UTF-8 text that those tokens stand for
 
     @property
     def perplexity(self) -> float:
+        """e to the loss."""
         return math.exp(min(self.loss, 700.0))
 
     @property
@@ -35,11 +38,10 @@ class Evaluation:
 def evaluate(
     model: nn.Module, blocks: ValBlocks, token_bytes: Tensor, *, micro_batch: int, sequence_parallel_size: int = 1
 ) -> Evaluation:
-    """Each rank takes a contiguous share of the blocks; all run the same number of forward passes.
+    """Evaluate an engine or a model: each rank a contiguous share of the blocks, all with as many forward passes.
 
-    With sequence_parallel_size > 1, so many ranks take the same blocks, each a stretch of their positions.
-
-    token_bytes (vocab_size,) says how many bytes of text each token stands for, and lies on the model's device.
+    Collective. With sequence_parallel_size > 1, that many ranks take the same blocks, each a slice of their
+    positions. token_bytes (vocab_size,): how many bytes of text each token stands for, on the model's device.
     """
     device = token_bytes.device
     replica, replicas = rank() // sequence_parallel_size, world_size() // sequence_parallel_size
@@ -64,7 +66,7 @@ def evaluate(
 
 
 def unigram_entropy(blocks: ValBlocks) -> float:
-    """Nats per token of the best guess that ignores context: what a model must beat to have learned anything."""
+    """Return the nats per token of the best guess that ignores context: a model that learned anything is better."""
     counts = torch.zeros(0, dtype=torch.int64)
     for batch in prefetched(blocks.fill, range(len(blocks)), (1, blocks.seq_len + 1), torch.device("cpu")):
         more = torch.bincount(batch.targets[0], minlength=len(counts))

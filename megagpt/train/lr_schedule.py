@@ -7,7 +7,7 @@ from megagpt.config.schema import ScheduleConfig
 
 
 def lr_factor(step: int, cfg: ScheduleConfig) -> float:
-    """Factor on the peak rate for the update numbered `step` (0-based): linear warmup, then the chosen shape."""
+    """Return the factor on the peak rate of update `step` (0-based): linear warmup, then the chosen shape."""
     if step < cfg.warmup_steps:
         return (step + 1) / cfg.warmup_steps
     return SHAPES[cfg.shape](step, cfg)

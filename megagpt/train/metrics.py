@@ -1,12 +1,21 @@
-"""What a log line says of the steps since the last one."""
+"""What a log line reports of the steps since the last one. Times in seconds, losses in nats per token."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+import torch
+
+from megagpt.config.run_file import RunConfig
+from megagpt.distributed.process_group import world_size
+from megagpt.guards.memory_growth import peak_memory
+from megagpt.guards.step_window import StepMetrics
+from megagpt.model.flops import flops_per_token, recompute_flops_per_token
+from megagpt.planner.gpu_specs import peak_flops
 
 
 class Stopwatch:
-    """Seconds since the last lap, by what they went to; what no section claims is the training step's."""
+    """Seconds since the last lap, by section; what no section claims is the training step's."""
 
     def __init__(self) -> None:
         self._started = self._began = time.perf_counter()
@@ -14,12 +23,13 @@ class Stopwatch:
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
+        """Count the time inside `with` for this section."""
         began = time.perf_counter()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
     def total(self) -> float:
-        """Seconds up to the last lap."""
+        """Seconds from the start to the last lap."""
         return self._began - self._started
 
     def spent(self, name: str) -> float:
@@ -27,8 +37,55 @@ class Stopwatch:
         return self._seconds.get(name, 0.0)
 
     def lap(self) -> dict[str, float]:
+        """Return the seconds of each section, "data" and "step" always among them, and begin a new lap."""
         now = time.perf_counter()
         seconds = {"data": 0.0} | self._seconds
         seconds["step"] = now - self._began - sum(seconds.values())
         self._began, self._seconds = now, {}
         return seconds
+
+
+def log_metrics(
+    steps: StepMetrics,
+    *,
+    lr: float,
+    speed: Mapping[str, float],
+    skipped_steps: int,
+    epoch: float,
+    seconds: Mapping[str, float],
+    stragglers: Mapping[str, float],
+) -> dict[str, float]:
+    """Everything that is logged of some training steps, in the order of the log line."""
+    return {
+        **steps.means(),
+        "lr": lr,
+        **speed,
+        "skipped_steps": skipped_steps,
+        "epoch": epoch,
+        **{f"seconds/{name}": seconds[name] for name in ("data", "step")},
+        **stragglers,
+    }
+
+
+def speed(
+    run: RunConfig, vocab_size: int, tokens_per_sec: float, device: torch.device, *, compiled: bool
+) -> dict[str, float]:
+    """Throughput over all ranks without evaluating and saving; MFU and HFU where the GPU's peak is known.
+
+    MFU: model FLOPs over peak FLOPs (PaLM: Chowdhery et al. 2022, appendix B); HFU also counts recomputation.
+    """
+    found = {"tokens_per_sec": tokens_per_sec, "memory_gib": peak_memory(device) / 2**30}
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if peak is None or run.deepspeed.dtype == "fp32":  # published peaks are of 16-bit tensor cores
+        return found
+    cfg = run.megagpt
+    model = cfg.model.model_copy(update={"seq_len": cfg.seq_len})  # attention costs what is trained
+    again = recompute_flops_per_token(
+        model,
+        cfg.recompute,
+        dropout=cfg.regularization.dropout,
+        zero3=run.deepspeed.zero_optimization.stage == 3,
+        compiled=compiled,
+    )
+    flops, share = flops_per_token(model, vocab_size), tokens_per_sec / (peak * world_size())
+    return found | {"mfu": flops * share} | ({} if again is None else {"hfu": (flops + again) * share})

@@ -1,10 +1,10 @@
-"""Numbers for people and machines: a line in the terminal, TensorBoard, metrics.jsonl, and DeepSpeed's monitors.
+"""Write metrics for people and machines: a line in the terminal, TensorBoard, metrics.jsonl, DeepSpeed's monitors.
 
 Only rank 0 writes. DeepSpeed's own TensorBoard writer has no text, no hyperparameters and no purge after a resume,
 so TensorBoard is written here; its CSV, W&B and Comet writers get the same events.
 
-A disk that takes no more numbers does not end a run, which may free it or be rid of it by its next save: that one stops
-all ranks if it finds the same.
+A full disk does not end a run here, because the disk may be free again before the next save. That save stops all ranks
+if it is not.
 """
 
 import errno
@@ -30,11 +30,11 @@ Events = Callable[[list[tuple[str, float, int]]], None]
 
 
 class Monitor:
-    """One per run. `resumed` is the state training goes on from: later points of an earlier attempt are dropped."""
+    """One for each run. `resumed`: the state that training resumes from; what was logged after it is dropped."""
 
     def __init__(self, run: RunConfig, resumed: TrainState, *, also: Events) -> None:
         self._max_steps = run.megagpt.schedule.max_steps
-        self._also, self._told = also, False
+        self._also, self._reported = also, False
         self._writer: SummaryWriter | None = None
         if not is_main():
             return
@@ -43,7 +43,7 @@ class Monitor:
         _keep_up_to(self._metrics_file, resumed.step)
         if board.enabled:
             folder = Path(board.output_path or out_dir) / board.job_name
-            # an earlier attempt may have drawn more than it saved: from here on the curve is ours
+            # an earlier attempt may have logged steps that it did not save: TensorBoard drops those
             self._writer = SummaryWriter(str(folder), purge_step=resumed.step + 1 if resumed.step else 0)
             if resumed.step == 0:
                 self._write_hyperparameters(run)
@@ -56,20 +56,20 @@ class Monitor:
         eta_seconds: float | None = None,
         waits_for: Sequence[str] = (),
     ) -> None:
-        """Record metrics of the step just finished; "loss/train" and its like group in TensorBoard.
+        """Record metrics of the step just finished; TensorBoard groups them by the part of the name before "/".
 
-        `waits_for`: hosts that keep the others waiting.
+        `waits_for`: hosts that are stragglers.
         """
         if not is_main():
             return
-        with self._losing_numbers():
+        with self._reporting_disk_errors():
             _append(self._metrics_file, {"step": state.step, "tokens_seen": state.tokens_seen, **metrics})
-        with self._losing_numbers():
+        with self._reporting_disk_errors():
             if self._writer:
                 for name, value in metrics.items():
                     self._writer.add_scalar(name, value, state.step)
                 self._writer.flush()
-            # DeepSpeed counts its own events in samples, and W&B drops an event whose count is behind the last one's
+            # DeepSpeed numbers its events by samples, and W&B drops an event with a lower number than the last one
             self._also([(name, value, state.samples_seen) for name, value in metrics.items()])
         shown = [f"{name} {_short(name, value)}" for name, value in metrics.items() if name in ON_THE_LINE]
         if waits_for:
@@ -80,35 +80,37 @@ class Monitor:
             print_rank0(f"step {state.step:>{len(str(self._max_steps))}}/{self._max_steps} | " + " | ".join(shown))
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Show a text in TensorBoard, as it is."""
-        with self._losing_numbers():
+        """Show a text in TensorBoard, unformatted."""
+        with self._reporting_disk_errors():
             if self._writer:
                 self._writer.add_text(tag, "\n".join("    " + line for line in text.split("\n")), step)
                 self._writer.flush()
 
     def close(self) -> None:
-        with self._losing_numbers():
+        """Flush and close TensorBoard's file."""
+        with self._reporting_disk_errors():
             if self._writer:
                 self._writer.close()
 
     @contextmanager
-    def _losing_numbers(self) -> Iterator[None]:
+    def _reporting_disk_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if not self._told:
-                print_rank0(f"numbers are lost, and training goes on: {error}")
-            self._told = True
+            if not self._reported:
+                print_rank0(f"metrics cannot be written ({error}); training continues without them")
+            self._reported = True
 
     def _write_hyperparameters(self, run: RunConfig) -> None:
         assert self._writer is not None
         self.text("run_file", json.dumps(run.as_json(), indent=2), 0)
         flat = dict(_flatten(run.as_json()))
-        events = self._writer._get_file_writer()  # add_hparams() would start a second run beside this one
+        events = self._writer._get_file_writer()  # add_hparams() would start a second run in TensorBoard
         for summary in hparams(flat, {"loss/val": 0.0}):
             events.add_summary(summary)
 
 
+# The metrics that the terminal shows.
 ON_THE_LINE = {
     "loss/train",
     "loss/val",
@@ -121,8 +123,8 @@ ON_THE_LINE = {
 }
 
 
-def say_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> None:
-    """The last words of a run: its validation curve, why it ended, and its best checkpoint."""
+def print_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> None:
+    """Print how a run ended: its validation curve, the reason, and its best checkpoint."""
     if not is_main():
         return
     stopper = state.stopper
@@ -132,7 +134,7 @@ def say_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> None:
     elif state.finished(cfg.schedule.max_steps):
         why = f"finished at step {state.step}"
     else:
-        why = f"stopped at step {state.step} ({reason or 'asked by another rank'}) and saved; the same command goes on"
+        why = f"stopped at step {state.step} ({reason or 'asked by another rank'}) and saved; the same command resumes"
     lines = [why]
     if stopper.best_step:
         lines = [validation_curve(cfg.out_dir / "metrics.jsonl"), why]
@@ -143,7 +145,7 @@ def say_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> None:
 
 
 def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str:
-    """The run's validation losses as bars, for the end of a run in a terminal."""
+    """Draw the run's validation losses as bars, for the terminal."""
     lines_of_file = metrics_file.read_text().splitlines() if metrics_file.is_file() else []
     points = [row for row in map(json.loads, lines_of_file) if "loss/val" in row]
     if not points:
@@ -159,7 +161,7 @@ def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str
 
 
 def _append(metrics_file: Path, row: dict[str, Any]) -> None:
-    """A whole row or none."""
+    """Append a whole row or nothing."""
     with metrics_file.open("ab", buffering=0) as file:
         line, size = (json.dumps(row) + "\n").encode(), file.tell()
         try:
@@ -171,7 +173,7 @@ def _append(metrics_file: Path, row: dict[str, Any]) -> None:
 
 
 def _keep_up_to(metrics_file: Path, step: int) -> None:
-    """Drop rows after `step`, and a last row cut in half: a resumed run writes them again."""
+    """Drop rows after `step`, and a truncated last row: a resumed run writes them again."""
     if not metrics_file.exists():
         metrics_file.parent.mkdir(parents=True, exist_ok=True)
         return

@@ -1,4 +1,4 @@
-"""Remembers that this process was asked to stop: a signal, the time limit, or a launcher that has died."""
+"""Notice that this process should stop: a signal, the time limit, or a launcher that has died."""
 
 import os
 import signal
@@ -11,26 +11,30 @@ CTRL_C = b"Ctrl-C: stopping at the next step, which is saved; Ctrl-\\ ends at on
 
 
 class Preemption:
-    """Install once per process, from the main thread, before anything slow; `requested` is read at step boundaries.
+    """Installs signal handlers: make one per process, in the main thread, before anything slow.
 
-    A signal more changes nothing: launchers send their own after a terminal's. With `ctrl_c` SIGINT is one of them,
-    unless the shell had it ignored, as for a process in the background; a process that trains among other things keeps
-    Python's KeyboardInterrupt.
+    `requested` is read at step boundaries. A second signal changes nothing, because launchers send their own after a
+    terminal's. With `ctrl_c`, SIGINT counts too, unless the shell ignores it for a process in the background; a process
+    that does more than train keeps Python's KeyboardInterrupt.
     """
 
     def __init__(self, *, launcher_alive: Callable[[], bool] = lambda: True, ctrl_c: bool = False) -> None:
         self._began = time.monotonic()
         self.launcher_alive = launcher_alive
-        self.time_limit_minutes: float | None = None  # known once the run file is read
+        self._time_limit_minutes: float | None = None
         self._signal: int | None = None
         if ctrl_c and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._remember)
         for number in SIGNALS:
             signal.signal(number, self._remember)
 
+    def set_time_limit(self, minutes: float | None) -> None:
+        """Stop when this process is `minutes` old; known only once the run file is read."""
+        self._time_limit_minutes = minutes
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal is None and os.environ.get("RANK", "0") == "0":
-            os.write(2, CTRL_C)  # print() may be what was interrupted
+            os.write(2, CTRL_C)  # the signal may have interrupted a print()
         self._signal = self._signal or number
 
     @property
@@ -38,7 +42,7 @@ class Preemption:
         """Why this rank wants to stop, or an empty string."""
         if self._signal is not None:
             return signal.Signals(self._signal).name
-        if self.time_limit_minutes is not None and time.monotonic() > self._began + 60 * self.time_limit_minutes:
+        if self._time_limit_minutes is not None and time.monotonic() > self._began + 60 * self._time_limit_minutes:
             return "time limit"
         if not self.launcher_alive():
             return "launcher has died"
@@ -46,4 +50,5 @@ class Preemption:
 
     @property
     def requested(self) -> bool:
+        """Whether this rank wants to stop."""
         return bool(self.reason)

@@ -1,4 +1,4 @@
-"""Everything that can be checked before a GPU is used."""
+"""Check everything that can be checked before a GPU is used: run file against ranks, data, tokenizer, checkpoint."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,9 @@ from megagpt.checkpoint.save import archive_run
 from megagpt.checkpoint.verification import newest_verified
 from megagpt.config.batch import BatchPlan, batch_plan
 from megagpt.config.run_file import RunConfig
+from megagpt.config.schema import MegaGPTConfig
 from megagpt.data.augmentation import rework_of
+from megagpt.data.dataset import Dataset
 from megagpt.data.loader import ValBlocks, open_data
 from megagpt.data.loss_mask import BatchTransform
 from megagpt.data.mixture import Mixture
@@ -21,18 +23,27 @@ from megagpt.train_state import TrainState
 
 
 @dataclass(frozen=True)
-class RunSetup:
-    """A run whose files were all found right, before anything is built; `saved` is the step to resume from."""
+class OpenedData:
+    """What the run file's `data` names, opened."""
 
-    run: RunConfig
-    batch: BatchPlan
-    train_data: TrainingSet
-    rework: BatchTransform | None  # what becomes of its rows
+    train: list[Dataset]
+    val: Dataset
     val_blocks: ValBlocks
     tokenizer: Tokenizer
     vocab_size: int  # padded
+    transform: BatchTransform | None  # augmentation and loss mask of the training rows
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """A run whose run file, data and checkpoint were found right, before anything is built."""
+
+    run: RunConfig
+    batch: BatchPlan
+    data: OpenedData
+    training_set: TrainingSet
     identity: Identity
-    saved: Saved | None
+    saved: Saved | None  # the step to resume from
 
     @property
     def state(self) -> TrainState:
@@ -40,27 +51,38 @@ class RunSetup:
 
 
 def prepare(run: RunConfig, *, fresh: bool) -> RunSetup:
-    """Everything a user can have got wrong, found before a GPU is used. Collective; raises UserError."""
-    cfg = run.megagpt
-    batch = batch_plan(run.deepspeed, world_size())
-    val_blocks, datasets = on_every_rank(lambda: open_data(cfg.data, cfg.model.seq_len, masked=cfg.packing.masked))
-    fingerprints = {f"{dataset.path} (fingerprint)": dataset.fingerprint for dataset in datasets}
+    """Check all that a user can have got wrong. `fresh`: archive an old run instead of resuming it.
+
+    Collective; raises UserError on every rank.
+    """
+    cfg, batch = run.megagpt, batch_plan(run.deepspeed, world_size())
+    data = on_every_rank(lambda: _open(cfg))
+    fingerprints = {f"{dataset.path} (fingerprint)": dataset.fingerprint for dataset in (*data.train, data.val)}
     check_equal_on_ranks(fingerprints, "let all hosts see the same dataset, or copies of it")
-    tokenizer = on_every_rank(datasets[0].tokenizer)
-    vocab_size = padded_vocab_size(tokenizer.vocab_size)
-    rework = on_every_rank(lambda: rework_of(cfg.augment, cfg.packing, tokenizer, vocab_size, cfg.data.seed))
-    identity = identity_of(run, batch, vocab_size, val=datasets[-1])
+    identity = identity_of(run, batch, data.vocab_size, val=data.val)
     saved = None if fresh else newest_verified(cfg.out_dir)
     if saved is not None:
         check_identity(saved.step_dir, saved.identity, identity)
-    open_rows = row_opener(cfg)
-    sources = on_every_rank(lambda: [source_of(dataset, open_rows) for dataset in datasets[:-1]])
-    history, state = (saved.mixture, saved.state) if saved else (Mixture(cfg.data.seed), TrainState())
-    mixture = on_every_rank(
-        lambda: plan_mixture(cfg, batch.global_batch, sources, history, step=state.step, sample=state.samples_seen)
-    )
-    train_data = TrainingSet(mixture, datasets[:-1], open_variant=open_rows)
-    on_every_rank(train_data.open_all)
+    training_set = on_every_rank(lambda: _training_set(cfg, batch, data, saved))
     if fresh:
         archive_run(cfg.out_dir)
-    return RunSetup(run, batch, train_data, rework, val_blocks, tokenizer, vocab_size, identity, saved)
+    return RunSetup(run, batch, data, training_set, identity, saved)
+
+
+def _open(cfg: MegaGPTConfig) -> OpenedData:
+    val_blocks, (*train, val) = open_data(cfg.data, cfg.model.seq_len, masked=cfg.packing.masked)
+    tokenizer = train[0].tokenizer()
+    vocab_size = padded_vocab_size(tokenizer.vocab_size)
+    transform = rework_of(cfg.augment, cfg.packing, tokenizer, vocab_size, cfg.data.seed)
+    return OpenedData(train, val, val_blocks, tokenizer, vocab_size, transform)
+
+
+def _training_set(cfg: MegaGPTConfig, batch: BatchPlan, data: OpenedData, saved: Saved | None) -> TrainingSet:
+    """Open the training samples from the saved step on, with all their shards: a damaged one is found on all ranks."""
+    open_rows = row_opener(cfg)
+    sources = [source_of(dataset, open_rows) for dataset in data.train]
+    history, state = (saved.mixture, saved.state) if saved else (Mixture(cfg.data.seed), TrainState())
+    mixture = plan_mixture(cfg, batch.global_batch, sources, history, step=state.step, sample=state.samples_seen)
+    training_set = TrainingSet(mixture, data.train, open_variant=open_rows)
+    training_set.open_all()
+    return training_set

@@ -1,9 +1,8 @@
-"""The training loop. Read `train` first; everything it calls is one hop away, most of it in session.py."""
+"""The training loop. Read `train` first; everything that it calls is one hop away, most of it in session.py."""
 
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from megagpt.config.run_file import RunConfig
 from megagpt.data.loader import Batch
@@ -11,11 +10,11 @@ from megagpt.distributed.collectives import StopVote
 from megagpt.engine.build import set_lr
 from megagpt.errors import UserError
 from megagpt.guards.restarts import is_requeued_start, record_start, undo_start
-from megagpt.guards.step_window import StepWindow
+from megagpt.guards.step_window import StepResult, StepWindow
 from megagpt.guards.weight_check import compare_weights
 from megagpt.model.loss import kept_share, next_token_score
 from megagpt.train.lr_schedule import lr_factor
-from megagpt.train.monitor import say_ending
+from megagpt.train.monitor import print_ending
 from megagpt.train.preemption import Preemption
 from megagpt.train.preflight import prepare
 from megagpt.train.session import Session
@@ -30,30 +29,30 @@ def train(
     preemption: Preemption | None = None,
     stop_at: int | None = None,
 ) -> TrainState:
-    """Train until finished, told to stop, or at step `stop_at`; returns the state that was saved last. Collective.
+    """Train until the run is finished, is told to stop, or reaches step `stop_at`; returns the state saved last.
 
-    Raises UserError for what is wrong with the run file or the data, and for a loss that is no longer finite.
+    Collective. Raises UserError for a wrong run file or dataset, and where a guard stops the run.
     """
     preemption, vote = preemption or Preemption(), StopVote()
-    preemption.time_limit_minutes = run.megagpt.time_limit_minutes
-    plan = prepare(run, fresh=fresh and not is_requeued_start(run.megagpt.out_dir))
-    state, schedule, every = plan.state, run.megagpt.schedule, run.megagpt.every
+    preemption.set_time_limit(run.megagpt.time_limit_minutes)
+    setup = prepare(run, fresh=fresh and not is_requeued_start(run.megagpt.out_dir))
+    state, schedule, every = setup.state, run.megagpt.schedule, run.megagpt.every
     if state.finished(schedule.max_steps):
-        say_ending(run.megagpt, state)
+        print_ending(run.megagpt, state)
         return state
     record_start(run, state.step)
     try:
-        session = Session(plan, device, launcher_alive=preemption.launcher_alive)
+        session = Session(setup, device, launcher_alive=preemption.launcher_alive)
     except UserError:
         undo_start(run)
         raise
-    batches, recent, stop = session.batches(), StepWindow(), False
+    batches, window, stop = session.batches(), StepWindow(), False
 
     with session.writer, session.watchdog, vote:
         while not (stop or state.finished(schedule.max_steps)):
             set_lr(session.engine, run.deepspeed.optimizer.params.lr * lr_factor(state.step, schedule))
-            recent.add(*train_step(session, batches))
-            state = state.after_step(plan.batch.global_batch, run.megagpt.seq_len)
+            window.add(train_step(session, batches))
+            state = state.after_step(setup.batch.global_batch, run.megagpt.seq_len)
             stop = vote(preemption.requested or session.writer.failed) or state.step == stop_at
             done = state.step == schedule.max_steps
             session.watchdog.beat(state.step, ending=stop or done)
@@ -61,8 +60,8 @@ def train(
                 compare_weights(session.engine.module.named_parameters(), state.step)
 
             if stop or done or any(due(state.step, n) for n in (every.log, every.eval, every.save, every.sample)):
-                state, roll_back = session.log(state, recent)
-                recent = StepWindow()
+                state, roll_back = session.log(state, window)
+                window = StepWindow()
                 if roll_back:
                     state, batches = session.roll_back(state)
                     continue
@@ -77,18 +76,16 @@ def train(
     return state
 
 
-def train_step(session: Session, batches: Iterator[Batch]) -> tuple[Tensor, Tensor, Tensor | float | None, Tensor]:
-    """One optimizer update over this rank's share of a global batch.
-
-    Returns its loss, the share of its targets that have one, the gradient norm, and whether the update was left out.
+def train_step(session: Session, batches: Iterator[Batch]) -> StepResult:
+    """Make one optimizer update from this rank's share of a global batch.
 
     Every target with a loss weighs the same, in whichever micro-batch and on whichever rank: the gradient is that of
     their sum over the number of all targets, ignored ones included. That number is known without asking other ranks.
     The results stay on the device: reading them here would make every step wait for the GPU.
     """
-    engine, regularization = session.engine, session.cfg.regularization
-    losses, shares = session.gate.next_step()
-    for _ in range(session.plan.batch.accumulation):
+    engine, regularization, accumulation = session.engine, session.cfg.regularization, session.setup.batch.accumulation
+    losses, shares = [], []
+    for micro_batch in range(accumulation):
         with session.watch.section("data"):
             batch = next(batches)
         score = next_token_score(
@@ -97,16 +94,19 @@ def train_step(session: Session, batches: Iterator[Batch]) -> tuple[Tensor, Tens
             z_loss=regularization.z_loss,
             compiled=session.compiled,
         )
-        with session.clock.forward():
+        with session.timer.forward():
             loss = engine(batch.inputs, documents=batch.documents, score=score)
         shares.append(kept_share(batch.targets))
         loss = loss * shares[-1]
         engine.backward(loss)  # DeepSpeed divides by gradient_accumulation_steps
         losses.append(loss.detach())
+        if micro_batch == accumulation - 1:
+            mean_loss, mean_share = torch.stack(losses).mean(), torch.stack(shares).mean()
+            session.gate.observe(mean_loss, mean_share)
         engine.step()  # updates the weights on the last micro-batch only
-    means = torch.stack(losses).mean(), torch.stack(shares).mean()
-    return *means, engine.get_global_grad_norm(), session.gate.closed
+    return StepResult(mean_loss, mean_share, engine.get_global_grad_norm(), session.gate.closed)
 
 
 def due(step: int, cadence: int) -> bool:
+    """Whether something done every `cadence` steps falls on this step; never for 0."""
     return cadence > 0 and step % cadence == 0

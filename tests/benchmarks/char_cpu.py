@@ -38,9 +38,13 @@ class PlainLoop:
 
     def __init__(self, run: RunConfig, session: Session) -> None:
         self.cfg, self.optimizer_cfg = run.megagpt, run.deepspeed.optimizer.params
-        self.clip, self.data, self.batch = run.deepspeed.gradient_clipping, session.plan.train_data, session.plan.batch
+        self.clip, self.data, self.batch = (
+            run.deepspeed.gradient_clipping,
+            session.setup.training_set,
+            session.setup.batch,
+        )
         torch.manual_seed(self.cfg.seed)
-        self.model = GPT(self.cfg.model, session.plan.vocab_size)
+        self.model = GPT(self.cfg.model, session.setup.data.vocab_size)
         p = self.optimizer_cfg
         groups = decay_groups(self.model, p.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=p.lr, betas=p.betas, eps=p.eps, fused=True)

@@ -78,15 +78,15 @@ def measure(options: list[str], rounds: int) -> dict[str, Any]:
     """Leaves one committed step behind."""
     run = load_run_config(DEBUG_RUN, options)
     session = Session(prepare(run, fresh=False), init_process_group())
-    batches, state, out_dir = session.batches(), session.plan.state, run.megagpt.out_dir
-    writers = {beside: Writer(beside=beside) for beside in (False, True)}
+    batches, state, out_dir = session.batches(), session.setup.state, run.megagpt.out_dir
+    writers = {asynchronous: Writer(asynchronous=asynchronous) for asynchronous in (False, True)}
     names = ("memcpy", "at_once", "stall", "until_committed", "verify", "step", "step_beside")
     found: dict[str, list[float]] = {name: [] for name in names}
     n_bytes = 0
 
-    def save(*, beside: bool) -> float:
+    def save(*, asynchronous: bool) -> float:
         nonlocal state
-        session.writer, state = writers[beside], replace(state, step=state.step + 1)
+        session.writer, state = writers[asynchronous], replace(state, step=state.step + 1)
         return seconds(session.save, state)
 
     def remove_steps() -> None:
@@ -98,7 +98,7 @@ def measure(options: list[str], rounds: int) -> dict[str, Any]:
     for number in range(rounds):
         remove_steps()
         found["step"].append(seconds(train_step, session, batches))
-        found["at_once"].append(save(beside=False))
+        found["at_once"].append(save(asynchronous=False))
         [step_dir] = committed(out_dir)
         n_bytes = sum(path.stat().st_size for path in step_dir.iterdir())
         found["verify"].append(seconds(damage_of, step_dir, 0))
@@ -106,7 +106,7 @@ def measure(options: list[str], rounds: int) -> dict[str, Any]:
         found["step"].append(seconds(train_step, session, batches))
         found["memcpy"].append(statistics.median(seconds(memcpy, n_bytes) for _ in range(3)))
         began = time.perf_counter()
-        found["stall"].append(save(beside=True))
+        found["stall"].append(save(asynchronous=True))
         while not committed(out_dir):
             found["step_beside"].append(seconds(train_step, session, batches))
         found["until_committed"].append(time.perf_counter() - began)
@@ -123,7 +123,7 @@ def start_again(options: list[str]) -> float:
     assert process.stdout is not None
     going_on = False
     for line in process.stdout:
-        going_on = going_on or line.startswith("going on from")
+        going_on = going_on or line.startswith("resuming from")
         if line.startswith("step"):
             break
     took = time.perf_counter() - began

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from support import PROGRAMS, ROOT, debug_run, environment, metric
 from torch.multiprocessing import start_processes
 
-from megagpt.checkpoint.async_writer import HostCopies, Writer, write_state
+from megagpt.checkpoint.async_writer import HostCopies, Writer
 from megagpt.checkpoint.commit import committed
+from megagpt.checkpoint.save import write_state
 from megagpt.cli.verify_resume import same
 from megagpt.distributed.collectives import gather_objects
 from megagpt.distributed.process_group import leave
@@ -98,7 +99,7 @@ def test_what_went_wrong_in_the_thread_is_known_without_waiting_and_raised_once(
     def fail(files):
         raise UserError("no room")
 
-    writer = Writer(beside=True)
+    writer = Writer(asynchronous=True)
     writer.start({}, fail)
     while not writer.failed:
         pass

@@ -9,7 +9,7 @@ from support import debug_run, metric, write_corpus
 from data_tools.build import build
 from data_tools.config import BuildConfig
 from megagpt.__main__ import main
-from megagpt.checkpoint import async_writer, load, rotation, save
+from megagpt.checkpoint import load, rotation, save
 from megagpt.checkpoint.commit import COMMIT, best, committed, write_manifest
 from megagpt.checkpoint.load import load_model
 from megagpt.checkpoint.run_samples import open_run
@@ -113,7 +113,7 @@ def test_a_step_that_rotted_does_not_count_among_the_two_that_stay(run_to, tmp_p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rotation, "damaged_of_newest", lambda *args: rot(step_6) or original(*args))
         run_to("run", 8, *only_last)
-    assert f"checkpoint put aside: {step_6 / 'rng.0.json'} is damaged" in capsys.readouterr().out
+    assert f"checkpoint quarantined: {step_6 / 'rng.0.json'} is damaged" in capsys.readouterr().out
     assert committed(tmp_path / "run")[-2] == step_4
     assert (step_6.with_name("damaged1_step_00000006")).is_dir()
     assert not step_2.exists() or best(tmp_path / "run") == step_2
@@ -135,7 +135,7 @@ def test_an_edited_commit_record_is_noticed(saved, run_to, capsys):
     commit = committed(saved)[-1] / COMMIT
     commit.write_text(commit.read_text().replace('"samples_seen": 48', '"samples_seen": 56'))
     run_to("run", 7)
-    assert f"checkpoint passed over: {commit} was changed" in capsys.readouterr().out
+    assert f"checkpoint skipped: {commit} was changed" in capsys.readouterr().out
 
 
 def test_a_file_that_another_rank_is_writing_gets_into_no_manifest(tmp_path):
@@ -151,8 +151,8 @@ def test_a_full_disk_ends_in_one_message_and_the_step_before_stands(saved, run_t
             raise OSError(28, "No space left on device", str(path))
 
     before = committed(saved)
-    monkeypatch.setattr(async_writer, "write_atomically", full)
-    with pytest.raises(UserError, match=r"could not be saved: .*No space left on device.*the step before it stands"):
+    monkeypatch.setattr(save, "write_atomically", full)
+    with pytest.raises(UserError, match=r"could not be saved: .*No space left on device.*the one before it is intact"):
         run_to("run", 8)
     assert committed(saved) == before
 
@@ -161,12 +161,14 @@ def test_a_step_whose_hint_cannot_be_written_is_said_to_be_saved_and_is_gone_on_
     hint = saved / "checkpoints" / "latest"
     hint.unlink()
     hint.mkdir()
-    with pytest.raises(UserError, match=r"step_00000008 is saved, but no hint to it: .*Is a directory"):
+    with pytest.raises(
+        UserError, match=r"step_00000008 was saved, but the `latest` pointer could not be updated .*Is a directory"
+    ):
         run_to("run", 8)
     hint.rmdir()
     capsys.readouterr()
     assert run_to("run", 9).step == 9
-    assert "going on from" in (said := capsys.readouterr().out)
+    assert "resuming from" in (said := capsys.readouterr().out)
     assert "step_00000008" in said
 
 
@@ -192,7 +194,7 @@ def test_one_flipped_bit_sends_the_run_to_the_step_before(saved, run_to, capsys,
     damaged.write_bytes(content)
     capsys.readouterr()
     run_to("run", 6)
-    assert f"checkpoint passed over: {damaged} is damaged" in capsys.readouterr().out
+    assert f"checkpoint skipped: {damaged} is damaged" in capsys.readouterr().out
     assert metric(saved, "loss/train") == expected
     assert (saved / "checkpoints" / "damaged1_step_00000006" / name).read_bytes() == bytes(content)
     assert [path.name for path in committed(saved)][-2:] == ["step_00000004", "step_00000006"]
@@ -207,13 +209,13 @@ def test_a_file_that_is_gone_sends_the_run_to_the_step_before(saved, run_to, cap
 def test_when_no_committed_step_is_whole_nothing_starts_silently_from_zero(saved, run_to):
     for step_dir in committed(saved):
         (step_dir / "rng.0.json").write_text("{}")
-    with pytest.raises(UserError, match=r"no checkpoint in .* is whole .*rng\.0\.json.*--fresh"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* is undamaged .*rng\.0\.json.*--fresh"):
         run_to("run", 8)
 
 
 def test_checkpoints_that_are_gone_do_not_look_like_a_new_run(saved, run_to):
     shutil.rmtree(saved / "checkpoints")
-    with pytest.raises(UserError, match=r"step_00000006 was committed and is gone.*--fresh"):
+    with pytest.raises(UserError, match=r"step_00000006 was committed and is missing.*--fresh"):
         run_to("run", 8)
     run_to("run", 2, fresh=True)
     assert metric(saved, "loss/train").keys() == {1, 2}
@@ -334,7 +336,7 @@ def test_a_checkpoint_of_another_format_is_refused_by_number(saved, run_to):
     del record["sha256"]
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     commit.write_text(json.dumps(record | {"sha256": digest}))
-    with pytest.raises(UserError, match=r"was saved in format 1, and this megagpt reads format 2"):
+    with pytest.raises(UserError, match=r"has format 1, and this megagpt reads format 2"):
         run_to("run", 8)
 
 

@@ -29,7 +29,7 @@ def test_a_run_goes_on_over_other_hosts_ranks_and_stages_as_one_rank_would(raise
     cluster = raise_cluster(2)
     for steps, shape in STRETCHES.items():
         said = on_hosts(cluster, shape, tmp_path / f"log{steps}", tmp_path / "run", dataset, steps)
-        assert ("weights and moments are shared out anew" in said) == (steps > 6), said
+        assert ("resharding weights and optimizer state" in said) == (steps > 6), said
     straight = debug_run(dataset, tmp_path / "straight", *OPTIONS, "megagpt.schedule.max_steps=36")
     train(straight, device)
     losses, expected = (metric(tmp_path / name, "loss/train") for name in ("run", "straight"))

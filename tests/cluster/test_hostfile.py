@@ -98,7 +98,7 @@ def test_after_each_failure_nothing_is_left_and_the_next_start_goes_on_as_one_ho
     checkout.until(steps)
     program = checkout.start(cluster["h1"])
     assert program.end() == 0, program.output
-    assert "going on from runs/gpt2_124m/checkpoints/step_" in program.output
+    assert "resuming from runs/gpt2_124m/checkpoints/step_" in program.output
     alone = [f"megagpt.out_dir={tmp_path / 'one'}", f"megagpt.data.train.0.path={dataset}"]
     assert pretrain(["--deepspeed_config", str(checkout.run_file), *alone, f"megagpt.data.val={dataset}"]) == 0
     one, two = (metric(folder, "loss/train") for folder in (tmp_path / "one", checkout.out_dir))

@@ -100,7 +100,7 @@ def test_the_readmes_command_saves_when_signaled_goes_back_into_the_queue_and_fi
     log = log_of(folder, job)
     assert "x 2 ranks" in log
     assert log.count("(SIGUSR1) and saved") == 1
-    assert f"going on from {saved.relative_to(folder)}" in log
+    assert f"resuming from {saved.relative_to(folder)}" in log
     assert "finished at step 100" in log
     assert list(metric(folder / OUT_DIR, "loss/train")) == list(range(1, 101))
     assert field(cluster["h1"], job, "Restarts") == "1"
@@ -193,7 +193,7 @@ def test_a_run_that_is_cut_in_every_way_ends_to_the_bit_as_one_that_is_not(clust
     log = log_of(cut, job)
     assert log.count("(SIGUSR1) and saved") == 1
     assert log.count("(SIGTERM) and saved") == 3  # requeued, pre-empted, canceled
-    assert log.count("going on from") == 4
+    assert log.count("resuming from") == 4
 
     again = sbatch(cluster, cut, TRAIN)
     assert until_end(cluster, again) == "COMPLETED", log_of(cut, again)

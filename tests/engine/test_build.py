@@ -312,7 +312,7 @@ def test_on_a_gpu_a_steady_step_waits_for_it_in_deepspeed_alone(dataset, device,
 def test_the_garbage_collector_leaves_alone_what_lives_as_long_as_the_run(dataset, device, tmp_path):
     session = Session(prepare(debug_run(dataset, tmp_path / "run"), fresh=False), device)
     state, recent = TrainState(), StepWindow()
-    recent.add(*train_step(session, session.batches()))
+    recent.add(train_step(session, session.batches()))
     before = gc.get_freeze_count()
     session.log(state.after_step(8, 64), recent)
     assert gc.get_freeze_count() > before + 10_000

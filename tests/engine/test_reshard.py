@@ -75,7 +75,7 @@ def test_over_other_ranks_and_stages_losses_and_rates_are_a_straight_runs(chain,
 
 def test_what_changed_is_said_in_one_line(chain):
     for part, change in {1: "ranks 1 -> 2, ZeRO stage 1 -> 3", 2: "ranks 2 -> 4, ZeRO stage 3 -> 0"}.items():
-        assert f"{change}: weights and moments are shared out anew" in (chain / f"output.{part}").read_text()
+        assert f"{change}: resharding weights and optimizer state" in (chain / f"output.{part}").read_text()
 
 
 def test_every_ordered_pair_of_stages_takes_over_every_bit(chain):
@@ -179,18 +179,18 @@ def test_damage_in_a_file_of_a_rank_that_is_no_more_is_found(by_two, dataset, ca
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     opened(dataset, by_two)
-    assert f"checkpoint passed over: {victim} is damaged" in (out := capsys.readouterr().out)
-    assert f"going on from {committed(by_two)[-1]}" in out
+    assert f"checkpoint skipped: {victim} is damaged" in (out := capsys.readouterr().out)
+    assert f"resuming from {committed(by_two)[-1]}" in out
 
 
 def test_generators_go_on_with_as_many_ranks_and_are_seeded_anew_with_others(saved, by_two, dataset, capsys):
     opened(dataset, saved, *options(3))
     assert json.loads(json.dumps(rng_state())) == json.loads((committed(saved)[-1] / "rng.0.json").read_text())
-    assert "seeded anew" not in capsys.readouterr().out
+    assert "reseeded" not in capsys.readouterr().out
     opened(dataset, by_two)
     out = capsys.readouterr().out
-    assert "ranks 2 -> 1, ZeRO stage 3 -> 1: weights and moments are shared out anew" in out
-    assert "random generators: seeded anew from (megagpt.seed, step, rank)" in out
+    assert "ranks 2 -> 1, ZeRO stage 3 -> 1: resharding weights and optimizer state" in out
+    assert "RNG state not restored (other number of ranks): reseeded from (megagpt.seed, step, rank)" in out
     found = torch.get_rng_state()
     seed_all(seed_from(debug_run(dataset, by_two).megagpt.seed, 8, 0))
     assert torch.equal(found, torch.get_rng_state())
@@ -266,6 +266,6 @@ def test_what_a_rank_keeps_is_taken_once_wherever_it_lies_or_the_step_is_refused
     for to, value in copies:
         to.copy_(value)
     expected = part_of(own_cuts, values)
-    for s in own.stretches:
+    for s in own.slices:
         for mine, theirs in zip(own.values, expected.values, strict=True):
             assert torch.equal(mine[s.offset : s.offset + s.numel], theirs[s.offset : s.offset + s.numel])

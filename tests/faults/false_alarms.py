@@ -38,7 +38,10 @@ def standard_deviations(history: Tensor, now: Tensor, cfg: SpikesConfig) -> Tens
     return (now > mean + cfg.sigma * std).any()
 
 
-RULES = {"medians of logarithms": is_spike, "mean and standard deviation": standard_deviations}
+RULES = {
+    "medians of logarithms": lambda history, now, cfg: is_spike(history, now, cfg).any(),
+    "mean and standard deviation": standard_deviations,
+}
 
 
 def curves(lr: str, seed: int, steps: int, dataset: Path, folder: Path, device: torch.device) -> Tensor:

@@ -146,25 +146,25 @@ def wrong_numbers() -> Iterator[Case]:
     for stage in range(4):
         for victim in "01":
             for value in ("nan", "inf"):
-                run = partial(left_out, times(float(value), BEGIN + 1), (), "its update was left out", victim, stage)
+                run = partial(left_out, times(float(value), BEGIN + 1), (), "its update was skipped", victim, stage)
                 yield Case("I", f"output times {value} on {victim}, stage {stage}", run, baseline=True)
             run = partial(stopped, WEIGHT, ("megagpt.guards.compare_every=1",), "after step 5 the ranks", victim, stage)
             yield Case("I", f"weight's bit on {victim}, stage {stage}", run, baseline=True)
         victim = "01"[stage % 2]
         gradient = gradient_before_the_sum(30)  # of the exponent: an infinite norm, in stage 3's float64 a spike
-        run = partial(left_out, gradient, (SPIKES.format("skip"),), "its update was left out", victim, stage)
+        run = partial(left_out, gradient, (SPIKES.format("skip"),), "its update was skipped", victim, stage)
         yield Case("I", f"gradient's top bit on {victim}, stage {stage}", run, baseline=True)
         run = partial(
             stopped,
             times(float("nan"), BEGIN + 1, BEGIN + 2),
             ("megagpt.guards.max_bad_steps=2",),
-            f"the loss is nan at step {BEGIN + 2} on rank {victim}; steps in a row that were not finite: 2",
+            f"the loss is nan at step {BEGIN + 2} on rank {victim}; that makes 2 steps in a row that were not finite",
             victim,
             stage,
         )
         yield Case("I", f"output times nan twice on {victim}, stage {stage}", run)
         for action, judged in (("skip", left_out), ("roll back", left_out), ("stop", stopped)):
-            run = partial(judged, times(30.0, BEGIN + 3), (SPIKES.format(action),), "a spike at step 7", victim, stage)
+            run = partial(judged, times(30.0, BEGIN + 3), (SPIKES.format(action),), "spike at step 7", victim, stage)
             yield Case("I", f"spike on {victim}, {action}, stage {stage}", run)
     for victim in "01":
         for name, arm in (("weight's", WEIGHT), ("summed gradient's", SUMMED_GRADIENT)):

@@ -82,7 +82,7 @@ class Megagpt:
     def resumed_at(self, text: str) -> int | None:
         if "starting at step 0" in text:
             return 0
-        found = re.findall(r"going on from \S*step_(\d+)", text)
+        found = re.findall(r"resuming from \S*step_(\d+)", text)
         return int(found[0]) if found else None
 
     def difference(self, out_dir: Path, stage: int, steps: int) -> str:

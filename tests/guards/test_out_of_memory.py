@@ -1,5 +1,6 @@
 """A process that may not take more memory: what the user is told, that nothing hangs, and `megagpt plan --probe`."""
 
+import ast
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from support import DEBUG_RUN, PROGRAMS, ROOT, environment, overrides, torchrun
 
 from megagpt.cli.micro_batch_search import Used, bisect
+from megagpt.guards.out_of_memory import DOING
 
 LIMITED = PROGRAMS / "memory_limited_rank.py"
 WIDE = ["megagpt.model.n_layer=1", "megagpt.model.n_head=1"]
@@ -35,7 +37,7 @@ def test_a_step_that_does_not_fit_on_one_of_two_ranks_ends_both(dataset, tmp_pat
     errors = [line for line in done.stderr.splitlines() if "out of memory" in line]
     assert len(errors) == 1, done.stderr[-3000:]
     assert "error: out of memory while training a step, on rank 1, which may use" in errors[0]
-    assert "predicted are" in errors[0]
+    assert "predicted: " in errors[0]
     assert "Set train_micro_batch_size_per_gpu to " in errors[0]
 
 
@@ -57,3 +59,14 @@ def test_bisecting_finds_the_largest_that_fits(candidates, limit):
     tries = bisect(rising, lambda n: Used(n, limit) if n <= limit else None)
     assert max((n for n, used in tries.items() if used), default=0) == max((n for n in rising if n <= limit), default=0)
     assert len(tries) <= len(rising).bit_length()
+
+
+def test_the_functions_that_say_what_was_being_done_exist():
+    """They are found in a traceback by name, so a rename would lose the message without a word."""
+    defined = {
+        node.name
+        for path in (ROOT / "megagpt").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert DOING.keys() <= defined

@@ -29,7 +29,9 @@ def test_the_third_restart_without_a_step_forward_is_refused(start):
     for _ in range(3):
         start(40, 0)
     for _ in range(2):  # and every later one
-        with pytest.raises(UserError, match=r"starts of .*run came no further than step 40; .*remove .*starts\.json"):
+        with pytest.raises(
+            UserError, match=r"the last \d starts came no further than step 40; .*remove .*starts\.json"
+        ):
             start(40, 0)
 
 
@@ -99,7 +101,7 @@ def test_a_requeued_job_that_was_told_to_start_fresh_does_so_once(dataset, devic
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert "starting at step 0" in pretrain_fresh(3)  # the job's first start had not come that far
-    assert "going on from" in pretrain_fresh(4)
+    assert "resuming from" in pretrain_fresh(4)
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     assert "starting at step 0" in pretrain_fresh(3)
     monkeypatch.delenv("SLURM_RESTART_COUNT")  # by hand, in a job that somebody holds

@@ -29,12 +29,12 @@ def test_a_host_is_named_once_when_it_is_slow_for_three_windows_and_once_when_it
     assert said(cluster, SLOW, SLOW) == []
     (line,) = said(cluster, SLOW)
     assert line.startswith(
-        "all ranks wait for rank 3 on h2: in each step of 0.600 s it takes 0.140 s forward, the median rank 0.100 s, "
-        "and waits 0.000 s for data, the median rank 0.000 s; look there"
+        "straggler: rank 3 on h2 slows every step: in a step of 0.600 s it takes 0.140 s for its forward passes "
+        "(median rank: 0.100 s) and waits 0.000 s for data (median rank: 0.000 s); look there"
     )
     assert cluster.slow == ["h2"]
     assert said(cluster, SLOW, LESS_SLOW, HARDLY, HARDLY, LESS_SLOW, HARDLY, HARDLY) == []
-    assert said(cluster, HARDLY) == ["h2 no longer keeps the others waiting"]
+    assert said(cluster, HARDLY) == ["h2 is no longer a straggler"]
     assert cluster.slow == []
     assert len(said(cluster, SLOW, SLOW, SLOW)) == 1
 
@@ -43,9 +43,9 @@ def test_a_host_is_named_once_when_it_is_slow_for_three_windows_and_once_when_it
 def test_a_host_that_waits_for_its_data_is_named(forward_waits):
     """0.7 s more than the median in 6 s; 0.6 would be a tenth."""
     (line,) = said(StragglerDetector(HOSTS, forward_waits=forward_waits), WAITS, WAITS, WAITS)
-    assert "rank 2 on h2: in each step of 0.600 s it " in line
-    assert "waits 0.080 s for data, the median rank 0.010 s" in line
-    assert (" forward, " in line) == (not forward_waits)
+    assert "rank 2 on h2 slows every step: in a step of 0.600 s it " in line
+    assert "waits 0.080 s for data (median rank: 0.010 s)" in line
+    assert ("forward passes" in line) == (not forward_waits)
 
 
 def test_forward_passes_that_wait_for_others_name_nobody():

@@ -46,7 +46,7 @@ def killed_at(n: int, dataset: Path, folder: Path) -> dict[str, Any]:
         "before": (folder / "struck").read_text() if os.WIFSIGNALED(status) else "",
         "newest": newest.name,
         "damaged": damaged,
-        "resumed_there": f"going on from {newest}\n" in again or newest.name == "step_00000009",
+        "resumed_there": f"resuming from {newest}\n" in again or newest.name == "step_00000009",
         "differs": list(what_differs(straight, run)),
     }
 

@@ -237,7 +237,7 @@ class UntilNamed(io.StringIO):
     """Asks for the run's end once a rank was named."""
 
     def write(self, text: str) -> int:
-        if "all ranks wait for" in text:
+        if "straggler: rank" in text:
             os.kill(os.getpid(), signal.SIGTERM)
         return super().write(text)
 

@@ -156,4 +156,4 @@ def test_a_disk_that_takes_no_more_costs_numbers_and_not_the_run(dataset, tmp_pa
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(metric(tmp_path, "loss/train")) == [1, 4]
-    assert capsys.readouterr().out.count("numbers are lost, and training goes on: ") == 1
+    assert capsys.readouterr().out.count("metrics cannot be written (") == 1

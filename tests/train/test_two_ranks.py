@@ -127,7 +127,7 @@ def test_a_finished_run_started_again_changes_nothing(two_ranks):
 def test_a_full_disk_on_one_rank_is_one_message_on_both_and_the_step_before_stands(two_ranks, beside_training):
     for found in (ranks[beside_training] for ranks in two_ranks["a_full_disk_on_one_rank"]):
         assert "step_00000010 could not be saved: [Errno 27] File too large" in found["message"]
-        assert found["message"].endswith("the step before it stands (on rank 1)")
+        assert found["message"].endswith("the one before it is intact (on rank 1)")
         assert found["left"] == ["step_00000005"]
         assert found["then"] == 20
 
@@ -147,7 +147,7 @@ def test_a_mistake_that_one_rank_sees_is_raised_on_all(two_ranks):
 def test_a_rank_that_the_other_waits_for_is_named(two_ranks):
     """Late with its data; tests/cluster/test_slow_host.py throttles a host."""
     said, of_rank_1 = two_ranks["a_rank_late_with_its_data"]
-    assert said.count("all ranks wait for rank 1 on") == 1
+    assert said.count("straggler: rank 1 on") == 1
     assert f"| waits for {socket.gethostname()} |" in said
     assert of_rank_1 == ""
 
