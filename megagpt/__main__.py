@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megagpt.arguments import command_line, training_arguments
 from megagpt.errors import OwnRankError, UserError
+from megagpt.terminal import escape_unknown_letters
 
 SAVED_AND_WANTS_RESTART = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _or_2(command: Callable[[], int]) -> int:
     """The command's exit code; 2 and one line for what the user gave that is wrong."""
+    escape_unknown_letters()
     try:
         return command()
     except UserError as error:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.errors import OwnRankError, UserError, on_every_rank
+from megagpt.terminal import escape_unknown_letters
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None  # None: the default one
@@ -62,9 +63,12 @@ def adopt_slurms_ranks() -> None:
 
 
 def own_device() -> torch.device:
-    """This rank's; raises OwnRankError if there are more ranks than GPUs on a machine that has some."""
+    """This rank's; raises OwnRankError if there are more ranks than GPUs on a machine that has some.
+
+    DS_ACCELERATOR=cpu leaves the GPUs alone, here as in DeepSpeed.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if not torch.cuda.is_available():
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     there_are = torch.cuda.device_count()
     if there_are == 1 and "SLURM_LOCALID" in os.environ:
@@ -107,6 +111,7 @@ def say(text: str) -> None:
     """Print once, not once per rank. A launcher or terminal that is gone and reads no more ends no run."""
     if not is_main():
         return
+    escape_unknown_letters()
     try:
         print(text, flush=True)
     except OSError:
