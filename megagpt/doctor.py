@@ -18,7 +18,7 @@ from megagpt import network
 from megagpt.errors import UserError
 from megagpt.files import write_atomically
 from megagpt.host_probe import Finding, Report, Request
-from megagpt.launcher import ENV_LINE, SECRET_NAME, check_environment, check_hosts
+from megagpt.launcher import ENV_LINE, SECRET_NAME, check_environment, check_hosts, home
 from megagpt.rendezvous import SAME_PROGRAMS, differences, mark_in
 from megagpt.run_file import load_run_config
 
@@ -44,6 +44,7 @@ class Probe:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            errors="replace",
         )
         self._timer = Timer(PATIENCE, self._process.kill)
         self._timer.start()
@@ -217,12 +218,12 @@ def _to_travel() -> dict[str, str]:
 
 
 def _file() -> Path:
-    return Path.home() / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    return home() / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
 
 
 def _settings() -> dict[str, str]:
     """What ~/.deepspeed_env sets on the other hosts."""
-    lines = _file().read_text().splitlines() if _file().is_file() else []
+    lines = _file().read_text(encoding="utf-8", errors="replace").splitlines() if _file().is_file() else []
     return dict(line.split("=", 1) for line in lines if ENV_LINE.fullmatch(line))
 
 
