@@ -17,6 +17,7 @@ from data_tools.stages.train_tokenizer import train_tokenizer
 from data_tools.verify import verify
 from megagpt.data.manifest import SPLITS
 from megagpt.errors import UserError
+from megagpt.terminal import escape_unknown_letters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if wrong := [item for item in rest if item.startswith("-") or "config" not in args]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
+    escape_unknown_letters()
     try:
         print(COMMANDS[args.command](args, rest))
     except UserError as error:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from megagpt.distributed.process_group import init_process_group
 
 settings.register_profile("megagpt", deadline=None)  # how long an example takes is for benchmarks to say
 settings.load_profile("megagpt")
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))  # more slow tiny models down
+if "MEGAGPT_TEST_GPU" not in os.environ:  # ranks that share a machine, and numbers, are a CPU's
+    os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,6 +30,15 @@ def _own_extensions_folder(tmp_path_factory):
 def _ctrl_c_ends_the_tests():
     """`pretrain`, called in this process, takes it for a wish to save; a shell in the background has it ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def supports_fp16(device, monkeypatch) -> Callable[[bool], None]:
+    """Set what DeepSpeed believes of the device: some processors have instructions for fp16, most have none."""
+    from megagpt.engine.build import deepspeed
+
+    accelerator = deepspeed.accelerator.get_accelerator()
+    return lambda answer: monkeypatch.setattr(accelerator, "is_fp16_supported", lambda: answer)
 
 
 @pytest.fixture(scope="session")

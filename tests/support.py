@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -126,6 +127,15 @@ def held_up(pid: int) -> Iterator[None]:
     finally:
         over.set()
         pulses.join()
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below the kernel's ephemeral ones, where no client's end can come to lie."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 def environment() -> dict[str, str]:

@@ -165,7 +165,7 @@ def test_a_checkpoint_of_an_older_python_is_accepted_too(dataset, device, tmp_pa
 
 
 def test_what_a_checkpoint_in_fp16_holds_is_known(tmp_path):
-    """A CPU trains no fp16, so its loss scalers are saved here by themselves."""
+    """With a static scale and with a dynamic one."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
     scalers = [LossScaler(scale=8.0), DynamicLossScaler(2.0**16, 2.0, 1000, 1.0, 2, False, dtype=torch.float16)]
@@ -238,6 +238,24 @@ def test_settings_for_other_hosts_are_taken_from_the_home_folder_alone(tmp_path,
     (tmp_path / "work" / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=eth0\n")
     with pytest.raises(UserError, match="move what you need of it to"):
         check_environment(tmp_path / "work")
+
+
+def test_a_user_without_a_home_folder_is_no_error(tmp_path, monkeypatch):
+    """As in a container that was started with a bare user id: HOME is unset, and no entry says where it would be."""
+
+    def no_entry(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    with pytest.raises(RuntimeError):
+        Path.home()
+    monkeypatch.chdir(tmp_path)
+    check_environment(tmp_path)
+    report(Request("h1", [], 1, 0, run_file="", overrides=[], mark=""))
+    (tmp_path / ".deepspeed_env").write_text("NCCL_SOCKET_IFNAME=eth0\n")
+    with pytest.raises(UserError, match=r"move what you need of it to ~/\.deepspeed_env"):
+        check_environment(tmp_path)
 
 
 def test_a_secret_of_the_environment_is_written_nowhere(dataset, tmp_path, options):

@@ -18,7 +18,7 @@ from typing import Any
 from megagpt.atomic_files import write_atomically
 from megagpt.cli.doctor_agent import Finding, Report, Request, serve
 from megagpt.config.run_file import load_run_config
-from megagpt.distributed.hostfile import ENV_LINE, SECRET_NAME, check_environment, check_hosts
+from megagpt.distributed.hostfile import ENV_LINE, SECRET_NAME, check_environment, check_hosts, home
 from megagpt.distributed.interfaces import GLOO, interface_to
 from megagpt.distributed.rendezvous import SAME_PROGRAMS, differences, mark_in
 from megagpt.errors import UserError
@@ -45,6 +45,7 @@ class Probe:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            errors="replace",
         )
         self._timer = Timer(PATIENCE, self._process.kill)
         self._timer.start()
@@ -218,12 +219,12 @@ def _to_travel() -> dict[str, str]:
 
 
 def _file() -> Path:
-    return Path.home() / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    return home() / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
 
 
 def _settings() -> dict[str, str]:
     """What ~/.deepspeed_env sets on the other hosts."""
-    lines = _file().read_text().splitlines() if _file().is_file() else []
+    lines = _file().read_text(encoding="utf-8", errors="replace").splitlines() if _file().is_file() else []
     return dict(line.split("=", 1) for line in lines if ENV_LINE.fullmatch(line))
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.data.manifest import read_manifest
+from megagpt.distributed.hostfile import home
 from megagpt.distributed.interfaces import gloo_address, is_loopback, remedy
 from megagpt.distributed.rendezvous import PATIENCE, meet, programs
 from megagpt.errors import UserError
@@ -172,8 +173,8 @@ def _about_network(request: Request) -> Iterator[Finding]:
 def _about_compiling(machine: dict[str, str]) -> Iterator[Finding]:
     if machine["compiler"] == "none":
         yield Finding("compiler", "no c++, by which blocks on CUDA and CPU offload are compiled; apt-get install g++")
-    home = os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions")
-    for lock in Path(home).rglob("lock"):
+    compiled = os.environ.get("TORCH_EXTENSIONS_DIR", home() / ".cache" / "torch_extensions")
+    for lock in Path(compiled).rglob("lock"):
         if (age := time.time() - lock.stat().st_mtime) > STALE:
             text = (
                 f"{lock} is {age / 3600:.1f} h old: who compiled there is gone, and every start waits for it; rm {lock}"
@@ -214,7 +215,7 @@ def _first_address() -> str:
 
 def _first_line(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip().partition("\n")[0]

@@ -58,12 +58,12 @@ def batch_script(
         arguments += ["--sweep", str(sweep)]
     for name in options.keys() & more.keys():
         raise UserError(f"--sbatch {name}={more[name]}: megagpt slurm sets {name}={options[name]} by its own options")
-    return _render(SCRIPT.read_text(), options | dict(more), arguments, container)
+    return _render(SCRIPT.read_text(encoding="utf-8"), options | dict(more), arguments, container)
 
 
 def _swept(run_file: Path, overrides: Sequence[str], sweep: Path) -> Iterable[RunConfig]:
     try:
-        lines = sweep.read_text().splitlines()
+        lines = sweep.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--sweep {sweep} cannot be read: {error}") from error
     if not lines:

@@ -18,7 +18,7 @@ def on_ranks(n_ranks: int, module: str, *arguments: str) -> subprocess.Completed
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
         ) as launched:
             try:
                 out, errors = launched.communicate()

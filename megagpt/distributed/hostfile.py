@@ -37,7 +37,7 @@ def check_hostfile() -> None:
 def check_hosts(hostfile: Path) -> dict[str, int]:
     """Host -> slots. Refuses names that ssh or a shell would read as more than a name: UserError with the line."""
     try:
-        lines = hostfile.read_text().splitlines()
+        lines = hostfile.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the hostfile {hostfile} cannot be read: {error}") from error
     slots: dict[str, int] = {}
@@ -58,18 +58,27 @@ def check_hosts(hostfile: Path) -> dict[str, int]:
 def check_environment(folder: Path) -> None:
     """Refuse what deepspeed, started in `folder`, would paste into the other hosts' shells. Raises UserError."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    if (folder / name).is_file() and folder.resolve() != Path.home().resolve():
+    in_home = home() / name
+    if (folder / name).is_file() and folder.resolve() != home().resolve():
         raise UserError(
             f"{folder / name}: deepspeed pastes what lies in the folder it is started in into a shell on every host, "
-            f"and a folder may be anybody's; move what you need of it to {Path.home() / name}"
+            f"and a folder may be anybody's; move what you need of it to {in_home}"
         )
-    if (Path.home() / name).is_file():
-        check_settings(Path.home() / name)
+    if in_home.is_file():
+        check_settings(in_home)
+
+
+def home() -> Path:
+    """Return the home folder as torch and DeepSpeed find it: `~` itself if HOME is unset and the user has no entry.
+
+    Path.home() raises RuntimeError there, as in a container that was started with a bare user id.
+    """
+    return Path(os.path.expanduser("~"))
 
 
 def check_settings(file: Path) -> None:
     """Refuse lines of a .deepspeed_env that are more than a plain setting. Raises UserError with the line."""
-    for n, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
+    for n, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         key = line.partition("=")[0]
         if not ENV_LINE.fullmatch(line):
             raise UserError(

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megagpt.distributed.launcher import adopt_slurms_ranks, local_ranks
 from megagpt.errors import OwnRankError
+from megagpt.terminal import escape_unknown_letters
 
 Group = dist.ProcessGroup | None  # None: the default one
 
@@ -83,6 +84,7 @@ def print_rank0(text: str) -> None:
     """Print once, not once per rank. A launcher or terminal that is gone and reads no more ends no run."""
     if not is_main():
         return
+    escape_unknown_letters()
     try:
         print(text, flush=True)
     except OSError:

@@ -17,8 +17,8 @@ from megagpt.train_state import Health
 
 # The standard deviation of a normal distribution is 1.4826 times its median absolute deviation.
 MAD_TO_STANDARD = 1.4826
-# The least deviations of the logarithms, so 1 % and 20 %. The gradient norm of a small batch has a heavy tail: in healthy
-# runs it doubles now and then, far outside of its usual deviation. With 6 deviations it has to more than triple.
+# The least deviations of the logarithms, so 1 % and 20 %. The gradient norm of a small batch has a heavy tail: in
+# healthy runs it doubles now and then, far outside its usual deviation. At 6 deviations it has to more than triple.
 MIN_DEVIATION_LOSS, MIN_DEVIATION_NORM = 0.01, 0.2
 
 

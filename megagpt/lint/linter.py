@@ -62,6 +62,10 @@ def lint(run: RunConfig) -> list[Finding]:
         found.append(_from(error))
     if run.deepspeed.bf16.enabled and run.deepspeed.fp16.enabled:
         found.append(Finding("error", "fp16.enabled", "fp16.enabled and bf16.enabled are both true; choose one"))
+    if run.deepspeed.fp16.enabled and run.deepspeed.zero_optimization.stage == 0:
+        text = "fp16.enabled=true at zero_optimization.stage=0: DeepSpeed divides the gradients by a loss scale "
+        text += "that it did not multiply the loss by; set zero_optimization.stage to 1"
+        found.append(Finding("error", "fp16.enabled", text))
     if not found:
         found += [*_changed(run), *_switched_off(run), *_idle(run), *_contradicting(run)]
     return _once(found)

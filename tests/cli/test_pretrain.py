@@ -1,17 +1,17 @@
 """The programs as people start them: real processes, real signals, exit codes, and what they print."""
 
+import json
 import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
-from support import DEBUG_RUN, PROGRAMS, ROOT, environment, metric, overrides, torchrun
+from support import DEBUG_RUN, PROGRAMS, ROOT, debug_run, environment, free_port, metric, overrides, torchrun
 
 from megagpt.__main__ import main
 from megagpt.checkpoint.commit import committed
@@ -19,6 +19,7 @@ from megagpt.checkpoint.run_samples import open_run
 from megagpt.cli.pretrain import pretrain
 from megagpt.data.dataset import open_dataset
 from megagpt.distributed import launcher
+from megagpt.train.trainer import train
 
 PRETRAIN = ROOT / "launch" / "pretrain.py"
 ORPHANED = PROGRAMS / "orphaned_rank.py"
@@ -118,7 +119,8 @@ def test_ranks_whose_deepspeed_command_was_ended_save_and_end(dataset, tmp_path,
     """`deepspeed` dies and its lower half, launch.py, lives on with the ranks; Ctrl-C reaches all of them at once."""
     options = ["megagpt.schedule.max_steps=100000", "megagpt.every.save=0"]
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = start([deepspeed, "--num_gpus", "1", PRETRAIN, *arguments(dataset, tmp_path / "run", *options)])
+    launch = [deepspeed, "--num_gpus", "1", "--master_port", free_port(), PRETRAIN]
+    command = start([*launch, *arguments(dataset, tmp_path / "run", *options)])
     assert command.stdout is not None
     for line in command.stdout:
         if line.startswith("step"):
@@ -173,13 +175,31 @@ def test_a_time_limit_saves_and_exits_75(dataset, device, tmp_path, capsys):
 
 def test_the_deepspeed_launcher_trains_on_two_ranks(dataset, tmp_path):
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    done = start([deepspeed, "--num_gpus", "2", PRETRAIN, *arguments(dataset, tmp_path / "run")])
+    launch = [deepspeed, "--num_gpus", "2", "--master_port", free_port(), PRETRAIN]
+    done = start([*launch, *arguments(dataset, tmp_path / "run")])
     out, err = done.communicate(timeout=300)
     assert done.returncode == 0, err
     assert "accumulation 1 x 2 ranks" in out
     assert "finished at step 20" in out
     assert out.count("step 20/20 | loss/train") == 1
     assert not list(Path(os.environ["TORCH_EXTENSIONS_DIR"]).iterdir())  # nothing was compiled on the way
+
+
+def test_letters_that_the_terminal_lacks_are_escaped(dataset, tmp_path):
+    """The bars of the validation curve, on a terminal that shows ASCII alone."""
+    command = [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.schedule.max_steps=5")]
+    process = start(command, PYTHONIOENCODING="ascii")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert r" \u2588" in out.partition("step loss/val")[2]
+
+
+def test_a_hostfile_is_utf_8_whatever_the_locale(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_bytes("# Knoten f\u00fcr sp\u00e4ter\nnode1 slots=8\n".encode())
+    process = start([sys.executable, "-m", "megagpt", "check-hosts", hosts], LC_ALL="C", PYTHONUTF8="0")  # ASCII
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
 
 
 def test_a_hostfile_that_does_not_exist_is_no_silent_single_node_run(dataset, tmp_path):
@@ -193,9 +213,7 @@ def test_a_hostfile_that_does_not_exist_is_no_silent_single_node_run(dataset, tm
 
 
 def test_srun_starts_ranks_by_slurms_variables(dataset, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     ranks = [
         start(
             [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.schedule.max_steps=4")],
@@ -229,8 +247,7 @@ def test_every_rank_ends_with_2_and_none_is_aborted_by_a_thread_of_its_process_g
     command = [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.data.val=nowhere")]
     ranks = []
     for _ in range(3):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = str(server.getsockname()[1])
+        port = str(free_port())
         meeting = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ranks += [start(command, RANK=str(n), LOCAL_RANK=str(n), **meeting) for n in range(2)]
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
@@ -251,13 +268,35 @@ def test_every_rank_ends_with_2_and_none_is_aborted_by_a_thread_of_its_process_g
         (["activation_checkpointing.cpu_checkpointing=true"], "has no effect without"),
     ],
 )
-def test_a_mistake_ends_with_2_and_one_line_and_leaves_nothing(dataset, device, tmp_path, capsys, mistakes, complaint):
+def test_a_mistake_ends_with_2_and_one_line_and_leaves_nothing(
+    dataset, device, supports_fp16, tmp_path, capsys, mistakes, complaint
+):
+    supports_fp16(False)  # one of the mistakes is to ask for it
     assert pretrain(arguments(dataset, tmp_path / "run", *mistakes)) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
     assert printed.count("\n") == 1
     assert complaint in printed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_where_the_device_supports_fp16_training_and_a_resume_are_those_of_fp32(
+    dataset, device, supports_fp16, tmp_path, stage
+):
+    """Within the 10 bits that fp16 keeps of losses around 5: 2^-8 in each; some processors compute it in fp32."""
+    supports_fp16(True)
+    for dtype, name in (("fp16", "cut"), ("fp16", "straight"), ("fp32", "fp32")):
+        options = [f"zero_optimization.stage={stage}", f"fp16.enabled={json.dumps(dtype == 'fp16')}"]
+        options += ["megagpt.every.eval=0", "megagpt.every.save=3", "megagpt.schedule.max_steps=6"]
+        run = debug_run(dataset, tmp_path / name, *options)
+        if name == "cut":
+            train(run, device, stop_at=3)
+        assert pretrain(arguments(dataset, tmp_path / name, *options)) == 0
+    cut, straight, exact = (metric(tmp_path / name, "loss/train") for name in ("cut", "straight", "fp32"))
+    assert cut == straight
+    assert straight == pytest.approx(exact, abs=2**-8)
+    assert straight[6] < straight[1] - 0.5
 
 
 def test_a_sample_report_says_what_training_would_draw_and_starts_nothing(dataset, device, tmp_path, capsys):

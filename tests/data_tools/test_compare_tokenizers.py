@@ -25,7 +25,7 @@ def char_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(folder: Path, **texts: str) -> list[str]:
     for name, text in texts.items():
-        (folder / f"{name}.txt").write_text(text)
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     return [str(folder / f"{name}.txt") for name in texts]
 
 

@@ -290,7 +290,7 @@ def test_a_steady_step_reads_nothing_back_but_what_deepspeed_reads_once(dataset,
     assert reads_of_a_step(3) == once  # none in a micro-batch
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and MEGAGPT_TEST_GPU=1")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_on_a_gpu_a_steady_step_waits_for_it_in_deepspeed_alone(dataset, device, tmp_path, stage):
     sizes = ["train_batch_size=8", "bf16.enabled=true", f"zero_optimization.stage={stage}"]

@@ -7,15 +7,15 @@ armed inside the rank that it strikes; product code knows nothing of it.
 import contextlib
 import ctypes
 import os
-import random
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from support import free_port
 
 GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL, as DeepSpeed's launcher
 ORPHAN_SECONDS = 60.0  # by then no rank may be left of a job whose launcher is gone
@@ -141,7 +141,7 @@ def _as_launcher(program: Callable[[], int], n_ranks: int, arm: Callable[[int], 
     """The launcher's life; never returns."""
     os.setsid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a campaign that is ended leaves nothing
-    port, ranks = _free_port(), {}
+    port, ranks = free_port(), {}
     for rank in range(n_ranks):
         pid = os.fork()
         if pid == 0:
@@ -204,12 +204,3 @@ def _as_rank(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def _free_port() -> int:
-    """Below the kernel's ephemeral ports, where no client's end of a connection can lie."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port

@@ -17,6 +17,7 @@ from systems import STEPS, Megagpt, System
 from test_security import Gadget, sign_again
 
 from megagpt.distributed.hostfile import check_hosts, check_settings
+from megagpt.engine import build
 from megagpt.errors import UserError
 from megagpt.train import trainer
 
@@ -65,10 +66,16 @@ def hangs() -> Iterator[Case]:
 # --- H: a run that is not the one that was saved ---------------------------------------------------------------------
 
 
+def without_fp16(rank: int) -> None:
+    """As on a processor that has no instructions for it, whatever this one has."""
+    build.deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: False
+
+
 def mismatched(override: str, promised: str, system: System, folder: Path) -> Outcome:
     assert isinstance(system, Megagpt)
     system.begin(folder / "run", 1, 4)
-    ended = lab.launch(system.program(folder / "run", 1, STEPS, *json.loads(override)), folder / "again")
+    program = system.program(folder / "run", 1, STEPS, *json.loads(override))
+    ended = lab.launch(program, folder / "again", arm=without_fp16)
     if ended.hung or "Traceback" in ended.text:
         return Outcome(STUCK, last_lines(ended.text), seconds=ended.seconds)
     if ended.code == 2:

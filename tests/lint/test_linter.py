@@ -85,6 +85,7 @@ MISTAKES = [
     (["megagpt.schedule.shape=constant", "megagpt.schedule.min_lr_ratio=0.2"], "warning", None, "does not fall"),
     # against another
     (["fp16.enabled=true"], "error", "fp16.enabled", "both true; choose one"),
+    ([*FP16, "zero_optimization.stage=0"], "error", "fp16.enabled", "set zero_optimization.stage to 1"),
     ([*FP16, "fp16.loss_scale=128", "fp16.hysteresis=4"], "warning", "fp16.hysteresis", "fixes the scale"),
     (["prescale_gradients=true", "gradient_predivide_factor=2"], "warning", None, "divided by the number of ranks"),
     (["communication_data_type=fp16"], "warning", "communication_data_type", "write bf16 or remove it"),

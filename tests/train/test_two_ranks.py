@@ -8,6 +8,8 @@ from resume_matrix import COVERING, LAST
 from support import PROGRAMS, debug_run, metric, torchrun
 
 from megagpt.data.loader import open_data
+from megagpt.distributed.process_group import own_device
+from megagpt.errors import OwnRankError
 from megagpt.model.gpt import GPT
 from megagpt.train.evaluate import evaluate
 from megagpt.train.trainer import train
@@ -150,6 +152,18 @@ def test_a_rank_that_the_other_waits_for_is_named(two_ranks):
     assert said.count("straggler: rank 1 on") == 1
     assert f"| waits for {socket.gethostname()} |" in said
     assert of_rank_1 == ""
+
+
+def test_the_cpu_is_taken_where_deepspeed_is_told_to(monkeypatch):
+    """On a machine with one GPU, where a second rank would find none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert own_device() == torch.device("cpu")
+    monkeypatch.delenv("DS_ACCELERATOR")
+    with pytest.raises(OwnRankError, match=r"2 ranks need 2 GPUs, but .* has 1"):
+        own_device()
 
 
 def test_a_vote_to_stop_reaches_every_rank_at_the_same_boundary(two_ranks):
