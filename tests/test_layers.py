@@ -1,10 +1,10 @@
 """Imports point down: a package imports only from those that stand below it, and no module imports in a circle."""
 
 import ast
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from import_graph import circles, floors, import_graph, modules, package_of
 
 ROOT = Path(__file__).parents[1]
 ORDER = [  # lowest first; a package may import from those of lower lines, and from no other of its own line
@@ -35,36 +35,8 @@ BUILDER_ORDER = [
 OF_MEGAGPT = {"errors", "atomic_files", "terminal", "config.parsing", "checkpoint.run_samples"}
 OF_MEGAGPT |= {f"data.{name}" for name in ("manifest", "shard_format", "dataset", "tokenizer", "provenance")}
 OF_MEGAGPT |= {"data.segment_cache", "data.training_set"}
-FILES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for package in ("megagpt", "data_tools")
-    for path in sorted((ROOT / package).rglob("*.py"))
-}
-
-
-def imports(path: Path) -> set[str]:
-    """Dotted names of every module of ours that a file imports, at any depth of its code."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: write imports in full"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-    return {_module(name) for name in found} & FILES.keys()
-
-
-def _module(name: str) -> str:
-    """A name imported from a module stands for the module."""
-    return name if name in FILES else name.rpartition(".")[0]
-
-
-def package_of(module: str) -> str:
-    """megagpt.data.loader -> megagpt.data; a program's own file stands for itself."""
-    return module if module.endswith("__main__") else ".".join(module.split(".")[:2])
-
-
-IMPORTS = {module: imports(path) - {module} for module, path in FILES.items()}
+FILES = modules(ROOT)
+IMPORTS = import_graph(ROOT)
 FLOOR = {package: i for order in (ORDER, BUILDER_ORDER) for i, line in enumerate(order) for package in line}
 
 
@@ -80,10 +52,14 @@ def test_every_import_between_packages_points_down(module):
 
 
 def test_no_module_imports_in_a_circle():
-    try:
-        list(TopologicalSorter(IMPORTS).static_order())
-    except CycleError as circle:
-        pytest.fail(" -> ".join(circle.args[1]))
+    assert circles(IMPORTS) == []
+
+
+def test_a_circle_is_found_and_raises_no_floor():
+    """a and b import each other; c imports b, and d stands on the ground."""
+    graph = {"a": {"b"}, "b": {"a", "d"}, "c": {"b"}, "d": set()}
+    assert circles(graph) == [{"a", "b"}]
+    assert floors({"c": {"b"}, "b": {"d"}, "d": set()}) == {"d": 1, "b": 2, "c": 3}
 
 
 def test_deepspeed_is_imported_below_the_engine_alone():
