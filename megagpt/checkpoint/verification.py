@@ -32,7 +32,7 @@ def newest_verified(out_dir: Path) -> Saved | None:
 
     Raises UserError if a step was ever committed and none verifies: a silent start from step 0 would lose the run.
     """
-    candidates = broadcast_object(committed(out_dir))
+    candidates, recorded = broadcast_object((committed(out_dir), commit_on_record(out_dir)))
     refused: list[Path] = []
     first_damage = ""
     for step_dir in reversed(candidates):
@@ -42,7 +42,6 @@ def newest_verified(out_dir: Path) -> Saved | None:
         refused.append(step_dir)
         print_rank0(f"checkpoint skipped: {damage}")
         first_damage = first_damage or damage
-    recorded = broadcast_object(commit_on_record(out_dir))
     if recorded is not None and not refused:
         first_damage = f"{recorded} was committed and is missing"
     if first_damage:
