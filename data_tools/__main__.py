@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from data_tools.build import build
-from data_tools.compare_tokenizers import IDLE, KINDS, compare_tokenizers, table_of
+from data_tools.compare_tokenizers import KINDS, UNUSED_OPTIONS, compare_tokenizers, table_of
 from data_tools.config import BuildConfig, TokenizerConfig, load_config
 from data_tools.inspect import inspect, inspect_samples
 from data_tools.report.summary import summary
@@ -123,7 +123,7 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
         "What tokenizers make of the same text: its length in tokens, speed, and a small model's bits per byte.",
         "--input books/ code/ --types unigram,bpe vocab_size=8000\n"
         "  python -m data_tools compare-tokenizers --input books/ --tokenizer mine.model theirs.model --steps 0\n\n"
-        + _options(BuildConfig, without=IDLE),
+        + _options(BuildConfig, without=UNUSED_OPTIONS),
     )
     compare_command.usage = (
         "%(prog)s --input PATH [PATH ...] [--tokenizer MODEL ...] [--types TYPE,...] [--steps N] [--config FILE] "

@@ -22,7 +22,7 @@ from data_tools.build import finish
 from data_tools.config import BuildConfig, SourceConfig
 from data_tools.executor.tasks import Tasks
 from data_tools.executor.workers import start_workers
-from data_tools.readers.document_pieces import PIECE
+from data_tools.readers.document_pieces import PIECE_CHARACTERS
 from data_tools.stages.extract import find_units
 from data_tools.stages.pipeline import Stages, find_tokenizer, read_and_compare, tokenize_and_shuffle
 from data_tools.stages.select import keyed_hash, select, selected_texts
@@ -31,10 +31,21 @@ from megagpt.errors import UserError
 
 Kind = Literal["unigram", "bpe", "char"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-IDLE = {"tokenizer": "--tokenizer", "tokenizer_type": "--types", "subword": None}  # of a build's options -> for it here
+UNUSED_OPTIONS = {
+    "tokenizer": "--tokenizer",
+    "tokenizer_type": "--types",
+    "subword": None,
+}  # of a build's options -> for it here
 MEASURED_BYTES = 32_000_000  # of each source: of a larger one, so many bytes of documents drawn by a keyed hash
 VAL_BYTES = 1_000_000  # of the validation split: the same text for every tokenizer
-OF_LAUNCHERS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"}  # it is one process
+LAUNCHER_VARIABLES = {
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "SLURM_PROCID",
+}  # it is one process
 DEBUG_RUN: dict[str, Any] = {  # takes seconds on a CPU
     "train_batch_size": 8,
     "train_micro_batch_size_per_gpu": 8,
@@ -145,8 +156,8 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Counts:
 
 
 def _check(config: BuildConfig, kinds: Sequence[str], steps: int) -> None:
-    for option in sorted(IDLE.keys() & config.model_fields_set):
-        way_out = f"give {IDLE[option]}" if IDLE[option] else "remove it"
+    for option in sorted(UNUSED_OPTIONS.keys() & config.model_fields_set):
+        way_out = f"give {UNUSED_OPTIONS[option]}" if UNUSED_OPTIONS[option] else "remove it"
         raise UserError(f"{option} has no effect on compare-tokenizers; {way_out}")
     for kind in kinds:
         if kind not in KINDS:
@@ -176,7 +187,9 @@ def _measure_all(
 
 def _drawn_texts(stages: Stages, source: int, scratch: Path, seed: int) -> Iterator[str]:
     """Pieces of a source's documents, of whichever split; of about MEASURED_BYTES if it has more."""
-    mine = [(place, done) for place, done in zip(stages.places, stages.texts, strict=True) if place.source == source]
+    mine = [
+        (place, done) for place, done in zip(stages.unit_inputs, stages.texts, strict=True) if place.source == source
+    ]
     size = sum(done.result["kept"][1] for _, done in mine)
     limit = int(min(1.0, MEASURED_BYTES / max(size, 1)) * 2**64)
     for place, _ in mine:
@@ -208,7 +221,7 @@ def _bits_per_byte(
     file = run / "run.json"
     file.write_text(json.dumps(DEBUG_RUN | {"megagpt": megagpt}))
     command = [sys.executable, "-m", "megagpt.train", "--deepspeed_config", str(file)]
-    alone = {key: value for key, value in os.environ.items() if key not in OF_LAUNCHERS}
+    alone = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
     done = subprocess.run(command, env=alone, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("error: ")
@@ -224,7 +237,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     for text in texts:
         batch.append(text)
         size += len(text)
-        if size >= PIECE:
+        if size >= PIECE_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:

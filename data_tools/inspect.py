@@ -6,7 +6,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from data_tools.formatting import human
+from data_tools.formatting import format_bytes
 from megagpt.checkpoint.run_samples import open_run
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.manifest import Split
@@ -68,12 +68,12 @@ def _describe(dataset: Dataset) -> str:
     for source in manifest.sources:
         lines.append(
             f"  source       {source.name}: {source.files:,} files, {source.documents:,} documents, "
-            f"{human(source.bytes)} of text"
+            f"{format_bytes(source.bytes)} of text"
         )
     for name, split in manifest.splits.items():
         shards = split.variants[0].shards
         lines.append(
             f"  {name:12} {split.documents:,} documents, {split.tokens:,} tokens as {manifest.dtype} in "
-            f"{len(shards)} shards ({human(sum(shard.bytes for shard in shards))})"
+            f"{len(shards)} shards ({format_bytes(sum(shard.bytes for shard in shards))})"
         )
     return "\n".join(lines)

@@ -16,13 +16,13 @@ from megagpt.data.manifest import SPLITS
 from megagpt.data.provenance import FOLDER, provenance_path
 from megagpt.data.shard_format import INDEX, REPORT, TOKENIZER_MODEL
 
-REJECTS_DIR, PAGE = "rejects", "report.html"
-OURS = (*SPLITS, FOLDER, REJECTS_DIR, TOKENIZER_MODEL, INDEX, REPORT, PAGE)
+REJECTS_DIR, REPORT_PAGE = "rejects", "report.html"
+PUBLISHED = (*SPLITS, FOLDER, REJECTS_DIR, TOKENIZER_MODEL, INDEX, REPORT, REPORT_PAGE)
 
 
 def publish(folder: Path, stages: Stages, report: dict[str, Any]) -> tuple[dict[str, str], str]:
     """(sha256 of every file that the manifest names under other_files, the index's sha256)."""
-    for name in OURS:  # of a build that was killed right here
+    for name in PUBLISHED:  # of a build that was killed right here
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).unlink(missing_ok=True)
     other_files: dict[str, str] = {}
@@ -42,7 +42,7 @@ def publish(folder: Path, stages: Stages, report: dict[str, Any]) -> tuple[dict[
                 _place(file_of(done.prefix, REJECTS), folder / name)
                 other_files[name] = sha256_of(folder / name)
     _write_report(folder, report)
-    other_files[PAGE] = sha256_of(folder / PAGE)
+    other_files[REPORT_PAGE] = sha256_of(folder / REPORT_PAGE)
     return other_files, write_index(folder / INDEX, rows)
 
 
@@ -50,7 +50,7 @@ def _write_report(folder: Path, report: dict[str, Any]) -> None:
     from data_tools.report.html_page import page_of  # matplotlib takes too long to import for those who ask for --help
 
     write_atomically(folder / REPORT, json.dumps(report, indent=1).encode() + b"\n")
-    write_atomically(folder / PAGE, page_of(report, folder.name).encode())
+    write_atomically(folder / REPORT_PAGE, page_of(report, folder.name).encode())
 
 
 def _has_rejects(done: Done) -> bool:

@@ -9,14 +9,14 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_tools.formatting import human
+from data_tools.formatting import format_bytes
 from megagpt.atomic_files import sha256_of
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.manifest import ShardInfo, Split, confined
 from megagpt.data.shard_format import REPORT, batch_xxh3, read_batch
 from megagpt.errors import UserError
 
-Row = dict[str, Any]  # of the index
+IndexRow = dict[str, Any]  # of the index
 
 
 def verify(folder: Path) -> str:
@@ -30,7 +30,7 @@ def verify(folder: Path) -> str:
         advice = "restore the damaged files or build the dataset again"
         raise UserError("\n".join([f"{folder} is damaged:", *findings, advice]))
     n_bytes, n_tokens = sum(shard.info.bytes for shard in shards), sum(shard.info.tokens for shard in shards)
-    return f"{folder} is whole: {len(shards)} shards, {n_tokens:,} tokens, {human(n_bytes)} read"
+    return f"{folder} is whole: {len(shards)} shards, {n_tokens:,} tokens, {format_bytes(n_bytes)} read"
 
 
 class Shard(NamedTuple):
@@ -40,7 +40,7 @@ class Shard(NamedTuple):
     variant: int
     number: int
     info: ShardInfo
-    rows: list[Row]
+    rows: list[IndexRow]
 
 
 def _shards(dataset: Dataset) -> Iterator[Shard]:
@@ -87,7 +87,7 @@ def _check_shard(dataset: Dataset, shard: Shard) -> list[str]:
     return findings
 
 
-def _check_batch(batch: pa.RecordBatch, row: Row, dataset: Dataset) -> Iterator[str]:
+def _check_batch(batch: pa.RecordBatch, row: IndexRow, dataset: Dataset) -> Iterator[str]:
     if batch_xxh3(batch) != row["xxh3"]:
         yield "has changed"
         return

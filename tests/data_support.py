@@ -11,7 +11,7 @@ import numpy as np
 from data_tools.__main__ import main
 from data_tools.config import TokenizerConfig
 from data_tools.stages.train_tokenizer import train_sample
-from data_tools.storage.shard_writer import Row, ShardWriter, write_index
+from data_tools.storage.shard_writer import ShardRow, ShardWriter, write_index
 from megagpt.data.dataset import open_dataset
 from megagpt.data.manifest import SPLITS, Manifest, Split, SplitInfo, TokenizerInfo, Variant, write_manifest
 from megagpt.data.shard_format import INDEX, TOKENIZER_MODEL, ShardHeader, token_dtype
@@ -79,7 +79,7 @@ def write_dataset(
             path.parent.mkdir(parents=True, exist_ok=True)
             writer = ShardWriter(path, header, batch_tokens=batch_tokens)
             for i in part:
-                writer.add(Row(tokenization[i], int(i).to_bytes(16, "big"), 0))
+                writer.add(ShardRow(tokenization[i], int(i).to_bytes(16, "big"), 0))
             info, index = writer.close()
             shards.append(info)
             rows += index

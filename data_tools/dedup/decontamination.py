@@ -46,7 +46,7 @@ def read_ngrams(path: Path) -> np.ndarray:
     return ngrams
 
 
-def contaminated(pieces: Iterable[str], ngrams: np.ndarray, cfg: DecontaminationConfig) -> bool:
+def is_contaminated(pieces: Iterable[str], ngrams: np.ndarray, cfg: DecontaminationConfig) -> bool:
     """Whether a text, given in pieces, has cfg.min_hits different runs among `ngrams`, which are `read_ngrams`'."""
     found: set[int] = set()
     for runs in _runs(pieces, cfg.ngram):

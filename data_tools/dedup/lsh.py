@@ -24,7 +24,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from data_tools.dedup.minhash import DIGEST_BYTES, MinHash, TextDigest
-from data_tools.storage.arrow_columns import column, new_arrow_file, view
+from data_tools.storage.arrow_columns import new_arrow_file, to_arrow, to_numpy
 from megagpt.config.parsing import Strict
 
 EXACT = 0  # the band of the texts' digests; the bands of the signatures follow
@@ -126,11 +126,11 @@ def _keys_between(low: int, high: int, path: Path, band: int, unit: int) -> tupl
     """(key, low, document) with low <= key <= high, copied, so that no file stays open."""
     with pa.memory_map(str(path)) as file:
         batch = pa.ipc.open_file(file).get_batch(band)
-        keys = view(batch["key"])
+        keys = to_numpy(batch["key"])
         begin = int(np.searchsorted(keys, np.uint64(low), side="left"))
         end = int(np.searchsorted(keys, np.uint64(high), side="right"))
-        rows = view(batch["row"])[begin:end]
-        return keys[begin:end].copy(), view(batch["low"])[begin:end].copy(), rows + order_number(unit, 0)
+        rows = to_numpy(batch["row"])[begin:end]
+        return keys[begin:end].copy(), to_numpy(batch["low"])[begin:end].copy(), rows + order_number(unit, 0)
 
 
 def order_number(unit: int, row: int) -> np.uint64:
@@ -203,7 +203,7 @@ def _band(links: Path) -> int:
 def _read_links(path: Path) -> np.ndarray:
     """(2, links)"""
     with pa.memory_map(str(path)) as file:
-        return np.stack([view(values) for values in pa.ipc.open_file(file).get_batch(0).columns])
+        return np.stack([to_numpy(values) for values in pa.ipc.open_file(file).get_batch(0).columns])
 
 
 def duplicates_in(unit: int, clusters: Path) -> Duplicates:
@@ -213,17 +213,17 @@ def duplicates_in(unit: int, clusters: Path) -> Duplicates:
     """
     with pa.memory_map(str(clusters)) as file:
         batch = pa.ipc.open_file(file).get_batch(0)
-        documents = view(batch["document"])
+        documents = to_numpy(batch["document"])
         begin, end = np.searchsorted(documents, [order_number(unit, 0), order_number(unit + 1, 0)])
         batch = batch.slice(begin, end - begin)
         return Duplicates(
             rows=(documents[begin:end] - order_number(unit, 0)).astype(np.uint32),
-            firsts=view(batch["first"]).copy(),
-            exact=view(batch["exact"]),
+            firsts=to_numpy(batch["first"]).copy(),
+            exact=to_numpy(batch["exact"]),
         )
 
 
 def _write(path: Path, schema: pa.Schema, batches: Iterable[Sequence[np.ndarray]]) -> None:
     with new_arrow_file(path, schema) as writer:
         for columns in batches:
-            writer.write_batch(pa.record_batch([column(values) for values in columns], schema=schema))
+            writer.write_batch(pa.record_batch([to_arrow(values) for values in columns], schema=schema))

@@ -8,8 +8,14 @@ import re
 
 from pydantic import Field
 
-from data_tools.filters.repetition import duplicates
-from data_tools.filters.text_statistics import PUNCTUATION, TERMINAL_PUNCTUATION, Page, count_sentences, split_words
+from data_tools.filters.repetition import count_duplicates
+from data_tools.filters.text_statistics import (
+    PUNCTUATION,
+    TERMINAL_PUNCTUATION,
+    TextStatistics,
+    count_sentences,
+    split_words,
+)
 from data_tools.option_types import Names
 from megagpt.config.parsing import Strict
 
@@ -38,28 +44,28 @@ class GopherQualityConfig(Strict):
     )
 
 
-def gopher_quality(page: Page, cfg: GopherQualityConfig) -> str | None:
+def gopher_quality(stats: TextStatistics, cfg: GopherQualityConfig) -> str | None:
     """Rae et al. 2021 (arXiv 2112.11446), appendix A.1.1, 'Quality Filtering'."""
-    counts, n_words = page.counts, max(len(page.words), 1)
+    counts, n_words = stats.counts, max(len(stats.words), 1)
     unusual = [word for word in counts if not word.isalpha()]
     symbols = [word for word in unusual if word[0] in PUNCTUATION and PUNCTUATION.issuperset(word)]
-    n_plain = len(page.words) - sum([counts[word] for word in symbols])
+    n_plain = len(stats.words) - sum([counts[word] for word in symbols])
     if cfg.min_words is not None and n_plain < cfg.min_words:
         return f"fewer than {cfg.min_words} words"
     if cfg.max_words is not None and n_plain > cfg.max_words:
         return f"more than {cfg.max_words} words"
-    length = len("".join(page.words)) - sum([counts[word] * len(word) for word in symbols])
+    length = len("".join(stats.words)) - sum([counts[word] * len(word) for word in symbols])
     mean_length = length / max(n_plain, 1)
     if cfg.min_mean_word_length is not None and mean_length < cfg.min_mean_word_length:
         return f"words shorter than {cfg.min_mean_word_length:g} on average"
     if cfg.max_mean_word_length is not None and mean_length > cfg.max_mean_word_length:
         return f"words longer than {cfg.max_mean_word_length:g} on average"
-    if why := _symbols_and_lines(page.text, n_words, cfg):
+    if why := _symbols_and_lines(stats.text, n_words, cfg):
         return why
     if cfg.min_alphabetic_words is not None:
         rare = [word for word in unusual if not (word.islower() or word.isupper())]  # two fast tests find most letters
         n_letterless = sum([counts[word] for word in rare if not any(map(str.isalpha, word))])
-        if (len(page.words) - n_letterless) / n_words < cfg.min_alphabetic_words:
+        if (len(stats.words) - n_letterless) / n_words < cfg.min_alphabetic_words:
             return f"words with a letter below {cfg.min_alphabetic_words:g}"
     if cfg.min_stop_words is not None and sum([word in counts for word in set(cfg.stop_words)]) < cfg.min_stop_words:
         return f"fewer than {cfg.min_stop_words} stop words"
@@ -98,13 +104,13 @@ class C4Config(Strict):
     curly_brackets: bool = Field(default=True, description="reject documents with '{'; turn it off for source code")
 
 
-def c4(page: Page, cfg: C4Config) -> tuple[str, str | None]:
+def c4(stats: TextStatistics, cfg: C4Config) -> tuple[str, str | None]:
     """(the text of the lines that are kept, why the document is rejected).
 
     Raffel et al. 2020 (JMLR 21/140), section 2.2, without the list of bad words; the limit on word length and the
     policy lines are from C4's code. Only lines that are not dropped for their form can reject the document.
     """
-    kept, why = _kept_lines(page.text, cfg)
+    kept, why = _kept_lines(stats.text, cfg)
     # each line is a sentence at least, so the sentences of a few lines only need counting
     if why is None and cfg.min_sentences is not None and len(kept) < cfg.min_sentences:
         sentences = sum(count_sentences(split_words(line)) for line in kept)
@@ -163,9 +169,9 @@ class FineWebConfig(Strict):
     max_newlines_per_word: float | None = Field(default=0.3, description="lists have more; null: any")
 
 
-def fineweb(page: Page, cfg: FineWebConfig) -> str | None:
+def fineweb(stats: TextStatistics, cfg: FineWebConfig) -> str | None:
     """Penedo et al. 2024 (arXiv 2406.17557), section 3.6, the custom filters."""
-    text = page.text
+    text = stats.text
     lines = [line for line in text.split("\n") if line and not line.isspace()]
     if not lines:
         return "no text"
@@ -180,11 +186,11 @@ def fineweb(page: Page, cfg: FineWebConfig) -> str | None:
             return f"short lines above {limit:g}"
     newlines = text.count("\n")
     if (limit := cfg.max_duplicate_line_characters) is not None:
-        _, characters = duplicates(lines)
+        _, characters = count_duplicates(lines)
         if characters / (len(text) - newlines) > limit:
             return f"characters in duplicate lines above {limit:g}"
     if (limit := cfg.max_newlines_per_word) is not None:
         n_chunks = len(text.split())  # no more than there are words, which take longer to find
-        if newlines / n_chunks > limit and newlines / len(page.words) > limit:
+        if newlines / n_chunks > limit and newlines / len(stats.words) > limit:
             return f"more than {limit:g} newlines per word"
     return None

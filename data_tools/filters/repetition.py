@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from data_tools.filters.text_statistics import Page
+from data_tools.filters.text_statistics import TextStatistics
 from megagpt.config.parsing import Strict
 
 NgramLimits = tuple[tuple[Annotated[int, Field(ge=2)], Annotated[float, Field(ge=0)]], ...]
@@ -39,23 +39,23 @@ class GopherRepetitionConfig(Strict):
     )
 
 
-def gopher_repetition(page: Page, cfg: GopherRepetitionConfig) -> str | None:
+def gopher_repetition(stats: TextStatistics, cfg: GopherRepetitionConfig) -> str | None:
     """Why the document is rejected, or None."""
-    return _lines(page.text, cfg) or _top_ngrams(page, cfg) or _duplicate_ngrams(page, cfg)
+    return _lines(stats.text, cfg) or _top_ngrams(stats, cfg) or _duplicate_ngrams(stats, cfg)
 
 
 def _lines(text: str, cfg: GopherRepetitionConfig) -> str | None:
     total = max(len(text), 1)
     # what a split at \n\n+ gives, many times as fast
     paragraphs = [part for part in [part.strip("\n") for part in text.strip().split("\n\n")] if part] or [""]
-    repeated, characters = duplicates(paragraphs)
+    repeated, characters = count_duplicates(paragraphs)
     if _above(repeated / len(paragraphs), cfg.max_duplicate_paragraphs):
         return "duplicate paragraphs"
     if _above(characters / total, cfg.max_duplicate_paragraph_characters):
         return "characters in duplicate paragraphs"
     lines = [line for line in text.split("\n") if line]
     lines += [""] * (text.startswith("\n") + text.endswith("\n"))  # as a split at \n+ leaves them
-    repeated, characters = duplicates(lines)
+    repeated, characters = count_duplicates(lines)
     if _above(repeated / max(len(lines), 1), cfg.max_duplicate_lines):
         return "duplicate lines"
     if _above(characters / total, cfg.max_duplicate_line_characters):
@@ -63,7 +63,7 @@ def _lines(text: str, cfg: GopherRepetitionConfig) -> str | None:
     return None
 
 
-def duplicates(parts: list[str]) -> tuple[int, int]:
+def count_duplicates(parts: list[str]) -> tuple[int, int]:
     """(number, characters) of the parts that repeat an earlier one."""
     distinct = set(parts)
     if len(distinct) == len(parts):
@@ -75,14 +75,14 @@ def _above(value: float, limit: float | None) -> bool:
     return limit is not None and value > limit
 
 
-def _top_ngrams(page: Page, cfg: GopherRepetitionConfig) -> str | None:
-    most = len(page.words)  # no n-gram occurs more often; known better from each n to the next
+def _top_ngrams(stats: TextStatistics, cfg: GopherRepetitionConfig) -> str | None:
+    most = len(stats.words)  # no n-gram occurs more often; known better from each n to the next
     for n, limit in sorted(cfg.max_top_ngrams):
-        allowed = limit * len(page.text)
-        sizes = page.ngram_lengths(n) + (n - 1)  # with the spaces between the words
+        allowed = limit * len(stats.text)
+        sizes = stats.ngram_lengths(n) + (n - 1)  # with the spaces between the words
         if not len(sizes) or most * int(sizes.max()) <= allowed:
             continue
-        keys = page.ngrams(n)
+        keys = stats.ngrams(n)
         ordered = np.sort(keys)
         starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1], [True])))
         runs = starts[1:] - starts[:-1]
@@ -96,10 +96,10 @@ def _top_ngrams(page: Page, cfg: GopherRepetitionConfig) -> str | None:
     return None
 
 
-def _duplicate_ngrams(page: Page, cfg: GopherRepetitionConfig) -> str | None:
-    limits = sorted((n, limit * len(page.text)) for n, limit in cfg.max_duplicate_ngrams)
+def _duplicate_ngrams(stats: TextStatistics, cfg: GopherRepetitionConfig) -> str | None:
+    limits = sorted((n, limit * len(stats.text)) for n, limit in cfg.max_duplicate_ngrams)
     for i, (n, allowed) in enumerate(limits):
-        keys, sizes = page.ngrams(n), page.ngram_lengths(n)
+        keys, sizes = stats.ngrams(n), stats.ngram_lengths(n)
         ordered = np.sort(keys)
         repeats = ordered[1:][ordered[1:] == ordered[:-1]]
         least = min(allowed for _, allowed in limits[i:])
@@ -108,7 +108,7 @@ def _duplicate_ngrams(page: Page, cfg: GopherRepetitionConfig) -> str | None:
             return None
         positions = _where_in(keys, repeats)
         keys = keys[positions]
-        bound = _covered_characters(positions, keys, page.lengths, n)
+        bound = _covered_characters(positions, keys, stats.lengths, n)
         if bound <= least:
             return None
         if bound > allowed and _repeat_more(allowed, positions, keys, sizes[positions], n):

@@ -22,7 +22,7 @@ from data_tools.filters.quality import (
     gopher_quality,
 )
 from data_tools.filters.repetition import GopherRepetitionConfig, gopher_repetition
-from data_tools.filters.text_statistics import Page
+from data_tools.filters.text_statistics import TextStatistics
 from data_tools.option_types import Names
 from megagpt.config.parsing import Strict
 from megagpt.errors import UserError
@@ -69,47 +69,47 @@ class RulesConfig(Strict):
     _switch_repairs = field_validator("clean", mode="before")(switch_repairs)
 
 
-class Judged(NamedTuple):
+class Verdict(NamedTuple):
     text: str  # cleaned
     changed: tuple[str, ...]  # the cleaning steps that changed it
     rejected_by: str | None  # 'rule: why', from a small set of names that the options fix
 
 
-def judge(text: str, cfg: RulesConfig) -> Judged:
+def apply_rules(text: str, cfg: RulesConfig) -> Verdict:
     """Clean, then the rules in the order of the options; the first that rejects has the word."""
     cleaned, changed = clean(text, cfg.clean)
     if changed and not cleaned.strip():
-        return Judged(cleaned, changed, "clean: nothing is left")
-    page = Page(cleaned)
-    if cfg.gopher_quality and (why := gopher_quality(page, cfg.gopher_quality)):
-        return Judged(cleaned, changed, f"gopher_quality: {why}")
-    if cfg.gopher_repetition and (why := gopher_repetition(page, cfg.gopher_repetition)):
-        return Judged(cleaned, changed, f"gopher_repetition: {why}")
+        return Verdict(cleaned, changed, "clean: nothing is left")
+    stats = TextStatistics(cleaned)
+    if cfg.gopher_quality and (why := gopher_quality(stats, cfg.gopher_quality)):
+        return Verdict(cleaned, changed, f"gopher_quality: {why}")
+    if cfg.gopher_repetition and (why := gopher_repetition(stats, cfg.gopher_repetition)):
+        return Verdict(cleaned, changed, f"gopher_repetition: {why}")
     if cfg.c4:
-        kept, why = c4(page, cfg.c4)
+        kept, why = c4(stats, cfg.c4)
         if why:
-            return Judged(cleaned, changed, f"c4: {why}")
+            return Verdict(cleaned, changed, f"c4: {why}")
         if kept != cleaned:
-            cleaned, changed, page = kept, (*changed, "c4"), Page(kept)
-    if cfg.fineweb and (why := fineweb(page, cfg.fineweb)):
-        return Judged(cleaned, changed, f"fineweb: {why}")
+            cleaned, changed, stats = kept, (*changed, "c4"), TextStatistics(kept)
+    if cfg.fineweb and (why := fineweb(stats, cfg.fineweb)):
+        return Verdict(cleaned, changed, f"fineweb: {why}")
     if cfg.language and (why := language(cleaned, cfg.language)):
-        return Judged(cleaned, changed, f"language: {why}")
+        return Verdict(cleaned, changed, f"language: {why}")
     for path in cfg.custom:
         if why := _custom(cleaned, path):
-            return Judged(cleaned, changed, why)
-    return Judged(cleaned, changed, None)
+            return Verdict(cleaned, changed, why)
+    return Verdict(cleaned, changed, None)
 
 
-def clean_only(text: str, cfg: RulesConfig) -> Judged:
+def clean_only(text: str, cfg: RulesConfig) -> Verdict:
     """For a later piece of a long document, which was judged by its first piece."""
     cleaned, changed = clean(text, cfg.clean)
     if cfg.c4 and (kept := c4_lines(cleaned, cfg.c4)) != cleaned:
         cleaned, changed = kept, (*changed, "c4")
-    return Judged(cleaned, changed, None)
+    return Verdict(cleaned, changed, None)
 
 
-def check(cfg: RulesConfig) -> None:
+def check_rules(cfg: RulesConfig) -> None:
     """Raise a UserError for what cannot work, before a build starts."""
     line_dropper(cfg.clean)
     if cfg.language:

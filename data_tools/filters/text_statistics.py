@@ -149,7 +149,7 @@ def count_sentences(words: list[str]) -> int:
     return n
 
 
-class Page:
+class TextStatistics:
     """A text and what the rules need of it, each computed once and only if asked for."""
 
     def __init__(self, text: str) -> None:

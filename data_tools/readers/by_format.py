@@ -1,36 +1,57 @@
-"""Slices of files to documents, each format by its reader."""
+"""The file formats that the builder reads: one row of FORMATS each.
 
-from collections.abc import Callable
+To add a format, write a reader (a generator of document pieces, such as `plain_text.read_text`) and add its row here.
+"""
+
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import NamedTuple
 
 from data_tools.config import SourceConfig
-from data_tools.readers.document_pieces import Items, Skipped
-from data_tools.readers.jsonl import read_json, read_jsonl
+from data_tools.readers.document_pieces import Pieces, SkippedRecord
+from data_tools.readers.input_file import FileSlice, InputFile, whole_file
+from data_tools.readers.jsonl import byte_ranges, read_json, read_jsonl
 from data_tools.readers.plain_text import read_text
-from data_tools.readers.tables import read_arrow, read_csv, read_parquet
+from data_tools.readers.tables import read_arrow, read_csv, read_parquet, record_batches, row_groups
 from data_tools.readers.web import read_html, read_warc
-from data_tools.readers.work_units import Slice
 from megagpt.errors import UserError
 
-READERS: dict[str, Callable[[Slice, SourceConfig], Items]] = {
-    "text": read_text,
-    "jsonl": read_jsonl,
-    "json": read_json,
-    "csv": read_csv,
-    "tsv": read_csv,
-    "parquet": read_parquet,
-    "arrow": read_arrow,
-    "html": read_html,
-    "warc": read_warc,
+
+class FileFormat(NamedTuple):
+    endings: tuple[str, ...]  # of file names, in lower case and before the ending of a compression
+    read: Callable[[FileSlice, SourceConfig], Pieces]
+    cut: Callable[[InputFile, int], Iterable[FileSlice]] = whole_file  # (file, bytes of a work unit) -> its slices
+    compressible: bool = True  # as a whole file; not where reading starts in the middle
+
+
+TEXT = "text"  # the format of a file whose name has no known ending
+FORMATS = {
+    TEXT: FileFormat((".txt",), read_text),
+    "jsonl": FileFormat((".jsonl", ".ndjson"), read_jsonl, cut=byte_ranges),
+    "json": FileFormat((".json",), read_json),
+    "csv": FileFormat((".csv",), read_csv),
+    "tsv": FileFormat((".tsv",), read_csv),
+    "parquet": FileFormat((".parquet",), read_parquet, cut=row_groups, compressible=False),
+    "arrow": FileFormat((".arrow",), read_arrow, cut=record_batches, compressible=False),
+    "html": FileFormat((".html", ".htm"), read_html),
+    "warc": FileFormat((".warc",), read_warc),
 }
 
 
-def read_slice(part: Slice, source: SourceConfig, *, strict: bool) -> Items:
-    """What is in a slice. Raises UserError for a file that cannot be read, and with `strict` for a record."""
-    if part.start == part.end:
-        yield Skipped("empty", partial(str, part.file.path))
+def format_of(name: str) -> str:
+    """The format that a file's name tells, with the ending of a compression already removed."""
+    return next((key for key, known in FORMATS.items() if name.lower().endswith(known.endings)), TEXT)
+
+
+def read_slice(slice_: FileSlice, source: SourceConfig, *, strict: bool) -> Pieces:
+    """Yield the pieces of a slice's documents, and the records that had to be skipped.
+
+    Raises UserError for a file that cannot be read, and with `strict` for a record that cannot.
+    """
+    if slice_.start == slice_.end:
+        yield SkippedRecord("empty", partial(str, slice_.file.path))
         return
-    for item in READERS[part.file.kind](part, source):
-        if isinstance(item, Skipped) and strict and item.reason != "empty":
-            raise UserError(f"{item.where()}: {item.reason}; repair it, or set strict=false to skip such records")
-        yield item
+    for piece in FORMATS[slice_.file.kind].read(slice_, source):
+        if isinstance(piece, SkippedRecord) and strict and piece.reason != "empty":
+            raise UserError(f"{piece.where()}: {piece.reason}; repair it, or set strict=false to skip such records")
+        yield piece

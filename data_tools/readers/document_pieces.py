@@ -1,49 +1,53 @@
-"""What reading yields: documents in pieces, so that none has to fit into memory, and records that are none.
+"""What every reader yields: documents in pieces, so that none has to fit into memory, and skipped records.
 
-A piece is at most PIECE characters (so at most 4 MiB of UTF-8), cut after the last white space that fits.
+A record is an entry of an input file: a JSON line, a row of a table, a web page. Most become documents. A piece holds
+at most PIECE_CHARACTERS characters (so at most 4 MiB of UTF-8) and ends after the last white space that fits.
 """
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-PIECE = 2**20  # characters
+PIECE_CHARACTERS = 2**20
 
 
-class Piece(NamedTuple):
-    """A document, or a stretch of a long one: the others of its position come right before or after it."""
+class DocumentPiece(NamedTuple):
+    """A document, or a part of a long one: pieces with the same position follow each other in order."""
 
     text: str
-    position: int  # in its file: byte of a JSON line's start, row of a table, otherwise number of the document
+    position: int  # in its file: first byte of a JSON line, row of a table, otherwise number of the document
     is_first: bool = True
     is_last: bool = True
 
 
-class Skipped(NamedTuple):
-    """A record that is no document; or, if it came to light within one, the end of a document to be dropped."""
+class SkippedRecord(NamedTuple):
+    """A record that is not a document.
+
+    After a piece that is not its document's last, it means that the rest cannot be read: drop that document.
+    """
 
     reason: str
-    where: Callable[[], str]  # counting lines is slow, and only the first of a kind is reported
+    where: Callable[[], str]  # a function: counting lines is slow, and only the first of each reason is reported
 
 
-Items = Iterator[Piece | Skipped]
+Pieces = Iterator[DocumentPiece | SkippedRecord]
 
 
-def pieces_of(text: object, position: int, where: Callable[[], str], field: str = "text") -> Items:
-    """A value that a record holds as its text."""
+def pieces_of(text: object, position: int, where: Callable[[], str], field: str = "text") -> Pieces:
+    """Yield the pieces of a record's text, or the reason why it has none."""
     if not isinstance(text, str):
-        yield Skipped(f"{field!r} is not a string", where)
+        yield SkippedRecord(f"{field!r} is not a string", where)
     elif not text or text.isspace():
-        yield Skipped("empty", where)
+        yield SkippedRecord("empty", where)
     elif not _is_unicode(text):
-        yield Skipped("lone surrogate, which is no Unicode text", where)
+        yield SkippedRecord("lone surrogate, which is no Unicode text", where)
     else:
-        cuts = cut(text, PIECE)
+        cuts = cut(text, PIECE_CHARACTERS)
         for i, piece in enumerate(cuts):
-            yield Piece(piece, position, i == 0, i == len(cuts) - 1)
+            yield DocumentPiece(piece, position, i == 0, i == len(cuts) - 1)
 
 
 def cut(text: str, most: int) -> list[str]:
-    """Pieces of at most `most` characters, each cut after the last white space that fits, if there is any."""
+    """Cut a text into pieces of at most `most` characters, each after the last white space that fits, if any."""
     pieces = []
     start = 0
     while len(text) - start > most:
@@ -54,6 +58,7 @@ def cut(text: str, most: int) -> list[str]:
 
 
 def cut_at(text: str, start: int, most: int) -> int:
+    """The length of the piece that cut() makes at `start`, where more than `most` characters follow."""
     end = 1 + max(text.rfind(space, start, start + most) for space in " \n\t")
     return end - start if end > start else most
 

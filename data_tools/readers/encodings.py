@@ -1,4 +1,4 @@
-"""Bytes to text: which encoding, and a clear word where there is none."""
+"""Decode bytes to text: choose the encoding, decode in blocks, and name the byte that does not fit."""
 
 import codecs
 import itertools
@@ -8,11 +8,11 @@ from typing import IO
 import charset_normalizer
 
 BLOCK = 2**20  # bytes read at once
-DETECT = 2**20  # bytes that are enough to tell an encoding by
+DETECT = 2**20  # bytes from which an encoding is detected
 MAX_LINE = 2**27  # characters
 BOMS = {
     codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16's, which it begins with
+    codecs.BOM_UTF32_LE: "utf-32",  # tested before UTF-16's, with which it begins
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
@@ -20,7 +20,7 @@ BOMS = {
 
 
 class NotTextError(ValueError):
-    """Bytes that are no text in the encoding that was asked for."""
+    """The bytes are not text in the wanted encoding; `way_out` is the fix for the message."""
 
     def __init__(self, kind: str, detail: str, way_out: str) -> None:
         super().__init__(f"{kind} ({detail})" if detail else kind)
@@ -28,33 +28,37 @@ class NotTextError(ValueError):
 
 
 def encoding_of(head: bytes, wanted: str) -> str:
+    """The encoding to decode a file with, from its first bytes and the `encoding` option (a codec's name, or auto).
+
+    Raises NotTextError for an empty or binary file, and where a byte-order mark contradicts UTF-8.
+    """
     if not head:
         raise NotTextError("empty", "", "leave it out")
-    by_mark = marked(head)
+    from_mark = bom_encoding(head)
     if wanted == "auto":
-        return by_mark or _detected(head)
+        return from_mark or _detected(head)
     if wanted == "utf-8":
-        if by_mark not in (None, "utf-8-sig"):
-            way_out = f"set encoding={by_mark} or encoding=auto"
-            raise NotTextError("not UTF-8", f"its byte-order mark says {by_mark.upper()}", way_out)
+        if from_mark not in (None, "utf-8-sig"):
+            way_out = f"set encoding={from_mark} or encoding=auto"
+            raise NotTextError("not UTF-8", f"its byte-order mark is that of {from_mark.upper()}", way_out)
         if (at := head.find(b"\0")) >= 0:
             raise NotTextError("binary", f"a NUL byte at offset {at}", "give text, or a format by its file name")
-        return by_mark or wanted
+        return from_mark or wanted
     return wanted
 
 
-def marked(head: bytes) -> str | None:
-    """What a byte-order mark says."""
+def bom_encoding(head: bytes) -> str | None:
+    """The encoding that a byte-order mark names, or None without a mark."""
     return next((name for mark, name in BOMS.items() if head.startswith(mark)), None)
 
 
 def has_plain_newlines(encoding: str) -> bool:
-    """Whether a byte 10 ends a line and nothing else does: it is so of all but UTF-16, UTF-32 and IBM's."""
+    """Whether byte 10, and nothing else, ends a line: true of all encodings but UTF-16, UTF-32 and EBCDIC."""
     return "a\n".encode(encoding)[-2:] == b"a\n"
 
 
 def _detected(head: bytes) -> str:
-    """UTF-8 where that fits, because guessing by statistics is wrong more often; `head` may end within a character."""
+    """UTF-8 if it fits, because detection by statistics is wrong more often. `head` may end within a character."""
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
@@ -68,14 +72,17 @@ def _detected(head: bytes) -> str:
 
 
 def blocks(raw: IO[bytes]) -> Iterator[bytes]:
+    """The rest of a stream, BLOCK bytes at a time."""
     while block := raw.read(BLOCK):
         yield block
 
 
 def decoded(blocks: Iterator[bytes], encoding: str) -> Iterator[str]:
+    """Decode block by block. Raises NotTextError with the offset of the first byte that does not fit."""
     decoder = codecs.getincrementaldecoder(encoding)()
-    done = 0
+    done = 0  # bytes before the block
     for block in itertools.chain(blocks, [None]):
+        # the decoder holds back the bytes of a character that the block before left unfinished
         held = len(decoder.getstate()[0])
         try:
             yield decoder.decode(block or b"", final=block is None)
@@ -87,18 +94,21 @@ def decoded(blocks: Iterator[bytes], encoding: str) -> Iterator[str]:
 
 
 def not_in(encoding: str) -> str:
+    """The reason for bytes that are not text in the encoding, as reports name it."""
     return f"not {encoding.upper().removesuffix('-SIG')}"
 
 
 def lines(blocks: Iterator[str]) -> Generator[str, None, None]:
-    """Lines with their ends, each a newline."""
-    parts, size = [], 0  # of a line so far
+    """Lines, each with its newline, from blocks of text. Raises NotTextError for a line of more than MAX_LINE."""
+    parts, size = [], 0  # of the line that the block before left unfinished
     for block in blocks:
         first, *others = block.split("\n")
         parts.append(first)
         size += len(first)
         if size > MAX_LINE:
-            raise NotTextError("not in lines", f"more than {MAX_LINE:,} characters in one", "repair it or leave it out")
+            raise NotTextError(
+                "not in lines", f"more than {MAX_LINE:,} characters without a newline", "repair it or leave it out"
+            )
         if others:
             yield "".join(parts) + "\n"
             *whole, last = others

@@ -1,46 +1,38 @@
-"""Which files a source has: folders, globs and object stores searched in a fixed order."""
+"""Find the files of a source: folders, globs and object stores, searched in a fixed order."""
 
 import fnmatch
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
-from data_tools.config import Format, SourceConfig
-from data_tools.readers.open_file import InputFile, Kind, reading, remote
+from data_tools.config import SourceConfig
+from data_tools.readers.by_format import FORMATS, format_of
+from data_tools.readers.input_file import InputFile
+from data_tools.readers.open_file import COMPRESSIONS, reading, remote
+from megagpt.config.parsing import did_you_mean
 from megagpt.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
-KINDS: dict[str, Kind] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".warc": "warc",
-    ".html": "html",
-    ".htm": "html",
-}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-LEFT_OUT = {"__pycache__", "site-packages", "dist-packages", "node_modules"}  # and everything hidden
-STATES = ("ETag", "etag", "md5Hash", "mtime", "LastModified")  # how object stores tell that a file was replaced
+IGNORED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}  # as are hidden ones
+ALL_FORMATS = frozenset(FORMATS) | {"auto"}
+STATES = ("ETag", "etag", "md5Hash", "mtime", "LastModified")  # keys by which object stores report a changed file
 
 
 def find_files(source: SourceConfig, leave_out: Path | None = None) -> list[InputFile]:
-    """The source's files in a fixed order: as given, folders and globs sorted. Raises UserError if there are none.
+    """The source's files in a fixed order: as given, folders and globs sorted.
 
-    What is in `leave_out`, the output of the same build, is no input: not found in folders, and refused if given.
+    Files in `leave_out`, the output folder of the same build, are not found in folders, and refused if named.
+    Raises UserError if there are no files, and for a format that does not exist.
     """
+    if source.format != "auto" and source.format not in FORMATS:
+        raise UserError(
+            f"format={source.format!r} of {source.name} is unknown{did_you_mean(source.format, ALL_FORMATS)}"
+        )
     own = leave_out.resolve() if leave_out else None
     files = [file for path in source.paths for file in _find(path, source, own)]
     if not files:
         pattern = f" (with include={','.join(source.include)})" if source.include else ""
-        raise UserError(f"no files to read in {', '.join(source.paths)}{pattern}")
+        raise UserError(f"there are no files to read in {', '.join(source.paths)}{pattern}; give other paths")
     return files
 
 
@@ -48,11 +40,12 @@ def _find(path: str, source: SourceConfig, own: Path | None) -> Iterator[InputFi
     include = source.include
     files = _find_remote(path, include) if "://" in path else _find_local(path, include, own)
     for found, size, state, named in files:
-        kind, compression = _kind(found, source.format)
+        kind, compression = _format_and_compression(found, source.format)
         yield InputFile(found, kind, compression, size, state, named, source.encoding)
 
 
-Found = tuple[str, int, str, bool]  # path, size, state, named by the user
+Found = tuple[str, int, str, bool]
+"""(path, size, state, named by the user): see InputFile."""
 
 
 def _find_local(path: str, include: Sequence[str], own: Path | None) -> Iterator[Found]:
@@ -75,13 +68,13 @@ def _found(path: Path, *, named: bool) -> Found:
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{str(path)!r} is no name in UTF-8; rename it or leave it out") from error
+        raise UserError(f"the file name {str(path)!r} is not UTF-8; rename it or leave it out") from error
     stat = path.stat()
     return str(path), stat.st_size, f"{stat.st_mtime_ns}", named
 
 
 def _matched(matches: Sequence[str], include: Sequence[str], own: Path | None) -> Iterable[Path]:
-    """The files among the matches or, if there are only folders, what is in them."""
+    """The files among the matches of a glob or, if all are folders, the files in them."""
     paths = [Path(match).absolute() for match in matches]
     paths = [path for path in paths if own is None or not path.resolve().is_relative_to(own)]
     files = [path for path in paths if path.is_file()]
@@ -94,7 +87,7 @@ def _files_in(root: Path, include: Sequence[str], own: Path | None) -> list[Path
     if paths and not files:
         pattern = root / os.path.relpath(paths[0].parent, root.absolute()) / ("*" + paths[0].suffix)
         raise UserError(
-            f"{root} holds only symbolic links, which are not followed in folders; give them by their names or by a "
+            f"{root} holds only symbolic links, which are not followed in folders; name them or give a "
             f"pattern such as '{pattern}'"
         )
     return files
@@ -110,7 +103,7 @@ def _walk(root: Path, include: Sequence[str], own: Path | None) -> Iterator[Path
 
 
 def _is_wanted_folder(name: str) -> bool:
-    return name not in LEFT_OUT and not name.startswith(".")
+    return name not in IGNORED_FOLDERS and not name.startswith(".")
 
 
 def _is_wanted(name: str, include: Sequence[str]) -> bool:
@@ -142,14 +135,14 @@ def _find_remote(url: str, include: Sequence[str]) -> Iterator[Found]:
             yield fs.unstrip_protocol(found), info["size"], state, named
 
 
-def _kind(path: str, given: Format) -> tuple[Kind, str]:
-    """(kind, compression) by the name's endings; what is not known there is text."""
+def _format_and_compression(path: str, given: str) -> tuple[str, str]:
+    """(format, codec) of a file, by its name and the `format` option."""
     name = path.lower()
     ending = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
-    name = name.removesuffix(ending)
-    kind: Kind = next((kind for suffix, kind in KINDS.items() if name.endswith(suffix)), "text")
-    if given != "auto" and (given, kind) != ("csv", "tsv"):
-        kind = given
-    if ending and kind in ("parquet", "arrow"):
-        raise UserError(f"{path}: a {kind} file is read at any place, so it cannot be compressed as a whole; unpack it")
-    return kind, COMPRESSIONS.get(ending, "")
+    found = format_of(name.removesuffix(ending))
+    # format=csv reads .tsv files too, with tabs
+    if given != "auto" and (given, found) != ("csv", "tsv"):
+        found = given
+    if ending and not FORMATS[found].compressible:
+        raise UserError(f"{path}: a {found} file is read in parts, so it cannot be compressed as a whole; unpack it")
+    return found, COMPRESSIONS.get(ending, "")

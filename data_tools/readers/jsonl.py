@@ -1,4 +1,4 @@
-"""JSON: a record on each line, or one array of records, or records one after the other."""
+"""Read JSON: a record on each line (JSON lines), one array of records, or records one after the other."""
 
 import itertools
 import json
@@ -10,85 +10,106 @@ from typing import IO, Any
 import orjson
 
 from data_tools.config import SourceConfig
-from data_tools.readers.document_pieces import Items, Skipped, pieces_of
+from data_tools.readers.document_pieces import Pieces, SkippedRecord, pieces_of
 from data_tools.readers.encodings import (
     BLOCK,
     NotTextError,
     blocks,
+    bom_encoding,
     decoded,
     encoding_of,
     has_plain_newlines,
     lines,
-    marked,
     not_in,
 )
+from data_tools.readers.input_file import FileSlice, InputFile, whole_file
 from data_tools.readers.open_file import open_bytes
-from data_tools.readers.work_units import Slice
 from megagpt.errors import UserError
 
 MAX_RECORD = 2**27  # bytes: a record is parsed as a whole
-VALUE, ITEM = re.compile(r"[^ \t\r\n]"), re.compile(r"[^ \t\r\n,]")  # where the next one begins
+VALUE, ITEM = re.compile(r"[^ \t\r\n]"), re.compile(r"[^ \t\r\n,]")  # the first character of the next one
 
 
-def read_jsonl(part: Slice, source: SourceConfig) -> Items:
-    """The lines that begin within the slice; one that straddles its end is read whole, here."""
-    path = part.file.path
+def byte_ranges(file: InputFile, unit_bytes: int) -> Iterator[FileSlice]:
+    """Cut JSON lines at any byte: read_jsonl looks for the newlines itself."""
+    if file.compression or not _can_be_cut(file):
+        yield from whole_file(file, unit_bytes)
+        return
+    for start in range(0, file.size, unit_bytes):
+        end = min(start + unit_bytes, file.size)
+        yield FileSlice(file, start, end, end - start)
+
+
+def _can_be_cut(file: InputFile) -> bool:
+    """Whether lines can be found from the middle of the file, because byte 10 ends them and nothing else does."""
+    encoding: str | None = file.encoding
+    if encoding == "auto":
+        with open_bytes(file) as raw:
+            encoding = bom_encoding(raw.read(4))
+    return encoding is None or has_plain_newlines(encoding)
+
+
+def read_jsonl(slice_: FileSlice, source: SourceConfig) -> Pieces:
+    """Yield the documents of the lines that begin within the slice; the last may end beyond it."""
+    path = slice_.file.path
     try:
-        encoding = _encoding_of(part, source.encoding)
+        encoding = _encoding_of(slice_, source.encoding)
         if has_plain_newlines(encoding):
-            yield from _read_lines(part, source, encoding)
+            yield from _read_lines(slice_, source, encoding)
         else:
-            yield from _read_decoded(part, source, encoding)
+            yield from _read_decoded(slice_, source, encoding)
     except NotTextError as problem:
-        if part.file.named or problem.kind != "binary":
+        if slice_.file.named or problem.kind != "binary":
             raise UserError(f"{path} is {problem}; {problem.way_out}") from problem
-        yield Skipped(problem.kind, partial(str, path))
+        yield SkippedRecord(problem.kind, partial(str, path))
 
 
-def _encoding_of(part: Slice, wanted: str) -> str:
-    """The same for all slices of a file: it is its beginning that tells."""
-    with open_bytes(part.file) as raw:
+def _encoding_of(slice_: FileSlice, wanted: str) -> str:
+    """The file's encoding, from its first bytes, so that all slices of a file agree."""
+    with open_bytes(slice_.file) as raw:
         head = raw.read(BLOCK if wanted == "auto" else 4)
-    if not head or (wanted == "utf-8" and marked(head) is None):
+    if not head or (wanted == "utf-8" and bom_encoding(head) is None):
         return "utf-8"
     encoding = encoding_of(head, wanted)
-    if part.end - part.start < part.file.size and not has_plain_newlines(encoding):
-        raise NotTextError("not UTF-8", f"{encoding} seems to fit", f"set encoding={encoding}")
+    if slice_.end - slice_.start < slice_.file.size and not has_plain_newlines(encoding):
+        raise NotTextError("not UTF-8", f"it seems to be {encoding}", f"set encoding={encoding}")
     return encoding
 
 
-def _read_decoded(part: Slice, source: SourceConfig, encoding: str) -> Items:
-    """All of a file whose bytes do not show where its lines end. A position counts characters."""
-    with open_bytes(part.file) as raw:
+def _read_decoded(slice_: FileSlice, source: SourceConfig, encoding: str) -> Pieces:
+    """Read a whole file whose bytes do not show where lines end. Positions count characters, not bytes."""
+    with open_bytes(slice_.file) as raw:
         at = 0
         for number, line in enumerate(lines(decoded(blocks(raw), encoding)), 1):
             if not line.isspace():
-                yield from _parse_line(line, source, at, partial("{}:{}".format, part.file.path, number))
+                yield from _parse_line(line, source, at, partial("{}:{}".format, slice_.file.path, number))
             at += len(line)
 
 
-def _read_lines(part: Slice, source: SourceConfig, encoding: str) -> Items:
-    with open_bytes(part.file) as raw:
-        at = part.start
+def _read_lines(slice_: FileSlice, source: SourceConfig, encoding: str) -> Pieces:
+    with open_bytes(slice_.file) as raw:
+        at = slice_.start
         if at:
+            # the slice before reads the line that begins in it to its end. One byte back, so that a slice that starts
+            # with a line skips nothing but the newline before it
             raw.seek(at - 1)
-            at += _skip_line(raw) - 1  # the rest of a line that began in the slice before, or just its newline
-        while (at < part.end or part.file.compression) and (line := raw.readline(MAX_RECORD)):
-            size, where = len(line), partial(_line_of, part, at)
+            at += _skip_line(raw) - 1
+        while (at < slice_.end or slice_.file.compression) and (line := raw.readline(MAX_RECORD)):
+            size, where = len(line), partial(_line_of, slice_, at)
             if size == MAX_RECORD and not line.endswith(b"\n"):
                 size += _skip_line(raw)
-                yield Skipped(f"a JSON line of more than {MAX_RECORD:,} bytes", where)
+                yield SkippedRecord(f"a JSON line of more than {MAX_RECORD:,} bytes", where)
             elif not line.isspace():
                 try:
                     text = line if encoding in ("utf-8", "utf-8-sig") else line.decode(encoding)
                     yield from _parse_line(text, source, at, where)
                 except UnicodeDecodeError:
-                    yield Skipped(not_in(encoding), where)
+                    yield SkippedRecord(not_in(encoding), where)
             at += size
 
 
 def _skip_line(raw: IO[bytes]) -> int:
-    """Bytes up to and including the next newline, read in blocks."""
+    """Read up to and including the next newline, in blocks; returns the number of bytes."""
     skipped = 0
     while line := raw.readline(BLOCK):
         skipped += len(line)
@@ -97,14 +118,14 @@ def _skip_line(raw: IO[bytes]) -> int:
     return skipped
 
 
-def _parse_line(line: bytes | str, source: SourceConfig, at: int, where: Callable[[], str]) -> Items:
-    """Raises UnicodeDecodeError for bytes that are not UTF-8."""
+def _parse_line(line: bytes | str, source: SourceConfig, at: int, where: Callable[[], str]) -> Pieces:
+    """Yield the pieces of one JSON line. Raises UnicodeDecodeError for bytes that are not UTF-8."""
     try:
         record = _loads(line)
     except UnicodeDecodeError:
         raise
     except (ValueError, RecursionError):
-        yield Skipped("bad JSON", where)
+        yield SkippedRecord("bad JSON", where)
     else:
         yield from _parse_record(record, source, at, where)
 
@@ -113,17 +134,17 @@ def _loads(line: bytes | str) -> Any:
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
-        return json.loads(
-            line if isinstance(line, str) else line.decode("utf-8-sig")
-        )  # surrogates, NaN, large integers
+        # slower, but it accepts what orjson refuses: surrogates, NaN, large integers, a byte-order mark
+        return json.loads(line if isinstance(line, str) else line.decode("utf-8-sig"))
 
 
-def _parse_record(record: Any, source: SourceConfig, position: int, where: Callable[[], str]) -> Items:
+def _parse_record(record: Any, source: SourceConfig, position: int, where: Callable[[], str]) -> Pieces:
     if not isinstance(record, dict):
-        yield Skipped("not a JSON object", where)
+        yield SkippedRecord("not a JSON object", where)
     elif source.text_field not in record and position > 0:
-        yield Skipped(f"no field {source.text_field!r}", where)
-    elif source.text_field not in record:  # nor, most likely, in the rest of the file
+        yield SkippedRecord(f"no field {source.text_field!r}", where)
+    elif source.text_field not in record:
+        # missing from the first record, the field is most likely misspelt: refuse the file rather than skip all of it
         fields = ", ".join(sorted(record)) or "none"
         raise UserError(
             f"{where()} has no field {source.text_field!r}; it has {fields}; set text_field=NAME, or format=text"
@@ -132,35 +153,41 @@ def _parse_record(record: Any, source: SourceConfig, position: int, where: Calla
         yield from pieces_of(record[source.text_field], position, where, source.text_field)
 
 
-def _line_of(part: Slice, at: int) -> str:
-    """file:line of the line at byte `at`."""
-    with open_bytes(part.file) as raw:
+def _line_of(slice_: FileSlice, at: int) -> str:
+    """'file:line' of the line at byte `at`, counted from the start of the file."""
+    with open_bytes(slice_.file) as raw:
         newlines = 0
         while at > 0 and (block := raw.read(min(at, BLOCK))):
             newlines += block.count(b"\n")
             at -= len(block)
-    return f"{part.file.path}:{newlines + 1}"
+    return f"{slice_.file.path}:{newlines + 1}"
 
 
-def read_json(part: Slice, source: SourceConfig) -> Items:
-    """One array of objects, or objects one after the other, however they are laid out."""
-    path = part.file.path
-    with open_bytes(part.file) as raw:
+def read_json(slice_: FileSlice, source: SourceConfig) -> Pieces:
+    """Yield the documents of one array of objects, or of objects one after the other, on any number of lines."""
+    path = slice_.file.path
+    with open_bytes(slice_.file) as raw:
         head = raw.read(BLOCK)
         try:
             text = decoded(itertools.chain([head], blocks(raw)), encoding_of(head, source.encoding))
             for number, record in enumerate(_json_values(text, path)):
                 yield from _parse_record(record, source, number, partial("{} record {}".format, path, number))
         except NotTextError as problem:
-            if problem.kind == "empty" and not part.file.named:
-                yield Skipped("empty", partial(str, path))
+            if problem.kind == "empty" and not slice_.file.named:
+                yield SkippedRecord("empty", partial(str, path))
                 return
             raise UserError(f"{path} is {problem}; {problem.way_out}") from problem
 
 
 def _json_values(blocks: Iterator[str], path: str) -> Iterator[Any]:
-    decoder, buffer, at, done, wanted = json.JSONDecoder(), "", 0, 0, 1  # `done`: characters before the buffer
-    place, at_end = "start", False  # then "array" and "end", or "values"
+    """Parse values from a stream of text, with no more of it in memory than about twice the largest value.
+
+    The state `place` is "start", then "array" and "end", or "values" for objects one after the other.
+    """
+    decoder, buffer, at = json.JSONDecoder(), "", 0
+    done = 0  # characters before the buffer
+    wanted = 1  # characters of the buffer from `at` on that parsing needs to go ahead
+    place, at_end = "start", False
     while True:
         at = _next(ITEM if place == "array" else VALUE, buffer, at)
         if not at_end and len(buffer) - at < wanted:
@@ -180,12 +207,12 @@ def _json_values(blocks: Iterator[str], path: str) -> Iterator[Any]:
             except (ValueError, RecursionError) as error:
                 if at_end or len(buffer) - at > MAX_RECORD:
                     raise _bad_json(path, done + at) from error
-                wanted = 2 * (len(buffer) - at)  # its end is still to come
+                wanted = 2 * (len(buffer) - at)  # the value is not complete: try again with twice as much
             else:
                 yield record
                 at, wanted = end, 1
     if place == "array":
-        raise UserError(f"{path} ends within its array, so it was cut off; repair it or leave it out")
+        raise UserError(f"{path} is truncated: it ends within its array; repair it or leave it out")
 
 
 def _next(pattern: re.Pattern[str], buffer: str, at: int) -> int:
@@ -198,7 +225,7 @@ def _bad_json(path: str, at: int) -> UserError:
 
 
 def _at_least(blocks: Iterator[str], size: int) -> str:
-    """So many characters or more, unless there are no more."""
+    """At least `size` characters, or all that are left."""
     parts: list[str] = []
     while size > 0 and (block := next(blocks, None)) is not None:
         parts.append(block)

@@ -1,47 +1,37 @@
-"""Input files, here or in an object store, opened and decompressed."""
+"""Open input files, on disk or in an object store, and decompress them."""
 
 import io
 import lzma
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_tools.readers.input_file import InputFile
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-Kind = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "warc", "html"]
-
-
-@dataclass(frozen=True)
-class InputFile:
-    path: str  # absolute, or a URL
-    kind: Kind
-    compression: str  # "" is none
-    size: int  # bytes
-    state: str  # changes when the file does
-    named: bool  # by the user, rather than found in a folder
-    encoding: str  # that was asked for
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # ending of a file's name -> codec
 
 
 @contextmanager
 def open_bytes(file: InputFile) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed, as a stream that may be read in blocks of any size.
+    """Open a file as a stream of its decompressed bytes, which may be read in blocks of any size.
 
-    Raises UserError for what cannot be reached, is no archive, or was cut off.
+    Raises UserError for a file that cannot be reached, is not in its compression's format, or is truncated.
     """
     with reading(file.path), _open(file.path) as raw:
         if file.compression == "xz":
-            yield io.BufferedReader(_Xz(raw), 2**20)
-        elif file.compression:  # Arrow's, because it alone notices a truncated .zst
+            yield io.BufferedReader(_XzReader(raw), 2**20)
+        elif file.compression:
+            # Arrow's decompressor, because no other one notices a truncated .zst
             yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), file.compression))
         else:
             yield raw
@@ -49,7 +39,7 @@ def open_bytes(file: InputFile) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def reading(path: str) -> Iterator[None]:
-    """What goes wrong while a file is read is the file's fault, and says so."""
+    """Turn the errors of reading a file into a UserError that names the file."""
     try:
         yield
     except (UserError, GeneratorExit):
@@ -57,13 +47,14 @@ def reading(path: str) -> Iterator[None]:
     except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
         raise UserError(f"cannot read {path}: {error or type(error).__name__}; repair it or leave it out") from error
     except Exception as error:
+        # an object store's client raises errors of its own types; these four are mistakes in our code instead
         if "://" in path and not isinstance(error, AssertionError | TypeError | AttributeError | LookupError):
-            raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from error  # a store's own kinds
+            raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from error
         raise
 
 
-class _Xz(io.RawIOBase):
-    """The streams of an .xz file. Unlike lzma.open, it refuses whatever else comes behind them."""
+class _XzReader(io.RawIOBase):
+    """Decompress the streams of an .xz file. Unlike lzma.open, it refuses anything else that follows them."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self._stream = raw, lzma.LZMADecompressor(lzma.FORMAT_XZ)
@@ -75,7 +66,8 @@ class _Xz(io.RawIOBase):
         view, data = memoryview(target).cast("B"), b""
         while not data:
             if self._stream.eof:
-                packed = self._stream.unused_data.lstrip(b"\0")  # padding
+                # the format allows padding with zeros between streams and at the end
+                packed = self._stream.unused_data.lstrip(b"\0")
                 while not packed:
                     if not (block := self._raw.read(2**16)):
                         return 0
@@ -94,11 +86,12 @@ def _open(path: str) -> IO[bytes]:
     if "://" not in path:
         return Path(path).open("rb")
     fs, inside = remote(path)
-    return io.BufferedReader(fs.open(inside, "rb", block_size=2**23))  # which knows readline(limit); its files do not
+    # buffered, because the files of fsspec do not support readline(limit)
+    return io.BufferedReader(fs.open(inside, "rb", block_size=2**23))
 
 
 def remote(url: str) -> tuple[Any, str]:
-    """(file system, path in it). Credentials and endpoints come from the environment, as fsspec documents it."""
+    """(file system, path in it) of a URL. Credentials and endpoints come from the environment, as fsspec documents."""
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:
@@ -109,17 +102,18 @@ def remote(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file to read single row groups. Raises UserError if it is not one."""
     with reading(file.path), _open(file.path) as raw:
         try:
             parquet = pq.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file.path} is not a Parquet file: {error}") from error
+            raise UserError(f"{file.path} is not a Parquet file: {error}; repair it or leave it out") from error
         yield parquet
 
 
 @contextmanager
 def open_arrow(file: InputFile) -> Iterator[pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader]:
-    """An Arrow IPC file or stream, whichever it is."""
+    """Open an Arrow IPC file or stream, whichever it is. Raises UserError if it is neither."""
     local = "://" not in file.path
     with reading(file.path), pa.memory_map(file.path) if local else pa.PythonFile(_open(file.path), "r") as raw:
         for open_ in (pa.ipc.open_file, partial(_from_start, pa.ipc.open_stream)):

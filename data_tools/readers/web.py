@@ -1,4 +1,4 @@
-"""The web: HTML pages, and WARC archives of them, by FastWARC and Resiliparse (the `web` extra)."""
+"""Read HTML pages, and WARC archives of them, with FastWARC and Resiliparse (the `web` extra)."""
 
 import io
 import re
@@ -8,44 +8,45 @@ from functools import partial
 from typing import IO, TYPE_CHECKING
 
 from data_tools.config import SourceConfig
-from data_tools.readers.document_pieces import Items, Skipped, pieces_of
+from data_tools.readers.document_pieces import Pieces, SkippedRecord, pieces_of
 from data_tools.readers.encodings import BLOCK
+from data_tools.readers.input_file import FileSlice
 from data_tools.readers.open_file import open_bytes
-from data_tools.readers.work_units import Slice
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
     from fastwarc.warc import WarcRecord
 
 MAX_PAGE = 2**27  # bytes
-MAX_DEPTH = 1000  # of elements in elements: extracting takes time with its square
+MAX_DEPTH = 1000  # of nested elements: extraction takes time with the square of it
 TAG = re.compile(rb"<(/?)([a-zA-Z][^\s/<>]*)(?:[^<>]*(/)>)?")
-NOT_NESTED = frozenset(  # void elements, and those that the next of their kind closes
+NOT_NESTED = frozenset(  # void elements, and those that the next element of the same name closes
     b"area base br col embed hr img input link meta param source track wbr "
     b"dd dt li option p tbody td tfoot th thead tr".split()
 )
-ENDS_DRAWING = frozenset(  # https://html.spec.whatwg.org/#parsing-main-inforeign: within SVG, these end it
+ENDS_DRAWING = frozenset(  # these end an SVG around them: https://html.spec.whatwg.org/#parsing-main-inforeign
     b"b big blockquote body br center code dd div dl dt em embed h1 h2 h3 h4 h5 h6 head hr i img li listing menu meta "
     b"nobr ol p pre ruby s small span strong strike sub sup table tt u ul var".split()
 )
 
 
-def read_html(part: Slice, source: SourceConfig) -> Items:
-    path = part.file.path
-    with open_bytes(part.file) as raw:
+def read_html(slice_: FileSlice, source: SourceConfig) -> Pieces:
+    """Yield the main text of one HTML page."""
+    path = slice_.file.path
+    with open_bytes(slice_.file) as raw:
         yield from _read_page(raw.read(MAX_PAGE + 1), path, 0, partial(str, path))
 
 
-def read_warc(part: Slice, source: SourceConfig) -> Items:
-    """The HTML pages among the archive's responses."""
-    path = part.file.path
+def read_warc(slice_: FileSlice, source: SourceConfig) -> Pieces:
+    """Yield the main text of each HTML page among an archive's responses."""
+    path = slice_.file.path
     try:
         from fastwarc.warc import ArchiveIterator, WarcRecordType
     except ImportError as error:
         raise UserError(f"{path} needs the web extra; install it with: pip install megagpt[web]") from error
     number = 0
-    with open_bytes(part.file) as raw:
-        for record in ArchiveIterator(_Told(raw), parse_http=False):
+    with open_bytes(slice_.file) as raw:
+        for record in ArchiveIterator(_WithPosition(raw), parse_http=False):
             block = _block_of(record, path)
             if record.record_type == WarcRecordType.response and record.is_http:
                 yield from _read_response(block, path, number)
@@ -53,21 +54,22 @@ def read_warc(part: Slice, source: SourceConfig) -> Items:
 
 
 def _block_of(record: "WarcRecord", path: str) -> bytes:
-    """At most MAX_PAGE + 1 bytes of what the record holds. Raises UserError if the archive ends before it does."""
+    """At most MAX_PAGE + 1 bytes of a record's content. Raises UserError if the archive ends within the record."""
     block: bytes = record.reader.read(MAX_PAGE + 1)
     size, declared = len(block), record.headers.get("Content-Length") or ""
     while more := record.reader.read(BLOCK):
         size += len(more)
     if not declared.isdigit() or size < int(declared):
-        raise UserError(f"{path} ends within a record, so it was cut off; fetch it again or leave it out")
+        raise UserError(f"{path} is truncated: it ends within a record; fetch it again or leave it out")
     return block
 
 
-def _read_response(block: bytes, path: str, number: int) -> Items:
+def _read_response(block: bytes, path: str, number: int) -> Pieces:
     from fastwarc.warc import WarcRecord
 
     where = partial("{} response {}".format, path, number)
-    response = WarcRecord()  # of its own, because what cannot be decoded ends the reading of a whole archive
+    # a record of its own: within the archive's iterator, a response that cannot be decoded would end the whole archive
+    response = WarcRecord()
     response.is_http = True
     response.set_bytes_content(block)
     try:
@@ -76,24 +78,24 @@ def _read_response(block: bytes, path: str, number: int) -> Items:
             return
         page = block if len(block) > MAX_PAGE else response.reader.read(MAX_PAGE + 1)
     except OSError:
-        yield Skipped("a response that cannot be decoded", where)
+        yield SkippedRecord("a response that cannot be decoded", where)
     else:
         yield from _read_page(page, path, number, where)
 
 
-def _read_page(page: bytes, path: str, position: int, where: Callable[[], str]) -> Items:
+def _read_page(page: bytes, path: str, position: int, where: Callable[[], str]) -> Pieces:
     if len(page) > MAX_PAGE:
-        yield Skipped(f"a page of more than {MAX_PAGE:,} bytes", where)
+        yield SkippedRecord(f"a page of more than {MAX_PAGE:,} bytes", where)
     elif is_deeper(page, MAX_DEPTH):
-        yield Skipped(f"a page of more than {MAX_DEPTH:,} elements in each other", where)
+        yield SkippedRecord(f"a page with more than {MAX_DEPTH:,} nested elements", where)
     else:
         yield from pieces_of(_page_text(page, path), position, where)
 
 
 def is_deeper(page: bytes, most: int) -> bool:
-    """Whether more than `most` elements are within each other, going by the tags alone: no tree is built.
+    """Whether more than `most` elements are nested, judged by the tags alone: building the tree is what takes long.
 
-    An end tag closes the last of its name, wherever that is, so of a page with mismatched tags this is a guess.
+    An end tag is taken to close the last element of its name, so for a page with mismatched tags this is a guess.
     """
     depth, n_open = 0, Counter[bytes]()
     for tag in TAG.finditer(page) if page.count(b"<") > most else ():
@@ -114,7 +116,7 @@ def is_deeper(page: bytes, most: int) -> bool:
 
 
 def _page_text(page: bytes, path: str) -> str:
-    """Its main text, without navigation and scripts, in whatever encoding it says or seems to be."""
+    """The page's main text, without navigation and scripts, decoded as the page declares or as detected."""
     try:
         from resiliparse.extract.html2text import extract_plain_text
         from resiliparse.parse.encoding import detect_encoding
@@ -127,8 +129,8 @@ def _page_text(page: bytes, path: str) -> str:
     return text
 
 
-class _Told(io.RawIOBase):
-    """A stream that knows its position, which FastWARC asks for and a decompressed one does not tell."""
+class _WithPosition(io.RawIOBase):
+    """A stream that counts its position: FastWARC asks for it, and a decompressing stream does not know it."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self._at = raw, 0

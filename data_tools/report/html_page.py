@@ -7,7 +7,7 @@ import html
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from data_tools.formatting import human
+from data_tools.formatting import format_bytes
 from data_tools.report.plots import COLORS, Series, bars, columns, printable, shortened
 from megagpt.data.manifest import SPLITS
 
@@ -51,7 +51,7 @@ def page_of(report: Report, title: str) -> str:
 def _totals(report: Report) -> str:
     facts = {
         "documents": f"{report['documents']:,}",
-        "text": human(report["bytes"]),
+        "text": format_bytes(report["bytes"]),
         "tokens": f"{report['tokens']:,}",
         "bytes per token": f"{report['bytes_per_token']:.2f}",
         **{f"{split} tokens": f"{report['splits'][split]['tokens']:,}" for split in SPLITS},
@@ -66,10 +66,10 @@ def _flow(report: Report) -> str:
     sources = report["sources"]
     plots = [
         _figure(f"{unit.capitalize()} at each stage", bars(unit, FLOW, _series(sources, _at_each_stage(unit)), shown))
-        for unit, shown in (("documents", _whole), ("bytes", human))
+        for unit, shown in (("documents", _whole), ("bytes", format_bytes))
     ]
     tables = []
-    for unit, shown in (("documents", _whole), ("bytes", human)):
+    for unit, shown in (("documents", _whole), ("bytes", format_bytes)):
         rows = [[source["name"], *map(shown, _at_each_stage(unit)(source))] for source in sources]
         total = [sum(column) for column in zip(*map(_at_each_stage(unit), sources), strict=True)]
         tables.append(_table([unit, *FLOW], rows, total=["all", *map(shown, total)] if len(sources) > 1 else None))
@@ -137,7 +137,7 @@ def _rules(report: Report) -> str:
     }
     plot = bars("rules", [rule for rule, _, _ in most], series, _whole)
     rows: list[list[Cell]] = [
-        [source, rule, how, counts["documents"], human(counts["bytes"])] for source, how, rule, counts in found
+        [source, rule, how, counts["documents"], format_bytes(counts["bytes"])] for source, how, rule, counts in found
     ]
     return _section(
         "What was left out",

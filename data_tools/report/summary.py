@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.config import SourceConfig
-from data_tools.formatting import human
+from data_tools.formatting import format_bytes
 from data_tools.stages.pipeline import Stages
 from megagpt.data.manifest import SPLITS
 from megagpt.data.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, An
 
 def _describe_source(stages: Stages, number: int, name: str) -> dict[str, Any]:
     """One source's way through the stages. Lengths are counted by powers of two: key 12 is 2,048 to 4,095 bytes."""
-    mine = [i for i, place in enumerate(stages.places) if place.source == number]
+    mine = [i for i, place in enumerate(stages.unit_inputs) if place.source == number]
     texts, tokens = [stages.texts[i].result for i in mine], [stages.tokens[i].result for i in mine]
     splits = {split: _counts(stages.count(split, source=number)) for split in SPLITS}
     n_tokens, n_bytes = (sum(counts[unit] for counts in splits.values()) for unit in ("tokens", "bytes"))
@@ -105,7 +105,7 @@ def _histogram(many: Iterable[dict[str, int]]) -> dict[str, int]:
 
 def summary(report: dict[str, Any], out: Path) -> str:
     lines = [
-        f"{report['documents']:,} documents, {human(report['bytes'])} of text -> {report['tokens']:,} tokens "
+        f"{report['documents']:,} documents, {format_bytes(report['bytes'])} of text -> {report['tokens']:,} tokens "
         f"({report['bytes_per_token']:.2f} bytes per token) in {sum(report['seconds'].values()):.1f} s"
     ]
     for split, count in report["splits"].items():
@@ -121,6 +121,6 @@ def summary(report: dict[str, Any], out: Path) -> str:
         lines.append(f"  skipped {skipped['documents']:,}: {reason} (first: {skipped['first']})")
     for how in ("rejected", "dropped"):
         for rule, counts in report[how].items():
-            lines.append(f"  {how} {counts['documents']:,}: {rule} ({human(counts['bytes'])})")
+            lines.append(f"  {how} {counts['documents']:,}: {rule} ({format_bytes(counts['bytes'])})")
     lines.append(f"{out} is ready; look inside with: python -m data_tools inspect {out} --documents 1")
     return "\n".join(lines)

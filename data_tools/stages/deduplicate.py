@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.config import SourceConfig
-from data_tools.dedup.decontamination import DecontaminationConfig, contaminated, read_ngrams, write_ngrams
+from data_tools.dedup.decontamination import DecontaminationConfig, is_contaminated, read_ngrams, write_ngrams
 from data_tools.dedup.lsh import DedupConfig, cluster, link, write_bands
 from data_tools.executor.tasks import Done, Result, Tasks, file_of, read_list, write_list
 from data_tools.readers.by_format import read_slice
-from data_tools.readers.document_pieces import Piece
+from data_tools.readers.document_pieces import DocumentPiece
 from data_tools.readers.find_files import find_files
-from data_tools.readers.work_units import plan_units
-from data_tools.stages.select import CLUSTERS, CONTAMINATED, marked_rows
-from data_tools.storage.document_store import read_documents, read_texts
+from data_tools.readers.work_units import cut_into_units
+from data_tools.stages.select import CLUSTERS, CONTAMINATED, contaminated_rows
+from data_tools.storage.document_store import read_documents, read_pieces
 from megagpt.atomic_files import written
 
 BANDS, LINKS, NGRAMS = ".bands.arrow", ".links.arrow", ".npy"
@@ -30,7 +30,7 @@ def find_clusters(
     if config.method == "none":
         return None
     rule = config.model_copy(update={"duplicates": "remove"})  # what becomes of copies is not decided here
-    jobs = [(done.prefix, marked, rule, seed) for done, marked in zip(texts, contamination, strict=True)]
+    jobs = [(done.prefix, found, rule, seed) for done, found in zip(texts, contamination, strict=True)]
     bands = tasks.run(sign, jobs, "comparing")
     listed = tasks.run_one(write_list, [file_of(done.prefix, BANDS).name for done in bands], what="listing")
     documents = sum(done.result["kept"][0] for done in texts)
@@ -41,9 +41,9 @@ def find_clusters(
 
 
 def sign(prefix: Path, texts: Path, contamination: Path | None, config: DedupConfig, seed: int) -> Result:
-    documents, dropped = read_documents(texts), marked_rows(contamination)
+    documents, dropped = read_documents(texts), contaminated_rows(contamination)
     kept = [document.kept and row not in dropped for row, document in enumerate(documents)]
-    pieces = ((row, text) for row, text in read_texts(texts) if kept[row])
+    pieces = ((row, text) for row, text in read_pieces(texts) if kept[row])
     write_bands(pieces, len(documents), file_of(prefix, BANDS), config, seed=seed)
     return {}
 
@@ -86,9 +86,9 @@ def collect_ngrams(prefix: Path, source: SourceConfig, config: DecontaminationCo
 
 def _texts_of(source: SourceConfig) -> Iterator[Iterator[str]]:
     """The pieces of each document."""
-    for unit in plan_units([(source.name, find_files(source))]):
+    for unit in cut_into_units([(source.name, find_files(source))]):
         for part in unit.slices:
-            pieces = (item for item in read_slice(part, source, strict=True) if isinstance(item, Piece))
+            pieces = (item for item in read_slice(part, source, strict=True) if isinstance(item, DocumentPiece))
             for _, group in groupby(pieces, key=attrgetter("position")):
                 yield (piece.text for piece in group)
 
@@ -98,8 +98,8 @@ def mark(prefix: Path, texts: Path, ngrams: Path, config: DecontaminationConfig)
     known = read_ngrams(file_of(ngrams, NGRAMS))
     rows = [
         row
-        for row, group in groupby(read_texts(texts), key=itemgetter(0))
-        if contaminated((text for _, text in group), known, config)
+        for row, group in groupby(read_pieces(texts), key=itemgetter(0))
+        if is_contaminated((text for _, text in group), known, config)
     ]
     with written(file_of(prefix, CONTAMINATED)) as temporary, temporary.open("wb") as file:
         np.save(file, np.array(rows, np.uint32))

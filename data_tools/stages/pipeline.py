@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 from data_tools.config import BuildConfig, SourceConfig
 from data_tools.executor.tasks import Done, Tasks, file_of, write_list
-from data_tools.readers.work_units import Unit
+from data_tools.readers.work_units import WorkUnit
 from data_tools.stages.deduplicate import find_clusters, find_contaminated
-from data_tools.stages.extract import extract_all, place_units, why_nothing_is_left
+from data_tools.stages.extract import describe_units, extract_all, why_nothing_is_left
 from data_tools.stages.select import SplitConfig, UnitInput
 from data_tools.stages.shuffle import PASS_TOKENS, write_shard
-from data_tools.stages.tokenize import Drawing, tokenize
+from data_tools.stages.tokenize import VariantConfig, tokenize
 from data_tools.stages.train_tokenizer import MODEL, train_on
 from megagpt.atomic_files import write_atomically
 from megagpt.data.manifest import SPLITS, Split
@@ -33,11 +33,11 @@ KINDS: dict[str, Literal["unigram-sampling", "bpe-dropout"]] = {"unigram": "unig
 class Stages:
     """What the stages of a build have made."""
 
-    units: list[Unit]
+    units: list[WorkUnit]
     texts: list[Done]
     splits: SplitConfig
     clusters: Path | None = None  # the prefix of what tells which documents are alike
-    places: list[UnitInput] = field(default_factory=list)
+    unit_inputs: list[UnitInput] = field(default_factory=list)
     model: Path = Path()
     sample_sha256: str | None = None
     variants: list[list[Done]] = field(default_factory=list)  # tokenized units of each variant
@@ -53,7 +53,7 @@ class Stages:
         """(documents, bytes, tokens) of a split, over all sources or of one."""
         rows = [
             done.result["counts"][split]
-            for place, done in zip(self.places, self.variants[variant], strict=True)
+            for place, done in zip(self.unit_inputs, self.variants[variant], strict=True)
             if source in (None, place.source)
         ]
         documents, size, tokens = (sum(column) for column in zip(*rows, strict=True)) if rows else (0, 0, 0)
@@ -61,7 +61,7 @@ class Stages:
 
 
 def run_stages(
-    units: list[Unit], sources: Sequence[SourceConfig], config: BuildConfig, given: Tokenizer | None, tasks: Tasks
+    units: list[WorkUnit], sources: Sequence[SourceConfig], config: BuildConfig, given: Tokenizer | None, tasks: Tasks
 ) -> Stages:
     stages = read_and_compare(units, sources, config, tasks)
     find_tokenizer(stages, config, given, tasks)
@@ -69,7 +69,9 @@ def run_stages(
     return stages
 
 
-def read_and_compare(units: list[Unit], sources: Sequence[SourceConfig], config: BuildConfig, tasks: Tasks) -> Stages:
+def read_and_compare(
+    units: list[WorkUnit], sources: Sequence[SourceConfig], config: BuildConfig, tasks: Tasks
+) -> Stages:
     seconds: dict[str, float] = {}
     with _timed(seconds, "read"):
         texts = extract_all(units, sources, config.strict, tasks)
@@ -78,7 +80,7 @@ def read_and_compare(units: list[Unit], sources: Sequence[SourceConfig], config:
         contamination = find_contaminated(texts, config.decontamination, tasks)
         found = find_clusters(texts, contamination, config.dedup, config.seed, tasks)
         stages.clusters = found.prefix if found else None
-    stages.places = place_units(units, sources, texts, contamination, tasks.folder)
+    stages.unit_inputs = describe_units(units, sources, texts, contamination, tasks.folder)
     return stages
 
 
@@ -86,7 +88,7 @@ def find_tokenizer(stages: Stages, config: BuildConfig, given: Tokenizer | None,
     """The given one, or one trained on the training split."""
     with _timed(stages.seconds, "tokenizer"):
         if given is None:
-            trained = train_on(stages.texts, stages.places, stages.clusters, stages.splits, config, tasks)
+            trained = train_on(stages.texts, stages.unit_inputs, stages.clusters, stages.splits, config, tasks)
             stages.model, stages.sample_sha256 = file_of(trained.prefix, MODEL), trained.result["sample_sha256"]
         else:
             stages.model = tasks.folder / f"{given.sha256}.model"
@@ -96,10 +98,10 @@ def find_tokenizer(stages: Stages, config: BuildConfig, given: Tokenizer | None,
 def tokenize_and_shuffle(stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig, tasks: Tasks) -> None:
     tokenizer = Tokenizer.load(stages.model)
     with _timed(stages.seconds, "tokenize"):
-        for drawing in _drawings(tokenizer, config):
+        for variant in _variant_configs(tokenizer, config):
             jobs = [
-                (unit, stages.clusters, stages.model, tokenizer.sha256, drawing, stages.splits)
-                for unit in stages.places
+                (unit, stages.clusters, stages.model, tokenizer.sha256, variant, stages.splits)
+                for unit in stages.unit_inputs
             ]
             stages.variants.append(tasks.run(tokenize, jobs, "tokenizing"))
     _check_something_is_left(stages)
@@ -123,13 +125,13 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = time.monotonic() - start
 
 
-def _drawings(tokenizer: Tokenizer, config: BuildConfig) -> list[Drawing]:
+def _variant_configs(tokenizer: Tokenizer, config: BuildConfig) -> list[VariantConfig]:
     """The canonical tokenization, and the user's variants of it."""
     if config.subword.variants and tokenizer.kind not in ALPHA:
         raise UserError(f"subword.variants has no effect with a {tokenizer.kind} tokenizer; remove it")
     alpha = config.subword.alpha or ALPHA.get(tokenizer.kind, 0.0)
-    drawn = [Drawing(number=n, alpha=alpha, seed=config.seed) for n in range(1, config.subword.variants + 1)]
-    return [Drawing(), *drawn]
+    drawn = [VariantConfig(number=n, alpha=alpha, seed=config.seed) for n in range(1, config.subword.variants + 1)]
+    return [VariantConfig(), *drawn]
 
 
 def _check_something_is_left(stages: Stages) -> None:
@@ -169,7 +171,7 @@ def _write_shards(
     return list(zip(headers, tasks.run(write_shard, jobs, "shuffling"), strict=True))
 
 
-def _parts(units: Sequence[Unit], tokenized: Sequence[Done], scratch: Path) -> list[tuple[str, list[str]]]:
+def _parts(units: Sequence[WorkUnit], tokenized: Sequence[Done], scratch: Path) -> list[tuple[str, list[str]]]:
     """(path below the scratch folder, the files its slices are of) of every part."""
     parts = []
     for unit, done in zip(units, tokenized, strict=True):

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_tools.dedup.lsh import duplicates_in
 from data_tools.executor.tasks import file_of
-from data_tools.storage.document_store import Document, read_documents, read_texts
+from data_tools.storage.document_store import DocumentInfo, read_documents, read_pieces
 from megagpt.config.parsing import Strict
 from megagpt.data.manifest import Split
 
@@ -42,7 +42,7 @@ class UnitInput(Strict):
 class Selection:
     """Of one unit's documents."""
 
-    documents: list[Document]
+    documents: list[DocumentInfo]
     splits: list[Split]
     dropped: dict[int, str]  # row -> why
 
@@ -51,7 +51,7 @@ def select(texts: Path, unit: int, clusters: Path | None, contamination: Path | 
     """texts, clusters and contamination are the prefixes of earlier tasks; None where there was no such stage."""
     documents = read_documents(texts)
     dropped = {row: "cannot be read to its end" for row, document in enumerate(documents) if not document.kept}
-    dropped |= dict.fromkeys(sorted(marked_rows(contamination)), "contaminated")
+    dropped |= dict.fromkeys(sorted(contaminated_rows(contamination)), "contaminated")
     split_keys = [document.doc for document in documents]
     if clusters is not None:
         copies = duplicates_in(unit, file_of(clusters, CLUSTERS))
@@ -80,9 +80,9 @@ def keyed_hash(data: bytes, seed: int) -> int:
 
 def selected_texts(texts: Path, selection: Selection) -> Iterator[tuple[int, str]]:
     """(row, piece) of the documents that stay."""
-    return ((row, text) for row, text in read_texts(texts) if row not in selection.dropped)
+    return ((row, text) for row, text in read_pieces(texts) if row not in selection.dropped)
 
 
-def marked_rows(contamination: Path | None) -> set[int]:
+def contaminated_rows(contamination: Path | None) -> set[int]:
     """The rows of a unit's contaminated documents."""
     return set() if contamination is None else set(np.load(file_of(contamination, CONTAMINATED)).tolist())

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.executor.tasks import file_of, read_list
-from data_tools.storage.arrow_columns import hashes, numbers, strings, view
-from data_tools.storage.shard_writer import Row, ShardWriter
+from data_tools.storage.arrow_columns import hash_column, number_column, string_column, to_numpy
+from data_tools.storage.shard_writer import ShardRow, ShardWriter
 from megagpt.atomic_files import make_durable, sha256_of, temporary_name
 from megagpt.data.manifest import SPLITS, Split
 from megagpt.data.shard_format import HASH_BYTES, ShardHeader
@@ -34,7 +34,7 @@ WHERE = {
 }
 
 
-class Columns(NamedTuple):
+class RowRange(NamedTuple):
     """A stretch of one part's rows, as views of its memory map."""
 
     key: np.ndarray
@@ -68,7 +68,7 @@ def write_shard(prefix: Path, header: ShardHeader, n_shards: int, n_passes: int,
                     columns, files = stretches[stretch], parts[stretch][1]
                     doc, part, source = columns.docs[i].tobytes(), int(columns.part[i]), int(columns.source[i])
                     tokens = columns.tokens[columns.offsets[i] : columns.offsets[i + 1]]
-                    writer.add(Row(tokens, doc, source, part, bool(columns.is_last[i])))
+                    writer.add(ShardRow(tokens, doc, source, part, bool(columns.is_last[i])))
                     provenance.add(doc, part, source, files[columns.slice[i]], int(columns.position[i]))
                 writer.flush()  # what it holds are views of these maps
     info, index = writer.close()
@@ -76,34 +76,34 @@ def write_shard(prefix: Path, header: ShardHeader, n_shards: int, n_passes: int,
 
 
 @contextmanager
-def _opened(folder: Path, parts: Sequence[str], keys: range, split: Split) -> Iterator[list[Columns]]:
+def _opened(folder: Path, parts: Sequence[str], keys: range, split: Split) -> Iterator[list[RowRange]]:
     """Each part's rows whose keys are in the range; nothing is read before it is looked at."""
     with ExitStack() as opened:
         maps = [opened.enter_context(pa.memory_map(str(folder / part))) for part in parts]
         yield [_rows_between(keys[0], keys[-1], file, split) for file in maps]
 
 
-def _rows_between(low: int, high: int, file: pa.MemoryMappedFile, split: Split) -> Columns:
+def _rows_between(low: int, high: int, file: pa.MemoryMappedFile, split: Split) -> RowRange:
     """The part's rows with low <= key <= high; the views keep the map alive."""
     batch = pa.ipc.open_file(file).get_batch(SPLITS.index(split))
-    keys = view(batch["key"])
+    keys = to_numpy(batch["key"])
     begin = int(np.searchsorted(keys, np.uint64(low), side="left"))
     end = int(np.searchsorted(keys, np.uint64(high), side="right"))
     docs = np.frombuffer(batch["doc"].buffers()[1] or b"", np.uint8)[: HASH_BYTES * len(batch)]
-    return Columns(
+    return RowRange(
         key=keys[begin:end],
-        part=view(batch["part"])[begin:end],
-        offsets=view(batch["tokens"].offsets)[begin : end + 1],
-        tokens=view(batch["tokens"].values),
+        part=to_numpy(batch["part"])[begin:end],
+        offsets=to_numpy(batch["tokens"].offsets)[begin : end + 1],
+        tokens=to_numpy(batch["tokens"].values),
         docs=docs.reshape(-1, HASH_BYTES)[begin:end],
-        source=view(batch["source"])[begin:end],
-        is_last=view(batch["is_last"])[begin:end],
-        slice=view(batch["slice"])[begin:end],
-        position=view(batch["position"])[begin:end],
+        source=to_numpy(batch["source"])[begin:end],
+        is_last=to_numpy(batch["is_last"])[begin:end],
+        slice=to_numpy(batch["slice"])[begin:end],
+        position=to_numpy(batch["position"])[begin:end],
     )
 
 
-def _in_order(stretches: Sequence[Columns]) -> list[np.ndarray]:
+def _in_order(stretches: Sequence[RowRange]) -> list[np.ndarray]:
     """Runs of (stretch, row), (rows, 2) each, of about PASS_TOKENS: every row by key, then as the input has them."""
     row = np.concatenate([np.arange(len(columns.key)) for columns in stretches])
     stretch = np.repeat(np.arange(len(stretches)), [len(columns.key) for columns in stretches])
@@ -138,13 +138,13 @@ class _Provenance:
         if self._rows:
             docs, parts, sources, files, positions = zip(*self._rows, strict=True)
             codes = {file: code for code, file in enumerate(dict.fromkeys(files))}
-            names = strings([file.encode() for file in codes], pa.string())
+            names = string_column([file.encode() for file in codes], pa.string())
             columns = [
-                hashes(docs, HASH_BYTES),
-                numbers(parts, pa.uint32()),
-                numbers(sources, pa.uint16()),
-                pa.DictionaryArray.from_arrays(numbers([codes[file] for file in files], pa.int32()), names),
-                numbers(positions, pa.uint64()),
+                hash_column(docs, HASH_BYTES),
+                number_column(parts, pa.uint32()),
+                number_column(sources, pa.uint16()),
+                pa.DictionaryArray.from_arrays(number_column([codes[file] for file in files], pa.int32()), names),
+                number_column(positions, pa.uint64()),
             ]
             self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
             self._rows = []

@@ -16,23 +16,23 @@ import numpy as np
 import pyarrow as pa
 
 from data_tools.executor.tasks import file_of
-from data_tools.readers.document_pieces import PIECE
+from data_tools.readers.document_pieces import PIECE_CHARACTERS
 from data_tools.stages.select import Selection, SplitConfig, UnitInput, keyed_hash, select
 from data_tools.stages.subword_sampling import SubwordSampler
-from data_tools.storage.arrow_columns import new_arrow_file, numbers
-from data_tools.storage.document_store import read_texts
+from data_tools.storage.arrow_columns import new_arrow_file, number_column
+from data_tools.storage.document_store import read_pieces
 from data_tools.storage.rejects import REJECTS, RejectWriter, open_rejects
-from data_tools.storage.shard_writer import Row, document_columns, narrow
+from data_tools.storage.shard_writer import ShardRow, document_columns, narrow
 from megagpt.config.parsing import Strict
 from megagpt.data.manifest import SPLITS, Split
 from megagpt.data.shard_format import document_schema, token_dtype
 from megagpt.data.tokenizer import Tokenizer
 
-PART_TOKENS = 2**25  # a part is written when this many are in memory
+FILE_TOKENS = 2**25  # a part is written when this many are in memory
 EXTRA = {"key": pa.uint64(), "slice": pa.uint32(), "position": pa.uint64(), "is_last": pa.bool_()}
 
 
-class Drawing(Strict):
+class VariantConfig(Strict):
     """How often and how a text is tokenized: number 0 is the canonical way, the others draw (Kudo 2018)."""
 
     number: int = 0
@@ -40,9 +40,9 @@ class Drawing(Strict):
     seed: int = 0
 
 
-class PartRow(NamedTuple):
+class KeyedRow(NamedTuple):
     key: int
-    row: Row
+    row: ShardRow
     slice: int
     position: int
 
@@ -53,7 +53,7 @@ def tokenize(
     clusters: Path | None,
     model: Path,
     model_sha256: str,
-    drawing: Drawing,
+    variant: VariantConfig,
     splits: SplitConfig,
 ) -> dict[str, Any]:
     """Write a unit's documents as one part, or as several where it holds more than PART_TOKENS.
@@ -63,11 +63,11 @@ def tokenize(
     tokenizer = _load_tokenizer(model, model_sha256)
     texts, contamination = unit.paths(prefix.parents[1])
     selection = select(texts, unit.number, clusters, contamination, splits)
-    sampler = _load_sampler(tokenizer, drawing) if drawing.number else None
-    parts = _Parts(prefix, tokenizer)
+    sampler = _load_sampler(tokenizer, variant) if variant.number else None
+    parts = _TokenFiles(prefix, tokenizer)
     with open_rejects(file_of(prefix, REJECTS)) as rejects:
-        pieces = _selected(texts, selection, rejects if drawing.number == 0 else None)
-        if drawing.number:
+        pieces = _selected(texts, selection, rejects if variant.number == 0 else None)
+        if variant.number:
             pieces = ((row, text) for row, text in pieces if selection.splits[row] == "train")
         for group in _groups(pieces):
             ids = _encode(tokenizer, group, sampler)
@@ -85,7 +85,7 @@ def tokenize(
 def _selected(texts: Path, selection: Selection, rejects: RejectWriter | None) -> Iterator[tuple[int, str]]:
     """(row, piece) of what stays; what does not goes to the rejects."""
     documents = selection.documents
-    for row, group in groupby(read_texts(texts), key=itemgetter(0)):
+    for row, group in groupby(read_pieces(texts), key=itemgetter(0)):
         if row not in selection.dropped:
             yield from group
         elif rejects is not None:
@@ -104,7 +104,7 @@ def _groups(pieces: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str, 
         row, text = previous
         group.append((row, text, following is None or following[0] != row))
         size += len(text)
-        if size >= PIECE:
+        if size >= PIECE_CHARACTERS:
             yield group
             group, size = [], 0
         previous = following
@@ -130,8 +130,8 @@ def _encode(
 
 
 @lru_cache(maxsize=1)
-def _load_sampler(tokenizer: Tokenizer, drawing: Drawing) -> SubwordSampler:
-    return SubwordSampler(tokenizer, drawing.alpha, keyed_hash(f"variant {drawing.number}".encode(), drawing.seed))
+def _load_sampler(tokenizer: Tokenizer, variant: VariantConfig) -> SubwordSampler:
+    return SubwordSampler(tokenizer, variant.alpha, keyed_hash(f"variant {variant.number}".encode(), variant.seed))
 
 
 @lru_cache(maxsize=1)
@@ -139,12 +139,12 @@ def _load_tokenizer(model: Path, sha256: str) -> Tokenizer:
     return Tokenizer.load(model, sha256=sha256)  # the hash is in the key: a worker may outlive a build
 
 
-class _Parts:
+class _TokenFiles:
     """Rows of tokens on their way to files."""
 
     def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
         self._prefix, self._tokenizer = prefix, tokenizer
-        self._rows: dict[Split, list[PartRow]] = {split: [] for split in SPLITS}
+        self._rows: dict[Split, list[KeyedRow]] = {split: [] for split in SPLITS}
         self._buffered = 0
         self._part = 0  # of the document being added
         self._tokens = 0  # of it
@@ -158,9 +158,9 @@ class _Parts:
             return
         document, split = selection.documents[row], selection.splits[row]
         place = f"{unit.source}:{unit.files[document.slice]}:{document.position}".encode()
-        line = Row(ids, document.doc, unit.source, self._part, is_last)
+        line = ShardRow(ids, document.doc, unit.source, self._part, is_last)
         self._rows[split].append(
-            PartRow(keyed_hash(document.doc + place, seed), line, document.slice, document.position)
+            KeyedRow(keyed_hash(document.doc + place, seed), line, document.slice, document.position)
         )
         self._buffered += len(ids)
         self._part, self._tokens = self._part + 1, self._tokens + len(ids)
@@ -171,7 +171,7 @@ class _Parts:
             counts[1] += document.bytes
             self.lengths[self._tokens.bit_length()] += 1
             self._part = self._tokens = 0
-        if self._buffered >= PART_TOKENS:
+        if self._buffered >= FILE_TOKENS:
             self.flush()
 
     def flush(self) -> None:
@@ -192,7 +192,7 @@ class _Parts:
                     [row.position for row in rows],
                     [row.row.is_last for row in rows],
                 ]
-                arrays = [numbers(values, type_) for values, type_ in zip(extra, EXTRA.values(), strict=True)]
+                arrays = [number_column(values, type_) for values, type_ in zip(extra, EXTRA.values(), strict=True)]
                 columns = [*document_columns([row.row for row in rows], self._tokenizer.vocab_size), *arrays]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
                 self._rows[split].clear()

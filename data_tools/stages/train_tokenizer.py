@@ -14,9 +14,9 @@ import sentencepiece
 from data_tools.config import TRAINING, TokenizerConfig
 from data_tools.executor.tasks import Done, Tasks, file_of
 from data_tools.executor.workers import start_workers
-from data_tools.stages.extract import extract_all, find_units, place_units, why_nothing_is_left
+from data_tools.stages.extract import describe_units, extract_all, find_units, why_nothing_is_left
 from data_tools.stages.select import SplitConfig, UnitInput, keyed_hash, select
-from data_tools.storage.document_store import read_texts
+from data_tools.storage.document_store import read_pieces
 from megagpt.atomic_files import write_atomically, written
 from megagpt.data.tokenizer import META_SPACE, Tokenizer
 from megagpt.errors import UserError
@@ -44,9 +44,9 @@ def train_tokenizer(
     ):
         tasks = Tasks(Path(scratch).absolute(), run_all)
         texts = extract_all(units, sources, config.strict, tasks)
-        places = place_units(units, sources, texts, [None] * len(texts), tasks.folder)
+        unit_inputs = describe_units(units, sources, texts, [None] * len(texts), tasks.folder)
         whole = SplitConfig(val_fraction=0.0, test_fraction=0.0, duplicates="remove", seed=config.seed)
-        trained = train_on(texts, places, None, whole, config, tasks)
+        trained = train_on(texts, unit_inputs, None, whole, config, tasks)
         write_atomically(out, file_of(trained.prefix, MODEL).read_bytes())
     return Tokenizer.load(out)
 
@@ -77,7 +77,7 @@ def draw_sample(
     selection = select(texts, unit.number, clusters, contamination, splits)
     limit = int(share * 2**64)
     with written(file_of(prefix, SAMPLE)) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for piece, (row, text) in enumerate(read_texts(texts)):
+        for piece, (row, text) in enumerate(read_pieces(texts)):
             if row in selection.dropped or selection.splits[row] != "train":
                 continue
             for at in range(0, len(text), CHUNK):

@@ -21,30 +21,30 @@ def new_arrow_file(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatch
         yield sink
 
 
-def column(values: np.ndarray) -> pa.Array:
+def to_arrow(values: np.ndarray) -> pa.Array:
     """The same numbers, of the same type; shared, but for truth values."""
     type_ = pa.from_numpy_dtype(values.dtype)
     data = np.packbits(values, bitorder="little") if pa.types.is_boolean(type_) else np.ascontiguousarray(values)
     return pa.Array.from_buffers(type_, len(values), [None, pa.py_buffer(data)])
 
 
-def numbers(values: Sequence[int], type_: pa.DataType) -> pa.Array:
+def number_column(values: Sequence[int], type_: pa.DataType) -> pa.Array:
     """Raises OverflowError for a number that the type cannot hold."""
-    return column(np.array(values, type_.to_pandas_dtype()))  # numpy's, in spite of its name
+    return to_arrow(np.array(values, type_.to_pandas_dtype()))  # numpy's, in spite of its name
 
 
-def strings(values: Sequence[bytes], type_: pa.DataType) -> pa.Array:
+def string_column(values: Sequence[bytes], type_: pa.DataType) -> pa.Array:
     """Of UTF-8; `type_` is string or large_string."""
     offsets = np.zeros(len(values) + 1, np.int32 if pa.types.is_string(type_) else np.int64)
     np.cumsum(list(map(len, values)), out=offsets[1:])
     return pa.Array.from_buffers(type_, len(values), [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))])
 
 
-def hashes(values: Sequence[bytes], size: int) -> pa.FixedSizeBinaryArray:
+def hash_column(values: Sequence[bytes], size: int) -> pa.FixedSizeBinaryArray:
     return pa.Array.from_buffers(pa.binary(size), len(values), [None, pa.py_buffer(b"".join(values))])
 
 
-def view(array: pa.Array) -> np.ndarray:
+def to_numpy(array: pa.Array) -> np.ndarray:
     """The numbers of a column, shared with it, but for truth values."""
     data, end = array.buffers()[1] or b"", array.offset + len(array)
     if pa.types.is_boolean(array.type):

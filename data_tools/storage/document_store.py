@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from data_tools.executor.tasks import file_of
-from data_tools.storage.arrow_columns import hashes, new_arrow_file, numbers, strings
+from data_tools.storage.arrow_columns import hash_column, new_arrow_file, number_column, string_column
 from megagpt.data.shard_format import HASH_BYTES
 
 BATCH_BYTES, BATCH_ROWS = 2**24, 2**16  # of a record batch: no more of either is in memory
@@ -30,7 +30,7 @@ DOCUMENTS = pa.schema(
 )
 
 
-class Document(NamedTuple):
+class DocumentInfo(NamedTuple):
     """A row of .documents.arrow."""
 
     doc: bytes
@@ -40,7 +40,7 @@ class Document(NamedTuple):
     kept: bool
 
 
-class TextWriter:
+class DocumentWriter:
     """Documents piece by piece; open_texts() makes the files whole, or leaves none."""
 
     def __init__(self, texts: pa.ipc.RecordBatchFileWriter, documents: pa.ipc.RecordBatchFileWriter) -> None:
@@ -48,7 +48,7 @@ class TextWriter:
         self._numbers: list[int] = []  # of documents, one for each piece
         self._texts: list[bytes] = []
         self._buffered = 0
-        self._documents: list[Document] = []
+        self._documents: list[DocumentInfo] = []
         self._written = 0  # documents
         self._content = hashlib.blake2b(digest_size=HASH_BYTES)  # of the document being written
         self._kept_hashes = hashlib.sha256()
@@ -78,7 +78,7 @@ class TextWriter:
 
     def end(self, part: int, position: int, *, kept: bool = True) -> None:
         doc = self._content.digest()
-        self._documents.append(Document(doc, self.size, part, position, kept))
+        self._documents.append(DocumentInfo(doc, self.size, part, position, kept))
         self.is_open = False
         if kept:
             self.kept += 1
@@ -93,18 +93,18 @@ class TextWriter:
 
     def _flush_texts(self) -> None:
         if self._texts:
-            columns = [numbers(self._numbers, pa.uint32()), strings(self._texts, pa.large_string())]
+            columns = [number_column(self._numbers, pa.uint32()), string_column(self._texts, pa.large_string())]
             self._texts_sink.write_batch(pa.record_batch(columns, schema=PIECES))
             self._numbers, self._texts, self._buffered = [], [], 0
 
     def _flush_documents(self) -> None:
         if documents := self._documents:
             columns = [
-                hashes([document.doc for document in documents], HASH_BYTES),
-                numbers([document.bytes for document in documents], pa.uint64()),
-                numbers([document.slice for document in documents], pa.uint32()),
-                numbers([document.position for document in documents], pa.uint64()),
-                numbers([document.kept for document in documents], pa.bool_()),
+                hash_column([document.doc for document in documents], HASH_BYTES),
+                number_column([document.bytes for document in documents], pa.uint64()),
+                number_column([document.slice for document in documents], pa.uint32()),
+                number_column([document.position for document in documents], pa.uint64()),
+                number_column([document.kept for document in documents], pa.bool_()),
             ]
             self._documents_sink.write_batch(pa.record_batch(columns, schema=DOCUMENTS))
             self._written += len(documents)
@@ -112,15 +112,15 @@ class TextWriter:
 
 
 @contextmanager
-def open_texts(prefix: Path) -> Iterator[TextWriter]:
+def open_documents(prefix: Path) -> Iterator[DocumentWriter]:
     texts, documents = file_of(prefix, ".texts.arrow"), file_of(prefix, ".documents.arrow")
     with new_arrow_file(texts, PIECES) as texts_sink, new_arrow_file(documents, DOCUMENTS) as documents_sink:
-        writer = TextWriter(texts_sink, documents_sink)
+        writer = DocumentWriter(texts_sink, documents_sink)
         yield writer
         writer.flush()
 
 
-def read_texts(prefix: Path) -> Iterator[tuple[int, str]]:
+def read_pieces(prefix: Path) -> Iterator[tuple[int, str]]:
     """(document, piece) for every piece, in order; one record batch in memory at a time."""
     with pa.memory_map(str(file_of(prefix, ".texts.arrow"))) as file:
         reader = pa.ipc.open_file(file)
@@ -129,12 +129,12 @@ def read_texts(prefix: Path) -> Iterator[tuple[int, str]]:
             yield from zip(batch["document"].to_pylist(), batch["text"].to_pylist(), strict=True)
 
 
-def read_documents(prefix: Path) -> list[Document]:
+def read_documents(prefix: Path) -> list[DocumentInfo]:
     with pa.memory_map(str(file_of(prefix, ".documents.arrow"))) as file:
         reader = pa.ipc.open_file(file)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         return [
-            Document(*row)
+            DocumentInfo(*row)
             for batch in batches
             for row in zip(*(column.to_pylist() for column in batch.columns), strict=True)
         ]

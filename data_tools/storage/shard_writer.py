@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from data_tools.storage.arrow_columns import column, hashes, numbers, strings
+from data_tools.storage.arrow_columns import hash_column, number_column, string_column, to_arrow
 from megagpt.atomic_files import make_durable, sha256_of, temporary_name, write_atomically
 from megagpt.data.manifest import ShardInfo
 from megagpt.data.shard_format import HASH_BYTES, INDEX_SCHEMA, ShardHeader, batch_xxh3, document_schema, token_dtype
@@ -23,7 +23,7 @@ def narrow(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     return ids.astype(token_dtype(vocab_size), copy=False)
 
 
-class Row(NamedTuple):
+class ShardRow(NamedTuple):
     """A document, or a part of a long one."""
 
     tokens: np.ndarray
@@ -43,12 +43,12 @@ class ShardWriter:
         self._sink = pa.OSFile(str(self._temporary), "wb")
         self._writer = pa.ipc.new_file(self._sink, header.schema)
         self._batch_tokens = batch_tokens
-        self._buffer: list[Row] = []
+        self._buffer: list[ShardRow] = []
         self._buffered = 0
         self._documents = 0
         self._index: list[dict[str, Any]] = []
 
-    def add(self, row: Row) -> None:
+    def add(self, row: ShardRow) -> None:
         if row.is_last and row.tokens[-1] != self._header.eod_id:
             raise ValueError(f"document {row.doc.hex()} does not end in the end-of-document id {self._header.eod_id}")
         if self._buffered + len(row.tokens) > self._batch_tokens:
@@ -98,16 +98,18 @@ class ShardWriter:
         self._buffer, self._buffered = [], 0
 
 
-def document_columns(rows: Sequence[Row], vocab_size: int) -> list[pa.Array]:
+def document_columns(rows: Sequence[ShardRow], vocab_size: int) -> list[pa.Array]:
     """The columns of `document_schema`. Raises ValueError for an id outside the vocabulary."""
     dtype = token_dtype(vocab_size)
     flat = narrow(np.concatenate([np.empty(0, dtype), *(row.tokens for row in rows)]), vocab_size)
     offsets = np.cumsum([0, *(len(row.tokens) for row in rows)], dtype=np.int64)
     return [
-        pa.LargeListArray.from_arrays(column(offsets), column(flat), type=document_schema(dtype).field("tokens").type),
-        hashes([row.doc for row in rows], HASH_BYTES),
-        numbers([row.source for row in rows], pa.uint16()),
-        numbers([row.part for row in rows], pa.uint32()),
+        pa.LargeListArray.from_arrays(
+            to_arrow(offsets), to_arrow(flat), type=document_schema(dtype).field("tokens").type
+        ),
+        hash_column([row.doc for row in rows], HASH_BYTES),
+        number_column([row.source for row in rows], pa.uint16()),
+        number_column([row.part for row in rows], pa.uint32()),
     ]
 
 
@@ -119,8 +121,8 @@ def write_index(path: Path, rows: list[dict[str, Any]]) -> str:
             row["tok0"] = previous["tok0"] + previous["n_tokens"]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
-        splits = strings([row["split"].encode() for row in rows], pa.string())
-        rest = [numbers([row[field.name] for row in rows], field.type) for field in list(INDEX_SCHEMA)[1:]]
+        splits = string_column([row["split"].encode() for row in rows], pa.string())
+        rest = [number_column([row[field.name] for row in rows], field.type) for field in list(INDEX_SCHEMA)[1:]]
         writer.write_batch(pa.record_batch([splits, *rest], schema=INDEX_SCHEMA))
     write_atomically(path, sink.getvalue().to_pybytes())
     return sha256_of(path)

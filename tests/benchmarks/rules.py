@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.filters.rules import RulesConfig, judge
+from data_tools.filters.rules import RulesConfig, apply_rules
 
 REPAIRS = {"newlines": True, "mojibake": True, "control_characters": True, "zero_width": True, "nfc": True}
 MASKS = {"emails": True, "public_ips": True}
@@ -83,7 +83,7 @@ def main() -> None:
             seconds, their_seconds, verdicts, theirs = [], [], [], []
             for _ in range(args.turns):
                 start = time.process_time()
-                verdicts = [judge(text, cfg).rejected_by for text in documents]
+                verdicts = [apply_rules(text, cfg).rejected_by for text in documents]
                 seconds.append(time.process_time() - start)
                 if other and turn in COMPARED:
                     answer = other.take(turn)

@@ -17,7 +17,7 @@ from data_support import VOCAB_SIZE, small_tokenizer, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.storage.shard_writer import Row, ShardWriter, narrow
+from data_tools.storage.shard_writer import ShardRow, ShardWriter, narrow
 from megagpt.data.dataset import Dataset, TokenStream, open_dataset
 from megagpt.data.manifest import Manifest, read_manifest, write_manifest
 from megagpt.data.shard_format import ShardHeader, token_dtype
@@ -165,13 +165,13 @@ def test_an_id_outside_the_vocabulary_is_never_written(wrong: int) -> None:
 def test_a_document_without_its_end_is_never_written(tmp_path: Path) -> None:
     header = open_header(tmp_path)
     with pytest.raises(ValueError, match="does not end in the end-of-document id 2"):
-        ShardWriter(tmp_path / "a.arrow", header).add(Row(np.array([5, 6]), bytes(16), 0))
+        ShardWriter(tmp_path / "a.arrow", header).add(ShardRow(np.array([5, 6]), bytes(16), 0))
 
 
 def test_a_shard_has_its_name_only_once_it_is_whole(tmp_path: Path) -> None:
     header = open_header(tmp_path)
     writer = ShardWriter(tmp_path / "a.arrow", header)
-    writer.add(Row(np.array([5, EOD]), bytes(16), 0))
+    writer.add(ShardRow(np.array([5, EOD]), bytes(16), 0))
     assert not (tmp_path / "a.arrow").exists()
     writer.close()
     assert (tmp_path / "a.arrow").exists()
@@ -181,7 +181,9 @@ def test_a_long_document_in_parts_reads_as_one(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "a.arrow", open_header(tmp_path), batch_tokens=4)
     rows = [[5, EOD], [6, 6, 6], [7, 7], [8, EOD], [9, EOD]]
     for part, ids in enumerate(rows):
-        writer.add(Row(np.array(ids), bytes(16), 0, part=max(0, part - 1) if part < 4 else 0, is_last=ids[-1] == EOD))
+        writer.add(
+            ShardRow(np.array(ids), bytes(16), 0, part=max(0, part - 1) if part < 4 else 0, is_last=ids[-1] == EOD)
+        )
     info, index = writer.close()
     assert (info.documents, info.tokens, sum(row["n_rows"] for row in index)) == (3, 11, 5)
 

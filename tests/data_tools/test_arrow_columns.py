@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import ROOT
 
-from data_tools.storage.arrow_columns import column, hashes, numbers, strings, view
+from data_tools.storage.arrow_columns import hash_column, number_column, string_column, to_arrow, to_numpy
 
 BOUNDS = {pa.uint16(): 2**16, pa.uint32(): 2**32, pa.uint64(): 2**64, pa.bool_(): 2}
 TYPES = pytest.mark.parametrize("type_", BOUNDS, ids=str)
@@ -23,37 +23,37 @@ TYPES = pytest.mark.parametrize("type_", BOUNDS, ids=str)
 def test_numbers_are_what_arrow_makes_of_them_and_come_back(type_: pa.DataType, data: st.DataObject) -> None:
     kind = st.booleans() if pa.types.is_boolean(type_) else st.integers(0, BOUNDS[type_] - 1)
     values = data.draw(st.lists(kind, max_size=40))
-    made = numbers(values, type_)
+    made = number_column(values, type_)
     made.validate(full=True)
     assert made.equals(pa.array(values, type_))
-    assert column(view(made)).equals(made)
+    assert to_arrow(to_numpy(made)).equals(made)
     begin = data.draw(st.integers(0, len(values)))
-    assert view(made[begin:]).tolist() == values[begin:]
+    assert to_numpy(made[begin:]).tolist() == values[begin:]
 
 
 @pytest.mark.parametrize("type_", [pa.string(), pa.large_string()], ids=str)
 @given(values=st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
 def test_strings_are_what_arrow_makes_of_them(type_: pa.DataType, values: list[str]) -> None:
-    made = strings([value.encode() for value in values], type_)
+    made = string_column([value.encode() for value in values], type_)
     made.validate(full=True)
     assert made.equals(pa.array(values, type_))
 
 
 @given(values=st.lists(st.binary(min_size=16, max_size=16)))
 def test_hashes_are_what_arrow_makes_of_them(values: list[bytes]) -> None:
-    assert hashes(values, 16).equals(pa.array(values, pa.binary(16)))
+    assert hash_column(values, 16).equals(pa.array(values, pa.binary(16)))
 
 
 def test_a_number_that_does_not_fit_is_refused() -> None:
     with pytest.raises(OverflowError):
-        numbers([2**16], pa.uint16())
+        number_column([2**16], pa.uint16())
     with pytest.raises(OverflowError):
-        numbers([-1], pa.uint64())
+        number_column([-1], pa.uint64())
 
 
 def test_a_view_shares_the_column_s_memory() -> None:
     values = np.arange(5, dtype=np.uint64)
-    assert np.shares_memory(view(column(values)), values)
+    assert np.shares_memory(to_numpy(to_arrow(values)), values)
 
 
 def test_a_small_build_imports_neither_dask_nor_pandas(tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ def test_a_document_of_many_pieces_is_one_document(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (data_tools.readers.document_pieces, data_tools.readers.plain_text):
-        monkeypatch.setattr(module, "PIECE", 64)
-    monkeypatch.setattr(data_tools.stages.tokenize, "PART_TOKENS", 100)  # so its parts lie in several files too
+        monkeypatch.setattr(module, "PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(data_tools.stages.tokenize, "FILE_TOKENS", 100)  # so that one unit becomes several token files
     texts = write_texts(tmp_path / "in", 3, n_words=400)
     report = build([tmp_path / "in"], tmp_path / "out", BuildConfig(tokenizer=model, val_fraction=0))
     assert all_documents(tmp_path / "out") == sorted(texts)
@@ -138,7 +138,7 @@ def test_units_do_not_change_the_order_of_documents(
     write_texts(tmp_path / "in", 30)
     build([tmp_path / "in"], tmp_path / "one", BuildConfig(tokenizer=model))
     monkeypatch.setattr(data_tools.readers.work_units, "MIN_UNIT_BYTES", 500)
-    monkeypatch.setattr(data_tools.stages.tokenize, "PART_TOKENS", 100)
+    monkeypatch.setattr(data_tools.stages.tokenize, "FILE_TOKENS", 100)
     build([tmp_path / "in"], tmp_path / "many", BuildConfig(tokenizer=model))
     assert documents_of(tmp_path / "one") == documents_of(tmp_path / "many")
 

@@ -12,7 +12,7 @@ import pytest
 from data_support import document, small_tokenizer
 from support import ROOT
 
-from data_tools.stages.tokenize import PART_TOKENS
+from data_tools.stages.tokenize import FILE_TOKENS
 
 MB = 1_000_000
 
@@ -36,7 +36,7 @@ def many_lines(path: Path, n_bytes: int) -> None:
 
 
 def peak_megabytes(
-    write: Callable[[Path, int], None], n_bytes: int, folder: Path, *options: str, part_tokens: int = PART_TOKENS
+    write: Callable[[Path, int], None], n_bytes: int, folder: Path, *options: str, part_tokens: int = FILE_TOKENS
 ) -> float:
     """Of the build's process and its workers: the largest, memory-mapped pages included."""
     path = folder / ("a.jsonl" if write is many_lines else "a.txt")
@@ -45,7 +45,7 @@ def peak_megabytes(
     (folder / "small.model").write_bytes(small_tokenizer().model_bytes)
     script = (
         "import resource, sys, data_tools.stages.tokenize as t; from data_tools.__main__ import main; "
-        f"t.PART_TOKENS = {part_tokens}; code = main(); "
+        f"t.FILE_TOKENS = {part_tokens}; code = main(); "
         "kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN; "
         "print(max(resource.getrusage(kind).ru_maxrss for kind in kinds)); sys.exit(code)"
     )

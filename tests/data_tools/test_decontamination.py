@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.dedup.decontamination import DecontaminationConfig, contaminated, read_ngrams, write_ngrams
+from data_tools.dedup.decontamination import DecontaminationConfig, is_contaminated, read_ngrams, write_ngrams
 from megagpt.errors import UserError
 
 QUESTION = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May."
@@ -14,7 +14,7 @@ WORDS = QUESTION.split()
 
 def is_found(tmp_path, text: str, tests: list[str], cfg: DecontaminationConfig) -> bool:
     write_ngrams([[test] for test in tests], tmp_path / "ngrams.npy", cfg)
-    return contaminated([text], read_ngrams(tmp_path / "ngrams.npy"), cfg)
+    return is_contaminated([text], read_ngrams(tmp_path / "ngrams.npy"), cfg)
 
 
 @pytest.mark.parametrize("start", [0, 1, len(WORDS) - 13])
@@ -80,9 +80,9 @@ def test_a_run_of_words_across_pieces_is_found_and_hits_are_counted_over_all_of_
     write_ngrams([[" ".join(words[:10]), " ".join(words[10:])]], tmp_path / "ngrams.npy", DecontaminationConfig())
     known = read_ngrams(tmp_path / "ngrams.npy")
     pieces = ["before " + " ".join(words[3:8]) + " ", " ".join(words[8:16]) + " after"]  # one run of 13, cut in two
-    assert contaminated(pieces, known, DecontaminationConfig())
-    assert not contaminated(pieces[:1], known, DecontaminationConfig())
-    assert not contaminated(pieces[1:], known, DecontaminationConfig())
+    assert is_contaminated(pieces, known, DecontaminationConfig())
+    assert not is_contaminated(pieces[:1], known, DecontaminationConfig())
+    assert not is_contaminated(pieces[1:], known, DecontaminationConfig())
     twice = [" ".join(words[:13]) + " x ", " ".join(words[20:33])]
-    assert contaminated(twice, known, DecontaminationConfig(min_hits=2))
-    assert not contaminated(twice, known, DecontaminationConfig(min_hits=3))
+    assert is_contaminated(twice, known, DecontaminationConfig(min_hits=2))
+    assert not is_contaminated(twice, known, DecontaminationConfig(min_hits=3))

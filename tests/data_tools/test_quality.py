@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools.filters.quality import C4Config, FineWebConfig, GopherQualityConfig, c4, fineweb, gopher_quality
-from data_tools.filters.repetition import GopherRepetitionConfig, duplicates, gopher_repetition
-from data_tools.filters.text_statistics import Page, count_sentences, split_words
+from data_tools.filters.repetition import GopherRepetitionConfig, count_duplicates, gopher_repetition
+from data_tools.filters.text_statistics import TextStatistics, count_sentences, split_words
 
 # --- words --------------------------------------------------------------------------------------------------------
 
@@ -65,7 +65,7 @@ def test_sentences_end_with_a_word_that_is_end_punctuation():
 def quality(text: str, **options: object) -> str | None:
     """With every rule off but those named."""
     off = {name: None for name in GopherQualityConfig.model_fields if name != "stop_words"}
-    return gopher_quality(Page(text), GopherQualityConfig.model_validate(off | options))
+    return gopher_quality(TextStatistics(text), GopherQualityConfig.model_validate(off | options))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_gopher_quality_on_either_side_of_its_thresholds(inside, outside, option
 
 def test_a_text_without_words_has_too_few():
     for text in ("", " \n\n", "...\n"):
-        assert gopher_quality(Page(text), GopherQualityConfig()) == "fewer than 50 words"
+        assert gopher_quality(TextStatistics(text), GopherQualityConfig()) == "fewer than 50 words"
         assert quality(text, max_symbols_per_word=1.0, max_bullet_lines=0.5, min_stop_words=0) is None
 
 
@@ -102,7 +102,7 @@ def test_a_text_without_words_has_too_few():
 def repetition(text: str, **options: object) -> str | None:
     """With every rule off but those named."""
     off = {name: [] if "ngrams" in name else None for name in GopherRepetitionConfig.model_fields}
-    return gopher_repetition(Page(text), GopherRepetitionConfig.model_validate(off | options))
+    return gopher_repetition(TextStatistics(text), GopherRepetitionConfig.model_validate(off | options))
 
 
 def distinct(n: int) -> list[str]:
@@ -143,8 +143,8 @@ def test_gopher_repetition_on_either_side_of_its_thresholds(inside, outside, opt
 
 def test_prose_that_repeats_nothing_passes_the_published_thresholds():
     text = "\n".join(" ".join(distinct(600)[i : i + 10]) for i in range(0, 600, 10))
-    assert gopher_repetition(Page(text), GopherRepetitionConfig()) is None
-    assert gopher_repetition(Page(text * 2), GopherRepetitionConfig()) == "duplicate lines"
+    assert gopher_repetition(TextStatistics(text), GopherRepetitionConfig()) is None
+    assert gopher_repetition(TextStatistics(text * 2), GopherRepetitionConfig()) == "duplicate lines"
 
 
 def top_ngram_characters(words: list[str], n: int) -> int:
@@ -193,7 +193,7 @@ def test_looking_at_all_lengths_finds_what_each_length_alone_finds(words):
 @given(st.lists(st.sampled_from(["", "a", "bb"])))
 def test_duplicates_are_those_that_came_before(parts):
     repeated = [part for i, part in enumerate(parts) if part in parts[:i]]
-    assert duplicates(parts) == (len(repeated), len("".join(repeated)))
+    assert count_duplicates(parts) == (len(repeated), len("".join(repeated)))
 
 
 # --- C4 -----------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ SENTENCE = "This line has words in it."
 
 
 def c4_of(*lines: str, **options: object) -> tuple[list[str], str | None]:
-    text, why = c4(Page("\n".join(lines)), C4Config.model_validate({"min_sentences": None} | options))
+    text, why = c4(TextStatistics("\n".join(lines)), C4Config.model_validate({"min_sentences": None} | options))
     return text.splitlines(), why
 
 
@@ -247,7 +247,7 @@ LONG = "a line of more than thirty characters"
 
 def fineweb_of(text: str, **options: object) -> str | None:
     off = {name: None for name in FineWebConfig.model_fields if name != "short_line"}
-    return fineweb(Page(text), FineWebConfig.model_validate(off | options))
+    return fineweb(TextStatistics(text), FineWebConfig.model_validate(off | options))
 
 
 @pytest.mark.parametrize(

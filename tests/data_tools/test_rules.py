@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from data_tools.filters.cleaning import CleanConfig
 from data_tools.filters.quality import C4Config, GopherQualityConfig
 from data_tools.filters.repetition import GopherRepetitionConfig
-from data_tools.filters.rules import Judged, RulesConfig, check, clean_only, judge
+from data_tools.filters.rules import RulesConfig, Verdict, apply_rules, check_rules, clean_only
 from megagpt.errors import UserError
 
 ENGLISH = "The committee met on Monday to talk about the new library and the people who will have to run it."
@@ -55,7 +55,7 @@ def my_rules(tmp_path, monkeypatch):
 
 def test_without_options_nothing_is_changed_or_rejected():
     for text in ("", "\ufeffx\r\n", "{lorem ipsum}", "a"):
-        assert judge(text, RulesConfig()) == Judged(text, (), None)
+        assert apply_rules(text, RulesConfig()) == Verdict(text, (), None)
 
 
 def test_true_is_the_published_rule_and_false_is_none():
@@ -102,35 +102,35 @@ RULES = ("gopher_quality", "gopher_repetition", "c4", "fineweb")
 def test_the_first_rule_that_rejects_has_the_word():
     text = "{ short }"
     everything = dict.fromkeys(RULES, True)
-    assert judge(text, rules(**everything)).rejected_by == "gopher_quality: fewer than 50 words"
+    assert apply_rules(text, rules(**everything)).rejected_by == "gopher_quality: fewer than 50 words"
     everything["gopher_quality"] = False
-    assert judge(text, rules(**everything)).rejected_by == "gopher_repetition: the most frequent 2-gram"
+    assert apply_rules(text, rules(**everything)).rejected_by == "gopher_repetition: the most frequent 2-gram"
     everything["gopher_repetition"] = False
-    assert judge(text, rules(**everything)).rejected_by == "c4: fewer than 5 sentences"
-    assert judge(text, rules(fineweb=True)).rejected_by == "fineweb: lines with end punctuation below 0.12"
+    assert apply_rules(text, rules(**everything)).rejected_by == "c4: fewer than 5 sentences"
+    assert apply_rules(text, rules(fineweb=True)).rejected_by == "fineweb: lines with end punctuation below 0.12"
 
 
 def test_rules_judge_the_cleaned_text():
     text = "word\r\n" * 3
     lines = {"max_duplicate_lines": 0.4, "max_duplicate_line_characters": None, "max_top_ngrams": []}
     cfg = rules(clean=True, gopher_repetition=lines)
-    assert judge(text, cfg) == Judged("word\nword\nword\n", ("newlines",), "gopher_repetition: duplicate lines")
+    assert apply_rules(text, cfg) == Verdict("word\nword\nword\n", ("newlines",), "gopher_repetition: duplicate lines")
 
 
 def test_a_text_of_which_cleaning_leaves_nothing_is_rejected():
     cfg = rules(clean={"drop_lines": ["share this"]})
-    assert judge("Share this\n", cfg).rejected_by == "clean: nothing is left"
+    assert apply_rules("Share this\n", cfg).rejected_by == "clean: nothing is left"
 
 
 def test_c4_drops_lines_and_says_so():
     text = "Home | About\n" + "This is a sentence of words.\n" * 5
     kept = "\n".join(["This is a sentence of words."] * 5)
-    assert judge(text, rules(c4=True)) == Judged(kept, ("c4",), None)
+    assert apply_rules(text, rules(c4=True)) == Verdict(kept, ("c4",), None)
 
 
 def test_later_pieces_are_cleaned_but_not_judged():
     text = "Home | About\nThis has a { in it.\r\n"
-    assert clean_only(text, rules(clean=True, c4=True, gopher_quality=True)) == Judged(
+    assert clean_only(text, rules(clean=True, c4=True, gopher_quality=True)) == Verdict(
         "\nThis has a { in it.", ("newlines", "c4"), None
     )
 
@@ -142,8 +142,8 @@ def test_later_pieces_are_cleaned_but_not_judged():
 def test_a_custom_rule_keeps_rejects_or_gives_a_reason():
     def rejected_by(text: str, *paths: str) -> str | None:
         cfg = rules(custom=paths)
-        check(cfg)
-        return judge(text, cfg).rejected_by
+        check_rules(cfg)
+        return apply_rules(text, cfg).rejected_by
 
     assert rejected_by("x" * 30, "my_rules:keep", "my_rules.say_nothing") is None
     assert rejected_by("x", "my_rules:short") is None
@@ -166,15 +166,15 @@ def test_a_custom_rule_keeps_rejects_or_gives_a_reason():
 )
 def test_a_custom_rule_that_cannot_be_called_is_found_beforehand(path, message):
     with pytest.raises(UserError, match=message):
-        check(rules(custom=[path]))
+        check_rules(rules(custom=[path]))
 
 
 @pytest.mark.usefixtures("my_rules")
 def test_a_custom_rule_that_fails_is_named():
     with pytest.raises(UserError, match="my_rules:broken failed with IndexError"):
-        judge("text", rules(custom=["my_rules:broken"]))
+        apply_rules("text", rules(custom=["my_rules:broken"]))
     with pytest.raises(UserError, match="my_rules:number returned 7"):
-        judge("text", rules(custom=["my_rules:number"]))
+        apply_rules("text", rules(custom=["my_rules:number"]))
 
 
 # --- languages ----------------------------------------------------------------------------------------------------
@@ -182,18 +182,18 @@ def test_a_custom_rule_that_fails_is_named():
 
 def test_languages_that_are_not_wanted_are_rejected(language_model):
     english = rules(language={"model": str(language_model), "keep": ["en"]})
-    check(english)
-    assert judge(ENGLISH + "\n" + ENGLISH, english).rejected_by is None
-    assert judge(GERMAN, english).rejected_by == "language: not one of en"
+    check_rules(english)
+    assert apply_rules(ENGLISH + "\n" + ENGLISH, english).rejected_by is None
+    assert apply_rules(GERMAN, english).rejected_by == "language: not one of en"
     both = rules(language={"model": str(language_model), "keep": ["en", "de"]})
-    assert judge(GERMAN, both).rejected_by is None
+    assert apply_rules(GERMAN, both).rejected_by is None
 
 
 def test_without_a_list_any_language_that_is_clear_is_kept(language_model):
     clear = rules(language={"model": str(language_model), "min_score": 0.9})
-    assert judge(GERMAN, clear).rejected_by is None
+    assert apply_rules(GERMAN, clear).rejected_by is None
     certain = rules(language={"model": str(language_model), "min_score": 1 - 1e-9})
-    assert judge(GERMAN, certain).rejected_by == "language: none that is clear"
+    assert apply_rules(GERMAN, certain).rejected_by == "language: none that is clear"
 
 
 def test_what_is_no_language_model_is_refused(tmp_path):
@@ -203,7 +203,7 @@ def test_what_is_no_language_model_is_refused(tmp_path):
         "text.bin": "no fastText model",
     }.items():
         with pytest.raises(UserError, match=message):
-            check(rules(language={"model": str(tmp_path / name)}))
+            check_rules(rules(language={"model": str(tmp_path / name)}))
 
 
 # --- patterns -----------------------------------------------------------------------------------------------------
@@ -211,4 +211,4 @@ def test_what_is_no_language_model_is_refused(tmp_path):
 
 def test_a_pattern_that_does_not_compile_is_found_beforehand():
     with pytest.raises(UserError, match=r"drop_patterns: '\(' is no regular expression"):
-        check(rules(clean={"drop_patterns": ["("]}))
+        check_rules(rules(clean={"drop_patterns": ["("]}))

@@ -1,0 +1,62 @@
+"""Plain text: documents are cut into pieces at white space, wherever the blocks of a stream end."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reader_support import read_all
+
+import data_tools.readers.document_pieces
+import data_tools.readers.plain_text
+from data_tools.readers.document_pieces import DocumentPiece, SkippedRecord, cut
+from data_tools.readers.plain_text import _documents_in
+from megagpt.errors import UserError
+
+
+@given(text=st.text(st.sampled_from("ab \n\u00e9"), max_size=60), most=st.integers(1, 10))
+def test_cut_pieces_make_the_text_again_and_end_at_white_space(text: str, most: int) -> None:
+    pieces = cut(text, most)
+    assert "".join(pieces) == text
+    assert all(len(piece) <= most for piece in pieces)
+    for piece in pieces[:-1]:
+        assert piece[-1] in " \n" or not set(piece) & set(" \n")
+
+
+@given(
+    text=st.text(st.sampled_from("ab \n|"), max_size=80),
+    cuts=st.lists(st.integers(0, 80), max_size=6),
+    most=st.integers(2, 9),
+    separator=st.sampled_from(["", "|", "||", "a|"]),
+)
+def test_a_streamed_text_is_cut_as_if_it_had_been_whole(text: str, cuts: list[int], most: int, separator: str) -> None:
+    edges = [0, *sorted(cuts), len(text)]
+    blocks = [text[begin:end] for begin, end in pairwise(edges)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_tools.readers.plain_text, "PIECE_CHARACTERS", most)
+        streamed = list(_documents_in(iter(blocks), separator))
+    documents = [part + separator for part in text.split(separator)] if separator else [text]
+    if separator:
+        documents[-1] = documents[-1].removesuffix(separator)
+        if documents[-1] == "" and len(documents) > 1:
+            documents.pop()
+    expected = [
+        (number, piece, i == 0, i == len(cut(whole, most)) - 1)
+        for number, whole in enumerate(documents)
+        for i, piece in enumerate(cut(whole, most))
+    ]
+    assert streamed == expected
+
+
+def test_a_text_that_stops_being_text_later_on_is_dropped_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_tools.readers.plain_text, "PIECE_CHARACTERS", 10)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(b"twenty good bytes or so \xff")
+    items = list(read_all(tmp_path / "in"))
+    assert all(isinstance(item, DocumentPiece) and not item.is_last for item in items[:-1])
+    assert isinstance(items[-1], SkippedRecord)
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8 \(byte 0xff at offset 24\); set encoding=auto"):
+        list(read_all(tmp_path / "in" / "a.txt"))
