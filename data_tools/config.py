@@ -1,30 +1,26 @@
-"""The options of the commands: a JSON file and key=value pairs become one frozen model."""
+"""The options of the data_tools commands: a JSON file and key=value pairs, checked, as one frozen model."""
 
 import codecs
-import difflib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data_tools.dedup.decontamination import DecontaminationConfig
 from data_tools.dedup.lsh import DedupConfig
 from data_tools.filters.rules import RulesConfig
 from data_tools.option_types import Names, Paths
-from megagpt.config.parsing import Strict
+from megagpt.config.parsing import Strict, explain, overridden, read_json
 from megagpt.errors import UserError
-
-Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "arrow", "warc", "html"]
 
 
 class ReadConfig(Strict):
     """How the files of one source are read and which of its documents are kept."""
 
-    format: Format = Field(default="auto", description="auto: by the file's name; anything else is text")
+    format: str = Field(default="auto", description="jsonl, csv, ...; auto: by the file's name, otherwise text")
     text_field: str = Field(default="text", description="the field or column of JSON, CSV, Parquet and Arrow")
-    include: Names = Field(default=(), description="in folders, only names like these: '*.py,*.md'")
+    include: Names = Field(default=(), description="in folders, only file names that match: '*.py,*.md'")
     encoding: str = Field(default="utf-8", description="of text, JSON and CSV; auto: detect it")
     split_text_at: str = Field(default="", description="cut text files into documents after each of these")
     rules: RulesConfig = Field(default=RulesConfig(), description="cleaning and filters; see docs/data.md")
@@ -32,49 +28,55 @@ class ReadConfig(Strict):
     @field_validator("encoding")
     @classmethod
     def _encoding_by_its_one_name(cls, name: str) -> str:
-        """UTF-8, utf8 and u8 become utf-8."""
+        """Turn an alias (UTF-8, utf8, u8) into the codec's own name. Raises ValueError for what is not text."""
         if name == "auto":
             return name
         try:
             known = codecs.lookup(name).name
-            b"a".decode(known)  # which codecs like hex and rot13 refuse
+            b"a".decode(known)  # codecs such as hex and rot13 refuse this
         except UnicodeDecodeError:
-            return known  # as UTF-16, it is cut off
+            return known  # a text encoding of which one byte is not a whole character, such as UTF-16
         except (LookupError, ValueError) as error:
-            raise ValueError(f"{name!r} is no text encoding; give one that Python knows, such as latin-1") from error
+            raise ValueError(f"{name!r} is not a text encoding; give one that Python knows, such as latin-1") from error
         return known
 
 
 class SourceConfig(ReadConfig):
+    """One source: files that are read with the same options and reported together."""
+
     name: str = Field(min_length=1, description="what reports call it")
     paths: Paths = Field(min_length=1, description="files, folders, globs, or URLs like s3://bucket/a.jsonl")
 
 
 class InputConfig(ReadConfig):
-    sources: tuple[SourceConfig, ...] = Field(default=(), description="inputs with options of their own, by name")
+    """What all commands that read text have in common."""
+
+    sources: tuple[SourceConfig, ...] = Field(default=(), description="by name: inputs with options of their own")
     strict: bool = Field(default=False, description="stop at a record that cannot be read, rather than skip it")
-    seed: int = Field(default=1234, ge=0, lt=2**63, description="of every draw: sample, splits, order, variants")
-    workers: int | None = Field(default=None, ge=1, description="processes; all cores if not given")
+    seed: int = Field(
+        default=1234, ge=0, lt=2**63, description="of the random choices: sample, splits, order, variants"
+    )
+    workers: int | None = Field(default=None, ge=1, description="processes; by default one per core")
 
     @model_validator(mode="before")
     @classmethod
     def _sources_inherit(cls, raw: Any) -> Any:
-        """{"sources": {NAME: {...}}}: what a source does not say, it takes from the options beside it."""
+        """Fill in each source of {"sources": {NAME: {...}}} what it leaves out, from the options of all sources."""
         if not isinstance(raw, dict) or not raw.get("sources"):
             return raw
         if not isinstance(raw["sources"], dict):
-            raise ValueError('sources is not an object of options by name: {"NAME": {"paths": [...]}, ...}')
+            raise ValueError('sources is not an object of options by name; write {"NAME": {"paths": [...]}, ...}')
         common = {key: raw[key] for key in ReadConfig.model_fields if key in raw}
         named = raw["sources"].items()
         sources = [common | {"name": n} | (s if isinstance(s, dict) else {"paths": s}) for n, s in named]
         return raw | {"sources": sources}
 
     def with_inputs(self, paths: Sequence[str]) -> tuple[SourceConfig, ...]:
-        """The sources of the options, and one for each path of --input."""
+        """The sources of the options, then one for each path of --input; equal names get a number."""
         common = {key: getattr(self, key) for key in ReadConfig.model_fields}
         named = [SourceConfig(name=_name_of(path), paths=(path,), **common) for path in paths]
         if not (sources := (*self.sources, *named)):
-            raise UserError('nothing to read; give --input PATH, or "sources" in --config')
+            raise UserError('there is nothing to read; give --input PATH, or "sources" in --config')
         taken: dict[str, SourceConfig] = {}
         for source in sources:
             names = (source.name, *(f"{source.name}-{number}" for number in range(2, len(sources) + 2)))
@@ -84,18 +86,25 @@ class InputConfig(ReadConfig):
 
 
 class TokenizerConfig(InputConfig):
+    """The `train-tokenizer` command's options."""
+
     tokenizer_type: Literal["unigram", "bpe", "char"] = "unigram"
     vocab_size: int = Field(default=32000, gt=0)
-    sample_bytes: int = Field(default=8_000_000, gt=0, description="how much text it learns from")
+    sample_bytes: int = Field(default=8_000_000, gt=0, description="size of the text that it is trained on")
 
 
-TRAINING = set(TokenizerConfig.model_fields) - set(InputConfig.model_fields)
+TRAINING = set(  # the options that a given tokenizer leaves without effect
+    TokenizerConfig.model_fields
+) - set(InputConfig.model_fields)
 
 
 class SubwordConfig(Strict):
-    """More tokenizations of the training split, which epochs take in turn (Kudo 2018; Provilkov et al. 2020)."""
+    """Subword regularization: sampled tokenizations of the training split, one per epoch in turn.
 
-    variants: int = Field(default=0, ge=0, le=63, description="besides the canonical one; 0: off")
+    Kudo 2018 for unigram models, Provilkov et al. 2020 (BPE-dropout) for bpe.
+    """
+
+    variants: int = Field(default=0, ge=0, le=63, description="tokenizations besides the canonical one; 0: off")
     alpha: float | None = Field(
         default=None,
         gt=0.0,
@@ -111,19 +120,22 @@ class SubwordConfig(Strict):
 
 
 class BuildConfig(TokenizerConfig):
+    """The `build` command's options."""
+
     tokenizer: Path | None = Field(default=None, description="a model to use instead of training one")
     dedup: DedupConfig = DedupConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
     subword: SubwordConfig = SubwordConfig()
     val_fraction: float = Field(default=0.01, ge=0.0, lt=1.0, description="of the documents")
     test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="of the documents")
-    shard_tokens: int = Field(default=2**28, gt=0, description="about this many per shard: 512 MiB of 16-bit ids")
+    shard_tokens: int = Field(default=2**28, gt=0, description="tokens per shard, roughly: 512 MiB of 16-bit ids")
 
     @model_validator(mode="after")
     def _something_is_left_to_train_on(self) -> "BuildConfig":
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError(
-                f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} leave nothing to train"
+                f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} leave nothing to train on; "
+                "set smaller ones"
             )
         return self
 
@@ -141,7 +153,7 @@ class BuildConfig(TokenizerConfig):
         return self
 
     def pipeline(self, sources: Sequence[SourceConfig]) -> dict[str, Any]:
-        """The options that decide what the shards hold. A given tokenizer is recorded by its hash instead."""
+        """The options on which the shards depend, for the manifest, which names a given tokenizer by its hash."""
         idle = {"workers", "strict", "tokenizer", "sources", *ReadConfig.model_fields}
         idle |= TRAINING if self.tokenizer else set()
         each = [source.model_dump(mode="json", exclude={"paths"}) for source in sources]
@@ -149,6 +161,7 @@ class BuildConfig(TokenizerConfig):
 
 
 def _name_of(path: str) -> str:
+    """A source's name in reports: the last part of its path."""
     return (Path(path).name if "://" in path else Path(path).absolute().name) or path
 
 
@@ -156,71 +169,12 @@ Config = TypeVar("Config", bound=InputConfig)
 
 
 def load_config(model: type[Config], file: Path | None, overrides: Sequence[str]) -> Config:
-    """`file` (JSON) and then `key.path=value` pairs, the later winning; every mistake names the key."""
-    raw = _read_json(file) if file else {}
-    for item in overrides:
-        path, equals, text = item.partition("=")
-        if not equals:
-            raise UserError(f"{item!r} is not of the form key=value")
-        _set(raw, path, _parse(text))
+    """Options from a JSON file and then from `key.path=value` pairs, which override it.
+
+    Raises UserError with every mistake, each with its dotted key, the value seen and what is right.
+    """
+    raw = overridden(read_json(file, what="--config") if file else {}, overrides)
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise UserError("; ".join(_describe(problem, model) for problem in error.errors())) from error
-
-
-def _set(raw: dict[str, Any], path: str, value: Any) -> None:
-    *sections, key = path.split(".")
-    for depth, section in enumerate(sections, 1):
-        inner = raw.setdefault(section, {})
-        if not isinstance(inner, dict):
-            outer = ".".join(sections[:depth])
-            raise UserError(f"{path} cannot be set beside {outer}={json.dumps(inner)}; give {outer} as an object")
-        raw = inner
-    raw[key] = value
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read --config {file}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--config {file} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"--config {file} is not a JSON object of options")
-    return raw
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _describe(problem: Any, model: type[BaseModel]) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), sorted(set(_keys(model))), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(model.model_fields)}"
-        return f"unknown option {path!r}; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{path}: {message}" if path else message
-    return f"{path}={problem['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _keys(model: type[BaseModel]) -> Iterator[str]:
-    """Every option's name, at any depth."""
-    for name, field in model.model_fields.items():
-        yield name
-        for inner in _models_in(field.annotation):
-            yield from _keys(inner)
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in getattr(annotation, "__args__", ()):
-        yield from _models_in(inner)
+        raise UserError(explain(error, model, section="")) from error

@@ -18,7 +18,7 @@ class Strict(BaseModel):
 
 
 def overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The run file's object (which is not changed) with single keys changed. Raises UserError."""
+    """The file's object (which is not changed) with single keys changed. Raises UserError."""
     raw = json.loads(json.dumps(raw))
     for item in overrides:
         _override(raw, item)
@@ -26,26 +26,31 @@ def overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     return raw
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, what: str = "run file") -> dict[str, Any]:
+    """The object in a JSON file; `what` names the file in messages. Raises UserError."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicate_keys)
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicate_keys)
     except FileNotFoundError:
-        raise UserError(f"run file {path} does not exist; examples are in ds_configs/") from None
+        raise UserError(f"{what} {path} does not exist; examples are in ds_configs/") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"run file {path} cannot be read: {error}") from None
+        raise UserError(f"{what} {path} cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except UserError:
+        raise
+    except ValueError as error:  # a number of more than 4,300 digits
+        raise UserError(f"{what} {path} cannot be read: {error}") from None
     except RecursionError:
-        raise UserError(f"{path} is no run file: its brackets are nested too deep") from None
+        raise UserError(f"{what} {path}: its brackets are nested too deep") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path} holds a JSON {type(raw).__name__}; a run file is an object {{...}}")
+        raise UserError(f"{what} {path} holds a JSON {type(raw).__name__}; it must be an object {{...}}")
     return raw
 
 
 def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if repeated := sorted({key for key in keys if keys.count(key) > 1}):
-        raise UserError(f"the run file gives {', '.join(map(repr, repeated))} twice in one section; keep one")
+        raise UserError(f"one section gives {', '.join(map(repr, repeated))} twice; keep one")
     return dict(pairs)
 
 
@@ -57,16 +62,22 @@ def _override(raw: dict[str, Any], item: str) -> None:
         raise UserError(f"override {item!r} is not of the form key.path=value{hint}")
     try:
         value = json.loads(text, object_pairs_hook=_no_duplicate_keys)
-    except (json.JSONDecodeError, RecursionError):
+    except UserError:
+        raise
+    except (ValueError, RecursionError):
         value = text
     *parents, leaf = dotted.split(".")
     node: Any = raw
+    outer: list[str] = []
     try:
         for key in parents:
             node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+            outer.append(key)
         node[int(leaf) if isinstance(node, list) else leaf] = value
     except (ValueError, IndexError, TypeError, AttributeError):
-        raise UserError(f"override {item!r}: there is no {dotted!r} to set") from None
+        is_section = isinstance(node, dict | list)
+        why = "" if is_section else f", because {'.'.join(outer)}={as_written(node)} is not a section {{...}}"
+        raise UserError(f"override {item!r}: there is no {dotted!r} to set{why}") from None
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -93,7 +104,7 @@ def mistakes(error: ValidationError, root: type[BaseModel], *, section: str) -> 
         elif detail["type"] == "missing":
             yield dotted, f"{dotted} is missing"
         elif detail["type"] in ("value_error", "assertion_error"):
-            yield dotted, f"{dotted}: {detail['ctx']['error']}"
+            yield dotted, f"{dotted}: {detail['ctx']['error']}" if dotted else str(detail["ctx"]["error"])
         elif detail["type"] == "too_short":
             if not detail["input"]:  # else what it holds is wrong, and is named by itself
                 yield dotted, f"{dotted} is an empty list"

@@ -162,7 +162,7 @@ def test_a_long_document_is_judged_compared_and_written_like_a_short_one(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (data_tools.readers.document_pieces, data_tools.readers.plain_text):
-        monkeypatch.setattr(module, "PIECE", 100)
+        monkeypatch.setattr(module, "PIECE_CHARACTERS", 100)
     long, short = document(0, n_words=500), document(1, n_words=20)
     for name, text in {"a": long, "b": short, "c": long.replace("\n", "\n\n"), "d": short + "\0"}.items():
         (tmp_path / "in" / f"{name}.json").parent.mkdir(exist_ok=True)
@@ -194,7 +194,7 @@ def test_what_is_dropped_is_nobodys_original(tmp_path: Path, model: Path) -> Non
 def test_a_file_listed_twice_gives_two_whole_documents(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_tools.readers.plain_text, "PIECE", 100)
+    monkeypatch.setattr(data_tools.readers.plain_text, "PIECE_CHARACTERS", 100)
     [text] = write_texts(tmp_path / "in", 1, n_words=200)
     options = BuildConfig(tokenizer=model, val_fraction=0, dedup={"method": "none"})
     build([tmp_path / "in", tmp_path / "in"], tmp_path / "a", options)
@@ -212,7 +212,7 @@ def test_a_file_listed_twice_gives_two_whole_documents(
 def test_a_piece_that_cleaning_empties_leaves_no_row(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_tools.readers.plain_text, "PIECE", 40)
+    monkeypatch.setattr(data_tools.readers.plain_text, "PIECE_CHARACTERS", 40)
     (tmp_path / "a.txt").write_text("first line of it\n" * 3 + "drop this line\n" * 9 + "last line of it\n" * 3)
     options = BuildConfig(tokenizer=model, val_fraction=0, rules={"clean": {"drop_patterns": "drop|this|line$"}})
     build([tmp_path / "a.txt"], tmp_path / "out", options)
@@ -262,21 +262,22 @@ def test_variants_are_other_tokenizations_of_the_same_documents_in_the_same_orde
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["dedup.metod=near"], "unknown option 'dedup.metod'; did you mean 'method'?"),
-        (["dedup.method=fuzzy"], "dedup.method='fuzzy': input should be 'none', 'exact' or 'near'"),
-        (["rules.gopher_qualty=true"], "unknown option 'rules.gopher_qualty'; did you mean 'gopher_quality'?"),
+        (["dedup.metod=near"], "unknown key 'dedup.metod'; did you mean 'method'?"),
+        (["dedup.method=fuzzy"], "dedup.method='fuzzy': Input should be 'none', 'exact' or 'near'"),
+        (["rules.gopher_qualty=true"], "unknown key 'rules.gopher_qualty'; did you mean 'gopher_quality'?"),
         (["rules.custom=no.such.module:f"], "cannot import no.such.module"),
         (["subword.alpha=0.5"], "subword: alpha=0.5 has no effect without variants; set subword.variants"),
         (["subword.variants=1", "tokenizer_type=char"], "has no effect with tokenizer_type=char"),
-        (['sources={"a": {"pths": "x"}}'], "unknown option 'sources.0.pths'; did you mean 'paths'?"),
+        (['sources={"a": {"pths": "x"}}'], "unknown key 'sources.0.pths'; did you mean 'paths'?"),
         (["decontamination.files=/no/such.txt"], "/no/such.txt: there is no such file or folder"),
         (["seed.x=1"], "seed"),
-        (["seed=5", "seed.x=3"], "seed.x cannot be set beside seed=5; give seed as an object"),
-        (["rules.clean=true", "rules.clean.emails=true"], "rules.clean.emails cannot be set beside rules.clean=true"),
+        (["seed=5", "seed.x=3"], "there is no 'seed.x' to set, because seed=5 is not a section {...}"),
+        (["rules.clean=true", "rules.clean.emails=true"], "because rules.clean=true is not a section"),
         (['sources=[{"name": "a", "paths": "x"}]'], "sources is not an object of options by name"),
         (["dedup.bands=20"], "dedup: bands has no effect with method='exact'; set method to near"),
-        (["dedup.method=near", "dedup.bands=100000"], "dedup.bands=100000: input should be less than or equal to 256"),
-        (["seed=-1"], "seed=-1: input should be greater than or equal to 0"),
+        (["dedup.method=near", "dedup.bands=100000"], "dedup.bands=100000: Input should be less than or equal to 256"),
+        (["format=jsnl"], "format='jsnl' of in is unknown; did you mean 'jsonl'?"),
+        (["seed=-1"], "seed=-1: Input should be greater than or equal to 0"),
     ],
 )
 def test_mistakes_at_any_depth_are_named(
@@ -292,7 +293,7 @@ def test_mistakes_at_any_depth_are_named(
 
 def test_nothing_to_read_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("build", "--out", tmp_path / "out") == 2
-    assert 'nothing to read; give --input PATH, or "sources" in --config' in capsys.readouterr().err
+    assert 'there is nothing to read; give --input PATH, or "sources" in --config' in capsys.readouterr().err
 
 
 def test_the_same_name_twice_gets_a_number() -> None:
