@@ -1,4 +1,4 @@
-"""The `python -m data_tools` command: parse, dispatch, nothing else."""
+"""The `python -m data_tools` command: parse the arguments and call the subcommand."""
 
 import argparse
 import json
@@ -21,8 +21,9 @@ from megagpt.terminal import escape_unknown_letters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code: 0, 2 for the user's mistakes, 130 after Ctrl-C."""
     parser = _parser()
-    # parse_known_args, because argparse cannot take options and key=value pairs in any order
+    # parse_known_args, because argparse does not accept options and key=value pairs in any order
     args, rest = parser.parse_known_args(argv)
     if wrong := [item for item in rest if item.startswith("-") or "config" not in args]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
@@ -32,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `... | head`
+    except BrokenPipeError:  # the reader of our output has ended, as in `... | head`
         sys.stderr.close()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with what is not done", file=sys.stderr)
-        return 130  # 128 and the number of SIGINT
+        print("interrupted; finished tasks are kept: run the same command again to resume", file=sys.stderr)
+        return 130  # 128 + SIGINT
     return 0
 
 
@@ -82,7 +83,7 @@ COMMANDS = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_tools", description="Text to token shards for megagpt.")
+    parser = argparse.ArgumentParser(prog="python -m data_tools", description="Build token shards from text.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, what: str, example: str) -> argparse.ArgumentParser:
@@ -102,25 +103,27 @@ def _parser() -> argparse.ArgumentParser:
 def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
     build_command = command(
         "build",
-        "Text, JSON, CSV, Parquet, Arrow and web pages to a dataset folder; docs/data.md tells all.",
+        "Build a dataset folder from text, JSON, CSV, Parquet, Arrow and web pages; see docs/data.md.",
         "--input books/ wiki.jsonl.zst --out data/corpus vocab_size=32000 val_fraction=0.005\n\n"
         + _options(BuildConfig),
     )
-    build_command.add_argument("--out", type=Path, required=True, help="the dataset folder to make")
+    build_command.add_argument("--out", type=Path, required=True, help="the dataset folder to write")
     train_command = command(
         "train-tokenizer",
-        "A SentencePiece model from a sample of the input.",
+        "Train a SentencePiece model on a sample of the input.",
         "--input books/ --out tokenizer.model vocab_size=32000\n\n" + _options(TokenizerConfig),
     )
     train_command.add_argument("--out", type=Path, required=True, help="the model file to write")
     for with_out in (build_command, train_command):
         with_out.usage = "%(prog)s --input PATH [PATH ...] --out PATH [--config FILE] [key=value ...]"
         with_out.add_argument(
-            "--scheduler", metavar="ADDRESS", help="a running Dask scheduler (tcp://host:8786), or slurm"
+            "--scheduler",
+            metavar="ADDRESS",
+            help="a running Dask scheduler (tcp://host:8786), or slurm",
         )
     compare_command = command(
         "compare-tokenizers",
-        "What tokenizers make of the same text: its length in tokens, speed, and a small model's bits per byte.",
+        "Compare tokenizers on the same text: its length in tokens, speed, and a small model's bits per byte.",
         "--input books/ code/ --types unigram,bpe vocab_size=8000\n"
         "  python -m data_tools compare-tokenizers --input books/ --tokenizer mine.model theirs.model --steps 0\n\n"
         + _options(BuildConfig, without=UNUSED_OPTIONS),
@@ -130,15 +133,17 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
         "[--json] [key=value ...]"
     )
     compare_command.add_argument(
-        "--tokenizer", nargs="+", default=[], type=Path, metavar="MODEL", help="models to compare"
+        "--tokenizer", nargs="+", default=[], type=Path, metavar="MODEL", help="trained models to compare"
     )
     compare_command.add_argument(
-        "--types", metavar="TYPE,...", help=f"to train, of {','.join(KINDS)}; all if no --tokenizer is given"
+        "--types",
+        metavar="TYPE,...",
+        help=f"train these, of {','.join(KINDS)}; by default all, or none with --tokenizer",
     )
     compare_command.add_argument(
-        "--steps", type=int, default=200, metavar="N", help="of the small model's training (200); 0: no training"
+        "--steps", type=int, default=200, metavar="N", help="training steps of the small model (200); 0: no training"
     )
-    compare_command.add_argument("--json", action="store_true", help="for a program to read")
+    compare_command.add_argument("--json", action="store_true", help="print JSON")
     for with_input in (build_command, train_command, compare_command):
         with_input.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files, folders, globs, URLs")
         with_input.add_argument("--strict", action="store_true", help="the same as strict=true")
@@ -146,18 +151,18 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
 
 
 def _add_readers(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
-    verify_command = command("verify", "Check every byte of a dataset and say what is damaged.", "data/corpus")
+    verify_command = command("verify", "Check every byte of a dataset and report what is damaged.", "data/corpus")
     inspect_command = command(
         "inspect",
-        "Show what a dataset holds, or what a run's samples were.",
+        "Show what a dataset contains, or the samples of a run.",
         "data/corpus --split val --documents 3\n  python -m data_tools inspect runs/gpt2_124m --step 1200",
     )
     inspect_command.add_argument("--split", choices=SPLITS, default="train")
-    inspect_command.add_argument("--documents", type=_count, default=0, metavar="N", help="the first N as text")
+    inspect_command.add_argument("--documents", type=_count, default=0, metavar="N", help="show the first N as text")
     shown = inspect_command.add_mutually_exclusive_group()
-    shown.add_argument("--sample", type=int, metavar="N", help="of a run's folder: the text of global sample N")
-    shown.add_argument("--step", type=int, metavar="S", help="of a run's folder: the text of every sample of step S")
-    inspect_command.add_argument("--json", action="store_true", help="the manifest, for a program to read")
+    shown.add_argument("--sample", type=int, metavar="N", help="in a run's folder: the text of global sample N")
+    shown.add_argument("--step", type=int, metavar="S", help="in a run's folder: the text of every sample of step S")
+    inspect_command.add_argument("--json", action="store_true", help="print the manifest as JSON")
     for with_folder in (verify_command, inspect_command):
         with_folder.add_argument("folder", type=Path)
 
@@ -169,7 +174,7 @@ def _count(text: str) -> int:
 
 
 def _options(model: type[BaseModel], without: Collection[str] = ()) -> str:
-    """The key=value options, one per line, from the model itself."""
+    """The key=value options with defaults and descriptions, one per line, for --help."""
     return "\n".join(["options (key=value, or the same keys in --config):", *_option_lines(model, "", without)])
 
 

@@ -1,6 +1,6 @@
 """The `build` command: claim the folder, run the stages (stages/pipeline.py), publish, and write the manifest last.
 
-A build that was killed goes on with the tasks that are not done.
+A killed build that is started again resumes: finished tasks are not run a second time (executor/tasks.py).
 """
 
 import fcntl
@@ -40,14 +40,14 @@ from megagpt.data.shard_format import REPORT, TOKENIZER_MODEL, token_dtype
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
-LOCK = "megagpt.lock"  # in BUILD_DIR: what tells our leftovers, which are deleted, from somebody's files
+LOCK = "megagpt.lock"  # in BUILD_DIR: by it we recognize an unfinished build, whose files may be deleted
 
 
 def build(inputs: Sequence[str | Path], out: Path, config: BuildConfig, scheduler: str | None = None) -> dict[str, Any]:
-    """Text to a dataset folder; returns the report.
+    """Build a dataset folder from text; returns the report.
 
-    The same input, options and library versions give the same shards, whatever the number of workers, and however
-    often the build was interrupted. Raises UserError for what is wrong with any of them.
+    The same input, options and library versions give the same shards, with any number of workers and however often the
+    build was interrupted. Raises UserError for a mistake in any of the arguments.
     """
     given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     sources = config.with_inputs([str(path) for path in inputs])
@@ -60,7 +60,7 @@ def build(inputs: Sequence[str | Path], out: Path, config: BuildConfig, schedule
 
 
 def finish(folder: Path, stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig) -> dict[str, Any]:
-    """What the stages have made becomes a dataset; returns the report."""
+    """Make a dataset of what the stages wrote: publish the files, then write the manifest. Returns the report."""
     tokenizer = Tokenizer.load(stages.model)
     report = make_report(stages, sources)
     other_files, index_sha256 = publish(folder, stages, report)
@@ -84,24 +84,28 @@ def finish(folder: Path, stages: Stages, sources: Sequence[SourceConfig], config
 
 @contextmanager
 def _claimed(out: Path) -> Iterator[tuple[Path, Path]]:
-    """(dataset folder, folder for temporary files), for this process alone; the latter goes when all went well."""
+    """Lock (dataset folder, scratch folder in it) for this process; the scratch folder is deleted after success.
+
+    Raises UserError if the folder is used by another build, finished, or contains files of another origin.
+    """
     folder = out.absolute()
     scratch = folder / BUILD_DIR
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
     is_ours = (folder / MANIFEST).is_file() or (scratch / LOCK).is_file()
     if folder.exists() and any(folder.iterdir()) and not is_ours:
-        raise UserError(f"--out {out} holds files that are no unfinished build; give another folder")
+        raise UserError(f"--out {out} holds files that are not an unfinished build; give another folder")
     try:
         scratch.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror}; give another folder") from error
+        raise UserError(f"--out {out} cannot be created: {error.strerror}; give another folder") from error
     with (scratch / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another build is writing to --out {out}; wait for it or give another folder") from error
-        is_finished = (folder / MANIFEST).exists()  # perhaps by a build that was killed right after
+        # a build that was killed right after its manifest leaves its scratch folder, to be deleted here
+        is_finished = (folder / MANIFEST).exists()
         if not is_finished:
             yield folder, scratch
         shutil.rmtree(scratch)
@@ -113,7 +117,7 @@ def _describe_sources(stages: Stages, sources: Sequence[SourceConfig]) -> tuple[
     described = []
     for number, source in enumerate(sources):
         counts = [stages.count(split, source=number) for split in SPLITS]
-        files = {part.file.path for unit in stages.units if unit.source == source.name for part in unit.slices}
+        files = {slice_.file.path for unit in stages.units if unit.source == source.name for slice_ in unit.slices}
         described.append(
             SourceInfo(
                 name=source.name,

@@ -1,7 +1,8 @@
-"""The `compare-tokenizers` command: models that are given, and models trained on one sample, on the same text.
+"""The `compare-tokenizers` command: compare given models, and models trained on one sample, on the same text.
 
-Bytes per token and tokens per word say how short a tokenizer makes a text; bits per byte, of a small model that was
-trained for as many tokens of each, whether that helps a model. The end-of-document token is not counted.
+Bytes per token and tokens per word measure how short a tokenizer makes a text. Whether that helps a model is measured
+by the bits per byte of a small model, trained on the same number of tokens of each tokenizer. The end-of-document
+token is not counted.
 """
 
 import json
@@ -31,21 +32,15 @@ from megagpt.errors import UserError
 
 Kind = Literal["unigram", "bpe", "char"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-UNUSED_OPTIONS = {
+UNUSED_OPTIONS = {  # options of `build` without effect here -> what to give instead
     "tokenizer": "--tokenizer",
     "tokenizer_type": "--types",
     "subword": None,
-}  # of a build's options -> for it here
-MEASURED_BYTES = 32_000_000  # of each source: of a larger one, so many bytes of documents drawn by a keyed hash
+}
+MEASURED_BYTES = 32_000_000  # of each source: from a larger one, documents are drawn by a keyed hash
 VAL_BYTES = 1_000_000  # of the validation split: the same text for every tokenizer
-LAUNCHER_VARIABLES = {
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "SLURM_PROCID",
-}  # it is one process
+# unset for the small model, which is trained in one process
+LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"}
 DEBUG_RUN: dict[str, Any] = {  # takes seconds on a CPU
     "train_batch_size": 8,
     "train_micro_batch_size_per_gpu": 8,
@@ -58,11 +53,13 @@ STEP_TOKENS = DEBUG_RUN["train_batch_size"] * DEBUG_MODEL["seq_len"]
 
 @dataclass(frozen=True)
 class Counts:
+    """What one tokenizer made of some text."""
+
     bytes: int
-    words: int  # what white space separates
+    words: int  # separated by white space
     tokens: int
-    fallback: int  # tokens for a single byte of what has no piece, or for the unknown
-    seconds: float  # of process time, for encoding
+    fallback: int  # tokens of single bytes, for characters without a piece, and unknown tokens
+    seconds: float  # process time of encoding
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
@@ -79,9 +76,9 @@ class Counts:
 def compare_tokenizers(
     inputs: Sequence[str], config: BuildConfig, *, models: Sequence[Path], kinds: Sequence[str], steps: int
 ) -> list[dict[str, Any]]:
-    """For each tokenizer what JSON can hold: its ratios on all text and per source, and its bits per byte.
+    """A row of JSON types for each tokenizer: its ratios on all text and per source, and its bits per byte.
 
-    Raises UserError for what is wrong with any argument.
+    `models` are given, `kinds` are trained; `steps` are those of the small model, 0 for none. Raises UserError.
     """
     _check(config, kinds, steps)
     candidates: list[tuple[str, Tokenizer | None, BuildConfig]] = [
@@ -99,7 +96,8 @@ def compare_tokenizers(
         common = read_and_compare(units, sources, config, tasks)
         for number, (name, given, options) in enumerate(tqdm(candidates, desc="tokenizers", disable=None)):
             stages = replace(common, variants=[], shards=[])
-            find_tokenizer(stages, options, given, tasks)  # on the same sample each time: drawing it is a task, too
+            # trained on the same sample each time, because drawing it is a task, which is not run twice
+            find_tokenizer(stages, options, given, tasks)
             tokenizer = Tokenizer.load(stages.model)
             row: dict[str, Any] = {"tokenizer": name, "type": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
             row |= _measure_all(stages, sources, tokenizer, tasks.folder, config.seed)
@@ -112,6 +110,7 @@ def compare_tokenizers(
 
 
 def table_of(rows: Sequence[dict[str, Any]], steps: int) -> str:
+    """The rows of compare_tokenizers as a table for the terminal."""
     head = ["tokenizer", "type", "vocabulary", "bytes/token", "tokens/word", "fallback", "MB/s", "bits/byte"]
     cells = [
         [
@@ -142,6 +141,7 @@ def table_of(rows: Sequence[dict[str, Any]], steps: int) -> str:
 
 
 def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Counts:
+    """Encode the texts and count."""
     is_fallback = np.ones(tokenizer.vocab_size, bool)
     is_fallback[[token for token, _ in tokenizer.pieces().values()]] = False
     total = Counts(0, 0, 0, 0, 0.0)
@@ -161,16 +161,16 @@ def _check(config: BuildConfig, kinds: Sequence[str], steps: int) -> None:
         raise UserError(f"{option} has no effect on compare-tokenizers; {way_out}")
     for kind in kinds:
         if kind not in KINDS:
-            raise UserError(f"--types {kind}: there is no such type of tokenizer; give some of {','.join(KINDS)}")
+            raise UserError(f"--types {kind} is not a type of tokenizer; give some of {','.join(KINDS)}")
     if steps < 0:
-        raise UserError(f"--steps {steps} is less than 0; 0 leaves the training out")
+        raise UserError(f"--steps {steps} is less than 0; give 0 to skip the training")
     if steps and not config.val_fraction:
-        raise UserError("val_fraction=0 leaves no text for bits per byte; set a larger one, or --steps 0")
+        raise UserError("val_fraction=0 leaves no text to measure bits per byte on; set a larger one, or --steps 0")
 
 
 def _load(path: Path) -> Tokenizer:
     if "=" in path.name and not path.exists():
-        raise UserError(f"cannot read the tokenizer {path}: no such file; key=value options go before --tokenizer")
+        raise UserError(f"the tokenizer {path} does not exist; key=value options go before --tokenizer")
     return Tokenizer.load(path)
 
 
@@ -186,16 +186,16 @@ def _measure_all(
 
 
 def _drawn_texts(stages: Stages, source: int, scratch: Path, seed: int) -> Iterator[str]:
-    """Pieces of a source's documents, of whichever split; of about MEASURED_BYTES if it has more."""
+    """Yield pieces of a source's documents, of all splits, limited to about MEASURED_BYTES."""
     mine = [
-        (place, done) for place, done in zip(stages.unit_inputs, stages.texts, strict=True) if place.source == source
+        (unit, done) for unit, done in zip(stages.unit_inputs, stages.extracted, strict=True) if unit.source == source
     ]
     size = sum(done.result["kept"][1] for _, done in mine)
     limit = int(min(1.0, MEASURED_BYTES / max(size, 1)) * 2**64)
-    for place, _ in mine:
-        texts, contamination = place.paths(scratch)
-        selection = select(texts, place.number, stages.clusters, contamination, stages.splits)
-        # a key of its own, as by the plain hash documents are split
+    for unit, _ in mine:
+        texts, contamination = unit.paths(scratch)
+        selection = select(texts, unit.number, stages.clusters, contamination, stages.splits)
+        # not the plain hash, by which documents are split: the drawn ones would all be of one split
         drawn = [keyed_hash(document.doc + b"measured", seed) < limit for document in selection.documents]
         yield from (text for row, text in selected_texts(texts, selection) if drawn[row])
 
@@ -203,7 +203,7 @@ def _drawn_texts(stages: Stages, source: int, scratch: Path, seed: int) -> Itera
 def _bits_per_byte(
     name: str, run: Path, stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig, steps: int
 ) -> float:
-    """Of the debug model, trained on the dataset that the stages have made, in a process that may import torch."""
+    """Train the small model on the dataset that the stages wrote, in a process of its own, which imports torch."""
     data = run / "data"
     data.mkdir(parents=True)
     val = finish(data, stages, sources, config)["splits"]["val"]
@@ -225,13 +225,13 @@ def _bits_per_byte(
     done = subprocess.run(command, env=alone, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("error: ")
-        raise UserError(f"the small model could not be trained with {name}: {why}; --steps 0 leaves this out")
+        raise UserError(f"the small model could not be trained with {name}: {why}; give --steps 0 to skip this")
     measured = [json.loads(line) for line in (run / "out" / "metrics.jsonl").read_text().splitlines()]
     return float([row["bits_per_byte"] for row in measured if "bits_per_byte" in row][-1])
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """By the million characters: an encoder call costs as much as a short text."""
+    """Group texts by a million characters, because each encoder call has a fixed cost."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -253,7 +253,7 @@ def _shown(number: float | None, form: str) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], names: int) -> list[str]:
-    """The first `names` columns to the left, the others to the right."""
+    """Lines of a table, with the first `names` columns aligned left and the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

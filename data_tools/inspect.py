@@ -1,4 +1,4 @@
-"""The `inspect` command: what a dataset holds, what a run's samples were, and where each document came from."""
+"""The `inspect` command: show what a dataset contains, or the samples of a run, and where each text came from."""
 
 import json
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from megagpt.errors import UserError
 
 
 def inspect(folder: Path, *, split: Split = "train", documents: int = 0, as_json: bool = False) -> str:
-    """A dataset: what the manifest says, and its first documents with their origins."""
+    """Describe a dataset by its manifest, and show its first documents with their origins."""
     dataset = open_dataset(folder)
     texts = _texts(dataset, split, documents) if documents else []
     if as_json:
@@ -30,12 +30,12 @@ def inspect(folder: Path, *, split: Split = "train", documents: int = 0, as_json
 
 
 def inspect_samples(run: Path, *, sample: int | None = None, step: int | None = None) -> str:
-    """A run: the text of one sample, or of all samples that a step saw or would see, and where it came from."""
+    """Show the text of one sample of a run, or of all samples of a step, trained on or not yet, and its origins."""
     data = open_run(run)
     if step is not None and step < 1:
-        raise UserError(f"--step {step}: the first step is 1")
+        raise UserError(f"--step {step} does not exist; the first step is 1")
     if sample is not None and sample < 0:
-        raise UserError(f"--sample {sample}: the first sample is 0")
+        raise UserError(f"--sample {sample} does not exist; the first sample is 0")
     samples = [sample] if sample is not None else data.mixture.samples_of(step or 1)
     return "\n".join(block for number in samples for block in _show_sample(data, number))
 

@@ -1,4 +1,4 @@
-"""Options that are lists: `a,b` on the command line, `["a", "b"]` in a file, or one alone."""
+"""Types of options that are lists, which may also be given as one string on the command line."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,8 @@ def _one_or_many(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+"""`a,b` or ["a", "b"]."""
 Paths = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
-"""One is not split: a path may have a comma in it."""
+"""`a` or ["a", "b"]: one string is not split, because a path may contain a comma."""
 Lines = Paths
-"""Nor is text."""
+"""Lines of text or patterns, which may contain commas too."""

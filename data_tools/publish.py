@@ -1,4 +1,4 @@
-"""The finished files of a build, from the tasks that made them to where they belong; only the manifest comes later."""
+"""Put the finished files of a build into the dataset folder. Only the manifest is written later, by build.py."""
 
 import json
 import os
@@ -21,25 +21,27 @@ PUBLISHED = (*SPLITS, FOLDER, REJECTS_DIR, TOKENIZER_MODEL, INDEX, REPORT, REPOR
 
 
 def publish(folder: Path, stages: Stages, report: dict[str, Any]) -> tuple[dict[str, str], str]:
-    """(sha256 of every file that the manifest names under other_files, the index's sha256)."""
-    for name in PUBLISHED:  # of a build that was killed right here
+    """Link every file into `folder`; returns (name -> sha256 for the manifest's other_files, the index's sha256)."""
+    # what is there is left over from a build that was killed while it published
+    for name in PUBLISHED:
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).unlink(missing_ok=True)
     other_files: dict[str, str] = {}
-    _place(stages.model, folder / TOKENIZER_MODEL)
+    _link_or_copy(stages.model, folder / TOKENIZER_MODEL)
     rows: list[dict[str, Any]] = []
     for header, done in stages.shards:
-        _place(file_of(done.prefix, SHARD), folder / header.path)
-        if header.variant == 0:  # another tokenization has its documents in the same order
+        _link_or_copy(file_of(done.prefix, SHARD), folder / header.path)
+        # the other tokenizations have the same documents in the same order, so one provenance file is enough
+        if header.variant == 0:
             name = provenance_path(header.path)
-            _place(file_of(done.prefix, PROVENANCE), folder / name)
+            _link_or_copy(file_of(done.prefix, PROVENANCE), folder / name)
             other_files[name] = done.result["provenance_sha256"]
         rows += done.result["index"]
-    for stage, units in (("read", stages.texts), ("dropped", stages.tokens)):
+    for stage, units in (("read", stages.extracted), ("dropped", stages.tokenized)):
         for number, done in enumerate(units):
             if _has_rejects(done):
                 name = f"{REJECTS_DIR}/{stage}-{number:06d}.jsonl.zst"
-                _place(file_of(done.prefix, REJECTS), folder / name)
+                _link_or_copy(file_of(done.prefix, REJECTS), folder / name)
                 other_files[name] = sha256_of(folder / name)
     _write_report(folder, report)
     other_files[REPORT_PAGE] = sha256_of(folder / REPORT_PAGE)
@@ -47,7 +49,8 @@ def publish(folder: Path, stages: Stages, report: dict[str, Any]) -> tuple[dict[
 
 
 def _write_report(folder: Path, report: dict[str, Any]) -> None:
-    from data_tools.report.html_page import page_of  # matplotlib takes too long to import for those who ask for --help
+    # imported here, because it imports matplotlib, and --help must be fast
+    from data_tools.report.html_page import page_of
 
     write_atomically(folder / REPORT, json.dumps(report, indent=1).encode() + b"\n")
     write_atomically(folder / REPORT_PAGE, page_of(report, folder.name).encode())
@@ -57,8 +60,8 @@ def _has_rejects(done: Done) -> bool:
     return bool(done.result.get("rejected") or done.result.get("dropped"))
 
 
-def _place(source: Path, target: Path) -> None:
-    """Under a second name where the file system can, so that a build that is killed now loses nothing."""
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Link if the file system can: the task keeps its file, so a build that is killed now loses nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

@@ -1,4 +1,4 @@
-"""The `verify` command: reads every byte of a dataset and says what is not as the build left it, and where."""
+"""The `verify` command: read every byte of a dataset, and report what has changed since it was built, and where."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ from megagpt.data.manifest import ShardInfo, Split, confined
 from megagpt.data.shard_format import REPORT, batch_xxh3, read_batch
 from megagpt.errors import UserError
 
-IndexRow = dict[str, Any]  # of the index
+IndexRow = dict[str, Any]
 
 
 def verify(folder: Path) -> str:
-    """One line that says all is well, or a UserError with every finding."""
-    dataset = open_dataset(folder)  # manifest, index, tokenizer.model, and each shard's size
+    """One line about the intact dataset. Raises UserError with every finding about a damaged one."""
+    dataset = open_dataset(folder)  # checks manifest, index, tokenizer.model, and each shard's size
     findings = [*_check_other_files(dataset), *_check_tokenizer(dataset)]
     shards = list(_shards(dataset))
     for shard in tqdm(shards, desc="verifying", unit="shard", delay=2, disable=None):
@@ -34,7 +34,7 @@ def verify(folder: Path) -> str:
 
 
 class Shard(NamedTuple):
-    """What manifest and index say about a shard."""
+    """A shard's entries in the manifest and the index."""
 
     split: Split
     variant: int
@@ -93,7 +93,7 @@ def _check_batch(batch: pa.RecordBatch, row: IndexRow, dataset: Dataset) -> Iter
         return
     tokens = batch["tokens"].values.to_numpy()
     ends = batch["tokens"].offsets.to_numpy()[1:]
-    # a row is its document's last if a part 0 follows; the batch's last row may be either
+    # a row is its document's last if the next row has part 0; the batch's last row may or may not be
     is_last = np.append(batch["part"].to_numpy()[1:] == 0, tokens[-1:] == dataset.eod_id)
     if (len(batch), len(tokens)) != (row["n_rows"], row["n_tokens"]):
         yield "is not as long as the index says"

@@ -1,16 +1,16 @@
-"""Copies of documents, found across a corpus of any size through files: bands, links, clusters.
+"""Find duplicates and near-duplicates in a corpus of any size, by locality-sensitive hashing (LSH): the algorithm.
 
-A unit is a numbered slice of the input, and a document has the order number unit * 2^32 + row. Each function here
-is one task: it depends on its inputs alone, in memory too, and its output has its name once it is whole.
+The tasks that call it are in stages/deduplicate.py. A document has the order number unit * 2^32 + row. Each function
+is the body of one task: it reads files and writes files, in bounded memory.
 
-    write_bands   for each unit: its documents' keys in each band
+    write_bands   for each unit: the keys of its documents in each band
     link          for each band and range of keys: which documents share a key
-    cluster       once: what is linked, directly or not, is one cluster; its first document stands for it
-    duplicates_in for each unit: its documents that stand behind an earlier one
+    cluster       once: documents linked directly or indirectly are one cluster, represented by its first document
+    duplicates_in for each unit: its documents that are not the first of their cluster
 
-Near-duplicates meet if they agree in all `rows` values of any of `bands` bands of their MinHash signatures, which
-two documents of Jaccard similarity s do with probability 1 - (1 - s^rows)^bands (Leskovec, Rajaraman and Ullman,
-"Mining of Massive Datasets", section 3.4): with 14 bands of 8, 5 % at s = 0.5, 92 % at 0.8, 99.96 % at 0.9.
+Near-duplicates share a key if they agree in all `rows` values of any of `bands` bands of their MinHash signatures. Two
+documents of Jaccard similarity s do so with probability 1 - (1 - s^rows)^bands (Leskovec, Rajaraman and Ullman,
+"Mining of Massive Datasets", section 3.4): with 14 bands of 8 rows, 5 % at s = 0.5, 92 % at 0.8, 99.96 % at 0.9.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,9 +27,9 @@ from data_tools.dedup.minhash import DIGEST_BYTES, MinHash, TextDigest
 from data_tools.storage.arrow_columns import new_arrow_file, to_arrow, to_numpy
 from megagpt.config.parsing import Strict
 
-EXACT = 0  # the band of the texts' digests; the bands of the signatures follow
+EXACT = 0  # the band of the text digests; the bands of the signatures follow
 ROW_BITS = 32
-# A key is 128 bits: high and low. At 64, two of 10^10 different documents would meet by chance.
+# A key is 128 bits, `key` and `low`: with 64, some two of 10^10 different documents would share one by chance.
 BANDS = pa.schema([("key", pa.uint64()), ("low", pa.uint64()), ("row", pa.uint32())])
 LINKS = pa.schema([("first", pa.uint64()), ("other", pa.uint64())])
 CLUSTERS = pa.schema([("document", pa.uint64()), ("first", pa.uint64()), ("exact", pa.bool_())])
@@ -37,16 +37,16 @@ CLUSTERS = pa.schema([("document", pa.uint64()), ("first", pa.uint64()), ("exact
 
 class DedupConfig(Strict):
     method: Literal["none", "exact", "near"] = Field(
-        default="exact", description="exact: equal but for white space and Unicode's form; near: by MinHash as well"
+        default="exact", description="exact: equal up to white space and Unicode form; near: also by MinHash"
     )
     duplicates: Literal["remove", "keep"] = Field(
-        default="remove", description="keep: drop nothing, but let all copies of a document go to one split"
+        default="remove", description="keep: drop nothing, but put all copies of a document in one split"
     )
     bands: int = Field(
-        default=14, gt=0, le=256, description="of a signature; more find more, and less similar, documents"
+        default=14, gt=0, le=256, description="of a signature; more bands find more documents, and less similar ones"
     )
     rows: int = Field(default=8, gt=0, le=64, description="values in a band; more find only more similar documents")
-    ngram: int = Field(default=5, gt=0, description="words in a run; similarity is that of the sets of runs")
+    ngram: int = Field(default=5, gt=0, description="words in an n-gram; similarity is that of the sets of n-grams")
 
     @model_validator(mode="after")
     def _signatures_are_for_near(self) -> "DedupConfig":
@@ -56,24 +56,24 @@ class DedupConfig(Strict):
 
     @property
     def n_bands(self) -> int:
-        """How many bands there are to link."""
+        """The number of bands to link: the exact one and those of the signatures."""
         return {"none": 0, "exact": 1, "near": 1 + self.bands}[self.method]
 
 
 class Duplicates(NamedTuple):
-    """A unit's documents that are not the first of their cluster, by row."""
+    """The documents of a unit that are not the first of their cluster."""
 
-    rows: np.ndarray  # uint32, rising
+    rows: np.ndarray  # uint32, sorted
     firsts: np.ndarray  # uint64: the order number of the cluster's first document
-    exact: np.ndarray  # bool: equal to the first, or by way of equal documents; otherwise near
+    exact: np.ndarray  # bool: linked to the first by equal digests alone; otherwise near
 
 
 def write_bands(pieces: Iterable[tuple[int, str]], n_documents: int, out: Path, cfg: DedupConfig, *, seed: int) -> None:
-    """The keys under which a unit's documents meet copies of themselves, a record batch for each band.
+    """Write the keys of a unit's documents, one record batch per band, sorted by key and then row.
 
-    Batch 0 is the exact band; with method near, 1 to cfg.bands are those of the signatures, which documents without
-    words are not in. Batches are sorted by key, then row. `pieces` are (row, text) with row < n_documents, the pieces
-    of a document one after the other; rows may be missing. Memory: 16 bytes for each document and band.
+    Batch 0 is the exact band; with method near, batches 1 to cfg.bands are those of the signatures, from which
+    documents without words are absent. `pieces` are (row, text) with row < n_documents, the pieces of a document one
+    after the other; rows may be missing. Memory: 16 bytes per document and band.
     """
     size = cfg.n_bands * DIGEST_BYTES
     keys = bytearray(n_documents * size)
@@ -93,26 +93,27 @@ def write_bands(pieces: Iterable[tuple[int, str]], n_documents: int, out: Path, 
 
 
 def _sorted_band(keys: np.ndarray, present: np.ndarray) -> list[np.ndarray]:
-    """The columns of BANDS from (documents, 2) keys."""
+    """The columns of BANDS from keys of shape (documents, 2), for the documents that are present."""
     rows = np.flatnonzero(present)
     key, low = keys[rows].astype(np.uint64).T
     order = np.lexsort((low, key))  # stable, so rows rise among equal keys
     return [key[order], low[order], rows[order].astype(np.uint32)]
 
 
-def link(files: Sequence[Path], band: int, part: int, n_parts: int, out: Path) -> int:
+def link(files: Sequence[Path], band: int, key_range: int, n_ranges: int, out: Path) -> int:
     """Link the documents that share a key of this band to the first of them; returns the number of links.
 
-    files[i] is unit i's. Only keys in the part-th of n_parts ranges are read, at some 80 bytes for each document.
-    The links (first, other) are sorted.
+    files[i] is what write_bands wrote for unit i. Only keys in range `key_range` of n_ranges equal ones are read, at
+    about 80 bytes per document. The links (first, other) are sorted.
     """
-    low_key = 2**64 * part // n_parts
-    high_key = 2**64 * (part + 1) // n_parts - 1
+    low_key = 2**64 * key_range // n_ranges
+    high_key = 2**64 * (key_range + 1) // n_ranges - 1
     nothing = (np.empty(0, np.uint64),) * 3
     read = [nothing, *(_keys_between(low_key, high_key, path, band, unit) for unit, path in enumerate(files))]
     key, low, document = (np.concatenate(columns) for columns in zip(*read, strict=True))
     order = np.lexsort((low, key))  # stable, so documents rise among equal keys
     key, low, document = key[order], low[order], document[order]
+    # where a new key starts; every later document with the same key is linked to the one at its start
     starts = np.ones(len(key), bool)
     starts[1:] = (key[1:] != key[:-1]) | (low[1:] != low[:-1])
     first = document[np.maximum.accumulate(np.where(starts, np.arange(len(key)), 0))]
@@ -123,7 +124,7 @@ def link(files: Sequence[Path], band: int, part: int, n_parts: int, out: Path) -
 
 
 def _keys_between(low: int, high: int, path: Path, band: int, unit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(key, low, document) with low <= key <= high, copied, so that no file stays open."""
+    """The columns (key, low, document) of a band with low <= key <= high, copied so that no file stays open."""
     with pa.memory_map(str(path)) as file:
         batch = pa.ipc.open_file(file).get_batch(band)
         keys = to_numpy(batch["key"])
@@ -134,18 +135,19 @@ def _keys_between(low: int, high: int, path: Path, band: int, unit: int) -> tupl
 
 
 def order_number(unit: int, row: int) -> np.uint64:
-    """The document's place in the input."""
+    """A document's number in the whole input."""
     return np.uint64((unit << ROW_BITS) + row)
 
 
 def cluster(files: Sequence[Path], out: Path) -> dict[str, int]:
-    """Connected components of all links; how many clusters there are, and duplicates: exact and near.
+    """Join all links into clusters (connected components); returns the number of clusters, exact and near duplicates.
 
-    Writes (document, first, exact), sorted by document, of every document that is not its cluster's first. Memory:
-    some 200 bytes for each of them, however many links it has, and 100 for each link of the largest file.
+    Writes (document, first, exact), sorted by document, for every document that is not the first of its cluster.
+    Memory: about 200 bytes for each of these, however many links it has, and 100 per link of the largest file.
     """
     firsts, documents = _components(files)
     exact_firsts, exact_documents = _components([path for path in files if _band(path) == EXACT])
+    # exact: the links of the exact band alone lead to the same first document
     exact = np.zeros(len(documents), bool)
     at = np.searchsorted(documents, exact_documents)
     exact[at] = exact_firsts == firsts[at]
@@ -155,10 +157,11 @@ def cluster(files: Sequence[Path], out: Path) -> dict[str, int]:
 
 
 def _components(files: Sequence[Path]) -> np.ndarray:
-    """(2, documents): (first, document) of every document that is not the first of its component, sorted by document.
+    """(first, document) of every document that is not the first of its component, sorted. (2, documents) uint64.
 
-    Near-duplicates share many bands. So that memory follows documents rather than links, what is known is kept as
-    one link for each document, and the next links join it once they are as many.
+    Near-duplicates share many bands, so there are many more links than documents. To keep memory proportional to
+    documents, the components known so far are kept as one link per document, and further links are joined to them
+    whenever they have become as many.
     """
     known = np.empty((2, 0), np.uint64)
     waiting: list[np.ndarray] = []
@@ -170,10 +173,11 @@ def _components(files: Sequence[Path]) -> np.ndarray:
 
 
 def _join(links: np.ndarray) -> np.ndarray:
-    """As `_components`, of the links given."""
+    """The same as `_components`, for links in memory."""
     if not links.shape[1]:
         return links
-    from scipy.sparse import coo_array  # here, because most processes of a build never get here, and it takes long
+    # imported here: it takes long, and most processes of a build do not need it
+    from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     documents = _distinct(links)
@@ -183,12 +187,12 @@ def _join(links: np.ndarray) -> np.ndarray:
     _, labels = connected_components(graph, directed=False)
     _, first_nodes = np.unique(labels, return_index=True)
     firsts = documents[first_nodes[labels]]
-    behind = documents != firsts
-    return np.stack([firsts[behind], documents[behind]])
+    is_later = documents != firsts
+    return np.stack([firsts[is_later], documents[is_later]])
 
 
 def _distinct(values: np.ndarray) -> np.ndarray:
-    """Rising; numpy's own `unique` hashes, which takes twenty times as long for millions of numbers."""
+    """The different values, sorted. For millions of numbers, np.unique takes twenty times as long: it hashes them."""
     values = np.sort(values, axis=None)
     new = np.ones(len(values), bool)
     new[1:] = values[1:] != values[:-1]
@@ -196,20 +200,21 @@ def _distinct(values: np.ndarray) -> np.ndarray:
 
 
 def _band(links: Path) -> int:
+    """The band that a file of links is of."""
     with pa.memory_map(str(links)) as file:
         return int(pa.ipc.open_file(file).schema.metadata[b"band"])
 
 
 def _read_links(path: Path) -> np.ndarray:
-    """(2, links)"""
+    """(first, other) of each link. (2, links) uint64."""
     with pa.memory_map(str(path)) as file:
         return np.stack([to_numpy(values) for values in pa.ipc.open_file(file).get_batch(0).columns])
 
 
 def duplicates_in(unit: int, clusters: Path) -> Duplicates:
-    """The unit's documents that are not the first of their cluster.
+    """The documents of a unit that are not the first of their cluster.
 
-    A document that is not among them is the first of its cluster, or alone: its cluster is its own order number.
+    Any other document is the first of its cluster, or has no copies.
     """
     with pa.memory_map(str(clusters)) as file:
         batch = pa.ipc.open_file(file).get_batch(0)

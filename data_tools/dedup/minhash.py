@@ -1,6 +1,6 @@
-"""What two documents are compared by, without their texts: a digest of the text, and a MinHash signature.
+"""Summaries by which documents are compared for deduplication: a digest of the text, and a MinHash signature.
 
-Both are fed a document piece by piece, like `hashlib`, and take as little memory for a long document as for a short.
+Both take a document piece by piece, like `hashlib`, in memory that does not grow with the document.
 """
 
 import hashlib
@@ -13,14 +13,14 @@ import xxhash
 from data_tools.dedup.ngrams import ngram_hashes, word_hashes
 
 DIGEST_BYTES = 16
-WHITE_SPACE = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # what str.split() splits ASCII at
-SIGNATURE_VERSION: int = rensa.RMinHash.ALGORITHM_VERSION  # signatures of two versions do not compare
+WHITE_SPACE = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # where str.split() splits ASCII
+SIGNATURE_VERSION: int = rensa.RMinHash.ALGORITHM_VERSION  # signatures of different versions cannot be compared
 
 
 class TextDigest:
-    """128 bits of blake2b over the text in NFC, without its white space.
+    """128 bits of blake2b over the text in Unicode's NFC, without white space.
 
-    Two texts with one digest are the same text, up to white space and canonical equivalence.
+    Texts with equal digests are equal up to white space and canonical equivalence.
     """
 
     def __init__(self) -> None:
@@ -37,18 +37,18 @@ class TextDigest:
 
 
 class MinHash:
-    """For each of n_hashes hash functions, its smallest value over the document's runs of `ngram` words.
+    """MinHash signature: for each of n_hashes hash functions, its smallest value over the document's n-grams of words.
 
-    Two documents agree in a share of the values whose expectation is the Jaccard similarity of their sets of runs
-    (Broder, "On the resemblance and containment of documents", 1997). A document shorter than a run is one run, of
-    all its words. Pieces cut between words give the signature of the whole text.
+    The expected fraction of values in which two documents agree is the Jaccard similarity of their sets of n-grams
+    (Broder, "On the resemblance and containment of documents", 1997). A document with fewer than `ngram` words is one
+    n-gram of all its words. Pieces cut between words give the signature of the whole text.
     """
 
     def __init__(self, n_hashes: int, ngram: int, seed: int):
         self._ngram = ngram
         self._seed = seed
-        self.values = np.full(n_hashes, 2**32 - 1, np.uint32)  # of the runs so far
-        self._last = np.empty(0, np.uint64)  # words whose runs go on in the next piece: fewer than ngram
+        self.values = np.full(n_hashes, 2**32 - 1, np.uint32)  # of the n-grams so far
+        self._last = np.empty(0, np.uint64)  # the last ngram - 1 words, whose n-grams continue in the next piece
         self._n_words = 0
 
     def update(self, text: str) -> None:
@@ -58,7 +58,7 @@ class MinHash:
         self._last = words[max(0, len(words) - self._ngram + 1) :]
 
     def band_keys(self, n_bands: int) -> bytes:
-        """n_bands keys of 16 bytes, each the XXH3 of as many values in a row; none for a document without words."""
+        """n_bands keys of 16 bytes, each the XXH3 of one band of the values; no keys for a document without words."""
         if self._n_words == 0:
             return b""
         if self._n_words < self._ngram:
@@ -67,6 +67,7 @@ class MinHash:
         size = len(values) // n_bands
         return b"".join([xxhash.xxh3_128_digest(values[i : i + size]) for i in range(0, len(values), size)])
 
-    def _include(self, runs: np.ndarray) -> None:
-        rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(runs, [0, len(runs)], len(self.values), self._seed)
+    def _include(self, ngrams: np.ndarray) -> None:
+        ends = [0, len(ngrams)]
+        rows = rensa.RMinHash.digest_matrix_from_flat_token_hashes(ngrams, ends, len(self.values), self._seed)
         np.minimum(self.values, np.array(rows.to_rows()[0], np.uint32), out=self.values)

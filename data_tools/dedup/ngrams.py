@@ -1,6 +1,6 @@
-"""Text as overlapping runs of n words, each run a 64-bit number: what near-duplicates and test sets are found by.
+"""Hash the n-grams of a text's words, by which near-duplicates and test sets are found.
 
-Shapes: W words, N runs of n words (N = W - n + 1).
+Shapes: W words, N n-grams (N = W - n + 1).
 """
 
 import re
@@ -10,28 +10,31 @@ import numpy as np
 import xxhash
 
 WORD = re.compile(r"\w+")
-BETWEEN_BEYOND_ASCII = re.compile(r"[^\x00-\x7f\w]")  # the range first and no "+": three times as fast
+# what separates words: beyond ASCII by a pattern (the range first and no "+": three times as fast), in ASCII by a table
+BETWEEN_BEYOND_ASCII = re.compile(r"[^\x00-\x7f\w]")
 BETWEEN = bytes(ord(" ") if code < 128 and not WORD.match(chr(code)) else code for code in range(256))
-ODD = np.uint64(0x9E3779B97F4A7C15)  # the golden ratio's fraction: a multiplier whose bits look random
+ODD = np.uint64(0x9E3779B97F4A7C15)  # the fraction of the golden ratio: a multiplier whose bits look random
 
 
 def word_hashes(text: str) -> np.ndarray:
-    """(W,) uint64: the words, runs of \\w+ after NFC and case folding, hashed by XXH3.
+    """The XXH3 hashes of a text's words: matches of \\w+ after NFC and case folding. (W,) uint64.
 
-    Python's Unicode tables and a published hash decide, so that all machines with one version of Python agree.
+    Equal on all machines with one version of Python, because only its Unicode tables and a published hash decide.
     """
     text = unicodedata.normalize("NFC", text).casefold()
     if not text.isascii():
         text = BETWEEN_BEYOND_ASCII.sub(" ", text)
-    words = text.encode().translate(BETWEEN).split()  # what WORD.findall finds, three times as fast
+    # what WORD.findall finds, three times as fast
+    words = text.encode().translate(BETWEEN).split()
     return np.fromiter(map(xxhash.xxh3_64_intdigest, words), np.uint64, len(words))
 
 
 def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
-    """(N,) uint64 from the hashes of W words; none if W < n.
+    """The hashes of all n-grams, from those of the W words. (N,) uint64; empty if W < n.
 
-    A polynomial in ODD, modulo 2^64. The words' hashes are random and ODD is odd, so other words, or the same in
-    another order, give another number but for one chance in 2^50 (for n up to a thousand).
+    Each is a polynomial in ODD modulo 2^64, with the words' hashes as coefficients. These are random and ODD is odd, so
+    two n-grams with different words, or the same in another order, collide with a probability of about 2^-50 (n up to a
+    thousand).
     """
     if len(words) < n:
         return np.empty(0, np.uint64)

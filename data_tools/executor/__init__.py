@@ -1,1 +1,1 @@
-"""Tasks that are done once, over processes on this machine or a cluster."""
+"""Run each task of a build once, in processes on this machine or a cluster."""

@@ -1,4 +1,4 @@
-"""Processes to run tasks in: Dask's, on this machine, on a running cluster, or as batch jobs."""
+"""Run tasks in Dask's worker processes: on this machine, on a running cluster, or as Slurm jobs."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -13,14 +13,15 @@ from data_tools.executor.progress import Arguments, progress
 from megagpt.errors import UserError
 
 CONNECT_SECONDS = 10.0
-SLURM = "slurm"  # as --scheduler: workers as batch jobs
-# glibc would hand each array of some MB back to the kernel and fetch it anew: a third of the time of tokenizing
+SLURM = "slurm"  # the value of --scheduler that starts workers as Slurm jobs
+# without these, glibc returns each array of some MB to the kernel and asks for it again: a third of tokenizing's time
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": 2**26, "MALLOC_TRIM_THRESHOLD_": 2**27}
-RETRIES = 2  # of a task that failed otherwise than by the user's fault, such as a network file system's hiccup
+RETRIES = 2  # of a task that failed for a passing reason, such as a hiccup of a network file system
 
 
 @contextmanager
 def connect(n: int, scheduler: str | None, scratch: Path) -> Iterator[Client]:
+    """A client of n new workers, or of those of the running `scheduler`. Raises UserError if it does not answer."""
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     if scheduler not in (None, SLURM):
         try:
@@ -39,7 +40,7 @@ def connect(n: int, scheduler: str | None, scratch: Path) -> Iterator[Client]:
 
 
 def _local(n: int, scratch: Path) -> LocalCluster:
-    # Dask's profiler looks at a worker's stack a hundred times a second: a sixth of the processor
+    # Dask's profiler samples a worker's stack a hundred times a second, which takes a sixth of a core
     with dask.config.set(
         {"distributed.nanny.pre-spawn-environ": KEEP_MEMORY, "distributed.worker.profile.enabled": False}
     ):
@@ -47,16 +48,16 @@ def _local(n: int, scratch: Path) -> LocalCluster:
             n_workers=n,
             threads_per_worker=1,
             host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",  # any free port: None would still open 8787, which may be taken
+            dashboard_address="127.0.0.1:0",  # any free port: None would still open 8787, which may be in use
             scheduler_kwargs={"dashboard": False},
-            memory_limit=0,  # tasks bound their buffers; killing a worker at some share of the memory helps nobody
+            memory_limit=0,  # tasks bound their buffers, so Dask need not kill workers by memory
             local_directory=str(scratch),
             silence_logs=logging.CRITICAL,
         )
 
 
 def _slurm(n: int) -> Any:
-    """n workers as batch jobs, each as dask-jobqueue's own file describes it (cores, memory, queue, walltime)."""
+    """Start n workers as Slurm jobs, with the resources that dask-jobqueue's configuration names."""
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError as error:
@@ -65,7 +66,7 @@ def _slurm(n: int) -> Any:
         cluster = SLURMCluster()
     except (ValueError, OSError) as error:
         raise UserError(
-            f"--scheduler slurm: {str(error).splitlines()[0]} describe a worker in ~/.config/dask/jobqueue.yaml under "
+            f"--scheduler slurm: {str(error).splitlines()[0]}; describe a worker in ~/.config/dask/jobqueue.yaml under "
             "jobqueue.slurm: cores, processes, memory, queue, walltime"
         ) from error
     cluster.scale(n)
@@ -73,17 +74,18 @@ def _slurm(n: int) -> Any:
 
 
 def run_on(client: Client, task: Callable[..., Any], arguments: Arguments, what: str) -> list[Any]:
+    """The RunAll of a cluster (progress.py). Raises what a task raised, at once, and cancels the others."""
     futures = [client.submit(_without_retry, task, args, pure=False, retries=RETRIES) for args in arguments]
     results = {}
     try:
         for done in progress(as_completed(futures, loop=client.loop), len(futures), what):
-            results[done.key] = done.result()  # raises what the task raised, at once
+            results[done.key] = done.result()
             if isinstance(results[done.key], UserError):
                 raise results[done.key]
     except KilledWorker as error:
         raise UserError(
-            f"worker processes died again and again while {what}, likely for want of memory; what is finished is "
-            "kept: set workers=1 and give the same command again"
+            f"worker processes died repeatedly while {what}, probably out of memory; finished tasks are kept: set "
+            "workers=1 and run the same command again"
         ) from error
     finally:
         client.cancel([future for future in futures if not future.done()])
@@ -91,7 +93,7 @@ def run_on(client: Client, task: Callable[..., Any], arguments: Arguments, what:
 
 
 def _without_retry(task: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """A user's mistake stays one however often it is tried, so it is handed back rather than raised."""
+    """Return a UserError instead of raising it, because Dask would retry the task, and a user's mistake stays one."""
     try:
         return task(*args)
     except UserError as error:

@@ -1,4 +1,4 @@
-"""How tasks are handed over, and the bar that shows how many are done."""
+"""The interface through which tasks are run, and the progress bar that shows how many are done."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,5 +11,5 @@ RunAll = Callable[[Callable[..., Any], Arguments, str], list[Any]]
 
 
 def progress(items: Any, total: int, what: str) -> Any:
-    """A bar where there is a terminal to draw it on, for what lasts longer than two seconds."""
+    """Iterate with a progress bar, if standard error is a terminal and it takes longer than two seconds."""
     return tqdm(items, total=total, desc=what, unit="task", delay=2, mininterval=0.5, disable=None)

@@ -1,7 +1,8 @@
-"""File tasks that are never done twice: each is named by a hash of all that decides what it makes.
+"""Run each task of a build once, so that a killed build resumes where it stopped.
 
-A task writes files that begin with its prefix, .build/FUNCTION/HASH, and last of all HASH.json with its result. That
-file is the ledger: a build that is killed anywhere and started again skips every task that has one.
+A task is a function that writes files. They are named .build/FUNCTION/HASH..., where the hash covers everything that
+decides what is in them. Last, the task's result is written to HASH.json; a build that is started again skips every
+task that has this file.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from data_tools.executor.progress import RunAll
 from megagpt.atomic_files import written
 from megagpt.errors import UserError
 
-VERSION = 1  # raise it when a task makes something else of the same arguments
+VERSION = 1  # raise it when a task writes something else for the same arguments
 LIBRARIES = (
     *("charset-normalizer", "fastwarc", "fasttext-numpy2-wheel", "ftfy", "numpy", "orjson", "pyarrow", "rensa"),
     *("resiliparse", "sentencepiece", "xxhash"),
@@ -28,7 +29,7 @@ LIBRARIES = (
 LIST = ".list"
 FULL = {ENOSPC, EDQUOT, EFBIG}
 
-Result = dict[str, Any]  # small, of JSON's types
+Result = dict[str, Any]  # small, and only of types that JSON has
 Task = Callable[..., Result]
 """task(prefix, *arguments) writes files named by with_suffix(prefix, ...) and returns its result."""
 
@@ -51,7 +52,7 @@ def file_of(prefix: Path, suffix: str) -> Path:
 
 
 def made_by() -> list[str]:
-    """The versions of all that what a task makes may depend on."""
+    """The versions of everything that a task's files may depend on besides its arguments."""
     return [f"data_tools {VERSION}", f"Unicode {unicodedata.unidata_version}", *map(_version_of, LIBRARIES)]
 
 
@@ -63,13 +64,16 @@ def _version_of(library: str) -> str:
 
 
 class Tasks:
-    """Runs tasks in a build's folder for temporary files, over whatever processes `run_all` has."""
+    """Runs tasks that write below `folder`, in the processes behind `run_all`."""
 
     def __init__(self, folder: Path, run_all: RunAll) -> None:
         self.folder, self._run_all, self._made_by = folder, run_all, made_by()
 
     def run(self, task: Task, arguments: Sequence[tuple[Any, ...]], what: str) -> list[Done]:
-        """task(prefix, *arguments[i]) for every i that is not done yet; what all have made, in order."""
+        """Call task(prefix, *arguments[i]) for every i that is not done yet; returns all of them, in order.
+
+        `what` names the work in the progress bar.
+        """
         stage = self.folder / task.__name__
         stage.mkdir(exist_ok=True)
         prefixes = [stage / self._key(task, args) for args in arguments]
@@ -78,6 +82,7 @@ class Tasks:
         return [Done(prefix, json.loads(file_of(prefix, ".json").read_bytes())) for prefix in prefixes]
 
     def run_one(self, task: Task, *args: Any, what: str) -> Done:
+        """Run one task, unless it is done."""
         [done] = self.run(task, [args], what)
         return done
 
@@ -86,7 +91,10 @@ class Tasks:
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
     def _by_name(self, arg: Any) -> Any:
-        """Earlier tasks' files count by their names, which are hashes, so that the folder may be moved."""
+        """Arguments with the paths of earlier tasks relative to the folder, so that the folder may be moved.
+
+        The names of these paths are hashes, so they stand for the content.
+        """
         if isinstance(arg, tuple | list):
             return [self._by_name(inner) for inner in arg]
         is_ours = isinstance(arg, Path) and arg.is_relative_to(self.folder)
@@ -94,13 +102,14 @@ class Tasks:
 
 
 def write_list(prefix: Path, items: Sequence[Any]) -> Result:
-    """A task: a long list under one short name, for many others to read."""
+    """A task that stores a long list once, for many other tasks to read by one path."""
     with written(file_of(prefix, LIST)) as temporary:
         temporary.write_bytes(json.dumps(items).encode())
     return {}
 
 
 def read_list(prefix: Path) -> list[Any]:
+    """The list that write_list stored."""
     items: list[Any] = json.loads(file_of(prefix, LIST).read_bytes())
     return items
 
@@ -118,6 +127,6 @@ def _run_one(task: Task, prefix: Path, args: tuple[Any, ...]) -> None:
         if error.errno not in FULL:
             raise
         raise UserError(
-            f"{prefix.parent} cannot be written: {error.strerror}; what is finished is kept: make room and give the "
-            "same command again, and it goes on"
+            f"{prefix.parent} cannot be written: {error.strerror}; finished tasks are kept: free disk space and run "
+            "the same command again to resume"
         ) from error

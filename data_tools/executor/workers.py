@@ -1,6 +1,6 @@
-"""Tasks over processes: Dask's, on this machine or a cluster (dask_cluster.py), or none at all for a small job.
+"""Choose where tasks run: in Dask's processes (dask_cluster.py), or in this process if the job is small.
 
-A task gets paths and returns nothing; what it makes, it leaves in files, on a file system that all workers see.
+A task gets paths and leaves its output in files, on a file system that all workers share.
 """
 
 import os
@@ -12,19 +12,18 @@ from typing import Any
 
 from data_tools.executor.progress import Arguments, RunAll, progress
 
-SMALL_BYTES = 2**24  # below it, starting processes costs more than they save
+SMALL_BYTES = 2**24  # of input: below it, starting processes takes longer than they save
 
 
 @contextmanager
 def start_workers(n: int | None, scheduler: str | None, scratch: Path, *, total_bytes: int) -> Iterator[RunAll]:
+    """Start `n` workers (one per core if None), or connect to a scheduler's; yields the function that runs tasks."""
     n = n or len(os.sched_getaffinity(0))
     if scheduler is None and (n == 1 or total_bytes < SMALL_BYTES):
         yield _run_here
         return
-    from data_tools.executor.dask_cluster import (  # here, because Dask takes a third of a second to import
-        connect,
-        run_on,
-    )
+    # imported here, because Dask takes a third of a second
+    from data_tools.executor.dask_cluster import connect, run_on
 
     with connect(n, scheduler, scratch) as client:
         yield partial(run_on, client)

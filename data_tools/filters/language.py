@@ -10,16 +10,18 @@ from data_tools.option_types import Names
 from megagpt.config.parsing import Strict
 from megagpt.errors import UserError
 
-MAGIC = (793712314).to_bytes(4, "little")  # how a fastText model begins
+MAGIC = (793712314).to_bytes(4, "little")  # the first bytes of a fastText model
 INSTALL = "pip install fasttext-numpy2-wheel"
 
 
 class LanguageConfig(Strict):
+    """The model, and which of its languages to keep."""
+
     model: Path = Field(description="a fastText classifier, such as lid.176.bin")
     keep: Names = Field(
-        default=(), description="labels without '__label__', such as en,de; none: any language that is clear enough"
+        default=(), description="labels without '__label__', such as en,de; none: any language with such a score"
     )
-    min_score: float = Field(default=0.65, ge=0.0, lt=1.0, description="the score of one of them is above this")
+    min_score: float = Field(default=0.65, ge=0.0, lt=1.0, description="a wanted language has a score above this")
 
 
 class _Classifier(Protocol):
@@ -28,7 +30,7 @@ class _Classifier(Protocol):
 
 def language(text: str, cfg: LanguageConfig) -> str | None:
     """Why the document is rejected, or None: no wanted language has a score above `min_score`."""
-    line = text.replace("\n", " ") + "\n"  # fastText reads one line, and expects its end
+    line = text.replace("\n", " ") + "\n"  # fastText reads one line, including its newline
     found = load_model(cfg.model).predict(line, -1, cfg.min_score, "strict")
     for score, label in found:
         if score > cfg.min_score and (not cfg.keep or label.removeprefix("__label__") in cfg.keep):
@@ -38,23 +40,23 @@ def language(text: str, cfg: LanguageConfig) -> str | None:
 
 @lru_cache(maxsize=4)
 def load_model(path: Path) -> _Classifier:
-    """The model behind fastText's Python wrapper, which does not get along with numpy 2."""
+    """The model inside fastText's Python wrapper, which does not work with numpy 2. Raises UserError."""
     try:
         from fasttext.FastText import _FastText  # type: ignore[import-untyped]
     except ImportError as error:
-        raise UserError(f"language.model={path} needs fastText; {INSTALL}") from error
+        raise UserError(f"language.model={path} needs fastText; install it with: {INSTALL}") from error
     try:
         with path.open("rb") as file:
             magic = file.read(len(MAGIC))
     except OSError as error:
         raise UserError(f"cannot read language.model={path}: {error.strerror}") from error
     if magic != MAGIC:
-        raise UserError(f"language.model={path} is no fastText model; give one such as lid.176.bin")
+        raise UserError(f"language.model={path} is not a fastText model; give one such as lid.176.bin")
     try:
         model = _FastText(str(path))
         labels = set(model.get_labels())
     except (ValueError, RuntimeError, MemoryError) as error:
         raise UserError(f"language.model={path} cannot be loaded ({error}); is the file complete?") from error
     if not any(label.startswith("__label__") for label in labels):
-        raise UserError(f"language.model={path} is no classifier: it has no labels")
+        raise UserError(f"language.model={path} is not a classifier: it has no labels; give one such as lid.176.bin")
     return cast(_Classifier, model.f)

@@ -1,7 +1,7 @@
-"""Published quality rules: Gopher's, C4's and FineWeb's, each with its paper's thresholds as defaults.
+"""The quality rules of Gopher, C4 and FineWeb, with the thresholds of the papers as defaults.
 
-Where a paper leaves a choice, this is what datatrove 0.10.1 does, with the words of `text_statistics.py`. The
-repetition rules of Gopher are in `repetition.py`. A rule returns why it rejects a document, or None.
+Where a paper leaves a choice, the rule does what datatrove 0.10.1 does, on the words of `text_statistics.py`. Gopher's
+repetition rules are in `repetition.py`. A rule returns the reason why it rejects a document, or None.
 """
 
 import re
@@ -25,19 +25,21 @@ POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "us
 
 
 class GopherQualityConfig(Strict):
+    """Limits of gopher_quality."""
+
     min_words: int | None = Field(default=50, description="words that are not punctuation; null: any number")
     max_words: int | None = Field(default=100_000, description="words that are not punctuation; null: any number")
     min_mean_word_length: float | None = Field(default=3.0, description="in characters; null: any")
     max_mean_word_length: float | None = Field(default=10.0, description="in characters; null: any")
     max_symbols_per_word: float | None = Field(
-        default=0.1, description="of '#' and of ellipses, each for itself; null: any number"
+        default=0.1, description="of '#', and of ellipses, counted separately; null: any number"
     )
-    max_bullet_lines: float | None = Field(default=0.9, description="share of the lines that start so; null: any")
-    max_ellipsis_lines: float | None = Field(default=0.3, description="share of the lines that end so; null: any")
+    max_bullet_lines: float | None = Field(default=0.9, description="share of lines that start so; null: any")
+    max_ellipsis_lines: float | None = Field(default=0.3, description="share of lines that end so; null: any")
     min_alphabetic_words: float | None = Field(
-        default=0.8, description="share of the words with a letter in them; null: any"
+        default=0.8, description="share of words that contain a letter; null: any"
     )
-    min_stop_words: int | None = Field(default=2, description="how many different ones occur at least; null: any")
+    min_stop_words: int | None = Field(default=2, description="different ones that must occur; null: any number")
     stop_words: Names = Field(
         default=("the", "be", "to", "of", "and", "that", "have", "with"),
         description="English; give your language's own or set min_stop_words=null",
@@ -45,7 +47,7 @@ class GopherQualityConfig(Strict):
 
 
 def gopher_quality(stats: TextStatistics, cfg: GopherQualityConfig) -> str | None:
-    """Rae et al. 2021 (arXiv 2112.11446), appendix A.1.1, 'Quality Filtering'."""
+    """The quality rule of Rae et al. 2021 (arXiv 2112.11446), appendix A.1.1, 'Quality Filtering'."""
     counts, n_words = stats.counts, max(len(stats.words), 1)
     unusual = [word for word in counts if not word.isalpha()]
     symbols = [word for word in unusual if word[0] in PUNCTUATION and PUNCTUATION.issuperset(word)]
@@ -63,7 +65,8 @@ def gopher_quality(stats: TextStatistics, cfg: GopherQualityConfig) -> str | Non
     if why := _symbols_and_lines(stats.text, n_words, cfg):
         return why
     if cfg.min_alphabetic_words is not None:
-        rare = [word for word in unusual if not (word.islower() or word.isupper())]  # two fast tests find most letters
+        # islower and isupper are true only for words with letters, and fast: the slow test is left for the rest
+        rare = [word for word in unusual if not (word.islower() or word.isupper())]
         n_letterless = sum([counts[word] for word in rare if not any(map(str.isalpha, word))])
         if (len(stats.words) - n_letterless) / n_words < cfg.min_alphabetic_words:
             return f"words with a letter below {cfg.min_alphabetic_words:g}"
@@ -80,7 +83,7 @@ def _symbols_and_lines(text: str, n_words: int, cfg: GopherQualityConfig) -> str
         if ellipses / n_words > cfg.max_symbols_per_word:
             return f"more than {cfg.max_symbols_per_word:g} ellipses per word"
     lines = text.splitlines()
-    # without so many of these characters there cannot be so many of these lines
+    # a text with fewer of these characters than the limit on lines needs no look at its lines
     if (limit := cfg.max_bullet_lines) is not None and text.count("-") + text.count("•") > limit * len(lines):
         bullets = sum([line.lstrip().startswith(("•", "-")) for line in lines])
         if bullets / len(lines) > limit:
@@ -93,25 +96,27 @@ def _symbols_and_lines(text: str, n_words: int, cfg: GopherQualityConfig) -> str
 
 
 class C4Config(Strict):
-    min_sentences: int | None = Field(default=5, description="in the lines that are kept; null: any number")
-    min_words_per_line: int | None = Field(default=3, description="lines with fewer are dropped; null: none are")
-    max_word_length: int | None = Field(default=1000, description="lines with a longer word are dropped; null: none")
+    """Limits and choices of c4."""
+
+    min_sentences: int | None = Field(default=5, description="in the remaining lines; null: any number")
+    min_words_per_line: int | None = Field(default=3, description="drop lines with fewer; null: none")
+    max_word_length: int | None = Field(default=1000, description="drop lines with a longer word; null: none")
     end_punctuation: bool = Field(default=True, description="drop lines that do not end in one of . ? ! \" '")
     citations: bool = Field(default=True, description="remove [1], [edit] and [citation needed]")
-    javascript: bool = Field(default=True, description="drop lines that say javascript")
+    javascript: bool = Field(default=True, description="drop lines that contain 'javascript'")
     policy_lines: bool = Field(default=True, description="drop lines about cookies, privacy and terms of use")
-    lorem_ipsum: bool = Field(default=True, description="reject documents that say lorem ipsum")
+    lorem_ipsum: bool = Field(default=True, description="reject documents that contain 'lorem ipsum'")
     curly_brackets: bool = Field(default=True, description="reject documents with '{'; turn it off for source code")
 
 
 def c4(stats: TextStatistics, cfg: C4Config) -> tuple[str, str | None]:
-    """(the text of the lines that are kept, why the document is rejected).
+    """The rule of C4; returns (the text without the dropped lines, why the document is rejected or None).
 
-    Raffel et al. 2020 (JMLR 21/140), section 2.2, without the list of bad words; the limit on word length and the
-    policy lines are from C4's code. Only lines that are not dropped for their form can reject the document.
+    Raffel et al. 2020 (JMLR 21/140), section 2.2, without the list of bad words. The limit on word length and the
+    policy lines are from C4's code. A line that is dropped for its form cannot reject the document.
     """
     kept, why = _kept_lines(stats.text, cfg)
-    # each line is a sentence at least, so the sentences of a few lines only need counting
+    # each line is at least one sentence, so they need counting only if there are few lines
     if why is None and cfg.min_sentences is not None and len(kept) < cfg.min_sentences:
         sentences = sum(count_sentences(split_words(line)) for line in kept)
         if sentences < cfg.min_sentences:
@@ -120,12 +125,14 @@ def c4(stats: TextStatistics, cfg: C4Config) -> tuple[str, str | None]:
 
 
 def c4_lines(text: str, cfg: C4Config) -> str:
-    """The lines that C4 keeps of a later piece, each behind a newline, since the piece before ends without one."""
+    """The lines that C4 keeps of a later piece, each after a newline, because the piece before ends without one."""
     lines_only = cfg.model_copy(update={"lorem_ipsum": False, "curly_brackets": False})
     return "".join("\n" + line for line in _kept_lines(text, lines_only)[0])
 
 
 def _kept_lines(text: str, cfg: C4Config) -> tuple[list[str], str | None]:
+    """(the lines that are kept, why the document is rejected or None)."""
+    # most texts contain none of these, so look once at the whole text rather than at each line
     lower = text.lower()
     citations = cfg.citations and "[" in text
     lorem = cfg.lorem_ipsum and "lorem ipsum" in lower
@@ -158,11 +165,13 @@ def _kept_lines(text: str, cfg: C4Config) -> tuple[list[str], str | None]:
 
 
 class FineWebConfig(Strict):
+    """Limits of fineweb."""
+
     min_punctuated_lines: float | None = Field(
-        default=0.12, description="share of the lines that end in terminal punctuation; null: any"
+        default=0.12, description="share of lines that end in terminal punctuation; null: any"
     )
-    max_short_lines: float | None = Field(default=0.67, description="share of the lines that are short; null: any")
-    short_line: int = Field(default=30, ge=0, description="characters that a short line has at most")
+    max_short_lines: float | None = Field(default=0.67, description="share of lines that are short; null: any")
+    short_line: int = Field(default=30, ge=0, description="the most characters of a short line")
     max_duplicate_line_characters: float | None = Field(
         default=0.01, description="share of the characters in lines that repeat an earlier one; null: any"
     )
@@ -170,7 +179,7 @@ class FineWebConfig(Strict):
 
 
 def fineweb(stats: TextStatistics, cfg: FineWebConfig) -> str | None:
-    """Penedo et al. 2024 (arXiv 2406.17557), section 3.6, the custom filters."""
+    """The custom filters of Penedo et al. 2024 (arXiv 2406.17557), section 3.6."""
     text = stats.text
     lines = [line for line in text.split("\n") if line and not line.isspace()]
     if not lines:
@@ -190,7 +199,8 @@ def fineweb(stats: TextStatistics, cfg: FineWebConfig) -> str | None:
         if characters / (len(text) - newlines) > limit:
             return f"characters in duplicate lines above {limit:g}"
     if (limit := cfg.max_newlines_per_word) is not None:
-        n_chunks = len(text.split())  # no more than there are words, which take longer to find
+        # there are at least as many words, which take longer to find
+        n_chunks = len(text.split())
         if newlines / n_chunks > limit and newlines / len(stats.words) > limit:
             return f"more than {limit:g} newlines per word"
     return None

@@ -1,7 +1,7 @@
-"""Repetition inside a document: the thresholds of Rae et al. 2021 (Gopher, arXiv 2112.11446), Table A1.
+"""Reject documents that repeat themselves: the rule of Gopher (Rae et al. 2021, arXiv 2112.11446), Table A1.
 
-Where the paper leaves a choice, this is what datatrove does: one or more newlines end a line, two or more a paragraph;
-the n-grams are of words (`text_statistics.py`); characters are counted against the whole text, white space included.
+Where the paper leaves a choice, the rule does what datatrove does: one or more newlines end a line, two or more a
+paragraph; n-grams are of words (`text_statistics.py`); shares of characters are of the whole text with its white space.
 """
 
 from typing import Annotated
@@ -17,6 +17,8 @@ NgramLimits = tuple[tuple[Annotated[int, Field(ge=2)], Annotated[float, Field(ge
 
 
 class GopherRepetitionConfig(Strict):
+    """Limits of gopher_repetition."""
+
     max_duplicate_lines: float | None = Field(
         default=0.3, ge=0, description="share of the lines that repeat an earlier one; null: any"
     )
@@ -46,7 +48,7 @@ def gopher_repetition(stats: TextStatistics, cfg: GopherRepetitionConfig) -> str
 
 def _lines(text: str, cfg: GopherRepetitionConfig) -> str | None:
     total = max(len(text), 1)
-    # what a split at \n\n+ gives, many times as fast
+    # the same as a split at \n\n+, many times as fast
     paragraphs = [part for part in [part.strip("\n") for part in text.strip().split("\n\n")] if part] or [""]
     repeated, characters = count_duplicates(paragraphs)
     if _above(repeated / len(paragraphs), cfg.max_duplicate_paragraphs):
@@ -54,7 +56,8 @@ def _lines(text: str, cfg: GopherRepetitionConfig) -> str | None:
     if _above(characters / total, cfg.max_duplicate_paragraph_characters):
         return "characters in duplicate paragraphs"
     lines = [line for line in text.split("\n") if line]
-    lines += [""] * (text.startswith("\n") + text.endswith("\n"))  # as a split at \n+ leaves them
+    # a split at \n+ would leave an empty line at an end with newlines
+    lines += [""] * (text.startswith("\n") + text.endswith("\n"))
     repeated, characters = count_duplicates(lines)
     if _above(repeated / max(len(lines), 1), cfg.max_duplicate_lines):
         return "duplicate lines"
@@ -76,7 +79,9 @@ def _above(value: float, limit: float | None) -> bool:
 
 
 def _top_ngrams(stats: TextStatistics, cfg: GopherRepetitionConfig) -> str | None:
-    most = len(stats.words)  # no n-gram occurs more often; known better from each n to the next
+    """Whether the characters of the most frequent n-gram, at all its occurrences, are above the limit."""
+    # an upper bound on how often an n-gram occurs: a longer one occurs no more often than those within it
+    most = len(stats.words)
     for n, limit in sorted(cfg.max_top_ngrams):
         allowed = limit * len(stats.text)
         sizes = stats.ngram_lengths(n) + (n - 1)  # with the spaces between the words
@@ -85,25 +90,30 @@ def _top_ngrams(stats: TextStatistics, cfg: GopherRepetitionConfig) -> str | Non
         keys = stats.ngrams(n)
         ordered = np.sort(keys)
         starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1], [True])))
-        runs = starts[1:] - starts[:-1]
-        most = int(runs.max())
+        frequencies = starts[1:] - starts[:-1]
+        most = int(frequencies.max())
         if most * int(sizes.max()) <= allowed:
             continue
-        top = ordered[starts[:-1][runs == most]]
-        first = int(_where_in(keys, top)[0])  # of those that occur equally often, the first in the text counts
+        top = ordered[starts[:-1][frequencies == most]]
+        # among those that are equally frequent, the first in the text counts
+        first = int(_where_in(keys, top)[0])
         if most * int(sizes[first]) > allowed:
             return f"the most frequent {n}-gram"
     return None
 
 
 def _duplicate_ngrams(stats: TextStatistics, cfg: GopherRepetitionConfig) -> str | None:
+    """Whether the characters in n-grams that repeat an earlier one are above the limit, for any n.
+
+    The exact count (_repeat_more) is slow. Two upper bounds, each cheaper, decide most documents before.
+    """
     limits = sorted((n, limit * len(stats.text)) for n, limit in cfg.max_duplicate_ngrams)
     for i, (n, allowed) in enumerate(limits):
         keys, sizes = stats.ngrams(n), stats.ngram_lengths(n)
         ordered = np.sort(keys)
         repeats = ordered[1:][ordered[1:] == ordered[:-1]]
         least = min(allowed for _, allowed in limits[i:])
-        # longer n-grams that repeat lie within those of length n that do, so they cover no more
+        # repeated n-grams of a larger n are made of those of this n, so they cover no more: all limits can be decided
         if not len(repeats) or len(repeats) * int(sizes.max()) <= least:
             return None
         positions = _where_in(keys, repeats)
@@ -117,7 +127,7 @@ def _duplicate_ngrams(stats: TextStatistics, cfg: GopherRepetitionConfig) -> str
 
 
 def _where_in(keys: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Positions of the keys that are among `wanted`, which is sorted."""
+    """The positions of the keys that are among `wanted`, which is sorted."""
     nearest = np.minimum(wanted.searchsorted(keys), len(wanted) - 1)
     return np.flatnonzero(wanted[nearest] == keys)
 
@@ -125,9 +135,10 @@ def _where_in(keys: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.
 def _covered_characters(
     positions: NDArray[np.int64], keys: NDArray[np.int64], lengths: NDArray[np.int64], n: int
 ) -> int:
-    """Characters of all words in n-grams that repeat an earlier one: no less than `_repeat_more` counts."""
+    """Characters of all words in n-grams that repeat an earlier one: an upper bound of what _repeat_more counts."""
     order = keys.argsort(kind="stable")
     repeats = positions[order[1:][keys[order[1:]] == keys[order[:-1]]]]
+    # the number of repeated n-grams over each word, from the differences where they begin and end
     depth = np.zeros(len(lengths) + 1, np.int64)
     depth[repeats] += 1
     depth[repeats + n] -= 1
@@ -137,19 +148,19 @@ def _covered_characters(
 def _repeat_more(
     allowed: float, positions: NDArray[np.int64], keys: NDArray[np.int64], sizes: NDArray[np.int64], n: int
 ) -> bool:
-    """Whether repeated n-grams have more characters, none counted twice: after one, the search goes on behind it.
+    """Whether n-grams that repeat an earlier one have more than `allowed` characters, counted without overlap.
 
-    An n-gram that such a step jumps over was never seen, so a later copy of it is no repetition. `positions` are those
-    of the n-grams that occur more than once: no other one can repeat or be repeated.
+    After a repeated n-gram, the search continues behind it. An n-gram that is skipped this way does not count as seen.
+    `positions` are those of the n-grams that occur more than once; no other one can repeat or be repeated.
     """
     seen: set[int] = set()
-    characters, go_on_at = 0, 0
+    characters, next_position = 0, 0
     for position, key, size in zip(positions.tolist(), keys.tolist(), sizes.tolist(), strict=True):
-        if position < go_on_at:
+        if position < next_position:
             continue
         if key in seen:
             characters += size
-            go_on_at = position + n
+            next_position = position + n
             if characters > allowed:
                 return True
         else:

@@ -1,6 +1,6 @@
-"""Which documents are kept, and how their text is cleaned: options, the verdict on one text, a check beforehand.
+"""Apply the cleaning and quality rules to a text: the options, the verdict on one text, and a check before a build.
 
-Pure functions of text and options; reading, counting and writing are the builder's.
+These are pure functions of text and options; reading, counting and writing are done by stages/extract.py.
 """
 
 import importlib
@@ -28,6 +28,7 @@ from megagpt.config.parsing import Strict
 from megagpt.errors import UserError
 
 CustomRule = Callable[[str], bool | str | None]
+"""A function of the user: False or a reason (str) rejects the text, True or None keeps it."""
 
 
 class RulesConfig(Strict):
@@ -70,13 +71,15 @@ class RulesConfig(Strict):
 
 
 class Verdict(NamedTuple):
+    """What the rules decide about one text."""
+
     text: str  # cleaned
     changed: tuple[str, ...]  # the cleaning steps that changed it
-    rejected_by: str | None  # 'rule: why', from a small set of names that the options fix
+    rejected_by: str | None  # 'rule: why', one of a few strings that depend on the options alone
 
 
 def apply_rules(text: str, cfg: RulesConfig) -> Verdict:
-    """Clean, then the rules in the order of the options; the first that rejects has the word."""
+    """Clean a text, then apply the rules in the order of the options until one rejects it."""
     cleaned, changed = clean(text, cfg.clean)
     if changed and not cleaned.strip():
         return Verdict(cleaned, changed, "clean: nothing is left")
@@ -102,7 +105,7 @@ def apply_rules(text: str, cfg: RulesConfig) -> Verdict:
 
 
 def clean_only(text: str, cfg: RulesConfig) -> Verdict:
-    """For a later piece of a long document, which was judged by its first piece."""
+    """Clean a later piece of a long document, whose verdict depends on its first piece."""
     cleaned, changed = clean(text, cfg.clean)
     if cfg.c4 and (kept := c4_lines(cleaned, cfg.c4)) != cleaned:
         cleaned, changed = kept, (*changed, "c4")
@@ -110,7 +113,7 @@ def clean_only(text: str, cfg: RulesConfig) -> Verdict:
 
 
 def check_rules(cfg: RulesConfig) -> None:
-    """Raise a UserError for what cannot work, before a build starts."""
+    """Raise UserError for options that cannot work, before a build starts."""
     line_dropper(cfg.clean)
     if cfg.language:
         load_model(cfg.language.model)
@@ -119,6 +122,7 @@ def check_rules(cfg: RulesConfig) -> None:
 
 
 def _custom(text: str, path: str) -> str | None:
+    """Why a custom rule rejects the text, or None. Raises UserError if the function fails."""
     rule = load_custom(path)
     try:
         verdict = rule(text)
@@ -137,14 +141,16 @@ def _custom(text: str, path: str) -> str | None:
 
 @lru_cache(maxsize=64)
 def load_custom(path: str) -> CustomRule:
-    """The function at 'package.module:function' or 'package.module.function'."""
+    """The function at 'package.module:function' or 'package.module.function'. Raises UserError."""
     module_name, _, name = path.partition(":") if ":" in path else path.rpartition(".")
     if not module_name or not name:
-        raise UserError(f"custom={path!r} is no function; write package.module:function")
+        raise UserError(f"custom={path!r} does not name a function; write package.module:function")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises when it is imported
-        raise UserError(f"custom={path!r}: cannot import {module_name} ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"custom={path!r}: cannot import {module_name} ({type(error).__name__}: {error}); repair or install it"
+        ) from error
     rule: CustomRule | None = getattr(module, name, None)
     if not callable(rule):
         raise UserError(f"custom={path!r}: {module_name} has no function {name!r}")

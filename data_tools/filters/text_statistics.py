@@ -1,9 +1,13 @@
-"""Words and sentences as the published quality rules count them: a text split once, shared by every rule.
+"""Split a text into words and sentences as the published quality rules count them, once for all rules.
 
-The rules say "word" and mean what a tokenizer makes of the text: `foo (bar), isn't.` is nine words, among them the
-punctuation. The split follows spaCy's English tokenizer, which datatrove uses for these rules, in what decides about
-counts: punctuation at the edges of a chunk, punctuation between letters, contractions, usual abbreviations, symbols,
-and URLs whole. It leaves out rare exceptions, units (4GB), and languages without white space between words.
+In these rules, a word is a token of a linguistic tokenizer: `foo (bar), isn't.` has nine, punctuation included. The
+split rebuilds the part of spaCy's English tokenizer, which datatrove uses for these rules, that decides about counts:
+punctuation at the edges of a chunk (text without white space), punctuation between letters, contractions, common
+abbreviations, symbols, and URLs as one word. It leaves out rare exceptions, units (4GB), and languages without white
+space between words.
+
+It exists for speed. A whole build with every rule ran 12.5 times (published thresholds) and 18.6 times (thresholds that
+let all documents pass) as fast per core as datatrove 0.10.1, which calls spaCy (tests/benchmarks/RESULTS.md).
 """
 
 import re
@@ -17,7 +21,7 @@ from numpy.typing import NDArray
 
 
 def _characters(ranges: str) -> frozenset[str]:
-    """'41 61-63' (hexadecimal) is {'A', 'a', 'b', 'c'}."""
+    """'41 61-63' (hexadecimal) -> {'A', 'a', 'b', 'c'}."""
     bounds = [[int(end, 16) for end in item.split("-")] for item in ranges.split()]
     return frozenset(chr(code) for bound in bounds for code in range(bound[0], bound[-1] + 1))
 
@@ -37,14 +41,14 @@ PUNCTUATION = TERMINAL_PUNCTUATION | _characters(
     "3010-3011 ff05 ff08-ff09 ff0c ff11 ff1a-ff1b ff5e"
 )
 
-# what stands alone at either end of a chunk; the prefixes have a few more
+# characters that are words of their own at either end of a chunk; at the start, a few more are
 EDGES = "…,:;!?¿¡()[]{}<>_#*&'\"`”“‘´’‚„»«—–·。？！，、；：～「」『』（）【】《》〈〉〔〕।،۔؛٪؟"  # noqa: RUF001
 PREFIXES = EDGES + "§%=$£€¥"
 SUFFIXES = EDGES + "."
-LETTER, BEHIND_WORD = r"(?=[^\W\d_])", r"(?<=[^\W_].)"  # the second looks at what stands before the character just read
+LETTER, BEHIND_WORD = r"(?=[^\W\d_])", r"(?<=[^\W_].)"  # the second: before the character just read
 INFIX = re.compile(
     "("
-    + "|".join(  # each begins with one character, for which alone `re` then searches
+    + "|".join(  # each starts with a fixed character, which `re` can search for quickly
         [r"\.\.+", r"\.(?<=[a-zß-öø-ÿ'\"”“`‘´’].)(?=[A-ZÀ-ÖØ-Þ'\"”“`‘´’])", "…", r",(?<=[^\W\d_].)" + LETTER]  # noqa: RUF001
         + [rf"\{sign}(?<=[0-9].)(?=[0-9-])" for sign in "+-*^"]
         + [hyphens[0] + BEHIND_WORD + hyphens[1:] + LETTER for hyphens in ("--?-?", "——?", "–", "~")]  # noqa: RUF001
@@ -56,7 +60,7 @@ URL = re.compile(
     r"(?:[\w+.-]{2,}://)?(?:\S+@)?(?:(?:[A-Za-z0-9¡-\uffff][\w¡-\uffff-]*\.)+[a-z]{2,63}|\d{1,3}(?:\.\d{1,3}){3})"
     r"(?::\d{2,5})?(?:[/?#]\S*)?\Z"
 )
-LONGEST = 500  # a longer chunk is neither URL nor contraction; the time for these grows with the square of the length
+LONGEST = 500  # characters; a longer chunk is not matched for URLs and contractions, which takes time with the square
 CONTRACTION = re.compile(r"(.+)(n['’]t|['’](?:s|S|d|m|ll|re|ve))\Z")  # noqa: RUF001
 ABBREVIATIONS = re.compile(
     "(?:e.g|i.e|E.g|I.e|a.m|p.m|vs|v.s|Mr|Mrs|Ms|Dr|Prof|St|Jr|Inc|Ltd|Co|co|Corp|Gen|Gov|Rep|Rev|Sen|Ph.D|Adm|Bros|Mt|"
@@ -64,7 +68,9 @@ ABBREVIATIONS = re.compile(
     "Colo|Conn)".replace(".", r"\.")
 )
 LEADING = re.compile(rf"(?:\.\.+|[{re.escape(PREFIXES)}])*")
-EDGE_WORD = re.compile(r"\.\.+|\):|:[()\]}>*]|[=;]\)|=[(\[\]]|[(\[][:=]|''|.")  # spaCy's emoticons: frequent in code
+EDGE_WORD = re.compile(
+    r"\.\.+|\):|:[()\]}>*]|[=;]\)|=[(\[\]]|[(\[][:=]|''|."
+)  # with spaCy's emoticons, which are frequent in source code
 SYMBOL = re.compile("([¦©®°\u2300-\u23ff\u2500-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff])")
 CACHED_CHUNKS = 2**16  # about 15 MB
 CACHED_LENGTH = 100
@@ -72,7 +78,7 @@ MULTIPLIER = np.int64(0x1E3779B97F4A7C15)  # odd
 
 
 class _WordsOfChunk(dict[str, tuple[str, ...]]):
-    """The words of a chunk without white space, remembered, because few chunks make up most of any text."""
+    """A cache of chunk -> its words, because few different chunks make up most of any text."""
 
     def __missing__(self, chunk: str) -> tuple[str, ...]:
         words = _split_chunk(chunk)
@@ -87,6 +93,7 @@ _WORDS_OF = _WordsOfChunk()
 
 
 def split_words(text: str) -> list[str]:
+    """The words of a text, in order."""
     return list(chain.from_iterable(map(_WORDS_OF.__getitem__, text.split())))
 
 
@@ -99,6 +106,7 @@ def _split_chunk(chunk: str) -> tuple[str, ...]:
 
 
 def _split_edges(chunk: str) -> list[str]:
+    """Split punctuation off both ends of a chunk, each character a word, and split the rest."""
     core = chunk.lstrip(PREFIXES)
     if core.startswith(".."):
         core = core[LEADING.match(core).end() :]  # type: ignore[union-attr]  # it always matches
@@ -115,13 +123,14 @@ def _split_edges(chunk: str) -> list[str]:
 
 
 def _owns_its_dot(body: str) -> bool:
-    """U.S. and i.e. and b. do; 3. and end. and NASA. do not."""
+    """Whether the dot after `body` belongs to the word: yes in U.S., i.e. and b.; no in 3., end. and NASA."""
     if len(body) == 1 or ABBREVIATIONS.fullmatch(body):
         return body.isalpha() or len(body) > 1
     return body[-1:].isupper() and not body[-2:-1].isupper()
 
 
 def _split_body(body: str) -> list[str]:
+    """Split contractions, a unit sign after a number, and punctuation between letters; URLs stay whole."""
     if body.isidentifier() or body.isalnum():
         return [body]
     endings: list[str] = []
@@ -139,7 +148,7 @@ def _split_body(body: str) -> list[str]:
 
 
 def count_sentences(words: list[str]) -> int:
-    """A sentence begins with the first word that is no punctuation after one that ends a sentence (spaCy's rule)."""
+    """The number of sentences by spaCy's rule: one starts at the first word after sentence-ending punctuation."""
     n, ended = 1, False
     for word in words:
         if word in TERMINAL_PUNCTUATION:
@@ -150,7 +159,7 @@ def count_sentences(words: list[str]) -> int:
 
 
 class TextStatistics:
-    """A text and what the rules need of it, each computed once and only if asked for."""
+    """A text and what the rules need to know of it, each computed once, when first accessed."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -161,26 +170,26 @@ class TextStatistics:
 
     @cached_property
     def counts(self) -> Counter[str]:
-        """How often each word occurs; words in the order of their first occurrence."""
+        """The frequency of each word, in the order of first occurrence."""
         return Counter(self.words)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Characters of each word."""
+        """Characters of each word. (words,)"""
         return np.fromiter(map(len, self.words), np.int64, len(self.words))
 
     @cached_property
     def hashes(self) -> NDArray[np.int64]:
-        """64 bits for each word, for comparisons within this document alone (Python salts them)."""
+        """A 64-bit hash of each word, valid in this process only, because Python salts them. (words,)"""
         return np.fromiter(map(hash, self.words), np.int64, len(self.words))
 
     @cached_property
     def ends(self) -> NDArray[np.int64]:
-        """Characters of all words before each one, and of all."""
+        """Characters of all words before each one, and of all words at the end. (words + 1,)"""
         return np.concatenate(([0], self.lengths.cumsum()))
 
     def ngrams(self, n: int) -> NDArray[np.int64]:
-        """64 bits for each n consecutive words: a polynomial of their hashes modulo 2^64."""
+        """A 64-bit hash of each n-gram of words: a polynomial in their hashes, modulo 2^64. (words - n + 1,)"""
         while len(self._ngrams) < n:
             self._ngrams.append(self._ngrams[-1][:-1] * MULTIPLIER + self.hashes[len(self._ngrams) :])
         return self._ngrams[n - 1]
@@ -190,5 +199,5 @@ class TextStatistics:
         return [self.hashes]
 
     def ngram_lengths(self, n: int) -> NDArray[np.int64]:
-        """Characters of each n consecutive words, without white space."""
+        """Characters of each n-gram, without white space. (words - n + 1,)"""
         return self.ends[n:] - self.ends[: max(len(self.ends) - n, 0)]

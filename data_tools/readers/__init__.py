@@ -1,1 +1,1 @@
-"""From paths to documents, by file format."""
+"""Read documents from input files, by file format: see by_format.py."""

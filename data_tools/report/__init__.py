@@ -1,1 +1,1 @@
-"""The report of a build: summary, plots and HTML page."""
+"""The report of a build: its figures, plots and HTML page."""

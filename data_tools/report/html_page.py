@@ -1,6 +1,6 @@
-"""The report of a build as one page that needs no other file: plots, and tables of the same figures.
+"""The report of a build as one HTML page without external files: plots, and tables of the same figures.
 
-Names of sources and files are whatever somebody called them, so every text goes through `_text`.
+Names of sources and files may contain anything, so every text is escaped by `_text`.
 """
 
 import html
@@ -12,7 +12,7 @@ from data_tools.report.plots import COLORS, Series, bars, columns, printable, sh
 from megagpt.data.manifest import SPLITS
 
 FLOW = ("read", "after rules", "after deduplication", *SPLITS)
-MOST_RULES = 30  # in a plot; the table has all
+MOST_RULES = 30  # in a plot; the table shows all
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 76rem; margin: 2rem auto; padding: 0 1.5rem }
 h1 { margin: 0; overflow-wrap: anywhere } h2 { margin: 2.5rem 0 .5rem; border-bottom: 1px solid #ccc }
@@ -31,19 +31,19 @@ tr > .name { min-width: 9rem } tr.total { font-weight: 600 }
   h2 { break-after: avoid } th, td { padding: .1rem .4rem } }
 """
 
-Report = dict[str, Any]  # as make_report gives it
+Report = dict[str, Any]  # what summary.make_report returns
 Cell = str | int | float | None
 
 
 def page_of(report: Report, title: str) -> str:
-    """HTML; equal reports give equal pages."""
+    """The page as HTML. Equal reports give equal pages."""
     sections = [_flow(report), _lengths(report), _tokens_per_byte(report), _rules(report), _cleaned(report)]
     sections += [_variants(report), _seconds(report), _skipped(report)]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_text(title)}: report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{_text(title)}</h1>\n{_note('What the build read, left out and wrote.')}{_totals(report)}\n"
+        f"<h1>{_text(title)}</h1>\n{_note('What the build read, dropped and wrote.')}{_totals(report)}\n"
         f"{''.join(sections)}</body>\n</html>\n"
     )
 
@@ -73,7 +73,7 @@ def _flow(report: Report) -> str:
         rows = [[source["name"], *map(shown, _at_each_stage(unit)(source))] for source in sources]
         total = [sum(column) for column in zip(*map(_at_each_stage(unit), sources), strict=True)]
         tables.append(_table([unit, *FLOW], rows, total=["all", *map(shown, total)] if len(sources) > 1 else None))
-    note = "Read is what the rules were asked about; what could not be read at all is at the end of this page."
+    note = "Read counts what the rules saw; records that could not be read are at the end of this page."
     return _section("In and out", _note(note), _plots(plots), *tables)
 
 
@@ -91,7 +91,7 @@ def _lengths(report: Report) -> str:
     plots, tables = [], []
     for key, unit, when, edge in (
         ("bytes_log2", "bytes", "after the rules", _binary),
-        ("tokens_log2", "tokens", "of what was written, with the end-of-document token", _whole),
+        ("tokens_log2", "tokens", "as written, with the end-of-document token", _whole),
     ):
         bits = sorted({int(k) for source in report["sources"] for k in source[key]})
         if not bits:
@@ -141,7 +141,7 @@ def _rules(report: Report) -> str:
     ]
     return _section(
         "What was left out",
-        _note("The documents themselves are in the folder rejects/, each with what rejected it."),
+        _note("The documents are in the folder rejects/, each with the rule that rejected it."),
         _figure("Documents left out, by what decided it", plot),
         _table(["source", "why", "when", "documents", "text"], rows, names=3),
     )
@@ -180,7 +180,7 @@ def _seconds(report: Report) -> str:
     rows: list[list[Cell]] = [[stage, f"{spent:,.2f}"] for stage, spent in seconds.items()]
     return _section(
         "Time",
-        _note("Of the last start: what an earlier one had finished was not done again."),
+        _note("Since the build was last started: work finished before is not counted."),
         _figure("Seconds in each stage", plot),
         _table(["stage", "seconds"], rows, total=["all", f"{sum(seconds.values()):,.2f}"]),
     )
@@ -199,7 +199,7 @@ def _skipped(report: Report) -> str:
 
 
 def _series(sources: Sequence[Report], values: Callable[[Report], list[int]]) -> Series:
-    """values(source) of each source by name, largest first; what has no color of its own is added up."""
+    """values(source) of each source by name, largest first; sources beyond the number of colors are added up."""
     ordered = sorted(sources, key=lambda source: -source["read"]["bytes"])
     own = ordered if len(ordered) <= len(COLORS) else ordered[: len(COLORS) - 1]
     series = {source["name"]: values(source) for source in own}
@@ -242,7 +242,7 @@ def _table(
     last_is_name: bool = False,
     total: Sequence[Cell] | None = None,
 ) -> str:
-    """The first `names` columns hold names, the others figures."""
+    """An HTML table. The first `names` columns hold names, the others figures; `total` is a last row."""
 
     def line(tag: str, cells: Sequence[Cell]) -> str:
         is_name = [i < names or (last_is_name and i == len(cells) - 1) for i in range(len(cells))]
@@ -267,7 +267,8 @@ def _shown(cell: Cell) -> str:
 
 
 def _whole(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else ""  # half a document is no tick of an axis
+    """A count; empty for a fraction, so that axes of counts have no ticks at fractions."""
+    return f"{value:,.0f}" if value == int(value) else ""
 
 
 def _binary(n_bytes: float) -> str:

@@ -1,4 +1,4 @@
-"""Bars as SVG to stand inside a page: drawn by matplotlib, equal numbers give equal text, and words stay words."""
+"""Draw bar plots with matplotlib as SVG for an HTML page. Equal numbers give equal SVG; labels remain text."""
 
 import io
 import re
@@ -12,17 +12,18 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-COLORS = (  # Okabe and Ito's, which people see apart whatever their eyes, and gray
+COLORS = (  # Okabe and Ito's palette, which colorblind people can tell apart, and gray
     *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442"),
     "#999999",
 )
-WIDTH, LEAST = 6.0, 3.6  # of a plot, of its bars' part: inches, as all lengths here
+# all lengths are in inches
+WIDTH, MIN_BARS_WIDTH = 6.0, 3.6  # of a plot, and at least of its part with the bars
 ROW, COLUMNS_HEIGHT, LEGEND_ROW, AXIS = 0.27, 2.1, 0.22, 0.5
-LETTER = 0.074  # about the width of one
-LABEL_LETTERS, LEGEND_LETTERS = 58, 78  # of one label, of a row of the legend
-STYLE: dict[Any, object] = {  # Any: the type of the key is a list of all keys there are
+LETTER = 0.074  # width of a letter, roughly
+LABEL_LETTERS, LEGEND_LETTERS = 58, 78  # limits of a label, and of a row of the legend
+STYLE: dict[Any, object] = {  # Any: matplotlib's own type of the keys is a Literal of hundreds
     "font.size": 9,
-    "text.parse_math": False,  # a file's name may hold a dollar sign
+    "text.parse_math": False,  # a file's name may contain a dollar sign
     "svg.fonttype": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -38,12 +39,12 @@ STYLE: dict[Any, object] = {  # Any: the type of the key is a list of all keys t
 LEGEND = {"frameon": False, "handlelength": 1.0, "handleheight": 1.0}
 
 Series = Mapping[str, Sequence[float]]
-"""What is stacked: the name of each color -> its value in each bar."""
+"""Stacked bars: the name of each color -> its value in each bar."""
 Format = Callable[[float], str]
 
 
 def bars(what: str, labels: Sequence[str], series: Series, shown: Format) -> str:
-    """One horizontal bar for each label, the first on top, with its sum at its end. `what` names the plot."""
+    """Horizontal bars, one per label from the top, each with its sum at the end. `what` identifies the plot in ids."""
     labels = [shortened(label, LABEL_LETTERS) for label in labels]
     widest = max(map(len, labels))
     height = ROW * len(labels) + 0.1
@@ -55,8 +56,7 @@ def bars(what: str, labels: Sequence[str], series: Series, shown: Format) -> str
             axes.barh(places, values, left=ends, height=0.72, color=color, label=name)
             ends = [end + value for end, value in zip(ends, values, strict=True)]
         for place, end in zip(places, ends, strict=True):
-            beside = (end, place), (3, 0)
-            axes.annotate(shown(end), *beside, textcoords="offset points", va="center", color="#333333")
+            axes.annotate(shown(end), (end, place), (3, 0), textcoords="offset points", va="center", color="#333333")
         axes.set_yticks(places, labels)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(labels) - 0.4, -0.6)
@@ -69,7 +69,7 @@ def bars(what: str, labels: Sequence[str], series: Series, shown: Format) -> str
 
 
 def columns(what: str, edges: Sequence[str], series: Series) -> str:
-    """Adjoining columns, each from its edge to the next one's: one more edge than values."""
+    """A histogram: columns between consecutive edges, of which there is one more than there are values."""
     n = len(edges) - 1
 
     def draw(axes: Axes) -> None:
@@ -88,25 +88,26 @@ def columns(what: str, edges: Sequence[str], series: Series) -> str:
 
 
 def printable(text: str) -> str:
-    """What would not show, or would turn what follows around, as an escape sequence."""
+    """Text with unprintable characters, among them those that change the writing direction, as escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shortened(text: str, most: int) -> str:
-    """In printable letters, what is too long without its middle."""
+    """Printable text of at most `most` characters; a longer one loses its middle."""
     text = printable(text)
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
 
 
 def _svg(what: str, draw: Callable[[Axes], None], series: Series, height: float, left: float) -> str:
-    """The axes are placed by hand, as every layout of matplotlib's would draw everything twice."""
+    """Draw one plot. The axes are placed by hand, because matplotlib's layouts would draw everything twice."""
     per_row = 2 if max(map(len, series)) > LEGEND_LETTERS // 3 else 3
     legend_rows = -(-len(series) // per_row) if len(series) > 1 else 0
     legend = legend_rows * LEGEND_ROW + (0.1 if legend_rows else 0.0)
-    total, width = height + legend + AXIS, max(WIDTH, left + LEAST)
+    total, width = height + legend + AXIS, max(WIDTH, left + MIN_BARS_WIDTH)
     buffer = io.StringIO()
     with rc_context(STYLE | {"svg.hashsalt": what}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the browser has the letters that matplotlib's font lacks
+        # matplotlib warns of characters that its font lacks; the browser has them
+        warnings.filterwarnings("ignore", message="Glyph")
         figure = Figure(figsize=(width, total))
         canvas = FigureCanvasSVG(figure)
         axes = figure.add_axes((left / width, (AXIS - 0.1) / total, (width - left - 0.3) / width, height / total))
@@ -117,5 +118,6 @@ def _svg(what: str, draw: Callable[[Axes], None], series: Series, height: float,
             figure.legend(handles, names, loc="upper left", ncols=per_row, **LEGEND)
         canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])  # the same in every plot, and nobody's target
+    # these ids are the same in every plot, and a page may contain an id only once
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])
     return svg.replace("<svg ", '<svg role="img" ', 1)

@@ -1,4 +1,4 @@
-"""What a build did: the figures that report.json and the page show, and a few lines of them for the terminal."""
+"""Report what a build did: the figures for report.json and the HTML page, and a few lines for the terminal."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,12 +11,13 @@ from data_tools.stages.pipeline import Stages
 from megagpt.data.manifest import SPLITS
 from megagpt.data.tokenizer import Tokenizer
 
-PROBE = " two  spaces,\ttab\r\nCaf\u00e9 \u6f22\u5b57 \U0001f600 \u2581 </s> \0"  # what a tokenizer may lose
+PROBE = " two  spaces,\ttab\r\nCaf\u00e9 \u6f22\u5b57 \U0001f600 \u2581 </s> \0"  # text that a tokenizer may lose
 
 Counts = dict[str, int]  # documents, bytes, and tokens where there are any
 
 
 def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, Any]:
+    """The content of report.json."""
     splits = {split: _counts(stages.count(split)) for split in SPLITS}
     total = {name: sum(counts[name] for counts in splits.values()) for name in ("documents", "bytes", "tokens")}
     own = [_describe_source(stages, number, source.name) for number, source in enumerate(sources)]
@@ -35,35 +36,36 @@ def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, An
 
 
 def _describe_source(stages: Stages, number: int, name: str) -> dict[str, Any]:
-    """One source's way through the stages. Lengths are counted by powers of two: key 12 is 2,048 to 4,095 bytes."""
-    mine = [i for i, place in enumerate(stages.unit_inputs) if place.source == number]
-    texts, tokens = [stages.texts[i].result for i in mine], [stages.tokens[i].result for i in mine]
+    """One source's counts at each stage. Lengths are counted by powers of two: key 12 is 2,048 to 4,095 bytes."""
+    mine = [i for i, unit in enumerate(stages.unit_inputs) if unit.source == number]
+    extracted = [stages.extracted[i].result for i in mine]
+    tokenized = [stages.tokenized[i].result for i in mine]
     splits = {split: _counts(stages.count(split, source=number)) for split in SPLITS}
     n_tokens, n_bytes = (sum(counts[unit] for counts in splits.values()) for unit in ("tokens", "bytes"))
     return {
         "name": name,
-        "files": len({part.file.path for i in mine for part in stages.units[i].slices}),
-        "skipped": _merge_skipped(_as_skipped(result["skipped"]) for result in texts),
-        "read": _sum_pairs(result["read"] for result in texts),
-        "after_rules": _sum_pairs(result["kept"] for result in texts),
-        "rejected": _sum_counts(_as_counts(result["rejected"]) for result in texts),
-        "cleaned": dict(sum((Counter(result["cleaned"]) for result in texts), Counter())),
-        "dropped": _sum_counts(_as_counts(result["dropped"]) for result in tokens),
+        "files": len({slice_.file.path for i in mine for slice_ in stages.units[i].slices}),
+        "skipped": _merge_skipped(_as_skipped(result["skipped"]) for result in extracted),
+        "read": _sum_pairs(result["read"] for result in extracted),
+        "after_rules": _sum_pairs(result["kept"] for result in extracted),
+        "rejected": _sum_counts(_as_counts(result["rejected"]) for result in extracted),
+        "cleaned": dict(sum((Counter(result["cleaned"]) for result in extracted), Counter())),
+        "dropped": _sum_counts(_as_counts(result["dropped"]) for result in tokenized),
         "splits": splits,
         "bytes_per_token": round(n_bytes / n_tokens, 4) if n_tokens else None,
-        "bytes_log2": _histogram(result["lengths"] for result in texts),
-        "tokens_log2": _histogram(result["tokens_per_document"] for result in tokens),
+        "bytes_log2": _histogram(result["lengths"] for result in extracted),
+        "tokens_log2": _histogram(result["tokens_per_document"] for result in tokenized),
     }
 
 
 def _describe_variants(stages: Stages) -> list[dict[str, Any]]:
-    """Tokens of the training split in each tokenization: how much longer the drawn ones are."""
+    """Tokens of the training split in each tokenization, and how much longer the sampled ones are."""
     tokens = [stages.count("train", variant)[2] for variant in range(len(stages.variants))]
     return [{"id": i, "tokens": n, "times_canonical": round(n / tokens[0], 4)} for i, n in enumerate(tokens)]
 
 
 def _merge_skipped(many: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """How many of each reason, and where the first was."""
+    """Add up the skipped records of each reason, and keep the place of the first."""
     merged: dict[str, dict[str, Any]] = {}
     for reasons in many:
         for reason, skipped in reasons.items():
@@ -104,6 +106,7 @@ def _histogram(many: Iterable[dict[str, int]]) -> dict[str, int]:
 
 
 def summary(report: dict[str, Any], out: Path) -> str:
+    """What the `build` command prints at its end."""
     lines = [
         f"{report['documents']:,} documents, {format_bytes(report['bytes'])} of text -> {report['tokens']:,} tokens "
         f"({report['bytes_per_token']:.2f} bytes per token) in {sum(report['seconds'].values()):.1f} s"
@@ -112,7 +115,7 @@ def summary(report: dict[str, Any], out: Path) -> str:
         if count["documents"]:
             lines.append(f"  {split:5}  {count['documents']:,} documents, {count['tokens']:,} tokens")
     if not report["splits"]["val"]["documents"]:
-        lines.append("  val is empty: build from more documents or with a larger val_fraction")
+        lines.append("  the validation split is empty: build from more documents or with a larger val_fraction")
     for variant in report["variants"][1:]:
         lines.append(f"  variant {variant['id']}: {variant['tokens']:,} tokens, {variant['times_canonical']:.2f} times")
     if report["loses_text"]:

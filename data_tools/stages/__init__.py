@@ -1,1 +1,1 @@
-"""The stages of a build, in the order of the pipeline."""
+"""The stages of a build: its tasks, and the pipeline that runs them in order."""

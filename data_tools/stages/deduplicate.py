@@ -1,4 +1,8 @@
-"""Deduplication and decontamination as tasks of a build, on the files of earlier tasks."""
+"""Deduplication and decontamination as tasks of a build, which read and write the files of a unit.
+
+The algorithms are in dedup/: lsh.py finds copies, decontamination.py finds n-grams of test sets. Functions named in
+tasks.run() are tasks; `prefix` is where their own files go, the other paths are the prefixes of earlier tasks.
+"""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -20,27 +24,29 @@ from data_tools.storage.document_store import read_documents, read_pieces
 from megagpt.atomic_files import written
 
 BANDS, LINKS, NGRAMS = ".bands.arrow", ".links.arrow", ".npy"
-LINK_DOCUMENTS = 2**22  # about so many in one range of keys: 100 MB in memory
+LINK_DOCUMENTS = 2**22  # roughly, per range of keys: 100 MB in memory
 
 
 def find_clusters(
-    texts: Sequence[Done], contamination: Sequence[Path | None], config: DedupConfig, seed: int, tasks: Tasks
+    extracted: Sequence[Done], contamination: Sequence[Path | None], config: DedupConfig, seed: int, tasks: Tasks
 ) -> Done | None:
-    """What is alike, over all units; None where nobody asked. What is dropped anyway is nobody's copy."""
+    """Find duplicates over all units; None with method none. Contaminated and broken documents take no part."""
     if config.method == "none":
         return None
-    rule = config.model_copy(update={"duplicates": "remove"})  # what becomes of copies is not decided here
-    jobs = [(done.prefix, found, rule, seed) for done, found in zip(texts, contamination, strict=True)]
+    # whether copies are dropped is decided later: with one value here, both choices share these tasks
+    rule = config.model_copy(update={"duplicates": "remove"})
+    jobs = [(done.prefix, found, rule, seed) for done, found in zip(extracted, contamination, strict=True)]
     bands = tasks.run(sign, jobs, "comparing")
     listed = tasks.run_one(write_list, [file_of(done.prefix, BANDS).name for done in bands], what="listing")
-    documents = sum(done.result["kept"][0] for done in texts)
-    n_parts = -(-documents // LINK_DOCUMENTS) or 1
-    ranges = [(listed.prefix, band, part, n_parts) for band in range(rule.n_bands) for part in range(n_parts)]
+    documents = sum(done.result["kept"][0] for done in extracted)
+    n_ranges = -(-documents // LINK_DOCUMENTS) or 1
+    ranges = [(listed.prefix, band, i, n_ranges) for band in range(rule.n_bands) for i in range(n_ranges)]
     links = tasks.run(link_band, ranges, "linking")
     return tasks.run_one(join, [file_of(done.prefix, LINKS).name for done in links], what="clustering")
 
 
 def sign(prefix: Path, texts: Path, contamination: Path | None, config: DedupConfig, seed: int) -> Result:
+    """A task: write the keys of a unit's documents in each band."""
     documents, dropped = read_documents(texts), contaminated_rows(contamination)
     kept = [document.kept and row not in dropped for row, document in enumerate(documents)]
     pieces = ((row, text) for row, text in read_pieces(texts) if kept[row])
@@ -48,17 +54,19 @@ def sign(prefix: Path, texts: Path, contamination: Path | None, config: DedupCon
     return {}
 
 
-def link_band(prefix: Path, listed: Path, band: int, part: int, n_parts: int) -> Result:
+def link_band(prefix: Path, listed: Path, band: int, key_range: int, n_ranges: int) -> Result:
+    """A task: link the documents of all units that share a key in one range of one band."""
     files = [prefix.parents[1] / sign.__name__ / name for name in read_list(listed)]
-    return {"links": link(files, band, part, n_parts, file_of(prefix, LINKS))}
+    return {"links": link(files, band, key_range, n_ranges, file_of(prefix, LINKS))}
 
 
 def join(prefix: Path, names: Sequence[str]) -> Result:
+    """A task: join all links into clusters."""
     return cluster([prefix.parents[1] / link_band.__name__ / name for name in names], file_of(prefix, CLUSTERS))
 
 
 def check_files(config: DecontaminationConfig) -> None:
-    """Raises UserError for a file that is not there, before hours are spent on the corpus."""
+    """Raise UserError for a test set that does not exist, before hours are spent on the corpus."""
     if config.files:
         find_files(_source_of(config))
 
@@ -67,34 +75,33 @@ def _source_of(config: DecontaminationConfig) -> SourceConfig:
     return SourceConfig(name="decontamination", paths=config.files)
 
 
-def find_contaminated(texts: Sequence[Done], config: DecontaminationConfig, tasks: Tasks) -> list[Path | None]:
-    """For each unit, the prefix of what names its contaminated rows."""
+def find_contaminated(extracted: Sequence[Done], config: DecontaminationConfig, tasks: Tasks) -> list[Path | None]:
+    """For each unit, the prefix of the file of its contaminated rows; None without test sets."""
     if not config.files:
-        return [None for _ in texts]
+        return [None for _ in extracted]
     source = _source_of(config)
     states = [(file.path, file.size, file.state) for file in find_files(source)]
-    ngrams = tasks.run_one(collect_ngrams, source, config, states, what="reading what must not be in the data")
-    return [
-        done.prefix for done in tasks.run(mark, [(done.prefix, ngrams.prefix, config) for done in texts], "searching")
-    ]
+    ngrams = tasks.run_one(collect_ngrams, source, config, states, what="reading test sets")
+    jobs = [(done.prefix, ngrams.prefix, config) for done in extracted]
+    return [done.prefix for done in tasks.run(mark, jobs, "searching")]
 
 
 def collect_ngrams(prefix: Path, source: SourceConfig, config: DecontaminationConfig, states: object) -> Result:
-    """Of the user's files; `states` only names the task, so that an edited file is read again."""
+    """A task: write the n-grams of the test sets. `states` only enters the task's name, for files that are edited."""
     return write_ngrams(_texts_of(source), file_of(prefix, NGRAMS), config)
 
 
 def _texts_of(source: SourceConfig) -> Iterator[Iterator[str]]:
-    """The pieces of each document."""
+    """Yield each document as an iterator of its pieces."""
     for unit in cut_into_units([(source.name, find_files(source))]):
-        for part in unit.slices:
-            pieces = (item for item in read_slice(part, source, strict=True) if isinstance(item, DocumentPiece))
+        for slice_ in unit.slices:
+            pieces = (piece for piece in read_slice(slice_, source, strict=True) if isinstance(piece, DocumentPiece))
             for _, group in groupby(pieces, key=attrgetter("position")):
                 yield (piece.text for piece in group)
 
 
 def mark(prefix: Path, texts: Path, ngrams: Path, config: DecontaminationConfig) -> Result:
-    """The rows of a unit's documents that hold what the user's files hold."""
+    """A task: write the rows of a unit's contaminated documents."""
     known = read_ngrams(file_of(ngrams, NGRAMS))
     rows = [
         row

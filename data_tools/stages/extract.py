@@ -1,4 +1,4 @@
-"""The first stage: a unit of input to cleaned documents, and those that a rule rejected."""
+"""The first stage: read a work unit, clean its documents, and write those that the rules keep or reject."""
 
 import sys
 from collections import Counter
@@ -20,13 +20,14 @@ from megagpt.atomic_files import sha256_of
 
 
 def find_units(sources: Sequence[SourceConfig], leave_out: Path | None = None) -> list[WorkUnit]:
-    """What there is to read outside of `leave_out`. Raises UserError for an input or a rule that cannot work."""
+    """The work units of all sources, without files in `leave_out`. Raises UserError for a bad input or rule."""
     for source in sources:
         check_rules(source.rules)
     return cut_into_units([(source.name, find_files(source, leave_out)) for source in sources])
 
 
 def extract_all(units: Sequence[WorkUnit], sources: Sequence[SourceConfig], strict: bool, tasks: Tasks) -> list[Done]:
+    """Run `extract` for every unit."""
     named = {source.name: source for source in sources}
     code = {source.name: _code_hashes(source.rules) for source in sources}
     return tasks.run(extract, [(unit, named[unit.source], strict, code[unit.source]) for unit in units], "reading")
@@ -35,24 +36,24 @@ def extract_all(units: Sequence[WorkUnit], sources: Sequence[SourceConfig], stri
 def describe_units(
     units: Sequence[WorkUnit],
     sources: Sequence[SourceConfig],
-    texts: Sequence[Done],
+    extracted: Sequence[Done],
     contamination: Sequence[Path | None],
     scratch: Path,
 ) -> list[UnitInput]:
-    """What the later stages have to know of each unit."""
+    """What the later stages need to know of each unit."""
     numbers = {source.name: number for number, source in enumerate(sources)}
-    files = {source.name: 0 for source in sources}  # begun so far; one that is listed twice counts twice
+    n_files = {source.name: 0 for source in sources}  # whose first slice was seen; a file given twice counts twice
     unit_inputs = []
-    for number, (unit, done, found) in enumerate(zip(units, texts, contamination, strict=True)):
-        own = []
-        for part in unit.slices:
-            files[unit.source] += part.start == 0
-            own.append(files[unit.source] - 1)
+    for number, (unit, done, found) in enumerate(zip(units, extracted, contamination, strict=True)):
+        files = []
+        for slice_ in unit.slices:
+            n_files[unit.source] += slice_.start == 0
+            files.append(n_files[unit.source] - 1)
         unit_inputs.append(
             UnitInput(
                 number=number,
                 source=numbers[unit.source],
-                files=tuple(own),
+                files=tuple(files),
                 texts=str(done.prefix.relative_to(scratch)),
                 contamination=str(found.relative_to(scratch)) if found else None,
             )
@@ -60,22 +61,22 @@ def describe_units(
     return unit_inputs
 
 
-def why_nothing_is_left(texts: Sequence[Done], tokens: Sequence[Done] = ()) -> str:
-    """ "; skipped: ..." with every reason that took documents away, or nothing."""
+def why_nothing_is_left(extracted: Sequence[Done], tokenized: Sequence[Done] = ()) -> str:
+    """The end of a message, "; skipped: ...", with every reason for which documents were dropped; may be empty."""
     reasons: dict[str, str] = {}
-    for done in texts:
+    for done in extracted:
         for reason, (n, first) in done.result["skipped"].items():
             reasons.setdefault(reason, f"skipped: {n} {reason} (first: {first})")
         for rule, (n, _) in done.result["rejected"].items():
             reasons.setdefault(rule, f"rejected: {n} by {rule}")
-    for done in tokens:
+    for done in tokenized:
         for rule, (n, _) in done.result["dropped"].items():
             reasons.setdefault(rule, f"dropped: {n} {rule}")
     return "".join(f"; {reason}" for reason in reasons.values())
 
 
 def _code_hashes(rules: RulesConfig) -> dict[str, str]:
-    """Of what the rules load from outside, so that an edited function is not taken for the one that ran before."""
+    """Hashes of the files that the rules load, so that a resumed build does not reuse the work of an older rule."""
     files = [str(rules.language.model)] if rules.language else []
     modules = [getattr(load_custom(path), "__module__", None) for path in rules.custom]
     files += [file for name in modules if (file := getattr(sys.modules.get(name or ""), "__file__", None))]
@@ -83,42 +84,42 @@ def _code_hashes(rules: RulesConfig) -> dict[str, str]:
 
 
 def extract(prefix: Path, unit: WorkUnit, source: SourceConfig, strict: bool, code: dict[str, str]) -> dict[str, Any]:
-    """Read, clean and filter a unit. `code` holds the hashes of what the rules load: it only names the task.
+    """A task: read, clean and filter a unit. `code` (see _code_hashes) only enters the task's name.
 
-    A document of more than one piece is judged by its first.
+    The rules see only the first piece of a long document.
     """
     with open_documents(prefix) as texts, open_rejects(file_of(prefix, REJECTS)) as rejects:
         extraction = _Extraction(texts, rejects, source.rules)
-        for number, part in enumerate(unit.slices):
-            for item in read_slice(part, source, strict=strict):
-                if isinstance(item, SkippedRecord):
-                    extraction.skip(item, number)
+        for number, slice_ in enumerate(unit.slices):
+            for piece in read_slice(slice_, source, strict=strict):
+                if isinstance(piece, SkippedRecord):
+                    extraction.skip(piece, number)
                 else:
-                    extraction.take(item, number, part.file.path)
+                    extraction.take(piece, number, slice_.file.path)
     return extraction.result()
 
 
 class _Extraction:
-    """What one unit's documents become, and how many of each there were."""
+    """Writes the documents of one unit and counts what became of them."""
 
     def __init__(self, texts: DocumentWriter, rejects: RejectWriter, rules: RulesConfig) -> None:
         self._texts, self._rejects, self._rules = texts, rejects, rules
-        self._asks_rules = rules != RulesConfig()
-        self._rejected_by: str | None = None
+        self._has_rules = rules != RulesConfig()
+        self._rejected_by: str | None = None  # the verdict on the document that is being read
         self._read = [0, 0]  # documents, bytes
-        self._skipped: dict[str, list[Any]] = {}  # reason -> documents, where the first one is
+        self._skipped: dict[str, list[Any]] = {}  # reason -> number of records, place of the first
         self._cleaned: Counter[str] = Counter()
-        self._lengths: Counter[int] = Counter()
+        self._lengths: Counter[int] = Counter()  # bit length of a document's bytes -> documents
 
-    def skip(self, item: SkippedRecord, part: int) -> None:
-        if self._texts.is_open:  # it came to light within a document
-            self._texts.end(part, 0, kept=False)
-        if item.reason not in self._skipped:
-            self._skipped[item.reason] = [0, item.where()]
-        self._skipped[item.reason][0] += 1
+    def skip(self, record: SkippedRecord, slice_: int) -> None:
+        if self._texts.is_open:  # the rest of a document cannot be read
+            self._texts.end(slice_, 0, kept=False)
+        if record.reason not in self._skipped:
+            self._skipped[record.reason] = [0, record.where()]
+        self._skipped[record.reason][0] += 1
 
-    def take(self, piece: DocumentPiece, part: int, path: str) -> None:
-        text = self._clean(piece) if self._asks_rules else piece.text
+    def take(self, piece: DocumentPiece, slice_: int, path: str) -> None:
+        text = self._clean(piece) if self._has_rules else piece.text
         size = len(piece.text) if piece.text.isascii() else len(piece.text.encode())
         self._read[0] += piece.is_first
         self._read[1] += size
@@ -131,17 +132,18 @@ class _Extraction:
         self._texts.add(text)
         if piece.is_last:
             self._lengths[self._texts.size.bit_length()] += 1
-            self._texts.end(part, piece.position)
+            self._texts.end(slice_, piece.position)
 
     def _clean(self, piece: DocumentPiece) -> str:
-        """The cleaned text; with a document's first piece, also decides whether the document stays."""
-        judged = apply_rules(piece.text, self._rules) if piece.is_first else clean_only(piece.text, self._rules)
+        """The cleaned text. For a document's first piece, also decides whether the document stays."""
+        verdict = apply_rules(piece.text, self._rules) if piece.is_first else clean_only(piece.text, self._rules)
         if piece.is_first:
-            self._cleaned.update(judged.changed)
-            self._rejected_by = judged.rejected_by
-        return judged.text
+            self._cleaned.update(verdict.changed)
+            self._rejected_by = verdict.rejected_by
+        return verdict.text
 
     def result(self) -> dict[str, Any]:
+        """The task's result: counts for the report."""
         return {
             "read": self._read,
             "kept": [self._texts.kept, self._texts.kept_bytes],

@@ -1,4 +1,4 @@
-"""The stages of a build, each a list of file tasks on what the stage before has left: see run_stages."""
+"""Run the stages of a build in order (run_stages): each is a list of tasks on the files of the stage before."""
 
 import hashlib
 import json
@@ -31,30 +31,30 @@ KINDS: dict[str, Literal["unigram-sampling", "bpe-dropout"]] = {"unigram": "unig
 
 @dataclass
 class Stages:
-    """What the stages of a build have made."""
+    """The finished tasks of a build, stage by stage."""
 
     units: list[WorkUnit]
-    texts: list[Done]
+    extracted: list[Done]  # of each unit
     splits: SplitConfig
-    clusters: Path | None = None  # the prefix of what tells which documents are alike
+    clusters: Path | None = None  # prefix of the clusters of duplicates
     unit_inputs: list[UnitInput] = field(default_factory=list)
     model: Path = Path()
     sample_sha256: str | None = None
-    variants: list[list[Done]] = field(default_factory=list)  # tokenized units of each variant
+    variants: list[list[Done]] = field(default_factory=list)  # for each variant, its tokenized units
     shards: list[tuple[ShardHeader, Done]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
-    def tokens(self) -> list[Done]:
-        """The units in their canonical tokenization."""
+    def tokenized(self) -> list[Done]:
+        """The units in the canonical tokenization."""
         return self.variants[0]
 
     def count(self, split: Split, variant: int = 0, source: int | None = None) -> tuple[int, int, int]:
         """(documents, bytes, tokens) of a split, over all sources or of one."""
         rows = [
             done.result["counts"][split]
-            for place, done in zip(self.unit_inputs, self.variants[variant], strict=True)
-            if source in (None, place.source)
+            for unit, done in zip(self.unit_inputs, self.variants[variant], strict=True)
+            if source in (None, unit.source)
         ]
         documents, size, tokens = (sum(column) for column in zip(*rows, strict=True)) if rows else (0, 0, 0)
         return documents, size, tokens
@@ -63,6 +63,7 @@ class Stages:
 def run_stages(
     units: list[WorkUnit], sources: Sequence[SourceConfig], config: BuildConfig, given: Tokenizer | None, tasks: Tasks
 ) -> Stages:
+    """Run all stages; with a `given` tokenizer, none is trained."""
     stages = read_and_compare(units, sources, config, tasks)
     find_tokenizer(stages, config, given, tasks)
     tokenize_and_shuffle(stages, sources, config, tasks)
@@ -72,23 +73,24 @@ def run_stages(
 def read_and_compare(
     units: list[WorkUnit], sources: Sequence[SourceConfig], config: BuildConfig, tasks: Tasks
 ) -> Stages:
+    """The stages before tokenization: extract, decontaminate, deduplicate."""
     seconds: dict[str, float] = {}
     with _timed(seconds, "read"):
-        texts = extract_all(units, sources, config.strict, tasks)
-    stages = Stages(units, texts, _splits(config), seconds=seconds)
+        extracted = extract_all(units, sources, config.strict, tasks)
+    stages = Stages(units, extracted, _splits(config), seconds=seconds)
     with _timed(seconds, "compare"):
-        contamination = find_contaminated(texts, config.decontamination, tasks)
-        found = find_clusters(texts, contamination, config.dedup, config.seed, tasks)
+        contamination = find_contaminated(extracted, config.decontamination, tasks)
+        found = find_clusters(extracted, contamination, config.dedup, config.seed, tasks)
         stages.clusters = found.prefix if found else None
-    stages.unit_inputs = describe_units(units, sources, texts, contamination, tasks.folder)
+    stages.unit_inputs = describe_units(units, sources, extracted, contamination, tasks.folder)
     return stages
 
 
 def find_tokenizer(stages: Stages, config: BuildConfig, given: Tokenizer | None, tasks: Tasks) -> None:
-    """The given one, or one trained on the training split."""
+    """Put the tokenizer's model into the build's folder: the given one, or one trained on the training split."""
     with _timed(stages.seconds, "tokenizer"):
         if given is None:
-            trained = train_on(stages.texts, stages.unit_inputs, stages.clusters, stages.splits, config, tasks)
+            trained = train_on(stages.extracted, stages.unit_inputs, stages.clusters, stages.splits, config, tasks)
             stages.model, stages.sample_sha256 = file_of(trained.prefix, MODEL), trained.result["sample_sha256"]
         else:
             stages.model = tasks.folder / f"{given.sha256}.model"
@@ -96,6 +98,7 @@ def find_tokenizer(stages: Stages, config: BuildConfig, given: Tokenizer | None,
 
 
 def tokenize_and_shuffle(stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig, tasks: Tasks) -> None:
+    """The stages from tokenization on. Raises UserError if the training split is empty."""
     tokenizer = Tokenizer.load(stages.model)
     with _timed(stages.seconds, "tokenize"):
         for variant in _variant_configs(tokenizer, config):
@@ -126,9 +129,11 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _variant_configs(tokenizer: Tokenizer, config: BuildConfig) -> list[VariantConfig]:
-    """The canonical tokenization, and the user's variants of it."""
+    """The canonical tokenization, and the sampled ones that the user asks for."""
     if config.subword.variants and tokenizer.kind not in ALPHA:
-        raise UserError(f"subword.variants has no effect with a {tokenizer.kind} tokenizer; remove it")
+        raise UserError(
+            f"subword.variants has no effect with a {tokenizer.kind} tokenizer; remove it, or train unigram or bpe"
+        )
     alpha = config.subword.alpha or ALPHA.get(tokenizer.kind, 0.0)
     drawn = [VariantConfig(number=n, alpha=alpha, seed=config.seed) for n in range(1, config.subword.variants + 1)]
     return [VariantConfig(), *drawn]
@@ -137,7 +142,7 @@ def _variant_configs(tokenizer: Tokenizer, config: BuildConfig) -> list[VariantC
 def _check_something_is_left(stages: Stages) -> None:
     if stages.count("train")[0]:
         return
-    reasons = why_nothing_is_left(stages.texts, stages.tokens)
+    reasons = why_nothing_is_left(stages.extracted, stages.tokenized)
     way_out = "give more input" if reasons else "give more input or smaller val_fraction and test_fraction"
     raise UserError(f"no document is left to train on{reasons}; {way_out}")
 
@@ -145,12 +150,12 @@ def _check_something_is_left(stages: Stages) -> None:
 def _write_shards(
     stages: Stages, sources: Sequence[SourceConfig], tokenizer: Tokenizer, config: BuildConfig, tasks: Tasks
 ) -> list[tuple[ShardHeader, Done]]:
-    """(header, what was written) of every shard, in the order of the index."""
+    """Shuffle into shards; returns (header, finished task) of each, in the order of the index."""
     headers, jobs = [], []
     build_id = _sha256_json([config.pipeline(sources), input_sha256(stages), tokenizer.sha256])[:32]
     for split in SPLITS:
         for variant, tokenized in enumerate(stages.variants):
-            listed = tasks.run_one(write_list, _parts(stages.units, tokenized, tasks.folder), what="listing")
+            listed = tasks.run_one(write_list, _token_files(stages.units, tokenized, tasks.folder), what="listing")
             n_tokens = stages.count(split, variant)[2]
             n_shards = math.ceil(n_tokens / config.shard_tokens)
             n_passes = math.ceil(n_tokens / max(n_shards, 1) / PASS_TOKENS)
@@ -171,19 +176,19 @@ def _write_shards(
     return list(zip(headers, tasks.run(write_shard, jobs, "shuffling"), strict=True))
 
 
-def _parts(units: Sequence[WorkUnit], tokenized: Sequence[Done], scratch: Path) -> list[tuple[str, list[str]]]:
-    """(path below the scratch folder, the files its slices are of) of every part."""
-    parts = []
+def _token_files(units: Sequence[WorkUnit], tokenized: Sequence[Done], scratch: Path) -> list[tuple[str, list[str]]]:
+    """(path below the scratch folder, input file of each slice of its unit) of every token file."""
+    token_files = []
     for unit, done in zip(units, tokenized, strict=True):
-        files = [part.file.path for part in unit.slices]
+        inputs = [slice_.file.path for slice_ in unit.slices]
         stage = done.prefix.parent.relative_to(scratch)
-        parts += [(str(stage / name), files) for name in done.result["parts"]]
-    return parts
+        token_files += [(str(stage / name), inputs) for name in done.result["parts"]]
+    return token_files
 
 
 def input_sha256(stages: Stages) -> str:
-    """Of all documents that were read and kept, in order."""
-    return _sha256_json([done.result["sha256"] for done in stages.texts])
+    """The hash of all documents that were read and kept, in order."""
+    return _sha256_json([done.result["sha256"] for done in stages.extracted])
 
 
 def _sha256_json(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Which documents stay and in which split: what duplicates and contamination decide, and then a keyed hash."""
+"""Decide which documents of a unit stay (neither duplicate nor contaminated), and in which split, by a keyed hash."""
 
 import hashlib
 from collections.abc import Iterator
@@ -25,22 +25,22 @@ class SplitConfig(Strict):
 
 
 class UnitInput(Strict):
-    """A unit's place among the units, and what earlier stages have made of it, as paths below the scratch folder."""
+    """A unit's number and source, and the files that earlier stages wrote for it, relative to the scratch folder."""
 
     number: int
     source: int
-    files: tuple[int, ...]  # of each slice, counted within the source
-    texts: str
-    contamination: str | None
+    files: tuple[int, ...]  # for each slice, the number of its file in the source
+    texts: str  # prefix of the documents
+    contamination: str | None  # prefix of the contaminated rows
 
     def paths(self, scratch: Path) -> tuple[Path, Path | None]:
-        """The prefixes of its texts and of its contaminated rows."""
+        """The two prefixes as paths."""
         return scratch / self.texts, scratch / self.contamination if self.contamination else None
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Of one unit's documents."""
+    """The documents of a unit, their splits, and those that are dropped."""
 
     documents: list[DocumentInfo]
     splits: list[Split]
@@ -48,14 +48,15 @@ class Selection:
 
 
 def select(texts: Path, unit: int, clusters: Path | None, contamination: Path | None, config: SplitConfig) -> Selection:
-    """texts, clusters and contamination are the prefixes of earlier tasks; None where there was no such stage."""
+    """Select from a unit's documents. The paths are prefixes of earlier tasks, or None if there was no such stage."""
     documents = read_documents(texts)
     dropped = {row: "cannot be read to its end" for row, document in enumerate(documents) if not document.kept}
     dropped |= dict.fromkeys(sorted(contaminated_rows(contamination)), "contaminated")
     split_keys = [document.doc for document in documents]
     if clusters is not None:
         copies = duplicates_in(unit, file_of(clusters, CLUSTERS))
-        if config.duplicates == "keep":  # what is alike goes where the first of its cluster goes
+        if config.duplicates == "keep":
+            # each document is split by its cluster's first document, so that copies end up in one split
             order = np.arange(len(documents), dtype=np.uint64) + np.uint64(unit << 32)
             order[copies.rows] = copies.firsts
             split_keys = [int(number).to_bytes(8, "big") for number in order]
@@ -66,7 +67,7 @@ def select(texts: Path, unit: int, clusters: Path | None, contamination: Path | 
 
 
 def split_of(key: bytes, config: SplitConfig) -> Split:
-    """By content alone, or by cluster, so that equal documents never straddle two splits."""
+    """The split of a key: a document's content hash or its cluster, so that equal documents are in one split."""
     at = keyed_hash(key, config.seed) / 2**64
     if at < config.test_fraction:
         return "test"
@@ -74,12 +75,12 @@ def split_of(key: bytes, config: SplitConfig) -> Split:
 
 
 def keyed_hash(data: bytes, seed: int) -> int:
-    """64 bits that look random, and are the same everywhere."""
+    """64 pseudo-random bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest(), "big")
 
 
 def selected_texts(texts: Path, selection: Selection) -> Iterator[tuple[int, str]]:
-    """(row, piece) of the documents that stay."""
+    """Yield (row, piece) of the documents that stay."""
     return ((row, text) for row, text in read_pieces(texts) if row not in selection.dropped)
 
 

@@ -1,8 +1,9 @@
-"""Parts to shards: each shard takes a range of the rows' keys from every part and writes them in order of key.
+"""Merge token files into shuffled shards: each shard takes a range of keys from every token file, in order of key.
 
-Keys are uniform, so shards come out alike in size, and the documents of a split are shuffled as a whole. A task goes
-through its range in passes, which bound the rows it has to sort, and through a pass in runs of about PASS_TOKENS, which
-bound what it maps: a long text's rows have one key, so a pass may hold any number of tokens.
+Keys are uniform hashes, so shards have similar sizes, and the documents of a split are shuffled as a whole. Two limits
+bound the memory of a task. It sorts its range of keys in passes, each of a part of the range. And it copies the rows
+of a pass in batches of about PASS_TOKENS, with new memory maps for each: all rows of a long document have the same key,
+so a pass may have any number of tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,8 @@ from megagpt.data.shard_format import HASH_BYTES, ShardHeader
 
 SHARD, PROVENANCE = ".arrow", ".parquet"
 PASS_TOKENS = 2**26
-ROW_GROUP = 2**16  # of the provenance
-WHERE = {
+ROW_GROUP = 2**16  # rows, of the provenance file
+PROVENANCE_COLUMNS = {
     "doc": pa.binary(HASH_BYTES),
     "part": pa.uint32(),
     "source": pa.uint16(),
@@ -35,11 +36,11 @@ WHERE = {
 
 
 class RowRange(NamedTuple):
-    """A stretch of one part's rows, as views of its memory map."""
+    """The rows of one token file in a range of keys, as views of its memory map; one array per column."""
 
     key: np.ndarray
-    part: np.ndarray  # of a long document
-    offsets: np.ndarray  # into tokens, one more than rows
+    part: np.ndarray  # number of the row in its document
+    offsets: np.ndarray  # (rows + 1,), into tokens
     tokens: np.ndarray
     docs: np.ndarray  # (rows, 16) bytes
     source: np.ndarray
@@ -49,42 +50,44 @@ class RowRange(NamedTuple):
 
 
 def write_shard(prefix: Path, header: ShardHeader, n_shards: int, n_passes: int, listed: Path) -> dict[str, Any]:
-    """Shard `header.shard` of the n_shards of its split: what the manifest and the index say about it.
+    """A task: write shard `header.shard` of the n_shards of its split, and its provenance file, row for row.
 
-    `listed` is the list of (a part's path below the scratch folder, the files its slices are of). Beside the shard,
-    row for row, goes where each of its documents came from.
+    `listed` is the list of (token file below the scratch folder, input file of each of its slices). The result has the
+    shard's entries in the manifest and the index.
     """
-    parts = read_list(listed)
+    token_files = read_list(listed)
     writer = ShardWriter(file_of(prefix, SHARD), header)
     provenance = _Provenance(file_of(prefix, PROVENANCE))
     for step in range(header.shard * n_passes, (header.shard + 1) * n_passes):
         keys = range(2**64 * step // (n_shards * n_passes), 2**64 * (step + 1) // (n_shards * n_passes))
-        opened = partial(_opened, prefix.parents[1], [part for part, _ in parts], keys, header.split)
-        with opened() as stretches:
-            order = _in_order(stretches)
-        for run in order:
-            with opened() as stretches:  # anew, to give back the memory of what the last run has read
-                for stretch, i in run.tolist():
-                    columns, files = stretches[stretch], parts[stretch][1]
-                    doc, part, source = columns.docs[i].tobytes(), int(columns.part[i]), int(columns.source[i])
-                    tokens = columns.tokens[columns.offsets[i] : columns.offsets[i + 1]]
-                    writer.add(ShardRow(tokens, doc, source, part, bool(columns.is_last[i])))
-                    provenance.add(doc, part, source, files[columns.slice[i]], int(columns.position[i]))
-                writer.flush()  # what it holds are views of these maps
+        opened = partial(_opened, prefix.parents[1], [name for name, _ in token_files], keys, header.split)
+        with opened() as ranges:
+            order = _in_order(ranges)
+        for batch in order:
+            # new maps, to release the pages that the batch before has read
+            with opened() as ranges:
+                for number, i in batch.tolist():
+                    rows, inputs = ranges[number], token_files[number][1]
+                    doc, part, source = rows.docs[i].tobytes(), int(rows.part[i]), int(rows.source[i])
+                    tokens = rows.tokens[rows.offsets[i] : rows.offsets[i + 1]]
+                    writer.add(ShardRow(tokens, doc, source, part, bool(rows.is_last[i])))
+                    provenance.add(doc, part, source, inputs[rows.slice[i]], int(rows.position[i]))
+                # before the maps are closed, because the buffered tokens are views of them
+                writer.flush()
     info, index = writer.close()
     return {"info": info.model_dump(), "index": index, "provenance_sha256": provenance.close()}
 
 
 @contextmanager
-def _opened(folder: Path, parts: Sequence[str], keys: range, split: Split) -> Iterator[list[RowRange]]:
-    """Each part's rows whose keys are in the range; nothing is read before it is looked at."""
+def _opened(folder: Path, names: Sequence[str], keys: range, split: Split) -> Iterator[list[RowRange]]:
+    """Map each token file and find its rows in the range of keys; tokens are read only when they are accessed."""
     with ExitStack() as opened:
-        maps = [opened.enter_context(pa.memory_map(str(folder / part))) for part in parts]
+        maps = [opened.enter_context(pa.memory_map(str(folder / name))) for name in names]
         yield [_rows_between(keys[0], keys[-1], file, split) for file in maps]
 
 
 def _rows_between(low: int, high: int, file: pa.MemoryMappedFile, split: Split) -> RowRange:
-    """The part's rows with low <= key <= high; the views keep the map alive."""
+    """The token file's rows with low <= key <= high; the views keep the map alive."""
     batch = pa.ipc.open_file(file).get_batch(SPLITS.index(split))
     keys = to_numpy(batch["key"])
     begin = int(np.searchsorted(keys, np.uint64(low), side="left"))
@@ -103,22 +106,25 @@ def _rows_between(low: int, high: int, file: pa.MemoryMappedFile, split: Split) 
     )
 
 
-def _in_order(stretches: Sequence[RowRange]) -> list[np.ndarray]:
-    """Runs of (stretch, row), (rows, 2) each, of about PASS_TOKENS: every row by key, then as the input has them."""
-    row = np.concatenate([np.arange(len(columns.key)) for columns in stretches])
-    stretch = np.repeat(np.arange(len(stretches)), [len(columns.key) for columns in stretches])
-    order = np.lexsort((row, stretch, np.concatenate([columns.key for columns in stretches])))
-    tokens = np.concatenate([np.diff(columns.offsets) for columns in stretches])[order]
-    run = np.cumsum(tokens) // PASS_TOKENS
-    return np.split(np.stack([stretch[order], row[order]], axis=1), np.flatnonzero(np.diff(run)) + 1)
+def _in_order(ranges: Sequence[RowRange]) -> list[np.ndarray]:
+    """All rows by key, ties in the order of the input, in batches of about PASS_TOKENS.
+
+    Each batch is an array of (number of the range, row in it), of shape (rows, 2).
+    """
+    row = np.concatenate([np.arange(len(rows.key)) for rows in ranges])
+    number = np.repeat(np.arange(len(ranges)), [len(rows.key) for rows in ranges])
+    order = np.lexsort((row, number, np.concatenate([rows.key for rows in ranges])))
+    tokens = np.concatenate([np.diff(rows.offsets) for rows in ranges])[order]
+    batch = np.cumsum(tokens) // PASS_TOKENS
+    return np.split(np.stack([number[order], row[order]], axis=1), np.flatnonzero(np.diff(batch)) + 1)
 
 
 class _Provenance:
-    """A Parquet file as long as its shard."""
+    """Writes where each row of a shard came from, as a Parquet file with the same number of rows."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._temporary = path, temporary_name(path)
-        self._schema = pa.schema(WHERE)
+        self._schema = pa.schema(PROVENANCE_COLUMNS)
         self._writer = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
         self._rows: list[tuple[bytes, int, int, str, int]] = []
 
@@ -128,7 +134,7 @@ class _Provenance:
             self._flush()
 
     def close(self) -> str:
-        """Its sha256."""
+        """Complete the file; returns its sha256."""
         self._flush()
         self._writer.close()
         make_durable(self._temporary, self._path)

@@ -1,11 +1,11 @@
-"""Subword regularization: one of the many tokenizations of a text, drawn by a key, the same in every process.
+"""Subword regularization: sample one of the many tokenizations of a text, by a key, the same in every process.
 
-SentencePiece can sample too, but since 0.2.3 its generator is salted anew in each process, whatever the seed. Here a
-text is cut into words, each with its spaces before it, and each word's tokenization is drawn on its own:
+SentencePiece can sample too, but since 0.2.3 its generator has a different seed in every process. Here a text is cut
+into words, each with the spaces before it, and the tokenization of each word is sampled independently:
 
     unigram   among its CANDIDATES best, with probability proportional to p^alpha (Kudo 2018, section 3.3)
-    bpe       as merging gives it when each merge is dropped with probability alpha (Provilkov et al. 2020, section 3),
-              from CANDIDATES such outcomes for each word
+    bpe       among CANDIDATES results of BPE in which each merge is dropped with probability alpha (BPE-dropout,
+              Provilkov et al. 2020, section 3)
 """
 
 import heapq
@@ -22,24 +22,26 @@ from megagpt.data.tokenizer import META_SPACE, Tokenizer
 from megagpt.errors import UserError
 
 CANDIDATES = 16
-WORD = re.compile(r"[\n\t]| *[^ \n\t]{1,48}| +")  # what is longer than a word is cut like one
-REMEMBERED = 500_000  # words
+WORD = re.compile(r"[\n\t]| *[^ \n\t]{1,48}| +")  # longer words are cut
+CACHED_WORDS = 500_000
 
 
 class SubwordSampler:
+    """Samples tokenizations. Raises UserError for a tokenizer that does not tokenize each word on its own."""
+
     def __init__(self, tokenizer: Tokenizer, alpha: float, seed: int) -> None:
         if not tokenizer.is_exact_in_parts:
             raise UserError(
-                "subword.variants needs a tokenizer that spells the parts of a text as it spells the whole; this one "
+                "subword.variants needs a tokenizer that encodes the words of a text as it encodes the whole; this one "
                 "adds a dummy prefix or has no byte fallback: train one with `python -m data_tools train-tokenizer`"
             )
         self._tokenizer, self._alpha, self._seed = tokenizer, alpha, seed
         self._candidates = _UnigramCandidates if tokenizer.kind == "unigram" else _BpeCandidates
         self._draw = self._candidates(tokenizer, alpha, seed)
-        self._words: dict[str, tuple[list[float], list[Sequence[int]]]] = {}  # word -> cumulative shares, ids
+        self._words: dict[str, tuple[list[float], list[Sequence[int]]]] = {}  # word -> cumulative probabilities, ids
 
     def encode(self, text: str, key: bytes) -> np.ndarray:
-        """Ids (int32) that decode to the text; equal keys and texts give equal ids."""
+        """Ids (int32) that decode to the text. Equal keys and texts give equal ids."""
         words = WORD.findall(text)
         generator = np.random.Generator(np.random.Philox(key=keyed_hash(key, self._seed)))
         chosen = [self._choose(word, at) for word, at in zip(words, generator.random(len(words)).tolist(), strict=True)]
@@ -48,7 +50,7 @@ class SubwordSampler:
     def _choose(self, word: str, at: float) -> Sequence[int]:
         found = self._words.get(word)
         if found is None:
-            if len(self._words) >= REMEMBERED:
+            if len(self._words) >= CACHED_WORDS:
                 self._words.clear()
             weights, ids = self._draw(word)
             total = sum(weights)
@@ -62,7 +64,7 @@ class _UnigramCandidates:
         self._tokenizer, self._alpha = tokenizer, alpha
 
     def __call__(self, word: str) -> tuple[list[float], list[Sequence[int]]]:
-        """(weights, ids) of a word's best tokenizations."""
+        """(weights, ids) of the word's best tokenizations."""
         found = self._tokenizer.best(word, CANDIDATES)
         highest = found[0][0]
         return [math.exp(self._alpha * (score - highest)) for score, _ in found], [ids for _, ids in found]
@@ -74,12 +76,16 @@ class _BpeCandidates:
         self._pieces = tokenizer.pieces()  # piece -> (id, score)
 
     def __call__(self, word: str) -> tuple[list[float], list[Sequence[int]]]:
-        """(weights, ids) of a word's tokenizations with merges dropped."""
+        """(weights, ids) of tokenizations of the word with dropped merges."""
         generator = np.random.Generator(np.random.Philox(key=keyed_hash(word.encode(), self._seed)))
         outcomes = [self._merge(word, generator) for _ in range(CANDIDATES if len(word) > 1 else 1)]
         return [1.0] * len(outcomes), outcomes
 
     def _merge(self, word: str, generator: np.random.Generator) -> Sequence[int]:
+        """BPE with dropout: merge the best pair of neighbors first, each with probability 1 - alpha.
+
+        The symbols are a doubly linked list (`before`, `after`); a merged one keeps the place of its left half.
+        """
         symbols: list[str | None] = list(word.replace(" ", META_SPACE))
         after = [*range(1, len(symbols)), -1]
         before = list(range(-1, len(symbols) - 1))
@@ -93,12 +99,13 @@ class _BpeCandidates:
 
         for left in range(len(symbols) - 1):
             propose(left)
+        # more numbers than merges are ever proposed; if they run out, nothing more is dropped
         dropped = iter(generator.random(len(symbols) * 8).tolist())
         while heap:
             _, left, merged = heapq.heappop(heap)
             right = after[left]
             if symbols[left] is None or right < 0 or f"{symbols[left]}{symbols[right]}" != merged:
-                continue  # one of its halves has been merged otherwise since
+                continue  # one of the halves was merged with another symbol in the meantime
             if next(dropped, 1.0) < self._alpha:
                 continue
             symbols[left], symbols[right] = merged, None

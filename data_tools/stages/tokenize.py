@@ -1,7 +1,8 @@
-"""Documents to parts: temporary Arrow files of token ids, one record batch per split.
+"""Tokenize the documents of a unit into token files: temporary Arrow files, one record batch per split.
 
-Rows are sorted by a key that decides where in the split a document ends up: a keyed hash of its content and its
-place in the input, so the order is a shuffle that neither workers nor scheduling can change.
+A row is a piece of a document. Rows are sorted by a key that decides where in the split a document ends up: a keyed
+hash of its content and its place in the input. So the order is a shuffle that does not depend on workers or scheduling.
+stages/shuffle.py merges the token files into shards.
 """
 
 from collections import Counter
@@ -28,12 +29,13 @@ from megagpt.data.manifest import SPLITS, Split
 from megagpt.data.shard_format import document_schema, token_dtype
 from megagpt.data.tokenizer import Tokenizer
 
-FILE_TOKENS = 2**25  # a part is written when this many are in memory
+FILE_TOKENS = 2**25  # a token file is written when this many tokens are in memory
+# the columns of a token file besides those of a shard
 EXTRA = {"key": pa.uint64(), "slice": pa.uint32(), "position": pa.uint64(), "is_last": pa.bool_()}
 
 
 class VariantConfig(Strict):
-    """How often and how a text is tokenized: number 0 is the canonical way, the others draw (Kudo 2018)."""
+    """One tokenization of the corpus: number 0 is the canonical one, the others are sampled (Kudo 2018)."""
 
     number: int = 0
     alpha: float = 0.0
@@ -41,6 +43,8 @@ class VariantConfig(Strict):
 
 
 class KeyedRow(NamedTuple):
+    """A shard's row, with the key that it is sorted by and its place in the input."""
+
     key: int
     row: ShardRow
     slice: int
@@ -56,15 +60,15 @@ def tokenize(
     variant: VariantConfig,
     splits: SplitConfig,
 ) -> dict[str, Any]:
-    """Write a unit's documents as one part, or as several where it holds more than PART_TOKENS.
+    """A task: write the tokens of a unit's documents, in one file or one for every FILE_TOKENS.
 
-    Variants besides the canonical one hold the training split alone.
+    Variants other than the canonical one contain the training split only.
     """
     tokenizer = _load_tokenizer(model, model_sha256)
     texts, contamination = unit.paths(prefix.parents[1])
     selection = select(texts, unit.number, clusters, contamination, splits)
     sampler = _load_sampler(tokenizer, variant) if variant.number else None
-    parts = _TokenFiles(prefix, tokenizer)
+    files = _TokenFiles(prefix, tokenizer)
     with open_rejects(file_of(prefix, REJECTS)) as rejects:
         pieces = _selected(texts, selection, rejects if variant.number == 0 else None)
         if variant.number:
@@ -72,18 +76,18 @@ def tokenize(
         for group in _groups(pieces):
             ids = _encode(tokenizer, group, sampler)
             for (row, _, is_last), tokens in zip(group, ids, strict=True):
-                parts.add(row, tokens, is_last, selection, unit, splits.seed)
-        parts.flush()
+                files.add(row, tokens, is_last, selection, unit, splits.seed)
+        files.flush()
         return {
-            "parts": parts.names,
-            "counts": parts.counts,
+            "parts": files.names,
+            "counts": files.counts,
             "dropped": rejects.documents,
-            "tokens_per_document": dict(parts.lengths),
+            "tokens_per_document": dict(files.lengths),
         }
 
 
 def _selected(texts: Path, selection: Selection, rejects: RejectWriter | None) -> Iterator[tuple[int, str]]:
-    """(row, piece) of what stays; what does not goes to the rejects."""
+    """Yield (row, piece) of the documents that stay; write the others to the rejects."""
     documents = selection.documents
     for row, group in groupby(read_pieces(texts), key=itemgetter(0)):
         if row not in selection.dropped:
@@ -96,7 +100,7 @@ def _selected(texts: Path, selection: Selection, rejects: RejectWriter | None) -
 
 
 def _groups(pieces: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str, bool]]]:
-    """(row, piece, is its document's last) by the million characters: an encoder call costs as much as a short one."""
+    """Group (row, piece, is it its document's last) by a million characters: each encoder call has a fixed cost."""
     group: list[tuple[int, str, bool]] = []
     size, previous = 0, next(pieces, None)
     while previous is not None:
@@ -115,7 +119,7 @@ def _groups(pieces: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str, 
 def _encode(
     tokenizer: Tokenizer, group: Sequence[tuple[int, str, bool]], sampler: SubwordSampler | None
 ) -> list[np.ndarray]:
-    """Each piece's ids in the shards' type, after a document's last piece the end-of-document id."""
+    """Encode each piece to ids in the shards' type; a document's last piece ends in the end-of-document id."""
     if sampler is None:
         encoded = tokenizer.encode_batch([text for _, text, _ in group])
     else:
@@ -136,32 +140,31 @@ def _load_sampler(tokenizer: Tokenizer, variant: VariantConfig) -> SubwordSample
 
 @lru_cache(maxsize=1)
 def _load_tokenizer(model: Path, sha256: str) -> Tokenizer:
-    return Tokenizer.load(model, sha256=sha256)  # the hash is in the key: a worker may outlive a build
+    # the hash is part of the cache's key: a worker may serve several builds, with other models at the same path
+    return Tokenizer.load(model, sha256=sha256)
 
 
 class _TokenFiles:
-    """Rows of tokens on their way to files."""
+    """Buffers rows of tokens and writes them to files, sorted."""
 
     def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
         self._prefix, self._tokenizer = prefix, tokenizer
         self._rows: dict[Split, list[KeyedRow]] = {split: [] for split in SPLITS}
         self._buffered = 0
-        self._part = 0  # of the document being added
-        self._tokens = 0  # of it
+        self._part = self._tokens = 0  # of the document being added: rows and tokens so far
         self.names: list[str] = []
         self.counts: dict[Split, list[int]] = {split: [0, 0, 0] for split in SPLITS}  # documents, bytes, tokens
-        self.lengths: Counter[int] = Counter()  # by bit length
+        self.lengths: Counter[int] = Counter()  # bit length of a document's tokens -> documents
 
     def add(self, row: int, ids: np.ndarray, is_last: bool, selection: Selection, unit: UnitInput, seed: int) -> None:
-        """The next piece of document `row`; one that cleaning has emptied leaves no trace."""
-        if not len(ids):
+        """Add the next piece of document `row`."""
+        if not len(ids):  # cleaning has removed all of it
             return
         document, split = selection.documents[row], selection.splits[row]
         place = f"{unit.source}:{unit.files[document.slice]}:{document.position}".encode()
-        line = ShardRow(ids, document.doc, unit.source, self._part, is_last)
-        self._rows[split].append(
-            KeyedRow(keyed_hash(document.doc + place, seed), line, document.slice, document.position)
-        )
+        key = keyed_hash(document.doc + place, seed)
+        shard_row = ShardRow(ids, document.doc, unit.source, self._part, is_last)
+        self._rows[split].append(KeyedRow(key, shard_row, document.slice, document.position))
         self._buffered += len(ids)
         self._part, self._tokens = self._part + 1, self._tokens + len(ids)
         counts = self.counts[split]
@@ -175,7 +178,7 @@ class _TokenFiles:
             self.flush()
 
     def flush(self) -> None:
-        """Write what there is, sorted by key."""
+        """Write the buffered rows as the next file, each split sorted by key."""
         if not self._buffered:
             return
         dtype = token_dtype(self._tokenizer.vocab_size)

@@ -1,4 +1,4 @@
-"""A SentencePiece model from a seeded sample of the input; its decode(encode(text)) == text for any text."""
+"""Train a SentencePiece model on a seeded sample of the input. decode(encode(text)) == text for any text."""
 
 import hashlib
 import io
@@ -21,19 +21,21 @@ from megagpt.atomic_files import write_atomically, written
 from megagpt.data.tokenizer import META_SPACE, Tokenizer
 from megagpt.errors import UserError
 
-CHUNK = 2**14  # characters: long documents are sampled in parts, so that one book cannot fill the sample
+CHUNK = 2**14  # characters: long documents are sampled in chunks, so that one book cannot fill the sample
 LINE = 1000  # characters: SentencePiece drops lines of more than 4192 bytes, so longer ones are cut
-UNUSABLE = str.maketrans("", "", "\0\u2585")  # it drops every line that holds one of these; encoding knows them
+# SentencePiece drops every line that contains one of these; the trained model encodes them as bytes
+UNUSABLE = str.maketrans("", "", "\0\u2585")
 SAMPLE, MODEL = ".jsonl", ".model"
-THREADS = 16  # a constant, as the model's bytes depend on it
+THREADS = 16  # a constant, because the model's bytes depend on it
 
 
 def train_tokenizer(
     inputs: Sequence[str], out: Path, config: TokenizerConfig, scheduler: str | None = None
 ) -> Tokenizer:
-    """The `train-tokenizer` command."""
+    """Run the `train-tokenizer` command: write the model to `out`. Raises UserError."""
     if not out.parent.is_dir() or out.is_dir():
-        raise UserError(f"--out {out} " + ("is a folder; name a file" if out.is_dir() else "is in no folder; make it"))
+        why = "is a folder; name a file" if out.is_dir() else "is in a folder that does not exist; make it first"
+        raise UserError(f"--out {out} {why}")
     sources = config.with_inputs(inputs)
     units = find_units(sources)
     with (
@@ -43,27 +45,27 @@ def train_tokenizer(
         ) as run_all,
     ):
         tasks = Tasks(Path(scratch).absolute(), run_all)
-        texts = extract_all(units, sources, config.strict, tasks)
-        unit_inputs = describe_units(units, sources, texts, [None] * len(texts), tasks.folder)
+        extracted = extract_all(units, sources, config.strict, tasks)
+        unit_inputs = describe_units(units, sources, extracted, [None] * len(extracted), tasks.folder)
         whole = SplitConfig(val_fraction=0.0, test_fraction=0.0, duplicates="remove", seed=config.seed)
-        trained = train_on(texts, unit_inputs, None, whole, config, tasks)
+        trained = train_on(extracted, unit_inputs, None, whole, config, tasks)
         write_atomically(out, file_of(trained.prefix, MODEL).read_bytes())
     return Tokenizer.load(out)
 
 
 def train_on(
-    texts: Sequence[Done],
+    extracted: Sequence[Done],
     units: Sequence[UnitInput],
     clusters: Path | None,
     splits: SplitConfig,
     config: TokenizerConfig,
     tasks: Tasks,
 ) -> Done:
-    """A model of a sample of the training split's documents; its result tells the hash of the sample."""
-    text_bytes = sum(done.result["kept"][1] for done in texts)
+    """Train on a sample of the training split's documents; the result has the hash of the sample."""
+    text_bytes = sum(done.result["kept"][1] for done in extracted)
     if not text_bytes:
-        raise UserError(f"there is no text to train a tokenizer on{why_nothing_is_left(texts)}; give more input")
-    share = 2 * config.sample_bytes / text_bytes  # twice, as chunks vary in size
+        raise UserError(f"there is no text to train a tokenizer on{why_nothing_is_left(extracted)}; give more input")
+    share = 2 * config.sample_bytes / text_bytes  # twice what is needed, because chunks vary in size
     samples = tasks.run(draw_sample, [(unit, clusters, splits, min(1.0, share)) for unit in units], "sampling")
     options = config.model_dump(include=TRAINING)
     return tasks.run_one(train, [done.prefix for done in samples], options, config.seed, what="training a tokenizer")
@@ -72,7 +74,7 @@ def train_on(
 def draw_sample(
     prefix: Path, unit: UnitInput, clusters: Path | None, splits: SplitConfig, share: float
 ) -> dict[str, Any]:
-    """The unit's share of the sample: the chunks whose keyed hashes are smallest, a draw that no order changes."""
+    """A task: draw a unit's chunks whose keyed hash is below `share`, a draw that does not depend on any order."""
     texts, contamination = unit.paths(prefix.parents[1])
     selection = select(texts, unit.number, clusters, contamination, splits)
     limit = int(share * 2**64)
@@ -88,7 +90,7 @@ def draw_sample(
 
 
 def train(prefix: Path, samples: Sequence[Path], options: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Write the model of a sample of options["sample_bytes"] bytes."""
+    """A task: train a model on the drawn chunks with the smallest keys, options["sample_bytes"] bytes of them."""
     config = TokenizerConfig(**options, seed=seed)
     drawn = sorted((key, text) for file in samples for key, text in _read_chunks(file_of(file, SAMPLE)))
     sample, room = [], config.sample_bytes
@@ -101,8 +103,9 @@ def train(prefix: Path, samples: Sequence[Path], options: dict[str, Any], seed: 
         raise UserError("there is no text to train a tokenizer on: the training split is empty; give more input")
     model_bytes = train_sample(sample, config)
     tokenizer = Tokenizer.from_bytes(model_bytes)
-    if tokenizer.decode(tokenizer.encode(" ")) != " ":  # as bytes, a space would come back as U+2581
-        raise UserError(f"vocab_size={config.vocab_size} leaves no piece for the space; set a larger one")
+    # without a piece of its own, the space is encoded as the bytes of U+2581, and decoded to that character
+    if tokenizer.decode(tokenizer.encode(" ")) != " ":
+        raise UserError(f"vocab_size={config.vocab_size} is too small for a piece for the space; set a larger one")
     with written(file_of(prefix, MODEL)) as temporary:
         temporary.write_bytes(model_bytes)
     return {"sample_sha256": hashlib.sha256("\n".join(sample).encode()).hexdigest(), "sha256": tokenizer.sha256}
@@ -116,6 +119,7 @@ def _read_chunks(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def train_sample(sample: Sequence[str], config: TokenizerConfig) -> bytes:
+    """The bytes of a model trained on these texts. Raises UserError, with a vocab_size that works."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -123,14 +127,14 @@ def train_sample(sample: Sequence[str], config: TokenizerConfig) -> bytes:
             model_writer=model,
             model_type=config.tokenizer_type,
             vocab_size=config.vocab_size,
-            # nothing is lost: no normalization, spaces as they are, bytes for what has no piece
+            # lossless: no normalization, spaces as they are, bytes for characters without a piece
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             byte_fallback=True,
             required_chars=META_SPACE,
             character_coverage=1.0 if config.tokenizer_type == "char" else 0.9995,
-            user_defined_symbols=["\n", "\t"],  # the trainer sees single lines and would never learn them
+            user_defined_symbols=["\n", "\t"],  # the trainer is fed single lines and would never learn them
             allow_whitespace_only_pieces=True,  # indentation: 1.6 times fewer tokens for source code
             num_threads=THREADS,
             minloglevel=2,
@@ -141,6 +145,7 @@ def train_sample(sample: Sequence[str], config: TokenizerConfig) -> bytes:
 
 
 def _lines(sample: Sequence[str]) -> Iterator[str]:
+    """Yield the sample as lines that SentencePiece does not drop."""
     for text in sample:
         for line in text.translate(UNUSABLE).split("\n"):
             for at in range(0, len(line), LINE):
@@ -148,6 +153,7 @@ def _lines(sample: Sequence[str]) -> Iterator[str]:
 
 
 def _explain(message: str, config: TokenizerConfig) -> UserError:
+    """SentencePiece's error in terms of our options."""
     if most := re.search(r"Vocabulary size too high.*<= (\d+)", message):
         return UserError(
             f"vocab_size={config.vocab_size} is more pieces than this text supports; "

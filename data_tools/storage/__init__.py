@@ -1,1 +1,1 @@
-"""Files between the stages of a build, and the shards it ends with."""
+"""The files that stages of a build leave for each other, and the shards at its end."""

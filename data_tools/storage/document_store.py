@@ -1,8 +1,10 @@
-"""Cleaned documents between reading and tokenizing, as files of one unit.
+"""Store the cleaned documents of a work unit between reading and tokenizing, in two files.
 
-.texts.arrow       document: uint32, text: large_string         the pieces of each document, in order
-.documents.arrow   doc, bytes, slice, position, kept            one row per document: its content hash, its size
-                                                                in UTF-8, where it came from, and whether it stays
+.texts.arrow       document: uint32, text: large_string    one row per piece: its document's row below, its text
+.documents.arrow   doc, bytes, slice, position, kept       one row per document: its content hash, its size in UTF-8,
+                                                           where it came from, and whether it was read to its end
+
+Everywhere in data_tools, a document's `row` is its row in .documents.arrow of its unit.
 """
 
 import hashlib
@@ -17,13 +19,13 @@ from data_tools.executor.tasks import file_of
 from data_tools.storage.arrow_columns import hash_column, new_arrow_file, number_column, string_column
 from megagpt.data.shard_format import HASH_BYTES
 
-BATCH_BYTES, BATCH_ROWS = 2**24, 2**16  # of a record batch: no more of either is in memory
+BATCH_BYTES, BATCH_ROWS = 2**24, 2**16  # limits of a record batch, and so of what is buffered in memory
 PIECES = pa.schema({"document": pa.uint32(), "text": pa.large_string()})
 DOCUMENTS = pa.schema(
     {
         "doc": pa.binary(HASH_BYTES),
         "bytes": pa.uint64(),
-        "slice": pa.uint32(),  # of the unit: which file
+        "slice": pa.uint32(),  # number of the slice in its unit
         "position": pa.uint64(),
         "kept": pa.bool_(),
     }
@@ -41,24 +43,24 @@ class DocumentInfo(NamedTuple):
 
 
 class DocumentWriter:
-    """Documents piece by piece; open_texts() makes the files whole, or leaves none."""
+    """Write documents piece by piece: begin(), add() for each piece, end(). Opened by open_documents()."""
 
     def __init__(self, texts: pa.ipc.RecordBatchFileWriter, documents: pa.ipc.RecordBatchFileWriter) -> None:
         self._texts_sink, self._documents_sink = texts, documents
-        self._numbers: list[int] = []  # of documents, one for each piece
+        self._rows: list[int] = []  # for each buffered piece, its document's row
         self._texts: list[bytes] = []
         self._buffered = 0
         self._documents: list[DocumentInfo] = []
-        self._written = 0  # documents
+        self._written = 0  # documents that are in the file already
         self._content = hashlib.blake2b(digest_size=HASH_BYTES)  # of the document being written
         self._kept_hashes = hashlib.sha256()
-        self.kept = self.kept_bytes = 0  # documents that stay, and what is in them
+        self.kept = self.kept_bytes = 0  # documents that stay, and their bytes
         self.is_open = False  # within a document
         self.size = 0  # bytes so far of the document being written
 
     @property
     def sha256(self) -> str:
-        """Of the content hashes of the documents that stay, in order."""
+        """The hash over the content hashes of the documents that stay, in order."""
         return self._kept_hashes.hexdigest()
 
     def begin(self) -> None:
@@ -66,19 +68,20 @@ class DocumentWriter:
         self.size, self.is_open = 0, True
 
     def add(self, text: str) -> None:
-        """The next piece of the document."""
+        """Write the next piece of the document."""
         data = text.encode()
         self._content.update(data)
-        self._numbers.append(self._written + len(self._documents))
+        self._rows.append(self._written + len(self._documents))
         self._texts.append(data)
         self.size += len(data)
         self._buffered += len(data)
         if self._buffered >= BATCH_BYTES or len(self._texts) >= BATCH_ROWS:
             self._flush_texts()
 
-    def end(self, part: int, position: int, *, kept: bool = True) -> None:
+    def end(self, slice_: int, position: int, *, kept: bool = True) -> None:
+        """End the document; kept=False drops it, where the rest of it could not be read."""
         doc = self._content.digest()
-        self._documents.append(DocumentInfo(doc, self.size, part, position, kept))
+        self._documents.append(DocumentInfo(doc, self.size, slice_, position, kept))
         self.is_open = False
         if kept:
             self.kept += 1
@@ -93,9 +96,9 @@ class DocumentWriter:
 
     def _flush_texts(self) -> None:
         if self._texts:
-            columns = [number_column(self._numbers, pa.uint32()), string_column(self._texts, pa.large_string())]
+            columns = [number_column(self._rows, pa.uint32()), string_column(self._texts, pa.large_string())]
             self._texts_sink.write_batch(pa.record_batch(columns, schema=PIECES))
-            self._numbers, self._texts, self._buffered = [], [], 0
+            self._rows, self._texts, self._buffered = [], [], 0
 
     def _flush_documents(self) -> None:
         if documents := self._documents:
@@ -113,6 +116,7 @@ class DocumentWriter:
 
 @contextmanager
 def open_documents(prefix: Path) -> Iterator[DocumentWriter]:
+    """A writer of the two files, which get their names only when the block ends without an error."""
     texts, documents = file_of(prefix, ".texts.arrow"), file_of(prefix, ".documents.arrow")
     with new_arrow_file(texts, PIECES) as texts_sink, new_arrow_file(documents, DOCUMENTS) as documents_sink:
         writer = DocumentWriter(texts_sink, documents_sink)
@@ -121,7 +125,7 @@ def open_documents(prefix: Path) -> Iterator[DocumentWriter]:
 
 
 def read_pieces(prefix: Path) -> Iterator[tuple[int, str]]:
-    """(document, piece) for every piece, in order; one record batch in memory at a time."""
+    """Yield (document's row, piece) in order, with one record batch in memory at a time."""
     with pa.memory_map(str(file_of(prefix, ".texts.arrow"))) as file:
         reader = pa.ipc.open_file(file)
         for i in range(reader.num_record_batches):
@@ -130,6 +134,7 @@ def read_pieces(prefix: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_documents(prefix: Path) -> list[DocumentInfo]:
+    """The rows of .documents.arrow."""
     with pa.memory_map(str(file_of(prefix, ".documents.arrow"))) as file:
         reader = pa.ipc.open_file(file)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches))

@@ -1,4 +1,4 @@
-"""Documents that were dropped, each with the rule that dropped it: zstd-compressed JSON lines."""
+"""Write rejected documents, each with the rule that rejected it, as zstd-compressed JSON lines."""
 
 import json
 from collections.abc import Iterator
@@ -10,10 +10,12 @@ import pyarrow as pa
 
 from megagpt.atomic_files import written
 
-REJECTS = ".rejects.jsonl.zst"  # of a task that drops documents
+REJECTS = ".rejects.jsonl.zst"  # suffix of a task's file
 
 
 class RejectWriter:
+    """Counts and writes rejected documents by rule."""
+
     def __init__(self, sink: pa.CompressedOutputStream) -> None:
         self._sink = sink
         self.documents: dict[str, list[int]] = {}  # rule -> documents, bytes
@@ -24,14 +26,14 @@ class RejectWriter:
         counts[1] += size
 
     def write(self, rule: str, text: str, **where: Any) -> None:
-        """A document, or the next piece of a long one."""
+        """Write a document, or the next piece of a long one; `where` is what tells its place in the input."""
         line = json.dumps({"rule": rule, **where, "text": text}, ensure_ascii=False) + "\n"
         self._sink.write(line.encode(errors="backslashreplace"))
 
 
 @contextmanager
 def open_rejects(path: Path) -> Iterator[RejectWriter]:
-    """The file is there, whole, once the block ends; an empty one if nothing was dropped."""
+    """A writer of the file, which gets its name when the block ends without an error, even if nothing was rejected."""
     with (
         written(path) as temporary,
         pa.OSFile(str(temporary), "wb") as file,

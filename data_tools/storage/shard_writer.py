@@ -1,4 +1,4 @@
-"""Shards and their index, written so that nothing half-written has a final name."""
+"""Write shards and their index so that a file with its final name is always complete."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,28 +13,28 @@ from megagpt.atomic_files import make_durable, sha256_of, temporary_name, write_
 from megagpt.data.manifest import ShardInfo
 from megagpt.data.shard_format import HASH_BYTES, INDEX_SCHEMA, ShardHeader, batch_xxh3, document_schema, token_dtype
 
-BATCH_TOKENS = 2**24  # per record batch: few batches to look up, a bounded buffer while writing
+BATCH_TOKENS = 2**24  # per record batch: few batches to search, a small buffer while writing
 
 
 def narrow(ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Ids in the shards' type, checked, because a cast would wrap a wrong one around in silence."""
+    """Cast ids to the shards' type. Raises ValueError for one outside the vocabulary, as a cast would wrap it."""
     if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise ValueError(f"token ids {ids.min()}..{ids.max()} do not fit a vocabulary of {vocab_size}")
+        raise ValueError(f"token ids {ids.min()} to {ids.max()} do not fit a vocabulary of {vocab_size}")
     return ids.astype(token_dtype(vocab_size), copy=False)
 
 
 class ShardRow(NamedTuple):
-    """A document, or a part of a long one."""
+    """A row of a shard: a document, or a part of a long one."""
 
     tokens: np.ndarray
     doc: bytes  # content hash of the document
     source: int
-    part: int = 0
-    is_last: bool = True  # of its document, so its last token is the end-of-document id
+    part: int = 0  # number of the part in its document
+    is_last: bool = True  # of its document: the last token is the end-of-document id
 
 
 class ShardWriter:
-    """One shard, row by row. The file has its name only once close() has made it whole."""
+    """Write one shard row by row. The file gets its final name in close(), when it is complete."""
 
     def __init__(self, path: Path, header: ShardHeader, *, batch_tokens: int = BATCH_TOKENS):
         self._header = header
@@ -49,6 +49,7 @@ class ShardWriter:
         self._index: list[dict[str, Any]] = []
 
     def add(self, row: ShardRow) -> None:
+        """Append a row. Raises ValueError for a document that does not end in the end-of-document id."""
         if row.is_last and row.tokens[-1] != self._header.eod_id:
             raise ValueError(f"document {row.doc.hex()} does not end in the end-of-document id {self._header.eod_id}")
         if self._buffered + len(row.tokens) > self._batch_tokens:
@@ -58,7 +59,7 @@ class ShardWriter:
         self._documents += row.is_last
 
     def close(self) -> tuple[ShardInfo, list[dict[str, Any]]]:
-        """What manifest and index say about this shard; row0 and tok0 count from the shard's start."""
+        """Complete the file; returns its entries for the manifest and the index (counted from the shard's start)."""
         self.flush()
         self._writer.close()
         self._sink.close()
@@ -74,7 +75,7 @@ class ShardWriter:
         return info, self._index
 
     def flush(self) -> None:
-        """Write a record batch of what is held."""
+        """Write the buffered rows as a record batch."""
         if not self._buffer:
             return
         batch = pa.record_batch(document_columns(self._buffer, self._header.vocab_size), schema=self._header.schema)
@@ -99,7 +100,7 @@ class ShardWriter:
 
 
 def document_columns(rows: Sequence[ShardRow], vocab_size: int) -> list[pa.Array]:
-    """The columns of `document_schema`. Raises ValueError for an id outside the vocabulary."""
+    """Rows as the columns of `document_schema`. Raises ValueError for an id outside the vocabulary."""
     dtype = token_dtype(vocab_size)
     flat = narrow(np.concatenate([np.empty(0, dtype), *(row.tokens for row in rows)]), vocab_size)
     offsets = np.cumsum([0, *(len(row.tokens) for row in rows)], dtype=np.int64)
@@ -114,7 +115,8 @@ def document_columns(rows: Sequence[ShardRow], vocab_size: int) -> list[pa.Array
 
 
 def write_index(path: Path, rows: list[dict[str, Any]]) -> str:
-    """index.arrow from the shards' rows, in order; returns its sha256."""
+    """Write index.arrow from the shards' index rows, in order; returns its sha256."""
+    # each shard counted from its own start: continue from the shard before in the same split
     for previous, row in pairwise(rows):
         if (previous["split"], previous["variant"]) == (row["split"], row["variant"]):
             row["row0"] = previous["row0"] + previous["n_rows"]

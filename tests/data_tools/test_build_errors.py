@@ -98,7 +98,7 @@ BAD_INPUT = {
     "cut gzip": (bad_bytes("a.jsonl.gz", gzip.compress(LINE * 99)[:-9]), r"cannot read .*a\.jsonl\.gz: .*[Tt]runcated"),
     "not Parquet": (bad_bytes("a.parquet", b"hello"), r"a\.parquet is not a Parquet file"),
     "other column": (other_column, r"a\.parquet has no column 'text'; it has content, url; set text_field=NAME"),
-    "numbers as text": (numbers_as_text, r"a\.parquet: column 'text' cannot be read as text"),
+    "numbers as text": (numbers_as_text, r"a\.parquet: column 'text' is not text"),
     "no such input": (
         lambda folder: ["--input", folder / "no", "--out", folder / "out"],
         r"/no: there is no such file or folder",
@@ -133,8 +133,8 @@ BAD_INPUT = {
     "config nested": (with_config("[" * 10**5), r"--config .*build\.json: its brackets are nested too deep"),
     "config misspelt": (with_config('{"val_fracton": 0.1}'), r"'val_fracton'; did you mean 'val_fraction'\?"),
     "finished": (out_is_finished, r"--out .*out holds a finished dataset; give another folder, or delete it"),
-    "somebody's folder": (out_is_something_else, r"--out .*out holds files that are no unfinished build"),
-    "somebody's .build": (out_has_somebodys_build_folder, r"--out .*out holds files that are no unfinished build"),
+    "somebody's folder": (out_is_something_else, r"--out .*out holds files that are not an unfinished build"),
+    "somebody's .build": (out_has_somebodys_build_folder, r"--out .*out holds files that are not an unfinished build"),
     "out is a file": (out_is_a_file, r"--out .*out is a file; give a folder"),
     "no scheduler": (
         with_options("--scheduler", "tcp://127.0.0.1:9"),

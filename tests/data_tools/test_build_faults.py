@@ -143,7 +143,7 @@ def test_a_full_disk_says_so_keeps_what_is_valid_and_a_rerun_goes_on(
         full = subprocess.run(command(texts, out), cwd=ROOT, capture_output=True, text=True, check=False)
         assert full.returncode == 2, full.stderr
         assert (
-            "No space left on device; what is finished is kept: make room and give the same command again"
+            "No space left on device; finished tasks are kept: free disk space and run the same command again"
             in full.stderr
         )
         assert full.stderr.count("\n") == 1

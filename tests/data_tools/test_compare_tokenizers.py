@@ -147,7 +147,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
     "vocabulary too large": (lambda _: ["--steps", "0", "vocab_size=9999"], r"vocab_size=9999 is more pieces"),
     "too little to train on": (
         lambda _: ["--types", "char", "val_fraction=0.3", "vocab_size=300"],
-        r"the small model could not be trained with char: .*tokens.*; --steps 0 leaves this out",
+        r"the small model could not be trained with char: .*tokens.*; give --steps 0 to skip this",
     ),
 }
 

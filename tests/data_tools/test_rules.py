@@ -210,5 +210,5 @@ def test_what_is_no_language_model_is_refused(tmp_path):
 
 
 def test_a_pattern_that_does_not_compile_is_found_beforehand():
-    with pytest.raises(UserError, match=r"drop_patterns: '\(' is no regular expression"):
+    with pytest.raises(UserError, match=r"drop_patterns: '\(' is not a regular expression"):
         check_rules(rules(clean={"drop_patterns": ["("]}))
