@@ -200,7 +200,7 @@ def test_what_is_no_language_model_is_refused(tmp_path):
     (tmp_path / "text.bin").write_text("no model")
     for name, message in {
         "missing.bin": "No such file",
-        "text.bin": "no fastText model",
+        "text.bin": "is not a fastText model",
     }.items():
         with pytest.raises(UserError, match=message):
             check_rules(rules(language={"model": str(tmp_path / name)}))
