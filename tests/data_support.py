@@ -28,7 +28,7 @@ def document(seed: int, n_words: int = 60) -> str:
 
 
 def write_texts(folder: Path, n: int, n_words: int = 60) -> list[str]:
-    """doc-000.txt ... and what they say, in order."""
+    """Write doc-000.txt, doc-001.txt, ...; returns their texts, in order."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = [document(i, n_words) for i in range(n)]
     for i, text in enumerate(texts):
@@ -54,9 +54,9 @@ def write_dataset(
     resampled: Sequence[Sequence[np.ndarray]] = (),
     tokenizer: Tokenizer | None = None,
 ) -> Manifest:
-    """A dataset of these documents (ids, the end-of-document id 2 last), in small batches and several shards.
+    """Write a dataset of documents (ids that end in the end-of-document id 2), in small batches and several shards.
 
-    Each of `resampled` is a further tokenization of them, as a variant.
+    Each of `resampled` is another tokenization of them, written as a variant.
     """
     tokenizer = tokenizer or small_tokenizer()
     folder.mkdir(parents=True)

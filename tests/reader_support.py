@@ -24,12 +24,12 @@ TEXTS = [document(i, n_words=20) for i in range(20)]
 def read_all(path: Path | str, *, strict: bool = False, **options: object) -> Pieces:
     source = SourceConfig(name="test", paths=(str(path),), **options)
     for unit in cut_into_units([(source.name, find_files(source))]):
-        for part in unit.slices:
-            yield from read_slice(part, source, strict=strict)
+        for slice_ in unit.slices:
+            yield from read_slice(slice_, source, strict=strict)
 
 
 def texts_of(items: Iterator[DocumentPiece | SkippedRecord]) -> list[str]:
-    """Documents put together again from their pieces."""
+    """The documents, joined from their pieces."""
     texts: list[str] = []
     for item in items:
         assert isinstance(item, DocumentPiece), item

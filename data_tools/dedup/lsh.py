@@ -1,7 +1,7 @@
 """Find duplicates and near-duplicates in a corpus of any size, by locality-sensitive hashing (LSH): the algorithm.
 
 The tasks that call it are in stages/deduplicate.py. A document has the order number unit * 2^32 + row. Each function
-is the body of one task: it reads files and writes files, in bounded memory.
+is the body of one task: it reads files and writes files.
 
     write_bands   for each unit: the keys of its documents in each band
     link          for each band and range of keys: which documents share a key
@@ -161,7 +161,7 @@ def _components(files: Sequence[Path]) -> np.ndarray:
 
     Near-duplicates share many bands, so there are many more links than documents. To keep memory proportional to
     documents, the components known so far are kept as one link per document, and further links are joined to them
-    whenever they have become as many.
+    whenever there are as many.
     """
     known = np.empty((2, 0), np.uint64)
     waiting: list[np.ndarray] = []

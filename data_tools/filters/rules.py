@@ -44,7 +44,7 @@ class RulesConfig(Strict):
         default=None, description="true, or thresholds: repeated lines, paragraphs, n-grams"
     )
     c4: C4Config | None = Field(
-        default=None, description="true, or choices: drops lines that are no sentences; not for source code"
+        default=None, description="true, or choices: drops lines that are not sentences; not for source code"
     )
     fineweb: FineWebConfig | None = Field(
         default=None, description="true, or thresholds: end punctuation, short and duplicate lines, lists"

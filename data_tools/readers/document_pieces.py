@@ -1,6 +1,6 @@
 """What every reader yields: documents in pieces, so that none has to fit into memory, and skipped records.
 
-A record is an entry of an input file: a JSON line, a row of a table, a web page. Most become documents. A piece holds
+A record is an entry of an input file: a JSON line, a row of a table, a web page. Most become documents. A piece has
 at most PIECE_CHARACTERS characters (so at most 4 MiB of UTF-8) and ends after the last white space that fits.
 """
 
@@ -39,7 +39,7 @@ def pieces_of(text: object, position: int, where: Callable[[], str], field: str 
     elif not text or text.isspace():
         yield SkippedRecord("empty", where)
     elif not _is_unicode(text):
-        yield SkippedRecord("lone surrogate, which is no Unicode text", where)
+        yield SkippedRecord("lone surrogate, which is not Unicode text", where)
     else:
         cuts = cut(text, PIECE_CHARACTERS)
         for i, piece in enumerate(cuts):

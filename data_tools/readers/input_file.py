@@ -19,7 +19,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class FileSlice:
-    """A range of one file, in its format's own unit: bytes, row groups or record batches. An empty range is no text."""
+    """A range of a file in its format's unit: bytes, row groups or record batches. An empty range has no text."""
 
     file: InputFile
     start: int

@@ -39,7 +39,7 @@ def _documents_in(blocks: Iterator[str], separator: str) -> Iterator[tuple[int, 
     number, buffer, is_first = 0, "", True
     for block in itertools.chain(filter(None, blocks), [""]):
         at_end, buffer, at = not block, buffer + block, 0
-        # take one document, or one piece of a longer one, as long as the buffer surely holds all of it
+        # take a document, or a piece of a longer one, while the buffer is sure to contain all of it
         while True:
             found = buffer.find(separator, at) if separator else -1
             if found >= 0:

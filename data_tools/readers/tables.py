@@ -61,7 +61,7 @@ def read_csv(slice_: FileSlice, source: SourceConfig) -> Pieces:
 
 
 def _check_is_whole(rest: Generator[str, None, None], row: object, path: str) -> None:
-    """Raise UserError if the file ends within a quoted field, of which the csv module makes a row without a word.
+    """Raise UserError if the file ends within a quoted field, of which the csv module makes a row without an error.
 
     A row ends at the end of a line. If the lines have run out while one was being read, a quotation mark was open.
     """

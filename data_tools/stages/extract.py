@@ -42,7 +42,7 @@ def describe_units(
 ) -> list[UnitInput]:
     """What the later stages need to know of each unit."""
     numbers = {source.name: number for number, source in enumerate(sources)}
-    n_files = {source.name: 0 for source in sources}  # whose first slice was seen; a file given twice counts twice
+    n_files = {source.name: 0 for source in sources}  # found so far; a file that is given twice counts twice
     unit_inputs = []
     for number, (unit, done, found) in enumerate(zip(units, extracted, contamination, strict=True)):
         files = []

@@ -18,6 +18,8 @@ CLUSTERS, CONTAMINATED = ".arrow", ".npy"
 
 
 class SplitConfig(Strict):
+    """The fractions of the splits, what to do with duplicates, and the seed of the hash that splits."""
+
     val_fraction: float
     test_fraction: float
     duplicates: Literal["remove", "keep"]

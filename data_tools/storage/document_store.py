@@ -35,11 +35,11 @@ DOCUMENTS = pa.schema(
 class DocumentInfo(NamedTuple):
     """A row of .documents.arrow."""
 
-    doc: bytes
+    doc: bytes  # content hash
     bytes: int
     slice: int
     position: int
-    kept: bool
+    kept: bool  # False if the rest of it could not be read
 
 
 class DocumentWriter:
@@ -64,6 +64,7 @@ class DocumentWriter:
         return self._kept_hashes.hexdigest()
 
     def begin(self) -> None:
+        """Start a document."""
         self._content = hashlib.blake2b(digest_size=HASH_BYTES)
         self.size, self.is_open = 0, True
 
@@ -91,6 +92,7 @@ class DocumentWriter:
             self._flush_documents()
 
     def flush(self) -> None:
+        """Write what is buffered."""
         self._flush_texts()
         self._flush_documents()
 

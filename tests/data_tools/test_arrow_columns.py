@@ -1,4 +1,4 @@
-"""Columns made here are Arrow's own, and no part of a build imports what it does not need."""
+"""Our columns equal those that Arrow makes, and a small build does not import Dask or pandas."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""From files to a dataset and back: nothing lost, the same bytes with any workers, every mistake named."""
+"""A build from files to a dataset and back: nothing is lost, any number of workers gives the same bytes."""
 
 import hashlib
 import json
@@ -235,7 +235,7 @@ def test_the_command_line_prints_one_message_and_needs_no_torch(tmp_path: Path) 
 
 @pytest.mark.parametrize("n", [300, pytest.param(10_000, marks=pytest.mark.long)])
 def test_no_damage_is_accepted_and_none_crashes_the_reader(n: int, damageable: Path, tmp_path: Path) -> None:
-    """In a process of its own: a read beyond a mapped file would end it with SIGBUS."""
+    """Run in a process of its own, which a read beyond a mapped file would kill with SIGBUS."""
     command = [sys.executable, PROGRAMS / "corrupt_files.py", "dataset", damageable, tmp_path / "scratch", n, 1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Whatever the user gives that is wrong: one message that names it and the way out, and exit code 2."""
+"""A mistake of the user gives one message that names it and the fix, and exit code 2."""
 
 import gzip
 import json
@@ -192,7 +192,7 @@ def test_broken_lines_are_skipped_counted_and_the_first_is_named(tmp_path: Path,
         "'text' is not a string": {"documents": 2, "first": f"{path}:5"},
         "bad JSON": {"documents": 1, "first": f"{path}:2"},
         "empty": {"documents": 1, "first": f"{path}:8"},
-        "lone surrogate, which is no Unicode text": {"documents": 1, "first": f"{path}:7"},
+        "lone surrogate, which is not Unicode text": {"documents": 1, "first": f"{path}:7"},
         "no field 'text'": {"documents": 1, "first": f"{path}:4"},
         "not a JSON object": {"documents": 1, "first": f"{path}:3"},
         "not UTF-8": {"documents": 1, "first": f"{path}:9"},

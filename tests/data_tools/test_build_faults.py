@@ -1,4 +1,4 @@
-"""A build that is killed, starved of disk or robbed of a worker ends, when it is run again, in the very same bytes."""
+"""A build that was killed, or lost its disk space or a worker, gives the same bytes when it is run again."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], int]:
-    """The files of a build that nobody disturbed, and how many temporary files it had at the most."""
+    """The files of an undisturbed build, and the largest number of its temporary files."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     process = subprocess.Popen(command(texts, out), cwd=ROOT)
     most = max(numbers_of_files(process, out))
@@ -53,7 +53,7 @@ def undisturbed(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def numbers_of_files(process: subprocess.Popen[bytes], out: Path) -> Iterator[int]:
-    """How many temporary files there are, again and again until the process has ended."""
+    """Yield the number of temporary files until the process has ended."""
     while process.poll() is None:
         yield sum(len(files) for _, _, files in os.walk(out / ".build"))  # which forgives what vanishes meanwhile
         time.sleep(0.001)  # a file system has no event that all platforms know
@@ -66,7 +66,7 @@ def command(texts: Path, out: Path, *prepare: str) -> list[str]:
 
 
 def kill_and_rerun(texts: Path, out: Path, at: int) -> bool:
-    """Kill at so many temporary files. Whether that was before the build's end; afterwards it is finished anyway."""
+    """Kill the build at that number of temporary files; returns whether it was still running."""
     process = subprocess.Popen(command(texts, out), cwd=ROOT, stdout=subprocess.DEVNULL)
     for number in numbers_of_files(process, out):
         if number >= at:
@@ -190,7 +190,7 @@ def test_what_is_done_is_never_done_again_and_anything_that_changes_a_task_does_
 
 
 def test_an_edited_input_is_read_again_and_the_rest_is_not(texts: Path, tmp_path: Path) -> None:
-    """The build is stopped at its last stage, so that its tasks stay."""
+    """Stop a build at its last stage, so that its tasks' files remain."""
     folder = tmp_path / "texts"
     folder.mkdir()
     for path in texts.glob("*.txt"):

@@ -1,4 +1,4 @@
-"""How much memory a build takes does not grow with its input: real processes, and what the kernel says of them."""
+"""The memory of a build does not grow with its input: measured by the kernel on real processes."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def many_lines(path: Path, n_bytes: int) -> None:
 def peak_megabytes(
     write: Callable[[Path, int], None], n_bytes: int, folder: Path, *options: str, part_tokens: int = FILE_TOKENS
 ) -> float:
-    """Of the build's process and its workers: the largest, memory-mapped pages included."""
+    """The largest resident memory of the build's process and its workers, memory-mapped pages included."""
     path = folder / ("a.jsonl" if write is many_lines else "a.txt")
     folder.mkdir()
     write(path, n_bytes)
@@ -64,9 +64,9 @@ def peak_megabytes(
 
 
 def test_a_longer_line_takes_no_more_memory_than_the_map_of_its_tokens(tmp_path: Path) -> None:
-    """Its tokens, 16 bits each and at most one for a byte, are mapped when shards are written; nothing else grows.
+    """Its tokens (16 bits each, at most one per byte) are mapped when shards are written; nothing else grows.
 
-    A text held whole would take its bytes, its characters, its pieces and its ids beside that.
+    A text in memory as a whole would also take its bytes, its characters, its pieces and its ids.
     """
     short = peak_megabytes(one_line, 20 * MB, tmp_path / "short", "workers=1", part_tokens=2**20)
     long = peak_megabytes(one_line, 70 * MB, tmp_path / "long", "workers=1", part_tokens=2**20)

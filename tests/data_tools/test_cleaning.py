@@ -1,4 +1,4 @@
-"""Cleaning: each step alone, what it must leave as it is, and that a cleaned text is clean."""
+"""Each cleaning step alone, what it must not change, and that cleaning a cleaned text changes nothing."""
 
 import ftfy
 import pytest
@@ -21,7 +21,7 @@ EVERYTHING = CleanConfig(
     drop_patterns=(r"^Page \d+ of \d+$",),
 )
 
-# what tends to interact: mojibake, half of it, marks, controls, line ends, addresses
+# texts on which steps tend to interact: mojibake, half of it, marks, controls, line ends, addresses
 PIECES = [
     *"aZ 1.@:-\n\r\t\0\x0b\x0c\x1b\x7f\x85\x81\x92\u00e9\u00c3\u00c2\u00a9\u00a0\u2019\u201d\u20ac\u0153\u0418\u4e2d",
     *"\ufeff\u200b\u200d\u2060\u0301\ufffd\u212b",

@@ -1,4 +1,4 @@
-"""Tokenizers compared on one text: ratios worked out by hand, and what a small model makes of each."""
+"""The comparison of tokenizers: ratios worked out by hand, and the bits per byte of a small model."""
 
 import json
 import re

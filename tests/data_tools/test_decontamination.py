@@ -1,4 +1,4 @@
-"""Documents that share runs of words with a test set, and only those, are found."""
+"""Documents that share n-grams of words with a test set are found, and no others."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Copies across a corpus: who meets whom, and that files, cuts and order make no difference."""
+"""Duplicates in a corpus: which documents share a cluster, whatever the files, ranges and order."""
 
 import random
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ reuse_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixtu
 def duplicates(
     folder: Path, units: Sequence[Sequence[str]], cfg: DedupConfig, *, n_parts: int = 1, seed: int = 1
 ) -> tuple[list[Duplicates], dict[str, int]]:
-    """All four stages: each unit's duplicates, and the counts."""
+    """Run all four steps; returns each unit's duplicates, and the counts."""
     bands = [folder / f"{unit}.bands" for unit in range(len(units))]
     for path, texts in zip(bands, units, strict=True):
         write_bands(enumerate(texts), len(texts), path, cfg, seed=seed)
@@ -105,7 +105,7 @@ def corpus() -> list[str]:
     return texts
 
 
-# --- who meets whom -------------------------------------------------------------------------------------------
+# --- which documents share a cluster --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("similarity", [0.5, 0.8, 0.9])

@@ -1,4 +1,4 @@
-"""Digests and signatures of documents: what they are equal for, and that pieces make no difference."""
+"""Digests and signatures of documents: which texts have equal ones, wherever the text is cut into pieces."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Words and runs of words as numbers: the same words, the same numbers, and no others."""
+"""Hashes of words and n-grams: equal exactly for equal words in the same order."""
 
 import unicodedata
 

@@ -1,4 +1,4 @@
-"""The stages together: sources with rules of their own, copies, contamination, variants, long documents, any text."""
+"""The stages of a build together: sources with own rules, duplicates, contamination, variants, long documents."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Published quality rules: documents counted by hand on either side of each threshold, and the words they count."""
+"""Published quality rules, on documents counted by hand on both sides of each threshold, and word splitting."""
 
 import pytest
 from hypothesis import given
@@ -71,7 +71,7 @@ def quality(text: str, **options: object) -> str | None:
 @pytest.mark.parametrize(
     ("inside", "outside", "options", "reason"),
     [
-        # punctuation is no word here, so the full stops do not help
+        # punctuation does not count as words here, so the full stops do not help
         ("word " * 50, "word " * 49 + ". . .", {"min_words": 50}, "fewer than 50 words"),
         ("word " * 60 + ". .", "word " * 61, {"max_words": 60}, "more than 60 words"),
         ("abc " * 9 + ". .", "abc " * 9 + "ab", {"min_mean_word_length": 3.0}, "words shorter than 3 on average"),

@@ -1,4 +1,4 @@
-"""The report: counts that flow from stage to stage, and a page that shows them and holds nothing that acts."""
+"""The report: counts that agree from stage to stage, and a page that shows them and contains nothing active."""
 
 import copy
 import json
@@ -53,7 +53,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 
 class Page(HTMLParser):
-    """What a browser would find: the tags, the text, the rows of the tables."""
+    """The tags, the text and the rows of the tables of a page, as a browser would find them."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The verdict on a document: options, the order of the rules, custom rules, languages, the check beforehand."""
+"""The rules' verdict on a document: options, order, custom rules, languages, and the check before a build."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""A drawn tokenization spells the same text, is the same wherever it is drawn, and follows its papers' formulas."""
+"""A sampled tokenization decodes to the text, is the same in every process, and follows the papers' formulas."""
 
 import subprocess
 import sys
@@ -68,7 +68,7 @@ def test_unigram_draws_a_words_tokenizations_in_proportion_to_their_likelihood_t
 
 
 def _count(ids: list[int], candidates: list[tuple[int, ...]]) -> np.ndarray:
-    """How often each candidate stands in the sequence, read from left to right; the longest that fits is meant."""
+    """The frequency of each candidate in the sequence, read from left to right by the longest that fits."""
     counts, at = np.zeros(len(candidates)), 0
     order = sorted(range(len(candidates)), key=lambda i: -len(candidates[i]))
     while at < len(ids):
