@@ -113,7 +113,7 @@ def _duplicate_ngrams(stats: TextStatistics, cfg: GopherRepetitionConfig) -> str
         ordered = np.sort(keys)
         repeats = ordered[1:][ordered[1:] == ordered[:-1]]
         least = min(allowed for _, allowed in limits[i:])
-        # repeated n-grams of a larger n are made of those of this n, so they cover no more: all limits can be decided
+        # repeated n-grams of a larger n are made of those of this n and cover no more: no later limit is exceeded
         if not len(repeats) or len(repeats) * int(sizes.max()) <= least:
             return None
         positions = _where_in(keys, repeats)

@@ -87,6 +87,7 @@ def _read_decoded(slice_: FileSlice, source: SourceConfig, encoding: str) -> Pie
 
 
 def _read_lines(slice_: FileSlice, source: SourceConfig, encoding: str) -> Pieces:
+    """Read the lines that begin in a slice of a file in which byte 10 ends a line."""
     with open_bytes(slice_.file) as raw:
         at = slice_.start
         if at:

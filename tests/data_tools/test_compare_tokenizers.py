@@ -136,9 +136,12 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
     "no model": (no_model, r"x\.model is not a SentencePiece model"),
     "option taken for a model": (
         lambda _: ["--tokenizer", "seed=1"],
-        r"cannot read the tokenizer seed=1: .* before --tokenizer",
+        r"the tokenizer seed=1 does not exist; .* before --tokenizer",
     ),
-    "no such type": (lambda _: ["--types", "unigram,wordpiece"], r"--types wordpiece: .* some of unigram,bpe,char"),
+    "no such type": (
+        lambda _: ["--types", "unigram,wordpiece"],
+        r"--types wordpiece is not .* some of unigram,bpe,char",
+    ),
     "steps below 0": (lambda _: ["--steps", "-1"], r"--steps -1 is less than 0"),
     "idle type": (lambda _: ["--steps", "0", "tokenizer_type=bpe"], r"tokenizer_type has no effect .*; give --types"),
     "idle variants": (lambda _: ["--steps", "0", "subword.variants=1"], r"subword has no effect on .*; remove it"),
