@@ -5,24 +5,43 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: demo test test-long faults audit lint types bench schema clean
 
-# Installed again when pyproject.toml changes. DeepSpeed's build looks for torch, so torch comes first.
-.venv/installed: pyproject.toml
+# Two stamps, because the demo needs far less than the tests. Both are made again when pyproject.toml changes.
+# torch comes first, because DeepSpeed's build looks for it.
+.venv/runtime: pyproject.toml
+	@echo "Installing into .venv: torch, DeepSpeed, TensorBoard and the packages of the data builder."
+	@echo "About 1.5 GB on disk with a CPU build of torch, several GB with a CUDA build; some minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "torch>=2.11,<2.14"
-	$(BIN)/python -m pip install --quiet -e ".[dev]"
-	touch $@
+	$(BIN)/python -m pip install "torch>=2.11,<2.14"
+	$(BIN)/python -m pip install -e ".[data]"
+	@touch $@
 
-data/demo/manifest.json: | .venv/installed
+.venv/installed: .venv/runtime pyproject.toml
+	@echo "Installing into .venv what the tests need as well: pytest, mypy, ruff, moto, selenium and others, about 1 GB."
+	$(BIN)/python -m pip install -e ".[dev]"
+	@touch $@
+
+# The data is built from files that every machine has: the Python standard library.
+data/demo/manifest.json: | .venv/runtime
+	@echo; echo "1 of 3: build a dataset from the source files of Python's standard library"
 	python -m data_tools build --config ds_configs/demo_data.json --out data/demo \
 	    --input "$$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 
-demo: .venv/installed data/demo/manifest.json
-	deepspeed --num_gpus 1 launch/pretrain.py --deepspeed_config ds_configs/demo.json
-	@echo
-	@megagpt evaluate runs/demo --data data/demo --tokens 200064
-	@echo; echo "What it writes after 'def ' and after 'import ':"
-	@megagpt generate runs/demo --prompt "def " --prompt "import " --max-tokens 100
-	@echo "Watch the curves:  .venv/bin/tensorboard --logdir runs"
+# One process, on a GPU if there is one: `megagpt train` is the same program as launch/pretrain.py, which `deepspeed`
+# starts once for each GPU.
+demo: .venv/runtime data/demo/manifest.json
+	@echo; echo "2 of 3: train a GPT-2 of 2.2 million parameters for 800 steps, a few minutes on two idle CPU cores"
+	megagpt train ds_configs/demo.json
+	@echo; echo "3 of 3: use the model"
+	megagpt evaluate runs/demo --data data/demo --tokens 200064
+	@echo; echo "Text after 'def ' and 'import '. It has the look of Python and no sense: the model is tiny, and has read"
+	@echo "a fourteenth of its data once."
+	megagpt generate runs/demo --prompt "def " --prompt "import " --max-tokens 100
+	@printf '%s\n' "" "Next, your own text, a folder of files, after 'source .venv/bin/activate':" \
+	    "  python -m data_tools build --input my_texts/ --out data/mine vocab_size=2048 val_fraction=0.05" \
+	    "  megagpt train ds_configs/demo.json megagpt.out_dir=runs/mine \\" \
+	    "      megagpt.data.train.0.path=data/mine megagpt.data.val=data/mine" \
+	    "  megagpt generate runs/mine --prompt 'The '" \
+	    "  tensorboard --logdir runs        # the curves, also of this demo, at http://localhost:6006" ""
 
 test: .venv/installed
 	python -m pytest -m "not long"
@@ -30,8 +49,8 @@ test: .venv/installed
 test-long: .venv/installed
 	python -m pytest
 
-# Every fault that tests/faults/cases.py lists, then what bare DeepSpeed makes of the same: hours, but it goes on where
-# it was stopped.
+# Every fault that tests/faults/cases.py lists, then what bare DeepSpeed makes of the same: hours. A campaign that was
+# stopped continues with the cases that it has not run.
 faults: .venv/installed
 	PYTHONPATH=.:tests:tests/programs OMP_NUM_THREADS=1 python tests/faults/campaign.py
 	PYTHONPATH=.:tests:tests/programs OMP_NUM_THREADS=1 python tests/faults/campaign.py --baseline
@@ -57,7 +76,7 @@ bench: .venv/installed
 	python tests/benchmarks/near_dedup.py
 	python tests/benchmarks/build.py
 
-# Known vulnerabilities of the packages in .venv; without a network it says so and passes.
+# Known vulnerabilities of the packages in .venv. Without a network it prints that, and passes.
 audit: .venv/installed
 	.ci/audit
 
