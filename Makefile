@@ -38,8 +38,7 @@ demo: .venv/runtime data/demo/manifest.json
 	megagpt generate runs/demo --prompt "def " --prompt "import " --max-tokens 100
 	@printf '%s\n' "" "Next, your own text, a folder of files, after 'source .venv/bin/activate':" \
 	    "  python -m data_tools build --input my_texts/ --out data/mine vocab_size=2048 val_fraction=0.05" \
-	    "  megagpt train ds_configs/demo.json megagpt.out_dir=runs/mine \\" \
-	    "      megagpt.data.train.0.path=data/mine megagpt.data.val=data/mine" \
+	    "  megagpt train ds_configs/my_text.json" \
 	    "  megagpt generate runs/mine --prompt 'The '" \
 	    "  tensorboard --logdir runs        # the curves, also of this demo, at http://localhost:6006" ""
 
