@@ -33,8 +33,8 @@ demo: .venv/runtime data/demo/manifest.json
 	megagpt train ds_configs/demo.json
 	@echo; echo "3 of 3: use the model"
 	megagpt evaluate runs/demo --data data/demo --tokens 200064
-	@echo; echo "Text after 'def ' and 'import '. It has the look of Python and no sense: the model is tiny, and has read"
-	@echo "a fourteenth of its data once."
+	@echo; echo "Text after 'def ' and 'import '. It looks like Python and makes no sense, because the model is tiny and was"
+	@echo "trained for a few minutes."
 	megagpt generate runs/demo --prompt "def " --prompt "import " --max-tokens 100
 	@printf '%s\n' "" "Next, your own text, a folder of files, after 'source .venv/bin/activate':" \
 	    "  python -m data_tools build --input my_texts/ --out data/mine vocab_size=2048 val_fraction=0.05" \
