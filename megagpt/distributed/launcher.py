@@ -1,11 +1,19 @@
-"""What the launcher above this process was told, where it keeps a mistake to itself."""
+"""Read what the launcher (deepspeed, torchrun or srun) tells a rank: environment, command line, whether it lives.
+
+Ranks read the launcher's own command line to catch mistakes that it ignores, such as a missing hostfile, and watch its
+processes, because a rank must not outlive its launcher. torch is not imported here: pretraining needs this module
+before it is loaded.
+"""
 
 import base64
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+
+import psutil
 
 GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL: deepspeed's, torchrun's, and Slurm's if nobody changed KillWait
 
@@ -13,7 +21,7 @@ LAUNCHERS = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID")  # deepspeed, 
 
 
 def adopt_slurms_ranks() -> None:
-    """Under srun, set what deepspeed and torchrun set."""
+    """Set RANK, WORLD_SIZE and LOCAL_RANK from Slurm's variables, as deepspeed and torchrun would set them."""
     if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
@@ -21,44 +29,50 @@ def adopt_slurms_ranks() -> None:
 
 
 def local_ranks() -> int:
+    """Return the number of ranks on this host; 1 without a launcher."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")  # torchrun, deepspeed, srun
     return next((int(os.environ[name]) for name in names if name in os.environ and "RANK" in os.environ), 1)
 
 
 def launcher_watch() -> Callable[[], bool]:
-    """A function that says whether the launcher above this rank is alive; always, if a person started this process.
+    """Return a function that tells whether the launcher above this rank is alive.
 
-    A person's process may outlive its shell; a launcher's ranks must not outlive the launcher. `deepspeed` is two
-    processes, of which the lower survives the upper; over ssh there are more, and on the host where it was started it
-    is found by the `pdsh` that it has for this run.
+    It always returns True if a person started this process: such a process may outlive its shell, but a launcher's
+    ranks must not outlive the launcher.
     """
     if not any(name in os.environ for name in LAUNCHERS):
         return lambda: True
     links = [(os.getpid(), os.getppid()), *_links_above(os.getppid())]
+    # An orphan gets another parent, so the launcher lives as long as every process still has the parent it had.
     return lambda: all(_parent(child) == parent for child, parent in links)
 
 
 def _links_above(launch: int) -> list[tuple[int, int]]:
-    """(process, its parent) from deepspeed's launch.py up to what must not end before it."""
+    """Return (process, its parent) from deepspeed's launch.py (pid `launch`) up to the process that must outlive it.
+
+    `deepspeed` is two processes, and the lower one, launch.py, survives the upper. Over ssh there are more: on a remote
+    host the chain ends at sshd, and on the host where deepspeed was started its `pdsh` for this run stands for it.
+    """
     arguments = _arguments(launch)
     if "deepspeed.launcher.launch" not in arguments:
         return []
     above = [launch, _parent(launch)]
-    if not is_deepspeed(_arguments(above[-1])):  # but a shell or ssh's daemon, which has a process for each connection
+    # The parent is a shell or sshd, which has a process for each connection: climb to that process.
+    if not is_deepspeed(_arguments(above[-1])):
         while above[-1] > 1 and "sshd" not in _program(above[-1]):
             above.append(_parent(above[-1]))
-    this_run = {part for part in arguments if part.startswith(("--world_info=", "--master_port="))}
-    pids = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
-    pdsh = [pid for pid in pids if "pdsh" in _program(pid) and this_run <= set(_arguments(pid))]
+    # Both deepspeed and pdsh get this run's hosts and port as arguments, which tell its pdsh from another run's.
+    this_run = {option for option in arguments if option.startswith(("--world_info=", "--master_port="))}
+    pdsh = [pid for pid in psutil.pids() if "pdsh" in _program(pid) and this_run <= set(_arguments(pid))]
     return [*pairwise(above), *((pid, _parent(pid)) for pid in pdsh)]
 
 
 def grace_warning(waited: float, wrote: float) -> str:
-    """What a signal to the launcher will cost, if a save takes longer than launchers wait; else an empty string.
+    """Warn that a launcher kills its ranks before a save at a stop is complete; empty if the save is fast enough.
 
-    Training waited so many seconds for it, and one took so many to write beside training; 0 if none is written so.
+    `waited` is how many seconds training waited for a save, `wrote` how many an asynchronous write took (0 without).
     """
-    save_seconds = waited + 2 * wrote  # a stop waits for the one in flight, and for its own
+    save_seconds = waited + 2 * wrote  # a stop waits for the write in flight, and for its own
     if save_seconds <= GRACE_SECONDS or not any(name in os.environ for name in LAUNCHERS):
         return ""
     return (
@@ -70,7 +84,7 @@ def grace_warning(waited: float, wrote: float) -> str:
 
 
 def hosts_of_ranks() -> list[str]:
-    """The host of each rank, as the hostfile names it; empty if no `deepspeed` started this process."""
+    """Return the host of each rank, as the hostfile names it; empty if no `deepspeed` started this process."""
     for argument in _arguments(os.getppid()):
         if argument.startswith("--world_info="):
             slots: dict[str, list[int]] = json.loads(base64.urlsafe_b64decode(argument.partition("=")[2]))
@@ -79,26 +93,23 @@ def hosts_of_ranks() -> list[str]:
 
 
 def is_deepspeed(arguments: list[str]) -> bool:
-    return any(Path(part).name in ("deepspeed", "ds", "deepspeed.pt") for part in arguments[:3])
+    """Tell whether a command line is the `deepspeed` command's, with or without its interpreter in front."""
+    return any(Path(word).name in ("deepspeed", "ds", "deepspeed.pt") for word in arguments[:3])
 
 
 def ancestors() -> Iterator[tuple[list[str], Path]]:
-    """(command line, working folder) of the processes above this one, as far as they may be read."""
-    pid = os.getppid()
-    while pid > 1:
-        try:
-            yield _arguments(pid), Path(f"/proc/{pid}/cwd").readlink()
-        except OSError:
-            return
-        pid = _parent(pid)
+    """Yield (command line, working folder) of the processes above this one, up to the first that may not be read."""
+    process = psutil.Process()
+    with suppress(psutil.Error):
+        while process := process.parent():
+            yield process.cmdline(), Path(process.cwd())
 
 
 def _arguments(pid: int) -> list[str]:
-    """The command line of a process; none if it is gone, or another user's on a machine that hides those."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return []
+    """Return a process's command line; empty if it is gone, or another user's on a machine that hides those."""
+    with suppress(psutil.Error):
+        return psutil.Process(pid).cmdline()
+    return []
 
 
 def _program(pid: int) -> str:
@@ -106,8 +117,7 @@ def _program(pid: int) -> str:
 
 
 def _parent(pid: int) -> int:
-    """The parent of a process; 0 if it is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
+    """Return the pid of a process's parent; 0 if it is gone or hidden."""
+    with suppress(psutil.Error):
+        return psutil.Process(pid).ppid()
+    return 0
