@@ -9,6 +9,7 @@ from typing import Any, Literal
 from megagpt.config.batch import BatchPlan
 from megagpt.config.run_file import RunConfig
 from megagpt.data.dataset import Dataset
+from megagpt.data.packing import packing_identity
 from megagpt.errors import UserError
 
 # Fields of Identity that may change between resumes, and their names for people.
@@ -51,7 +52,7 @@ def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Dataset)
         data={
             "seed": cfg.data.seed,
             "val": val.fingerprint,
-            "best-fit rows of": cfg.seq_len if cfg.packing.kind == "best-fit" else None,  # their numbers are the order
+            **packing_identity(cfg.packing.kind, cfg.seq_len),
         },
         weight_decay_on=cfg.regularization.weight_decay_on,
     )

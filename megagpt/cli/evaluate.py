@@ -8,6 +8,7 @@ import torch
 from megagpt.checkpoint.load import load_model, packing_of
 from megagpt.data.dataset import open_dataset
 from megagpt.data.loader import ValBlocks
+from megagpt.data.packing import PACKING
 from megagpt.errors import UserError
 from megagpt.train.evaluate import evaluate, unigram_entropy
 
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.data} was tokenized with another model than {step_dir} was trained on; build it again with "
             f"tokenizer={step_dir / 'tokenizer.model'}"
         )
-    document_end = tokenizer.eod_id if packing_of(step_dir).masked else None
+    document_end = tokenizer.eod_id if PACKING[packing_of(step_dir).kind].masked else None
     blocks = ValBlocks(dataset.stream(args.split), model.cfg.seq_len, args.tokens, document_end=document_end)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
     result = evaluate(model, blocks, token_bytes, micro_batch=args.micro_batch)

@@ -17,6 +17,7 @@ import torch
 from megagpt.cli.spawn_ranks import failure_of, on_ranks
 from megagpt.config.batch import batch_plan
 from megagpt.config.run_file import RunConfig, load_run_config
+from megagpt.data.packing import PACKING
 from megagpt.distributed.collectives import gather_objects, on_every_rank
 from megagpt.distributed.process_group import init_process_group, is_main, leave, world_size
 from megagpt.engine.build import build_engine
@@ -108,7 +109,7 @@ def _two_steps(run: RunConfig, vocab_size: int, limit: int, device: torch.device
     for _ in range(2 * batch.accumulation):
         inputs, targets = (torch.randint(0, vocab_size, shape, device=device) for _ in range(2))
         documents = None
-        if cfg.packing.masked:
+        if PACKING[cfg.packing.kind].masked:
             documents = torch.zeros(batch.micro_batch, cfg.seq_len, dtype=torch.int32, device=device)
         score = next_token_score(
             targets,

@@ -221,15 +221,10 @@ class AugmentConfig(Strict):
 class PackingConfig(Strict):
     """How documents become samples of seq_len tokens."""
 
-    kind: Literal["concatenate", "concatenate-masked", "best-fit"] = Field(
+    kind: Literal["concatenate", "concatenate-masked", "best-fit"] = Field(  # data/packing.py: PACKING
         default="concatenate",
         description="windows of the stream; the same without attention across documents; whole documents, padded",
     )
-
-    @property
-    def masked(self) -> bool:
-        """Attention stays inside each document, and positions begin anew in it."""
-        return self.kind != "concatenate"
 
 
 class SpikesConfig(Strict):

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from megagpt.config.schema import AugmentConfig, GoldfishConfig, PackingConfig, SpanCorruptionConfig
 from megagpt.data.loss_mask import BatchTransform, Row, Tokens, split, unmarked
+from megagpt.data.packing import PACKING
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
@@ -45,7 +46,7 @@ def rework_of(
         droppable = np.ones(vocab_size, dtype=np.bool_)
         droppable[[tokenizer.eod_id, *fim_ids, *span_ids]] = False  # they say where documents and their parts begin
         return Augment(cfg, seed, tokenizer.eod_id, fim_ids, span_ids, hidden, droppable)
-    if cfg.goldfish.k or packing.kind == "best-fit":
+    if cfg.goldfish.k or PACKING[packing.kind].marks_tokens:
         return lambda first, rows, targets: split(rows, targets)
     return None
 

@@ -14,7 +14,7 @@ from megagpt.data.augmentation import GoldfishTokens
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.loss_mask import Row, Tokens, unmarked
 from megagpt.data.mixture import Mixture, Source
-from megagpt.data.packing import PackedRows, plan_rows
+from megagpt.data.packing import PACKING, PackedRows
 from megagpt.data.sampler import PERIOD
 from megagpt.errors import UserError
 
@@ -50,9 +50,7 @@ def row_opener(cfg: MegaGPTConfig) -> OpenVariant:
         stream = dataset.stream("train", variant)
         goldfish = cfg.augment.goldfish
         tokens = GoldfishTokens(stream, dataset.eod_id, goldfish) if goldfish.k else stream
-        if cfg.packing.kind != "best-fit":
-            return tokens
-        return PackedRows(tokens, plan_rows(stream.document_lengths(), cfg.seq_len), dataset.eod_id)
+        return PACKING[cfg.packing.kind].tokens(tokens, stream.document_lengths, cfg.seq_len, dataset.eod_id)
 
     return open_variant
 
@@ -216,7 +214,7 @@ def plan_mixture(
         [(source, d.weight) for source, d in zip(sources, cfg.data.train, strict=True)],
         step=step,
         sample=sample,
-        seq_len=1 if cfg.packing.kind == "best-fit" else cfg.seq_len,  # see PackedRows
+        seq_len=PACKING[cfg.packing.kind].window(cfg.seq_len),
         global_batch=global_batch,
     )
 
@@ -231,7 +229,7 @@ def source_of(dataset: Dataset, open_variant: OpenVariant | None = None) -> Sour
 def _pieces(stream: Tokens, start: int, length: int) -> list[tuple[int, Row]]:
     """Where in the stream the tokens of a stretch, or of a packed row, lie, and the tokens."""
     if isinstance(stream, PackedRows):
-        return stream.pieces(start)
+        return stream.chunks(start)
     tokens = np.empty(length, dtype=np.int64)
     stream.copy(start, tokens)
     return [(start, tokens)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from megagpt.config.batch import BatchPlan
 from megagpt.config.run_file import RunConfig
+from megagpt.data.packing import PACKING
 from megagpt.model.flops import bucket_elements, param_sizes
 from megagpt.model.loss import PIECE_BYTES, chunks
 from megagpt.planner.communication import WIDTH, persistence, regathered, zero_key
@@ -154,7 +155,7 @@ def _activations(run: RunConfig, batch: BatchPlan) -> tuple[float, float, float]
     extra = 4 * tokens * (H + 4)  # attention's log-sum-exp, mean and deviation of two LayerNorms
     if cfg.model.attention == "eager":  # softmax and queries and keys in fp32; what multiplies the values
         extra += scores * (4 + (s if s == 2 else 0) + 1) + (2 * tokens * cfg.model.n_embd * 4 if s == 2 else 0)
-    elif cfg.packing.masked:
+    elif PACKING[cfg.packing.kind].masked:
         extra += batch.micro_batch * T * T * s  # the mask as numbers that are added
     if cfg.regularization.dropout > 0.0:
         extra += 2 * tokens * cfg.model.n_embd  # a byte for each number of two results

@@ -14,6 +14,7 @@ from megagpt.data.dataset import Dataset
 from megagpt.data.loader import ValBlocks, open_data
 from megagpt.data.loss_mask import BatchTransform
 from megagpt.data.mixture import Mixture
+from megagpt.data.packing import PACKING
 from megagpt.data.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.data.training_set import TrainingSet, plan_mixture, row_opener, source_of
 from megagpt.distributed.collectives import on_every_rank
@@ -70,7 +71,7 @@ def prepare(run: RunConfig, *, fresh: bool) -> RunSetup:
 
 
 def _open(cfg: MegaGPTConfig) -> OpenedData:
-    val_blocks, (*train, val) = open_data(cfg.data, cfg.model.seq_len, masked=cfg.packing.masked)
+    val_blocks, (*train, val) = open_data(cfg.data, cfg.model.seq_len, masked=PACKING[cfg.packing.kind].masked)
     tokenizer = train[0].tokenizer()
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
     transform = rework_of(cfg.augment, cfg.packing, tokenizer, vocab_size, cfg.data.seed)

@@ -1,4 +1,5 @@
 from collections import Counter
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ from support import debug_run, metric
 from megagpt.checkpoint.commit import committed
 from megagpt.checkpoint.load import packing_of
 from megagpt.checkpoint.run_samples import open_samples
-from megagpt.config.schema import DataConfig, GoldfishConfig, ModelConfig
+from megagpt.config.schema import DataConfig, GoldfishConfig, ModelConfig, PackingConfig
 from megagpt.data.augmentation import GoldfishTokens, goldfish_mask
 from megagpt.data.dataset import open_dataset
 from megagpt.data.loader import document_numbers, open_data, prefetched
 from megagpt.data.loss_mask import IGNORE, split, unmarked
-from megagpt.data.packing import PackedRows, best_fit_decreasing, plan_rows
+from megagpt.data.packing import PACKING, PackedRows, Packing, best_fit_decreasing, packing_identity, plan_best_fit
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import next_token_loss
@@ -46,7 +47,7 @@ class Memory:
 
 def all_rows(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """(inputs, targets) of every row."""
-    plan = plan_rows(np.array([len(d) for d in documents]), SEQ_LEN)
+    plan = plan_best_fit(np.array([len(d) for d in documents]), SEQ_LEN)
     packed = PackedRows(Memory(documents), plan, EOD)
     rows = np.empty((plan.n_rows, SEQ_LEN + 1), dtype=np.int64)
     for i, row in enumerate(rows):
@@ -60,7 +61,7 @@ def all_rows(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plain_best_fit(sizes: list[int], capacity: int) -> list[int]:
-    """Free space of each row, one piece at a time: the textbook."""
+    """Free space of each row, one chunk at a time: the textbook."""
     free: list[int] = []
     for size in sorted(sizes, reverse=True):
         fitting = [i for i, space in enumerate(free) if space >= size]
@@ -79,7 +80,7 @@ def test_rows_are_as_full_as_those_of_the_textbooks_best_fit(sizes):
 
 
 def test_best_fit_by_hand():
-    plan = plan_rows(np.array([4, 3, 5, 4]), 8)
+    plan = plan_best_fit(np.array([4, 3, 5, 4]), 8)
     assert plan.n_rows == 2
     assert [plan.length[a:b].tolist() for a, b in zip(plan.first, plan.first[1:], strict=False)] == [[3, 5], [4, 4]]
     assert plan.padding_share == 0.0
@@ -87,8 +88,8 @@ def test_best_fit_by_hand():
 
 
 def test_a_long_document_is_cut_into_rows_and_a_rest():
-    plan = plan_rows(np.array([20, 5]), 8)
-    assert sorted(zip(plan.start.tolist(), plan.length.tolist(), plan.goes_on.tolist(), strict=True)) == [
+    plan = plan_best_fit(np.array([20, 5]), 8)
+    assert sorted(zip(plan.start.tolist(), plan.length.tolist(), plan.continues.tolist(), strict=True)) == [
         (0, 8, False),
         (8, 8, True),
         (16, 4, True),
@@ -112,16 +113,16 @@ def test_every_token_is_a_target_once_but_where_a_document_was_cut(lengths):
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=40))
-def test_each_piece_of_a_row_stands_behind_the_end_of_a_document(lengths):
+def test_each_chunk_of_a_row_follows_the_end_of_a_document(lengths):
     documents = documents_of(lengths)
     inputs, targets = all_rows(documents)
     chunks = {tuple(d[at : at + SEQ_LEN].tolist()) for d in documents for at in range(0, len(d), SEQ_LEN)}
     for row, wanted in zip(inputs, targets, strict=True):
         assert row[0] == EOD
-        for piece in np.split(np.arange(SEQ_LEN), np.flatnonzero(row == EOD)[1:]):
-            following = [*row[piece[1:]].tolist(), wanted[piece[-1]]]
+        for chunk in np.split(np.arange(SEQ_LEN), np.flatnonzero(row == EOD)[1:]):
+            following = [*row[chunk[1:]].tolist(), wanted[chunk[-1]]]
             if following[-1] == IGNORE:  # padding, or a rest of one token
-                assert len(piece) == 1
+                assert len(chunk) == 1
             else:
                 assert tuple(following) in chunks
 
@@ -129,7 +130,7 @@ def test_each_piece_of_a_row_stands_behind_the_end_of_a_document(lengths):
 def test_a_packed_row_is_the_same_text_without_the_tokens_that_goldfish_drops():
     goldfish = GoldfishConfig(k=2, context=3)
     documents = documents_of([12, 37, 5, 9])
-    plan = plan_rows(np.array([12, 37, 5, 9]), SEQ_LEN)
+    plan = plan_best_fit(np.array([12, 37, 5, 9]), SEQ_LEN)
     plain, marked = np.empty(SEQ_LEN + 1, dtype=np.int64), np.empty(SEQ_LEN + 1, dtype=np.int64)
     stream = Memory(documents)
     dropped = goldfish_mask(stream.tokens, EOD, goldfish)
@@ -139,7 +140,7 @@ def test_a_packed_row_is_the_same_text_without_the_tokens_that_goldfish_drops():
         PackedRows(GoldfishTokens(stream, EOD, goldfish), plan, EOD).copy(i, marked)
         assert np.array_equal(np.maximum(plain, ~plain), np.maximum(marked, ~marked))
         n_dropped += int(((marked < 0) & (plain >= 0)).sum())
-    first_of_chunks = plan.start[plan.goes_on]
+    first_of_chunks = plan.start[plan.continues]
     assert n_dropped == dropped.sum() - dropped[first_of_chunks].sum() > 5
 
 
@@ -156,7 +157,7 @@ def best_fit(tmp_path):
     sizes = f"megagpt.model.seq_len={SEQ_LEN}"
     run = debug_run(tmp_path / "data", tmp_path / "run", "megagpt.packing.kind=best-fit", sizes)
     stream = open_dataset(tmp_path / "data").stream("train")
-    plan = plan_rows(stream.document_lengths(), SEQ_LEN)
+    plan = plan_best_fit(stream.document_lengths(), SEQ_LEN)
     rows = np.empty((plan.n_rows, SEQ_LEN + 1), dtype=np.int64)
     for i, row in enumerate(rows):
         PackedRows(stream, plan, EOD).copy(i, row)
@@ -240,6 +241,29 @@ def test_a_logit_has_no_gradient_from_other_documents_or_the_future(attention):
 def test_documents_are_numbered_by_the_ends_before_them():
     inputs = torch.tensor([[5, 6, EOD, 7, EOD, EOD], [EOD, 3, 4, 5, EOD, 9]])
     assert document_numbers(inputs, EOD).tolist() == [[0, 0, 1, 1, 2, 3], [1, 1, 1, 1, 2, 2]]
+
+
+# --- the table ------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_methods_has_the_kinds_of_the_run_file():
+    assert set(PACKING) == set(get_args(PackingConfig.model_fields["kind"].annotation))
+
+
+def test_the_identity_of_a_checkpoint_tells_runs_apart_that_number_rows_otherwise():
+    windows = packing_identity("concatenate", 64)
+    assert windows == packing_identity("concatenate-masked", 32) == {"best-fit rows of": None}
+    assert packing_identity("best-fit", 64) == {"best-fit rows of": 64}
+
+
+def test_another_method_is_one_entry(monkeypatch):
+    monkeypatch.setitem(PACKING, "first-fit", Packing(masked=True, plan_rows=plan_best_fit))
+    documents = documents_of([9, 12, 3])
+    lengths = np.array([9, 12, 3])
+    rows = PACKING["first-fit"].tokens(Memory(documents), lambda: lengths, SEQ_LEN, EOD)
+    assert isinstance(rows, PackedRows)
+    assert PACKING["first-fit"].window(SEQ_LEN) == 1
+    assert packing_identity("first-fit", 64) == {"best-fit rows of": None, "first-fit rows of": 64}
 
 
 # --- in training ----------------------------------------------------------------------------------------------
