@@ -41,15 +41,15 @@ def inspect_samples(run: Path, *, sample: int | None = None, step: int | None = 
 
 
 def _show_sample(data: TrainingSet, sample: int) -> Iterator[str]:
-    for piece in data.pieces(sample):
-        stream = piece.dataset.stream("train", piece.variant)
+    for span in data.spans(sample):
+        stream = span.dataset.stream("train", span.variant)
         yield (
-            f"--- sample {sample}: {piece.dataset.path}, variant {piece.variant}, epoch {piece.epoch}, "
-            f"tokens {piece.start:,} to {piece.start + len(piece.tokens) - 1:,} ---"
+            f"--- sample {sample}: {span.dataset.path}, variant {span.variant}, epoch {span.epoch}, "
+            f"tokens {span.start:,} to {span.start + len(span.tokens) - 1:,} ---"
         )
-        for origin in origins(piece.dataset, "train", stream.rows_of(piece.start, len(piece.tokens))):
+        for origin in origins(span.dataset, "train", stream.rows_of(span.start, len(span.tokens))):
             yield f"from {origin}"
-        yield piece.dataset.tokenizer().decode(piece.tokens)
+        yield span.dataset.tokenizer().decode(span.tokens)
 
 
 def _texts(dataset: Dataset, split: Split, n: int) -> list[str]:

@@ -39,7 +39,7 @@ def write_texts(folder: Path, n: int, n_words: int = 60) -> list[str]:
 @cache
 def small_tokenizer(kind: Literal["unigram", "bpe", "char"] = "unigram") -> Tokenizer:
     sample = [document(i) for i in range(50)]
-    return Tokenizer.from_bytes(train_sample(sample, TokenizerConfig(tokenizer_type=kind, vocab_size=VOCAB_SIZE)))
+    return Tokenizer(train_sample(sample, TokenizerConfig(tokenizer_type=kind, vocab_size=VOCAB_SIZE)))
 
 
 def write_dataset(

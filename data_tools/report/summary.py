@@ -30,7 +30,7 @@ def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, An
         "rejected": _sum_counts(source["rejected"] for source in own),
         "dropped": _sum_counts(source["dropped"] for source in own),
         "variants": _describe_variants(stages),
-        "loses_text": not Tokenizer.load(stages.model).gives_back(PROBE),
+        "loses_text": not Tokenizer.load(stages.model).round_trips(PROBE),
         "seconds": {stage: round(spent, 2) for stage, spent in stages.seconds.items()},
     }
 

@@ -102,7 +102,7 @@ def train(prefix: Path, samples: Sequence[Path], options: dict[str, Any], seed: 
     if not sample:
         raise UserError("there is no text to train a tokenizer on: the training split is empty; give more input")
     model_bytes = train_sample(sample, config)
-    tokenizer = Tokenizer.from_bytes(model_bytes)
+    tokenizer = Tokenizer(model_bytes)
     # without a piece of its own, the space is encoded as the bytes of U+2581, and decoded to that character
     if tokenizer.decode(tokenizer.encode(" ")) != " ":
         raise UserError(f"vocab_size={config.vocab_size} is too small for a piece for the space; set a larger one")

@@ -46,12 +46,12 @@ def _by_dataset(data: TrainingSet, first: int, n: int, seq_len: int) -> list[str
 
 
 def _one_by_one(data: TrainingSet, first: int, n: int) -> list[str]:
-    """Where each of the first n samples lies; one made of several stretches has a line for each."""
+    """Where each of the first n samples lies; one made of several spans has a line for each."""
     lines = []
     for sample in range(first, first + n):
-        for piece in data.pieces(sample):
+        for span in data.spans(sample):
             lines.append(
-                f"  sample {sample:,}: {piece.dataset.path} variant {piece.variant}, epoch {piece.epoch}, "
-                f"tokens {piece.start:,} to {piece.start + len(piece.tokens) - 1:,} of its train split"
+                f"  sample {sample:,}: {span.dataset.path} variant {span.variant}, epoch {span.epoch}, "
+                f"tokens {span.start:,} to {span.start + len(span.tokens) - 1:,} of its train split"
             )
     return lines

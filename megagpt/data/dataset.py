@@ -1,4 +1,4 @@
-"""Datasets in the Arrow format (shard_format.py), opened and read: documents, or one flat stream of tokens."""
+"""Open and read datasets in the Arrow format (shard_format.py), as documents or as one flat stream of tokens."""
 
 import threading
 from bisect import bisect_right
@@ -25,7 +25,7 @@ from megagpt.errors import UserError
 
 
 class Dataset:
-    """A finished, checked dataset folder. Shards are opened when they are first read."""
+    """A finished dataset folder that `open_dataset` has checked. Shards are opened when they are first read."""
 
     def __init__(self, path: Path, manifest: Manifest, index: pa.RecordBatch):
         self.path = path
@@ -40,10 +40,10 @@ class Dataset:
         return Tokenizer.load(self.path / info.file, sha256=info.sha256)
 
     def variants(self, split: Split) -> tuple[Variant, ...]:
-        """Of a split that has documents; raises UserError for one that has none."""
+        """Return the variants of a split. Raises UserError for a split without documents."""
         if split not in self.manifest.splits or self.manifest.splits[split].documents == 0:
             raise UserError(
-                f"{self.path} has no documents in its {split!r} split; build it from more documents or with "
+                f"dataset {self.path} has no documents in its {split!r} split; build it from more documents or with "
                 "another val_fraction or test_fraction"
             )
         return self.manifest.splits[split].variants
@@ -53,14 +53,14 @@ class Dataset:
         return TokenStream(self, split, variant)
 
     def index(self, split: Split, variant: int = 0) -> dict[str, np.ndarray]:
-        """Columns with one row per record batch of the split's variant, in order of the stream; none if it is empty."""
+        """Return index columns with a row for each record batch of a variant, in stream order; none if it is empty."""
         splits = pc.dictionary_encode(self._index["split"])
         is_split = np.array([name == split for name in splits.dictionary.to_pylist()])
         mine = is_split[numbers(splits.indices)] & (numbers(self._index["variant"]) == variant)
         return {name: numbers(self._index[name])[mine] for name in INDEX_COLUMNS if name != "split"}
 
     def index_rows(self, split: Split, variant: int = 0) -> list[dict[str, int]]:
-        """The same as rows."""
+        """Return `index` as rows."""
         columns = {name: column.tolist() for name, column in self.index(split, variant).items()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -80,9 +80,10 @@ class Dataset:
         return self.path / self.manifest.splits[split].variants[variant].shards[shard].path
 
     def open_shard(self, split: Split, variant: int, shard: int) -> pa.RecordBatchFileReader:
-        """A memory-mapped shard that says it is this one, of this build."""
+        """Memory-map a shard. Raises UserError if it is damaged or its header is not this shard's of this build."""
         info = self.manifest.splits[split].variants[variant].shards[shard]
-        _check_size(self.path, info)  # again: reading past the end of a mapped file is a SIGBUS, not an exception
+        # Again, since open_dataset: reading past the end of a mapped file is a SIGBUS, not an exception.
+        _check_size(self.path, info)
         path = self.shard_path(split, variant, shard)
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -90,14 +91,14 @@ class Dataset:
             raise damaged(path, error) from error
         if not reader.schema.equals(self.header(split, variant, shard).schema, check_metadata=True):
             raise UserError(
-                f"{path} belongs to another build or another place in this one; restore the original file or "
+                f"shard {path} belongs to another build or another place in this one; restore the original file or "
                 "build the dataset again"
             )
         return reader
 
 
 class TokenStream:
-    """A split's variant as one stream of tokens, read from memory maps without a copy on the way."""
+    """A variant of a split as one stream of tokens, read from memory maps without a copy in between."""
 
     def __init__(self, dataset: Dataset, split: Split, variant: int = 0):
         index = dataset.index(split, variant)
@@ -114,14 +115,15 @@ class TokenStream:
         self.n_rows = self._row0[-1] + int(self._index["n_rows"][-1])
 
     def copy(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` (one dimension, any integer type) with the tokens from `start` on."""
+        """Fill `out` (one dimension, any integer type) with the tokens from `start` on. Raises IndexError."""
         n = len(out)
         if start < 0 or start + n > self.n_tokens:
             raise IndexError(f"tokens {start}..{start + n} are not within 0..{self.n_tokens}")
         batch = bisect_right(self._tok0, start) - 1
         view = self._views[batch]
         begin = start - self._tok0[batch]
-        if view is not None and begin + n <= len(view):  # nearly always
+        # Nearly always the tokens lie in one record batch that is open already.
+        if view is not None and begin + n <= len(view):
             out[:] = view[begin : begin + n]
             return
         filled = 0
@@ -130,27 +132,28 @@ class TokenStream:
             if view is None:
                 view = self._open(batch)
             begin = start + filled - self._tok0[batch]
-            part = view[begin : begin + len(out) - filled]
-            out[filled : filled + len(part)] = part
-            filled += len(part)
+            tokens = view[begin : begin + len(out) - filled]
+            out[filled : filled + len(tokens)] = tokens
+            filled += len(tokens)
             batch += 1
 
     def open_all(self) -> None:
-        """Open every shard now and check that it is this build's, rather than when its first token is read."""
+        """Open every shard now, which checks that it belongs to this build, and not when its first token is read."""
         for shard in np.unique(self._index["shard"]).tolist():
             self._reader(shard)
 
     def documents(self) -> Iterator[np.ndarray]:
-        """Every document in order, its end-of-document token included."""
-        parts: list[np.ndarray] = []
+        """Yield every document in order, its end-of-document token included."""
+        rows: list[np.ndarray] = []
         for i in range(self.n_rows):
-            parts.append(self.row(i))
-            if parts[-1][-1] == self._dataset.eod_id:
-                yield parts[0] if len(parts) == 1 else np.concatenate(parts)
-                parts = []
+            rows.append(self.row(i))
+            # Only the last row of a long document ends in an end-of-document id.
+            if rows[-1][-1] == self._dataset.eod_id:
+                yield rows[0] if len(rows) == 1 else np.concatenate(rows)
+                rows = []
 
     def document_lengths(self) -> np.ndarray:
-        """Tokens of every document in order, end-of-document tokens included: int64. Reads no token."""
+        """Return the length of every document in order, int64, end-of-document tokens included. Reads no token."""
         begins: list[np.ndarray] = []  # of the rows that begin a document
         for i, tok0 in enumerate(self._tok0):
             batch = self._record_batch(i)
@@ -159,7 +162,7 @@ class TokenStream:
         return np.diff(np.concatenate(begins), append=self.n_tokens)
 
     def rows_of(self, start: int, length: int) -> range:
-        """The rows in which the tokens from `start` on lie."""
+        """Return the rows that hold the `length` tokens from `start` on."""
         return range(self._row_at(start), self._row_at(start + length - 1) + 1)
 
     def _row_at(self, token: int) -> int:
@@ -168,7 +171,7 @@ class TokenStream:
         return self._row0[batch] + int(np.searchsorted(offsets, token - self._tok0[batch], side="right")) - 1
 
     def row(self, i: int) -> np.ndarray:
-        """Row i: a document, or a part of a long one; a read-only view."""
+        """Return a read-only view of row i: a document, or a part of a long one. Raises IndexError."""
         if not 0 <= i < self.n_rows:
             raise IndexError(f"row {i} is not within 0..{self.n_rows}")
         batch = bisect_right(self._row0, i) - 1
@@ -204,18 +207,18 @@ class TokenStream:
 
 
 def open_dataset(path: Path) -> Dataset:
-    """Check everything but the tokens' own bytes (`python -m data_tools verify` does that): quick."""
+    """Open a dataset and check all of it but the tokens (`python -m data_tools verify` does that). Raises UserError."""
     manifest = read_manifest(path)
     model = confined(path, manifest.tokenizer.file)
     if not model.is_file() or sha256_of(model) != manifest.tokenizer.sha256:
-        raise UserError(f"{model} is not the tokenizer this data was made with; restore the original file")
+        raise UserError(f"{model} is not the tokenizer this dataset was made with; restore the original file")
     for split in manifest.splits.values():
         for variant in split.variants:
             for shard in variant.shards:
                 _check_size(path, shard)
     index = path / INDEX
     if not index.is_file() or sha256_of(index) != manifest.index_sha256:
-        raise UserError(f"{index} is missing or damaged; restore it or build the dataset again")
+        raise UserError(f"index {index} is missing or damaged; restore it or build the dataset again")
     try:
         table = pa.ipc.open_file(index.read_bytes()).read_all()
         table.validate(full=True)
@@ -237,9 +240,9 @@ def _check_size(folder: Path, info: ShardInfo) -> None:
     except OSError:
         status = None
     if status is None or not S_ISREG(status.st_mode):
-        raise UserError(f"{path} is missing; restore it or build the dataset again")
+        raise UserError(f"shard {path} is missing; restore it or build the dataset again")
     if status.st_size != info.bytes:
         raise UserError(
-            f"{path} has {status.st_size:,} bytes instead of {info.bytes:,} (an interrupted copy?); "
+            f"shard {path} has {status.st_size:,} bytes instead of {info.bytes:,} (an interrupted copy?); "
             "restore it or build the dataset again"
         )

@@ -1,4 +1,4 @@
-"""Micro-batches on the device: rows of tokens copied from memory-mapped shards, one micro-batch ahead.
+"""The data loader: micro-batches on the device, prefetched from memory-mapped shards by one thread.
 
 Shapes: B micro_batch, T seq_len.
 """
@@ -22,9 +22,9 @@ from megagpt.errors import UserError
 class Batch(NamedTuple):
     """A micro-batch on the device."""
 
-    inputs: Tensor  # (B, T) int64, or this rank's share of the positions
+    inputs: Tensor  # (B, T) int64, or this rank's slice of the T positions
     targets: Tensor  # as inputs; IGNORE where there is no loss
-    documents: Tensor | None  # (B, T), numbered in each row; None: attention crosses documents
+    documents: Tensor | None  # (B, T): a number for each document of a row; None: attention crosses documents
 
 
 class ValBlocks:
@@ -33,7 +33,7 @@ class ValBlocks:
     def __init__(
         self, stream: TokenStream, seq_len: int, max_tokens: int | None = None, *, document_end: int | None = None
     ) -> None:
-        """document_end is the id behind which attention begins anew, for a model that was trained so."""
+        """`document_end` is the end-of-document id, for a model that was trained with attention within documents."""
         available = (stream.n_tokens - 1) // seq_len
         wanted = available if max_tokens is None else max_tokens // seq_len
         if not 0 < wanted <= available:
@@ -59,24 +59,24 @@ class ValBlocks:
 
 
 def open_data(cfg: DataConfig, seq_len: int, *, masked: bool = False) -> tuple[ValBlocks, list[Dataset]]:
-    """Validation blocks of the model's whole seq_len, and all datasets: training's in order, validation's last.
+    """Open the validation blocks, of the model's whole seq_len, and all datasets: training's first, validation's last.
 
-    The blocks are windows of the stream with every packing; `masked` keeps attention within documents there too.
-
+    Whatever the packing, the blocks are windows of the stream; `masked` keeps attention within documents there too.
     Raises UserError for a missing, unfinished or damaged dataset, too little data, or two tokenizers.
     """
     datasets = open_datasets([*(d.path for d in cfg.train), cfg.val])
     val = datasets[-1].stream("val")
-    val.open_all()  # a shard of another build is found here, not by one rank in the middle of a run
+    # A shard of another build fails here, and not on one rank in the middle of a run.
+    val.open_all()
     document_end = datasets[-1].eod_id if masked else None
     return ValBlocks(val, seq_len, cfg.val_tokens, document_end=document_end), datasets
 
 
 def rank_samples(batch: BatchPlan, rank: int, first: int) -> Iterator[int]:
-    """The first sample of each of this rank's micro-batches, endlessly, from the global batch at sample `first`.
+    """Yield the first sample of each of this rank's micro-batches, without end, from the global batch at `first` on.
 
-    A global batch is the same set of samples on any number of ranks; each rank takes a contiguous share of it,
-    and ranks that share their samples' positions the same one.
+    A global batch is the same set of samples on any number of ranks. Each data-parallel rank takes a contiguous share
+    of it; the ranks of a sequence-parallel group take the same one.
     """
     share = batch.global_batch // batch.replicas
     for step in count():
@@ -85,7 +85,7 @@ def rank_samples(batch: BatchPlan, rank: int, first: int) -> Iterator[int]:
 
 
 def rank_slice(T: int, rank: int, sequence_parallel_size: int) -> slice:
-    """Of T positions those that are this rank's: all, or a share in the order of neighboring ranks."""
+    """Return the slice of a sequence's T positions that this rank computes (all without sequence parallelism)."""
     share = T // sequence_parallel_size
     begin = rank % sequence_parallel_size * share
     return slice(begin, begin + share)
@@ -97,34 +97,34 @@ def prefetched(
     shape: tuple[int, int],
     device: torch.device,
     *,
-    rework: BatchTransform | None = None,
+    transform: BatchTransform | None = None,
     document_end: int | None = None,
     positions: slice = slice(None),
 ) -> Iterator[Batch]:
-    """Micro-batches on the device; while one is in use, a thread copies the next into pinned memory.
+    """Yield micro-batches on the device; while one is in use, a thread copies the next into pinned memory.
 
-    shape is (B, T + 1), of the rows that `fill` writes. Without a `rework` inputs and targets are two views of them.
-    `positions` are those that this rank computes, if not all.
-    A micro-batch is valid until the next one is taken: its memory is then written again.
+    `shape` is (B, T + 1), of the rows that `fill` writes. `transform` makes inputs and targets of them; without it these
+    are two views of the rows. `positions` is the slice that this rank computes.
+    A micro-batch is valid until the next one is taken: its memory is then overwritten.
     """
     on_gpu = device.type == "cuda"
     B, T = shape[0], shape[1] - 1
     slots = [torch.empty(shape, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
-    reworked = [torch.empty((B, T), dtype=torch.int64, pin_memory=on_gpu) for _ in range(2 if rework else 0)]
+    targets_of = [torch.empty((B, T), dtype=torch.int64, pin_memory=on_gpu) for _ in range(2 if transform else 0)]
     sent: list[torch.cuda.Event | None] = [None, None]
 
     def load(slot: int, first: int) -> int:
         if (event := sent[slot]) is not None:
-            event.synchronize()  # the copy to the device that still reads this slot
+            event.synchronize()  # the copy to the device may still be reading this slot
         rows = slots[slot].numpy()
         fill(first, rows)
-        if rework is not None:
-            rework(first, rows, reworked[slot].numpy())
+        if transform is not None:
+            transform(first, rows, targets_of[slot].numpy())
         return slot
 
     def send(slot: int) -> Batch:
-        rows = slots[slot].to(device, non_blocking=True)  # on a CPU no copy
-        targets = reworked[slot].to(device, non_blocking=True) if reworked else rows[:, 1:]
+        rows = slots[slot].to(device, non_blocking=True)  # no copy on a CPU
+        targets = targets_of[slot].to(device, non_blocking=True) if targets_of else rows[:, 1:]
         if on_gpu:
             sent[slot] = torch.cuda.Event()
             sent[slot].record()  # type: ignore[union-attr]
@@ -134,7 +134,7 @@ def prefetched(
 
     def use_own_gpu() -> None:
         if on_gpu:
-            torch.cuda.set_device(device)  # a thread begins on GPU 0, whichever its process uses
+            torch.cuda.set_device(device)  # a thread starts on GPU 0, whichever its process uses
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=use_own_gpu) as pool:
         pending = None
@@ -148,5 +148,5 @@ def prefetched(
 
 
 def document_numbers(inputs: Tensor, eod_id: int) -> Tensor:
-    """(B, T): the end of a document, as an input, begins the next one, since the token it predicts is that one's."""
+    """Number the documents of inputs (B, T). An end-of-document id counts to the next one, whose token it predicts."""
     return (inputs == eod_id).cumsum(1)

@@ -1,8 +1,8 @@
-"""Rows of tokens on their way from the shards to the model, and how one of them stops being a target.
+"""The loss mask: how a row of tokens records which of them are targets, and how inputs and targets are made of it.
 
-A row holds seq_len + 1 tokens: its first seq_len are inputs, its last seq_len their targets. A token that the model
-may read but is not to predict is *marked*: it stands in its row as its bitwise complement, which is negative. So one
-array says both, and a mark moves along when an augmentation moves its token.
+A row holds seq_len + 1 tokens: its first seq_len are inputs, its last seq_len their targets. A token that is an input
+but not a target is *marked*: its row holds its bitwise complement, which is negative. One array so holds the tokens and
+the mask, and a mark moves with its token when an augmentation moves it.
 """
 
 from collections.abc import Callable
@@ -15,36 +15,36 @@ IGNORE = -100  # a target without a loss; torch's own default
 Row = NDArray[np.int64]
 
 Fill = Callable[[int, Row], None]
-"""Fill(first, rows) writes samples first, first + 1, ... into the rows of a (B, T + 1) array."""
+"""fill(first, rows) writes samples first, first + 1, ... into the rows of a (B, T + 1) array."""
 
 BatchTransform = Callable[[int, Row, Row], None]
-"""Rework(first, rows, targets) makes inputs of rows[:, :-1], in place, and writes their targets (B, T)."""
+"""transform(first, rows, targets) turns rows[:, :-1] into inputs, in place, and writes their targets (B, T)."""
 
 
 class Tokens(Protocol):
-    """A stream of tokens, or what stands for one."""
+    """A stream of tokens; or of packed rows, in which one position is one row (packing.py)."""
 
     n_tokens: int
 
     def copy(self, start: int, out: Row) -> None:
-        """Fill `out` with the tokens from `start` on."""
+        """Fill `out` with the tokens from position `start` on."""
 
     def open_all(self) -> None:
-        """Open every shard now and check that it is this build's."""
+        """Open every shard now and check that it belongs to this build. Raises UserError."""
 
 
 def marked(tokens: Row) -> Row:
-    """The same tokens, none of them a target."""
+    """Return the tokens, all of them marked."""
     return np.minimum(tokens, ~tokens)
 
 
 def unmarked(tokens: Row) -> Row:
-    """The same tokens without their marks."""
+    """Return the tokens without their marks."""
     return np.maximum(tokens, ~tokens)
 
 
 def split(rows: Row, targets: Row) -> None:
-    """rows (B, T + 1) become unmarked inputs; targets (B, T) get the next tokens, IGNORE for the marked ones."""
+    """Remove the marks of rows (B, T + 1), in place, and write targets (B, T): the next tokens, IGNORE if marked."""
     targets[:] = rows[:, 1:]
     targets[targets < 0] = IGNORE
     np.maximum(rows, ~rows, out=rows)

@@ -1,4 +1,4 @@
-"""manifest.json of a dataset: what it holds, hashed; written last, so that its absence means "unfinished"."""
+"""manifest.json of a dataset: its contents and their hashes; written last, so that without it a build is unfinished."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ NOT_IN_FINGERPRINT = {"created", "tool", "report_sha256", "other_files", "finger
 
 
 class ShardInfo(Strict):
-    path: str  # below the dataset's folder, "/" between the parts
+    path: str  # relative to the dataset's folder, with "/"
     bytes: int  # of the file
     documents: int
     tokens: int
@@ -30,7 +30,7 @@ class ShardInfo(Strict):
 
 
 class Variant(Strict):
-    """One tokenization of a split's documents; epochs of training take them in turn."""
+    """One tokenization of a split's documents; epochs of training take the variants in turn."""
 
     id: int
     kind: Literal["canonical", "unigram-sampling", "bpe-dropout"]
@@ -45,7 +45,7 @@ class SplitInfo(Strict):
 
     @property
     def tokens(self) -> int:
-        """Of the canonical variant, end-of-document tokens included."""
+        """The tokens of the canonical variant, end-of-document tokens included."""
         return self.variants[0].tokens
 
 
@@ -86,7 +86,7 @@ class Manifest(Strict):
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a finished dataset, if nobody has touched it since."""
+    """Read the manifest of a finished dataset. Raises UserError if there is none, or it was edited or damaged."""
     file = path / MANIFEST
     how = f"`python -m data_tools build --input PATH --out {path}`"
     if not path.is_dir():
@@ -104,23 +104,24 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(f"{file} is not the manifest of a megagpt dataset; make one with {how}")
     if raw.get("version") != VERSION:
         raise UserError(f"{file} has format version {raw.get('version')}, and this megagpt reads {VERSION}")
+    # Compare the bytes too: a key given twice, for one, would leave the parsed manifest and its hash as they were.
     if raw.get("sha256") != _digest(raw, without={"sha256"}) or content != _as_written(raw):
         raise UserError(f"{file} was edited or damaged: its sha256 is not its own; restore it or build again")
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        raise UserError(f"{file} is not a manifest this megagpt can read: {error}") from error
+        raise UserError(f"{file} is not a manifest that this megagpt can read: {error}") from error
 
 
 def confined(folder: Path, relative: str) -> Path:
-    """A path that a manifest names, refused if it leads out of the folder."""
+    """Return the path of a file that a manifest names. Raises UserError if it leads out of the folder."""
     if leads_out(folder, relative):
         raise UserError(f"{folder / MANIFEST} names {relative!r}, which leads out of its folder; do not use it")
     return folder / relative
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Last of all files: from here on the dataset is finished."""
+    """Hash and write the manifest, after all other files: it makes the dataset a finished one."""
     raw = manifest.model_dump(mode="json")
     raw["fingerprint"] = _digest(raw, without=NOT_IN_FINGERPRINT)
     raw["sha256"] = _digest(raw, without={"sha256"})

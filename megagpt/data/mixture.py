@@ -1,7 +1,8 @@
-"""What a run draws its samples from, over all its changes: plain numbers that a checkpoint keeps.
+"""The data mixture of a run: which datasets, weights, seq_len and batch sizes held from which sample on.
 
-Datasets are numbered in the order in which the run first used them, and known by their fingerprint: their order in the
-run file does not matter, and one that was left out for a while goes on where it was when it comes back.
+It is plain numbers that a checkpoint saves. Datasets are numbered in the order in which the run first used them, and
+known by their fingerprint: their order in the run file does not matter, and one that is left out for a while and then
+listed again continues where its reading stopped.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,10 @@ from megagpt.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """A training dataset: where it was last seen, and how many tokens each variant of its train split has."""
+    """A training dataset: where it was last seen, and the length of each variant of its train split.
+
+    The length is in tokens, or for packed rows as PackedRows.n_tokens counts them.
+    """
 
     path: str
     fingerprint: str
@@ -24,7 +28,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Batches:
-    """The steps after first_step take global_batch samples each, beginning with first_sample."""
+    """The steps after first_step take global_batch samples each, starting at first_sample."""
 
     first_step: int
     first_sample: int
@@ -36,20 +40,20 @@ Change = TypeVar("Change", Segment, Batches)
 
 @dataclass(frozen=True)
 class Mixture:
-    """The datasets of a run, and its segments and batch sizes in order; without any before the run begins."""
+    """The datasets of a run, and its segments and batch sizes in order; a run that has not begun has none."""
 
     seed: int
     sources: tuple[Source, ...] = ()
     segments: tuple[Segment, ...] = ()
     batches: tuple[Batches, ...] = ()
 
-    def going_on(
+    def continued(
         self, wanted: Sequence[tuple[Source, float]], *, step: int, sample: int, seq_len: int, global_batch: int
     ) -> "Mixture":
-        """As before up to `sample`, where `step` ended; from there on these datasets with these weights.
+        """Return the mixture of a run that draws from these (dataset, weight) from `sample` on, where `step` ended.
 
-        Raises UserError for a dataset that was built anew under its old path, is listed twice, is too short, or has a
-        weight too small to be dealt out.
+        Raises UserError for a dataset that was rebuilt under its old path, is listed twice or is too short, or whose
+        weight is too small for one sample in a period.
         """
         self._check_not_rebuilt([source for source, _ in wanted])
         sources = _merged(self.sources, [source for source, _ in wanted])
@@ -63,36 +67,37 @@ class Mixture:
         segment = Segment(sample, seq_len, shares, mixture.places(sample))
         return replace(
             mixture,
-            segments=_followed_by(self.segments, segment, _draw_alike),
-            batches=_followed_by(self.batches, Batches(step, sample, global_batch), _as_large),
+            segments=_followed_by(self.segments, segment, _same_draws),
+            batches=_followed_by(self.batches, Batches(step, sample, global_batch), _same_size),
         )
 
     def jumped(self, *, step: int, sample: int) -> "Mixture":
-        """The steps after `step` take their samples from `sample` on: those between are never taken."""
+        """Return a mixture whose steps after `step` take samples from `sample` on, and never those in between."""
         kept = tuple(b for b in self.batches if b.first_step < step)
         return replace(self, batches=(*kept, Batches(step, sample, self.batches[-1].global_batch)))
 
     def sampler(self, sample: int) -> Sampler:
-        """Of the segment that the sample lies in."""
+        """Return the sampler of the segment that the sample lies in."""
         segment = next(s for s in reversed(self.segments) if s.first_sample <= sample)
-        absent = len(self.sources) - len(segment.shares)  # datasets that joined later
+        # Datasets that joined the run later have no share in this segment.
+        absent = len(self.sources) - len(segment.shares)
         segment = replace(
             segment, shares=segment.shares + (0,) * absent, places=segment.places + (DatasetPosition(),) * absent
         )
         return Sampler(tuple(source.n_tokens for source in self.sources), segment, self.seed)
 
     def places(self, sample: int) -> tuple[DatasetPosition, ...]:
-        """Where each dataset stands before this sample."""
+        """Return the position in each dataset before this sample."""
         return self.sampler(sample).places(sample) if self.segments else (DatasetPosition(),) * len(self.sources)
 
     def samples_of(self, step: int) -> range:
-        """The samples that a step takes, over all ranks; the first step is 1."""
+        """Return the samples that a step takes, over all ranks; the first step is 1."""
         batches = next(b for b in reversed(self.batches) if b.first_step < step)
         first = batches.first_sample + (step - 1 - batches.first_step) * batches.global_batch
         return range(first, first + batches.global_batch)
 
     def as_json(self) -> dict[str, Any]:
-        """Places as rows of four numbers: a checkpoint keeps this."""
+        """Return what a checkpoint saves: plain lists and numbers, a DatasetPosition as a list of its four."""
         plain = asdict(self)
         for segment in plain["segments"]:
             segment["places"] = [list(place.values()) for place in segment["places"]]
@@ -113,7 +118,7 @@ class Mixture:
         )
 
     def _check_not_rebuilt(self, wanted: list[Source]) -> None:
-        """Data that changed under its path is an accident until its owner says that it is other data."""
+        """Refuse data that changed under its path: an accident, unless its owner gives it another path."""
         shares = self.segments[-1].shares if self.segments else ()
         now = {source.fingerprint for source in wanted}
         gone = {
@@ -125,14 +130,14 @@ class Mixture:
             before = gone.get(Path(source.path).absolute(), source.fingerprint)
             if before != source.fingerprint and all(source.fingerprint != known.fingerprint for known in self.sources):
                 raise UserError(
-                    f"{source.path} was built anew since this run last read it (fingerprint {before[:12]} then, "
-                    f"{source.fingerprint[:12]} now); restore it, or give the new data another path: there it is "
-                    "another dataset, and the run goes on with it"
+                    f"dataset {source.path} was rebuilt since this run last read it (fingerprint {before[:12]} then, "
+                    f"{source.fingerprint[:12]} now); restore it, or move the new data to another path, where it is "
+                    "another dataset that the run can continue with"
                 )
 
 
 def _merged(known: tuple[Source, ...], wanted: list[Source]) -> tuple[Source, ...]:
-    """Known ones keep their numbers and take on their present paths; new ones follow."""
+    """Number the datasets: known ones keep their numbers and get their present paths, new ones follow."""
     now: dict[str, Source] = {}
     for source in wanted:
         if source.fingerprint in now:
@@ -147,17 +152,18 @@ def _merged(known: tuple[Source, ...], wanted: list[Source]) -> tuple[Source, ..
 def _followed_by(
     changes: tuple[Change, ...], new: Change, alike: Callable[[Change, Change], bool]
 ) -> tuple[Change, ...]:
+    """Append a change, unless it is like the last one. It replaces those that begin at its sample or after."""
     if changes and alike(changes[-1], new):
         return changes
     return tuple(change for change in changes if change.first_sample < new.first_sample) + (new,)  # noqa: RUF005
 
 
-def _draw_alike(before: Segment, now: Segment) -> bool:
+def _same_draws(before: Segment, now: Segment) -> bool:
     shares = before.shares + (0,) * (len(now.shares) - len(before.shares))
     return (before.seq_len, shares) == (now.seq_len, now.shares)
 
 
-def _as_large(before: Batches, now: Batches) -> bool:
+def _same_size(before: Batches, now: Batches) -> bool:
     return before.global_batch == now.global_batch
 
 

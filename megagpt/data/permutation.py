@@ -16,19 +16,20 @@ U64 = NDArray[np.uint64]
 
 
 def permute(values: NDArray[np.int64], n: int, key: int) -> NDArray[np.int64]:
-    """A keyed permutation of range(n), applied to each value."""
+    """Apply the permutation of range(n) that `key` selects to each value; values must lie in range(n)."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     round_keys = [np.uint64(key_of(key, r)) for r in range(ROUNDS)]
     out = _feistel(values.astype(np.uint64), half, round_keys)
+    # The network permutes a range of up to 4 n values: follow its cycle from n or more until it is back below n.
     outside = np.flatnonzero(out >= n)
-    while outside.size:  # walk the cycle until it comes back into the range
+    while outside.size:
         out[outside] = walked = _feistel(out[outside], half, round_keys)
         outside = outside[walked >= n]
     return out.astype(np.int64)
 
 
 def key_of(*parts: int) -> int:
-    """One 64-bit key from several numbers."""
+    """Mix several numbers into one 64-bit key."""
     key = 0
     for part in parts:
         key = _mix(((key ^ part) + 0x9E3779B97F4A7C15) & _64_BITS)
@@ -36,6 +37,7 @@ def key_of(*parts: int) -> int:
 
 
 def _feistel(x: U64, half: int, round_keys: list[np.uint64]) -> U64:
+    """Permute numbers of 2 * half bits: each round replaces one half by itself XOR a keyed hash of the other."""
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left: U64 = x >> bits
     right: U64 = x & mask
@@ -45,14 +47,14 @@ def _feistel(x: U64, half: int, round_keys: list[np.uint64]) -> U64:
 
 
 def _mix(x: int) -> int:
-    """Every bit of 64 reaches every bit."""
+    """Hash 64 bits to 64: every input bit affects every output bit."""
     x = (x ^ (x >> 30)) * _A & _64_BITS
     x = (x ^ (x >> 27)) * _B & _64_BITS
     return x ^ (x >> 31)
 
 
 def _mix_all(x: U64) -> U64:
-    """The same of each element; products of uint64 wrap around by themselves. Overwrites x."""
+    """Apply `_mix` to each element, in place; products of uint64 wrap around by themselves."""
     for shift, factor in zip(_SHIFTS[:2], _FACTORS, strict=True):
         x ^= x >> shift
         x *= factor

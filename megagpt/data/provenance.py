@@ -1,4 +1,4 @@
-"""Where the documents of a dataset came from: the Parquet files beside its shards, row for row."""
+"""Provenance: where the documents of a dataset came from, read from the Parquet files next to its shards."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ FOLDER = "provenance"
 
 @dataclass(frozen=True)
 class Origin:
-    """Of one row: a document, or a part of a long one."""
+    """Where the document of one row, or the part of a long document, came from."""
 
     doc: str  # content hash
     part: int
@@ -36,12 +36,12 @@ class Origin:
 
 
 def provenance_path(shard_path: str) -> str:
-    """Below the dataset's folder, of the shard's path."""
+    """Return where the provenance of a shard lies; both paths are relative to the dataset's folder."""
     return f"{FOLDER}/{shard_path.removesuffix('.arrow')}.parquet"
 
 
 def origins(dataset: Dataset, split: Split, rows: Iterable[int]) -> Iterator[Origin]:
-    """The origin of each of the split's rows. Raises UserError if the files are missing or damaged.
+    """Yield the origin of each of the split's rows. Raises UserError if the files are missing or damaged.
 
     Every variant of a split has the same rows in the same order, so the canonical one's files serve all.
     """
@@ -56,12 +56,12 @@ def origins(dataset: Dataset, split: Split, rows: Iterable[int]) -> Iterator[Ori
         try:
             record = _read_row(path, row - firsts[at])
         except (OSError, pa.ArrowException, IndexError) as error:
-            raise UserError(f"{path} cannot be read ({error}); restore it or build the dataset again") from error
+            raise UserError(f"provenance {path} cannot be read ({error}); restore it or rebuild the dataset") from error
         yield Origin(record["doc"].hex(), record["part"], sources[record["source"]], record["file"], record["position"])
 
 
 def _read_row(path: Path, row: int) -> dict[str, Any]:
-    table = _read_table(path, path.stat().st_mtime_ns)
+    table = _read_table(path, path.stat().st_mtime_ns)  # the time makes the cache miss when the file changes
     if row >= len(table):
         raise IndexError(f"it has no row {row}")
     return table.slice(row, 1).to_pylist()[0]
@@ -73,14 +73,14 @@ def _read_table(path: Path, changed: int) -> pa.Table:
 
 
 def documents_of(data: TrainingSet, samples: Iterable[int], run: Path, step: int, limit: int = 5) -> str:
-    """Where the first documents of these samples came from."""
+    """Describe where the first `limit` documents of these samples, which `step` of the run took, came from."""
 
     def named() -> Iterable[str]:
         for sample in samples:
-            for piece in data.pieces(sample):
-                rows = piece.dataset.stream("train", piece.variant).rows_of(piece.start, len(piece.tokens))
-                for origin in origins(piece.dataset, "train", rows):
-                    yield f"{piece.dataset.path}, {origin}"
+            for span in data.spans(sample):
+                rows = span.dataset.stream("train", span.variant).rows_of(span.start, len(span.tokens))
+                for origin in origins(span.dataset, "train", rows):
+                    yield f"{span.dataset.path}, {origin}"
 
     try:
         found = list(islice(named(), limit))

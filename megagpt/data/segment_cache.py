@@ -1,7 +1,8 @@
-"""Texts cut where no piece of a vocabulary reaches across, so that each distinct segment is tokenized once.
+"""A cache for tokenizing: texts are cut where no piece can reach across, and each distinct segment is tokenized once.
 
-Two neighboring bytes that no piece holds side by side lie in two tokens whatever the model prefers, and what is best
-(unigram) or merged first (BPE) on one side has no say on the other. Most of a text are segments seen before.
+Two neighboring bytes that no piece of the vocabulary holds side by side lie in two tokens, whatever the model prefers,
+and what is best (unigram) or merged first (BPE) on one side does not depend on the other. Most segments of a text were
+seen before.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,27 +11,28 @@ from itertools import chain, repeat
 import numpy as np
 import pyarrow as pa
 
-REMEMBERED_SEGMENTS, REMEMBERED_IDS = 2**20, 2**23  # about 200 MB; beyond either, remembering begins anew
-BETWEEN = b"\xff"  # is in no UTF-8
+REMEMBERED_SEGMENTS, REMEMBERED_IDS = 2**20, 2**23  # about 200 MB; beyond either the cache is emptied
+BETWEEN = b"\xff"  # occurs in no UTF-8
 
 
 class SegmentEncoder:
-    """Token ids of whole texts out of those of their segments, which `encode` tokenizes one by one."""
+    """Encodes whole texts from the token ids of their segments, which `encode` tokenizes one by one."""
 
     def __init__(self, pieces: Iterable[bytes], encode: Callable[[list[str]], list[list[int]]]) -> None:
-        """`pieces`: all that a token can stand for, single characters that the model has no piece for aside."""
+        """`pieces` is all that a token can stand for, except single characters that the model has no piece for."""
+        # separable[a, b]: no piece holds byte b right after byte a, so that a text may be cut between them.
         codes = np.frombuffer(BETWEEN.join(pieces), np.uint8)
-        parted = np.ones((256, 256), bool)
-        parted[codes[:-1], codes[1:]] = False
-        parted[:, 0x80:0xC0] = False  # within a character
-        self._parted = parted.ravel()
+        separable = np.ones((256, 256), bool)
+        separable[codes[:-1], codes[1:]] = False
+        separable[:, 0x80:0xC0] = False  # UTF-8's continuation bytes: never within a character
+        self._separable = separable.ravel()
         self._encode = encode
         self._known: dict[bytes, int] = {}  # segment -> its number
-        self._begins = self._lengths = np.empty(0, np.int32)  # of each number's ids in self._ids
+        self._begins = self._lengths = np.empty(0, np.int32)  # of the ids of each number, in self._ids
         self._ids = np.empty(0, np.int32)
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """Ids as int32 of each text, which is UTF-8; they depend on nothing but that text."""
+        """Return the ids (int32) of each text, given as UTF-8; they depend on nothing but that text."""
         text_ends = np.cumsum([len(text) for text in texts])
         data = b"".join(texts)
         if not data:
@@ -39,25 +41,25 @@ class SegmentEncoder:
         segments = self._numbers_of(_distinct(data, begins))
         lengths = self._lengths[segments]
         ends = np.cumsum(lengths, dtype=np.int32)
-        # where each id stands in self._ids: one after the other within a segment
+        # Where each id of the texts stands in self._ids: within a segment one after the other.
         where = np.repeat(self._begins[segments] - (ends - lengths), lengths)
         where += np.arange(len(where), dtype=np.int32)
         after_text = np.searchsorted(begins, text_ends[:-1])  # segments up to each text's end
         return np.split(np.take(self._ids, where), np.concatenate([[0], ends])[after_text])
 
     def _cut(self, data: bytes, text_ends: np.ndarray) -> np.ndarray:
-        """Where segments begin: int64, ascending."""
+        """Return where segments begin: int64, ascending."""
         codes = np.frombuffer(data, np.uint8)
         pairs = codes[:-1].astype(np.uint16)
         pairs <<= 8
         pairs |= codes[1:]
         is_begin = np.ones(len(codes) + 1, bool)
-        np.take(self._parted, pairs, out=is_begin[1:-1])
+        np.take(self._separable, pairs, out=is_begin[1:-1])
         is_begin[text_ends] = True
         return np.flatnonzero(is_begin[:-1])
 
     def _numbers_of(self, distinct: pa.DictionaryArray) -> np.ndarray:
-        """The number by which each segment is remembered; what is new is tokenized."""
+        """Return the number of each segment in the cache; new ones are tokenized and added."""
         if len(self._known) > REMEMBERED_SEGMENTS or len(self._ids) > REMEMBERED_IDS:
             self._forget()
         segments = distinct.dictionary.to_pylist()
@@ -67,7 +69,7 @@ class SegmentEncoder:
         return numbers[np.frombuffer(distinct.indices.buffers()[1], np.int32, len(distinct))]
 
     def _remember(self, segments: Sequence[bytes]) -> np.ndarray:
-        """The numbers that new segments get."""
+        """Tokenize new segments and add them to the cache; returns their numbers."""
         numbers = np.arange(len(self._known), len(self._known) + len(segments))
         encoded = self._encode([segment.decode() for segment in segments])
         lengths = np.fromiter(map(len, encoded), np.int32, len(encoded))
@@ -84,7 +86,7 @@ class SegmentEncoder:
 
 
 def _distinct(data: bytes, begins: np.ndarray) -> pa.DictionaryArray:
-    """Each segment as an index into the distinct ones."""
+    """Return each segment as an index into the distinct ones."""
     offsets = np.append(begins, len(data))
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
     return pa.Array.from_buffers(pa.large_binary(), len(begins), buffers).dictionary_encode()

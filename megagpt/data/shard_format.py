@@ -1,4 +1,4 @@
-"""The Arrow format, version 1: what data_tools writes and training reads.
+"""The Arrow format, version 1, which data_tools writes and training reads.
 
     manifest.json       written last, atomically: without it the build is unfinished
     tokenizer.model     the exact bytes the data was tokenized with
@@ -6,7 +6,7 @@
     train/v0/shard-000000.arrow ...    train/v1/...    val/v0/...    test/v0/...
 
 A shard is an uncompressed Arrow IPC file, one document per row, whose last token is the end-of-document id. A document
-too long for one row follows in further rows, numbered by `part`, and only the last of them ends in that id.
+too long for one row has several, numbered by `part`, and only the last of them ends in that id.
 The tokens of a record batch are contiguous, so one column serves as documents and as a flat stream.
 Compression would cost the zero-copy reads; `list`, with its 32-bit offsets, would overflow at 2^31 tokens.
 """
@@ -26,7 +26,8 @@ INDEX, TOKENIZER_MODEL, REPORT = "index.arrow", "tokenizer.model", "report.json"
 METADATA_KEY = "megagpt"
 HASH_BYTES = 16  # blake2b of a document's UTF-8 text
 
-INDEX_COLUMNS = {  # row0, tok0: the batch's first row and token, counted from the start of the split's variant
+# row0 and tok0 are the batch's first row and token, counted from the start of the split's variant.
+INDEX_COLUMNS = {
     "split": pa.string(),
     "variant": pa.uint16(),
     "shard": pa.uint32(),
@@ -42,7 +43,7 @@ INDEX_SCHEMA = pa.schema([pa.field(name, type_, nullable=False) for name, type_ 
 
 
 class ShardHeader(Strict):
-    """What a shard says about itself in its schema's metadata, so that no other file can stand in for it."""
+    """A shard's description of itself in its schema's metadata, so that no other file can take its place."""
 
     format: Literal["megagpt-arrow"] = FORMAT
     version: Literal[1] = VERSION
@@ -65,22 +66,24 @@ class ShardHeader(Strict):
 
 
 def document_schema(dtype: Literal["uint16", "uint32"]) -> pa.Schema:
+    """Return the schema of a shard whose token ids are of this type, without metadata."""
     ids = pa.field("item", pa.uint16() if dtype == "uint16" else pa.uint32(), nullable=False)
     fields = {
         "tokens": pa.large_list(ids),
         "doc": pa.binary(HASH_BYTES),
         "source": pa.uint16(),
-        "part": pa.uint32(),  # 0, and 1, 2, ... for the further rows of a long document
+        "part": pa.uint32(),  # 0, and 1, 2, ... in the other rows of a long document
     }
     return pa.schema([pa.field(name, type_, nullable=False) for name, type_ in fields.items()])
 
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """Return the smallest type that holds the ids of a vocabulary."""
     return "uint16" if vocab_size <= 65536 else "uint32"
 
 
 def read_batch(reader: pa.RecordBatchFileReader, batch: int, path: Path) -> pa.RecordBatch:
-    """A record batch whose buffers are as long as it says: reading past them would kill the process."""
+    """Read a record batch and check its buffers' sizes: reading past them would kill the process. Raises UserError."""
     try:
         record_batch = reader.get_batch(batch)
         record_batch.validate()
@@ -90,7 +93,7 @@ def read_batch(reader: pa.RecordBatchFileReader, batch: int, path: Path) -> pa.R
 
 
 def batch_xxh3(batch: pa.RecordBatch) -> int:
-    """Names the damaged batch, at memory speed; that no byte changed is for the shard's sha256 to say."""
+    """Hash a record batch at memory speed, to find which one is damaged; the shard's sha256 proves that none is."""
     digest = xxhash.xxh3_64()
     for array in (batch["tokens"].values, batch["tokens"].offsets, batch["source"], batch["part"]):
         digest.update(numbers(array).data)
@@ -99,11 +102,12 @@ def batch_xxh3(batch: pa.RecordBatch) -> int:
 
 
 def damaged(path: Path, why: object) -> UserError:
+    """Return the error to raise for a damaged file of a dataset."""
     return UserError(f"{path} is damaged ({why}); restore it or build the dataset again")
 
 
 def numbers(array: pa.Array) -> np.ndarray:
-    """An integer column without nulls, read-only and without a copy.
+    """View an integer column without nulls as a read-only array, without a copy.
 
     Arrow's own to_numpy imports pandas wherever it is installed: half a second, and tens of megabytes.
     """

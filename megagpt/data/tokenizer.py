@@ -1,4 +1,4 @@
-"""SentencePiece: text to token ids and back, without losing a byte.
+"""The tokenizer, a SentencePiece model: text to token ids and back, without losing a byte.
 
 The promise decode(encode(text)) == text holds for the models that data_tools trains: identity normalization,
 no dummy prefix, spaces kept, newline and tab as pieces of their own, byte fallback.
@@ -22,7 +22,7 @@ LOG_ERRORS_ONLY = 2
 
 
 class Tokenizer:
-    """A SentencePiece model together with the exact bytes it came from."""
+    """A SentencePiece model and the exact bytes it was read from. Raises UserError for bytes that are no such model."""
 
     def __init__(self, model_bytes: bytes, *, name: str = "tokenizer model"):
         self._processor, spec = _load(model_bytes, name)
@@ -33,18 +33,14 @@ class Tokenizer:
         self.eod_id: int = self._processor.eos_id()
         if self.eod_id < 0:
             raise UserError(
-                f"{name} has no end-of-sentence piece </s>, which we store at the end of each document; "
+                f"{name} has no end-of-sentence piece </s>, which datasets store at the end of each document; "
                 "train it again without eos_id=-1"
             )
         self._meta_space_ids = None if spec.has_dummy_prefix else self._byte_ids(META_SPACE)
 
     @classmethod
-    def from_bytes(cls, model_bytes: bytes) -> "Tokenizer":
-        return cls(model_bytes)
-
-    @classmethod
     def load(cls, path: Path | str, *, sha256: str | None = None) -> "Tokenizer":
-        """Read a model file; with `sha256`, refuse other bytes before SentencePiece parses them."""
+        """Read a model file; with `sha256`, refuse other bytes before SentencePiece parses them. Raises UserError."""
         try:
             model_bytes = Path(path).read_bytes()
         except OSError as error:
@@ -54,16 +50,17 @@ class Tokenizer:
         found = hashlib.sha256(model_bytes).hexdigest()
         if sha256 is not None and found != sha256:
             raise UserError(
-                f"{path} is not the tokenizer this data was made with: sha256 {found[:16]}..., "
+                f"{path} is not the tokenizer this dataset was made with: sha256 {found[:16]}..., "
                 f"expected {sha256[:16]}...; restore the original file"
             )
         return cls(model_bytes, name=str(path))
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids as int32, without an end-of-document id."""
+        """Return the token ids as int32, without an end-of-document id."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode several texts at once, which is faster. Raises UserError for text with a lone surrogate."""
         if self._segments is None:
             return [np.array(ids, np.int32) for ids in self._encode_lists(texts)]
         try:
@@ -73,21 +70,22 @@ class Tokenizer:
 
     @cached_property
     def _segments(self) -> SegmentEncoder | None:
-        """None if what a part of a text becomes may depend on the rest."""
+        """The cache of encoded segments; None if a segment's ids may depend on the text around it."""
         if not (self._keeps_text and self.is_exact_in_parts and self.kind in ("unigram", "bpe", "char")):
             return None
         return SegmentEncoder((piece.replace(META_SPACE, " ").encode() for piece in self.pieces()), self._encode_lists)
 
     @property
     def is_exact_in_parts(self) -> bool:
-        """Whether the ids of a text's parts, put together, decode to the text."""
+        """Whether a text may be cut anywhere: the joined ids of its sections decode to the text."""
         return self._meta_space_ids is not None
 
-    def gives_back(self, text: str) -> bool:
+    def round_trips(self, text: str) -> bool:
+        """Tell whether decode(encode(text)) == text."""
         return self.decode(self.encode(text)) == text
 
     def best(self, text: str, n: int) -> list[tuple[float, list[int]]]:
-        """(log probability, ids) of the n likeliest tokenizations of a short text; unigram models only."""
+        """Return (log probability, ids) of the n likeliest tokenizations of a short text; unigram models only."""
         if META_SPACE in text:
             return [(0.0, self.encode(text).tolist())]
         score = self._scores.__getitem__
@@ -98,28 +96,28 @@ class Tokenizer:
         return [self._processor.get_score(i) for i in range(self.vocab_size)]
 
     def pieces(self) -> dict[str, tuple[int, float]]:
-        """piece -> (id, score) of all that text can be spelt with, single bytes aside; META_SPACE is the space."""
+        """Return piece -> (id, score) of all pieces of text, without those of single bytes; META_SPACE is the space."""
         sp = self._processor
         usual = (i for i in range(self.vocab_size) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i)))
         return {sp.id_to_piece(i): (i, self._scores[i]) for i in usual}
 
     def encode_bytes(self, text: str) -> list[int]:
-        """The text byte by byte."""
+        """Encode a text by byte fallback alone, one token for each UTF-8 byte."""
         ids = self._byte_ids(text)
         assert ids is not None, "the model has no byte fallback"
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text; control ids (end of document, beginning of sentence, padding) leave no trace."""
+        """Return the text; control ids (end of document, beginning of sentence, padding) decode to nothing."""
         return self._processor.decode(np.asarray(ids, dtype=np.int64).tolist())
 
     def piece_id(self, piece: str) -> int | None:
-        """The id of a piece as the model spells it, or None if it has no such piece."""
+        """Return the id of a piece, spelled as in the model, or None if it has no such piece."""
         found = self._processor.piece_to_id(piece)
         return found if self._processor.id_to_piece(found) == piece else None
 
     def token_bytes(self) -> np.ndarray:
-        """How many UTF-8 bytes of text each id stands for: int32, (vocab_size,); control ids stand for 0."""
+        """Return how many UTF-8 bytes of text each id stands for: int32, (vocab_size,); control ids stand for 0."""
         return np.array([self._bytes_of(i) for i in range(self.vocab_size)], dtype=np.int32)
 
     def _bytes_of(self, token: int) -> int:
@@ -142,7 +140,7 @@ class Tokenizer:
     def _encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
         try:
             return self._processor.encode(list(texts), out_type=int, num_threads=1)
-        except (RuntimeError, TypeError):  # how the bindings put it depends on the length of the list
+        except (RuntimeError, TypeError):  # which of them the bindings raise depends on the length of the list
             for text in texts:
                 _check_is_unicode(text)
             raise
@@ -152,37 +150,38 @@ class Tokenizer:
         return [*first, *(i for part in rest for i in (*meta_space_ids, *part))]
 
     def _byte_ids(self, text: str) -> list[int] | None:
-        """The byte-fallback ids that spell `text`, or None if the model has no byte fallback."""
+        """Return the byte-fallback ids that spell `text`, or None if the model has no byte fallback."""
         ids: list[int] = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
         return ids if all(map(self._processor.is_byte, ids)) else None
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """The next multiple of 128: matrix shapes that GPUs multiply fast."""
+    """Round up to a multiple of 128, a matrix size that GPUs multiply fast."""
     return -(-vocab_size // 128) * 128
 
 
 class _Spec(NamedTuple):
-    """What a model's protobuf says and SentencePiece has no call to tell."""
+    """Fields of a model's protobuf that SentencePiece has no call for."""
 
     kind: str
     normalizer: str
     has_dummy_prefix: bool
-    keeps_text: bool  # changes nothing before it looks for pieces, but for spaces, which it spells META_SPACE
+    keeps_text: bool  # its normalizer changes nothing, except that it spells spaces META_SPACE
 
 
 def _load(model_bytes: bytes, name: str) -> tuple[sentencepiece.SentencePieceProcessor, _Spec]:
-    """Bytes that are no model are one clear message."""
+    """Parse a model. Raises UserError, whichever way the bytes are wrong."""
     try:
         return _parse(model_bytes)
-    except (RuntimeError, LookupError, UnicodeDecodeError, TypeError) as error:  # how bytes that make no model show
+    except (RuntimeError, LookupError, UnicodeDecodeError, TypeError) as error:
         raise UserError(
             f"{name} is not a SentencePiece model; "
             "give the .model file that `python -m data_tools train-tokenizer` writes"
         ) from error
 
 
-@lru_cache(maxsize=8)  # a processor takes 50 ms to make and never changes, so all tokenizers of a model share it
+# A processor takes 50 ms to make and never changes, so all tokenizers of a model share it.
+@lru_cache(maxsize=8)
 def _parse(model_bytes: bytes) -> tuple[sentencepiece.SentencePieceProcessor, _Spec]:
     sentencepiece.set_min_log_level(LOG_ERRORS_ONLY)
     processor = sentencepiece.SentencePieceProcessor()
@@ -218,11 +217,11 @@ def _describe(model_bytes: bytes) -> _Spec:
 
 
 def _protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(field number, value) of a protobuf message: varints as int, everything else as bytes."""
+    """Yield (field number, value) of a protobuf message: varints as int, everything else as bytes."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
-        wire_type = tag & 7
+        wire_type = tag & 7  # 0 varint, 1 and 5 fixed size, 2 with its length in front
         if wire_type == 0:
             value, at = _varint(message, at)
             yield tag >> 3, value
@@ -233,6 +232,7 @@ def _protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """Return (value, where it ends): seven bits a byte, the lowest first, up to a byte without the top bit."""
     value = shift = 0
     while True:
         byte = message[at]

@@ -1,7 +1,11 @@
-"""From a sample's number to its tokens. Free of torch, so that tools that only read data start fast."""
+"""The training data of a run: TrainingSet turns a sample's number into its tokens.
+
+It imports no torch, so that tools that only read data start fast.
+"""
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,14 +22,14 @@ from megagpt.data.packing import PACKING, PackedRows
 from megagpt.data.sampler import PERIOD
 from megagpt.errors import UserError
 
-DRAW = 16384  # samples whose windows are computed at once: the arithmetic is vectorized, a single one is dear
+DRAW = 16384  # samples whose windows are computed at once: the arithmetic is vectorized, so one alone costs as much
 
 
 @dataclass(frozen=True)
 class SampleSpan:
-    """Consecutive inputs of a sample: `tokens`, which begin at token `start` of this variant of the train split.
+    """A run of consecutive inputs of a sample: `tokens`, which begin at token `start` of a variant of the train split.
 
-    Of a packed row: a document, or a chunk of one.
+    A packed row has a span for each of its chunks.
     """
 
     dataset: Dataset
@@ -39,11 +43,15 @@ OpenVariant = Callable[[Dataset, int], Tokens]
 
 
 def train_variant(dataset: Dataset, variant: int) -> Tokens:
+    """Open a variant of the train split as it is: the OpenVariant of a run without packed rows and goldfish loss."""
     return dataset.stream("train", variant)
 
 
 def row_opener(cfg: MegaGPTConfig) -> OpenVariant:
-    """How a run reads a variant: as it is, marked as the goldfish says, or packed. Each is opened and planned once."""
+    """Return how a run reads a variant: with goldfish marks if it asks for them, and packed by its method.
+
+    The function opens, and packs, each variant once.
+    """
 
     @cache
     def open_variant(dataset: Dataset, variant: int) -> Tokens:
@@ -57,7 +65,10 @@ def row_opener(cfg: MegaGPTConfig) -> OpenVariant:
 
 @dataclass(frozen=True)
 class DrawnSamples:
-    """Samples drawn at once, as plain lists: sample i is stretches first[i] to last[i] of `length` inputs each."""
+    """Samples drawn at once: sample samples[i] is the spans first[i] to last[i], each `length` inputs from `start`.
+
+    The columns are plain lists, which are faster than numpy for one number at a time.
+    """
 
     samples: range
     first: list[int]
@@ -70,8 +81,8 @@ class DrawnSamples:
 class TrainingSet:
     """The training datasets of a run as one endless, shuffled sequence of samples.
 
-    `datasets` are those of the run file, in which the samples to come lie; what the run drew before may lie in
-    `earlier` ones.
+    `datasets` are those of the run file, from which samples are drawn from now on; `earlier` are those that only past
+    samples of the run lie in.
     """
 
     def __init__(
@@ -93,51 +104,64 @@ class TrainingSet:
         ]
         self._firsts = [segment.first_sample for segment in mixture.segments]
         self._samplers = [mixture.sampler(first) for first in self._firsts]
-        self._block = DrawnSamples(range(0), [], [], [], [], [])
+        self._drawn = DrawnSamples(range(0), [], [], [], [], [])
 
     def open_all(self) -> None:
-        """Open every shard now: one of another build is found here, not by one rank in the middle of a run."""
+        """Open every shard now, so that one of another build fails here and not on one rank in the middle of a run."""
         for streams in self._streams:
             for stream in streams:
                 stream.open_all()
 
-    def fill(self, first: int, rows: Row) -> None:
-        """Samples first, first + 1, ... into rows of seq_len + 1 tokens.
+    def jumped(self, *, step: int, sample: int) -> "TrainingSet":
+        """Return the same data for a run whose steps after `step` take their samples from `sample` on (a roll-back).
 
-        Where a sample is made of several stretches, the target of each one's last input is the next one's first token.
+        `Mixture.jumped` changes no segment, so the open streams and the samplers serve the new one too.
+        """
+        other = copy(self)
+        other.mixture = self.mixture.jumped(step=step, sample=sample)
+        return other
+
+    def fill(self, first: int, rows: Row) -> None:
+        """Write samples first, first + 1, ... into the rows of an array (B, seq_len + 1).
+
+        Where a sample has several spans, the target of each span's last input is the next span's first token.
         """
         end = first + len(rows)
         while first < end:
-            block = self._block_of(first)
-            i, n = first - block.samples.start, min(end, block.samples.stop) - first
-            for row, at, last in zip(rows[:n], block.first[i : i + n], block.last[i : i + n], strict=True):
+            drawn = self._drawn_with(first)
+            i, n = first - drawn.samples.start, min(end, drawn.samples.stop) - first
+            for row, at, last in zip(rows[:n], drawn.first[i : i + n], drawn.last[i : i + n], strict=True):
                 while at < last:
-                    block.streams[at].copy(block.start[at], row[: block.length[at]])
-                    row = row[block.length[at] :]
+                    drawn.streams[at].copy(drawn.start[at], row[: drawn.length[at]])
+                    row = row[drawn.length[at] :]
                     at += 1
-                block.streams[last].copy(block.start[last], row)
+                # The last span fills the rest of the row: its inputs, and the one token more that is only a target.
+                drawn.streams[last].copy(drawn.start[last], row)
             first, rows = first + n, rows[n:]
 
-    def pieces(self, sample: int) -> list[SampleSpan]:
-        """Where the inputs of a sample, past or to come, lie and what they are; raises UserError for a dataset gone."""
-        drawn, pieces = self._samplers[self._segment(sample)].draw(sample, 1), []
+    def spans(self, sample: int) -> list[SampleSpan]:
+        """Return where the inputs of a sample, past or future, lie and what they are.
+
+        Raises UserError if the dataset of a past sample is no longer there.
+        """
+        drawn, spans = self._samplers[self._segment(sample)].draw(sample, 1), []
         columns = (drawn.dataset, drawn.epoch, drawn.start, drawn.length)
         for k, epoch, start, length in zip(*(column.tolist() for column in columns), strict=True):
             variant = epoch % len(self.mixture.sources[k].n_tokens)
             stream = self._variants(k)[variant]
             dataset = self._by_fingerprint[self.mixture.sources[k].fingerprint]
-            for at, tokens in _pieces(stream, start, length):
-                pieces.append(SampleSpan(dataset, variant, epoch, at, unmarked(tokens)))
-        return pieces
+            for at, tokens in _runs_of_tokens(stream, start, length):
+                spans.append(SampleSpan(dataset, variant, epoch, at, unmarked(tokens)))
+        return spans
 
     def epochs(self, sample: int) -> list[float]:
-        """Passes over each of the datasets before this sample."""
+        """Return how many epochs of each of `datasets` come before this sample, as a fraction."""
         done = self._samplers[self._segment(sample)].epochs(sample)
         by_fingerprint = {source.fingerprint: n for source, n in zip(self.mixture.sources, done, strict=True)}
         return [by_fingerprint[dataset.fingerprint] for dataset in self.datasets]
 
     def packing(self) -> list[str]:
-        """How full the rows are: a line for each variant whose documents are packed."""
+        """Report how full the rows are: one line for each variant whose documents are packed."""
         streams = [
             (source.path, variant, stream)
             for source, variants in zip(self.mixture.sources, self._streams, strict=True)
@@ -146,39 +170,39 @@ class TrainingSet:
         return [f"{path}, variant {v}: {s.plan}" for path, v, s in streams if isinstance(s, PackedRows)]
 
     def describe(self, sample: int, seq_len: int) -> str:
-        """Of what the samples of seq_len tokens from this one on are made."""
+        """Describe the mixture from this sample on in one line: seq_len, and the share and epoch of each dataset."""
         segment = self._samplers[self._segment(sample)].segment
         shares = {
             source.fingerprint: share / PERIOD
             for source, share in zip(self.mixture.sources, segment.shares, strict=True)
         }
-        parts = [
+        by_dataset = [
             f"{shares[dataset.fingerprint]:.2%} from {dataset.path} (epoch {epoch:.3f})"
             for dataset, epoch in zip(self.datasets, self.epochs(sample), strict=True)
         ]
-        return f"{seq_len} tokens, " + ", ".join(parts)
+        return f"{seq_len} tokens, " + ", ".join(by_dataset)
 
     def _variants(self, k: int) -> list[Tokens]:
         if not self._streams[k]:
             source = self.mixture.sources[k]
             raise UserError(
-                f"these samples were drawn from {source.path} (fingerprint {source.fingerprint[:12]}), which is no "
-                "longer there; restore it to see them"
+                f"dataset {source.path} (fingerprint {source.fingerprint[:12]}) of these samples is no longer there; "
+                "restore it to see them"
             )
         return self._streams[k]
 
     def _segment(self, sample: int) -> int:
         return bisect_right(self._firsts, sample) - 1
 
-    def _block_of(self, sample: int) -> DrawnSamples:
-        """The DRAW samples around this one, as far as its segment goes."""
-        if sample not in self._block.samples:
+    def _drawn_with(self, sample: int) -> DrawnSamples:
+        """Draw the DRAW samples around this one that are of its segment, unless they are the ones drawn last."""
+        if sample not in self._drawn.samples:
             segment, begin = self._segment(sample), sample // DRAW * DRAW
             first, end = max(begin, self._firsts[segment]), min([begin + DRAW, *self._firsts[segment + 1 :]])
             drawn = self._samplers[segment].draw(first, end - first)
             by_dataset = {k: self._variants(k) for k in np.unique(drawn.dataset).tolist()}
             variants = zip(drawn.dataset.tolist(), drawn.epoch.tolist(), strict=True)
-            self._block = DrawnSamples(
+            self._drawn = DrawnSamples(
                 range(first, end),
                 drawn.begin[:-1].tolist(),
                 (drawn.begin[1:] - 1).tolist(),
@@ -186,11 +210,11 @@ class TrainingSet:
                 drawn.start.tolist(),
                 drawn.length.tolist(),
             )
-        return self._block
+        return self._drawn
 
 
 def open_datasets(paths: Sequence[Path]) -> list[Dataset]:
-    """Raises UserError for a missing, unfinished or damaged dataset, and for two tokenizers."""
+    """Open datasets of one tokenizer. Raises UserError for a missing, unfinished or damaged one, or two tokenizers."""
     datasets = [open_dataset(path) for path in paths]
     first = datasets[0]
     for other in datasets[1:]:
@@ -206,11 +230,12 @@ def open_datasets(paths: Sequence[Path]) -> list[Dataset]:
 def plan_mixture(
     cfg: MegaGPTConfig, global_batch: int, sources: Sequence[Source], history: Mixture, *, step: int, sample: int
 ) -> Mixture:
-    """The mixture of a run whose `data.train` entries are `sources`, from its step and sample on.
+    """Return the data mixture of a new or resumed run; `sources` are its `data.train` entries, in their order.
 
-    `history` is what the run drew before: `Mixture(seed)` for a new one. Raises UserError.
+    `history` is the mixture of the step that it resumes from, `step`, which ended before `sample`; `Mixture(seed)` for
+    a new run. Raises UserError as `Mixture.continued` does.
     """
-    return history.going_on(
+    return history.continued(
         [(source, d.weight) for source, d in zip(sources, cfg.data.train, strict=True)],
         step=step,
         sample=sample,
@@ -220,14 +245,17 @@ def plan_mixture(
 
 
 def source_of(dataset: Dataset, open_variant: OpenVariant | None = None) -> Source:
-    """Its tokens as the manifest counts them, or as what `open_variant` makes of them does: see PackedRows."""
+    """Return a dataset as a mixture records it, with the length of each variant of its train split.
+
+    The manifest counts tokens; with `open_variant` the lengths are those of what it opens, which may be packed rows.
+    """
     variants = dataset.variants("train")
     tokens = tuple(open_variant(dataset, v.id).n_tokens if open_variant else v.tokens for v in variants)
     return Source(str(dataset.path), dataset.fingerprint, tokens)
 
 
-def _pieces(stream: Tokens, start: int, length: int) -> list[tuple[int, Row]]:
-    """Where in the stream the tokens of a stretch, or of a packed row, lie, and the tokens."""
+def _runs_of_tokens(stream: Tokens, start: int, length: int) -> list[tuple[int, Row]]:
+    """Return (place in the stream, tokens) of `length` positions from `start`, which may stand for one packed row."""
     if isinstance(stream, PackedRows):
         return stream.chunks(start)
     tokens = np.empty(length, dtype=np.int64)

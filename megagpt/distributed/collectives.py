@@ -1,4 +1,4 @@
-"""The few collectives that the rest of the package needs. All of them work without a process group."""
+"""Collectives: sums, gathers and votes over ranks. All of them work without a process group too, on one rank."""
 
 import socket
 from collections.abc import Callable
@@ -17,18 +17,13 @@ T = TypeVar("T")
 
 @cache
 def neighbors(size: int) -> dist.ProcessGroup:
-    """The group of `size` neighboring ranks that this one is in, counted from rank 0. Collective."""
+    """Return this rank's group of `size` neighboring ranks, counted from rank 0. Collective on first use."""
     group, _ = dist.new_subgroups(size, timeout=TIMEOUT)
     return group
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Element-wise sum; every rank gets the same numbers."""
+    """Return the element-wise sum over ranks, the same on every rank."""
     values = values.detach().clone()
     if world_size() > 1:
         dist.all_reduce(values)
@@ -36,7 +31,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def gather_over_ranks(values: Tensor) -> Tensor:
-    """values (n,) of each rank -> (world_size, n), on every rank."""
+    """Return every rank's values (n,), as (world_size, n), on every rank."""
     if world_size() == 1:
         return values.detach().unsqueeze(0)
     gathered = [torch.empty_like(values) for _ in range(world_size())]
@@ -45,7 +40,7 @@ def gather_over_ranks(values: Tensor) -> Tensor:
 
 
 def broadcast_object(value: T) -> T:
-    """Rank 0's value, on every rank."""
+    """Return rank 0's value on every rank."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0)
@@ -53,9 +48,9 @@ def broadcast_object(value: T) -> T:
 
 
 def gather_objects(value: T, group: Group = None) -> list[T]:
-    """Every rank's value, in rank order, on every rank.
+    """Return every rank's value, in rank order, on every rank.
 
-    Never of fewer ranks than the group has, also after this process has left the default one.
+    With a `group` it gathers over that group, also after this process has left the default one.
     """
     if group is None and world_size() == 1:
         return [value]
@@ -65,29 +60,29 @@ def gather_objects(value: T, group: Group = None) -> list[T]:
 
 
 def on_every_rank(check: Callable[[], T], group: Group = None) -> T:
-    """Run something that only this rank's host can judge; if it fails on one rank, every rank raises its message.
+    """Run a check that depends on this rank's host; if it raises UserError on one rank, every rank raises it.
 
-    Without this the others would wait in their next collective for a rank that has gone.
+    Without this the other ranks would wait in their next collective for a rank that has ended. Collective.
     """
     result, complaint = None, ""
     try:
         result = check()
     except UserError as error:
         complaint = str(error)
-    said = gather_objects((complaint, socket.gethostname()), group)
-    if not any(text for text, _ in said):
+    complaints = gather_objects((complaint, socket.gethostname()), group)
+    if not any(text for text, _ in complaints):
         return cast(T, result)
-    first, text, host = next((r, text, host) for r, (text, host) in enumerate(said) if text)
-    where = f"on rank {first}" + (f", host {host}" if len({host for _, host in said}) > 1 else "")
-    raise UserError(text if all(text for text, _ in said) else f"{text} ({where})")
+    first, text, host = next((r, text, host) for r, (text, host) in enumerate(complaints) if text)
+    where = f"on rank {first}" + (f", host {host}" if len({host for _, host in complaints}) > 1 else "")
+    raise UserError(text if all(text for text, _ in complaints) else f"{text} ({where})")
 
 
 class StopVote:
-    """Agrees on stopping without making a step wait: the vote cast at one step boundary is read at the next.
+    """Lets all ranks stop at the same step without making a step wait: a vote cast at one step is read at the next.
 
-    The ballot is a MAX all-reduce on the host, over a gloo group of its own, so the GPU is never synchronized.
-    Every rank reads the same vote at the same step, even when only one of them was told to stop. Inside `with`, which
-    waits for the last vote: a process that ends while one is under way, on a slow network, is aborted by gloo.
+    The vote is a MAX all-reduce on the host, over a gloo group of its own, so that the GPU is never synchronized.
+    Every rank reads the same outcome at the same step, even if only one of them was told to stop. Use it in a `with`
+    block, which waits for the last vote: gloo aborts a process that ends while one is in flight.
     """
 
     def __init__(self) -> None:
@@ -99,11 +94,11 @@ class StopVote:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._pending is not None and raised_on_every_rank(error):  # else the others may never vote
+        if self._pending is not None and raised_on_every_rank(error):  # otherwise the others may never vote
             self._pending.wait()
 
     def __call__(self, stop: bool) -> bool:
-        """Cast this rank's vote; returns the outcome of the previous one (False the first time)."""
+        """Cast this rank's vote; returns the outcome of the previous vote, False the first time."""
         if self._group is None:
             return stop
         outcome = False

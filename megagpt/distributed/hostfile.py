@@ -1,4 +1,4 @@
-"""Check hostfiles and .deepspeed_env before deepspeed hands them to ssh and shells."""
+"""Check hostfiles and .deepspeed_env, which deepspeed passes to ssh and to shells on other hosts."""
 
 import os
 import re
@@ -7,9 +7,8 @@ from pathlib import Path
 from megagpt.distributed.launcher import ancestors, is_deepspeed
 from megagpt.errors import UserError
 
-HOST_LINE = re.compile(
-    r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\s+slots=(?P<slots>[1-9][0-9]{0,3})(\s*#.*)?"
-)  # no option, no shell
+# A host name without characters that ssh would read as an option or a shell as more than a name.
+HOST_LINE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?\s+slots=(?P<slots>[1-9][0-9]{0,3})(\s*#.*)?")
 
 ENV_LINE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[A-Za-z0-9_.,:/@%+=^~-]*")  # pasted into a remote shell's command line
 
@@ -17,9 +16,10 @@ SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)(_|=|$)")
 
 
 def check_hostfile() -> None:
-    """`deepspeed --hostfile X` trains on one machine, with a warning, if X does not exist: raises UserError instead.
+    """Check the hostfile and the environment file that the `deepspeed` above this process was given.
 
-    Also for what it was told that a shell would run, as far as this process can see it.
+    Raises UserError if the hostfile does not exist (deepspeed only warns, and trains on one machine), or if either
+    holds text that a shell would run, as far as this process can see the launcher.
     """
     for arguments, folder in ancestors():
         named = _named_hostfile(arguments)
@@ -30,12 +30,13 @@ def check_hostfile() -> None:
             )
         if named is not None:
             check_hosts(folder / named)
-    if int(os.environ.get("CROSS_SIZE", "1")) > 1:  # over ssh: the folder is the same on all hosts
+    # With several hosts the launcher goes over ssh and starts its ranks in the folder that it was started in.
+    if int(os.environ.get("CROSS_SIZE", "1")) > 1:
         check_environment(Path.cwd())
 
 
 def check_hosts(hostfile: Path) -> dict[str, int]:
-    """Host -> slots. Refuses names that ssh or a shell would read as more than a name: UserError with the line."""
+    """Read a hostfile: host -> slots. Raises UserError with the line that is not `NAME slots=N` with a plain name."""
     try:
         lines = hostfile.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -56,13 +57,16 @@ def check_hosts(hostfile: Path) -> dict[str, int]:
 
 
 def check_environment(folder: Path) -> None:
-    """Refuse what deepspeed, started in `folder`, would paste into the other hosts' shells. Raises UserError."""
+    """Check the environment file that deepspeed, started in `folder`, would paste into shells on other hosts.
+
+    Raises UserError for one in any folder but the home folder, and as `check_settings` does.
+    """
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
     in_home = home() / name
     if (folder / name).is_file() and folder.resolve() != home().resolve():
         raise UserError(
-            f"{folder / name}: deepspeed pastes what lies in the folder it is started in into a shell on every host, "
-            f"and a folder may be anybody's; move what you need of it to {in_home}"
+            f"{folder / name}: deepspeed pastes this file, since it is started here, into a shell on every host, and "
+            f"others may have written it; move the lines that you need to {in_home}"
         )
     if in_home.is_file():
         check_settings(in_home)
@@ -77,7 +81,7 @@ def home() -> Path:
 
 
 def check_settings(file: Path) -> None:
-    """Refuse lines of a .deepspeed_env that are more than a plain setting. Raises UserError with the line."""
+    """Check that each line of a .deepspeed_env is a plain setting and no secret. Raises UserError with the line."""
     for n, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         key = line.partition("=")[0]
         if not ENV_LINE.fullmatch(line):
@@ -90,7 +94,7 @@ def check_settings(file: Path) -> None:
 
 
 def _named_hostfile(arguments: list[str]) -> str | None:
-    """The value of the launcher's own -H or --hostfile, which stand before the script's name."""
+    """Return the value of the launcher's own -H or --hostfile, which precede the script's name; None without."""
     if not is_deepspeed(arguments):
         return None
     for option, value in zip(arguments, [*arguments[1:], ""], strict=True):

@@ -1,4 +1,4 @@
-"""Which of this host's addresses gloo will take, and which interface leads to another host."""
+"""Network interfaces: which of this host's addresses gloo takes, and which interface leads to another host."""
 
 import ipaddress
 import os
@@ -12,7 +12,7 @@ GLOO = "GLOO_SOCKET_IFNAME"
 
 
 def gloo_address() -> str:
-    """As gloo chooses it: of the interface that GLOO_SOCKET_IFNAME names, or what this host's own name resolves to.
+    """Return the address that gloo takes: of the interface in GLOO_SOCKET_IFNAME, or of this host's own name.
 
     Raises UserError if there is no such interface.
     """
@@ -31,7 +31,7 @@ def gloo_address() -> str:
 
 
 def listen_for_gloo() -> socket.socket:
-    """A socket that other hosts reach if they will reach gloo. Raises UserError as `gloo_address` does."""
+    """Listen at gloo's address: hosts that reach this socket will reach gloo. Raises UserError as `gloo_address`."""
     address = gloo_address()
     return socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
 
@@ -41,17 +41,17 @@ def is_loopback(address: str) -> bool:
 
 
 def interfaces() -> dict[str, str]:
-    """Name -> address, of those that have one."""
+    """Return name -> address of the interfaces that have one, IPv4 rather than IPv6."""
     families = (socket.AF_INET6, socket.AF_INET)  # the latter wins
     addresses = [(name, a) for name, all_ in psutil.net_if_addrs().items() for a in all_ if a.family in families]
     return {name: a.address for name, a in sorted(addresses, key=lambda pair: families.index(pair[1].family))}
 
 
 def interface_to(host: str) -> str:
-    """The interface through which packets to that host leave; empty if there is no way to it."""
+    """Return the interface through which packets to `host` leave; empty if it cannot be reached."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing
+            probe.connect((host, 9))  # UDP: this sends nothing
             ours = probe.getsockname()[0]
     except OSError:
         return ""
@@ -59,12 +59,13 @@ def interface_to(host: str) -> str:
 
 
 def remedy(host: str) -> str:
-    """What makes gloo and NCCL take the interface that leads to `host`."""
+    """Return the advice that makes gloo and NCCL take the interface that leads to `host`."""
     name = interface_to(host) or "eth0"
     return f"write {GLOO}={name} and NCCL_SOCKET_IFNAME={name} into ~/.deepspeed_env (or the batch script)"
 
 
 def _is_ours(family: int, place: tuple[object, ...]) -> bool:
+    """Tell whether an address is this host's own, by binding to it, as gloo does."""
     try:
         with socket.socket(family) as probe:
             probe.bind(place)

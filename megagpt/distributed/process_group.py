@@ -1,4 +1,4 @@
-"""The process group, and what each rank knows of itself. All of it works without a group too."""
+"""The process group, and each rank's number, device and output. All of it works without a group too."""
 
 import os
 import socket
@@ -14,23 +14,25 @@ from megagpt.terminal import escape_unknown_letters
 
 Group = dist.ProcessGroup | None  # None: the default one
 
-TIMEOUT = timedelta(minutes=30)  # hashing a large checkpoint on a cold file system can take longer than the usual 10
+TIMEOUT = timedelta(minutes=30)  # hashing a large checkpoint on a cold file system can exceed the default of 10
 
 
 def init_process_group(store: dist.Store | None = None) -> torch.device:
-    """Join the ranks that deepspeed, torchrun or srun started, or stand alone; returns this rank's device.
+    """Join the ranks that deepspeed, torchrun or srun started, or be the only one; returns this rank's device.
 
-    With a `store` they know each other by it already. Raises OwnRankError if this rank has no GPU of its own on a
-    machine that has some.
+    The ranks meet through `store`, if they already have one. Raises OwnRankError if this rank has no GPU of its own on
+    a machine that has some.
     """
     adopt_slurms_ranks()
     device = own_device()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // local_ranks()))  # it counts physical cores
+        # torch's default is all physical cores for each process: share them between the ranks.
+        torch.set_num_threads(max(1, torch.get_num_threads() // local_ranks()))
     if dist.is_initialized():
         return device
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" not in os.environ:  # plain `python launch/pretrain.py`: no port, so two of them never collide
+    # Plain `python launch/pretrain.py`: without a port, so that two of them never collide.
+    if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         store = dist.HashStore()
     dist.init_process_group(
@@ -45,23 +47,23 @@ def init_process_group(store: dist.Store | None = None) -> torch.device:
 
 
 def leave() -> None:
-    """Before the process ends: a thread of gloo's that is still there when its group is torn down would abort it."""
+    """Leave the group before the process ends: gloo's threads abort it if they outlive their group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def own_device() -> torch.device:
-    """This rank's; raises OwnRankError if there are more ranks than GPUs on a machine that has some."""
+    """Return this rank's device. Raises OwnRankError if there are more ranks than GPUs on a machine that has some."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    there_are = torch.cuda.device_count()
-    if there_are == 1 and "SLURM_LOCALID" in os.environ:
-        local_rank = 0  # --gpus-per-task shows each task its own GPU alone
-    wanted = local_rank + 1
-    if wanted > there_are:
+    n_gpus = torch.cuda.device_count()
+    if n_gpus == 1 and "SLURM_LOCALID" in os.environ:
+        local_rank = 0  # --gpus-per-task shows each task only its own GPU
+    n_ranks = local_rank + 1
+    if n_ranks > n_gpus:
         raise OwnRankError(
-            f"{wanted} ranks need {wanted} GPUs, but {socket.gethostname()} has {there_are}; "
+            f"{n_ranks} ranks need {n_ranks} GPUs, but {socket.gethostname()} has {n_gpus}; "
             "lower --num_gpus, the hostfile's slots or --ntasks-per-node"
         )
     torch.cuda.set_device(local_rank)
@@ -81,7 +83,7 @@ def is_main() -> bool:
 
 
 def print_rank0(text: str) -> None:
-    """Print once, not once per rank. A launcher or terminal that is gone and reads no more ends no run."""
+    """Print on rank 0 only. A launcher or terminal that is gone, and no longer reads, does not end the run."""
     if not is_main():
         return
     escape_unknown_letters()

@@ -1,4 +1,4 @@
-"""Ranks meet before they train: who does not arrive, who differs and who cannot be reached is named by its host."""
+"""Rendezvous: ranks meet before they train, and a host that is missing, differs or cannot be reached is named."""
 
 import hashlib
 import json
@@ -24,37 +24,37 @@ from megagpt.distributed.launcher import adopt_slurms_ranks, hosts_of_ranks, loc
 from megagpt.distributed.process_group import init_process_group, is_main, own_device, world_size
 from megagpt.errors import OwnRankError, UserError, writing_to
 
-PATIENCE = "MEGAGPT_MEET_SECONDS"  # for file systems on which a start takes longer
+PATIENCE = "MEGAGPT_MEET_SECONDS"  # to be raised for file systems on which a start takes longer
 SAME_PROGRAMS = "use the same checkout and the same .venv on all hosts"
 PACKAGES = ("torch", "deepspeed", "numpy", "pyarrow", "sentencepiece", "pydantic")
-Said = dict[str, Any]
+Report = dict[str, Any]  # of one rank, as JSON
 
 
 def meet() -> torch.device:
-    """`init_process_group`, once all ranks have arrived with the same programs and reach each other.
+    """Call `init_process_group` after checking that all ranks run the same programs and reach each other.
 
-    Raises UserError on every rank otherwise, within a minute.
+    Otherwise raises UserError on every rank, within a minute.
     """
     adopt_slurms_ranks()
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return init_process_group()
     meeting = _Meeting()
     with ExitStack() as open_until_reached:
-        meeting.say("arrival", _arrival(open_until_reached), _wrong_arrivals)
-        neighbor = meeting.heard("arrival", (meeting.rank + local_ranks()) % meeting.n_ranks)
-        meeting.say("reach", {"complaint": _unreachable(neighbor)}, _complaint)
+        meeting.report("arrival", _arrival(open_until_reached), _wrong_arrivals)
+        neighbor = meeting.report_of("arrival", (meeting.rank + local_ranks()) % meeting.n_ranks)
+        meeting.report("reach", {"complaint": _unreachable(neighbor)}, _complaint)
     return init_process_group(meeting.store)
 
 
 def check_equal_on_ranks(facts: Mapping[str, object], remedy: str) -> None:
-    """Collective; raises UserError with the host and both values, if one of the facts is not the same on every rank."""
-    said = gather_objects((socket.gethostname(), dict(facts)))
-    if found := differences(said):
+    """Raise UserError with the host and both values if one of the facts differs between ranks. Collective."""
+    reports = gather_objects((socket.gethostname(), dict(facts)))
+    if found := differences(reports):
         raise UserError(f"{'; '.join(found)}; {remedy}")
 
 
 def check_shared(folder: Path) -> None:
-    """Collective; raises UserError if a rank does not see what rank 0 writes where `folder` is or will be."""
+    """Raise UserError if a rank does not see a file that rank 0 writes where `folder` is or will be. Collective."""
     if world_size() == 1:
         return
     mark = Path(broadcast_object(str(on_every_rank(lambda: mark_in(folder.absolute()) if is_main() else ""))))
@@ -69,7 +69,7 @@ def check_shared(folder: Path) -> None:
 
 
 def mark_in(folder: Path) -> Path:
-    """A new file, in the nearest folder above that exists."""
+    """Create a new file in `folder`, or in the nearest folder above it that exists; returns its path."""
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     mark = there / f".megagpt_{uuid.uuid4().hex}"
     with writing_to(folder):
@@ -78,26 +78,29 @@ def mark_in(folder: Path) -> Path:
 
 
 def programs() -> dict[str, str]:
-    """What must be the same on every host: Python, packages, and our own code by its hash."""
+    """Return what must be the same on every host: versions of Python and packages, and the hash of our own code."""
     code = {"megagpt's code (hash)": code_hash(Path(megagpt.__file__).parent)}
     return {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES} | code
 
 
 def code_hash(package: Path) -> str:
-    """Of every source file of a package, in whichever folder below it."""
+    """Hash every source file of a package, in its folder and those below."""
     digest = hashlib.sha256()
     for name, file in sorted((file.relative_to(package).as_posix(), file) for file in package.rglob("*.py")):
         digest.update(f"{name}\0{len(data := file.read_bytes())}\0".encode() + data)
     return digest.hexdigest()[:12]
 
 
-def differences(said: Sequence[tuple[str, Mapping[str, object]]]) -> list[str]:
-    """Of (host, facts): each fact that is not everywhere as on the first host, with the next host that differs."""
-    first, expected = said[0]
+def differences(reports: Sequence[tuple[str, Mapping[str, object]]]) -> list[str]:
+    """Return a line for each fact whose value differs from the first host's, naming one host that differs.
+
+    `reports` are (host, facts).
+    """
+    first, expected = reports[0]
     found = []
-    for name in dict.fromkeys(name for _, facts in said for name in facts):
+    for name in dict.fromkeys(name for _, facts in reports for name in facts):
         value = expected.get(name, "absent")
-        unlike = {host: facts.get(name, "absent") for host, facts in said if facts.get(name, "absent") != value}
+        unlike = {host: facts.get(name, "absent") for host, facts in reports if facts.get(name, "absent") != value}
         if unlike:
             host, other = next(iter(unlike.items()))
             more = f" (and not as on {first} on {len(unlike) - 1} hosts more)" if len(unlike) > 1 else ""
@@ -106,7 +109,7 @@ def differences(said: Sequence[tuple[str, Mapping[str, object]]]) -> list[str]:
 
 
 class _Meeting:
-    """Ranks that have nothing yet but the store of rank 0, at MASTER_ADDR and MASTER_PORT."""
+    """A meeting of ranks that have no process group yet, through rank 0's store at MASTER_ADDR and MASTER_PORT."""
 
     def __init__(self) -> None:
         self.rank, self.n_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -114,8 +117,8 @@ class _Meeting:
         self._until = time.monotonic() + self._seconds
         self.store = self._open()
 
-    def say(self, topic: str, mine: Said, judge: Callable[[list[Said]], str]) -> None:
-        """Every rank says something and rank 0 judges all of it; its complaint is raised as UserError on every rank."""
+    def report(self, topic: str, mine: Report, judge: Callable[[list[Report]], str]) -> None:
+        """Send this rank's report to rank 0, whose complaint about all of them every rank raises as UserError."""
         self.store.set(f"{topic}/{self.rank}", json.dumps(mine))
         if self.rank == 0:
             self.store.set(f"{topic}/verdict", self._verdict(topic, judge))
@@ -123,14 +126,14 @@ class _Meeting:
             self.store.wait([f"{topic}/verdict"], timedelta(seconds=self._seconds + 10))
             complaint = self.store.get(f"{topic}/verdict").decode()
         except dist.DistError:
-            raise UserError("rank 0 ended while the ranks met; it has said why") from None
+            raise UserError("rank 0 ended while the ranks met; see its message for the reason") from None
         if complaint:
             self._leave(topic)
             raise UserError(complaint)
 
-    def heard(self, topic: str, rank: int) -> Said:
-        said: Said = json.loads(self.store.get(f"{topic}/{rank}"))
-        return said
+    def report_of(self, topic: str, rank: int) -> Report:
+        report: Report = json.loads(self.store.get(f"{topic}/{rank}"))
+        return report
 
     def _open(self) -> dist.TCPStore:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -150,7 +153,7 @@ class _Meeting:
                 f"rank 0 has ended (see above), its host is down, or a firewall is between them"
             ) from None
 
-    def _verdict(self, topic: str, judge: Callable[[list[Said]], str]) -> str:
+    def _verdict(self, topic: str, judge: Callable[[list[Report]], str]) -> str:
         keys = [f"{topic}/{r}" for r in range(self.n_ranks)]
         try:
             self.store.wait(keys, timedelta(seconds=max(15.0, self._until - time.monotonic())))
@@ -162,10 +165,10 @@ class _Meeting:
                 f"{names} did not arrive within {self._seconds:.0f} s; see above why, or whether ssh gets there and "
                 f"finds this folder and .venv. If starts do take so long, set {PATIENCE} in ~/.deepspeed_env"
             )
-        return judge([self.heard(topic, r) for r in range(self.n_ranks)])
+        return judge([self.report_of(topic, r) for r in range(self.n_ranks)])
 
     def _leave(self, topic: str) -> None:
-        """The store ends with rank 0, so that waits until the others have read."""
+        """Let rank 0, with which the store ends, wait until the others have read the verdict."""
         if self.rank != 0:
             self.store.add(f"{topic}/read", 1)
             return
@@ -175,34 +178,36 @@ class _Meeting:
             time.sleep(0.01)
 
 
-def _arrival(open_until_reached: ExitStack) -> Said:
-    """What this rank says of itself."""
-    said: Said = {"host": socket.gethostname(), "complaint": "", "programs": programs()}
+def _arrival(open_until_reached: ExitStack) -> Report:
+    """Return this rank's first report: host, programs, and where it listens or why it cannot."""
+    report: Report = {"host": socket.gethostname(), "complaint": "", "programs": programs()}
     try:
         own_device()
         listener = open_until_reached.enter_context(listen_for_gloo())
-        said["address"], said["port"] = listener.getsockname()[:2]
+        report["address"], report["port"] = listener.getsockname()[:2]
     except UserError as error:
-        said["complaint"] = str(error)
-    return said
+        report["complaint"] = str(error)
+    return report
 
 
-def _wrong_arrivals(arrivals: list[Said]) -> str:
+def _wrong_arrivals(arrivals: list[Report]) -> str:
+    """Return what is wrong with the first reports of all ranks; empty if nothing is."""
     if complaint := _complaint(arrivals):
         return complaint
-    if found := differences([(said["host"], said["programs"]) for said in arrivals]):
+    if found := differences([(report["host"], report["programs"]) for report in arrivals]):
         return f"{'; '.join(found)}; {SAME_PROGRAMS}"
-    if len({said["host"] for said in arrivals}) > 1:
-        for said in arrivals:
-            if is_loopback(said["address"]):
+    if len({report["host"] for report in arrivals}) > 1:
+        for report in arrivals:
+            if is_loopback(report["address"]):
                 return (
-                    f"the other hosts cannot reach {said['host']} at {said['address']}, which gloo would take there "
+                    f"the other hosts cannot reach {report['host']} at {report['address']}, which gloo takes there "
                     f"because its own name resolves to it; {remedy(os.environ['MASTER_ADDR'])}"
                 )
     return ""
 
 
-def _unreachable(neighbor: Said) -> str:
+def _unreachable(neighbor: Report) -> str:
+    """Return why this rank cannot connect to another; empty if it can."""
     try:
         socket.create_connection((neighbor["address"], neighbor["port"]), timeout=10).close()
     except OSError as error:
@@ -213,11 +218,13 @@ def _unreachable(neighbor: Said) -> str:
     return ""
 
 
-def _complaint(said: list[Said]) -> str:
-    return next((one["complaint"] for one in said if one["complaint"]), "")
+def _complaint(reports: list[Report]) -> str:
+    """Return the first complaint of a rank; empty if there is none."""
+    return next((report["complaint"] for report in reports if report["complaint"]), "")
 
 
 def _patience() -> float:
+    """Return for how many seconds ranks wait for each other. Raises OwnRankError for a setting that is no number."""
     text = os.environ.get(PATIENCE, "50")
     try:
         return float(text)

@@ -91,7 +91,7 @@ def shard_positions(model: GPT, size: int) -> None:
 
     for block in model.blocks():
         block.attn.attend = over_ranks(block.attn.attend, exchange, size)
-    model.part = rank() % size
+    model.sequence_rank = rank() % size
 
 
 def set_lr(engine: Engine, lr: float) -> None:

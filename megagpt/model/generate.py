@@ -1,4 +1,4 @@
-"""Text from a model: temperature, top-k, top-p, with a key-value cache.
+"""Generate text with temperature, top-k and top-p sampling and a key-value cache.
 
 Shapes: B texts at once, T positions, V padded vocabulary.
 """
@@ -14,13 +14,13 @@ from megagpt.model.gpt import GPT
 
 
 def pick(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token for each row of logits (B, V). Temperature 0 takes the likeliest."""
+    """Sample one token (B, 1) for each row of logits (B, V). Temperature 0 takes the likeliest."""
     if temperature == 0.0:
         return logits.argmax(-1, keepdim=True)  # (B, 1)
     ordered, tokens = (logits.float() / temperature).sort(-1, descending=True)  # (B, V) each
     p = ordered.softmax(-1)
-    before = p.cumsum(-1) - p  # probability of the likelier tokens
-    outside = before >= top_p  # nucleus sampling (Holtzman et al. 2020): the first token always stays
+    # Nucleus sampling (Holtzman et al. 2020): drop a token if the likelier ones already make up top_p. The first stays.
+    outside = p.cumsum(-1) - p >= top_p
     if top_k > 0:
         outside[:, top_k:] = True
     p = p.masked_fill(outside, 0.0)
@@ -43,10 +43,11 @@ def generate(
     use_cache: bool = True,
     until_ended: bool = True,
 ) -> Tensor:
-    """prompt (B, T) -> (B, T + up to max_tokens); a text that ended is filled with eod_id.
+    """Continue prompt (B, T) by up to max_tokens tokens, prompt included; a text that ended is padded with eod_id.
 
-    Without until_ended it takes max_tokens steps in any case: ranks that share a model (ZeRO-3) stay in step.
-    When the positions are used up, the later half of the window becomes the context and generation goes on.
+    With `until_ended` it returns as soon as all texts have ended. Without, it always takes max_tokens steps: ranks that
+    share a model (ZeRO-3) must run the same number of forward passes.
+    When all seq_len positions are used, the later half of the window becomes the context, and a new cache is filled.
     """
     was_training, seq_len = model.training, model.cfg.seq_len
     model.eval()
@@ -78,9 +79,9 @@ def complete(
     seed: int = 0,
     until_ended: bool = True,
 ) -> list[str]:
-    """`batch` continuations of each prompt, prompt included. The same seed gives the same texts.
+    """Return `batch` continuations of each prompt, prompt included. The same seed gives the same texts.
 
-    Every prompt begins a document: the end of the one before it comes first, as in the training stream.
+    Every prompt starts a document: an end-of-document id precedes it, as in the training stream.
     """
     device = next(model.parameters()).device
     texts = []

@@ -1,9 +1,9 @@
-"""GPT-2 (Radford et al. 2019), all of it: embeddings, attention, MLP, pre-LayerNorm blocks, tied output head.
+"""GPT-2 (Radford et al. 2019), complete: embeddings, attention, MLP, pre-LayerNorm blocks, tied output head.
 
-Shapes: B batch, T positions, C width (n_embd), H heads, D head width (C = H * D), V vocabulary.
-Nothing here knows about ranks or DeepSpeed. Three things are handed in: `GPT.recompute`, which runs one block
-(and may drop its activations until backward), a key-value cache for generation, and a score to take of the last hidden
-states instead of logits. Where several ranks share a sample, so are `GPT.part` and each block's `attend`.
+Shapes: B batch, T positions, S positions so far, C width (n_embd), H heads, D head width (C = H * D), V vocabulary.
+The model is plain torch. What ranks and DeepSpeed need is handed in: `GPT.recompute` runs one block (and may drop its
+activations until backward), a `score` computes the loss from the last hidden states in place of logits, and with
+sequence parallelism `GPT.sequence_rank` and each block's `attend` are set. Generation hands in key-value caches.
 """
 
 import math
@@ -20,7 +20,7 @@ from megagpt.model.loss import Score
 
 
 class Linear(nn.Linear):
-    """nn.Linear with GPT-2's init inside __init__: ZeRO-3 shards a layer as soon as it is built."""
+    """nn.Linear with GPT-2's initialization inside __init__, because ZeRO-3 shards a layer as soon as it is built."""
 
     def __init__(self, n_in: int, n_out: int, *, std: float = 0.02, bias: bool = True) -> None:
         self.std = std
@@ -33,14 +33,14 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding with GPT-2's init, for the same reason."""
+    """nn.Embedding with GPT-2's initialization, for the same reason."""
 
     def reset_parameters(self) -> None:
         draw_normal(self.weight, 0.02)
 
 
 class OutputHead(Linear):
-    """Logits, or a score taken here, while ZeRO-3 has the weight gathered."""
+    """Returns logits, or a score of hidden states and weight, computed here while ZeRO-3 has the weight gathered."""
 
     def forward(self, x: Tensor, score: Score | None = None) -> Tensor:
         return F.linear(x, self.weight) if score is None else score(x, self.weight)
@@ -48,12 +48,12 @@ class OutputHead(Linear):
 
 @torch.no_grad()
 def draw_normal(weight: Tensor, std: float) -> None:
-    """Draw on the CPU in fp32, wherever ZeRO-3 has put the weight and in whatever type: the same at every stage."""
+    """Draw on the CPU in fp32, whatever the weight's device and type, so that all ZeRO stages start with the same."""
     weight.copy_(torch.normal(0.0, std, weight.shape, device="cpu"))
 
 
 class KeyValueCache:
-    """Keys and values of one layer for the positions already generated, preallocated for seq_len of them."""
+    """The keys and values of one layer for the positions so far, preallocated for seq_len of them."""
 
     def __init__(self, batch: int, cfg: ModelConfig, like: Tensor) -> None:
         shape = (batch, cfg.n_head, cfg.seq_len, cfg.head_dim)
@@ -62,7 +62,7 @@ class KeyValueCache:
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Remember T more positions, each (B, H, T, D); returns all of them, (B, H, S, D)."""
+        """Append T positions, k and v (B, H, T, D) each; returns all of them, (B, H, S, D) each."""
         end = self.length + k.size(-2)
         self.k[:, :, self.length : end] = k
         self.v[:, :, self.length : end] = v
@@ -71,6 +71,8 @@ class KeyValueCache:
 
 
 class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2): x (B, T, C) -> (B, T, C)."""
+
     def __init__(self, cfg: ModelConfig, dropout: float) -> None:
         super().__init__()
         self.n_head, self.head_dim = cfg.n_head, cfg.head_dim
@@ -86,13 +88,15 @@ class CausalSelfAttention(nn.Module):
         attend = self.attend
         if cache is not None:
             k, v = cache.append(k, v)  # each (B, H, S, D)
-            attend = self.attend_alone  # every rank generates whole texts
+            attend = self.attend_alone  # also with sequence parallelism: every rank generates whole texts
         y = attend(q, k, v, self.dropout if self.training else 0.0, mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
+    """Two linear layers with GPT-2's GELU between them: x (B, T, C) -> (B, T, C)."""
+
     def __init__(self, cfg: ModelConfig, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
@@ -105,6 +109,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A transformer block with LayerNorm at the input of each part (GPT-2, section 2.3): x (B, T, C) -> (B, T, C)."""
+
     def __init__(self, cfg: ModelConfig, dropout: float) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(cfg.n_embd)
@@ -118,18 +124,18 @@ class Block(nn.Module):
 
 
 class Recompute(Protocol):
-    """Runs block number i on x (B, T, C), keeping its activations for backward or computing them again then."""
+    """Runs block number i on x (B, T, C) and keeps its activations for backward, or recomputes them there."""
 
     def __call__(self, i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor: ...
 
 
 def keep_activations(i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The `none` policy: run the block, keep everything."""
+    """Run the block and keep all activations: the policy `none`."""
     return block(x, mask)
 
 
 class GPT(nn.Module):
-    """Decoder-only language model: tokens (B, T) -> logits (B, T, V), V the padded vocabulary; or a score of them."""
+    """A decoder-only language model: tokens (B, T) -> logits (B, T, V), V the padded vocabulary; or a score."""
 
     def __init__(self, cfg: ModelConfig, vocab_size: int, *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -141,7 +147,7 @@ class GPT(nn.Module):
         self.lm_head = OutputHead(cfg.n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight  # tied (Press and Wolf 2017)
         self.recompute: Recompute = keep_activations
-        self.part = 0  # which stretch of T positions the tokens are, where ranks share a sample
+        self.sequence_rank = 0  # with sequence parallelism the tokens are positions sequence_rank * T, ...
 
     def forward(
         self,
@@ -151,20 +157,20 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         score: Score | None = None,
     ) -> Tensor:
-        """With caches (one per layer), tokens continue the positions already in them.
+        """Return logits (B, T, V), or what `score` makes of the last hidden states (B, T, C) and the output matrix.
 
-        With documents, numbers that change where a document begins, each is read as if it stood alone; they are
-        (B, T), or of all positions where ranks share them.
-        Raises ValueError if the positions do not fit seq_len.
+        With `caches` (one per layer) the tokens continue the positions already in them. `documents` (B, T) are numbers
+        that change where a document begins: each document is then read as if it stood alone. With sequence parallelism
+        they cover the positions of all ranks. Raises ValueError if the positions do not fit seq_len.
         """
         T = tokens.size(1)
-        begin = caches[0].length if caches else self.part * T
+        begin = caches[0].length if caches else self.sequence_rank * T
         end = begin + T
         if end > self.cfg.seq_len:
             raise ValueError(f"position {end} does not fit the model's seq_len={self.cfg.seq_len}")
         positions, mask = torch.arange(begin, end, device=tokens.device), None  # (T,)
         if documents is not None:
-            positions, mask = apart(documents)
+            positions, mask = document_positions(documents)
             positions = positions[:, begin:end]  # (B, T)
         x = F.dropout(self.wte(tokens) + self.wpe(positions), self.dropout, self.training)  # (B, T, C)
         recompute = self.recompute if self.training else keep_activations
@@ -173,25 +179,27 @@ class GPT(nn.Module):
         return self.lm_head(self.ln_f(x), score)  # (B, T, V)
 
     def blocks(self) -> Iterator[Block]:
+        """Yield the blocks in order, with their type."""
         for block in self.h:
             assert isinstance(block, Block)
             yield block
 
     def new_caches(self, batch: int) -> list[KeyValueCache]:
-        """Empty key-value caches for generating `batch` texts."""
+        """Return empty key-value caches, one per layer, for generating `batch` texts."""
         return [KeyValueCache(batch, self.cfg, self.wte.weight) for _ in self.h]
 
 
-def apart(documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions (B, T) counted anew in each document, and who sees whom (B, 1, T, T): the same document's past."""
+def document_positions(documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Return positions (B, T) that restart in each document, and the mask (B, 1, T, T) that keeps attention in it."""
     T = documents.size(1)
     place = torch.arange(T, device=documents.device)
     begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0  # (B, T)
-    first = torch.where(begins, place, 0).cummax(1).values  # (B, T): where each one's document begins
-    seen = (place >= first.unsqueeze(-1)) & (place <= place.unsqueeze(1))  # (B, T, T), and never numbers of that size
+    first = torch.where(begins, place, 0).cummax(1).values  # (B, T): where the document of each position begins
+    # Comparisons of small tensors give booleans (B, T, T) at once, where integers of that size would take 8 times more.
+    seen = (place >= first.unsqueeze(-1)) & (place <= place.unsqueeze(1))  # (B, T, T)
     return place - first, seen.unsqueeze(1)
 
 
 def residual_std(cfg: ModelConfig) -> float:
-    """GPT-2 shrinks the 2 * n_layer projections that write into the residual stream (section 2.3)."""
+    """Return the smaller std of the 2 * n_layer projections that add to the residual stream (GPT-2, section 2.3)."""
     return 0.02 / math.sqrt(2 * cfg.n_layer)

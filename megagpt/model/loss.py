@@ -1,6 +1,7 @@
-"""Next-token cross-entropy in fp32: from logits, or from the last hidden states without ever holding all logits.
+"""Next-token cross-entropy in fp32: from logits, or from the last hidden states in chunks, never holding all logits.
 
-A `Score` is what the model calls, in place of returning logits, with those hidden states and the output matrix.
+A `Score` is a function that the model calls with those hidden states and the output matrix, in place of returning
+logits.
 
 Shapes: B batch, T positions, C width, V vocabulary, N tokens in a chunk.
 """
@@ -16,33 +17,36 @@ from torch import Tensor
 
 from megagpt.data.loss_mask import IGNORE
 
-Score = Callable[[Tensor, Tensor], Tensor]  # hidden states (B, T, C), output matrix (V, C) -> what is made of them
+Score = Callable[[Tensor, Tensor], Tensor]  # hidden states (B, T, C), output matrix (V, C) -> loss
 
 CHUNK_BYTES = 2**28  # of fp32 logits: 1,334 tokens of 50,304; large enough for a matrix product at full speed
-PIECE_BYTES = 2**22  # of fp32 logits that a CPU works on at a time: they stay in its cache
-CHUNK_TOKENS = 2**15  # of a small vocabulary: a sum over more normalized states could exceed 65,504, fp16's largest
+ROW_BLOCK_BYTES = 2**22  # of fp32 logits that a CPU works on at a time: they stay in its cache
+CHUNK_TOKENS = 2**15  # with a small vocabulary: a sum over more normalized states could exceed 65,504, fp16's maximum
 
 
 def next_token_score(
     targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0, compiled: bool = False
 ) -> Score:
-    """`next_token_loss` of targets (B, T); in chunks where the logits would not fit into one. Only for training."""
+    """Return a score for training that is `next_token_loss` of targets (B, T), computed in chunks if one is too large.
+
+    `compiled` fuses the loss of a chunk with torch.compile.
+    """
 
     def score(x: Tensor, weight: Tensor) -> Tensor:
         n_tokens, vocab_size = targets.numel(), weight.size(0)
-        pieces = not compiled and x.device.type == "cpu" and 4 * n_tokens * vocab_size > PIECE_BYTES
-        if chunks(n_tokens, vocab_size) == 1 and not (compiled or pieces):
+        in_blocks = not compiled and x.device.type == "cpu" and 4 * n_tokens * vocab_size > ROW_BLOCK_BYTES
+        if chunks(n_tokens, vocab_size) == 1 and not (compiled or in_blocks):
             return next_token_loss(F.linear(x, weight), targets, label_smoothing=label_smoothing, z_loss=z_loss)
         gradient = partial(_compiled() if compiled else chunk_gradient, label_smoothing=label_smoothing, z_loss=z_loss)
-        if pieces:
-            gradient = partial(in_pieces, gradient)
+        if in_blocks:
+            gradient = partial(by_row_blocks, gradient)
         return ChunkedLoss.apply(x.flatten(0, 1), weight, targets.flatten(), gradient)
 
     return score
 
 
 def token_nats(targets: Tensor) -> Score:
-    """Each token's loss (B, T), for evaluation: without gradient, smoothing and z-loss."""
+    """Return a score for evaluation: each token's loss (B, T) in nats, without gradient, smoothing and z-loss."""
 
     def score(x: Tensor, weight: Tensor) -> Tensor:
         n = chunks(targets.numel(), weight.size(0))
@@ -54,16 +58,18 @@ def token_nats(targets: Tensor) -> Score:
 
 
 def chunks(n_tokens: int, vocab_size: int) -> int:
-    """Into how many parts the tokens are cut: the one place that decides it, by memory and by what fp16 can add up."""
+    """Return into how many chunks the tokens are cut, limited by memory and by what fp16 can add up."""
     return max(math.ceil(4 * n_tokens * vocab_size / CHUNK_BYTES), math.ceil(n_tokens / CHUNK_TOKENS))
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
-    """logits (B, T, V), targets (B, T) already shifted by one -> mean nats per token that is not IGNORE; 0 if all are.
+    """Return the mean loss in nats over the targets that are not IGNORE, 0 if all are, of logits (B, T, V).
 
+    targets (B, T) are already shifted by one.
     z_loss adds its weight times the mean squared log partition function (Chowdhery et al. 2022, PaLM, section 5).
     """
-    flat, targets = logits.flatten(0, 1).float(), targets.flatten()  # (B*T, V): a bf16 loss would be rounded to 1/32
+    # In fp32, because a bf16 loss of about 10 would be off by up to 1/32.
+    flat, targets = logits.flatten(0, 1).float(), targets.flatten()  # (B*T, V), (B*T,)
     kept = targets != IGNORE
     loss = F.cross_entropy(flat, targets, ignore_index=IGNORE, label_smoothing=label_smoothing, reduction="sum")
     if z_loss > 0.0:
@@ -72,19 +78,20 @@ def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float =
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """next_token_loss(F.linear(x, weight), targets), where a chunk's logits become its gradient and are forgotten.
+    """Computes next_token_loss(F.linear(x, weight), targets) in chunks, and frees the logits of each chunk.
 
-    The gradient is known as soon as the logits are, so forward computes both and nothing is computed twice; backward
-    only scales. torch 2.13's F.linear_cross_entropy does the same, but has no z-loss. The output matrix is not needed
-    in backward, where ZeRO-3 would have to gather it again for every chunk.
+    The gradient is known as soon as the logits are, so forward computes both, nothing is recomputed, and backward only
+    scales. torch 2.13's F.linear_cross_entropy does the same, but has no z-loss. Backward does not need the output
+    matrix, which ZeRO-3 would have to gather again for every chunk.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, gradient: Callable[..., Any]) -> Tensor:
-        """x (B*T, C), weight (V, C), targets (B*T), gradient as `chunk_gradient` of logits and targets."""
+        """Return the mean loss of x (B*T, C), weight (V, C), targets (B*T); `gradient` is as `chunk_gradient`."""
         n = chunks(len(targets), len(weight))
         x_grad = torch.empty_like(x)
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if n > 1 else None  # many chunks add up to it
+        # In fp32 if many chunks are added up; a single one needs no sum.
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if n > 1 else None
         total = torch.zeros((), device=x.device)
         for some, wanted, some_grad in zip(x.chunk(n), targets.chunk(n), x_grad.chunk(n), strict=True):
             loss, grad, scale = gradient(F.linear(some, weight), wanted)
@@ -98,7 +105,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        """A 16-bit gradient is divided by the number of tokens only here: before loss scaling it would underflow."""
+        """Scale the gradients, which are divided by the tokens only here: before loss scaling, fp16 would underflow."""
         x_grad, weight_grad, kept = ctx.saved_tensors
         scale = outer[0] / kept
         return x_grad * scale, (weight_grad * scale).to(ctx.weight_dtype), None, None
@@ -107,10 +114,10 @@ class ChunkedLoss(torch.autograd.Function):
 def chunk_gradient(
     logits: Tensor, targets: Tensor, *, label_smoothing: float, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (N, V), targets (N,) -> summed loss, and factors (N, V) and (N, 1) of its gradient by the logits.
+    """Return the summed loss of logits (N, V), targets (N,), and its gradient by the logits as factors (N, V), (N, 1).
 
     With p = softmax(logits), y one-hot and Z the partition function, that gradient is (1 + 2 z_loss log Z) p minus
-    (1 - label_smoothing) y minus label_smoothing / V. The first factor is this for one row, the second 0 where ignored.
+    (1 - label_smoothing) y minus label_smoothing / V. The first factor is that, the second is 0 for ignored targets.
     """
     kept = (targets != IGNORE).unsqueeze(1)  # (N, 1)
     wanted = targets.clamp(min=0).unsqueeze(1)
@@ -131,11 +138,11 @@ def chunk_gradient(
     return (loss * kept).sum(), grad.to(logits.dtype), kept
 
 
-def in_pieces(
+def by_row_blocks(
     gradient: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], logits: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `gradient` gives, a few rows at a time; the first factor takes the place of the logits."""
-    n = max(1, PIECE_BYTES // (4 * logits.size(1)))
+    """Call `gradient` on blocks of a few rows, and return the same; the first factor overwrites the logits."""
+    n = max(1, ROW_BLOCK_BYTES // (4 * logits.size(1)))
     losses, scales = [], []
     for rows, wanted in zip(logits.split(n), targets.split(n), strict=True):
         loss, grad, scale = gradient(rows, wanted)
@@ -147,17 +154,17 @@ def in_pieces(
 
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """On a GPU the softmax of a chunk takes longer than its matrix products, unless its passes are fused."""
+    """Compile `chunk_gradient`: on a GPU its softmax takes longer than the matrix products, unless passes are fused."""
     return torch.compile(chunk_gradient, dynamic=False, fullgraph=True)
 
 
 def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b, in the place and the precision of total, if there is one."""
+    """Return total + a @ b, added in place and in total's precision; without a total, a @ b."""
     if total is None:
         return a @ b
     return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
 
 
 def kept_share(targets: Tensor) -> Tensor:
-    """Of all targets those with a loss: exactly 1 where nothing is ignored. Stays on the device."""
+    """Return the fraction of targets with a loss, exactly 1 if none is ignored, as a tensor on their device."""
     return (targets != IGNORE).float().mean()

@@ -1,6 +1,6 @@
-"""Activation checkpointing: what a block keeps for backward, and what it computes again.
+"""Activation checkpointing: which activations a block keeps for backward, and which it recomputes there.
 
-A policy is a function that runs block number i, as `GPT.recompute` wants it. None of them changes a gradient.
+A policy is a function that runs block number i, to be set as `GPT.recompute`. No policy changes a gradient.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from megagpt.config.schema import RecomputeConfig
 from megagpt.model.gpt import Block, Recompute, keep_activations
 
-RunAgain = Callable[[Block, Tensor, Tensor | None], Tensor]  # a block run so that backward computes it again
+RunAgain = Callable[[Block, Tensor, Tensor | None], Tensor]  # runs a block so that backward recomputes it
 
-IN_THE_GRAPH = ("selective", "budget")  # the policies that compiled blocks carry out inside themselves
+IN_THE_GRAPH = ("selective", "budget")  # the policies that torch.compile carries out within compiled blocks
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ ATTENTIONS = {
 def recompute_blocks(
     cfg: RecomputeConfig, dropout: float, run_again: RunAgain | None = None, *, compiled: bool = False
 ) -> Recompute:
-    """How the model runs its blocks; run_again takes the place of torch's checkpoint (policies full and every_k)."""
+    """Return how the model runs its blocks; run_again replaces torch's checkpoint (policies full and every_k)."""
     if cfg.policy == "none" or (compiled and cfg.policy in IN_THE_GRAPH):
         recompute = keep_activations
     else:
@@ -45,15 +45,15 @@ def recompute_blocks(
 
 
 def recompute_inside(cfg: RecomputeConfig, dropout: float) -> Callable[..., Tensor] | None:
-    """What a block's forward pass is compiled within: a choice by operation is the compiler's to carry out."""
+    """Return the checkpoint function to compile into a block's forward pass, or None; for the policy `selective`."""
     return _torch_checkpoint(cfg, dropout) if cfg.policy == "selective" else None
 
 
 def set_memory_budget(cfg: RecomputeConfig) -> None:
-    """Of what compiled blocks would keep, the share that they may."""
+    """Limit the fraction of activations that compiled blocks save for backward."""
     budget = 1.0 if cfg.budget is None else cfg.budget
     if torch._functorch.config.activation_memory_budget != budget:
-        torch.compiler.reset()  # or what this process compiled for another budget would serve again
+        torch.compiler.reset()  # else graphs that this process compiled for another budget would be used again
         torch._functorch.config.activation_memory_budget = budget
 
 
@@ -63,6 +63,8 @@ def _torch_checkpoint(cfg: RecomputeConfig, dropout: float) -> Callable[..., Ten
 
 
 def _every(k: int, run_again: RunAgain) -> Recompute:
+    """Recompute blocks 0, k, 2 k, ..., and keep the activations of the others."""
+
     def recompute(i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return run_again(block, x, mask) if i % k == 0 else block(x, mask)
 
@@ -74,16 +76,16 @@ def _contexts(dropout: float) -> Any:
 
 
 class _Selective:
-    """Keep the outputs of attention and of the first of every two matrix products: c_attn and mlp.c_fc.
+    """Keeps the outputs of attention and of the first of every two matrix products: c_attn and mlp.c_fc.
 
-    What is left to compute again is cheap: LayerNorms, GELU and attn.c_proj (the second product of each pair; torch
-    stops before mlp.c_proj, whose output no gradient needs unless dropout follows it).
+    The rest is cheap to recompute: LayerNorms, GELU and attn.c_proj (the second product of its pair; torch stops before
+    mlp.c_proj, whose output no gradient needs unless dropout follows it).
     """
 
     def __init__(self, dropout: float) -> None:
-        # Attention that draws random numbers must draw them again: skipped, it would shift the masks that come after.
+        # Attention with dropout must draw its random numbers again: if it were skipped, later masks would shift.
         self.kept = set() if dropout > 0.0 else ATTENTIONS
-        self.products = {False: 0, True: 0}  # seen in the forward pass, and while computing again
+        self.products = {False: 0, True: 0}  # counted in the forward pass, and while recomputing
 
     def __call__(self, ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         keep = op in self.kept
@@ -94,15 +96,15 @@ class _Selective:
 
 
 def on_the_host(recompute: Recompute) -> Recompute:
-    """What autograd keeps of the blocks waits for backward in host memory.
+    """Offload what autograd keeps of the blocks to host memory until backward.
 
-    The copies go through pinned memory in the order of the device's own work, so that the host never waits for them
-    (torch's save_on_cpu does, and moves the weights too).
+    The copies use pinned memory and the device's own stream, so that the host never waits for them (torch's save_on_cpu
+    does, and copies the weights too).
     """
 
     def to_host(kept: Tensor) -> Tensor | tuple[torch.device, Tensor]:
         if isinstance(kept, nn.Parameter) or isinstance(kept._base, nn.Parameter):
-            return kept  # lives on the device anyway
+            return kept  # stays on the device anyway
         host = torch.empty(kept.shape, dtype=kept.dtype, device="cpu", pin_memory=kept.is_cuda)
         return kept.device, host.copy_(kept, non_blocking=True)
 

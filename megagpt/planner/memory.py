@@ -11,7 +11,7 @@ from megagpt.config.batch import BatchPlan
 from megagpt.config.run_file import RunConfig
 from megagpt.data.packing import PACKING
 from megagpt.model.flops import bucket_elements, param_sizes
-from megagpt.model.loss import PIECE_BYTES, chunks
+from megagpt.model.loss import ROW_BLOCK_BYTES, chunks
 from megagpt.planner.communication import WIDTH, persistence, regathered, zero_key
 
 ADAM = 12  # bytes per parameter: two moments and the fp32 master weights, which ZeRO keeps in fp32 training too
@@ -182,12 +182,12 @@ def _logits(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool) 
     cfg, s = run.megagpt, WIDTH[run.deepspeed.dtype]
     n_tokens = batch.micro_batch * cfg.seq_len // batch.sequence_parallel_size
     n_chunks = chunks(n_tokens, vocab_size)
-    pieces = on_cpu and 4 * n_tokens * vocab_size > PIECE_BYTES
+    in_blocks = on_cpu and 4 * n_tokens * vocab_size > ROW_BLOCK_BYTES
     compiled = not on_cpu and cfg.compile is not False
-    if n_chunks == 1 and not (pieces or compiled):
+    if n_chunks == 1 and not (in_blocks or compiled):
         scores = 4.0 * n_tokens * vocab_size
         return 3 * scores + (scores if cfg.regularization.z_loss > 0.0 else 0.0)
     chunk = -(-n_tokens // n_chunks) * vocab_size
     matrix = 0.0 if n_chunks == 1 else 4.0 * vocab_size * cfg.model.n_embd
-    softmax = 2.0 * PIECE_BYTES if pieces else chunk * (4.0 + s)
+    softmax = 2.0 * ROW_BLOCK_BYTES if in_blocks else chunk * (4.0 + s)
     return matrix + s * chunk + max(softmax, float(s * vocab_size * cfg.model.n_embd))

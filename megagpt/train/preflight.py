@@ -9,7 +9,7 @@ from megagpt.checkpoint.verification import newest_verified
 from megagpt.config.batch import BatchPlan, batch_plan
 from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
-from megagpt.data.augmentation import rework_of
+from megagpt.data.augmentation import batch_transform
 from megagpt.data.dataset import Dataset
 from megagpt.data.loader import ValBlocks, open_data
 from megagpt.data.loss_mask import BatchTransform
@@ -74,7 +74,7 @@ def _open(cfg: MegaGPTConfig) -> OpenedData:
     val_blocks, (*train, val) = open_data(cfg.data, cfg.model.seq_len, masked=PACKING[cfg.packing.kind].masked)
     tokenizer = train[0].tokenizer()
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
-    transform = rework_of(cfg.augment, cfg.packing, tokenizer, vocab_size, cfg.data.seed)
+    transform = batch_transform(cfg.augment, cfg.packing, tokenizer, vocab_size, cfg.data.seed)
     return OpenedData(train, val, val_blocks, tokenizer, vocab_size, transform)
 
 

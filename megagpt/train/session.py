@@ -19,6 +19,7 @@ from megagpt.checkpoint.save import RunRecord
 from megagpt.checkpoint.save import save as save_checkpoint
 from megagpt.checkpoint.verification import newest_verified
 from megagpt.data.loader import Batch, prefetched, rank_samples, rank_slice
+from megagpt.data.packing import PACKING
 from megagpt.data.provenance import documents_of
 from megagpt.distributed.collectives import gather_objects, gather_over_ranks, on_every_rank
 from megagpt.distributed.launcher import grace_warning
@@ -98,8 +99,8 @@ class Session:
                 rank_samples(batch, rank(), self.setup.state.samples_seen),
                 (batch.micro_batch, self.cfg.seq_len + 1),
                 self.device,
-                rework=data.transform,
-                document_end=data.tokenizer.eod_id if self.cfg.packing.masked else None,
+                transform=data.transform,
+                document_end=data.tokenizer.eod_id if PACKING[self.cfg.packing.kind].masked else None,
                 positions=rank_slice(self.cfg.seq_len, rank(), batch.sequence_parallel_size),
             )
         except UserError as error:  # a shard that was damaged after it was opened
@@ -157,15 +158,14 @@ class Session:
             changes = layout_changes(saved.step_dir, saved.identity, self.setup.identity, self.record.effective)
             resume(self.engine, saved, changes, self.cfg.seed)
         self.rolled_back.append(saved.state.step)
-        data = self.setup.training_set
-        data.mixture = data.mixture.jumped(step=saved.state.step, sample=state.samples_seen)
+        data = self.setup.training_set.jumped(step=saved.state.step, sample=state.samples_seen)
         health = replace(saved.state.health, spikes=state.health.spikes)
         back = replace(saved.state, samples_seen=state.samples_seen, health=health)
         print_rank0(
             f"rolled back from step {state.step} to {saved.step_dir}; samples {saved.state.samples_seen:,} to "
             f"{state.samples_seen - 1:,} are skipped"
         )
-        self.setup = replace(self.setup, saved=replace(saved, state=back))
+        self.setup = replace(self.setup, training_set=data, saved=replace(saved, state=back))
         self.monitor.close()
         self.monitor = on_every_rank(self._open)
         self.watch = Stopwatch()

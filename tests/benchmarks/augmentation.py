@@ -21,7 +21,7 @@ from data_tools.config import BuildConfig
 from megagpt.checkpoint.run_samples import open_samples
 from megagpt.config.batch import BatchPlan
 from megagpt.config.schema import AugmentConfig, DataConfig, MegaGPTConfig, ModelConfig
-from megagpt.data.augmentation import rework_of
+from megagpt.data.augmentation import batch_transform
 from megagpt.data.dataset import TokenStream, open_dataset
 from megagpt.data.loader import ValBlocks, open_data, prefetched, rank_samples
 from megagpt.data.tokenizer import Tokenizer, padded_vocab_size
@@ -105,13 +105,13 @@ def trained(data: Path, augment: AugmentConfig, seed: int, n_steps: int, lr: flo
     blocks, [dataset, _] = open_data(run.data, MODEL.seq_len)
     tokenizer = dataset.tokenizer()
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
-    rework = rework_of(augment, run.packing, tokenizer, vocab_size, seed)
+    transform = batch_transform(augment, run.packing, tokenizer, vocab_size, seed)
     torch.manual_seed(seed)
     model = GPT(MODEL, vocab_size)
     optimizer = torch.optim.AdamW(decay_groups(model, 0.0), lr=lr, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, n_steps, pct_start=0.1)
     firsts = rank_samples(BatchPlan(BATCH, BATCH, 1, 1), 0, 0)
-    batches = prefetched(samples.fill, firsts, (BATCH, MODEL.seq_len + 1), CPU, rework=rework)
+    batches = prefetched(samples.fill, firsts, (BATCH, MODEL.seq_len + 1), CPU, transform=transform)
     losses: list[float] = []
     validation: dict[int, float] = {}
     every = max(1, n_steps // 10)

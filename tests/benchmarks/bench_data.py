@@ -22,7 +22,7 @@ def wide_tokenizer(vocab_size: int) -> Tokenizer:
     for i in range(len(model.pieces), vocab_size):
         model.pieces.add(piece=f"<{i}>", score=-20.0)
     model.trainer_spec.vocab_size = len(model.pieces)
-    return Tokenizer.from_bytes(model.SerializeToString())
+    return Tokenizer(model.SerializeToString())
 
 
 def zipf_ids(rng: np.random.Generator, n: int, vocab_size: int) -> np.ndarray:

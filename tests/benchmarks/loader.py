@@ -100,8 +100,8 @@ def read(folder: Path, n_documents: int, *, turns: int, batches: int) -> None:
 def ours(folder: Path, *, begun_with: int) -> Callable[[int], None]:
     dataset = open_dataset(folder)
     wanted = [(source_of(dataset), 1.0)]
-    mixture = Mixture(1).going_on(wanted, step=0, sample=0, seq_len=begun_with, global_batch=B)
-    mixture = mixture.going_on(wanted, step=1, sample=B, seq_len=T, global_batch=B)
+    mixture = Mixture(1).continued(wanted, step=0, sample=0, seq_len=begun_with, global_batch=B)
+    mixture = mixture.continued(wanted, step=1, sample=B, seq_len=T, global_batch=B)
     n_samples = wanted[0][0].n_tokens[0] // T - 1000  # of the epoch that was begun, over and over
     data, rows, at = TrainingSet(mixture, [dataset]), np.empty((B, T + 1), dtype=np.int64), B
 
@@ -197,7 +197,7 @@ def report_opening(folder: Path) -> None:
     memory = peak_memory()
     begin = time.perf_counter()
     dataset = open_dataset(folder)
-    mixture = Mixture(1).going_on([(source_of(dataset), 1.0)], step=0, sample=0, seq_len=T, global_batch=B)
+    mixture = Mixture(1).continued([(source_of(dataset), 1.0)], step=0, sample=0, seq_len=T, global_batch=B)
     data = TrainingSet(mixture, [dataset])
     sampler = data.mixture.sampler(0)
     sampler.draw(0, 1)

@@ -301,10 +301,10 @@ def test_weights_length_and_global_batch_change_between_resumes_and_no_token_is_
     assert [len(data.mixture.samples_of(step)) for step in range(1, 10)] == [8] * 5 + [4] * 4
     inputs = set()
     for sample in range(56):
-        pieces = data.pieces(sample)
-        assert [t for piece in pieces for t in piece.tokens.tolist()] == rows_seen[sample][:-1]
-        for piece in pieces:
-            tokens = {(piece.dataset.path, piece.start + i) for i in range(len(piece.tokens))}
+        spans = data.spans(sample)
+        assert [t for span in spans for t in span.tokens.tolist()] == rows_seen[sample][:-1]
+        for span in spans:
+            tokens = {(span.dataset.path, span.start + i) for i in range(len(span.tokens))}
             assert not inputs & tokens
             inputs |= tokens
     assert len(inputs) == state.tokens_seen
@@ -316,9 +316,9 @@ def test_a_dataset_that_a_run_has_left_is_needed_only_to_see_its_samples(run_to,
     shutil.move(other, tmp_path / "away")
     run_to("run", 4)
     data = open_run(tmp_path / "run")
-    assert data.pieces(16)[0].dataset.path == dataset
+    assert data.spans(16)[0].dataset.path == dataset
     with pytest.raises(UserError, match=r"samples were drawn from .*other .*no longer there"):
-        data.pieces(0)
+        data.spans(0)
 
 
 def test_a_training_dataset_built_anew_in_its_place_is_refused(run_to, dataset, other, tmp_path):

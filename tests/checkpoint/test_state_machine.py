@@ -47,7 +47,7 @@ class Run(RuleBasedStateMachine):
 
     @staticmethod
     def _mixture(before, state, batch):
-        return before.going_on(SOURCES, step=state.step, sample=state.samples_seen, seq_len=16, global_batch=batch)
+        return before.continued(SOURCES, step=state.step, sample=state.samples_seen, seq_len=16, global_batch=batch)
 
     @rule(n=st.integers(1, 9))
     def train(self, n):

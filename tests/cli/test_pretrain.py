@@ -314,7 +314,7 @@ def test_a_sample_report_says_what_training_would_draw_and_starts_nothing(datase
     n_windows = (open_dataset(dataset).stream("train").n_tokens - 1) // 64 - 1
     [row] = [line.split() for line in out.splitlines() if line.endswith(f" {dataset}")]
     assert row == ["100", "6,400", "100.00%", f"{40 / n_windows:.4f}", "to", f"{140 / n_windows:.4f}", str(dataset)]
-    first = open_run(tmp_path / "run").pieces(40)[0]
+    first = open_run(tmp_path / "run").spans(40)[0]
     assert f"sample 40: {dataset} variant 0, epoch 0, tokens {first.start:,} to {first.start + 63:,}" in out
     assert pretrain([*report, "--fresh"]) == 0
     assert "samples are 0 to 99" in capsys.readouterr().out
@@ -331,7 +331,7 @@ def test_a_tool_sees_a_steps_samples_without_torch(trained):
     code = (
         "import sys; from pathlib import Path; from megagpt.checkpoint.run_samples import open_run\n"
         "data = open_run(Path(sys.argv[1]))\n"
-        "print(sum(len(p.tokens) for s in data.mixture.samples_of(20) for p in data.pieces(s)), 'torch' in sys.modules)"
+        "print(sum(len(p.tokens) for s in data.mixture.samples_of(20) for p in data.spans(s)), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, trained], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == [str(8 * 64), "False"]

@@ -17,7 +17,7 @@ SECONDS = 30.0  # for four hosts
 
 PLANTED = [  # (hosts, check, what is said): of five hosts, of which two do not answer
     ("", "pdsh", r"not found here, .*; apt-get install pdsh"),
-    ("", ".deepspeed_env", r"pastes what lies in the folder .* move what you need of it to"),
+    ("", ".deepspeed_env", r"pastes this file.* move the lines that you need to"),
     ("", "environment", r"NCCL_DEBUG=INFO set here alone: .* --write-env"),
     ("h1", "port", r"port 29500, where ranks would meet, is taken by python, process \d+; end it"),
     ("h1, h2", "disk", r"100002 checkpoints of .* are free; make room"),

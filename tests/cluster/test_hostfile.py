@@ -184,7 +184,7 @@ FAULTS: list[tuple[Callable[[Cluster, Checkout], None], str]] = [
     (no_data, r"data/corpus.* \(on rank 1, host h2\)"),
     (other_run_file, r"megagpt.schedule.max_steps is 100000 on h1, but 100001 on h2"),
     (taken_port, r"h1 cannot listen on port 29500"),
-    (settings_in_the_working_folder, r"\.deepspeed_env: deepspeed pastes what lies in the folder"),
+    (settings_in_the_working_folder, r"\.deepspeed_env: deepspeed pastes this file"),
 ]
 MARKED = [
     pytest.param(*fault, id=fault[0].__name__, marks=[pytest.mark.long] * (i > 0)) for i, fault in enumerate(FAULTS)

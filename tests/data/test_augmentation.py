@@ -10,10 +10,10 @@ from support import debug_run, metric
 from megagpt.config.schema import AugmentConfig, GoldfishConfig, PackingConfig, SpanCorruptionConfig
 from megagpt.data.augmentation import (
     GoldfishTokens,
+    batch_transform,
     corrupt_spans,
     fill_in_the_middle,
     goldfish_mask,
-    rework_of,
     sample_generator,
 )
 from megagpt.data.dataset import open_dataset
@@ -43,11 +43,11 @@ def rows_of(n: int) -> np.ndarray:
     return np.stack([stream[i * T : i * T + T + 1] for i in range(n)])
 
 
-def reworked(cfg: AugmentConfig, rows: np.ndarray, first: int = 0, seed: int = 7) -> tuple[np.ndarray, np.ndarray]:
-    rework = rework_of(cfg, CONCATENATE, small_tokenizer(), 384, seed)
-    assert rework is not None
+def augmented(cfg: AugmentConfig, rows: np.ndarray, first: int = 0, seed: int = 7) -> tuple[np.ndarray, np.ndarray]:
+    transform = batch_transform(cfg, CONCATENATE, small_tokenizer(), 384, seed)
+    assert transform is not None
     rows, targets = rows.copy(), np.empty((len(rows), T), dtype=np.int64)
-    rework(first, rows, targets)
+    transform(first, rows, targets)
     return rows[:, :-1], targets
 
 
@@ -139,18 +139,18 @@ EVERYTHING = AugmentConfig(
 
 def test_a_sample_is_augmented_alike_in_any_batch_and_another_sample_is_not():
     rows = rows_of(8)
-    inputs, targets = reworked(EVERYTHING, rows, first=1000)
+    inputs, targets = augmented(EVERYTHING, rows, first=1000)
     for i in (0, 3, 7):
-        alone = reworked(EVERYTHING, rows[i : i + 1], first=1000 + i)
+        alone = augmented(EVERYTHING, rows[i : i + 1], first=1000 + i)
         assert np.array_equal(alone[0][0], inputs[i])
         assert np.array_equal(alone[1][0], targets[i])
-    assert not np.array_equal(reworked(EVERYTHING, rows, first=2000)[0], inputs)
-    assert not np.array_equal(reworked(EVERYTHING, rows, first=1000, seed=8)[0], inputs)
+    assert not np.array_equal(augmented(EVERYTHING, rows, first=2000)[0], inputs)
+    assert not np.array_equal(augmented(EVERYTHING, rows, first=1000, seed=8)[0], inputs)
 
 
 def test_rearranged_rows_keep_their_length_and_their_documents_ends():
     rows = rows_of(50)
-    inputs, targets = reworked(AugmentConfig(fim={"rate": 0.5}, span_corruption={"rate": 0.5}), rows)
+    inputs, targets = augmented(AugmentConfig(fim={"rate": 0.5}, span_corruption={"rate": 0.5}), rows)
     assert np.array_equal(inputs[:, 1:], targets[:, :-1])
     sentinel = inputs >= small_tokenizer().vocab_size
     assert sentinel.any(axis=1).all()
@@ -164,14 +164,14 @@ def test_rearranged_rows_keep_their_length_and_their_documents_ends():
 def test_marks_move_with_their_tokens():
     rows = rows_of(20)
     rows = np.where(rows % 3 == 0, ~rows, rows)
-    inputs, targets = reworked(AugmentConfig(fim={"rate": 0.5}, span_corruption={"rate": 0.5}), rows)
+    inputs, targets = augmented(AugmentConfig(fim={"rate": 0.5}, span_corruption={"rate": 0.5}), rows)
     following = inputs[:, 1:]
     assert np.array_equal(targets[:, :-1] == IGNORE, (following % 3 == 0) & (following < 300))
 
 
 def test_token_dropout_hides_inputs_alone_and_never_a_documents_end():
     rows = rows_of(100)
-    inputs, targets = reworked(AugmentConfig(token_dropout={"rate": 0.3}), rows)
+    inputs, targets = augmented(AugmentConfig(token_dropout={"rate": 0.3}), rows)
     assert np.array_equal(targets, rows[:, 1:])
     hidden = inputs != rows[:, :-1]
     assert set(inputs[hidden]) == {0}  # <unk>
@@ -181,7 +181,7 @@ def test_token_dropout_hides_inputs_alone_and_never_a_documents_end():
 
 def test_rates_are_what_happens():
     rows = np.tile(np.append(text(T), EOD), (2000, 1))
-    inputs, _ = reworked(AugmentConfig(fim={"rate": 0.3, "spm_rate": 0.5}, span_corruption={"rate": 0.2}), rows)
+    inputs, _ = augmented(AugmentConfig(fim={"rate": 0.3, "spm_rate": 0.5}, span_corruption={"rate": 0.2}), rows)
     prefix, suffix = small_tokenizer().vocab_size, small_tokenizer().vocab_size + 1
     fim = inputs[:, 0] == prefix
     assert fim.mean() == pytest.approx(0.3, abs=0.04)
@@ -190,8 +190,8 @@ def test_rates_are_what_happens():
 
 
 def test_without_augmentation_rows_pass_as_they_are():
-    assert rework_of(AugmentConfig(), CONCATENATE, small_tokenizer(), 384, 0) is None
-    assert rework_of(AugmentConfig(), PackingConfig(kind="best-fit"), small_tokenizer(), 384, 0) is not None
+    assert batch_transform(AugmentConfig(), CONCATENATE, small_tokenizer(), 384, 0) is None
+    assert batch_transform(AugmentConfig(), PackingConfig(kind="best-fit"), small_tokenizer(), 384, 0) is not None
 
 
 # --- goldfish -------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_goldfish_drops_the_same_tokens_in_every_window(tmp_path):
 
 def sentinel_error(cfg: AugmentConfig, vocab_size: int) -> str:
     with pytest.raises(UserError) as caught:
-        rework_of(cfg, CONCATENATE, small_tokenizer(), vocab_size, 0)
+        batch_transform(cfg, CONCATENATE, small_tokenizer(), vocab_size, 0)
     return str(caught.value)
 
 
@@ -252,7 +252,7 @@ def test_too_few_free_ids_are_refused_with_the_vocabulary_to_build():
 
 def test_named_pieces_are_used_and_must_exist():
     named = AugmentConfig(fim={"rate": 1.0, "pieces": ["<0x01>", "<0x02>", "<0x03>"]})
-    inputs, _ = reworked(named, rows_of(1))
+    inputs, _ = augmented(named, rows_of(1))
     assert {small_tokenizer().piece_id(f"<0x0{i}>") for i in (1, 2, 3)} <= set(inputs[0].tolist())
     assert inputs.max() < small_tokenizer().vocab_size
     assert "no piece '<fim>'" in sentinel_error(AugmentConfig(fim={"rate": 1.0, "pieces": ["<fim>", "a", "b"]}), 384)

@@ -22,7 +22,7 @@ SEQ_LEN = 32
 @pytest.fixture(scope="module")
 def train_data(dataset):
     opened = open_dataset(dataset)
-    mixture = Mixture(1234).going_on([(source_of(opened), 1.0)], step=0, sample=0, seq_len=SEQ_LEN, global_batch=8)
+    mixture = Mixture(1234).continued([(source_of(opened), 1.0)], step=0, sample=0, seq_len=SEQ_LEN, global_batch=8)
     return TrainingSet(mixture, [opened])
 
 
@@ -71,17 +71,17 @@ def test_epochs_read_the_variants_in_turn(tmp_path):
     variants = [[np.append(rng.integers(3, 300, 90 + 30 * v), 2) for _ in range(10)] for v in range(3)]
     write_dataset(tmp_path / "data", variants[0], resampled=variants[1:])
     opened = open_dataset(tmp_path / "data")
-    mixture = Mixture(1).going_on([(source_of(opened), 1.0)], step=0, sample=0, seq_len=8, global_batch=1)
+    mixture = Mixture(1).continued([(source_of(opened), 1.0)], step=0, sample=0, seq_len=8, global_batch=1)
     data, first = TrainingSet(mixture, [opened]), 0
     for epoch in range(6):
         flat = np.concatenate(variants[epoch % 3])
         rows = np.empty(((len(flat) - 1) // 8 - 1, 9), dtype=np.int64)  # all windows of the epoch
         data.fill(first, rows)
         for i, row in enumerate(rows):
-            [piece] = data.pieces(first + i)
-            assert (piece.variant, piece.epoch) == (epoch % 3, epoch)
-            assert np.array_equal(row, flat[piece.start : piece.start + 9])
-            assert np.array_equal(row[:-1], piece.tokens)
+            [span] = data.spans(first + i)
+            assert (span.variant, span.epoch) == (epoch % 3, epoch)
+            assert np.array_equal(row, flat[span.start : span.start + 9])
+            assert np.array_equal(row[:-1], span.tokens)
         first += len(rows)
 
 
@@ -91,15 +91,15 @@ def test_a_sample_of_several_stretches_is_their_tokens_one_after_the_other(tmp_p
     write_dataset(tmp_path / "data", [flat], n_shards=1)
     opened = open_dataset(tmp_path / "data")
     wanted = [(source_of(opened), 1.0)]
-    mixture = Mixture(1).going_on(wanted, step=0, sample=0, seq_len=10, global_batch=1)
-    mixture = mixture.going_on(wanted, step=3, sample=3, seq_len=16, global_batch=1)
+    mixture = Mixture(1).continued(wanted, step=0, sample=0, seq_len=10, global_batch=1)
+    mixture = mixture.continued(wanted, step=3, sample=3, seq_len=16, global_batch=1)
     data, rows = TrainingSet(mixture, [opened]), np.empty((20, 17), dtype=np.int64)
     data.fill(3, rows)
     for i, row in enumerate(rows):
-        pieces = data.pieces(3 + i)
-        assert len(pieces) in (2, 3)
-        expected = [flat[piece.start : piece.start + len(piece.tokens)] for piece in pieces]
-        last = pieces[-1].start + len(pieces[-1].tokens)
+        spans = data.spans(3 + i)
+        assert len(spans) in (2, 3)
+        expected = [flat[span.start : span.start + len(span.tokens)] for span in spans]
+        last = spans[-1].start + len(spans[-1].tokens)
         assert np.array_equal(row, np.concatenate([*expected, flat[last : last + 1]]))
 
 
@@ -121,15 +121,15 @@ def test_inputs_and_targets_are_one_apart_and_share_their_memory(train_data):
     assert batch.documents is None
 
 
-def test_reworked_batches_are_their_samples_in_order(train_data):
-    """A rework of its own: every token of sample g goes up by g, and every third is no target."""
+def test_transformed_batches_are_their_samples_in_order(train_data):
+    """A transform of its own: every token of sample g goes up by g, and every third is no target."""
 
-    def rework(first, rows, targets):
+    def transform(first, rows, targets):
         rows += np.arange(first, first + len(rows))[:, None]
         rows[:, ::3] = marked(rows[:, ::3])
         split(rows, targets)
 
-    batches = prefetched(train_data.fill, range(0, 40, 4), (4, SEQ_LEN + 1), CPU, rework=rework, document_end=7)
+    batches = prefetched(train_data.fill, range(0, 40, 4), (4, SEQ_LEN + 1), CPU, transform=transform, document_end=7)
     for first, batch in zip(range(0, 40, 4), batches, strict=True):
         rows = np.empty((4, SEQ_LEN + 1), dtype=np.int64)
         train_data.fill(first, rows)

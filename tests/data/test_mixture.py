@@ -15,7 +15,7 @@ A, B, C = (Source(f"data/{name}", name * 64, n) for name, n in (("a", (300,)), (
 
 
 def begun(*wanted, seq_len=10, global_batch=8) -> Mixture:
-    return Mixture(7).going_on(wanted, step=0, sample=0, seq_len=seq_len, global_batch=global_batch)
+    return Mixture(7).continued(wanted, step=0, sample=0, seq_len=seq_len, global_batch=global_batch)
 
 
 def inputs(mixture: Mixture, first: int, count: int) -> list[list[tuple[str, int, int]]]:
@@ -52,7 +52,7 @@ def test_over_any_history_every_token_of_every_finished_epoch_is_an_input_exactl
     for change in history:
         wanted = [(source, weight) for source, weight in zip((A, B, C), change["weights"], strict=True) if weight]
         sizes = {"seq_len": change["seq_len"], "global_batch": change["global_batch"]}
-        mixture = mixture.going_on(wanted, step=step, sample=sample, **sizes)
+        mixture = mixture.continued(wanted, step=step, sample=sample, **sizes)
         mixture = Mixture.from_json(json.loads(json.dumps(mixture.as_json())))
         count = change["steps"] * change["global_batch"]
         if count:
@@ -74,7 +74,7 @@ def test_over_any_history_every_token_of_every_finished_epoch_is_an_input_exactl
 
 def test_a_change_of_the_global_batch_alone_changes_no_sample():
     before = begun((A, 1.0), (B, 3.0))
-    after = before.going_on([(A, 1.0), (B, 3.0)], step=5, sample=40, seq_len=10, global_batch=16)
+    after = before.continued([(A, 1.0), (B, 3.0)], step=5, sample=40, seq_len=10, global_batch=16)
     assert after.segments == before.segments
     assert [after.samples_of(step) for step in (1, 5, 6, 7)] == [
         range(0, 8),
@@ -87,19 +87,19 @@ def test_a_change_of_the_global_batch_alone_changes_no_sample():
 def test_the_order_of_the_run_file_and_the_folders_do_not_matter():
     before = begun((A, 1.0), (B, 3.0))
     moved = Source("elsewhere/b", B.fingerprint, B.n_tokens)
-    after = before.going_on([(moved, 6.0), (A, 2.0)], step=5, sample=40, seq_len=10, global_batch=8)
+    after = before.continued([(moved, 6.0), (A, 2.0)], step=5, sample=40, seq_len=10, global_batch=8)
     assert after.segments == before.segments
     assert [source.path for source in after.sources] == ["data/a", "elsewhere/b"]
 
 
 def test_a_dataset_that_was_left_out_goes_on_where_it_was():
     mixture = begun((A, 1.0), (B, 1.0))
-    mixture = mixture.going_on([(A, 1.0), (C, 1.0)], step=10, sample=80, seq_len=10, global_batch=8)
+    mixture = mixture.continued([(A, 1.0), (C, 1.0)], step=10, sample=80, seq_len=10, global_batch=8)
     stopped = mixture.places(80)[1]
     assert stopped.offset > 0
     assert mixture.places(10_000)[1] == stopped
     assert mixture.places(80)[2] == DatasetPosition()  # a new one begins at its beginning
-    mixture = mixture.going_on([(B, 1.0)], step=20, sample=160, seq_len=10, global_batch=8)
+    mixture = mixture.continued([(B, 1.0)], step=20, sample=160, seq_len=10, global_batch=8)
     assert mixture.segments[-1].shares == (0, PERIOD, 0)
     assert mixture.places(160)[1] == stopped
 
@@ -107,7 +107,7 @@ def test_a_dataset_that_was_left_out_goes_on_where_it_was():
 def test_samples_of_the_past_are_what_they_were():
     mixture = begun((A, 1.0), (B, 3.0))
     past = inputs(mixture, 0, 40)
-    later = mixture.going_on([(C, 1.0)], step=5, sample=40, seq_len=20, global_batch=8)
+    later = mixture.continued([(C, 1.0)], step=5, sample=40, seq_len=20, global_batch=8)
     assert inputs(later, 0, 40) == past
 
 
@@ -117,23 +117,23 @@ def test_what_a_draw_needs_is_less_than_a_kilobyte():
     mixture = begun(*many, seq_len=2048)
     for step in (100_000, 200_000):
         sizes = {"seq_len": 4096 + step, "global_batch": 2048}
-        mixture = mixture.going_on(many, step=step, sample=step * 2048, **sizes)
+        mixture = mixture.continued(many, step=step, sample=step * 2048, **sizes)
     newest = mixture.as_json()["segments"][-1]
     assert all(place[1] > 0 for place in newest["places"])
     assert len(json.dumps(newest)) < 1000
-    mixture = begun(*many[:3], seq_len=2048).going_on(many[:2], step=9, sample=10**9, seq_len=4096, global_batch=8)
+    mixture = begun(*many[:3], seq_len=2048).continued(many[:2], step=9, sample=10**9, seq_len=4096, global_batch=8)
     assert len(json.dumps(mixture.as_json())) < 1000
 
 
-def test_data_built_anew_under_its_path_is_refused_and_elsewhere_is_another_dataset():
+def test_data_rebuilt_under_its_path_is_refused_and_elsewhere_is_another_dataset():
     rebuilt = Source(A.path, "d" * 64, (500,))
     go_on = {"step": 5, "sample": 40, "seq_len": 10, "global_batch": 8}
-    with pytest.raises(UserError, match=r"data/a was built anew.*aaaaaaaaaaaa then, dddddddddddd now.*another path"):
-        begun((A, 1.0)).going_on([(rebuilt, 1.0)], **go_on)
+    with pytest.raises(UserError, match=r"data/a was rebuilt.*aaaaaaaaaaaa then, dddddddddddd now.*another path"):
+        begun((A, 1.0)).continued([(rebuilt, 1.0)], **go_on)
     elsewhere = Source("data/new", rebuilt.fingerprint, rebuilt.n_tokens)
-    assert begun((A, 1.0)).going_on([(elsewhere, 1.0)], **go_on).segments[-1].shares == (0, PERIOD)
+    assert begun((A, 1.0)).continued([(elsewhere, 1.0)], **go_on).segments[-1].shares == (0, PERIOD)
     renamed = Source("data/old", A.fingerprint, A.n_tokens)
-    assert len(begun((A, 1.0)).going_on([(rebuilt, 1.0), (renamed, 1.0)], **go_on).sources) == 2
+    assert len(begun((A, 1.0)).continued([(rebuilt, 1.0), (renamed, 1.0)], **go_on).sources) == 2
 
 
 def test_a_dataset_listed_twice_is_refused():
@@ -152,6 +152,6 @@ def test_a_weight_that_would_never_be_drawn_is_refused():
 
 
 def test_json_keeps_everything():
-    mixture = begun((A, 1.0), (B, 3.0)).going_on([(C, 1.0)], step=5, sample=40, seq_len=20, global_batch=8)
+    mixture = begun((A, 1.0), (B, 3.0)).continued([(C, 1.0)], step=5, sample=40, seq_len=20, global_batch=8)
     assert Mixture.from_json(json.loads(json.dumps(mixture.as_json()))) == mixture
     assert set(asdict(mixture)) == set(mixture.as_json())

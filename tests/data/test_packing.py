@@ -174,13 +174,13 @@ def test_an_epoch_draws_every_row_once_and_the_next_in_another_order(best_fit):
     assert data.epochs(len(rows)) == [1.0]
 
 
-def test_the_pieces_of_a_sample_are_what_its_row_holds(best_fit):
+def test_the_spans_of_a_sample_are_what_its_row_holds(best_fit):
     data, rows = best_fit
     row = np.empty((1, SEQ_LEN + 1), dtype=np.int64)
     for sample in range(len(rows)):
         data.fill(sample, row)
         held = unmarked(row[0])
-        tokens = np.concatenate([piece.tokens for piece in data.pieces(sample)])
+        tokens = np.concatenate([span.tokens for span in data.spans(sample)])
         assert held.tolist() == [EOD, *tokens, *[EOD] * (SEQ_LEN - len(tokens))]
 
 

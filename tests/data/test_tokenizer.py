@@ -109,13 +109,13 @@ def test_training_twice_gives_the_same_bytes(kind: str) -> None:
     config = TokenizerConfig(tokenizer_type=kind, vocab_size=VOCAB_SIZE)
     again = train_sample(sample, config)
     assert again == small_tokenizer(kind).model_bytes
-    assert Tokenizer.from_bytes(again).kind == kind
+    assert Tokenizer(again).kind == kind
 
 
 def test_no_line_is_lost_to_training() -> None:
     """SentencePiece drops lines over 4192 bytes and lines with NUL: their characters must still get pieces."""
     sample = ["cat " * 2000 + "\u00e9" * 3000, "a\0\u00e8" * 500]
-    tokenizer = Tokenizer.from_bytes(train_sample(sample, TokenizerConfig(tokenizer_type="char", vocab_size=400)))
+    tokenizer = Tokenizer(train_sample(sample, TokenizerConfig(tokenizer_type="char", vocab_size=400)))
     assert len(tokenizer.encode("\u00e9\u00e8")) == 2
 
 
@@ -137,15 +137,15 @@ def foreign_model(**options: Any) -> bytes:
 
 
 def test_foreign_models_load_and_are_described() -> None:
-    tokenizer = Tokenizer.from_bytes(foreign_model(model_type="word"))
+    tokenizer = Tokenizer(foreign_model(model_type="word"))
     assert (tokenizer.kind, tokenizer.normalizer) == ("word", "nmt_nfkc")
-    tokenizer = Tokenizer.from_bytes(foreign_model(model_type="bpe"))
+    tokenizer = Tokenizer(foreign_model(model_type="bpe"))
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
 
 
 def test_a_model_without_end_of_sentence_is_refused() -> None:
     with pytest.raises(UserError, match=r"no end-of-sentence piece </s>.*train it again"):
-        Tokenizer.from_bytes(foreign_model(eos_id=-1))
+        Tokenizer(foreign_model(eos_id=-1))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_flipped_bit_is_a_model_or_a_user_error(position: int, bit: int) -> No
     damaged = bytearray(small_tokenizer().model_bytes)
     damaged[position] ^= 1 << bit
     with contextlib.suppress(UserError):
-        Tokenizer.from_bytes(bytes(damaged))
+        Tokenizer(bytes(damaged))
 
 
 def test_another_model_than_the_expected_one_is_refused_before_it_is_parsed(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def chain(dataset, device, tmp_path_factory) -> Path:
 def test_over_other_ranks_and_stages_every_sample_is_taken_once(chain):
     """Told by its tokens: the rows that all ranks took are those of samples 0 to 127, in each step its own."""
     data = open_run(chain / "run")
-    expected = [[t for piece in data.pieces(i) for t in piece.tokens.tolist()] for i in range(8 * 4 * STEPS_EACH)]
+    expected = [[t for span in data.spans(i) for t in span.tokens.tolist()] for i in range(8 * 4 * STEPS_EACH)]
     assert len(set(map(tuple, expected))) == len(expected)
     for part, (n_ranks, _, _) in enumerate(CHAIN):
         taken = [row for r in range(n_ranks) for row in np.load(chain / f"rows.{part}.{r}.npy").tolist()]

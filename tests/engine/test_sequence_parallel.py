@@ -14,7 +14,7 @@ from megagpt.checkpoint.commit import committed
 from megagpt.data.loader import rank_slice
 from megagpt.engine.state_files import consolidated_weights
 from megagpt.model.attention import ATTENTION, over_ranks
-from megagpt.model.gpt import apart
+from megagpt.model.gpt import document_positions
 from megagpt.train.trainer import train
 
 # fp32, sums in another order: 1e-6 was seen. Weights move apart further, because no loss depends on the keys' bias:
@@ -93,7 +93,7 @@ def test_attention_over_ranks_is_attention_over_all_positions(P, heads_each, T, 
     """All ranks in one process: what each sends is put down, and its part of what the others sent is taken up."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, B, P * heads_each, P * T, 4, generator=generator, dtype=torch.float64)
-    mask = apart(torch.randint(0, 2, (B, P * T), generator=generator))[1] if masked else None
+    mask = document_positions(torch.randint(0, 2, (B, P * T), generator=generator))[1] if masked else None
     parts = [[x[:, :, rank_slice(P * T, rank, P)] for x in (q, k, v)] for rank in range(P)]
 
     def run(rank: int, received: list[Tensor]) -> list[Tensor]:

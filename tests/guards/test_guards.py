@@ -70,9 +70,9 @@ def test_three_in_a_row_stop_the_run_and_name_the_documents(folder, found):
 def document_of_rank_1(run_dir, step) -> str:
     """Where its first sample of a step came from."""
     data = open_run(run_dir)
-    piece = data.pieces(data.mixture.samples_of(step)[4])[0]  # its half begins there
-    rows = piece.dataset.stream("train", piece.variant).rows_of(piece.start, len(piece.tokens))
-    return str(next(origins(piece.dataset, "train", rows)))
+    span = data.spans(data.mixture.samples_of(step)[4])[0]  # its half begins there
+    rows = span.dataset.stream("train", span.variant).rows_of(span.start, len(span.tokens))
+    return str(next(origins(span.dataset, "train", rows)))
 
 
 def test_a_spike_is_counted_and_said(found):

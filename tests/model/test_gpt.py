@@ -6,7 +6,7 @@ from torch import nn
 
 from megagpt.config.schema import ModelConfig
 from megagpt.model.attention import ATTENTION
-from megagpt.model.gpt import GPT, apart
+from megagpt.model.gpt import GPT, document_positions
 from megagpt.model.loss import next_token_loss
 
 TINY = ModelConfig(n_layer=3, n_head=2, n_embd=32, seq_len=16)
@@ -53,14 +53,14 @@ def test_attention_variants_agree_with_and_without_a_past(n_keys):
 def test_attention_variants_agree_under_a_mask():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 3, 9, 8)
-    _, mask = apart(torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [4, 4, 4, 4, 4, 4, 4, 4, 5]]))
+    _, mask = document_positions(torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [4, 4, 4, 4, 4, 4, 4, 4, 5]]))
     masked = ATTENTION["sdpa"](q, k, v, mask=mask)
     torch.testing.assert_close(masked, ATTENTION["eager"](q, k, v, mask=mask))
     torch.testing.assert_close(masked[0, :, 3:5], ATTENTION["eager"](*(x[:1, :, 3:5] for x in (q, k, v)))[0])
 
 
 def test_documents_kept_apart_by_hand():
-    positions, mask = apart(torch.tensor([[3, 3, 4, 4, 4]]))
+    positions, mask = document_positions(torch.tensor([[3, 3, 4, 4, 4]]))
     assert positions.tolist() == [[0, 1, 0, 1, 2]]
     assert mask.int().tolist() == [
         [[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]]

@@ -112,7 +112,7 @@ def test_in_chunks_loss_and_gradients_are_the_plain_ones(small_chunks, options):
 @pytest.mark.parametrize("tokens", [1, 7, 36])
 def test_a_few_rows_at_a_time_loss_and_gradients_are_the_plain_ones(monkeypatch, options, tokens):
     """As on a CPU; one chunk, which 7 does not divide."""
-    monkeypatch.setattr("megagpt.model.loss.PIECE_BYTES", 4 * 50 * tokens - 1)
+    monkeypatch.setattr("megagpt.model.loss.ROW_BLOCK_BYTES", 4 * 50 * tokens - 1)
     x, weight, targets = hidden_states()
     plain = next_token_loss(F.linear(x, weight), targets, **options)
     score = next_token_score(targets, **options)(x, weight)

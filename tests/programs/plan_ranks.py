@@ -39,7 +39,7 @@ MEMORY = {  # stage, dtype, micro-batch and recompute
     "2, fp32, 8, selective": _of(2, 8, SELECTIVE),
     "3, fp32, 4, selective": _of(3, 4, SELECTIVE),
     "3, bf16, 1": _of(3, 1, BF16),
-    "1, fp32, 16, loss in pieces": _of(1, 16),
+    "1, fp32, 16, loss by row blocks": _of(1, 16),
     "1, fp32, 8, eager": _of(1, 8, 'megagpt.model.attention="eager"'),
     "1, fp32, 8, z-loss": _of(1, 8, "megagpt.regularization.z_loss=0.001"),
 }

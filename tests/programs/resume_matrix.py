@@ -13,11 +13,12 @@ from itertools import count, product
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from support import debug_run
 
 from megagpt.checkpoint import load
 from megagpt.cli.verify_resume import what_differs
-from megagpt.distributed.collectives import barrier, gather_objects
+from megagpt.distributed.collectives import gather_objects
 from megagpt.distributed.process_group import init_process_group, is_main, leave
 from megagpt.train import trainer
 
@@ -67,7 +68,7 @@ def what_a_cut_changes(case: Case, dataset: Path, folder: Path, device: Any) -> 
     run, options = folder / "run", tuple(case.options())
     straight, losses = _straight(options, dataset, folder, device)
     cut = [loss for stop_at in (CUT_AT[case.cut], LAST) for loss in _losses_to(stop_at, dataset, run, options, device)]
-    barrier()
+    dist.barrier()
     found = {"differs": list(what_differs(straight, run)), "straight": losses, "cut": cut}
     _rename(run, folder / f"run{next(_numbers)}")
     return found
@@ -88,10 +89,10 @@ def _losses_to(stop_at: int, dataset: Path, out_dir: Path, options: tuple[str, .
 
 
 def _rename(before: Path, after: Path) -> None:
-    barrier()
+    dist.barrier()
     if is_main():
         before.rename(after)
-    barrier()
+    dist.barrier()
 
 
 @contextmanager
