@@ -7,7 +7,7 @@ import torch
 
 from megagpt.checkpoint.load import load_model, packing_of
 from megagpt.data.dataset import open_dataset
-from megagpt.data.loader import ValBlocks
+from megagpt.data.loader import ValWindows
 from megagpt.data.packing import PACKING
 from megagpt.errors import UserError
 from megagpt.train.evaluate import evaluate, unigram_entropy
@@ -23,15 +23,15 @@ def run(args: argparse.Namespace) -> int:
             f"tokenizer={step_dir / 'tokenizer.model'}"
         )
     document_end = tokenizer.eod_id if PACKING[packing_of(step_dir).kind].masked else None
-    blocks = ValBlocks(dataset.stream(args.split), model.cfg.seq_len, args.tokens, document_end=document_end)
+    windows = ValWindows(dataset.stream(args.split), model.cfg.seq_len, args.tokens, document_end=document_end)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
-    result = evaluate(model, blocks, token_bytes, micro_batch=args.micro_batch)
+    result = evaluate(model, windows, token_bytes, micro_batch=args.micro_batch)
     row = {
         "checkpoint": str(step_dir),
         "loss": result.loss,
         "perplexity": result.perplexity,
         "bits_per_byte": result.bits_per_byte,
-        "unigram_entropy": unigram_entropy(blocks),
+        "unigram_entropy": unigram_entropy(windows),
         "tokens": result.tokens,
     }
     if args.json:

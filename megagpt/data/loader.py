@@ -27,8 +27,8 @@ class Batch(NamedTuple):
     documents: Tensor | None  # (B, T): a number for each document of a row; None: attention crosses documents
 
 
-class ValBlocks:
-    """The first blocks of a validation split, in order: the same ones at every evaluation."""
+class ValWindows:
+    """The first windows of a validation split, in order: the same ones at every evaluation."""
 
     def __init__(
         self, stream: TokenStream, seq_len: int, max_tokens: int | None = None, *, document_end: int | None = None
@@ -37,31 +37,31 @@ class ValBlocks:
         available = (stream.n_tokens - 1) // seq_len
         wanted = available if max_tokens is None else max_tokens // seq_len
         if not 0 < wanted <= available:
-            asked = "at least one block" if max_tokens is None else f"data.val_tokens={max_tokens}"
+            asked = "at least one window" if max_tokens is None else f"data.val_tokens={max_tokens}"
             raise UserError(
-                f"too little validation data for {asked}: {stream.n_tokens:,} tokens are {available} blocks of "
+                f"too little validation data for {asked}: {stream.n_tokens:,} tokens are {available} windows of "
                 f"seq_len={seq_len}; "
                 + (f"set val_tokens to {available * seq_len}, or " if available else "")
                 + ("" if available else f"lower seq_len to {max(1, stream.n_tokens - 1)} or less, or ")
                 + "build the data with a larger val_fraction"
             )
         self._stream, self.seq_len, self.document_end = stream, seq_len, document_end
-        self.n_blocks = wanted
+        self.n_windows = wanted
 
     def fill(self, first: int, rows: Row) -> None:
-        """Rows past the last block repeat the first one; evaluate() gives them no weight."""
+        """Rows past the last window repeat the first one; evaluate() gives them no weight."""
         for i, row in enumerate(rows):
-            block = first + i if first + i < self.n_blocks else 0
-            self._stream.copy(block * self.seq_len, row)
+            window = first + i if first + i < self.n_windows else 0
+            self._stream.copy(window * self.seq_len, row)
 
     def __len__(self) -> int:
-        return self.n_blocks
+        return self.n_windows
 
 
-def open_data(cfg: DataConfig, seq_len: int, *, masked: bool = False) -> tuple[ValBlocks, list[Dataset]]:
-    """Open the validation blocks, of the model's whole seq_len, and all datasets: training's first, validation's last.
+def open_data(cfg: DataConfig, seq_len: int, *, masked: bool = False) -> tuple[ValWindows, list[Dataset]]:
+    """Open the validation windows, of the model's whole seq_len, and all datasets: training's first, validation's last.
 
-    Whatever the packing, the blocks are windows of the stream; `masked` keeps attention within documents there too.
+    Whatever the packing, these are windows of the plain stream; `masked` keeps attention within documents there too.
     Raises UserError for a missing, unfinished or damaged dataset, too little data, or two tokenizers.
     """
     datasets = open_datasets([*(d.path for d in cfg.train), cfg.val])
@@ -69,7 +69,7 @@ def open_data(cfg: DataConfig, seq_len: int, *, masked: bool = False) -> tuple[V
     # A shard of another build fails here, and not on one rank in the middle of a run.
     val.open_all()
     document_end = datasets[-1].eod_id if masked else None
-    return ValBlocks(val, seq_len, cfg.val_tokens, document_end=document_end), datasets
+    return ValWindows(val, seq_len, cfg.val_tokens, document_end=document_end), datasets
 
 
 def rank_samples(batch: BatchPlan, rank: int, first: int) -> Iterator[int]:
@@ -103,7 +103,7 @@ def prefetched(
 ) -> Iterator[Batch]:
     """Yield micro-batches on the device; while one is in use, a thread copies the next into pinned memory.
 
-    `shape` is (B, T + 1), of the rows that `fill` writes. `transform` makes inputs and targets of them; without it these
+    `shape` is (B, T + 1), of the rows that `fill` writes. `transform` makes inputs and targets of them; without it they
     are two views of the rows. `positions` is the slice that this rank computes.
     A micro-batch is valid until the next one is taken: its memory is then overwritten.
     """

@@ -5,8 +5,8 @@ arXiv 2404.10830) puts whole documents into rows of seq_len tokens and cuts few.
 chunks of seq_len tokens as it fills, and the rest. The chunks, longest first, each go to the row with the least space
 that still holds it. The space that stays empty is padding: end-of-document ids that are not targets.
 
-A row begins with an end-of-document id, so that each chunk follows one, as in generation. A chunk that continues a
-document does not follow its end in truth, so its first token is not a target.
+A row begins with an end-of-document id, so that each chunk follows one, as in generation. The first token of a chunk
+that continues a document is not a target, because in the document it follows other text.
 
 The sampler (sampler.py) knows only streams and windows of them. Rows are drawn by the same arithmetic: `PackedRows` is
 a stream in which one position is one row, and a window is one position long (`Packing.window`).
@@ -41,7 +41,7 @@ class RowPlan:
 
     def __str__(self) -> str:
         return (
-            f"best fit packs {self.n_documents:,} documents into {self.n_rows:,} rows of {self.seq_len} tokens; "
+            f"packed {self.n_documents:,} documents into {self.n_rows:,} rows of {self.seq_len} tokens; "
             f"{self.padding_share:.2%} of them padding, {self.cut_share:.2%} of the documents cut"
         )
 

@@ -22,7 +22,7 @@ from megagpt.data.packing import PACKING, PackedRows
 from megagpt.data.sampler import PERIOD
 from megagpt.errors import UserError
 
-DRAW = 16384  # samples whose windows are computed at once: the arithmetic is vectorized, so one alone costs as much
+DRAW = 16384  # samples whose spans are computed at once, because a single one takes nearly as long
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ class CausalSelfAttention(nn.Module):
         attend = self.attend
         if cache is not None:
             k, v = cache.append(k, v)  # each (B, H, S, D)
-            attend = self.attend_alone  # also with sequence parallelism: every rank generates whole texts
+            # Also with sequence parallelism, because every rank generates whole texts.
+            attend = self.attend_alone
         y = attend(q, k, v, self.dropout if self.training else 0.0, mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -147,7 +148,7 @@ class GPT(nn.Module):
         self.lm_head = OutputHead(cfg.n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight  # tied (Press and Wolf 2017)
         self.recompute: Recompute = keep_activations
-        self.sequence_rank = 0  # with sequence parallelism the tokens are positions sequence_rank * T, ...
+        self.sequence_rank = 0  # with sequence parallelism the tokens are positions sequence_rank * T and up
 
     def forward(
         self,
@@ -195,7 +196,7 @@ def document_positions(documents: Tensor) -> tuple[Tensor, Tensor]:
     place = torch.arange(T, device=documents.device)
     begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0  # (B, T)
     first = torch.where(begins, place, 0).cummax(1).values  # (B, T): where the document of each position begins
-    # Comparisons of small tensors give booleans (B, T, T) at once, where integers of that size would take 8 times more.
+    # Two comparisons make booleans at once: integers (B, T, T) would take 8 times the memory.
     seen = (place >= first.unsqueeze(-1)) & (place <= place.unsqueeze(1))  # (B, T, T)
     return place - first, seen.unsqueeze(1)
 

@@ -96,6 +96,7 @@ class ChunkedLoss(torch.autograd.Function):
         for some, wanted, some_grad in zip(x.chunk(n), targets.chunk(n), x_grad.chunk(n), strict=True):
             loss, grad, scale = gradient(F.linear(some, weight), wanted)
             total += loss
+            # The chain rule through logits = x @ weight.T, whose gradient is grad * scale.
             some_grad.copy_((grad @ weight) * scale)
             weight_grad = _plus_product(weight_grad, grad.t(), (some * scale).to(grad.dtype))
         kept = (targets != IGNORE).sum().clamp(min=1)
@@ -124,11 +125,13 @@ def chunk_gradient(
     chosen = logits.gather(1, wanted).float()
     log_p = F.log_softmax(logits, -1, dtype=torch.float32)  # (N, V)
     nats = -log_p.gather(1, wanted)  # (N, 1)
+    # Label smoothing mixes the target with the uniform distribution over the vocabulary.
     loss = (1.0 - label_smoothing) * nats
     if label_smoothing > 0.0:
         loss = loss - label_smoothing * log_p.mean(-1, keepdim=True)
-    log_z = chosen + nats
+    log_z = chosen + nats  # since log p = logit - log Z
     loss = loss + z_loss * log_z.square()
+    # The gradient, term by term and in place: at this point the softmax p is the only large tensor besides the logits.
     grad = log_p.exp_()
     if z_loss > 0.0:
         grad *= 1.0 + 2.0 * z_loss * log_z

@@ -1,4 +1,4 @@
-"""Measure the validation loss on fixed blocks, weighted exactly by token over all ranks.
+"""Measure the validation loss on fixed windows, weighted exactly by token over all ranks.
 
 Shapes: B micro_batch, T seq_len.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megagpt.data.loader import ValBlocks, prefetched, rank_slice
+from megagpt.data.loader import ValWindows, prefetched, rank_slice
 from megagpt.distributed.collectives import sum_over_ranks
 from megagpt.distributed.process_group import rank, world_size
 from megagpt.model.loss import token_nats
@@ -36,24 +36,24 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, blocks: ValBlocks, token_bytes: Tensor, *, micro_batch: int, sequence_parallel_size: int = 1
+    model: nn.Module, windows: ValWindows, token_bytes: Tensor, *, micro_batch: int, sequence_parallel_size: int = 1
 ) -> Evaluation:
-    """Evaluate an engine or a model: each rank a contiguous share of the blocks, all with as many forward passes.
+    """Evaluate an engine or a model: each rank a contiguous share of the windows, all with as many forward passes.
 
-    Collective. With sequence_parallel_size > 1, that many ranks take the same blocks, each a slice of their
+    Collective. With sequence_parallel_size > 1, that many ranks take the same windows, each a slice of their
     positions. token_bytes (vocab_size,): how many bytes of text each token stands for, on the model's device.
     """
     device = token_bytes.device
     replica, replicas = rank() // sequence_parallel_size, world_size() // sequence_parallel_size
-    share = math.ceil(len(blocks) / replicas)
-    begin, end = replica * share, min((replica + 1) * share, len(blocks))
+    share = math.ceil(len(windows) / replicas)
+    begin, end = replica * share, min((replica + 1) * share, len(windows))
     firsts = range(begin, begin + share, micro_batch)
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
     was_training = model.training
     model.eval()
-    shape = (micro_batch, blocks.seq_len + 1)
-    positions = rank_slice(blocks.seq_len, rank(), sequence_parallel_size)
-    batches = prefetched(blocks.fill, firsts, shape, device, document_end=blocks.document_end, positions=positions)
+    shape = (micro_batch, windows.seq_len + 1)
+    positions = rank_slice(windows.seq_len, rank(), sequence_parallel_size)
+    batches = prefetched(windows.fill, firsts, shape, device, document_end=windows.document_end, positions=positions)
     for first, (inputs, targets, documents) in zip(firsts, batches, strict=True):
         nats = model(inputs, documents=documents, score=token_nats(targets))  # (B, T)
         kept = (first + torch.arange(micro_batch, device=device) < end).unsqueeze(1).expand_as(targets)  # (B, T)
@@ -65,10 +65,10 @@ def evaluate(
     return Evaluation(nats_sum / n_tokens, int(n_tokens), int(n_bytes))
 
 
-def unigram_entropy(blocks: ValBlocks) -> float:
+def unigram_entropy(windows: ValWindows) -> float:
     """Return the nats per token of the best guess that ignores context: a model that learned anything is better."""
     counts = torch.zeros(0, dtype=torch.int64)
-    for batch in prefetched(blocks.fill, range(len(blocks)), (1, blocks.seq_len + 1), torch.device("cpu")):
+    for batch in prefetched(windows.fill, range(len(windows)), (1, windows.seq_len + 1), torch.device("cpu")):
         more = torch.bincount(batch.targets[0], minlength=len(counts))
         more[: len(counts)] += counts
         counts = more

@@ -11,7 +11,7 @@ from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.data.augmentation import batch_transform
 from megagpt.data.dataset import Dataset
-from megagpt.data.loader import ValBlocks, open_data
+from megagpt.data.loader import ValWindows, open_data
 from megagpt.data.loss_mask import BatchTransform
 from megagpt.data.mixture import Mixture
 from megagpt.data.packing import PACKING
@@ -29,7 +29,7 @@ class OpenedData:
 
     train: list[Dataset]
     val: Dataset
-    val_blocks: ValBlocks
+    val_windows: ValWindows
     tokenizer: Tokenizer
     vocab_size: int  # padded
     transform: BatchTransform | None  # augmentation and loss mask of the training rows
@@ -71,11 +71,11 @@ def prepare(run: RunConfig, *, fresh: bool) -> RunSetup:
 
 
 def _open(cfg: MegaGPTConfig) -> OpenedData:
-    val_blocks, (*train, val) = open_data(cfg.data, cfg.model.seq_len, masked=PACKING[cfg.packing.kind].masked)
+    val_windows, (*train, val) = open_data(cfg.data, cfg.model.seq_len, masked=PACKING[cfg.packing.kind].masked)
     tokenizer = train[0].tokenizer()
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
     transform = batch_transform(cfg.augment, cfg.packing, tokenizer, vocab_size, cfg.data.seed)
-    return OpenedData(train, val, val_blocks, tokenizer, vocab_size, transform)
+    return OpenedData(train, val, val_windows, tokenizer, vocab_size, transform)
 
 
 def _training_set(cfg: MegaGPTConfig, batch: BatchPlan, data: OpenedData, saved: Saved | None) -> TrainingSet:

@@ -176,7 +176,7 @@ class Session:
         with self.watch.section("eval"), self.watchdog.paused():
             result = evaluate(
                 self.engine,
-                self.setup.data.val_blocks,
+                self.setup.data.val_windows,
                 self.token_bytes,
                 micro_batch=self.setup.batch.micro_batch,
                 sequence_parallel_size=self.setup.batch.sequence_parallel_size,

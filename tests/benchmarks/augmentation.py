@@ -23,7 +23,7 @@ from megagpt.config.batch import BatchPlan
 from megagpt.config.schema import AugmentConfig, DataConfig, MegaGPTConfig, ModelConfig
 from megagpt.data.augmentation import batch_transform
 from megagpt.data.dataset import TokenStream, open_dataset
-from megagpt.data.loader import ValBlocks, open_data, prefetched, rank_samples
+from megagpt.data.loader import ValWindows, open_data, prefetched, rank_samples
 from megagpt.data.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.engine.optimizer import decay_groups
 from megagpt.model.generate import generate
@@ -102,7 +102,7 @@ def trained(data: Path, augment: AugmentConfig, seed: int, n_steps: int, lr: flo
         augment=augment,
     )
     samples = open_samples(run, BATCH, None)
-    blocks, [dataset, _] = open_data(run.data, MODEL.seq_len)
+    windows, [dataset, _] = open_data(run.data, MODEL.seq_len)
     tokenizer = dataset.tokenizer()
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
     transform = batch_transform(augment, run.packing, tokenizer, vocab_size, seed)
@@ -125,15 +125,15 @@ def trained(data: Path, augment: AugmentConfig, seed: int, n_steps: int, lr: flo
         optimizer.step()
         schedule.step()
         if step % every == 0 or step == n_steps:
-            validation[step] = validation_loss(model, blocks, tokenizer)
+            validation[step] = validation_loss(model, windows, tokenizer)
     batches.close()
     best_step = min(validation, key=lambda step: validation[step])
     recited = continuation_rate(model, dataset.stream("train"), tokenizer, n_prompts)
     return Result(validation[best_step], best_step, validation[n_steps], float(np.mean(losses[-every:])), recited)
 
 
-def validation_loss(model: GPT, blocks: ValBlocks, tokenizer: Tokenizer) -> float:
-    return evaluate(model, blocks, torch.from_numpy(tokenizer.token_bytes()), micro_batch=BATCH).loss
+def validation_loss(model: GPT, windows: ValWindows, tokenizer: Tokenizer) -> float:
+    return evaluate(model, windows, torch.from_numpy(tokenizer.token_bytes()), micro_batch=BATCH).loss
 
 
 def continuation_rate(model: GPT, stream: TokenStream, tokenizer: Tokenizer, n_prompts: int) -> float:

@@ -9,7 +9,7 @@ from support import build_dataset, debug_run
 from megagpt.config.batch import BatchPlan
 from megagpt.config.schema import DataConfig
 from megagpt.data.dataset import open_dataset
-from megagpt.data.loader import ValBlocks, open_data, prefetched, rank_samples
+from megagpt.data.loader import ValWindows, open_data, prefetched, rank_samples
 from megagpt.data.loss_mask import IGNORE, marked, split
 from megagpt.data.mixture import Mixture
 from megagpt.data.training_set import DRAW, TrainingSet, source_of
@@ -154,14 +154,14 @@ def test_epochs_are_counted_in_windows(train_data):
     assert train_data.epochs(n_windows + 1) == [1 + 1 / n_windows]
 
 
-def test_validation_blocks_are_the_streams_first_and_overlap_by_one(dataset):
+def test_validation_windows_are_the_streams_first_and_overlap_by_one(dataset):
     stream = open_dataset(dataset).stream("val")
     whole = np.empty(stream.n_tokens, dtype=np.int64)
     stream.copy(0, whole)
-    blocks = ValBlocks(stream, SEQ_LEN, max_tokens=100)
-    assert len(blocks) == 3
+    windows = ValWindows(stream, SEQ_LEN, max_tokens=100)
+    assert len(windows) == 3
     rows = np.empty((3, SEQ_LEN + 1), dtype=np.int64)
-    blocks.fill(0, rows)
+    windows.fill(0, rows)
     assert [row.tolist() for row in rows] == [whole[i * 32 : i * 32 + 33].tolist() for i in range(3)]
 
 
@@ -169,9 +169,9 @@ def test_too_little_validation_data_is_refused_with_what_there_is(dataset):
     stream = open_dataset(dataset).stream("val")
     available = (stream.n_tokens - 1) // SEQ_LEN * SEQ_LEN
     with pytest.raises(UserError, match=f"set val_tokens to {available}"):
-        ValBlocks(stream, SEQ_LEN, max_tokens=10**9)
+        ValWindows(stream, SEQ_LEN, max_tokens=10**9)
     with pytest.raises(UserError, match="larger val_fraction"):
-        ValBlocks(stream, 10**6)
+        ValWindows(stream, 10**6)
 
 
 def test_datasets_of_two_tokenizers_are_refused_with_the_way_out(dataset, tmp_path):

@@ -290,7 +290,7 @@ def test_a_change_that_would_renumber_the_rows_is_refused(dataset, device, tmp_p
             train(debug_run(dataset, tmp_path / "run", *change), device)
 
 
-def test_validation_blocks_are_plain_windows_with_attention_masked_as_in_training(dataset):
+def test_validation_windows_are_plain_with_attention_masked_as_in_training(dataset):
     plain, masked = (
         open_data(DataConfig(train=[{"path": dataset}], val=dataset), SEQ_LEN, masked=masked)[0]
         for masked in (False, True)

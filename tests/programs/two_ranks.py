@@ -175,13 +175,13 @@ def a_mistake_that_one_rank_alone_sees(dataset: Path, folder: Path) -> str:
 
 
 def validation_loss(dataset: Path, folder: Path) -> dict[str, float]:
-    """Five blocks over two ranks, micro-batch 2: the second rank gets fewer blocks than it has rows."""
+    """Five windows over two ranks, micro-batch 2: the second rank gets fewer windows than it has rows."""
     run = debug_run(dataset, folder, "megagpt.data.val_tokens=320")
-    blocks, datasets = open_data(run.megagpt.data, run.megagpt.model.seq_len)
+    windows, datasets = open_data(run.megagpt.data, run.megagpt.model.seq_len)
     torch.manual_seed(0)
     model = GPT(run.megagpt.model, 384)
     token_bytes = torch.from_numpy(datasets[0].tokenizer().token_bytes())
-    return asdict(evaluate(model, blocks, token_bytes, micro_batch=2))
+    return asdict(evaluate(model, windows, token_bytes, micro_batch=2))
 
 
 def sharing_positions(dataset: Path, folder: Path) -> dict[str, Any]:

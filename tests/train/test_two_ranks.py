@@ -172,11 +172,11 @@ def test_a_vote_to_stop_reaches_every_rank_at_the_same_boundary(two_ranks):
 
 def test_validation_loss_is_weighted_by_token_whatever_the_ranks(two_ranks, dataset, tmp_path):
     run = debug_run(dataset, tmp_path, "megagpt.data.val_tokens=320")
-    blocks, datasets = open_data(run.megagpt.data, run.megagpt.model.seq_len)
+    windows, datasets = open_data(run.megagpt.data, run.megagpt.model.seq_len)
     torch.manual_seed(0)
     model = GPT(run.megagpt.model, 384)
     token_bytes = torch.from_numpy(datasets[0].tokenizer().token_bytes())
-    expected = evaluate(model, blocks, token_bytes, micro_batch=5)
+    expected = evaluate(model, windows, token_bytes, micro_batch=5)
     for found in two_ranks["validation_loss"]:
         assert (found["tokens"], found["bytes"]) == (320, expected.bytes)
         assert found["loss"] == pytest.approx(expected.loss, rel=1e-6)
