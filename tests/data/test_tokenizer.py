@@ -174,7 +174,7 @@ def test_a_flipped_bit_is_a_model_or_a_user_error(position: int, bit: int) -> No
 def test_another_model_than_the_expected_one_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(small_tokenizer("bpe").model_bytes)
-    with pytest.raises(UserError, match=r"not the tokenizer this data was made with.*restore"):
+    with pytest.raises(UserError, match=r"not the tokenizer this dataset was made with.*restore"):
         Tokenizer.load(path, sha256=small_tokenizer("unigram").sha256)
     path.write_bytes(small_tokenizer().model_bytes)
     assert Tokenizer.load(path, sha256=small_tokenizer().sha256).vocab_size == VOCAB_SIZE
