@@ -99,7 +99,7 @@ def report(request: Request) -> Report:
         except UserError as error:
             said.findings.append(Finding("run file", str(error)))
         else:
-            said.run = dict(leaves(run.as_json()))
+            said.run = leaves(run.as_json())
             said.findings += _about_data(run, said.data)
             said.findings += _about_disk(run, Path(request.mark))
     return said

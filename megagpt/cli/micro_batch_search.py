@@ -100,10 +100,9 @@ def _two_steps(run: RunConfig, vocab_size: int, limit: int, device: torch.device
     batch = batch_plan(run.deepspeed, world_size())
     batch = replace(batch, accumulation=min(2, batch.accumulation))
     batch = replace(batch, global_batch=batch.micro_batch * batch.accumulation * batch.replicas)
-    raw = {**run.deepspeed_raw, "train_batch_size": batch.global_batch}
-    del raw["gradient_accumulation_steps"]  # null; filled anew
+    run = run.changed(f"train_batch_size={batch.global_batch}", f"gradient_accumulation_steps={batch.accumulation}")
     cfg, compiled = run.megagpt, compiles(run.megagpt.compile, device)
-    engine = build_engine(replace(run, deepspeed_raw=raw), batch, vocab_size, device, compiled=compiled)
+    engine = build_engine(run, batch, vocab_size, device, compiled=compiled)
     shape = (batch.micro_batch, cfg.seq_len // batch.sequence_parallel_size)
     for _ in range(2 * batch.accumulation):
         inputs, targets = (torch.randint(0, vocab_size, shape, device=device) for _ in range(2))

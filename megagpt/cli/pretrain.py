@@ -56,7 +56,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         check_hostfile()
         device = meet()
         run = on_every_rank(lambda: load_run_config(args.run_file, args.overrides))
-        check_equal_on_ranks(dict(leaves(run.as_json())), "give all ranks the same run file and overrides")
+        check_equal_on_ranks(leaves(run.as_json()), "give all ranks the same run file and overrides")
         check_shared(run.megagpt.out_dir)
         # after the run file is found right, because DeepSpeed takes seconds to import
         from megagpt.guards.out_of_memory import explained

@@ -1,7 +1,7 @@
 """From JSON and `key.path=value` to checked models, with errors that name the key and the nearest right one."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -80,13 +80,18 @@ def _override(raw: dict[str, Any], item: str) -> None:
         raise UserError(f"override {item!r}: there is no {dotted!r} to set{why}") from None
 
 
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-    if items is None:
-        yield path, node
-        return
-    for key, value in items:
-        yield from leaves(value, f"{path}.{key}" if path else str(key))
+def dotted_items(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of nested sections as (dotted key, value): a section itself, then what is in it. A list is a value."""
+    for key, value in section.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        yield dotted, value
+        if isinstance(value, dict):
+            yield from dotted_items(value, dotted)
+
+
+def leaves(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of nested sections that are not sections themselves, by their dotted keys."""
+    return {key: value for key, value in dotted_items(section) if not isinstance(value, dict)}
 
 
 def explain(error: ValidationError, root: type[BaseModel], *, section: str) -> str:
@@ -132,12 +137,16 @@ def as_written(value: Any) -> str:
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
     for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        model = inner[0]
+        if isinstance(part, str):
+            model = next(models_in(model.model_fields[part].annotation))
     return set(model.model_fields)
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The pydantic models that a field's annotation names: `M` itself, or those of `M | None` or `tuple[M, ...]`."""
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            yield part
 
 
 def did_you_mean(key: str, known: set[str] | frozenset[str]) -> str:

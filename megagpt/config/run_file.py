@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megagpt.config.deepspeed import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS, DeepSpeedConfig
+from megagpt.config.deepspeed import DeepSpeedConfig
+from megagpt.config.deepspeed_keys import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS
 from megagpt.config.parsing import did_you_mean, explain, leaves, overridden, read_json
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.errors import UserError
@@ -40,7 +41,11 @@ class RunConfig:
 
     def as_json(self) -> dict[str, Any]:
         """The run file again, with our section's defaults written out."""
-        return {**self.deepspeed_raw, "megagpt": self.megagpt.model_dump(mode="json")}
+        return {**self.deepspeed_raw, SECTION: self.megagpt.model_dump(mode="json")}
+
+    def changed(self, *overrides: str) -> "RunConfig":
+        """The run with single keys changed, each written `key.path=value` as on a command line. Raises UserError."""
+        return parse_run(self.as_json(), overrides)
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -89,7 +94,7 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
         raise UserError(f'{where}: no "{SECTION}" section; see ds_configs/README.md')
     if "api_key" in _keys_of(raw, "comet"):  # the run file is copied into run.json, checkpoints and TensorBoard
         raise UserError(f"{where}: comet.api_key is a secret; set COMET_API_KEY in the environment instead")
-    for dotted, value in leaves(raw):
+    for dotted, value in leaves(raw).items():
         if value == "auto" and not dotted.startswith(f"{SECTION}.sample."):
             raise UserError(f'{where}: {dotted} is "auto"; write the number, nothing here fills it in')
 

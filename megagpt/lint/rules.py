@@ -45,14 +45,6 @@ def _offload(run: RunConfig) -> OffloadConfig:
     return run.deepspeed.zero_optimization.offload_optimizer
 
 
-def _extra(config: OffloadConfig, key: str) -> object:
-    return (config.model_extra or {}).get(key)
-
-
-def _fp16(run: RunConfig, key: str) -> object:
-    return (run.deepspeed.fp16.model_extra or {}).get(key)
-
-
 # The first that holds is said. A key that no DeepSpeed reads any more is found elsewhere.
 WITHOUT_EFFECT = (
     Acts(
@@ -113,7 +105,7 @@ WITHOUT_EFFECT = (
     ),
     Acts(
         _zero("offload_optimizer.cpuadam_cores_perc"),
-        lambda run: bool(_extra(_offload(run), "super_offload")),
+        lambda run: _offload(run).super_offload,
         "it is for offload_optimizer.super_offload; set that to true or remove it",
     ),
     Acts(
@@ -128,12 +120,12 @@ WITHOUT_EFFECT = (
     ),
     Acts(
         tuple(f"fp16.{key}" for key in ("initial_scale_power", "loss_scale_window", "*hysteresis", "min_loss_scale")),
-        lambda run: not _fp16(run, "loss_scale"),
+        lambda run: not run.deepspeed.fp16.loss_scale,
         "fp16.loss_scale fixes the scale; remove one of the two",
     ),
     Acts(
         ("gradient_predivide_factor",),
-        lambda run: not run.deepspeed_raw.get("prescale_gradients"),
+        lambda run: not run.deepspeed.prescale_gradients,
         "with prescale_gradients gradients are divided by the number of ranks at once; remove one of the two",
     ),
     Acts(("zero_allow_untested_optimizer",), NEVER, "Adam is an optimizer that DeepSpeed has tested; remove it"),
@@ -210,7 +202,7 @@ CONTRADICTIONS = (
     ),
     Against(
         "communication_data_type",
-        lambda run: run.deepspeed.dtype != "fp16" and run.deepspeed_raw["communication_data_type"] == "fp16",
+        lambda run: run.deepspeed.dtype != "fp16" and run.deepspeed.communication_data_type == "fp16",
         "in a run that is not fp16: no loss scale keeps its gradients in fp16's range; write bf16 or remove it",
     ),
     Against(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from megagpt.config.batch import BatchPlan, batch_plan
-from megagpt.config.run_file import RunConfig, parse_run
+from megagpt.config.run_file import RunConfig
 from megagpt.data.manifest import read_manifest
 from megagpt.data.tokenizer import padded_vocab_size
 from megagpt.errors import UserError
@@ -143,7 +143,7 @@ def settings(run: RunConfig, on: Machine, vocab_size: int) -> Iterator[Setting]:
         for stage, offload in STAGES:
             for policy in dict.fromkeys((*POLICIES, run.megagpt.recompute.policy)):
                 keys = changes(run, stage, offload, policy, micro_batch)
-                yield replace(setting(parse_run(run.as_json(), keys), on, vocab_size), keys=tuple(keys))
+                yield replace(setting(run.changed(*keys), on, vocab_size), keys=tuple(keys))
 
 
 def micro_batches(run: RunConfig, ranks: int) -> list[int]:
@@ -166,13 +166,8 @@ def changes(run: RunConfig, stage: int, offload: str, policy: str, micro_batch: 
     keys += ["gradient_accumulation_steps=null"] if ds.gradient_accumulation_steps is not None else []
     if policy != run.megagpt.recompute.policy:
         keys.append(f'megagpt.recompute={{"policy": "{policy}"}}')
-        keys += ["activation_checkpointing={}"] if "activation_checkpointing" in run.deepspeed_raw else []
+        keys += ["activation_checkpointing={}"] if "activation_checkpointing" in run.deepspeed.model_fields_set else []
     return keys
-
-
-def variant(run: RunConfig, stage: int, offload: str, policy: str, micro_batch: int) -> RunConfig:
-    """The run file with those changes."""
-    return parse_run(run.as_json(), changes(run, stage, offload, policy, micro_batch))
 
 
 def fastest(found: Sequence[Setting]) -> Setting | None:
@@ -206,8 +201,7 @@ def _hidden_seconds(run: RunConfig, batch: BatchPlan, sent: Traffic, compute: fl
     that reduce, which at stage 1 is the last one.
     """
     stage = run.deepspeed.zero_optimization.stage
-    overlap = run.deepspeed_raw.get("zero_optimization", {}).get("overlap_comm")
-    if stage == 0 or not (stage == 3 if overlap is None else overlap):
+    if not run.deepspeed.zero_optimization.overlaps:
         return 0.0
     if stage == 3:
         return min(replace(sent, all_to_all=0).wire / bandwidth, compute)

@@ -11,7 +11,7 @@ from megagpt.config.batch import BatchPlan
 from megagpt.config.run_file import RunConfig
 from megagpt.model.flops import bucket_elements, param_sizes
 from megagpt.model.loss import PIECE_BYTES, chunks
-from megagpt.planner.communication import WIDTH, persistence, regathered, zero_key
+from megagpt.planner.communication import WIDTH, regathered
 
 ADAM = 12  # bytes per parameter: two moments and the fp32 master weights, which ZeRO keeps in fp32 training too
 AT_ONCE = 500_000_000  # elements that stage 0 reduces at a time: MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed's engine.py
@@ -89,9 +89,8 @@ def memory(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool = 
 def _states(run: RunConfig, batch: BatchPlan, vocab_size: int) -> _States:
     zero, sizes, W = run.deepspeed.zero_optimization, param_sizes(run.megagpt.model, vocab_size), batch.world_size
     N, s, accumulates = sum(sizes), WIDTH[run.deepspeed.dtype], batch.accumulation > 1
-    elements = zero_key(run, "reduce_bucket_size", bucket_elements(run.megagpt.model, vocab_size, W))
-    overlap = run.deepspeed_raw.get("zero_optimization", {}).get("overlap_comm")
-    bucket = s * elements * (2 if overlap and zero.stage < 3 else 1)
+    elements = zero.reduce_bucket_size or bucket_elements(run.megagpt.model, vocab_size, W)
+    bucket = s * elements * (2 if zero.overlaps and zero.stage < 3 else 1)
     part = s * N / W
     to_host = 0.0 if zero.offload_optimizer.device == "none" else (ADAM + 4) * N / W  # gradients go there in fp32
     adam = 0.0 if to_host else ADAM * N / W
@@ -125,17 +124,17 @@ def _states(run: RunConfig, batch: BatchPlan, vocab_size: int) -> _States:
             converted=0.0 if to_host else part + (4 * N / W if s == 2 else 0.0),
             stepped=0.0 if to_host else part,
         )
-    small = sum(n for n in sizes if n <= persistence(run))
-    live = N - small - regathered(run, N - small)
+    small = sum(n for n in sizes if n <= zero.param_persistence_threshold)
+    live = N - small - regathered(zero, N - small)
     weights = s * small + (0.0 if zero.offload_param.device != "none" else part)
-    group = min(N, zero_key(run, "sub_group_size", 1e9)) / W
+    group = min(N, zero.sub_group_size) / W
     return _States(
         weights=weights,
         optimizer=adam,
         host=to_host + (s * N / W if zero.offload_param.device != "none" else 0.0),
         held=part + bucket,
         gathered=s * live,
-        prefetched=s * min(live, zero_key(run, "prefetch_bucket_size", 5e7)),
+        prefetched=s * min(live, zero.prefetch_bucket_size),
         bucket=0.0,
         reduced=part + bucket,
         copied=0.0,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig
 from megagpt.planner.estimate import (
     CONTEXT,
@@ -112,11 +113,10 @@ def assumptions(run: RunConfig, on: Machine) -> list[str]:
     ]
     if run.deepspeed.dtype == "fp32":
         lines.append(f"fp32: {FP32_PEAK:.4f} of the 16-bit peak")
-    zero, sections = run.deepspeed.zero_optimization, ("zero_optimization", "bf16", "fp16")
+    zero = run.deepspeed.zero_optimization
     if "nvme" in (zero.offload_optimizer.device, zero.offload_param.device):
         lines.append("nvme: counted as the host's memory, at its speed")
-    written = [*run.deepspeed_raw, *(f"{name}.{key}" for name in sections for key in run.deepspeed_raw.get(name, {}))]
-    if unknown := [key for key in written if key.startswith(NOT_COUNTED)]:
+    if unknown := [key for key in leaves(run.deepspeed_raw) if key.startswith(NOT_COUNTED)]:
         lines.append(f"without effect on these figures, though not on training: {', '.join(unknown)}")
     return lines
 

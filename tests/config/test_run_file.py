@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from support import DEBUG_RUN, GOOD, ROOT, RUN_FILES
 
 from megagpt.config.batch import batch_plan
-from megagpt.config.deepspeed import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS, DeepSpeedConfig
+from megagpt.config.deepspeed import DeepSpeedConfig
+from megagpt.config.deepspeed_keys import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS
 from megagpt.config.run_file import load_run_config, parse_run, run_schema
 from megagpt.errors import UserError
 

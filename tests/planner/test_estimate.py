@@ -9,10 +9,10 @@ from support import PROGRAMS, ROOT, read_json, torchrun
 
 from megagpt.__main__ import main
 from megagpt.config.batch import batch_plan
-from megagpt.config.run_file import load_run_config, parse_run
+from megagpt.config.run_file import RunConfig, load_run_config, parse_run
 from megagpt.model.flops import n_params
 from megagpt.planner.communication import Traffic, traffic
-from megagpt.planner.estimate import fastest, machine, setting, settings, variant
+from megagpt.planner.estimate import changes, fastest, machine, setting, settings
 from megagpt.planner.memory import memory
 
 
@@ -74,6 +74,10 @@ def test_bytes_on_the_wire_of_a_ring():
 def gpt2(tmp_path):
     """The 1.5 billion parameters' run file, whose data is not there: GPT-2's vocabulary is taken."""
     return load_run_config(ROOT / "ds_configs" / "gpt2_1558m.json", [f"megagpt.data.train.0.path={tmp_path}"])
+
+
+def variant(run: RunConfig, stage: int, offload: str, policy: str, micro_batch: int) -> RunConfig:
+    return run.changed(*changes(run, stage, offload, policy, micro_batch))
 
 
 def test_states_of_mixed_precision_on_one_gpu_are_20_bytes_for_each_parameter(gpt2):
