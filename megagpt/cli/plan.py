@@ -1,4 +1,4 @@
-"""`megagpt plan RUN.json`: memory, communication and time, before anything is started."""
+"""`megagpt plan RUN.json`: estimate memory, communication and time, or find the largest micro-batch by --probe."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ from megagpt.planner.report import as_json, report
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the plan as a table or JSON; with --probe, the largest micro-batch that fits on this machine."""
     if args.memory and not args.probe:
         raise UserError("--memory limits the steps that --probe takes; add --probe, or choose --gpu")
     run = load_run_config(args.run_file, args.overrides)

@@ -1,8 +1,9 @@
-"""Bytes of tensors that one rank holds at the worst moment of a training step, by what they are.
+"""Estimate the bytes of tensors that one rank holds at the worst moment of a training step, by their purpose.
 
-Pure arithmetic, checked against the tensors that really live (tests/planner/test_estimate.py). N parameters, W ranks, t
-tokens of a micro-batch on this rank, C width, H heads, T positions, V vocabulary; s bytes of a number that the model
-computes with; one unit U = t C s, a (B, T, C) tensor.
+The arithmetic is checked against the tensors that live on real ranks (tests/planner/test_estimate.py).
+
+N parameters, W ranks, t tokens of a micro-batch on this rank, C width, H heads, T positions, V vocabulary, s bytes per
+number that the model computes with. One unit U = t C s is a (B, T, C) tensor.
 """
 
 from dataclasses import dataclass, fields
@@ -13,30 +14,34 @@ from megagpt.model.flops import bucket_elements, param_sizes
 from megagpt.model.loss import PIECE_BYTES, chunks
 from megagpt.planner.communication import WIDTH, regathered
 
-ADAM = 12  # bytes per parameter: two moments and the fp32 master weights, which ZeRO keeps in fp32 training too
-AT_ONCE = 500_000_000  # elements that stage 0 reduces at a time: MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed's engine.py
-WHOLE, SELECTIVE = (
-    16,
-    9,
-)  # units that a block keeps for backward, its result included: tests/engine/test_build.py counts them
-BACKWARD = 5  # units that a block's backward adds: gradients of (B, T, 4C) before and after GELU, less what it frees
+# Bytes per parameter: two moments and the fp32 master weights, which ZeRO keeps in fp32 training too.
+ADAM = 12
+# Elements that stage 0 reduces at a time: MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed's engine.py.
+AT_ONCE = 500_000_000
+# Units that a block keeps for backward, its result included: without recomputation, and with the policy "selective".
+# tests/engine/test_build.py counts them.
+WHOLE = 16
+SELECTIVE = 9
+# Units that a block's backward adds: gradients of (B, T, 4C) before and after GELU, less what it frees.
+BACKWARD = 5
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part, all at one moment, which `when` names; `host` is what offload moves to the CPU's memory."""
+    """Bytes by purpose at one moment of a step; `host` is what offload moves to the CPU's memory."""
 
     weights: float
     optimizer: float
     gradients: float
-    buffers: float  # what is gathered, reduced or converted then
+    buffers: float  # tensors that are gathered, reduced or converted at that moment
     activations: float
     logits: float
     host: float
-    when: str
+    when: str  # the moment
 
     @property
     def total(self) -> float:
+        """Bytes on the GPU."""
         return float(sum(getattr(self, part) for part in PARTS))
 
 
@@ -45,27 +50,31 @@ PARTS = tuple(field.name for field in fields(Memory) if field.name not in ("host
 
 @dataclass(frozen=True)
 class _States:
-    """What a ZeRO stage holds, whatever the micro-batch."""
+    """Bytes that a ZeRO stage holds, independent of the micro-batch's size."""
 
     weights: float
     optimizer: float
     host: float
-    held: float  # gradients that wait for the last micro-batch
-    gathered: float  # weights that stage 3 has whole between a forward and a backward pass
-    prefetched: float  # and the flat tensors in which they came
-    bucket: float  # gradients on their way
+    held: float  # gradients accumulated before the last micro-batch
+    gathered: float  # weights that stage 3 holds whole between a forward and a backward pass
+    prefetched: float  # the flat tensors in which those were gathered
+    bucket: float  # gradients that are being reduced
     reduced: float  # gradients at the end of backward
-    copied: float  # and what is made of them then
+    copied: float  # copies of them that are made then
     converted: float  # their copies for Adam
-    stepped: float  # gradients while Adam works
+    stepped: float  # gradients while Adam runs
 
 
 def memory(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool = False) -> Memory:
-    """At the worst of four moments of a step's last micro-batch, once Adam's moments are there."""
+    """Estimate the worst of four moments of a step's last micro-batch, from the second step on.
+
+    In the first step Adam's moments do not exist yet.
+    """
     states = _states(run, batch, vocab_size)
     kept, again, moved = _activations(run, batch)
     logits = _logits(run, batch, vocab_size, on_cpu=on_cpu)
-    head = vocab_size * run.megagpt.model.n_embd * WIDTH[run.deepspeed.dtype]  # the output matrix's gradient
+    # The output matrix's gradient.
+    head = vocab_size * run.megagpt.model.n_embd * WIDTH[run.deepspeed.dtype]
     whole = states.weights + states.gathered
     moments = {
         "loss": (whole, states.held, states.prefetched, kept, logits),
@@ -92,7 +101,8 @@ def _states(run: RunConfig, batch: BatchPlan, vocab_size: int) -> _States:
     elements = zero.reduce_bucket_size or bucket_elements(run.megagpt.model, vocab_size, W)
     bucket = s * elements * (2 if zero.overlaps and zero.stage < 3 else 1)
     part = s * N / W
-    to_host = 0.0 if zero.offload_optimizer.device == "none" else (ADAM + 4) * N / W  # gradients go there in fp32
+    # Offloaded gradients are fp32.
+    to_host = 0.0 if zero.offload_optimizer.device == "none" else (ADAM + 4) * N / W
     adam = 0.0 if to_host else ADAM * N / W
     if zero.stage == 0:
         mixed = s == 2
@@ -144,27 +154,32 @@ def _states(run: RunConfig, batch: BatchPlan, vocab_size: int) -> _States:
 
 
 def _activations(run: RunConfig, batch: BatchPlan) -> tuple[float, float, float]:
-    """(kept for backward, added by the backward of the last block, moved to the host)."""
+    """Return bytes of activations: (kept for backward, added by the last block's backward, moved to the host)."""
     cfg, s = run.megagpt, WIDTH[run.deepspeed.dtype]
     L, H, T = cfg.model.n_layer, cfg.model.n_head, cfg.seq_len
     tokens = batch.micro_batch * T / batch.sequence_parallel_size
     U = tokens * cfg.model.n_embd * s
     scores = tokens * H * T  # elements of all heads' attention weights
-    extra = 4 * tokens * (H + 4)  # attention's log-sum-exp, mean and deviation of two LayerNorms
-    if cfg.model.attention == "eager":  # softmax and queries and keys in fp32; what multiplies the values
+    # Attention's log-sum-exp, and the mean and deviation of two LayerNorms, in fp32.
+    extra = 4 * tokens * (H + 4)
+    if cfg.model.attention == "eager":
+        # The softmax, queries and keys in fp32; the weights that multiply the values; dropout's mask.
         extra += scores * (4 + (s if s == 2 else 0) + 1) + (2 * tokens * cfg.model.n_embd * 4 if s == 2 else 0)
     elif cfg.packing.masked:
-        extra += batch.micro_batch * T * T * s  # the mask as numbers that are added
+        # The mask of each sample, (T, T), as numbers that are added to the scores.
+        extra += batch.micro_batch * T * T * s
     if cfg.regularization.dropout > 0.0:
-        extra += 2 * tokens * cfg.model.n_embd  # a byte for each number of two results
+        # The masks of two results, a byte for each number.
+        extra += 2 * tokens * cfg.model.n_embd
     whole = WHOLE * U + extra
     policy, again = cfg.recompute.policy, cfg.recompute.n_blocks(L)
     each = {"selective": SELECTIVE * U + 4 * tokens * H, "budget": U + (cfg.recompute.budget or 0.0) * (whole - U)}
-    less = each.get(policy, U)  # a block whose activations are computed again
+    less = each.get(policy, U)  # kept of a block that is recomputed
     if policy == "budget":
         again = L
     blocks = again * less + (L - again) * whole
-    ends = 2 * U  # the embeddings' sum, and the last LayerNorm's result
+    ends = 2 * U  # the embeddings' sum and the last LayerNorm's result
+    # Backward begins with the last block, which is recomputed first if the policy includes it.
     backward = BACKWARD * U + (whole - less if again and (L - 1) % (cfg.recompute.k or 1) == 0 else 0.0)
     if cfg.recompute.offload or run.deepspeed.activation_checkpointing.cpu_checkpointing:
         return ends + whole, backward, blocks
@@ -172,10 +187,11 @@ def _activations(run: RunConfig, batch: BatchPlan) -> tuple[float, float, float]
 
 
 def _logits(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool) -> float:
-    """The most that the loss holds, by the way that loss.py: next_token_score goes.
+    """Return the most bytes that the loss holds, which depends on the path that loss.py: next_token_score takes.
 
-    Whole: the logits' softmax and the gradients of both, in fp32. In chunks: of one chunk the logits, their softmax and
-    gradient; then its logits, what they are multiplied to, and the output matrix's gradient, in fp32 if there are more.
+    Computed whole, it holds the logits' softmax and the gradients of both, in fp32. Computed in chunks, it holds one
+    chunk's logits, their softmax and gradient; then that chunk's logits, their product, and the output matrix's
+    gradient, in fp32 if there are several chunks.
     """
     cfg, s = run.megagpt, WIDTH[run.deepspeed.dtype]
     n_tokens = batch.micro_batch * cfg.seq_len // batch.sequence_parallel_size

@@ -378,7 +378,7 @@ def test_evaluate_agrees_with_the_run(trained, dataset, capsys):
         (["generate", "RUN", "--temperature", "-1"], "--temperature=-1.0"),
         (["generate", "RUN", "--top-p", "2"], "--top-p=2.0"),
         (["evaluate", "RUN", "--data", "nowhere"], "nowhere"),
-        (["evaluate", "RUN", "--data", "NOISE"], "was tokenized with another model"),
+        (["evaluate", "RUN", "--data", "NOISE"], "was made with another tokenizer"),
     ],
 )
 def test_a_mistake_after_training_is_one_line_too(trained, dataset, capsys, command, complaint):
