@@ -164,7 +164,7 @@ def _after_a_run(commands: Any) -> None:
     evaluate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's folder (its best step) or one step's")
     evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="a dataset made by data_tools")
     evaluate.add_argument("--split", choices=("train", "val", "test"), default="val")
-    evaluate.add_argument("--tokens", type=_positive, help="evaluate on the first tokens alone; default: all")
+    evaluate.add_argument("--tokens", type=_positive, help="number of tokens, from the split's start; default: all")
     evaluate.add_argument("--micro-batch", type=_positive, default=8)
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
 

@@ -47,7 +47,9 @@ class DataConfig(Strict):
 
     train: tuple[WeightedDataset, ...] = Field(min_length=1)
     val: Path
-    val_tokens: int | None = Field(default=None, gt=0, description="validate on the first tokens alone; null: all")
+    val_tokens: int | None = Field(
+        default=None, gt=0, description="number of tokens to validate on, from the start; null: all"
+    )
     seed: int = Field(default=1234, ge=0, description="order of the training samples")
     seq_len: int | None = Field(default=None, gt=0, description="tokens per training example; null: model.seq_len")
 

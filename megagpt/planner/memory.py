@@ -9,6 +9,7 @@ number that the model computes with. One unit U = t C s is a (B, T, C) tensor.
 from dataclasses import dataclass, fields
 
 from megagpt.config.batch import BatchPlan
+from megagpt.config.deepspeed import ZeroConfig
 from megagpt.config.run_file import RunConfig
 from megagpt.model.flops import bucket_elements, param_sizes
 from megagpt.model.loss import PIECE_BYTES, chunks
@@ -96,61 +97,86 @@ def memory(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool = 
 
 
 def _states(run: RunConfig, batch: BatchPlan, vocab_size: int) -> _States:
-    zero, sizes, W = run.deepspeed.zero_optimization, param_sizes(run.megagpt.model, vocab_size), batch.world_size
-    N, s, accumulates = sum(sizes), WIDTH[run.deepspeed.dtype], batch.accumulation > 1
+    """Count what one rank holds at the run's ZeRO stage (Rajbhandari et al. 2020, section 5)."""
+    zero, sizes = run.deepspeed.zero_optimization, param_sizes(run.megagpt.model, vocab_size)
+    N, W, s, accumulates = sum(sizes), batch.world_size, WIDTH[run.deepspeed.dtype], batch.accumulation > 1
     elements = zero.reduce_bucket_size or bucket_elements(run.megagpt.model, vocab_size, W)
-    bucket = s * elements * (2 if zero.overlaps and zero.stage < 3 else 1)
-    part = s * N / W
-    # Offloaded gradients are fp32.
-    to_host = 0.0 if zero.offload_optimizer.device == "none" else (ADAM + 4) * N / W
-    adam = 0.0 if to_host else ADAM * N / W
     if zero.stage == 0:
-        mixed = s == 2
-        return _States(
-            weights=s * N,
-            optimizer=ADAM * N if mixed else 8 * N,  # in fp32 the weights are their own masters
-            host=0.0,
-            held=s * N if accumulates else 0.0,
-            gathered=0.0,
-            prefetched=0.0,
-            bucket=0.0,
-            reduced=s * N,
-            copied=s * min(N, AT_ONCE) if W > 1 else 0.0,
-            converted=4 * N if mixed else 0.0,
-            stepped=s * N,
-        )
+        return _replicated(N, W, s, accumulates=accumulates)
     if zero.stage < 3:
-        held = (s * N if zero.stage == 1 else part) if accumulates else 0.0
-        return _States(
-            weights=s * N,
-            optimizer=adam,
-            host=to_host,
-            held=held,
-            gathered=0.0,
-            prefetched=0.0,
-            bucket=bucket if W > 1 else 0.0,
-            reduced=part if zero.stage == 1 or not accumulates else 2 * part,
-            copied=part + bucket,
-            converted=0.0 if to_host else part + (4 * N / W if s == 2 else 0.0),
-            stepped=0.0 if to_host else part,
-        )
+        # With overlap, one bucket fills while the other is reduced.
+        bucket = s * elements * (2 if zero.overlaps else 1)
+        return _sharded_optimizer(zero, N, W, s, bucket, accumulates=accumulates)
+    return _sharded_weights(zero, sizes, W, s, s * elements)
+
+
+def _replicated(N: int, W: int, s: int, *, accumulates: bool) -> _States:
+    """Stage 0: every rank holds all of everything."""
+    mixed = s == 2
+    return _States(
+        weights=s * N,
+        # In fp32 the weights are their own master weights.
+        optimizer=ADAM * N if mixed else 8 * N,
+        host=0.0,
+        held=s * N if accumulates else 0.0,
+        gathered=0.0,
+        prefetched=0.0,
+        bucket=0.0,
+        reduced=s * N,
+        copied=s * min(N, AT_ONCE) if W > 1 else 0.0,
+        converted=4 * N if mixed else 0.0,
+        stepped=s * N,
+    )
+
+
+def _sharded_optimizer(zero: ZeroConfig, N: int, W: int, s: int, bucket: float, *, accumulates: bool) -> _States:
+    """Stages 1 and 2: every rank holds all weights and part of the optimizer state, at stage 2 also of gradients."""
+    part = s * N / W
+    on_gpu, on_host = _adam(zero, N / W)
+    held = s * N if zero.stage == 1 else part
+    return _States(
+        weights=s * N,
+        optimizer=on_gpu,
+        host=on_host,
+        held=held if accumulates else 0.0,
+        gathered=0.0,
+        prefetched=0.0,
+        bucket=bucket if W > 1 else 0.0,
+        reduced=part if zero.stage == 1 or not accumulates else 2 * part,
+        copied=part + bucket,
+        converted=0.0 if on_host else part + (4 * N / W if s == 2 else 0.0),
+        stepped=0.0 if on_host else part,
+    )
+
+
+def _sharded_weights(zero: ZeroConfig, sizes: list[int], W: int, s: int, bucket: float) -> _States:
+    """Stage 3: every rank holds its part of everything, and small parameters whole."""
+    N = sum(sizes)
+    part = s * N / W
+    on_gpu, on_host = _adam(zero, N / W)
+    offloaded = zero.offload_param.device != "none"
     small = sum(n for n in sizes if n <= zero.param_persistence_threshold)
     live = N - small - regathered(zero, N - small)
-    weights = s * small + (0.0 if zero.offload_param.device != "none" else part)
+    # Adam converts one group of parameters at a time.
     group = min(N, zero.sub_group_size) / W
     return _States(
-        weights=weights,
-        optimizer=adam,
-        host=to_host + (s * N / W if zero.offload_param.device != "none" else 0.0),
+        weights=s * small + (0.0 if offloaded else part),
+        optimizer=on_gpu,
+        host=on_host + (part if offloaded else 0.0),
         held=part + bucket,
         gathered=s * live,
         prefetched=s * min(live, zero.prefetch_bucket_size),
         bucket=0.0,
         reduced=part + bucket,
         copied=0.0,
-        converted=0.0 if to_host else group * (s + (4 if s == 2 else 0)),
+        converted=0.0 if on_host else group * (s + (4 if s == 2 else 0)),
         stepped=part + bucket,
     )
+
+
+def _adam(zero: ZeroConfig, n_params: float) -> tuple[float, float]:
+    """Return the bytes of Adam's states on the GPU and on the host, where offloaded gradients lie too, in fp32."""
+    return (ADAM * n_params, 0.0) if zero.offload_optimizer.device == "none" else (0.0, (ADAM + 4) * n_params)
 
 
 def _activations(run: RunConfig, batch: BatchPlan) -> tuple[float, float, float]:
@@ -163,7 +189,7 @@ def _activations(run: RunConfig, batch: BatchPlan) -> tuple[float, float, float]
     # Attention's log-sum-exp, and the mean and deviation of two LayerNorms, in fp32.
     extra = 4 * tokens * (H + 4)
     if cfg.model.attention == "eager":
-        # The softmax, queries and keys in fp32; the weights that multiply the values; dropout's mask.
+        # The softmax, queries and keys in fp32, the weights that multiply the values, and a byte each for a mask.
         extra += scores * (4 + (s if s == 2 else 0) + 1) + (2 * tokens * cfg.model.n_embd * 4 if s == 2 else 0)
     elif cfg.packing.masked:
         # The mask of each sample, (T, T), as numbers that are added to the scores.
