@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from megagpt.cli.micro_batch_search import probe, probe_report
+from megagpt.cli.micro_batch_search import search, search_report
 from megagpt.config.run_file import load_run_config
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     vocab = vocabulary(run)
     if args.probe:
         candidates = micro_batches(run, args.ranks)
-        tries = probe(args.run_file, args.overrides, candidates, vocab[0], ranks=args.ranks, gib=args.memory)
-        print(probe_report(tries, run))
+        tries = search(args.run_file, args.overrides, candidates, vocab[0], ranks=args.ranks, gib=args.memory)
+        print(search_report(tries, run))
         return 0
     found = list(settings(run, on, vocab[0]))
     tokens = args.tokens or run.megagpt.schedule.max_steps * run.deepspeed.train_batch_size * run.megagpt.seq_len
