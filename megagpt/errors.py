@@ -25,6 +25,6 @@ def writing_to(out_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"megagpt.out_dir={out_dir} cannot be written: {error}; free space or set its permissions, or set another "
-            "folder"
+            f"megagpt.out_dir={out_dir} cannot be written: {error}; free disk space, allow writing there, or "
+            "set another folder"
         ) from error

@@ -185,9 +185,10 @@ def run(args: argparse.Namespace) -> int:
             then_ranks=then_ranks,
             then=args.then,
         )
-    how = f"{args.steps} steps straight and cut after {args.steps // 2}, on {args.ranks} rank(s)"
-    how += "".join(f", then {change}" for change in [f"{then_ranks} rank(s)"] * (then_ranks != args.ranks) + args.then)
-    print("\n".join([*different, f"{how}: " + ("NOT " if different else "") + agreed]))
+    parts = [f"{args.steps} steps straight and cut after {args.steps // 2}, on {args.ranks} rank(s)"]
+    parts += [f"{then_ranks} rank(s)"] if then_ranks != args.ranks else []
+    verdict = f"{', then '.join([*parts, *args.then])}: {'NOT ' if different else ''}{agreed}"
+    print("\n".join([*different, verdict]))
     return 1 if different else 0
 
 

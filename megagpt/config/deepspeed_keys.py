@@ -9,7 +9,7 @@ from typing import Any
 
 # Every key that is accepted -> DeepSpeed's default. A value must be true or false, or a number, where its default is.
 # None: there is no default, or a model checks the value. A dict is a section whose keys DeepSpeed reads one by one; the
-# sections that it checks with pydantic models of its own are in engine/deepspeed_sections.py.
+# sections that it checks with pydantic models of its own are in engine/deepspeed_models.py.
 DEEPSPEED_DEFAULTS: dict[str, Any] = {
     "activation_checkpointing": None,
     "aio": {
@@ -77,7 +77,7 @@ _DATA_PARALLEL = "megagpt is data and sequence parallel only; remove it"
 _OWN_CHECKPOINTS = "megagpt commits checkpoints itself; see megagpt.every.save"
 _OWN_DATA = "megagpt brings its own sampler; see megagpt.data"
 
-# Keys that DeepSpeed reads but that could not act here -> why. They are refused instead of ignored.
+# Keys that DeepSpeed reads but that megagpt does not support -> why. They are refused instead of ignored.
 REFUSED_KEYS = {
     "autotuning": "sizes are chosen by hand; remove it",
     "bfloat16": 'write "bf16"',

@@ -83,7 +83,7 @@ def run_schema() -> dict[str, Any]:
 
 def _check_keys(raw: dict[str, Any], where: str) -> None:
     """Raise UserError for the top-level mistakes that no model reports; DeepSpeed would ignore most of them."""
-    if refused := [f"{key!r} cannot act here: {why}" for key, why in REFUSED_KEYS.items() if key in raw]:
+    if refused := [f"{key!r} is not supported: {why}" for key, why in REFUSED_KEYS.items() if key in raw]:
         raise UserError(f"{where}: " + "; ".join(refused))
     if unknown := sorted(set(raw) - DEEPSPEED_KEYS - {SECTION}):
         hints = "; ".join(f"unknown key {key!r}{did_you_mean(key, DEEPSPEED_KEYS | {SECTION})}" for key in unknown)

@@ -93,7 +93,7 @@ class EarlyStoppingConfig(Strict):
     monitor: Literal["loss/val"] = "loss/val"
     patience: int = Field(default=0, ge=0, description="0: never stop early")
     min_delta: float = Field(default=0.0, ge=0.0, description="nats per token")
-    min_steps: int = Field(default=0, ge=0, description="evaluations before this step do not count")
+    min_steps: int = Field(default=0, ge=0, description="evaluations before this step use no patience")
     restore_best: bool = Field(default=True, description="save at every improvement and end with the best weights")
 
 
@@ -268,7 +268,7 @@ class GuardsConfig(Strict):
         default=1000, ge=0, description="steps between comparisons of all ranks' weights; 0: never"
     )
     memory_growth_mib: float = Field(
-        default=256.0, ge=0.0, description="growth of host memory that is reported; 0: never"
+        default=256.0, ge=0.0, description="growth per 1000 steps that is reported if it repeats; 0: never"
     )
     hang_timeout: float = Field(
         default=600.0, ge=0.0, description="seconds without a step until the run ends; 0: never"

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from megagpt.config.deepspeed_keys import DEEPSPEED_DEFAULTS
 from megagpt.config.parsing import models_in
-from megagpt.engine.deepspeed_sections import SECTION_MODELS
+from megagpt.engine.deepspeed_models import SECTION_MODELS
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from megagpt.config.run_file import SECTION, RunConfig, parse_run
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.engine.activation_checkpointing import refuse_what_cannot_act
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
-from megagpt.engine.deepspeed_sections import REMOVED_KEYS, SECTION_MODELS
+from megagpt.engine.deepspeed_models import REMOVED_KEYS, SECTION_MODELS
 from megagpt.errors import UserError
 from megagpt.lint.deepspeed_sections import deepspeed_sections
 from megagpt.lint.rules import CONTRADICTIONS, DEFAULTS, WITHOUT_EFFECT
@@ -153,7 +153,7 @@ def _wrong_keys(section: str, given: dict[str, Any]) -> Iterator[Finding]:
             why = f"{dotted} was removed from DeepSpeed: {REMOVED_KEYS[dotted].strip()}{ours}"
             yield Finding("error", dotted, f"{why} Remove it")
         elif dotted in REFUSED_KEYS:
-            yield Finding("error", dotted, f"{dotted!r} cannot act here: {REFUSED_KEYS[dotted]}")
+            yield Finding("error", dotted, f"{dotted!r} is not supported: {REFUSED_KEYS[dotted]}")
         elif key not in known:
             names = {*known} if section else {*known, SECTION}
             yield Finding("error", dotted, f"unknown key {dotted!r}{did_you_mean(key, names)}")

@@ -36,6 +36,21 @@ NOT_COUNTED = (
     "zero_optimization.use_",
 )
 
+HEAD = (
+    "stage",
+    "recompute",
+    "batch",
+    *PARTS,
+    "spare",
+    "total",
+    "host",
+    "fits",
+    "GB sent",
+    "ms/step",
+    "days",
+    "most at",
+)
+
 
 def report(run: RunConfig, on: Machine, vocab: tuple[int, str], found: Sequence[Setting], tokens: int) -> str:
     """Return the table: the run file's own setting (the first found), its alternatives, and the fastest that fits."""
@@ -44,30 +59,16 @@ def report(run: RunConfig, on: Machine, vocab: tuple[int, str], found: Sequence[
     alike = [s for s in found[1:] if (s.micro_batch, s.policy) == (current.micro_batch, current.policy)]
     stages = [[s for s in (current, *alike) if (s.stage, s.offload) == where][:1] for where in STAGES]
     policies = [_largest(policy, current, found) for policy in dict.fromkeys((*POLICIES, current.policy))]
-    head = (
-        "stage",
-        "recompute",
-        "batch",
-        *PARTS,
-        "spare",
-        "total",
-        "host",
-        "fits",
-        "GB sent",
-        "ms/step",
-        "days",
-        "most at",
-    )
     lines = [
         f"{on.ranks} x {on.name} ({on.gpu.memory_gib} GiB), {on.network}: {on.gb_per_s:g} GB/s each way for each GPU",
         f"{tokens:,} tokens in {steps:,.0f} steps of {batch:,} samples of {run.megagpt.seq_len:,} tokens; vocabulary "
         f"{vocab[0]:,} ({vocab[1]}); {run.deepspeed.dtype}",
         "",
         "Each stage with the run file's micro-batch and recompute (*: as written), in GiB per GPU:",
-        *_table(head, [_cells(s, steps) for found_here in stages for s in found_here]),
+        *_table(HEAD, [_cells(s, steps) for found_here in stages for s in found_here]),
         "",
         f"The largest micro-batch that fits at stage {current.stage}, by recompute:",
-        *_table(head, [_cells(s, steps) for s in policies if s is not None]),
+        *_table(HEAD, [_cells(s, steps) for s in policies if s is not None]),
         *(["  none"] if not any(policies) else []),
         "",
         *_verdict(best, current, steps),

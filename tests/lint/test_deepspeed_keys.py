@@ -11,7 +11,7 @@ from support import GOOD
 
 from megagpt.config.deepspeed_keys import DEEPSPEED_DEFAULTS, REFUSED_KEYS
 from megagpt.engine.deepspeed_config import KEPT_FROM_DEEPSPEED
-from megagpt.engine.deepspeed_sections import REMOVED_KEYS, SECTION_MODELS
+from megagpt.engine.deepspeed_models import REMOVED_KEYS, SECTION_MODELS
 from megagpt.lint.deepspeed_sections import deepspeed_sections
 from megagpt.lint.linter import lint_file
 
@@ -153,7 +153,7 @@ DOCUMENTED = {
 
 @pytest.mark.parametrize("section", DOCUMENTED)
 def test_no_key_that_deepspeed_documents_is_unknown(section, tmp_path):
-    """Some are refused, as they cannot act here or were removed, but none is taken for a misspelling."""
+    """Some are refused, as not supported or removed, but none is taken for a misspelling."""
     for key in DOCUMENTED[section].split():
         raw: dict[str, Any] = {key: None}
         for name in reversed(section.split(".") if section else []):

@@ -64,8 +64,8 @@ MISTAKES = [
     (["zero_optimization.stage=4"], "error", None, "zero_optimization.stage=4 is none of 0, 1, 2, 3"),
     (['megagpt.data.train=[{"path": "x", "weight": 0}]'], "error", None, "greater than 0"),
     (["megagpt.model.n_head=3"], "error", "megagpt.model", "n_embd=32 is not a multiple of n_head=3"),
-    # that cannot act here, or do not at this stage or with this model
-    (["pipeline.stages=2"], "error", "pipeline", "cannot act here"),
+    # not supported, or without effect at this stage or with this model
+    (["pipeline.stages=2"], "error", "pipeline", "is not supported"),
     (["zero_optimization.stage3_max_live_parameters=10"], "warning", None, "it is for ZeRO stage 3"),
     (['zero_optimization={"stage": 3, "round_robin_gradients": true}'], "warning", None, "for ZeRO stages 1 and 2"),
     (['zero_optimization={"stage": 0, "overlap_comm": true}'], "warning", None, "and stage is 0"),
