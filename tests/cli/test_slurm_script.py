@@ -16,7 +16,7 @@ HOSTILE = 'megagpt.sample.prompts=["$(touch pwned) `touch pwned` ; touch pwned; 
 
 
 def run_script(folder: Path, script: str, *arguments: str, code: int = 0, **variables: str) -> tuple[int, str, str]:
-    """Run the script as a batch job with stand-ins for Slurm's commands; return (exit code, their arguments, errors)."""
+    """Run the script with stand-ins for Slurm's commands; return (exit code, their arguments, errors)."""
     calls = folder / "calls"
     calls.unlink(missing_ok=True)
     for name, answer in {
