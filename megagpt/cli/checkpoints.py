@@ -33,6 +33,7 @@ def listed(out_dir: Path, *, hashes: bool) -> list[Listed]:
 
 
 def _listed(step_dir: Path, hashes: bool) -> Listed:
+    """Read one step's commit record and check its files."""
     saved_at = datetime.fromtimestamp((step_dir / COMMIT).stat().st_mtime).astimezone()
     n_bytes = sum(path.stat().st_size for path in step_dir.iterdir() if path.is_file())
     try:

@@ -38,6 +38,7 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
+    """Meet the other ranks, check what they were given, and train; or only report samples. Returns the exit code."""
     if args.sample_report is not None:
         return exit_code_of(lambda: _sample_report(args))
 

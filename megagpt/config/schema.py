@@ -47,9 +47,7 @@ class DataConfig(Strict):
 
     train: tuple[WeightedDataset, ...] = Field(min_length=1)
     val: Path
-    val_tokens: int | None = Field(
-        default=None, gt=0, description="number of tokens to validate on, from the start; null: all"
-    )
+    val_tokens: int | None = Field(default=None, gt=0, description="tokens to validate on; null: all")
     seed: int = Field(default=1234, ge=0, description="order of the training samples")
     seq_len: int | None = Field(default=None, gt=0, description="tokens per training example; null: model.seq_len")
 
@@ -109,11 +107,9 @@ class EveryConfig(Strict):
 class KeepConfig(Strict):
     """Retention of checkpoints: after each save, a step is deleted unless one of these keeps it."""
 
-    last: int = Field(
-        default=2, ge=2, description="number of newest checkpoints; the two newest are verified before others go"
-    )
+    last: int = Field(default=2, ge=2, description="number of newest ones; two are verified before others go")
     every: int = Field(default=0, ge=0, description="keep steps that are multiples of this for ever; 0: none")
-    best: int = Field(default=1, ge=1, description="number of checkpoints with the lowest validation loss")
+    best: int = Field(default=1, ge=1, description="number of those with the lowest validation loss")
 
 
 class GenerationConfig(Strict):
@@ -264,15 +260,11 @@ class GuardsConfig(Strict):
 
     max_bad_steps: int = Field(default=3, gt=0, description="stop after this number of non-finite steps in a row")
     spikes: SpikesConfig = SpikesConfig()
-    compare_every: int = Field(
-        default=1000, ge=0, description="steps between comparisons of all ranks' weights; 0: never"
-    )
+    compare_every: int = Field(default=1000, ge=0, description="steps between comparing weights over ranks; 0: never")
     memory_growth_mib: float = Field(
-        default=256.0, ge=0.0, description="growth per 1000 steps that is reported if it repeats; 0: never"
+        default=256.0, ge=0.0, description="per 1000 steps, reported if it repeats; 0: never"
     )
-    hang_timeout: float = Field(
-        default=600.0, ge=0.0, description="seconds without a step until the run ends; 0: never"
-    )
+    hang_timeout: float = Field(default=600.0, ge=0.0, description="seconds without a step, then end the run; 0: never")
 
 
 class MegaGPTConfig(Strict):
@@ -296,9 +288,7 @@ class MegaGPTConfig(Strict):
     augment: AugmentConfig = AugmentConfig()
     packing: PackingConfig = PackingConfig()
     guards: GuardsConfig = GuardsConfig()
-    time_limit_minutes: float | None = Field(
-        default=None, gt=0, description="save and exit with code 75 after this time"
-    )
+    time_limit_minutes: float | None = Field(default=None, gt=0, description="then save and exit with code 75")
 
     @model_validator(mode="after")
     def _examples_fit_the_model(self) -> Self:
