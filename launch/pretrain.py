@@ -1,9 +1,10 @@
-"""Train: the program that `deepspeed`, `torchrun`, `srun` or plain `python` starts, once per rank."""
+"""Train: the program that `deepspeed`, `torchrun`, `srun` or plain `python` starts once per rank."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout on a shared disk needs no install
+# A checkout on a shared disk works without being installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megagpt.cli.pretrain import main
 

@@ -1,4 +1,4 @@
-"""The `megagpt` command: parse, then import and run the one file that the command needs, so that --help is fast."""
+"""Run the `megagpt` command: parse the arguments, then import only the command's module, so that --help is fast."""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,8 @@ from importlib import import_module
 from megagpt.cli.arguments import command_line
 from megagpt.cli.exit_codes import exit_code_of
 
-COMMANDS = {  # command -> module below megagpt.cli, function
+# Command -> its module below megagpt.cli, and its function.
+COMMANDS = {
     "train": ("pretrain", "run"),
     "generate": ("generate", "run"),
     "evaluate": ("evaluate", "run"),
@@ -22,11 +23,13 @@ COMMANDS = {  # command -> module below megagpt.cli, function
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
     parser = command_line()
     args, rest = parser.parse_known_args(argv)
     if rest and ("overrides" not in args or any(item.startswith("-") for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # which argparse does not collect behind an option of a command
+    # Overrides that follow an option are not collected by argparse.
+    if rest:
         args.overrides += rest
     module, function = COMMANDS[args.command]
     return exit_code_of(lambda: int(getattr(import_module(f"megagpt.cli.{module}"), function)(args)))

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and their hashes."""
+"""Write files so that a crash leaves each whole or absent; hash them, and check paths that come from outside."""
 
 import hashlib
 import os
@@ -12,17 +12,18 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """After a crash there is either nothing new under this name or all of it. For files that one process writes."""
-    temporary = path.with_name(path.name + ".tmp")  # which the next one overwrites
+    """Write a file of which a crash leaves the old content or all of the new. Only one process may write to `path`."""
+    # A fixed name, so that what a crash leaves behind is overwritten by the next write.
+    temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     make_durable(temporary, path)
 
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A file to write to, which gets its name when the block ends well: whole, and on the disk.
+    """Yield a temporary path to write to; when the block ends without an error, the file gets its name.
 
-    Its temporary name is nobody else's, so two processes that make the same file do not meet in it.
+    The temporary name is unique, so several processes may make the same file at the same time.
     """
     temporary = temporary_name(path)
     try:
@@ -33,17 +34,19 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def temporary_name(path: Path) -> Path:
+    """Return a name next to `path` that no other process uses."""
     return path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def make_durable(temporary: Path, path: Path) -> None:
-    """Give a written file its name, once its bytes are on the disk."""
+    """Rename a written file once its bytes are on the disk, and wait until the new name is on the disk too."""
     fsync(temporary)
     temporary.replace(path)
     fsync(path.parent)
 
 
 def fsync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -57,12 +60,13 @@ def sha256_of(path: Path) -> str:
 
 
 def leads_out(folder: Path, relative: str) -> bool:
-    """Whether a path that a file names ("/" between its parts) may lie outside of the folder, or is no plain name."""
+    """Whether a relative path that was read from a file is unsafe: odd characters, or a link out of the folder."""
     parts = relative.split("/")
     if not all(SAFE_NAME.fullmatch(part) and set(part) != {"."} for part in parts):
         return True
+    # Only a link can lead out of the folder. Looking for one is ten times as fast as resolving the path of each shard.
     below = str(folder)
-    for part in parts:  # only a link can lead out, and looking for one is ten times as fast as to resolve each shard
+    for part in parts:
         below = f"{below}/{part}"
         if os.path.islink(below):
             return not (folder / relative).resolve().is_relative_to(folder.resolve())

@@ -319,7 +319,7 @@ LISTENERS = {
     ("data_tools/executor/dask_cluster.py", "LocalCluster"): "on 127.0.0.1",
     ("data_tools/executor/dask_cluster.py", "SLURMCluster"): "its workers are batch jobs on other hosts",
     ("megagpt/distributed/process_group.py", "dist.init_process_group"): "ranks on other hosts",
-    ("megagpt/cli/doctor_agent.py", "probe.bind"): "it does not listen",
+    ("megagpt/cli/doctor_agent.py", "attempt.bind"): "it does not listen",
     ("megagpt/distributed/interfaces.py", "probe.bind"): "it does not listen",
     ("megagpt/distributed/interfaces.py", "socket.create_server"): "where gloo will listen, until the ranks have met",
     ("megagpt/distributed/rendezvous.py", "dist.TCPStore"): "ranks on other hosts",

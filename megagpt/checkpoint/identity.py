@@ -1,12 +1,13 @@
 """The identity of a run in its checkpoints: what must be equal to resume, and what may change (elastic resume)."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megagpt.config.batch import BatchPlan
+from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig
 from megagpt.data.dataset import Dataset
 from megagpt.data.packing import packing_identity
@@ -79,7 +80,7 @@ def layout_changes(step_dir: Path, was: Identity, now: Identity, effective: Mapp
     changes = [f"{label} {before} -> {after}" for label, before, after in pairs if before != after]
     changes = changes or [line for line in changed_keys(step_dir, effective) if line.startswith(LAYOUT)]
     run_files = (effective, json.loads((step_dir / "run.json").read_bytes()))
-    on_nvme = {key for run in run_files for key, value in _leaves(run) if value == "nvme"}
+    on_nvme = {key for run in run_files for key, value in leaves(run).items() if value == "nvme"}
     if changes and on_nvme:
         raise UserError(
             f"checkpoint {step_dir} cannot be resumed with {', '.join(changes)}: {min(on_nvme)} is nvme, and the state "
@@ -90,21 +91,13 @@ def layout_changes(step_dir: Path, was: Identity, now: Identity, effective: Mapp
 
 def changed_keys(step_dir: Path, effective: Mapping[str, Any]) -> list[str]:
     """List the keys of the run file that differ from when the step was saved, as `key: before -> now`."""
-    before = dict(_leaves(json.loads((step_dir / "run.json").read_bytes())))
-    now = dict(_leaves(json.loads(json.dumps(effective))))
+    before = leaves(json.loads((step_dir / "run.json").read_bytes()))
+    now = leaves(json.loads(json.dumps(effective)))
     return [
         f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, node
 
 
 def _difference(before: Any, after: Any) -> tuple[Any, Any]:

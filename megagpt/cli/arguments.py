@@ -1,4 +1,4 @@
-"""What may be typed behind `launch/pretrain.py` and `megagpt`."""
+"""The command-line arguments of `launch/pretrain.py` and of each `megagpt` command."""
 
 import argparse
 import math
@@ -7,10 +7,11 @@ from typing import Any
 
 
 def training_arguments() -> argparse.ArgumentParser:
+    """Return the parser of launch/pretrain.py, which launchers start once per rank."""
     parser = argparse.ArgumentParser(
         prog="launch/pretrain.py",
         allow_abbrev=False,
-        description="Train a GPT-2 as a run file says; goes on by itself when out_dir holds a checkpoint.",
+        description="Train a GPT-2 as a run file describes; resumes by itself when out_dir holds a checkpoint.",
         epilog="example: deepspeed --hostfile hosts launch/pretrain.py --deepspeed_config ds_configs/gpt2_124m.json "
         "megagpt.out_dir=runs/mine optimizer.params.lr=3e-4",
     )
@@ -22,19 +23,21 @@ def training_arguments() -> argparse.ArgumentParser:
         metavar="RUN.json",
     )
     _add_start(parser)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the deepspeed launcher
+    # The deepspeed launcher adds this one.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     _add_overrides(parser)
     return parser
 
 
 def command_line() -> argparse.ArgumentParser:
+    """Return the parser of the `megagpt` command."""
     parser = argparse.ArgumentParser(
-        prog="megagpt", description="Around training: plan it, check it, use what it made."
+        prog="megagpt", description="Plan and check a run, start it, and use its checkpoints."
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     train = commands.add_parser(
         "train",
-        help="train as a run file says; the program of launch/pretrain.py, in this process",
+        help="train as a run file describes, in this process; the same program as launch/pretrain.py",
         epilog="example: megagpt train ds_configs/debug_cpu.json megagpt.out_dir=runs/mine",
     )
     _add_run_file(train)
@@ -48,78 +51,91 @@ def command_line() -> argparse.ArgumentParser:
 def _before_a_run(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
-        help="memory, time and traffic of a run file for every ZeRO stage, before anything is started",
+        help="estimate the memory, time and traffic of a run file for every ZeRO stage, before anything is started",
         epilog="example: megagpt plan ds_configs/gpt2_1558m.json --ranks 64 --gpu H100 --network infiniband-ndr",
     )
     _add_run_file(plan)
     plan.add_argument("--ranks", type=_positive, default=1, help="GPUs in all")
-    plan.add_argument("--gpu", default="H100", metavar="NAME", help="such as H200 or A100 40GB; default: H100")
-    plan.add_argument("--network", metavar="NAME|GB/s", help="of each GPU, each way; default: NVLink up to 8 ranks")
-    plan.add_argument("--tokens", type=_positive, help="to train on; default: max_steps global batches")
-    plan.add_argument("--efficiency", type=_share, metavar="SHARE", help="of the peak that is reached")
+    plan.add_argument("--gpu", default="H100", metavar="NAME", help="H200, A100 40GB, ...; default: H100")
+    plan.add_argument(
+        "--network", metavar="NAME|GB/s", help="bandwidth per GPU, each way; default: NVLink up to 8 ranks"
+    )
+    plan.add_argument("--tokens", type=_positive, help="number to train on; default: max_steps global batches")
+    plan.add_argument(
+        "--efficiency", type=_share, metavar="SHARE", help="FLOP/s that are reached, as a share of the peak"
+    )
     plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
     plan.add_argument("--probe", action="store_true", help="find the largest micro-batch by real steps on this machine")
     plan.add_argument(
-        "--memory", type=_above_zero, metavar="GIB", help="with --probe: what each rank may use; default: all"
+        "--memory", type=_above_zero, metavar="GIB", help="with --probe: limit for each rank; default: all memory"
     )
 
     lint = commands.add_parser(
         "lint",
-        help="every key of a run file: unknown, removed from DeepSpeed, without effect; exit code 2 for an error",
+        help="check every key of a run file: unknown, removed from DeepSpeed, without effect; exit code 2 for an error",
         epilog="example: megagpt lint ds_configs/gpt2_124m.json --ranks 8 zero_optimization.stage=2",
     )
     _add_run_file(lint)
-    lint.add_argument("--ranks", type=_positive, help="check the batch arithmetic on so many GPUs")
+    lint.add_argument("--ranks", type=_positive, help="number of GPUs to check the batch arithmetic for")
     lint.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    lint.add_argument("--effective", action="store_true", help="print the run file with all that will act written out")
+    lint.add_argument("--effective", action="store_true", help="print the run file with all defaults written out")
 
     resume = commands.add_parser(
         "verify-resume",
-        help="whether a run file's run goes on to the last bit after a stop; exit code 1 if not",
+        help="test whether a stopped and resumed run is equal to an uninterrupted one, bit for bit; exit code 1 if not",
         epilog="example: megagpt verify-resume ds_configs/gpt2_124m.json --ranks 2 megagpt.data.val_tokens=65536",
     )
     _add_run_file(resume)
-    resume.add_argument("--ranks", type=_positive, default=1, help="processes on this machine, in every launch")
-    resume.add_argument("--then-ranks", type=_positive, metavar="N", help="go on with so many after the cut")
-    resume.add_argument("--then", action="append", default=[], metavar="key.path=value", help="and with this changed")
-    resume.add_argument("--steps", type=_positive, default=4, help="how many; the second run is cut in their middle")
+    resume.add_argument("--ranks", type=_positive, default=1, help="number of processes on this machine; default: 1")
+    resume.add_argument("--then-ranks", type=_positive, metavar="N", help="number of ranks to resume with")
+    resume.add_argument(
+        "--then", action="append", default=[], metavar="key.path=value", help="change a key on resuming"
+    )
+    resume.add_argument(
+        "--steps", type=_positive, default=4, help="steps of each run; one is stopped half-way; default: 4"
+    )
 
 
 def _on_a_cluster(commands: Any) -> None:
     slurm = commands.add_parser(
         "slurm",
-        help="submit a run to Slurm, with the cluster's own names and a signal early enough to save",
+        help="submit a run to Slurm, with your cluster's names and a signal that leaves time to save",
         epilog="example: megagpt slurm ds_configs/gpt2_124m.json --nodes 4 --time 12:00:00 --partition gpu --dry-run",
     )
     _add_run_file(slurm)
     slurm.add_argument("--nodes", type=_positive, default=1)
-    slurm.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="and ranks; default: 8")
-    slurm.add_argument("--time", default="24:00:00", help="limit of each start, as sbatch takes it; default: 24:00:00")
+    slurm.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="one rank each; default: 8")
+    slurm.add_argument("--time", default="24:00:00", help="time limit of each start, as for sbatch; default: 24:00:00")
     slurm.add_argument("--partition", metavar="NAME")
     slurm.add_argument("--account", metavar="NAME")
     slurm.add_argument(
-        "--sbatch", action="append", default=[], metavar="NAME=VALUE", help="any other of its options: qos=high"
+        "--sbatch", action="append", default=[], metavar="NAME=VALUE", help="another option of sbatch, such as qos=high"
     )
-    slurm.add_argument("--sweep", type=Path, metavar="FILE", help="an array: a task for each line of key.path=value")
-    slurm.add_argument("--container", metavar="WORDS", help='before python: "apptainer exec --nv image.sif"')
+    slurm.add_argument(
+        "--sweep", type=Path, metavar="FILE", help="submit an array, one task for each line of overrides"
+    )
+    slurm.add_argument("--container", metavar="WORDS", help='put before python: "apptainer exec --nv image.sif"')
     slurm.add_argument("--fresh", action="store_true", help="start at step 0; an old run in out_dir is renamed")
-    slurm.add_argument("--dry-run", action="store_true", help="print the script instead")
+    slurm.add_argument("--dry-run", action="store_true", help="print the script instead of submitting it")
 
     doctor = commands.add_parser(
         "doctor",
-        help="whether the hosts of a hostfile are ready to train: each finding with what mends it; exit code 2 if any",
+        help="check that the hosts of a hostfile are ready to train; each finding names its fix; exit code 2 if any",
         epilog="example: megagpt doctor --hostfile hosts ds_configs/gpt2_124m.json",
     )
-    doctor.add_argument("run_file", type=Path, nargs="?", metavar="RUN.json", help="look at its data and disk too")
+    doctor.add_argument("run_file", type=Path, nargs="?", metavar="RUN.json", help="check its data and disk space too")
     _add_overrides(doctor)
     doctor.add_argument("--hostfile", type=Path, help="default: this machine alone")
-    doctor.add_argument("--write-env", action="store_true", help="first write ~/.deepspeed_env: what must travel")
+    doctor.add_argument(
+        "--write-env", action="store_true", help="first write the variables that all hosts need to ~/.deepspeed_env"
+    )
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    doctor.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)  # what it starts on every host
+    # doctor starts itself with this flag on every host.
+    doctor.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
 
     hosts = commands.add_parser(
         "check-hosts",
-        help="a hostfile and .deepspeed_env, before deepspeed hands them to ssh and shells",
+        help="check a hostfile and .deepspeed_env before deepspeed hands them to ssh and shells",
         epilog="example: megagpt check-hosts hosts && deepspeed --hostfile hosts launch/pretrain.py",
     )
     hosts.add_argument("hostfile", type=Path)
@@ -128,7 +144,7 @@ def _on_a_cluster(commands: Any) -> None:
 def _after_a_run(commands: Any) -> None:
     generate = commands.add_parser(
         "generate",
-        help="text from a checkpoint",
+        help="generate text from a checkpoint",
         epilog='example: megagpt generate runs/demo --prompt "def main(" --max-tokens 100 --batch 3',
     )
     generate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's folder (its best step) or one step's")
@@ -142,28 +158,30 @@ def _after_a_run(commands: Any) -> None:
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="loss, perplexity and bits per byte of a checkpoint",
+        help="compute the loss, perplexity and bits per byte of a checkpoint",
         epilog="example: megagpt evaluate runs/demo --data data/demo --split val",
     )
     evaluate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's folder (its best step) or one step's")
     evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="a dataset made by data_tools")
     evaluate.add_argument("--split", choices=("train", "val", "test"), default="val")
-    evaluate.add_argument("--tokens", type=_positive, help="only the first so many; default: all")
+    evaluate.add_argument("--tokens", type=_positive, help="number of tokens, from the split's start; default: all")
     evaluate.add_argument("--micro-batch", type=_positive, default=8)
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
     checkpoints = commands.add_parser(
         "checkpoints",
-        help="the steps that a run has saved, and whether they are whole; exit code 2 if none is",
+        help="list the checkpoints of a run and whether they are complete; exit code 2 if none is",
         epilog="example: megagpt checkpoints runs/demo --verify",
     )
     checkpoints.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder, its out_dir")
-    checkpoints.add_argument("--verify", action="store_true", help="hash every file; without it sizes are compared")
+    checkpoints.add_argument("--verify", action="store_true", help="hash every file instead of comparing sizes")
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="start at step 0; an old run in out_dir is renamed")
-    parser.add_argument("--sample-report", type=_positive, metavar="N", help="print what the next N samples draw; exit")
+    parser.add_argument(
+        "--sample-report", type=_positive, metavar="N", help="print which data the next N samples read, then exit"
+    )
 
 
 def _add_run_file(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What `megagpt checkpoints RUN` prints: every step of a run, and whether it is whole."""
+"""`megagpt checkpoints RUN`: list every saved step of a run, and whether it is complete."""
 
 import argparse
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from megagpt.errors import UserError
 
 @dataclass(frozen=True)
 class Listed:
+    """One committed step."""
+
     step_dir: Path
     step: int
     saved_at: datetime
@@ -23,25 +25,28 @@ class Listed:
 
 
 def listed(out_dir: Path, *, hashes: bool) -> list[Listed]:
-    """The committed steps that can be read, oldest first; without `hashes` only sizes are compared.
+    """Return the committed steps, oldest first; without `hashes` only the files' sizes are compared.
 
-    A step whose commit record cannot be read is listed with nothing but its damage.
+    A step whose commit record cannot be read has its damage but no stage, dtype or ranks.
     """
     return [_listed(step_dir, hashes) for step_dir in committed(out_dir)]
 
 
 def _listed(step_dir: Path, hashes: bool) -> Listed:
+    """Read one step's commit record and check its files."""
     saved_at = datetime.fromtimestamp((step_dir / COMMIT).stat().st_mtime).astimezone()
     n_bytes = sum(path.stat().st_size for path in step_dir.iterdir() if path.is_file())
     try:
-        if damage := damage_of(step_dir, 0, hashes=hashes):  # which reads COMMIT too
+        # Rank 0's files, and COMMIT.
+        if damage := damage_of(step_dir, 0, hashes=hashes):
             raise UserError(damage)
         saved = read_commit(step_dir)
     except UserError as error:
         step = int(step_dir.name.removeprefix("step_"))
         return Listed(step_dir, step, saved_at, n_bytes, -1, "?", 0, None, str(error))
     what, ranks = saved.identity, saved.identity.world_size
-    damage = damage_of(step_dir, 1, every=1, hashes=hashes)  # of the other ranks
+    # The other ranks' files.
+    damage = damage_of(step_dir, 1, every=1, hashes=hashes)
     return Listed(
         step_dir,
         saved.state.step,
@@ -56,31 +61,37 @@ def _listed(step_dir: Path, hashes: bool) -> Listed:
 
 
 def checkpoint_table(out_dir: Path, *, hashes: bool) -> tuple[str, bool]:
-    """The table, and whether any step is whole. Raises UserError if no folder of checkpoints is there."""
+    """Return the table, and whether any step is complete. Raises UserError if there is no folder of checkpoints."""
     if not folder(out_dir).is_dir():
         raise UserError(f"{out_dir} holds no checkpoints; give a run's out_dir")
     rows = listed(out_dir, hashes=hashes)
-    named = best(out_dir)
-    lines = [
-        f"{'step':>10}  {'saved at':<19}  {'size':>9}  {'stage':>5}  {'dtype':<5}  {'ranks':>5}  {'loss/val':>8}  state"
-    ]
-    for row in rows:
-        known = row.ranks > 0
-        state = row.damage or ("verified" if hashes else "sizes match")
-        lines.append(
-            f"{row.step:>10}  {row.saved_at:%Y-%m-%d %H:%M:%S}  {_size(row.n_bytes):>9}  "
-            f"{row.stage if known else '?':>5}  {row.dtype:<5}  {row.ranks if known else '?':>5}  "
-            f"{'-' if row.val_loss is None else f'{row.val_loss:.4f}':>8}  "
-            f"{state}{' (best)' if row.step_dir == named else ''}"
-        )
-    aside = [path.name for path in sorted(folder(out_dir).glob("damaged*_step_*"))]
-    torn = [path.name for path in sorted(folder(out_dir).glob("step_*")) if not (path / COMMIT).is_file()]
-    lines += [f"{name}: put aside, does not count" for name in aside]
-    lines += [f"{name}: not committed, does not count" for name in torn]
-    whole = sum(row.damage is None for row in rows)
+    best_dir = best(out_dir)
+    quarantined = [path.name for path in sorted(folder(out_dir).glob("damaged*_step_*"))]
+    uncommitted = [path.name for path in sorted(folder(out_dir).glob("step_*")) if not (path / COMMIT).is_file()]
+    complete = sum(row.damage is None for row in rows)
     how = "verify" if hashes else "have all their files (--verify hashes them)"
-    lines.append(f"{whole} of {len(rows)} committed steps {how}")
-    return "\n".join(lines), whole > 0
+    lines = [
+        HEAD,
+        *(_line(row, hashes=hashes, is_best=row.step_dir == best_dir) for row in rows),
+        *(f"{name}: damaged, is not used" for name in quarantined),
+        *(f"{name}: not committed, is not used" for name in uncommitted),
+        f"{complete} of {len(rows)} committed steps {how}",
+    ]
+    return "\n".join(lines), complete > 0
+
+
+HEAD = f"{'step':>10}  {'saved at':<19}  {'size':>9}  {'stage':>5}  {'dtype':<5}  {'ranks':>5}  {'loss/val':>8}  state"
+
+
+def _line(row: Listed, *, hashes: bool, is_best: bool) -> str:
+    known = row.ranks > 0
+    loss = "-" if row.val_loss is None else f"{row.val_loss:.4f}"
+    state = row.damage or ("verified" if hashes else "sizes match")
+    return (
+        f"{row.step:>10}  {row.saved_at:%Y-%m-%d %H:%M:%S}  {_size(row.n_bytes):>9}  "
+        f"{row.stage if known else '?':>5}  {row.dtype:<5}  {row.ranks if known else '?':>5}  {loss:>8}  "
+        f"{state}{' (best)' if is_best else ''}"
+    )
 
 
 def _size(n_bytes: int) -> str:
@@ -89,6 +100,7 @@ def _size(n_bytes: int) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    table, any_whole = checkpoint_table(args.run_dir, hashes=args.verify)
+    """Print the table; exit code 2 if no step is complete."""
+    table, any_complete = checkpoint_table(args.run_dir, hashes=args.verify)
     print(table)
-    return 0 if any_whole else 2
+    return 0 if any_complete else 2

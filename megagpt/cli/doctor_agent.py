@@ -1,6 +1,7 @@
-"""What `megagpt doctor` runs on every host: a report of what is there, and then one all-reduce with the others.
+"""The agent that `megagpt doctor` starts on every host: it reports on the host, then joins in one all-reduce.
 
-It is spoken to by lines: a request (JSON) is answered by a report, "clock" by the time, "reduce ..." by a speed.
+It reads lines from stdin and answers each with one line of JSON: a request (JSON) with a report, "clock" with the
+time, and "reduce RANK N ADDRESS PORT" with a speed.
 """
 
 import json
@@ -29,18 +30,21 @@ from megagpt.errors import UserError
 from megagpt.model.flops import n_params
 from megagpt.planner.estimate import GIB, vocabulary
 
-MOMENTS_AND_MASTERS = 12  # bytes per parameter in a checkpoint, beside the weights themselves
-STALE = 600.0  # seconds: no operator compiles for so long
-ELEMENTS = 2**20  # of the all-reduce
+# Bytes per parameter in a checkpoint besides the weights: Adam's moments and the fp32 master weights.
+MOMENTS_AND_MASTERS = 12
+# A lock older than this, in seconds, is left by a process that is gone: no operator compiles for so long.
+STALE = 600.0
+# Elements of the all-reduce.
+ELEMENTS = 2**20
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that will bite; the text ends with what mends it."""
+    """Something that would stop or slow training; the text ends with a fix."""
 
     check: str
     text: str
-    host: str = ""  # empty: of no host in particular
+    host: str = ""  # empty: not about one host
 
     def __str__(self) -> str:
         return f"{self.host + ': ' if self.host else ''}{self.check}: {self.text}"
@@ -48,31 +52,31 @@ class Finding:
 
 @dataclass(frozen=True)
 class Request:
-    """What doctor asks of a host."""
+    """What doctor asks the agent of a host to check."""
 
-    name: str  # of this host in the hostfile
-    others: list[str]  # names of the others
-    slots: int  # ranks here; 0: not said
-    port: int  # where ranks would meet; 0: not on this host
+    name: str  # this host's name in the hostfile
+    others: list[str]  # the names of the other hosts
+    slots: int  # ranks here; 0: the hostfile does not tell
+    port: int  # the rendezvous port; 0: it is on another host
     run_file: str
     overrides: list[str]
-    mark: str  # a file left where out_dir is or will be; empty without a run file
+    mark: str  # a file that doctor left where out_dir is or will be; empty without a run file
 
 
 @dataclass
 class Report:
-    """What a host says. Facts are compared over hosts."""
+    """The facts about a host, which doctor compares over hosts, and what is wrong with it alone."""
 
     programs: dict[str, str] = field(default_factory=programs)
     machine: dict[str, str] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
-    address: str = ""  # the one that ranks on other hosts are given to meet at, if this host is the first
+    address: str = ""  # the rendezvous address if this host is the first
     findings: list[Finding] = field(default_factory=list)
 
 
 def serve() -> int:
-    """Answer on stdout what comes on stdin, until it ends."""
+    """Answer each line of stdin on stdout, until stdin ends."""
     for line in sys.stdin:
         word, _, rest = line.strip().partition(" ")
         if word == "clock":
@@ -86,33 +90,34 @@ def serve() -> int:
 
 
 def report(request: Request) -> Report:
-    said = Report(machine=_machine(), address=_first_address())
-    said.findings += _about_network(request)
-    said.findings += _about_compiling(said.machine)
+    """Check this host, and the data and disk of a run if the request names its run file."""
+    result = Report(machine=_machine(), address=_first_address())
+    result.findings += _network_findings(request)
+    result.findings += _compiler_findings(result.machine)
     room, unit = (torch.cuda.device_count(), "GPUs") if torch.cuda.is_available() else (os.cpu_count() or 1, "cores")
     if request.slots > room:
         text = f"slots={request.slots} in the hostfile, but it has {room} {unit}; set slots={room}"
-        said.findings.append(Finding("slots", text))
+        result.findings.append(Finding("slots", text))
     if request.run_file:
         try:
             run = load_run_config(Path(request.run_file), request.overrides)
         except UserError as error:
-            said.findings.append(Finding("run file", str(error)))
+            result.findings.append(Finding("run file", str(error)))
         else:
-            said.run = dict(leaves(run.as_json()))
-            said.findings += _about_data(run, said.data)
-            said.findings += _about_disk(run, Path(request.mark))
-    return said
+            result.run = leaves(run.as_json())
+            result.findings += _data_findings(run, result.data)
+            result.findings += _disk_findings(run, Path(request.mark))
+    return result
 
 
 def all_reduce(rank: str, n_ranks: str, address: str, port: str) -> dict[str, Any]:
-    """The speed (GB/s sent by each rank) of a sum that is checked, or a complaint."""
+    """Sum a tensor over all hosts and check the sum; return {"gb_per_s": sent by each rank, "error": "" or why not}."""
     os.environ.update(RANK=rank, WORLD_SIZE=n_ranks, LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=port)
     os.environ[PATIENCE] = "12"
     try:
         device = meet()
     except UserError as error:
-        return {"complaint": str(error)}
+        return {"error": str(error)}
     mine = torch.arange(ELEMENTS, device=device) % 97 + int(rank)
     n = int(n_ranks)
     expected = torch.arange(ELEMENTS, device=device) % 97 * n + n * (n - 1) // 2
@@ -124,12 +129,14 @@ def all_reduce(rank: str, n_ranks: str, address: str, port: str) -> dict[str, An
         same = bool(torch.equal(summed, expected.float()))  # waits for the device
         fastest = min(fastest, time.monotonic() - began)
         if not same:
-            return {"complaint": f"the sum over all hosts came out wrong on {socket.gethostname()}"}
+            return {"error": f"the sum over all hosts came out wrong on {socket.gethostname()}"}
     dist.destroy_process_group()
-    return {"complaint": "", "gb_per_s": 2 * (n - 1) / n * ELEMENTS * 4 / fastest / 1e9}
+    # A ring sends 2 (n - 1) / n of the tensor's bytes from each rank.
+    return {"error": "", "gb_per_s": 2 * (n - 1) / n * ELEMENTS * 4 / fastest / 1e9}
 
 
 def _machine() -> dict[str, str]:
+    """The versions and devices that should be equal on all hosts."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
     driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -142,15 +149,16 @@ def _machine() -> dict[str, str]:
     }
 
 
-def _about_network(request: Request) -> Iterator[Finding]:
+def _network_findings(request: Request) -> Iterator[Finding]:
+    """Check that other hosts' names resolve, that gloo picks an interface they reach, and that the port is free."""
     for host in request.others:
         try:
             address = socket.gethostbyname(host)
         except OSError as error:
-            yield Finding("names", f"the name {host} leads nowhere ({error}); mend DNS, /etc/hosts or the hostfile")
+            yield Finding("names", f"the name {host} does not resolve ({error}); fix DNS, /etc/hosts or the hostfile")
         else:
             if is_loopback(address):
-                yield Finding("names", f"the name {host} leads to {address}, this host itself; mend /etc/hosts")
+                yield Finding("names", f"the name {host} resolves to {address}, this host itself; fix /etc/hosts")
     try:
         address = gloo_address()
     except UserError as error:
@@ -161,29 +169,34 @@ def _about_network(request: Request) -> Iterator[Finding]:
             yield Finding("interface", f"gloo would take {address}, which no other host reaches; {way}")
     if request.port:
         try:
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store will: what has ended is free
-                probe.bind(("", request.port))  # refused if anybody listens on any address; it does not listen itself
+            with socket.socket() as attempt:
+                # As torch's store sets it: a port whose connections are closing counts as free.
+                attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                # Fails if any process listens on the port, on any address.
+                attempt.bind(("", request.port))
         except OSError:
             who = _listener(request.port)
-            text = f"port {request.port}, where ranks would meet, is taken{who}; end it, or deepspeed --master_port N"
+            text = (
+                f"port {request.port}, where ranks would meet, is taken{who}; end it, or use deepspeed --master_port N"
+            )
             yield Finding("port", text)
 
 
-def _about_compiling(machine: dict[str, str]) -> Iterator[Finding]:
+def _compiler_findings(machine: dict[str, str]) -> Iterator[Finding]:
+    """Check that there is a C++ compiler, and that no dead process holds the lock of an extension."""
     if machine["compiler"] == "none":
-        yield Finding("compiler", "no c++, by which blocks on CUDA and CPU offload are compiled; apt-get install g++")
+        yield Finding("compiler", "no c++, which compiles blocks for CUDA and CPU offload; apt-get install g++")
     compiled = os.environ.get("TORCH_EXTENSIONS_DIR", home() / ".cache" / "torch_extensions")
     for lock in Path(compiled).rglob("lock"):
         if (age := time.time() - lock.stat().st_mtime) > STALE:
             text = (
-                f"{lock} is {age / 3600:.1f} h old: who compiled there is gone, and every start waits for it; rm {lock}"
+                f"{lock} is {age / 3600:.1f} h old: its process is gone, and every start would wait for it; rm {lock}"
             )
             yield Finding("compile lock", text)
 
 
-def _about_data(run: RunConfig, fingerprints: dict[str, str]) -> Iterator[Finding]:
-    """Fills in the fingerprints of what is there."""
+def _data_findings(run: RunConfig, fingerprints: dict[str, str]) -> Iterator[Finding]:
+    """Check that the datasets can be read, and add their fingerprints."""
     cfg = run.megagpt.data
     for path in dict.fromkeys([*(one.path for one in cfg.train), cfg.val]):
         try:
@@ -192,28 +205,31 @@ def _about_data(run: RunConfig, fingerprints: dict[str, str]) -> Iterator[Findin
             yield Finding("data", str(error))
 
 
-def _about_disk(run: RunConfig, mark: Path) -> Iterator[Finding]:
+def _disk_findings(run: RunConfig, mark: Path) -> Iterator[Finding]:
+    """Check that out_dir is shared with the host that left the mark, and has room for the checkpoints that are kept."""
     cfg = run.megagpt
     if not mark.exists():
-        text = f"{cfg.out_dir} is not shared: what is written there elsewhere is not seen here"
-        yield Finding("out_dir", f"{text}; set megagpt.out_dir to a folder of a file system that all hosts have")
+        text = f"{cfg.out_dir} is not shared: files that other hosts write there are not seen here"
+        yield Finding("out_dir", f"{text}; set megagpt.out_dir to a folder of a file system that all hosts share")
         return
-    count = cfg.keep.last + cfg.keep.best + 1  # and the one that is being written
+    # One more is being written.
+    count = cfg.keep.last + cfg.keep.best + 1
     size = n_params(cfg.model, vocabulary(run)[0])
     needed = count * size * (MOMENTS_AND_MASTERS + (4 if run.deepspeed.dtype == "fp32" else 2))
     free = shutil.disk_usage(mark.parent).free
     if free < needed:
         text = f"{count} checkpoints of {size / 1e6:,.1f} million parameters need {needed / GIB:,.1f} GiB in "
-        text += f"{cfg.out_dir}, where {free / GIB:,.1f} are free; make room, or lower megagpt.keep"
+        text += f"{cfg.out_dir}, where {free / GIB:,.1f} GiB are free; make room, or lower megagpt.keep"
         yield Finding("disk", text)
 
 
 def _first_address() -> str:
-    """What deepspeed takes for MASTER_ADDR if this is the first host."""
+    """The address that deepspeed would choose as MASTER_ADDR if this is the first host."""
     return (_first_line("hostname", "-I") or "127.0.0.1").split()[0]
 
 
 def _first_line(*command: str) -> str:
+    """The first line that a command prints; "" if it fails or takes more than 10 s."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -222,6 +238,7 @@ def _first_line(*command: str) -> str:
 
 
 def _listener(port: int) -> str:
+    """Name the process that uses a port, for the end of a phrase; "" if this user may not see it."""
     try:
         taken = [c.pid for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == port and c.pid]
         return f" by {psutil.Process(taken[0]).name()}, process {taken[0]}" if taken else ""

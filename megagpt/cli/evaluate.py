@@ -1,4 +1,4 @@
-"""`megagpt evaluate CKPT --data DIR`: loss, perplexity and bits per byte of a checkpoint."""
+"""`megagpt evaluate CKPT --data DIR`: compute the loss, perplexity and bits per byte of a checkpoint."""
 
 import argparse
 import json
@@ -14,13 +14,14 @@ from megagpt.train.evaluate import evaluate, unigram_entropy
 
 
 def run(args: argparse.Namespace) -> int:
+    """Evaluate a checkpoint on a dataset's split, and print the result as text or JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = open_dataset(args.data)
     model, tokenizer, step_dir = load_model(args.checkpoint, device)
     if dataset.manifest.tokenizer.sha256 != tokenizer.sha256:
         raise UserError(
-            f"{args.data} was tokenized with another model than {step_dir} was trained on; build it again with "
-            f"tokenizer={step_dir / 'tokenizer.model'}"
+            f"dataset {args.data} was made with another tokenizer than {step_dir} was trained with; build it again "
+            f"with tokenizer={step_dir / 'tokenizer.model'}"
         )
     document_end = tokenizer.eod_id if PACKING[packing_of(step_dir).kind].masked else None
     windows = ValWindows(dataset.stream(args.split), model.cfg.seq_len, args.tokens, document_end=document_end)

@@ -1,4 +1,4 @@
-"""With which code a command ends: 0 finished, 2 what the user gave is wrong, 75 saved and wants to go on."""
+"""Exit codes: 0 finished, 2 something the user gave is wrong, 75 saved and to be started again, 1 anything else."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,7 @@ SAVED_AND_WANTS_RESTART = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def exit_code_of(command: Callable[[], int]) -> int:
-    """The command's exit code; 2 and one line for what the user gave that is wrong."""
+    """Run a command and return its exit code; a UserError is printed as one line and returns 2."""
     escape_unknown_letters()
     try:
         return command()

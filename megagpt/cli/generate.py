@@ -1,4 +1,4 @@
-"""`megagpt generate CKPT`: text from a checkpoint."""
+"""`megagpt generate CKPT`: generate text from a checkpoint."""
 
 import argparse
 
@@ -12,6 +12,7 @@ from megagpt.model.generate import complete
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print one or more texts for each prompt. Raises UserError for an option out of range."""
     try:
         cfg = GenerationConfig(
             prompts=tuple(args.prompt or [""]),

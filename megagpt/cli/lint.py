@@ -1,4 +1,4 @@
-"""`megagpt lint RUN.json`: what a run file gets wrong, or says without effect."""
+"""`megagpt lint RUN.json`: print the mistakes in a run file, and its keys that have no effect."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from megagpt.planner.estimate import vocabulary
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print all findings, and with --effective the run file as it acts; exit code 2 if one is an error."""
     found = lint_file(args.run_file, args.overrides, ranks=args.ranks)
     wrong = any(finding.level == "error" for finding in found)
     shown = None
@@ -20,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"findings": rows} | ({} if shown is None else {"effective": shown})))
     else:
         lines = [f"{args.run_file}: {finding}" for finding in found]
-        print("\n".join(lines or [f"{args.run_file}: nothing to say"]))
+        print("\n".join(lines or [f"{args.run_file}: no findings"]))
         if shown is not None:
             print(json.dumps(shown, indent=2))
     return 2 if wrong else 0

@@ -1,7 +1,7 @@
-"""`megagpt plan RUN.json --probe`: the largest micro-batch, found by steps that are really taken.
+"""`megagpt plan RUN.json --probe`: find the largest micro-batch that fits, by taking real steps.
 
-Each try is a launch of its own, so that running out of memory ends nothing but itself. The module is also the program
-of one rank in such a launch. Rows are random tokens: no data is read, and nothing is written to out_dir.
+Each attempt starts new processes, so that running out of memory ends that attempt alone. This module is also the
+program of one rank in an attempt. The samples are random tokens: no data is read, and nothing is written to out_dir.
 """
 
 import json
@@ -27,19 +27,20 @@ from megagpt.errors import UserError
 from megagpt.guards.out_of_memory import is_out_of_memory, memory_of
 from megagpt.model.loss import next_token_score
 
+# Exit codes of a rank that ran out of memory: its own, and SIGKILL by the kernel.
 OUT_OF_MEMORY = 3
-KILLED = -9  # by the kernel, when the machine's memory is at its end
+KILLED = -9
 
 
 @dataclass(frozen=True)
 class Used:
-    """Bytes on the rank that used most: of the process on a CPU, reserved by the allocator on a GPU."""
+    """Bytes on the rank that used most: of the whole process on a CPU, reserved by the allocator on a GPU."""
 
     peak: int
     limit: int
 
 
-def probe(
+def search(
     run_file: Path,
     overrides: Sequence[str],
     candidates: Sequence[int],
@@ -48,19 +49,18 @@ def probe(
     ranks: int,
     gib: float | None,
 ) -> dict[int, Used | None]:
-    """The tries: micro-batch, of the rising candidates -> what it used, or None if that is more than there is.
+    """Try micro-batches of the rising candidates; return {micro_batch: memory used, or None if it did not fit}.
 
-    `gib` limits each rank's memory; without it a GPU's own size does, or the rank's share of the machine.
-    Raises UserError if a launch fails otherwise.
+    `gib` limits each rank's memory; the default is the GPU's, or the rank's share of the machine's. Raises UserError
+    if an attempt fails for another reason.
     """
 
     def attempt(micro_batch: int) -> Used | None:
         with TemporaryDirectory(prefix="probe_") as folder:
             out = Path(folder) / "used.json"
             given = [str(run_file), str(micro_batch), str(vocab_size), str(gib or 0.0), str(out), *overrides]
-            done = on_ranks(
-                ranks, __spec__.name, *given, f"megagpt.out_dir={folder}/run"
-            )  # what is compiled goes there
+            # Compiled code goes to out_dir.
+            done = on_ranks(ranks, __spec__.name, *given, f"megagpt.out_dir={folder}/run")
             if done.returncode == 0:
                 return Used(**json.loads(out.read_text()))
             if any(f"(exitcode: {code})" in done.stderr for code in (OUT_OF_MEMORY, KILLED)):
@@ -70,25 +70,26 @@ def probe(
     return bisect(candidates, attempt)
 
 
-def probe_report(tries: dict[int, Used | None], run: RunConfig) -> str:
-    """What fits, the tries, and the keys to set."""
+def search_report(tries: dict[int, Used | None], run: RunConfig) -> str:
+    """Describe the largest micro-batch that fits, the attempts, and the keys to set."""
     used = {n: one for n, one in tries.items() if one is not None}
-    told = [f"{n}: " + (f"{used[n].peak / 2**30:.2f} GiB" if n in used else "out of memory") for n in sorted(tries)]
+    tried = [f"{n}: " + (f"{used[n].peak / 2**30:.2f} GiB" if n in used else "out of memory") for n in sorted(tries)]
     if not used:
-        return f"Not even micro-batch {min(tries)} fits; tried {', '.join(told)}"
+        return f"Not even micro-batch {min(tries)} fits; tried {', '.join(tried)}"
     best, ds = max(used), run.deepspeed
     follows = "" if ds.gradient_accumulation_steps is None else " gradient_accumulation_steps=null"
     return (
         f"Micro-batch {best} is the largest that divides the global batch of {ds.train_batch_size} and fits: "
         f"{used[best].peak / 2**30:.2f} of {used[best].limit / 2**30:.2f} GiB on the rank that used most "
-        f"(tried {', '.join(told)})\n  train_micro_batch_size_per_gpu={best}{follows}"
+        f"(tried {', '.join(tried)})\n  train_micro_batch_size_per_gpu={best}{follows}"
     )
 
 
 def bisect(candidates: Sequence[int], attempt: Callable[[int], Used | None]) -> dict[int, Used | None]:
-    """Attempts until the largest candidate that fits is among them; what fits is taken to fit when smaller too."""
+    """Attempt candidates until the largest that fits is known, assuming that all smaller ones fit too."""
     tries: dict[int, Used | None] = {}
-    low, high = 0, len(candidates)  # those before low fit, those from high do not
+    # Candidates before `low` fit; those from `high` on do not.
+    low, high = 0, len(candidates)
     while low < high:
         middle = (low + high) // 2
         tries[candidates[middle]] = used = attempt(candidates[middle])
@@ -97,14 +98,13 @@ def bisect(candidates: Sequence[int], attempt: Callable[[int], Used | None]) -> 
 
 
 def _two_steps(run: RunConfig, vocab_size: int, limit: int, device: torch.device) -> Used:
-    """As training takes them, Adam's moments there in the second, with at most two micro-batches each."""
+    """Take two optimizer steps of at most two micro-batches each: in the second, Adam's moments exist."""
     batch = batch_plan(run.deepspeed, world_size())
     batch = replace(batch, accumulation=min(2, batch.accumulation))
     batch = replace(batch, global_batch=batch.micro_batch * batch.accumulation * batch.replicas)
-    raw = {**run.deepspeed_raw, "train_batch_size": batch.global_batch}
-    del raw["gradient_accumulation_steps"]  # null; filled anew
+    run = run.changed(f"train_batch_size={batch.global_batch}", f"gradient_accumulation_steps={batch.accumulation}")
     cfg, compiled = run.megagpt, compiles(run.megagpt.compile, device)
-    engine = build_engine(replace(run, deepspeed_raw=raw), batch, vocab_size, device, compiled=compiled)
+    engine = build_engine(run, batch, vocab_size, device, compiled=compiled)
     shape = (batch.micro_batch, cfg.seq_len // batch.sequence_parallel_size)
     for _ in range(2 * batch.accumulation):
         inputs, targets = (torch.randint(0, vocab_size, shape, device=device) for _ in range(2))
@@ -125,7 +125,7 @@ def _two_steps(run: RunConfig, vocab_size: int, limit: int, device: torch.device
 
 
 def _limit_memory(limit: int, device: torch.device) -> None:
-    """So that a try fails by itself before the machine is out of memory, or where another one would be."""
+    """Limit this process, so that an attempt fails before the machine's memory is full, or at the given limit."""
     if device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / memory_of(device)), device)
     else:
@@ -133,6 +133,7 @@ def _limit_memory(limit: int, device: torch.device) -> None:
 
 
 def _one_rank(run_file: str, micro_batch: str, vocab_size: str, gib: str, out: str, *overrides: str) -> int:
+    """Run one rank of an attempt; rank 0 writes the memory used to `out`. Returns the exit code."""
     try:
         device = init_process_group()
         changed = [*overrides, f"train_micro_batch_size_per_gpu={micro_batch}", "gradient_accumulation_steps=null"]

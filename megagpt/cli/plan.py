@@ -1,10 +1,10 @@
-"""`megagpt plan RUN.json`: memory, communication and time, before anything is started."""
+"""`megagpt plan RUN.json`: estimate memory, communication and time, or find the largest micro-batch by --probe."""
 
 import argparse
 import json
 import sys
 
-from megagpt.cli.micro_batch_search import probe, probe_report
+from megagpt.cli.micro_batch_search import search, search_report
 from megagpt.config.run_file import load_run_config
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
@@ -13,6 +13,7 @@ from megagpt.planner.report import as_json, report
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the plan as a table or JSON; with --probe, the largest micro-batch that fits on this machine."""
     if args.memory and not args.probe:
         raise UserError("--memory limits the steps that --probe takes; add --probe, or choose --gpu")
     run = load_run_config(args.run_file, args.overrides)
@@ -22,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
     vocab = vocabulary(run)
     if args.probe:
         candidates = micro_batches(run, args.ranks)
-        tries = probe(args.run_file, args.overrides, candidates, vocab[0], ranks=args.ranks, gib=args.memory)
-        print(probe_report(tries, run))
+        tries = search(args.run_file, args.overrides, candidates, vocab[0], ranks=args.ranks, gib=args.memory)
+        print(search_report(tries, run))
         return 0
     found = list(settings(run, on, vocab[0]))
     tokens = args.tokens or run.megagpt.schedule.max_steps * run.deepspeed.train_batch_size * run.megagpt.seq_len

@@ -1,6 +1,6 @@
-"""Train: what launch/pretrain.py, `megagpt train` and `python -m megagpt.train` run on every rank.
+"""Train: the program of launch/pretrain.py and `megagpt train`, which runs on every rank.
 
-Imports stand inside the functions: signals are remembered before torch is loaded, and --help answers at once.
+Imports stand inside the functions, so that signals are caught before torch is loaded, and --help is fast.
 """
 
 import argparse
@@ -16,15 +16,16 @@ from megagpt.train.preemption import SIGNALS
 
 
 def main() -> NoReturn:
-    """Train as the command line says, and end this process with the exit code."""
+    """Train as the command line describes, and end this process with the exit code."""
     sys.exit(run(training_arguments().parse_intermixed_args()))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; nothing but the end of the process may follow."""
+    """Train, then leave the process group; only the end of the process may follow."""
     code = _pretrain(args)
-    for number in (*SIGNALS, signal.SIGINT):  # the first rank to end makes launchers signal the others
-        signal.signal(number, signal.SIG_IGN)  # whose code must stand
+    # When the first rank ends, launchers signal the others, which must still end with their own exit code.
+    for number in (*SIGNALS, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     from megagpt.distributed.process_group import leave
 
     leave()
@@ -32,11 +33,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def pretrain(argv: Sequence[str] | None = None) -> int:
-    """Train; returns the exit code: 0 finished, 2 what the user gave is wrong, 75 saved and wants to go on."""
+    """Train, and return the exit code: 0 finished, 2 something the user gave is wrong, 75 saved and to be restarted."""
     return _pretrain(training_arguments().parse_intermixed_args(argv))
 
 
 def _pretrain(args: argparse.Namespace) -> int:
+    """Meet the other ranks, check what they were given, and train; or only report samples. Returns the exit code."""
     if args.sample_report is not None:
         return exit_code_of(lambda: _sample_report(args))
 
@@ -44,7 +46,8 @@ def _pretrain(args: argparse.Namespace) -> int:
     from megagpt.distributed.launcher import launcher_watch
     from megagpt.train.preemption import Preemption
 
-    preemption = Preemption(launcher_alive=launcher_watch(), ctrl_c=True)  # before torch, so that no signal is missed
+    # Before torch is loaded, so that no signal is missed.
+    preemption = Preemption(launcher_alive=launcher_watch(), ctrl_c=True)
     from megagpt.config.parsing import leaves
     from megagpt.config.run_file import load_run_config
     from megagpt.distributed.collectives import on_every_rank
@@ -56,9 +59,9 @@ def _pretrain(args: argparse.Namespace) -> int:
         check_hostfile()
         device = meet()
         run = on_every_rank(lambda: load_run_config(args.run_file, args.overrides))
-        check_equal_on_ranks(dict(leaves(run.as_json())), "give all ranks the same run file and overrides")
+        check_equal_on_ranks(leaves(run.as_json()), "give all ranks the same run file and overrides")
         check_shared(run.megagpt.out_dir)
-        # after the run file is found right, because DeepSpeed takes seconds to import
+        # DeepSpeed takes seconds to import, so the run file is checked before.
         from megagpt.guards.out_of_memory import explained
         from megagpt.lint.linter import lint_or_raise
         from megagpt.train.trainer import train

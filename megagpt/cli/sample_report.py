@@ -1,4 +1,4 @@
-"""What the next samples of a run draw, for `launch/pretrain.py --sample-report`: from the data and COMMIT alone."""
+"""Report which data the next samples of a run read, for `launch/pretrain.py --sample-report`; no model is loaded."""
 
 from megagpt.checkpoint.commit import newest_record
 from megagpt.checkpoint.run_samples import open_samples
@@ -7,22 +7,22 @@ from megagpt.data.training_set import TrainingSet
 from megagpt.errors import UserError
 from megagpt.train_state import TrainState
 
-SHOWN = 8  # samples listed one by one
+SHOWN = 8  # number of samples that are listed one by one
 
 
 def sample_report(run: RunConfig, n: int, *, fresh: bool = False) -> str:
-    """Of the n samples that come next in this run, or first in a fresh one. Raises UserError as training would."""
+    """Report on the next n samples of this run, or the first n of a fresh one. Raises UserError as training would."""
     cfg = run.megagpt
     saved = None if fresh else newest_record(cfg.out_dir)
     if saved and saved.mixture.seed != cfg.data.seed:
         raise UserError(
-            f"{saved.step_dir} was saved with data.seed={saved.mixture.seed}, and this run has {cfg.data.seed}; start "
-            "it as it was, or give --fresh to see a new run's samples"
+            f"checkpoint {saved.step_dir} was saved with data.seed={saved.mixture.seed}, and this run has "
+            f"{cfg.data.seed}; set it to {saved.mixture.seed}, or give --fresh to see a new run's samples"
         )
     data = open_samples(cfg, run.deepspeed.train_batch_size, saved)
     state = saved.state if saved else TrainState()
     first = state.samples_seen
-    begins = f"goes on from {saved.step_dir}" if saved else "starts at step 0"
+    begins = f"resumes from {saved.step_dir}" if saved else "starts at step 0"
     lines = [
         f"{cfg.out_dir} {begins}; its next {n:,} samples are {first:,} to {first + n - 1:,}, "
         f"{n / run.deepspeed.train_batch_size:,.1f} steps, {n * cfg.seq_len:,} tokens in samples of {cfg.seq_len}:"
@@ -31,6 +31,7 @@ def sample_report(run: RunConfig, n: int, *, fresh: bool = False) -> str:
 
 
 def _by_dataset(data: TrainingSet, first: int, n: int, seq_len: int) -> list[str]:
+    """Return a table with each dataset's samples, tokens, share and epochs."""
     sampler, numbers = data.mixture.sampler(first), {s.fingerprint: k for k, s in enumerate(data.mixture.sources)}
     before, after = sampler.turns(first), sampler.turns(first + n)
     epochs = zip(data.epochs(first), data.epochs(first + n), strict=True)
@@ -46,7 +47,7 @@ def _by_dataset(data: TrainingSet, first: int, n: int, seq_len: int) -> list[str
 
 
 def _one_by_one(data: TrainingSet, first: int, n: int) -> list[str]:
-    """Where each of the first n samples lies; one made of several spans has a line for each."""
+    """Say where each of the first n samples lies; a sample of several spans has a line for each."""
     lines = []
     for sample in range(first, first + n):
         for span in data.spans(sample):

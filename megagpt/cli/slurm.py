@@ -1,4 +1,4 @@
-"""launch/slurm/pretrain.sbatch for one run on one cluster: its partition, its nodes, and a signal in time to save."""
+"""`megagpt slurm RUN.json`: submit launch/slurm/pretrain.sbatch with a cluster's names and a signal in time to save."""
 
 import argparse
 import json
@@ -14,10 +14,12 @@ from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
 
 SCRIPT = Path("launch/slurm/pretrain.sbatch")
-LEAD_SECONDS = 300  # before the time limit, where the run has not shown yet how long it needs
+# How long before the time limit the signal comes, while the run's metrics do not show how long it needs.
+LEAD_SECONDS = 300
+# What a stop may have to wait for -> how many times: an asynchronous write may be in flight when its own write starts.
 BEFORE_THE_END = {"seconds/eval": 1, "seconds/sample": 1, "seconds/save": 1, "seconds/write": 2}
-# what a stop may have to wait for, how many times: a write beside training is in flight, and its own follows
-VALUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:/@%+=&|*()\[\]-]*")  # an #SBATCH line ends at a blank, and has no quotes
+# A value in an #SBATCH line ends at a blank and cannot be quoted.
+VALUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:/@%+=&|*()\[\]-]*")
 OPTION = re.compile(r"[a-z][a-z-]*")
 CLOCK = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
@@ -34,13 +36,13 @@ def batch_script(
     container: str | None = None,
     fresh: bool = False,
 ) -> str:
-    """What to give to sbatch for this run, or for an array with a task for each line of `sweep`.
+    """Return the batch script for this run, or for an array with a task for each line of `sweep`.
 
-    `more` are other options of sbatch. Raises UserError for a run that cannot be trained on so many ranks, and for a
-    value that sbatch or a shell would read as more than that.
+    `more` are other options of sbatch. Raises UserError for a run that cannot be trained on these ranks, and for a
+    value that sbatch or a shell would take for more than a value.
     """
     if not SCRIPT.is_file():
-        raise UserError(f"{SCRIPT} is not here; go to the checkout's folder, in which the job starts too")
+        raise UserError(f"{SCRIPT} is not here; go to the checkout's folder, where the job will start too")
     runs = [load_run_config(run_file, overrides)] if sweep is None else list(_swept(run_file, overrides, sweep))
     for run in runs:
         lint_or_raise(run)
@@ -62,6 +64,7 @@ def batch_script(
 
 
 def _swept(run_file: Path, overrides: Sequence[str], sweep: Path) -> Iterable[RunConfig]:
+    """Yield the run of each line of a sweep. Raises UserError if one is wrong or has another's out_dir."""
     try:
         lines = sweep.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -83,7 +86,7 @@ def _swept(run_file: Path, overrides: Sequence[str], sweep: Path) -> Iterable[Ru
 
 
 def limit_seconds(text: str) -> int:
-    """A time as sbatch takes it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises UserError for anything else."""
+    """Parse a time as sbatch does: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises UserError for anything else."""
     found = CLOCK.fullmatch(text)
     if found is None:
         raise UserError(f"--time {text} is none of minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S; such as 12:00:00")
@@ -92,40 +95,42 @@ def limit_seconds(text: str) -> int:
     units = (3600, 60, 1) if days is not None or len(parts) == 3 else (60, 1)
     seconds = int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
     if seconds < 60:
-        raise UserError(f"--time {text} is less than a minute, the least that Slurm counts")
+        raise UserError(f"--time {text} is less than a minute, Slurm's unit; give 1 (minute) or more")
     return seconds
 
 
 def lead_seconds(runs: Sequence[RunConfig], limit: int) -> int:
-    """How long before its time limit a run is to be signaled: twice what evaluating, sampling and saving took at most.
+    """Return how long before its time limit a run must be signaled to save in time, in seconds.
 
-    Raises UserError if that is more than half of the limit.
+    It is twice the longest time that evaluating, sampling and saving took so far. Raises UserError if that is more
+    than half of the limit.
     """
     slowest = max(runs, key=_slowest).megagpt.out_dir
     learned = round(2 * max(map(_slowest, runs)))
     if learned > limit / 2:
         raise UserError(
             f"evaluating, sampling and saving took {learned / 2:.0f} s in {slowest}, so the signal would have to come "
-            f"{learned} s before the end of {limit} s; give --time {-(-2 * learned // 60)} (minutes) or more"
+            f"{learned} s before the time limit of {limit} s; give --time {-(-2 * learned // 60)} (minutes) or more"
         )
     return max(learned, min(LEAD_SECONDS, limit // 4))
 
 
 def _slowest(run: RunConfig) -> float:
-    """Seconds from a signal to the end of the save, as metrics.jsonl knows them; 0 if it knows none."""
+    """Seconds from a signal to the end of the save, by the run's metrics.jsonl; 0 if it has none."""
     file = run.megagpt.out_dir / "metrics.jsonl"
     slowest = dict.fromkeys(BEFORE_THE_END, 0.0)
     for line in file.read_text().splitlines() if file.is_file() else ():
         try:
             row = json.loads(line)
-        except ValueError:  # a last row cut in half
+        except ValueError:
+            # A crash may have cut the last row.
             continue
         slowest = {name: max(seconds, row.get(name, 0.0)) for name, seconds in slowest.items()}
     return sum(times * slowest[name] for name, times in BEFORE_THE_END.items())
 
 
 def _render(text: str, options: Mapping[str, str], arguments: Sequence[str], container: str | None) -> str:
-    """The script with these options of sbatch in the place of its own, and the run's arguments in it."""
+    """Return the script with these options of sbatch, the run's arguments, and Python started in the container."""
     for name, value in options.items():
         if not OPTION.fullmatch(name) or not VALUE.fullmatch(value):
             raise UserError(f"--{name}={value!r} is no option of sbatch in one word of letters, digits and signs")
@@ -138,23 +143,24 @@ def _render(text: str, options: Mapping[str, str], arguments: Sequence[str], con
         try:
             python = shlex.join([*shlex.split(container), "python"])
         except ValueError as error:
-            raise UserError(f"--container {container!r}: {error}; write what stands before python") from error
+            raise UserError(f"--container {container!r}: {error}; give the words that come before python") from error
         text = re.sub(r"^python=.*$", lambda _: f"python=({python})", text, flags=re.M)
     return text
 
 
 def submit(script: str) -> str:
-    """Hand it to sbatch; returns what that says. Raises UserError if it refuses."""
+    """Submit the script; return what sbatch prints. Raises UserError if sbatch refuses it."""
     try:
         done = subprocess.run(["sbatch"], input=script, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise UserError("there is no sbatch here; --dry-run prints the script, to be taken to where it is") from error
+        raise UserError("there is no sbatch here; --dry-run prints the script, to submit on another machine") from error
     if done.returncode:
         raise UserError(f"sbatch refused the script: {done.stderr.strip()}")
     return done.stdout.strip()
 
 
 def run(args: argparse.Namespace) -> int:
+    """Submit the run; with --dry-run print the script instead."""
     more = {name: value for name in ("partition", "account") if (value := getattr(args, name)) is not None}
     more |= {name: value for name, _, value in (option.partition("=") for option in args.sbatch)}
     script = batch_script(
@@ -168,5 +174,8 @@ def run(args: argparse.Namespace) -> int:
         container=args.container,
         fresh=args.fresh,
     )
-    print(script if args.dry_run else submit(script), end="" if args.dry_run else "\n")
+    if args.dry_run:
+        print(script, end="")
+    else:
+        print(submit(script))
     return 0

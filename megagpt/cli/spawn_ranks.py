@@ -1,4 +1,4 @@
-"""Our own programs on several ranks of this machine, each launch as after a real start."""
+"""Run modules of megagpt on several ranks of this machine, for commands that must start training afresh."""
 
 import os
 import signal
@@ -7,11 +7,12 @@ import sys
 
 from megagpt.errors import UserError
 
-LAUNCHED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what would make them think otherwise
+# Variables of a launcher above this process, which the started ranks must not take for their own.
+LAUNCHED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def on_ranks(n_ranks: int, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m module arguments` on so many ranks, to its end; SIGTERM or Ctrl-C here ends them first."""
+    """Run `python -m module arguments` on n_ranks until it ends; SIGTERM or Ctrl-C ends the ranks first."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
     environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED_BY}
     command = [*launcher, "-m", module, *arguments]
@@ -23,7 +24,8 @@ def on_ranks(n_ranks: int, module: str, *arguments: str) -> subprocess.Completed
             try:
                 out, errors = launched.communicate()
             except (SystemExit, KeyboardInterrupt):
-                launched.terminate()  # not a kill: torchrun passes it on
+                # SIGTERM, which torchrun passes on to its ranks; SIGKILL would leave them running.
+                launched.terminate()
                 launched.communicate()
                 raise
     finally:
@@ -32,6 +34,6 @@ def on_ranks(n_ranks: int, module: str, *arguments: str) -> subprocess.Completed
 
 
 def failure_of(done: subprocess.CompletedProcess[str]) -> UserError:
-    """With the message of the rank that had one."""
+    """Return the error of the rank that reported one, or the end of the output."""
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     return UserError(errors[0].removeprefix("error: ") if errors else f"a rank failed:\n{done.stderr[-3000:]}")

@@ -1,8 +1,9 @@
-"""`megagpt verify-resume RUN.json`: does this run go on to the last bit? A few of its steps straight, and cut in two.
+"""`megagpt verify-resume RUN.json`: prove that a resumed run is equal to an uninterrupted one, bit for bit.
 
-Every stretch is a launch of its own, as after a real stop, and all write to the same folder, so that even paths agree.
-The second may have other ranks or other keys of the run file: then samples, rates and steps are held to be the same,
-and losses to lie within a band. The module is also the program of one rank in such a launch.
+A few steps are trained twice: straight, and stopped in the middle and resumed. Each part starts new processes, as after
+a real stop, and all write to the same folder, so that even paths agree. The resumed part may have another number of
+ranks or other keys: then samples, learning rates and steps must be the same, and losses within a tolerance. This module
+is also the program of one rank in a part.
 """
 
 import argparse
@@ -26,8 +27,11 @@ from megagpt.engine.safe_pickle import load_checked
 from megagpt.errors import UserError
 from megagpt.train.trainer import train
 
-WITHIN = {"fp32": 1e-4, "bf16": 2**-7, "fp16": 2**-7}  # nats: other ranks add in another order, 16 bits round besides
-FOLLOW = ("perplexity", "bits_per_byte", "grad_norm")  # from weights or losses that may differ by so much
+# Tolerance of losses, in nats: other ranks add in another order, and 16-bit numbers are rounded.
+WITHIN = {"fp32": 1e-4, "bf16": 2**-7, "fp16": 2**-7}
+# Metrics that follow from losses or weights, and are not compared where those have a tolerance.
+FOLLOW = ("perplexity", "bits_per_byte", "grad_norm")
+# Metrics that differ between any two runs.
 WALL_CLOCK = ("tokens_per_sec", "memory_gib", "mfu", "hfu", "seconds/", "cluster/")
 
 
@@ -41,11 +45,11 @@ def verify_resume(
     then_ranks: int,
     then: Sequence[str],
 ) -> tuple[list[str], str]:
-    """What differs between `steps` steps straight and the same cut in the middle; and what they were held to be.
+    """Compare `steps` steps straight with the same steps resumed in the middle; return (differences, the criterion).
 
-    The run file is the user's, schedule and all; only out_dir, cadences and how much is validated on are replaced. If
-    the second half goes on with other ranks or other keys (`then`), dropout, which every rank draws for itself, is off.
-    Raises UserError if a launch fails.
+    The run file is the user's, with its schedule; only out_dir, the intervals and the retention are replaced. If the
+    second half has other ranks or other keys (`then`), dropout is off, because every rank draws its own. Raises
+    UserError if a part fails.
     """
     out_dir, straight = folder / "run", folder / "straight"
     reshaped = then_ranks != ranks or bool(then)
@@ -70,19 +74,20 @@ def verify_resume(
 
 
 def _launch(run_file: Path, overrides: Sequence[str], ranks: int, *, stop_at: int) -> None:
+    """Train, or resume, until the step `stop_at`, in new processes."""
     done = on_ranks(ranks, __spec__.name, str(run_file), str(stop_at), *overrides)
     if done.returncode:
         raise failure_of(done)
 
 
 def what_differs(straight: Path, cut: Path) -> Iterator[str]:
-    """A line for every difference between two runs' metrics and last steps."""
+    """Yield a line for each difference between two runs' metrics and last checkpoints."""
     yield from _metrics_that_differ(straight, cut, 0.0)
     yield from _state_that_differs(straight, cut)
 
 
 def _metrics_that_differ(straight: Path, cut: Path, within: float) -> Iterator[str]:
-    """To the last bit; with `within`, losses may differ by so much, and what follows from them is left out."""
+    """Compare metrics to the last bit; if `within` > 0, losses to that many nats, and not what follows from them."""
     expected, found = ({(r["step"], k): v for r in _rows(run) for k, v in r.items()} for run in (straight, cut))
     for step, name in sorted(expected.keys() | found.keys()):
         before, after = expected.get((step, name), math.nan), found.get((step, name), math.nan)
@@ -93,7 +98,7 @@ def _metrics_that_differ(straight: Path, cut: Path, within: float) -> Iterator[s
 
 
 def _position_that_differs(straight: Path, cut: Path) -> Iterator[str]:
-    """In the steps and the samples; how these are drawn is in the mixture."""
+    """Compare the steps, the samples, and the mixture by which these are drawn."""
     before, after = committed(straight)[-1], committed(cut)[-1]
     one, two = (read_commit(step) for step in (before, after))
     for name in ("step", "samples_seen", "tokens_seen"):
@@ -113,7 +118,7 @@ def _rows(run: Path) -> list[dict[str, Any]]:
 
 
 def _state_that_differs(straight: Path, cut: Path) -> Iterator[str]:
-    """Of the last steps' files, with what their commit records say; a pickle is compared by the tensors in it."""
+    """Compare the last checkpoints: their commit records and every file; a pickle is compared by the tensors in it."""
     before, after = committed(straight)[-1], committed(cut)[-1]
     one, two = read_commit(before), read_commit(after)
     if (one.state, one.mixture, one.identity) != (two.state, two.mixture, two.identity):
@@ -121,17 +126,18 @@ def _state_that_differs(straight: Path, cut: Path) -> Iterator[str]:
     names = sorted({path.name for step in (before, after) for path in step.iterdir()})
     for name in names:
         a, b = before / name, after / name
+        # These are hashes of the other files.
         if name == "COMMIT" or name.startswith("manifest."):
-            continue  # hashes of the rest
+            continue
         if not (a.is_file() and b.is_file()):
-            yield f"{name} is in one of the two alone"
+            yield f"{name} is in only one of the two"
         elif a.read_bytes() != b.read_bytes() and not (name.endswith(".pt") and same(load_checked(a), load_checked(b))):
             yield f"{name} differs"
     yield from _damage(before, after)
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal to the last bit, in every tensor and number at any depth; a NaN is the same as a NaN."""
+    """Whether two values are equal to the last bit, in each tensor and number at any depth; NaN equals NaN."""
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):
@@ -151,6 +157,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def _one_rank(run_file: str, stop_at: str, *overrides: str) -> int:
+    """Run one rank of a part; return its exit code."""
     try:
         device = init_process_group()
         run = with_supported_dtype(on_every_rank(lambda: load_run_config(Path(run_file), overrides)), device)
@@ -164,6 +171,7 @@ def _one_rank(run_file: str, stop_at: str, *overrides: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the differences and the verdict; exit code 1 if there are any."""
     if args.steps < 2:
         raise UserError(f"--steps {args.steps} cannot be cut in two; give 2 or more")
     then_ranks = args.then_ranks or args.ranks
@@ -177,9 +185,10 @@ def run(args: argparse.Namespace) -> int:
             then_ranks=then_ranks,
             then=args.then,
         )
-    how = f"{args.steps} steps straight and cut after {args.steps // 2}, on {args.ranks} rank(s)"
-    how += "".join(f", then {change}" for change in [f"{then_ranks} rank(s)"] * (then_ranks != args.ranks) + args.then)
-    print("\n".join([*different, f"{how}: " + ("NOT " if different else "") + agreed]))
+    parts = [f"{args.steps} steps straight and cut after {args.steps // 2}, on {args.ranks} rank(s)"]
+    parts += [f"{then_ranks} rank(s)"] if then_ranks != args.ranks else []
+    verdict = f"{', then '.join([*parts, *args.then])}: {'NOT ' if different else ''}{agreed}"
+    print("\n".join([*different, verdict]))
     return 1 if different else 0
 
 

@@ -1,4 +1,4 @@
-"""How the global batch is divided: micro-batch x accumulation x data-parallel ranks."""
+"""Divide the global batch: micro-batch x gradient accumulation x data-parallel ranks."""
 
 import math
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ class BatchPlan:
 
     @property
     def replicas(self) -> int:
-        """How many ranks, or groups of ranks that share their samples' positions, see samples of their own."""
+        """Number of data-parallel ranks; with sequence parallelism, of groups of ranks that share samples."""
         return self.world_size // self.sequence_parallel_size
 
 
 def batch_plan(ds: DeepSpeedConfig, world_size: int) -> BatchPlan:
-    """Accumulation follows from the global batch, which is the same on any number of ranks.
+    """Compute gradient accumulation from the global batch, which is the same on any number of ranks.
 
     Raises UserError, with the number to set, when the sizes do not multiply out.
     """

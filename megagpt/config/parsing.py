@@ -1,7 +1,7 @@
-"""From JSON and `key.path=value` to checked models, with errors that name the key and the nearest right one."""
+"""Read JSON and `key.path=value` overrides into checked models; an error names the key and the nearest right one."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -12,13 +12,13 @@ from megagpt.errors import UserError
 
 
 class Strict(BaseModel):
-    """Frozen, and a misspelt key is an error rather than a silent default."""
+    """A frozen model in which a misspelt key is an error rather than a silent default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The file's object (which is not changed) with single keys changed. Raises UserError."""
+    """Return a copy of a file's object with single keys changed, without `$schema`. Raises UserError."""
     raw = json.loads(json.dumps(raw))
     for item in overrides:
         _override(raw, item)
@@ -27,7 +27,10 @@ def overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def read_json(path: Path, *, what: str = "run file") -> dict[str, Any]:
-    """The object in a JSON file; `what` names the file in messages. Raises UserError."""
+    """Read the object in a JSON file, which `what` names in messages.
+
+    Raises UserError if the file is missing, is not a JSON object, or gives a key twice.
+    """
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicate_keys)
     except FileNotFoundError:
@@ -38,7 +41,8 @@ def read_json(path: Path, *, what: str = "run file") -> dict[str, Any]:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
     except UserError:
         raise
-    except ValueError as error:  # a number of more than 4,300 digits
+    except ValueError as error:
+        # A number of more than 4,300 digits.
         raise UserError(f"{what} {path} cannot be read: {error}") from None
     except RecursionError:
         raise UserError(f"{what} {path}: its brackets are nested too deep") from None
@@ -55,7 +59,7 @@ def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _override(raw: dict[str, Any], item: str) -> None:
-    """Set one dotted key; a number steps into a list. The value is JSON, or text if it is not."""
+    """Set one dotted key in place; a number indexes a list. The value is JSON, or text if it does not parse as JSON."""
     dotted, sep, text = item.partition("=")
     if not sep or not dotted:
         hint = "; a run file goes after --deepspeed_config" if item.endswith(".json") else ""
@@ -80,22 +84,27 @@ def _override(raw: dict[str, Any], item: str) -> None:
         raise UserError(f"override {item!r}: there is no {dotted!r} to set{why}") from None
 
 
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
-    if items is None:
-        yield path, node
-        return
-    for key, value in items:
-        yield from leaves(value, f"{path}.{key}" if path else str(key))
+def dotted_items(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of nested sections as (dotted key, value): a section itself, then what is in it. A list is a value."""
+    for key, value in section.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        yield dotted, value
+        if isinstance(value, dict):
+            yield from dotted_items(value, dotted)
+
+
+def leaves(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of nested sections that are not sections themselves, by their dotted keys."""
+    return {key: value for key, value in dotted_items(section) if not isinstance(value, dict)}
 
 
 def explain(error: ValidationError, root: type[BaseModel], *, section: str) -> str:
-    """Each mistake in a phrase: the dotted key, what is wrong, the value seen or the nearest right key."""
+    """Describe each mistake in a phrase: the dotted key, what is wrong, the value seen or the nearest right key."""
     return "; ".join(phrase for _, phrase in mistakes(error, root, section=section))
 
 
 def mistakes(error: ValidationError, root: type[BaseModel], *, section: str) -> Iterator[tuple[str, str]]:
-    """Each mistake as (dotted key, phrase)."""
+    """Yield each mistake that pydantic found as (dotted key, phrase)."""
     for detail in error.errors():
         dotted = ".".join(map(str, (section, *detail["loc"]) if section else detail["loc"]))
         if detail["type"] == "extra_forbidden":
@@ -106,9 +115,11 @@ def mistakes(error: ValidationError, root: type[BaseModel], *, section: str) -> 
         elif detail["type"] in ("value_error", "assertion_error"):
             yield dotted, f"{dotted}: {detail['ctx']['error']}" if dotted else str(detail["ctx"]["error"])
         elif detail["type"] == "too_short":
-            if not detail["input"]:  # else what it holds is wrong, and is named by itself
+            # If the list has items, they are wrong, and each has an error of its own.
+            if not detail["input"]:
                 yield dotted, f"{dotted} is an empty list"
-        elif detail["type"] == "enum":  # which names an alias as one more value
+        elif detail["type"] == "enum":
+            # Aliases of an enum repeat its values.
             allowed = ", ".join(dict.fromkeys(detail["ctx"]["expected"].replace(" or ", ", ").split(", ")))
             yield dotted, f"{dotted}={as_written(detail['input'])} is none of {allowed}"
         elif detail["type"] in IS_NOT:
@@ -117,7 +128,8 @@ def mistakes(error: ValidationError, root: type[BaseModel], *, section: str) -> 
             yield dotted, f"{dotted}={as_written(detail['input'])}: {detail['msg']}"
 
 
-IS_NOT = {  # pydantic's own words name Python's types
+# pydantic's error type -> what the value should be. Its own messages name Python's types.
+IS_NOT = {
     "model_type": "a section {...}",
     "tuple_type": "a list [...]",
     "path_type": "a path",
@@ -126,20 +138,26 @@ IS_NOT = {  # pydantic's own words name Python's types
 
 
 def as_written(value: Any) -> str:
-    """As JSON has it, but texts in quotes as our messages have them."""
+    """Format a value as JSON, but text in single quotes, as in our other messages."""
     return repr(value) if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
+    """Return the keys of the section at this location of pydantic's, where a number is an index of a list."""
     for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        model = inner[0]
+        if isinstance(part, str):
+            model = next(models_in(model.model_fields[part].annotation))
     return set(model.model_fields)
 
 
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The pydantic models that a field's annotation names: `M` itself, or those of `M | None` or `tuple[M, ...]`."""
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            yield part
+
+
 def did_you_mean(key: str, known: set[str] | frozenset[str]) -> str:
+    """Return the end of a message about an unknown key: the nearest right key, or all if none is near."""
     near = get_close_matches(key, sorted(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(sorted(known))}"

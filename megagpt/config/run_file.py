@@ -1,4 +1,4 @@
-"""From a JSON run file and `key.path=value` overrides to a `RunConfig`, or one message that says what is wrong."""
+"""Load a run file: from JSON and `key.path=value` overrides to a `RunConfig`, or one message that names the mistake."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megagpt.config.deepspeed import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS, DeepSpeedConfig
+from megagpt.config.deepspeed import DeepSpeedConfig
+from megagpt.config.deepspeed_keys import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS
 from megagpt.config.parsing import did_you_mean, explain, leaves, overridden, read_json
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.errors import UserError
@@ -18,9 +19,9 @@ SECTION = "megagpt"
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A run file, parsed: our section, our view of DeepSpeed's keys, and those keys exactly as written.
+    """A parsed run file: the "megagpt" section, a typed view of DeepSpeed's keys, and those keys exactly as written.
 
-    Raises ValueError for settings of the two that do not go together.
+    Raises ValueError if the first two do not fit together.
     """
 
     megagpt: MegaGPTConfig
@@ -34,22 +35,26 @@ class RunConfig:
         for name, n in shared.items():
             if n % P:
                 raise ValueError(
-                    f"sequence_parallel_size={P} does not divide megagpt.{name}={n}, and so many ranks share heads and "
+                    f"sequence_parallel_size={P} does not divide megagpt.{name}={n}, but {P} ranks share heads and "
                     f"positions evenly; set it to {max(p for p in range(1, P) if common % p == 0)}, or change {name}"
                 )
 
     def as_json(self) -> dict[str, Any]:
         """The run file again, with our section's defaults written out."""
-        return {**self.deepspeed_raw, "megagpt": self.megagpt.model_dump(mode="json")}
+        return {**self.deepspeed_raw, SECTION: self.megagpt.model_dump(mode="json")}
+
+    def changed(self, *overrides: str) -> "RunConfig":
+        """The run with single keys changed, each written `key.path=value` as on a command line. Raises UserError."""
+        return parse_run(self.as_json(), overrides)
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file, apply overrides, check every key, split off our section. Raises UserError."""
+    """Read a run file, apply overrides, check every key and split off our section. Raises UserError."""
     return parse_run(read_json(path), overrides, where=str(path))
 
 
 def parse_run(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "run file") -> RunConfig:
-    """A RunConfig from the run file's object (which is not changed). Raises UserError."""
+    """Make a RunConfig of a run file's object, which is not changed; `where` begins messages. Raises UserError."""
     raw = overridden(raw, overrides)
     _check_keys(raw, where)
     section = raw.pop(SECTION)
@@ -64,7 +69,7 @@ def parse_run(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str 
 
 
 def run_schema() -> dict[str, Any]:
-    """JSON schema of a run file, for completion in editors (`ds_configs/run.schema.json`)."""
+    """Return the JSON schema of a run file, for completion in editors (`ds_configs/run.schema.json`)."""
     schema = DeepSpeedConfig.model_json_schema()
     section = MegaGPTConfig.model_json_schema()
     schema["$defs"] |= section.pop("$defs")
@@ -77,7 +82,8 @@ def run_schema() -> dict[str, Any]:
 
 
 def _check_keys(raw: dict[str, Any], where: str) -> None:
-    if refused := [f"{key!r} cannot act here: {why}" for key, why in REFUSED_KEYS.items() if key in raw]:
+    """Raise UserError for the top-level mistakes that no model reports; DeepSpeed would ignore most of them."""
+    if refused := [f"{key!r} is not supported: {why}" for key, why in REFUSED_KEYS.items() if key in raw]:
         raise UserError(f"{where}: " + "; ".join(refused))
     if unknown := sorted(set(raw) - DEEPSPEED_KEYS - {SECTION}):
         hints = "; ".join(f"unknown key {key!r}{did_you_mean(key, DEEPSPEED_KEYS | {SECTION})}" for key in unknown)
@@ -87,11 +93,12 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: unknown key {f'{name}.{key}'!r}{did_you_mean(key, known)}")
     if not isinstance(raw.get(SECTION), dict):
         raise UserError(f'{where}: no "{SECTION}" section; see ds_configs/README.md')
-    if "api_key" in _keys_of(raw, "comet"):  # the run file is copied into run.json, checkpoints and TensorBoard
+    # The run file is copied into run.json, checkpoints and TensorBoard.
+    if "api_key" in _keys_of(raw, "comet"):
         raise UserError(f"{where}: comet.api_key is a secret; set COMET_API_KEY in the environment instead")
-    for dotted, value in leaves(raw):
+    for dotted, value in leaves(raw).items():
         if value == "auto" and not dotted.startswith(f"{SECTION}.sample."):
-            raise UserError(f'{where}: {dotted} is "auto"; write the number, nothing here fills it in')
+            raise UserError(f'{where}: {dotted} is "auto"; write the number, because megagpt does not fill it in')
 
 
 def _keys_of(raw: dict[str, Any], section: str) -> set[str]:

@@ -1,6 +1,6 @@
-"""What the "megagpt" section of a run file may say: frozen pydantic models, one for each part.
+"""The schema of a run file's "megagpt" section: frozen pydantic models, one for each part.
 
-`run_file.py` turns a JSON file into a `RunConfig`; past that door nothing is checked again.
+`run_file.py` turns a JSON file into a `RunConfig`. Code that gets one of these models does not check it again.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ class ModelConfig(Strict):
     n_layer: int = Field(default=12, gt=0)
     n_head: int = Field(default=12, gt=0)
     n_embd: int = Field(default=768, gt=0)
-    seq_len: int = Field(default=1024, gt=0, description="positions that the model has")
+    seq_len: int = Field(default=1024, gt=0, description="number of position embeddings")
     attention: Literal["sdpa", "eager"] = "sdpa"
 
     @model_validator(mode="after")
@@ -31,24 +31,29 @@ class ModelConfig(Strict):
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.n_embd // self.n_head
 
 
 class WeightedDataset(Strict):
+    """A dataset made by data_tools, and its weight in the mixture."""
+
     path: Path
     weight: float = Field(default=1.0, gt=0.0, description="share of the samples, relative to the other weights")
 
 
 class DataConfig(Strict):
+    """What the model is trained and validated on."""
+
     train: tuple[WeightedDataset, ...] = Field(min_length=1)
     val: Path
-    val_tokens: int | None = Field(default=None, gt=0, description="validate on the first so many; null: all")
+    val_tokens: int | None = Field(default=None, gt=0, description="tokens to validate on; null: all")
     seed: int = Field(default=1234, ge=0, description="order of the training samples")
     seq_len: int | None = Field(default=None, gt=0, description="tokens per training example; null: model.seq_len")
 
 
 class ScheduleConfig(Strict):
-    """Learning rate over steps, as a factor on the peak rate (`optimizer.params.lr`)."""
+    """The learning rate over steps, as a factor on the peak rate (`optimizer.params.lr`)."""
 
     max_steps: int = Field(gt=0)
     warmup_steps: int = Field(default=0, ge=0)
@@ -72,6 +77,8 @@ class ScheduleConfig(Strict):
 
 
 class RegularizationConfig(Strict):
+    """Dropout, weight decay, label smoothing and z-loss (Chowdhery et al. 2022, PaLM, section 5)."""
+
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="on embeddings, attention and residuals")
     weight_decay_on: Literal["matrices", "all"] = "matrices"
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -84,12 +91,12 @@ class EarlyStoppingConfig(Strict):
     monitor: Literal["loss/val"] = "loss/val"
     patience: int = Field(default=0, ge=0, description="0: never stop early")
     min_delta: float = Field(default=0.0, ge=0.0, description="nats per token")
-    min_steps: int = Field(default=0, ge=0, description="evaluations before this step use up no patience")
-    restore_best: bool = Field(default=True, description="save at every improvement; end with those weights")
+    min_steps: int = Field(default=0, ge=0, description="evaluations before this step use no patience")
+    restore_best: bool = Field(default=True, description="save at every improvement and end with the best weights")
 
 
 class EveryConfig(Strict):
-    """Cadences, in optimizer steps. 0 switches the action off (the last step always evaluates and saves)."""
+    """Intervals in optimizer steps. 0 switches the action off (the last step always evaluates and saves)."""
 
     log: int = Field(default=10, ge=0)
     eval: int = Field(default=250, ge=0)
@@ -98,48 +105,48 @@ class EveryConfig(Strict):
 
 
 class KeepConfig(Strict):
-    """Which checkpoints stay when a newer one is committed: a step that any of these keeps."""
+    """Retention of checkpoints: after each save, a step is deleted unless one of these keeps it."""
 
-    last: int = Field(default=2, ge=2, description="the newest so many; the two newest are verified before others go")
-    every: int = Field(default=0, ge=0, description="those at multiples of so many steps, for good; 0: none")
-    best: int = Field(default=1, ge=1, description="so many of the lowest validation loss")
+    last: int = Field(default=2, ge=2, description="number of newest ones; two are verified before others go")
+    every: int = Field(default=0, ge=0, description="keep steps that are multiples of this for ever; 0: none")
+    best: int = Field(default=1, ge=1, description="number of those with the lowest validation loss")
 
 
 class GenerationConfig(Strict):
-    """The texts that `every.sample` generates for people to read."""
+    """The texts that are generated every `every.sample` steps, for people to read."""
 
     prompts: tuple[str, ...] = ("\n",)
     max_tokens: int = Field(default=128, gt=0)
     temperature: float = Field(default=0.8, ge=0.0)
-    top_k: int = Field(default=50, ge=0, description="0: all of the vocabulary")
+    top_k: int = Field(default=50, ge=0, description="0: the whole vocabulary")
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
 
 
 class RecomputeConfig(Strict):
-    """Activation checkpointing: what blocks forget after their forward pass and compute again in backward."""
+    """Activation checkpointing: which activations are dropped after forward and recomputed in backward."""
 
     policy: Literal["none", "selective", "every_k", "full", "budget"] = Field(
         default="none",
-        description="keep all; recompute all but attention and every second matrix product; every k-th block; every "
-        "block; what the compiler chooses",
+        description="none: keep all; selective: recompute all but attention and every second matrix product; every_k: "
+        "recompute every k-th block; full: every block; budget: what the compiler chooses",
     )
     k: int | None = Field(default=None, gt=1, description="every_k: blocks 0, k, 2k, ... are recomputed")
-    budget: float | None = Field(default=None, ge=0.0, lt=1.0, description="budget: share of the activations kept")
+    budget: float | None = Field(default=None, ge=0.0, lt=1.0, description="budget: share of activations that is kept")
     kind: Literal["torch", "deepspeed"] = "torch"
-    offload: bool = Field(default=False, description="what is kept of the blocks waits in host memory")
+    offload: bool = Field(default=False, description="move the activations that blocks keep to host memory")
 
     @model_validator(mode="after")
     def _each_goes_with_its_policy(self) -> Self:
         if (self.k is not None) != (self.policy == "every_k"):
-            raise ValueError(f"k={self.k} with policy={self.policy!r}; k is needed by 'every_k' and by nothing else")
+            raise ValueError(f"k={self.k} with policy={self.policy!r}; set k for policy 'every_k', and for no other")
         if (self.budget is not None) != (self.policy == "budget"):
             raise ValueError(
-                f"budget={self.budget} with policy={self.policy!r}; budget, a share such as 0.5, is needed by 'budget' "
-                "and by nothing else"
+                f"budget={self.budget} with policy={self.policy!r}; set budget, a share such as 0.5, for policy "
+                "'budget', and for no other"
             )
         if self.kind == "deepspeed" and self.policy in ("selective", "budget"):
             raise ValueError(
-                f"kind='deepspeed' with policy={self.policy!r}; DeepSpeed recomputes whole blocks, leave kind out"
+                f"kind='deepspeed' with policy={self.policy!r}; DeepSpeed recomputes whole blocks; leave kind out"
             )
         if self.offload and self.kind == "deepspeed":
             raise ValueError("offload is for kind='torch'; DeepSpeed's is activation_checkpointing.cpu_checkpointing")
@@ -151,15 +158,15 @@ class RecomputeConfig(Strict):
         return self
 
     def n_blocks(self, n_layer: int) -> int:
-        """How many of the model's blocks compute something again."""
+        """How many of the model's blocks recompute activations; none for "budget", where the compiler decides."""
         return 0 if self.policy in ("none", "budget") else -(-n_layer // (self.k or 1))
 
 
 class FimConfig(Strict):
-    """Fill-in-the-middle (Bavarian et al. 2022): part of a sample is cut in three, the middle put last."""
+    """Fill-in-the-middle (Bavarian et al. 2022): a document's part of a sample is cut in three, its middle put last."""
 
-    rate: float = Field(default=0.0, ge=0.0, le=1.0, description="share of the documents' parts that it acts on")
-    spm_rate: float = Field(default=0.5, ge=0.0, le=1.0, description="of those: suffix before prefix")
+    rate: float = Field(default=0.0, ge=0.0, le=1.0, description="share of the documents' parts that are rearranged")
+    spm_rate: float = Field(default=0.5, ge=0.0, le=1.0, description="share of those with the suffix before the prefix")
     pieces: tuple[str, str, str] | None = Field(
         default=None,
         description="the tokenizer's pieces for prefix, suffix and middle; null: ids that pad the vocabulary",
@@ -167,12 +174,12 @@ class FimConfig(Strict):
 
 
 class SpanCorruptionConfig(Strict):
-    """Spans of a document's part of a sample are replaced by sentinels and appended (Raffel et al. 2020)."""
+    """Span corruption (Raffel et al. 2020): spans in a document's part of a sample become sentinels, and follow it."""
 
-    rate: float = Field(default=0.0, ge=0.0, le=1.0, description="share of the documents' parts that it acts on")
-    density: float = Field(default=0.15, gt=0.0, le=0.5, description="share of their tokens in spans")
+    rate: float = Field(default=0.0, ge=0.0, le=1.0, description="share of the documents' parts that are corrupted")
+    density: float = Field(default=0.15, gt=0.0, le=0.5, description="share of their tokens that is in spans")
     mean_span: float = Field(default=3.0, ge=1.0, description="tokens per span")
-    sentinels: int = Field(default=16, gt=0, description="ids that number the spans, in turn, without pieces")
+    sentinels: int = Field(default=16, gt=0, description="number of sentinel ids, used in turn, where pieces is null")
     pieces: tuple[str, ...] | None = Field(
         default=None,
         min_length=1,
@@ -181,17 +188,20 @@ class SpanCorruptionConfig(Strict):
 
 
 class TokenDropoutConfig(Strict):
-    """Hide inputs, keep targets (Bowman et al. 2016, word dropout)."""
+    """Word dropout (Bowman et al. 2016): inputs are hidden, targets stay."""
 
-    rate: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of the inputs")
-    piece: str = Field(default="<unk>", description="the tokenizer's piece that stands in for them")
+    rate: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of the inputs that is hidden")
+    piece: str = Field(default="<unk>", description="the tokenizer's piece that replaces them")
 
 
 class GoldfishConfig(Strict):
-    """No loss on one token in k, chosen by the tokens before it (Hans et al. 2024): so no text is learned whole."""
+    """Goldfish loss (Hans et al. 2024): one target in k, chosen by the tokens before it, has no loss.
 
-    k: int = Field(default=0, ge=0, description="drop one target in so many; 0: none")
-    context: int = Field(default=13, gt=0, description="tokens before a target that decide on it")
+    As the same target is dropped in every copy of a text, the model cannot memorize the text verbatim.
+    """
+
+    k: int = Field(default=0, ge=0, description="drop one target in k; 0: none")
+    context: int = Field(default=13, gt=0, description="number of tokens before a target that decide on it")
 
     @model_validator(mode="after")
     def _something_is_left_to_learn(self) -> Self:
@@ -201,7 +211,7 @@ class GoldfishConfig(Strict):
 
 
 class AugmentConfig(Strict):
-    """Changes to the training samples, each off by default; see data/augmentation.py for their order."""
+    """Augmentations of the training samples, each off by default; data/augmentation.py gives their order."""
 
     fim: FimConfig = FimConfig()
     span_corruption: SpanCorruptionConfig = SpanCorruptionConfig()
@@ -212,8 +222,8 @@ class AugmentConfig(Strict):
     def _one_rearrangement_for_each_part(self) -> Self:
         if self.fim.rate + self.span_corruption.rate > 1.0:
             raise ValueError(
-                f"fim.rate={self.fim.rate} + span_corruption.rate={self.span_corruption.rate} exceed 1: at most one "
-                "of them acts on a part of a sample; lower one"
+                f"fim.rate={self.fim.rate} + span_corruption.rate={self.span_corruption.rate} exceed 1, but at most "
+                "one of them can act on a document's part of a sample; lower one"
             )
         return self
 
@@ -223,26 +233,33 @@ class PackingConfig(Strict):
 
     kind: Literal["concatenate", "concatenate-masked", "best-fit"] = Field(  # data/packing.py: PACKING
         default="concatenate",
-        description="windows of the stream; the same without attention across documents; whole documents, padded",
+        description="concatenate: windows of all documents joined; concatenate-masked: the same without attention "
+        "across documents; best-fit: whole documents, padded",
     )
 
 
 class SpikesConfig(Strict):
-    """A loss or gradient norm is a spike if sigma deviations above the last `window` steps: logarithms, by medians."""
+    """Loss spikes: what is one, and what to do about it.
+
+    A loss or gradient norm is a spike if its logarithm exceeds the median of the last `window` steps by more than
+    `sigma` standard deviations, which are estimated from the median absolute deviation.
+    """
 
     action: Literal["none", "log", "skip", "roll back", "stop"] = "log"
-    window: int = Field(default=128, ge=8)
-    sigma: float = Field(default=6.0, gt=0.0)
+    window: int = Field(default=128, ge=8, description="steps")
+    sigma: float = Field(default=6.0, gt=0.0, description="standard deviations above the median")
 
 
 class GuardsConfig(Strict):
-    """What watches a run while it trains."""
+    """The guards that watch a run while it trains."""
 
-    max_bad_steps: int = Field(default=3, gt=0, description="stop after so many in a row that are not finite")
+    max_bad_steps: int = Field(default=3, gt=0, description="stop after this number of non-finite steps in a row")
     spikes: SpikesConfig = SpikesConfig()
     compare_every: int = Field(default=1000, ge=0, description="steps between comparing weights over ranks; 0: never")
-    memory_growth_mib: float = Field(default=256.0, ge=0.0, description="say so if memory grows so fast; 0: never")
-    hang_timeout: float = Field(default=600.0, ge=0.0, description="seconds between two steps, then end; 0: never")
+    memory_growth_mib: float = Field(
+        default=256.0, ge=0.0, description="per 1000 steps, reported if it repeats; 0: never"
+    )
+    hang_timeout: float = Field(default=600.0, ge=0.0, description="seconds without a step, then end the run; 0: never")
 
 
 class MegaGPTConfig(Strict):
@@ -258,11 +275,11 @@ class MegaGPTConfig(Strict):
     every: EveryConfig = EveryConfig()
     keep: KeepConfig = KeepConfig()
     save_async: bool = Field(
-        default=False, description="write checkpoints beside training, from a copy of each rank's state in host memory"
+        default=False, description="write checkpoints while training continues, from a copy of the state in host memory"
     )
     sample: GenerationConfig = GenerationConfig()
     recompute: RecomputeConfig = RecomputeConfig()
-    compile: bool | None = Field(default=None, description="torch.compile for each block; null: on CUDA alone")
+    compile: bool | None = Field(default=None, description="torch.compile for each block; null: only on CUDA")
     augment: AugmentConfig = AugmentConfig()
     packing: PackingConfig = PackingConfig()
     guards: GuardsConfig = GuardsConfig()
@@ -273,12 +290,12 @@ class MegaGPTConfig(Strict):
         if self.seq_len > self.model.seq_len:
             raise ValueError(
                 f"data.seq_len={self.seq_len} is more than the model's positions, model.seq_len={self.model.seq_len}; "
-                "lower it, or begin a run with a longer model.seq_len"
+                "lower it, or start a run with a longer model.seq_len"
             )
         return self
 
     @model_validator(mode="after")
-    def _what_is_to_stay_is_saved(self) -> Self:
+    def _steps_to_keep_are_saved(self) -> Self:
         kept, saved = self.keep.every, self.every.save
         if kept and (saved == 0 or kept % saved):
             raise ValueError(
@@ -289,5 +306,5 @@ class MegaGPTConfig(Strict):
 
     @property
     def seq_len(self) -> int:
-        """Tokens per training example: as many as the model has positions, or fewer."""
+        """Tokens per training example, at most as many as the model has positions."""
         return self.data.seq_len or self.model.seq_len

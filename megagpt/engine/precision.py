@@ -1,11 +1,9 @@
 """Train in bf16 on a CPU only where it has instructions for it."""
 
 import platform
-from dataclasses import replace
 
 import torch
 
-from megagpt.config.deepspeed import Enabled
 from megagpt.config.run_file import RunConfig
 from megagpt.distributed.collectives import gather_objects
 from megagpt.distributed.process_group import print_rank0
@@ -26,8 +24,4 @@ def with_supported_dtype(run: RunConfig, device: torch.device) -> RunConfig:
     if all(gather_objects(multiplies_bf16())):
         return run
     print_rank0("bf16.enabled=true, but this CPU has no instructions for bf16: training in fp32, which is faster here")
-    return replace(
-        run,
-        deepspeed=ds.model_copy(update={"bf16": Enabled(enabled=False)}),
-        deepspeed_raw={**run.deepspeed_raw, "bf16": {**run.deepspeed_raw["bf16"], "enabled": False}},
-    )
+    return run.changed("bf16.enabled=false")

@@ -1,1 +1,1 @@
-"""What a run file gets wrong, or says without effect."""
+"""Check a run file for mistakes, and for keys that have no effect."""

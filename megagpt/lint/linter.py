@@ -1,4 +1,8 @@
-"""Every key of a run file looked at: unknown, removed from DeepSpeed, without effect here, or against another."""
+"""Check every key of a run file: unknown, removed from DeepSpeed, without effect in this run, or against another key.
+
+`lint_file` reports everything about a file, for `megagpt lint`. `lint_or_raise` checks a run that has been parsed, for
+the commands that are about to use it.
+"""
 
 import json
 import re
@@ -12,21 +16,26 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from megagpt.config.batch import BatchPlan, batch_plan
-from megagpt.config.deepspeed import DEEPSPEED_KEYS, REFUSED_KEYS, DeepSpeedConfig
-from megagpt.config.parsing import as_written, did_you_mean, mistakes, overridden, read_json
+from megagpt.config.deepspeed import DeepSpeedConfig
+from megagpt.config.deepspeed_keys import REFUSED_KEYS
+from megagpt.config.parsing import as_written, did_you_mean, dotted_items, mistakes, overridden, read_json
 from megagpt.config.run_file import SECTION, RunConfig, parse_run
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.engine.activation_checkpointing import refuse_what_cannot_act
-from megagpt.engine.deepspeed_config import KEPT_FROM_DEEPSPEED, ConfigReader, check_deepspeed_keys, effective_config
+from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
+from megagpt.engine.deepspeed_models import REMOVED_KEYS, SECTION_MODELS
 from megagpt.errors import UserError
-from megagpt.lint.deepspeed_keys import Known, Place, known_to
+from megagpt.lint.deepspeed_sections import deepspeed_sections
 from megagpt.lint.rules import CONTRADICTIONS, DEFAULTS, WITHOUT_EFFECT
 
-GPU = torch.device("cuda")  # what a run file is written for, wherever it is looked at
+# A run file is written for GPUs, on whatever machine it is checked.
+GPU = torch.device("cuda")
 
 
 @dataclass(frozen=True)
 class Finding:
+    """One thing to change, or to know, about a dotted key of the run file."""
+
     level: Literal["error", "warning", "note"]
     key: str
     text: str
@@ -36,30 +45,31 @@ class Finding:
 
 
 def lint_file(path: Path, overrides: Sequence[str] = (), *, ranks: int | None = None) -> list[Finding]:
-    """All findings on a run file, the errors alone if it has any. Raises UserError if it is not a JSON object."""
+    """Return all findings on a run file, or only its errors if it has any. Raises UserError if it is no JSON object."""
     raw = overridden(read_json(path), overrides)
-    errors = list(_errors_of(raw))
+    errors = list(_all_errors(raw))
     if errors:
-        return _once(errors)
+        return _first_per_key(errors)
     try:
         run = parse_run(raw)
         batch = batch_plan(run.deepspeed, ranks) if ranks else any_batch(run.deepspeed)
         errors = [finding for finding in lint(run) if finding.level == "error"]
         if not errors:
+            # On one rank DeepSpeed needs no process group to check its sections against each other.
             alone = BatchPlan(batch.global_batch, batch.micro_batch, batch.global_batch // batch.micro_batch, 1)
             check_deepspeed_keys(effective_config(run, alone, 50304, GPU))
     except UserError as error:
-        return _once([*errors, _from(error)])
+        return _first_per_key([*errors, _finding_of(error)])
     return errors or [*lint(run), *notes(run)]
 
 
 def lint(run: RunConfig) -> list[Finding]:
-    """Errors and warnings about a run file that has been parsed."""
+    """Return the errors, or if there are none the warnings, about a run file that has been parsed."""
     found = [*_deepspeed_errors(run.deepspeed_raw)]
     try:
         refuse_what_cannot_act(run.megagpt, run.deepspeed, GPU, compiled=run.megagpt.compile is not False)
     except UserError as error:
-        found.append(_from(error))
+        found.append(_finding_of(error))
     if run.deepspeed.bf16.enabled and run.deepspeed.fp16.enabled:
         found.append(Finding("error", "fp16.enabled", "fp16.enabled and bf16.enabled are both true; choose one"))
     if run.deepspeed.fp16.enabled and run.deepspeed.zero_optimization.stage == 0:
@@ -67,12 +77,12 @@ def lint(run: RunConfig) -> list[Finding]:
         text += "that it did not multiply the loss by; set zero_optimization.stage to 1"
         found.append(Finding("error", "fp16.enabled", text))
     if not found:
-        found += [*_changed(run), *_switched_off(run), *_idle(run), *_contradicting(run)]
-    return _once(found)
+        found += [*_renamed(run), *_switched_off(run), *_idle(run), *_contradicting(run)]
+    return _first_per_key(found)
 
 
 def lint_or_raise(run: RunConfig) -> list[str]:
-    """The warnings about a run, to be printed; raises UserError with all errors. The same on every rank."""
+    """Return the warnings about a run, to be printed; raise UserError with all errors. The same on every rank."""
     found = lint(run)
     if errors := [finding.text for finding in found if finding.level == "error"]:
         raise UserError("; ".join(errors))
@@ -80,21 +90,22 @@ def lint_or_raise(run: RunConfig) -> list[str]:
 
 
 def notes(run: RunConfig) -> Iterator[Finding]:
-    """What the file leaves out and should not be left to chance."""
-    written = dict(_nodes(run.deepspeed_raw)) | {f"{SECTION}.{key}": v for key, v in _set(run.megagpt)}
+    """Name the keys that the file leaves out although their default matters."""
+    ours = run.megagpt.model_dump(mode="json", exclude_unset=True)
+    written = dict(dotted_items(run.deepspeed_raw)) | dict(dotted_items(ours, SECTION))
     for key, (when, what) in DEFAULTS.items():
         if key not in written and when(run):
             yield Finding("note", key, f"{key} is left out: {what}")
 
 
 def effective(run: RunConfig, vocab_size: int, ranks: int | None = None) -> dict[str, Any]:
-    """The run file as it will act: what it leaves out filled as the engine does, our defaults written out."""
+    """Return the run file as it acts: gaps filled as the engine fills them, the defaults of our section written out."""
     batch = batch_plan(run.deepspeed, ranks) if ranks else any_batch(run.deepspeed)
     return {**run.as_json(), **effective_config(run, batch, vocab_size, GPU)}
 
 
 def any_batch(ds: DeepSpeedConfig) -> BatchPlan:
-    """The batch arithmetic on as many ranks as the file itself implies: by its accumulation, else as few as can be."""
+    """Divide the global batch over the number of ranks that the file implies by its gradient accumulation, else one."""
     per_pass = ds.train_micro_batch_size_per_gpu * (ds.gradient_accumulation_steps or 1)
     replicas = max(1, ds.train_batch_size // per_pass) if ds.gradient_accumulation_steps else 1
     return batch_plan(ds, replicas * ds.sequence_parallel_size)
@@ -103,14 +114,14 @@ def any_batch(ds: DeepSpeedConfig) -> BatchPlan:
 # --- errors ---------------------------------------------------------------------------------------------------
 
 
-def _from(error: UserError) -> Finding:
-    """Messages begin with the key."""
+def _finding_of(error: UserError) -> Finding:
+    """Make an error of a message, which begins with the key that it is about."""
     text = str(error).removeprefix("run file: ")
     return Finding("error", re.split(r"[=\s:]", text)[0], text)
 
 
-def _errors_of(raw: dict[str, Any]) -> Iterator[Finding]:
-    """Of the object as it was read. DeepSpeed's and ours; all of them, where parse_run stops at the first kind."""
+def _all_errors(raw: dict[str, Any]) -> Iterator[Finding]:
+    """Find all errors of DeepSpeed's part and of ours in a run file's object; parse_run stops at the first kind."""
     ours = {key: value for key, value in raw.items() if key != SECTION}
     yield from _deepspeed_errors(ours)
     for model, given, section in ((DeepSpeedConfig, ours, ""), (MegaGPTConfig, raw.get(SECTION), SECTION)):
@@ -120,7 +131,49 @@ def _errors_of(raw: dict[str, Any]) -> Iterator[Finding]:
         yield from _refused_by(model, given, section)
 
 
+def _deepspeed_errors(raw: dict[str, Any]) -> Iterator[Finding]:
+    """Check DeepSpeed's part of a run file: its keys by our lists, then the values of typed sections by its models."""
+    yield from _wrong_keys("", raw)
+    for name, model in SECTION_MODELS.items():
+        given = _section_at(raw, name)
+        clean = {key: value for key, value in given.items() if key in deepspeed_sections()[name].defaults}
+        for finding in _refused_by(model, clean, name):
+            if "unknown key" not in finding.text:  # found above, with its nearest name
+                yield finding
+
+
+def _wrong_keys(section: str, given: dict[str, Any]) -> Iterator[Finding]:
+    """Find keys that are removed, refused or unknown, and values of a wrong type, in a section and in those inside."""
+    sections = deepspeed_sections()
+    known = sections[section].defaults
+    for key, value in given.items():
+        dotted = f"{section}.{key}" if section else key
+        if dotted in REMOVED_KEYS:
+            ours = f" Here: {REFUSED_KEYS[dotted]}" if dotted in REFUSED_KEYS else ""
+            why = f"{dotted} was removed from DeepSpeed: {REMOVED_KEYS[dotted].strip()}{ours}"
+            yield Finding("error", dotted, f"{why} Remove it")
+        elif dotted in REFUSED_KEYS:
+            yield Finding("error", dotted, f"{dotted!r} is not supported: {REFUSED_KEYS[dotted]}")
+        elif key not in known:
+            names = {*known} if section else {*known, SECTION}
+            yield Finding("error", dotted, f"unknown key {dotted!r}{did_you_mean(key, names)}")
+        elif dotted in sections and isinstance(value, dict):
+            yield from _wrong_keys(dotted, value)
+        elif right := "a section {...}" if dotted in sections else _right_type(known[key], value):
+            yield Finding("error", dotted, f"{dotted}={as_written(value)} is not {right}")
+
+
+def _right_type(default: Any, value: Any) -> str:
+    """Name the type that a value should have by its key's default; "" if it has that type or the default tells none."""
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if isinstance(default, int | float):
+        return "" if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
+    return ""
+
+
 def _refused_by(model: type[BaseModel], given: dict[str, Any], section: str) -> Iterator[Finding]:
+    """Find what a pydantic model has against the section given to it."""
     try:
         model(**given)
     except ValidationError as error:
@@ -130,61 +183,14 @@ def _refused_by(model: type[BaseModel], given: dict[str, Any], section: str) -> 
         yield Finding("error", section, f"{section}: {error}")
 
 
-def _deepspeed_errors(raw: dict[str, Any]) -> Iterator[Finding]:
-    known = known_to(ConfigReader)
-    yield from _unknown(known, raw, ())
-    for place, model in known.classes.items():
-        given = _at(raw, place)
-        if place[:-1] in known.classes or place[0] in REFUSED_KEYS or place[0] in KEPT_FROM_DEEPSPEED:
-            continue
-        if isinstance(given, dict):
-            clean = {key: value for key, value in given.items() if key in known.keys[place]}
-            for finding in _refused_by(model, clean, ".".join(place)):
-                if "unknown key" not in finding.text:  # found above, with its nearest name
-                    yield finding
-
-
-def _unknown(known: Known, raw: dict[str, Any], place: Place) -> Iterator[Finding]:
-    allowed = known.keys.get(place, set())
-    for key, value in raw.items():
-        dotted = ".".join((*place, key))
-        if dotted in known.removed:
-            why = f"{dotted} was removed from DeepSpeed: {known.removed[dotted].strip()}"
-            ours = f" Here: {REFUSED_KEYS[key]}" if not place and key in REFUSED_KEYS else ""
-            yield Finding("error", dotted, f"{why}{ours} Remove it")
-        elif not place and key in REFUSED_KEYS:
-            yield Finding("error", key, f"{key!r} cannot act here: {REFUSED_KEYS[key]}")
-        elif not place and key not in DEEPSPEED_KEYS:
-            yield Finding("error", key, f"unknown key {key!r}{did_you_mean(key, DEEPSPEED_KEYS | {SECTION})}")
-        elif allowed and key not in allowed and place[:1] not in {(name,) for name in KEPT_FROM_DEEPSPEED}:
-            yield Finding("error", dotted, f"unknown key {dotted!r}{did_you_mean(key, allowed)}")
-        elif isinstance(value, dict) and (*place, key) in known.keys:
-            yield from _unknown(known, value, (*place, key))
-        elif right := _right_type(known, place, key, value):
-            yield Finding("error", dotted, f"{dotted}={as_written(value)} is not {right}")
-
-
-def _right_type(known: Known, place: Place, key: str, value: Any) -> str:
-    """What a value without a class to check it should be, if it is not."""
-    default = known.default(place, key)
-    if (*place, key) in known.keys:
-        return "a section {...}"
-    if isinstance(default, bool):
-        return "" if isinstance(value, bool) else "true or false"
-    if isinstance(default, int | float):
-        return "" if isinstance(value, int | float) and not isinstance(value, bool) else "a number"
-    return ""
-
-
 # --- warnings -------------------------------------------------------------------------------------------------
 
 
-def _changed(run: RunConfig) -> Iterator[Finding]:
-    """Keys that the installed DeepSpeed deprecates, and keys given under two names."""
-    for place, model in known_to(ConfigReader).classes.items():
-        given = _at(run.deepspeed_raw, place)
-        for name, info in model.model_fields.items() if isinstance(given, dict) else ():
-            key = ".".join((*place, name))
+def _renamed(run: RunConfig) -> Iterator[Finding]:
+    """Find keys that the installed DeepSpeed deprecates, and keys that are given under both of their names."""
+    for section, (given, model) in _typed_sections(run).items():
+        for name, info in model.model_fields.items():
+            key = f"{section}.{name}"
             extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
             if name in given and extra.get("deprecated"):
                 way_out = f"write {extra['new_param']}" if extra.get("new_param") else "remove it"
@@ -194,19 +200,17 @@ def _changed(run: RunConfig) -> Iterator[Finding]:
 
 
 def _switched_off(run: RunConfig) -> Iterator[Finding]:
-    """Sections that say how, but not that they are on."""
-    known = known_to(ConfigReader)
-    for place, keys in known.keys.items():
-        given = _at(run.deepspeed_raw, place)
-        if place and "enabled" in keys and isinstance(given, dict) and given and "enabled" not in given:
-            if place[0] in KEPT_FROM_DEEPSPEED or known.default(place, "enabled"):
-                continue
-            key = ".".join(place)
-            yield Finding("warning", key, f"{key} has no effect: {key}.enabled is false unless set; set it to true")
+    """Find sections that have settings but do not set `enabled`, which is false by default."""
+    for name, section in deepspeed_sections().items():
+        given = _section_at(run.deepspeed_raw, name) if name else {}
+        if given and "enabled" not in given and section.defaults.get("enabled") is False:
+            yield Finding("warning", name, f"{name} has no effect: {name}.enabled is false unless set; set it to true")
 
 
 def _idle(run: RunConfig) -> Iterator[Finding]:
+    """Find keys that have no effect in this run; of several reasons the first in WITHOUT_EFFECT is given."""
     for key, value in _written(run):
+        # A section acts by its keys; `stage`, and a device of "none", are what switches other keys off.
         if isinstance(value, dict) or key.endswith(".stage") or (key.endswith(".device") and value == "none"):
             continue
         rules = [rule for rule in WITHOUT_EFFECT if any(fnmatchcase(key, pattern) for pattern in rule.keys)]
@@ -223,31 +227,23 @@ def _contradicting(run: RunConfig) -> Iterator[Finding]:
 
 def _written(run: RunConfig) -> Iterator[tuple[str, Any]]:
     """DeepSpeed's keys that the file has, and ours that differ from their defaults."""
-    yield from _nodes(run.deepspeed_raw)
-    yield from _nodes(run.megagpt.model_dump(mode="json", exclude_defaults=True), SECTION)
+    yield from dotted_items(run.deepspeed_raw)
+    yield from dotted_items(run.megagpt.model_dump(mode="json", exclude_defaults=True), SECTION)
 
 
-def _set(model: BaseModel, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Our keys that the file has."""
-    yield from _nodes(model.model_dump(mode="json", exclude_unset=True), path)
+def _typed_sections(run: RunConfig) -> dict[str, tuple[dict[str, Any], type[BaseModel]]]:
+    """The sections that DeepSpeed has a model of -> (what the file has there, the model)."""
+    typed = {name: section.model for name, section in deepspeed_sections().items() if section.model is not None}
+    return {name: (_section_at(run.deepspeed_raw, name), model) for name, model in typed.items()}
 
 
-def _nodes(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key with its value, sections too."""
-    for key, value in node.items():
-        dotted = f"{path}.{key}" if path else key
-        yield dotted, value
-        if isinstance(value, dict):
-            yield from _nodes(value, dotted)
-
-
-def _at(raw: dict[str, Any], place: Place) -> Any:
+def _section_at(raw: dict[str, Any], dotted: str) -> dict[str, Any]:
+    """The section of this dotted name; an empty one if the file has none there."""
     node: Any = raw
-    for key in place:
+    for key in dotted.split("."):
         node = node.get(key) if isinstance(node, dict) else None
-    return node
+    return node if isinstance(node, dict) else {}
 
 
-def _once(found: list[Finding]) -> list[Finding]:
-    """The first on each key."""
+def _first_per_key(found: list[Finding]) -> list[Finding]:
     return list({finding.key: finding for finding in reversed(found)}.values())[::-1]

@@ -1,6 +1,6 @@
-"""What a run file can say without effect, or against itself: tables of keys, and when they act.
+"""Lint's rules: tables of the keys that can be without effect, contradict others, or matter when they are left out.
 
-Keys are patterns of `fnmatch` over dotted keys. DeepSpeed's are looked at if the file has them, ours if they differ
+Keys are patterns of `fnmatch` over dotted keys. DeepSpeed's keys are checked if the file has them, ours if they differ
 from their defaults.
 """
 
@@ -12,12 +12,15 @@ from megagpt.config.run_file import RunConfig
 
 When = Callable[[RunConfig], bool]
 
-NEVER: When = lambda run: False  # noqa: E731
+
+def never(run: RunConfig) -> bool:
+    """The condition of keys that have no effect in any run."""
+    return False
 
 
 @dataclass(frozen=True)
 class Acts:
-    """Keys that act only `when`; `why` goes on from "has no effect: "."""
+    """Keys that have an effect only `when`; `why` ends the message that begins with "KEY=VALUE has no effect: "."""
 
     keys: tuple[str, ...]
     when: When
@@ -26,7 +29,7 @@ class Acts:
 
 @dataclass(frozen=True)
 class Against:
-    """A key whose value contradicts another's if `when`; `why` follows the key and its value."""
+    """A key whose value contradicts another's `when`; `why` ends the message that begins with "KEY=VALUE "."""
 
     key: str
     when: When
@@ -45,15 +48,8 @@ def _offload(run: RunConfig) -> OffloadConfig:
     return run.deepspeed.zero_optimization.offload_optimizer
 
 
-def _extra(config: OffloadConfig, key: str) -> object:
-    return (config.model_extra or {}).get(key)
-
-
-def _fp16(run: RunConfig, key: str) -> object:
-    return (run.deepspeed.fp16.model_extra or {}).get(key)
-
-
-# The first that holds is said. A key that no DeepSpeed reads any more is found elsewhere.
+# Of the rules for a key, the first whose condition is false is reported. Keys that DeepSpeed has removed are found in
+# linter.py.
 WITHOUT_EFFECT = (
     Acts(
         _zero("*"),
@@ -82,15 +78,15 @@ WITHOUT_EFFECT = (
     ),
     Acts(
         _zero("*gather_*16*_weights_on_model_save"),
-        NEVER,
+        never,
         "it is for save_16bit_model(), and checkpoints are megagpt's own; remove it",
     ),
     Acts(
         _zero("elastic_checkpoint", "load_from_fp32_weights"),
-        NEVER,
-        "megagpt itself goes on with another number of ranks or dtype, without loss; remove it",
+        never,
+        "megagpt itself resumes with another number of ranks or dtype, without loss; remove it",
     ),
-    Acts(_zero("save_muon_momentum_buffer_in_memory"), NEVER, "the optimizer is Adam, not Muon; remove it"),
+    Acts(_zero("save_muon_momentum_buffer_in_memory"), never, "the optimizer is Adam, not Muon; remove it"),
     Acts(
         _zero("offload_optimizer.?*"),
         lambda run: _offload(run).device != "none",
@@ -113,7 +109,7 @@ WITHOUT_EFFECT = (
     ),
     Acts(
         _zero("offload_optimizer.cpuadam_cores_perc"),
-        lambda run: bool(_extra(_offload(run), "super_offload")),
+        lambda run: _offload(run).super_offload,
         "it is for offload_optimizer.super_offload; set that to true or remove it",
     ),
     Acts(
@@ -124,22 +120,23 @@ WITHOUT_EFFECT = (
     Acts(
         ("optimizer.params.torch_adam", "zero_force_ds_cpu_optimizer"),
         lambda run: _offload(run).device != "none",
-        "it chooses the Adam of offloaded moments, and none are; set zero_optimization.offload_optimizer or remove it",
+        "it chooses the Adam of offloaded moments, and none are offloaded; set zero_optimization.offload_optimizer or "
+        "remove it",
     ),
     Acts(
         tuple(f"fp16.{key}" for key in ("initial_scale_power", "loss_scale_window", "*hysteresis", "min_loss_scale")),
-        lambda run: not _fp16(run, "loss_scale"),
+        lambda run: not run.deepspeed.fp16.loss_scale,
         "fp16.loss_scale fixes the scale; remove one of the two",
     ),
     Acts(
         ("gradient_predivide_factor",),
-        lambda run: not run.deepspeed_raw.get("prescale_gradients"),
-        "with prescale_gradients gradients are divided by the number of ranks at once; remove one of the two",
+        lambda run: not run.deepspeed.prescale_gradients,
+        "with prescale_gradients, gradients are divided by the number of ranks in one go; remove one of the two",
     ),
-    Acts(("zero_allow_untested_optimizer",), NEVER, "Adam is an optimizer that DeepSpeed has tested; remove it"),
-    Acts(("dataloader_drop_last",), NEVER, "megagpt brings its own loader, which drops nothing; remove it"),
-    Acts(("disable_allgather",), NEVER, "DeepSpeed reads it and does nothing with it; remove it"),
-    Acts(("vocabulary_size",), NEVER, "the vocabulary is the tokenizer's, padded to a multiple of 128; remove it"),
+    Acts(("zero_allow_untested_optimizer",), never, "Adam is an optimizer that DeepSpeed has tested; remove it"),
+    Acts(("dataloader_drop_last",), never, "megagpt brings its own loader, which drops nothing; remove it"),
+    Acts(("disable_allgather",), never, "DeepSpeed reads it but never uses it; remove it"),
+    Acts(("vocabulary_size",), never, "the vocabulary is the tokenizer's, padded to a multiple of 128; remove it"),
     Acts(
         ("megagpt.early_stopping.min_steps",),
         lambda run: run.megagpt.early_stopping.patience > 0,
@@ -148,7 +145,7 @@ WITHOUT_EFFECT = (
     Acts(
         ("megagpt.sample.*",),
         lambda run: run.megagpt.every.sample > 0,
-        "every.sample is 0, so no text is written; set it or remove this",
+        "every.sample is 0, so no text is generated; set it or remove this",
     ),
     Acts(
         ("megagpt.sample.top_k", "megagpt.sample.top_p"),
@@ -168,7 +165,7 @@ WITHOUT_EFFECT = (
     Acts(
         ("megagpt.augment.span_corruption.sentinels",),
         lambda run: run.megagpt.augment.span_corruption.pieces is None,
-        "the sentinels are named by pieces; remove one of the two",
+        "the sentinels are given by pieces; remove one of the two",
     ),
     Acts(
         ("megagpt.augment.token_dropout.*",),
@@ -206,12 +203,12 @@ CONTRADICTIONS = (
     Against(
         "optimizer.params.lr",
         lambda run: run.deepspeed.optimizer.params.lr > 0.1,
-        "is about what each of Adam's steps changes every weight by, whose size is 0.02 at first; 6e-4 is usual",
+        "is about the change of each weight in each step of Adam, and weights start at a size of 0.02; 6e-4 is usual",
     ),
     Against(
         "communication_data_type",
-        lambda run: run.deepspeed.dtype != "fp16" and run.deepspeed_raw["communication_data_type"] == "fp16",
-        "in a run that is not fp16: no loss scale keeps its gradients in fp16's range; write bf16 or remove it",
+        lambda run: run.deepspeed.dtype != "fp16" and run.deepspeed.communication_data_type == "fp16",
+        "in a run that is not fp16 has no loss scale to keep gradients in fp16's range; write bf16 or remove it",
     ),
     Against(
         "megagpt.early_stopping.patience",
@@ -227,7 +224,7 @@ CONTRADICTIONS = (
         Against(
             f"megagpt.every.{what}",
             lambda run, what=what: getattr(run.megagpt.every, what) > run.megagpt.schedule.max_steps,  # type: ignore[misc]
-            f"is more than schedule.max_steps: only the end {will}; lower it, or write 0 if that is meant",
+            f"is more than schedule.max_steps: only the end {will}; lower it, or write 0 if you want that",
         )
         for what, will in {"eval": "evaluates", "save": "saves"}.items()
     ),
@@ -238,18 +235,18 @@ CONTRADICTIONS = (
     ),
 )
 
-# Left out, these fall back to a value that matters, or that other trainers set otherwise.
+# Keys whose default matters, or differs from other trainers' -> (when to mention it if the key is left out, the note).
 DEFAULTS: dict[str, tuple[When, str]] = {
     "gradient_clipping": (
         lambda run: True,
-        "gradients are clipped to norm 1.0; DeepSpeed did not before 0.19",
+        "gradients are clipped to norm 1.0; DeepSpeed did not clip before 0.19",
     ),
     "optimizer.params.weight_decay": (lambda run: True, "0.0, where torch's AdamW has 0.01 and GPT-3 had 0.1"),
     "optimizer.params.betas": (lambda run: True, "(0.9, 0.95) as GPT-3 had, where torch has (0.9, 0.999)"),
-    "bf16": (lambda run: run.deepspeed.dtype == "fp32", "without bf16 or fp16 all is computed in fp32"),
+    "bf16": (lambda run: run.deepspeed.dtype == "fp32", "without bf16 or fp16, everything is computed in fp32"),
     "zero_optimization.offload_optimizer.pin_memory": (
         lambda run: _stage(run) > 0 and _offload(run).device != "none",
-        "true since DeepSpeed 0.19: host memory of all moments is locked; false where `ulimit -l` is low",
+        "true since DeepSpeed 0.19, which locks the moments' host memory; write false where `ulimit -l` is low",
     ),
     "megagpt.schedule.warmup_steps": (lambda run: True, "0: the first step has the full learning rate"),
 }

@@ -1,1 +1,1 @@
-"""Memory, communication and time of a run, estimated by arithmetic."""
+"""Estimate the memory, communication and time of a run by arithmetic."""

@@ -1,11 +1,13 @@
-"""Bytes that one rank gives to collectives in an optimizer step, as DeepSpeed 0.19.8 calls them, and what they cost.
+"""The bytes that one rank hands to collectives in an optimizer step, as DeepSpeed 0.19.8 calls them.
 
-N parameters, W ranks, P of them sharing a sample, s bytes of a number that is sent.
+N parameters, W ranks, P of them sharing a sample (sequence parallelism), s bytes per number that is sent, C the model's
+width, L its number of blocks. tests/planner/test_estimate.py counts the bytes of real ranks.
 """
 
 from dataclasses import dataclass
 
 from megagpt.config.batch import BatchPlan
+from megagpt.config.deepspeed import ZeroConfig
 from megagpt.config.run_file import RunConfig
 from megagpt.model.flops import param_sizes
 
@@ -14,7 +16,7 @@ WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of the whole tensors: of a gather what all ranks have after it, of a scatter what they had before it."""
+    """Bytes of whole tensors: after a gather, before a scatter, on either side of the others."""
 
     world_size: int
     all_reduce: int
@@ -25,9 +27,11 @@ class Traffic:
 
     @property
     def wire(self) -> float:
-        """Bytes that leave this rank. A ring sends each byte once around: (W - 1) / W of a tensor to gather or to
-        scatter it, and twice that to reduce it everywhere, which is optimal (Patarasuk and Yuan 2009, Bandwidth optimal
-        all-reduce algorithms for clusters of workstations, section 3; NVIDIA's nccl-tests, doc/PERFORMANCE.md).
+        """Bytes that leave this rank.
+
+        A ring sends each byte once around: (W - 1) / W of a tensor to gather or to scatter it, and twice that to reduce
+        it everywhere, which is optimal (Patarasuk and Yuan 2009, Bandwidth optimal all-reduce algorithms for clusters
+        of workstations, section 3; NVIDIA's nccl-tests, doc/PERFORMANCE.md).
         """
         W, P = self.world_size, self.shared_by
         ring = 2 * self.all_reduce + self.reduce_scatter + self.all_gather
@@ -35,80 +39,71 @@ class Traffic:
 
 
 def traffic(run: RunConfig, batch: BatchPlan, vocab_size: int) -> Traffic:
-    """Of one optimizer step once training is under way (in its first, stage 3 gathers more, to learn the order).
+    """Return the traffic of one optimizer step, from the second step on.
+
+    In the first step ZeRO stage 3 gathers more than this, while it learns in which order parameters are used.
 
     Stage 0 reduces all gradients once in a step. Stages 1 and 2 do not scatter them: each bucket is reduced everywhere
     and every rank keeps its part (`stage_1_and_2.py: average_tensor`), at stage 1 once in a step and at stage 2 in
     every micro-batch; then the new weights are gathered. Stage 3 scatters gradients and gathers weights in every
-    micro-batch, small weights (`persistent`) only after the step.
+    micro-batch, but gathers small weights (`param_persistence_threshold`) only after the step.
     """
-    W, stage, P = batch.world_size, run.deepspeed.zero_optimization.stage, batch.sequence_parallel_size
+    zero, W, P = run.deepspeed.zero_optimization, batch.world_size, batch.sequence_parallel_size
     if W == 1:
         return Traffic(1, 0, 0, 0, 0)
     sizes = param_sizes(run.megagpt.model, vocab_size)
     N, s = sum(sizes), WIDTH[run.deepspeed.dtype]
-    sent = WIDTH.get(str(run.deepspeed_raw.get("communication_data_type")).lower(), s)
-    every, exchanged = batch.accumulation, _all_to_all(run, batch)
-    if stage == 0:
-        return Traffic(W, N * sent, 0, 0, exchanged, P)
-    if stage < 3:
-        return Traffic(W, N * sent * (every if stage == 2 else 1), 0, s * _flat(run, sizes, W), exchanged, P)
+    reduced_in = WIDTH.get(str(run.deepspeed.communication_data_type).lower(), s)
+    micro_batches, exchanged = batch.accumulation, _all_to_all(run, batch)
+    if zero.stage == 0:
+        return Traffic(W, N * reduced_in, 0, 0, exchanged, P)
+    if zero.stage < 3:
+        times = micro_batches if zero.stage == 2 else 1
+        return Traffic(W, N * reduced_in * times, 0, s * _flat(run, sizes, W), exchanged, P)
+    # Stage 3 pads each parameter to a multiple of the ranks.
     padded = sum(-(-n // W) * W for n in sizes)
-    small = sum(-(-n // W) * W for n in sizes if n <= persistence(run))
-    again = regathered(run, padded - small) + _tied_again(run, sizes[0], padded - small)
-    gathered = every * (padded - small + again) + small
-    return Traffic(W, 0, every * padded * sent, s * gathered, exchanged, P)
+    small = sum(-(-n // W) * W for n in sizes if n <= zero.param_persistence_threshold)
+    again = regathered(zero, padded - small) + _tied_again(zero, sizes[0], padded - small)
+    gathered = micro_batches * (padded - small + again) + small
+    return Traffic(W, 0, micro_batches * padded * reduced_in, s * gathered, exchanged, P)
 
 
-def persistence(run: RunConfig) -> int:
-    """Stage 3 keeps parameters of up to so many elements whole on every rank."""
-    return int(zero_key(run, "param_persistence_threshold", 1e5))
+def regathered(zero: ZeroConfig, partitioned: int) -> int:
+    """Elements that stage 3 releases after the forward pass and gathers again, because their next use is too far away.
 
-
-def regathered(run: RunConfig, partitioned: int) -> int:
-    """Elements that stage 3 lets go after the forward pass and gathers again: whose next use is too far away.
-
-    Backward comes back to a block after twice what lies behind it, so it is the first blocks that are let go; but what
-    the prefetch for backward came across while it was still whole is kept (`partitioned_param_coordinator.py:
-    __params_to_release`). `max_live_parameters` limits the prefetch alone.
+    Backward reaches a block again after twice the parameters between it and the model's end, so it is the first blocks
+    that are released; but what the prefetch for backward finds while it is still whole is kept
+    (`partitioned_param_coordinator.py: __params_to_release`). `max_live_parameters` limits the prefetch alone.
     """
-    return max(0, partitioned - int(max(_reuse(run) // 2, _prefetch(run))))
+    return max(0, partitioned - max(zero.max_reuse_distance // 2, zero.prefetch_bucket_size))
 
 
-def _tied_again(run: RunConfig, tied: int, partitioned: int) -> int:
-    """The output matrix, which is the embeddings' too: let go between these two uses, all blocks apart, it is gathered
-    once more in the forward and once more in the backward pass.
+def _tied_again(zero: ZeroConfig, tied: int, partitioned: int) -> int:
+    """Elements of the embedding matrix, which is the output matrix too, that are gathered again between these two uses.
+
+    All blocks lie between the two. If the matrix is released there, it is gathered once more in the forward and once
+    more in the backward pass.
     """
-    return 2 * tied if partitioned - tied > max(_reuse(run), _prefetch(run)) else 0
-
-
-def _reuse(run: RunConfig) -> float:
-    return zero_key(run, "max_reuse_distance", 1e9)
-
-
-def _prefetch(run: RunConfig) -> float:
-    return zero_key(run, "prefetch_bucket_size", 5e7)
-
-
-def zero_key(run: RunConfig, name: str, default: float) -> float:
-    """A number of the zero_optimization section, of which stage 3's may be written with a prefix."""
-    section = run.deepspeed_raw.get("zero_optimization", {})
-    return float(section.get(name, section.get(f"stage3_{name}", default)))
+    return 2 * tied if partitioned - tied > max(zero.max_reuse_distance, zero.prefetch_bucket_size) else 0
 
 
 def _flat(run: RunConfig, sizes: list[int], world_size: int) -> int:
-    """Elements of stage 1 and 2's flat buffers: one for what decays, one for what does not, each in equal parts of
-    an even number (`nccl_start_alignment_factor`).
+    """Elements of the flat buffers of stages 1 and 2: one for parameters that decay, one for those that do not.
+
+    Each is padded to equal parts of an even number of elements (`nccl_start_alignment_factor`).
     """
     C, L = run.megagpt.model.n_embd, run.megagpt.model.n_layer
+    # Biases and LayerNorms: 13 C in each block and 2 C at the end.
     vectors = 0 if run.megagpt.regularization.weight_decay_on == "all" else (13 * L + 2) * C
     even = 2 * world_size
     return sum(-(-n // even) * even for n in (sum(sizes) - vectors, vectors))
 
 
 def _all_to_all(run: RunConfig, batch: BatchPlan) -> int:
-    """DeepSpeed-Ulysses (Jacobs et al. 2023, section 3.1): of each block the queries, keys, values and the result, in
-    the forward pass and in backward; what is computed again is exchanged again.
+    """Bytes that DeepSpeed-Ulysses exchanges for sequence parallelism (Jacobs et al. 2023, section 3.1).
+
+    In each block the queries, keys, values and the result, in forward and in backward; what is recomputed is exchanged
+    again.
     """
     if batch.sequence_parallel_size == 1:
         return 0

@@ -1,7 +1,7 @@
-"""What a run file needs and how long it takes, before anything is started: `megagpt plan`. Arithmetic alone.
+"""Estimate the memory and time of a run file, for `megagpt plan`: by arithmetic, before anything is started.
 
-Memory is memory.py's, traffic communication.py's, FLOPs model/flops.py's; here are the settings that are tried, the
-simple model of a step's time, and the table.
+Memory is counted by memory.py, traffic by communication.py and FLOPs by model/flops.py. This module has the settings
+that are compared and a simple model of a step's time; report.py prints them.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from megagpt.config.batch import BatchPlan, batch_plan
-from megagpt.config.run_file import RunConfig, parse_run
+from megagpt.config.run_file import RunConfig
 from megagpt.data.manifest import read_manifest
 from megagpt.data.tokenizer import padded_vocab_size
 from megagpt.errors import UserError
@@ -21,13 +21,20 @@ from megagpt.planner.memory import ADAM, Memory, memory
 GIB = 2**30
 GPUS_PER_HOST = 8
 VOCABULARY = 50_257  # GPT-2's, where the data is not there to ask
-EFFICIENCY = 0.4  # of the peak; published for GPT-2 on Hopper: 33 to 52 %
-FP32_PEAK = 1 / 16  # of the 16-bit peak: 19.5 of 312 TFLOP/s on an A100
-BACKWARD_SHARE = 2 / 3  # of a step's FLOPs, where nothing is computed again
-FRAGMENTATION = 0.1  # of the tensors' bytes: holes of the allocator
-CONTEXT = 1.0 * GIB  # CUDA's context, kernels, NCCL's buffers
-HOST_LINK = 25e9  # bytes/s between a GPU and its host, each way: PCI Express 4, 16 lanes, of which 80 % are reached
-HOST_ADAM = 10e9  # bytes/s of a host's memory for each GPU's share of an offloaded Adam, which moves 28 per parameter
+# FLOP/s that are reached, as a share of the peak; published for GPT-2 on Hopper: 33 to 52 %.
+EFFICIENCY = 0.4
+# The fp32 peak as a share of the 16-bit peak: 19.5 of 312 TFLOP/s on an A100.
+FP32_PEAK = 1 / 16
+# The backward pass's share of a step's FLOPs, without recomputation.
+BACKWARD_SHARE = 2 / 3
+# Gaps between the allocator's blocks, as a share of the tensors' bytes.
+FRAGMENTATION = 0.1
+# CUDA's context, kernels and NCCL's buffers.
+CONTEXT = 1.0 * GIB
+# Bytes/s between a GPU and its host, each way: PCI Express 4, 16 lanes, of which 80 % are reached.
+HOST_LINK = 25e9
+# Bytes/s of host memory for each GPU's share of an offloaded Adam, which reads and writes 28 bytes per parameter.
+HOST_ADAM = 10e9
 
 NETWORKS = {  # GB/s of each GPU, each way
     "infiniband-ndr": 50.0,  # 400 Gbit/s
@@ -37,7 +44,8 @@ NETWORKS = {  # GB/s of each GPU, each way
     "ethernet-10": 1.25,
 }
 
-WHERE = {"none": ("none", "none"), "optimizer": ("cpu", "none"), "all": ("cpu", "cpu")}  # offload_optimizer, _param
+# What is offloaded -> the devices of offload_optimizer and offload_param.
+WHERE = {"none": ("none", "none"), "optimizer": ("cpu", "none"), "all": ("cpu", "cpu")}
 STAGES = [(0, "none"), (1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer")]
 STAGES.append((3, "all"))
 POLICIES = ("none", "selective", "full")
@@ -45,7 +53,7 @@ POLICIES = ("none", "selective", "full")
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs that are planned for, and what connects them."""
+    """The GPUs of the plan and the network between them."""
 
     name: str
     gpu: Gpu
@@ -57,7 +65,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run the run file: sizes in bytes for each GPU, seconds for each step."""
+    """One way to run the run file: bytes per GPU, seconds per step."""
 
     stage: int
     offload: str
@@ -71,21 +79,26 @@ class Setting:
     compute_seconds: float
     wire_seconds: float
     host_seconds: float
-    hidden_seconds: float  # of the wire's, behind the compute
+    hidden_seconds: float  # the part of wire_seconds that runs during the compute
     fits: bool
-    keys: tuple[str, ...] = field(default=(), compare=False)  # what makes the planned run file this setting
+    keys: tuple[str, ...] = field(default=(), compare=False)  # overrides that turn the run file into this setting
 
     @property
     def seconds(self) -> float:
+        """Seconds of one optimizer step."""
         return self.compute_seconds + self.wire_seconds - self.hidden_seconds + self.host_seconds
 
     @property
     def total(self) -> float:
+        """Bytes that one GPU needs at the worst moment."""
         return self.memory.total + self.spare
 
 
 def machine(gpu: str, ranks: int, network: str | None, efficiency: float = EFFICIENCY) -> Machine:
-    """By names or numbers. Raises UserError for a GPU or network that is not known."""
+    """Describe the machine that the command line names. Raises UserError for an unknown GPU or network.
+
+    `network` is a name or GB/s per GPU each way; without it, up to 8 ranks use the GPUs' own links.
+    """
     if (name := gpu_named(gpu)) is None:
         raise UserError(f"--gpu {gpu!r} is not known; known are {', '.join(GPUS)}")
     if network is None and ranks <= GPUS_PER_HOST:
@@ -101,7 +114,7 @@ def machine(gpu: str, ranks: int, network: str | None, efficiency: float = EFFIC
 
 
 def vocabulary(run: RunConfig) -> tuple[int, str]:
-    """(padded vocabulary, where it is from): the data's, or GPT-2's if there is no data yet."""
+    """Return (padded vocabulary size, its source in words): the dataset's, or GPT-2's if there is no dataset yet."""
     path = run.megagpt.data.train[0].path
     try:
         return padded_vocab_size(read_manifest(path).tokenizer.vocab_size), f"of {path}"
@@ -110,7 +123,7 @@ def vocabulary(run: RunConfig) -> tuple[int, str]:
 
 
 def setting(run: RunConfig, on: Machine, vocab_size: int, *, current: bool = False) -> Setting:
-    """Raises UserError if the batch does not multiply out."""
+    """Estimate the run as it is written. Raises UserError if its batch sizes do not multiply out on these ranks."""
     batch, zero = batch_plan(run.deepspeed, on.ranks), run.deepspeed.zero_optimization
     used = memory(run, batch, vocab_size, on_cpu=on.name == "cpu")
     sent = traffic(run, batch, vocab_size)
@@ -137,23 +150,23 @@ def setting(run: RunConfig, on: Machine, vocab_size: int, *, current: bool = Fal
 
 
 def settings(run: RunConfig, on: Machine, vocab_size: int) -> Iterator[Setting]:
-    """The run file's own, and all stages, offloads, policies and micro-batches with the same global batch."""
+    """Estimate the run as it is written, then every stage, offload, policy and micro-batch with its global batch."""
     yield setting(run, on, vocab_size, current=True)
     for micro_batch in micro_batches(run, on.ranks):
         for stage, offload in STAGES:
             for policy in dict.fromkeys((*POLICIES, run.megagpt.recompute.policy)):
                 keys = changes(run, stage, offload, policy, micro_batch)
-                yield replace(setting(parse_run(run.as_json(), keys), on, vocab_size), keys=tuple(keys))
+                yield replace(setting(run.changed(*keys), on, vocab_size), keys=tuple(keys))
 
 
 def micro_batches(run: RunConfig, ranks: int) -> list[int]:
-    """Those that the global batch is a multiple of, on so many ranks. Raises UserError as batch_plan does."""
+    """Return the micro-batches that divide one rank's part of the global batch. Raises UserError as batch_plan does."""
     share = run.deepspeed.train_batch_size // batch_plan(run.deepspeed, ranks).replicas
     return [n for n in range(1, share + 1) if share % n == 0]
 
 
 def changes(run: RunConfig, stage: int, offload: str, policy: str, micro_batch: int) -> list[str]:
-    """What to put behind the run file's name, or into it, for this setting."""
+    """Return the overrides (`key.path=value`) that give the run this setting."""
     optimizer, param = WHERE[offload]
     zero, ds = run.deepspeed.zero_optimization, run.deepspeed
     keys = [f"zero_optimization.stage={stage}"]
@@ -166,17 +179,15 @@ def changes(run: RunConfig, stage: int, offload: str, policy: str, micro_batch: 
     keys += ["gradient_accumulation_steps=null"] if ds.gradient_accumulation_steps is not None else []
     if policy != run.megagpt.recompute.policy:
         keys.append(f'megagpt.recompute={{"policy": "{policy}"}}')
-        keys += ["activation_checkpointing={}"] if "activation_checkpointing" in run.deepspeed_raw else []
+        keys += ["activation_checkpointing={}"] if "activation_checkpointing" in run.deepspeed.model_fields_set else []
     return keys
 
 
-def variant(run: RunConfig, stage: int, offload: str, policy: str, micro_batch: int) -> RunConfig:
-    """The run file with those changes."""
-    return parse_run(run.as_json(), changes(run, stage, offload, policy, micro_batch))
-
-
 def fastest(found: Sequence[Setting]) -> Setting | None:
-    """Of those that fit. Within 2 %, which this model cannot tell apart, the lowest stage with the largest batch."""
+    """Return the fastest setting that fits, or None.
+
+    Among times within 2 %, which this model cannot tell apart, it is the lowest stage with the largest micro-batch.
+    """
     fitting = [s for s in found if s.fits]
     if not fitting:
         return None
@@ -185,7 +196,7 @@ def fastest(found: Sequence[Setting]) -> Setting | None:
 
 
 def _compute_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, on: Machine) -> float:
-    """FLOPs of a step, recomputation included, over what the GPUs reach together."""
+    """Seconds of a step's FLOPs, recomputation included, at the rate that all GPUs reach together."""
     cfg = run.megagpt
     model = cfg.model.model_copy(update={"seq_len": cfg.seq_len})
     again = recompute_flops_per_token(
@@ -201,13 +212,13 @@ def _compute_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, on: Mach
 
 
 def _hidden_seconds(run: RunConfig, batch: BatchPlan, sent: Traffic, compute: float, bandwidth: float) -> float:
-    """What overlap_comm can hide of the wire's seconds: at stage 3, where it is on unless the run file says otherwise,
-    gathering and scattering behind all of the compute; at stages 1 and 2 reducing alone, behind the backward passes
-    that reduce, which at stage 1 is the last one.
+    """Seconds of communication that overlap_comm hides behind the compute.
+
+    At stage 3, where it is on by default, gathering and scattering overlap with all of the compute. At stages 1 and 2
+    only reducing does, and only with the backward passes that reduce: at stage 1 that of the last micro-batch.
     """
     stage = run.deepspeed.zero_optimization.stage
-    overlap = run.deepspeed_raw.get("zero_optimization", {}).get("overlap_comm")
-    if stage == 0 or not (stage == 3 if overlap is None else overlap):
+    if not run.deepspeed.zero_optimization.overlaps:
         return 0.0
     if stage == 3:
         return min(replace(sent, all_to_all=0).wire / bandwidth, compute)
@@ -216,9 +227,11 @@ def _hidden_seconds(run: RunConfig, batch: BatchPlan, sent: Traffic, compute: fl
 
 
 def _host_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, offload: str) -> float:
-    """Offload: gradients to the host, Adam there (28 bytes of a parameter read and written), weights back."""
+    """Seconds of offload: gradients move to the host, Adam runs there, weights move back."""
     if offload == "none":
         return 0.0
     part, s = n_params(run.megagpt.model, vocab_size) / batch.world_size, WIDTH[run.deepspeed.dtype]
-    reads = batch.accumulation * 2 if offload == "all" else 1  # weights for each forward and backward pass
+    # With "all", weights move to the GPU for each forward and backward pass.
+    reads = batch.accumulation * 2 if offload == "all" else 1
+    # Adam reads and writes two moments and the master weights, and reads the gradient: 28 bytes per parameter.
     return part * (s * (batch.accumulation + reads) / HOST_LINK + (2 * ADAM + 4) / HOST_ADAM)

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """Dense bf16 FLOP/s (without sparsity), GiB, GB/s to its neighbors each way."""
+    """Dense bf16 FLOP/s (without sparsity), GiB of memory, GB/s to other GPUs each way."""
 
     peak_flops: float
     memory_gib: float
     link_gb_s: float  # NVLink where it has one, else PCI Express
 
 
-# By words of the name that torch.cuda.get_device_name gives; the first whose words are all in it wins. Peaks are
-# those of NVIDIA's data sheets; memory (what the driver shows) and links (one way) were not looked up there again.
+# Keys are words of the names that torch.cuda.get_device_name gives; the first key whose words are all in a name wins.
+# Peaks are those of NVIDIA's data sheets; memory (as the driver shows it) and links (one way) were not compared with
+# them again.
 GPUS = {
     "B200": Gpu(2250e12, 178, 900),
     "H200": Gpu(989e12, 139, 450),
@@ -33,12 +34,12 @@ GPUS = {
 
 
 def gpu_named(device_name: str) -> str | None:
-    """The key in GPUS, or None: an unknown device gets no figures rather than a guess."""
+    """Return the key in GPUS, or None: an unknown device gets no figures rather than a guess."""
     words = set(re.findall(r"[a-z0-9]+", device_name.lower()))
     return next((name for name in GPUS if words.issuperset(name.lower().split())), None)
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of one device, if it is known."""
+    """Return the dense bf16 peak of one device in FLOP/s, or None if the device is unknown."""
     name = gpu_named(device_name)
     return None if name is None else GPUS[name].peak_flops

@@ -1,43 +1,49 @@
-"""Bytes of tensors that one rank holds at the worst moment of a training step, by what they are.
+"""Estimate the bytes of tensors that one rank holds at the worst moment of a training step, by their purpose.
 
-Pure arithmetic, checked against the tensors that really live (tests/planner/test_estimate.py). N parameters, W ranks, t
-tokens of a micro-batch on this rank, C width, H heads, T positions, V vocabulary; s bytes of a number that the model
-computes with; one unit U = t C s, a (B, T, C) tensor.
+The arithmetic is checked against the tensors that live on real ranks (tests/planner/test_estimate.py).
+
+N parameters, W ranks, t tokens of a micro-batch on this rank, C width, H heads, T positions, V vocabulary, s bytes per
+number that the model computes with. One unit U = t C s is a (B, T, C) tensor.
 """
 
 from dataclasses import dataclass, fields
 
 from megagpt.config.batch import BatchPlan
+from megagpt.config.deepspeed import ZeroConfig
 from megagpt.config.run_file import RunConfig
 from megagpt.data.packing import PACKING
 from megagpt.model.flops import bucket_elements, param_sizes
 from megagpt.model.loss import ROW_BLOCK_BYTES, chunks
-from megagpt.planner.communication import WIDTH, persistence, regathered, zero_key
+from megagpt.planner.communication import WIDTH, regathered
 
-ADAM = 12  # bytes per parameter: two moments and the fp32 master weights, which ZeRO keeps in fp32 training too
-AT_ONCE = 500_000_000  # elements that stage 0 reduces at a time: MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed's engine.py
-WHOLE, SELECTIVE = (
-    16,
-    9,
-)  # units that a block keeps for backward, its result included: tests/engine/test_build.py counts them
-BACKWARD = 5  # units that a block's backward adds: gradients of (B, T, 4C) before and after GELU, less what it frees
+# Bytes per parameter: two moments and the fp32 master weights, which ZeRO keeps in fp32 training too.
+ADAM = 12
+# Elements that stage 0 reduces at a time: MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed's engine.py.
+AT_ONCE = 500_000_000
+# Units that a block keeps for backward, its result included: without recomputation, and with the policy "selective".
+# tests/engine/test_build.py counts them.
+WHOLE = 16
+SELECTIVE = 9
+# Units that a block's backward adds: gradients of (B, T, 4C) before and after GELU, less what it frees.
+BACKWARD = 5
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part, all at one moment, which `when` names; `host` is what offload moves to the CPU's memory."""
+    """Bytes by purpose at one moment of a step; `host` is what offload moves to the CPU's memory."""
 
     weights: float
     optimizer: float
     gradients: float
-    buffers: float  # what is gathered, reduced or converted then
+    buffers: float  # tensors that are gathered, reduced or converted at that moment
     activations: float
     logits: float
     host: float
-    when: str
+    when: str  # the moment
 
     @property
     def total(self) -> float:
+        """Bytes on the GPU."""
         return float(sum(getattr(self, part) for part in PARTS))
 
 
@@ -46,27 +52,31 @@ PARTS = tuple(field.name for field in fields(Memory) if field.name not in ("host
 
 @dataclass(frozen=True)
 class _States:
-    """What a ZeRO stage holds, whatever the micro-batch."""
+    """Bytes that a ZeRO stage holds, independent of the micro-batch's size."""
 
     weights: float
     optimizer: float
     host: float
-    held: float  # gradients that wait for the last micro-batch
-    gathered: float  # weights that stage 3 has whole between a forward and a backward pass
-    prefetched: float  # and the flat tensors in which they came
-    bucket: float  # gradients on their way
+    held: float  # gradients accumulated before the last micro-batch
+    gathered: float  # weights that stage 3 holds whole between a forward and a backward pass
+    prefetched: float  # the flat tensors in which those were gathered
+    bucket: float  # gradients that are being reduced
     reduced: float  # gradients at the end of backward
-    copied: float  # and what is made of them then
+    copied: float  # copies of them that are made then
     converted: float  # their copies for Adam
-    stepped: float  # gradients while Adam works
+    stepped: float  # gradients while Adam runs
 
 
 def memory(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool = False) -> Memory:
-    """At the worst of four moments of a step's last micro-batch, once Adam's moments are there."""
+    """Estimate the worst of four moments of a step's last micro-batch, from the second step on.
+
+    In the first step Adam's moments do not exist yet.
+    """
     states = _states(run, batch, vocab_size)
     kept, again, moved = _activations(run, batch)
     logits = _logits(run, batch, vocab_size, on_cpu=on_cpu)
-    head = vocab_size * run.megagpt.model.n_embd * WIDTH[run.deepspeed.dtype]  # the output matrix's gradient
+    # The output matrix's gradient.
+    head = vocab_size * run.megagpt.model.n_embd * WIDTH[run.deepspeed.dtype]
     whole = states.weights + states.gathered
     moments = {
         "loss": (whole, states.held, states.prefetched, kept, logits),
@@ -88,85 +98,115 @@ def memory(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool = 
 
 
 def _states(run: RunConfig, batch: BatchPlan, vocab_size: int) -> _States:
-    zero, sizes, W = run.deepspeed.zero_optimization, param_sizes(run.megagpt.model, vocab_size), batch.world_size
-    N, s, accumulates = sum(sizes), WIDTH[run.deepspeed.dtype], batch.accumulation > 1
-    elements = zero_key(run, "reduce_bucket_size", bucket_elements(run.megagpt.model, vocab_size, W))
-    overlap = run.deepspeed_raw.get("zero_optimization", {}).get("overlap_comm")
-    bucket = s * elements * (2 if overlap and zero.stage < 3 else 1)
-    part = s * N / W
-    to_host = 0.0 if zero.offload_optimizer.device == "none" else (ADAM + 4) * N / W  # gradients go there in fp32
-    adam = 0.0 if to_host else ADAM * N / W
+    """Count what one rank holds at the run's ZeRO stage (Rajbhandari et al. 2020, section 5)."""
+    zero, sizes = run.deepspeed.zero_optimization, param_sizes(run.megagpt.model, vocab_size)
+    N, W, s, accumulates = sum(sizes), batch.world_size, WIDTH[run.deepspeed.dtype], batch.accumulation > 1
+    elements = zero.reduce_bucket_size or bucket_elements(run.megagpt.model, vocab_size, W)
     if zero.stage == 0:
-        mixed = s == 2
-        return _States(
-            weights=s * N,
-            optimizer=ADAM * N if mixed else 8 * N,  # in fp32 the weights are their own masters
-            host=0.0,
-            held=s * N if accumulates else 0.0,
-            gathered=0.0,
-            prefetched=0.0,
-            bucket=0.0,
-            reduced=s * N,
-            copied=s * min(N, AT_ONCE) if W > 1 else 0.0,
-            converted=4 * N if mixed else 0.0,
-            stepped=s * N,
-        )
+        return _replicated(N, W, s, accumulates=accumulates)
     if zero.stage < 3:
-        held = (s * N if zero.stage == 1 else part) if accumulates else 0.0
-        return _States(
-            weights=s * N,
-            optimizer=adam,
-            host=to_host,
-            held=held,
-            gathered=0.0,
-            prefetched=0.0,
-            bucket=bucket if W > 1 else 0.0,
-            reduced=part if zero.stage == 1 or not accumulates else 2 * part,
-            copied=part + bucket,
-            converted=0.0 if to_host else part + (4 * N / W if s == 2 else 0.0),
-            stepped=0.0 if to_host else part,
-        )
-    small = sum(n for n in sizes if n <= persistence(run))
-    live = N - small - regathered(run, N - small)
-    weights = s * small + (0.0 if zero.offload_param.device != "none" else part)
-    group = min(N, zero_key(run, "sub_group_size", 1e9)) / W
+        # With overlap, one bucket fills while the other is reduced.
+        bucket = s * elements * (2 if zero.overlaps else 1)
+        return _sharded_optimizer(zero, N, W, s, bucket, accumulates=accumulates)
+    return _sharded_weights(zero, sizes, W, s, s * elements)
+
+
+def _replicated(N: int, W: int, s: int, *, accumulates: bool) -> _States:
+    """Stage 0: every rank holds all of everything."""
+    mixed = s == 2
     return _States(
-        weights=weights,
-        optimizer=adam,
-        host=to_host + (s * N / W if zero.offload_param.device != "none" else 0.0),
+        weights=s * N,
+        # In fp32 the weights are their own master weights.
+        optimizer=ADAM * N if mixed else 8 * N,
+        host=0.0,
+        held=s * N if accumulates else 0.0,
+        gathered=0.0,
+        prefetched=0.0,
+        bucket=0.0,
+        reduced=s * N,
+        copied=s * min(N, AT_ONCE) if W > 1 else 0.0,
+        converted=4 * N if mixed else 0.0,
+        stepped=s * N,
+    )
+
+
+def _sharded_optimizer(zero: ZeroConfig, N: int, W: int, s: int, bucket: float, *, accumulates: bool) -> _States:
+    """Stages 1 and 2: every rank holds all weights and part of the optimizer state, at stage 2 also of gradients."""
+    part = s * N / W
+    on_gpu, on_host = _adam(zero, N / W)
+    held = s * N if zero.stage == 1 else part
+    return _States(
+        weights=s * N,
+        optimizer=on_gpu,
+        host=on_host,
+        held=held if accumulates else 0.0,
+        gathered=0.0,
+        prefetched=0.0,
+        bucket=bucket if W > 1 else 0.0,
+        reduced=part if zero.stage == 1 or not accumulates else 2 * part,
+        copied=part + bucket,
+        converted=0.0 if on_host else part + (4 * N / W if s == 2 else 0.0),
+        stepped=0.0 if on_host else part,
+    )
+
+
+def _sharded_weights(zero: ZeroConfig, sizes: list[int], W: int, s: int, bucket: float) -> _States:
+    """Stage 3: every rank holds its part of everything, and small parameters whole."""
+    N = sum(sizes)
+    part = s * N / W
+    on_gpu, on_host = _adam(zero, N / W)
+    offloaded = zero.offload_param.device != "none"
+    small = sum(n for n in sizes if n <= zero.param_persistence_threshold)
+    live = N - small - regathered(zero, N - small)
+    # Adam converts one group of parameters at a time.
+    group = min(N, zero.sub_group_size) / W
+    return _States(
+        weights=s * small + (0.0 if offloaded else part),
+        optimizer=on_gpu,
+        host=on_host + (part if offloaded else 0.0),
         held=part + bucket,
         gathered=s * live,
-        prefetched=s * min(live, zero_key(run, "prefetch_bucket_size", 5e7)),
+        prefetched=s * min(live, zero.prefetch_bucket_size),
         bucket=0.0,
         reduced=part + bucket,
         copied=0.0,
-        converted=0.0 if to_host else group * (s + (4 if s == 2 else 0)),
+        converted=0.0 if on_host else group * (s + (4 if s == 2 else 0)),
         stepped=part + bucket,
     )
 
 
+def _adam(zero: ZeroConfig, n_params: float) -> tuple[float, float]:
+    """Return the bytes of Adam's states on the GPU and on the host, where offloaded gradients lie too, in fp32."""
+    return (ADAM * n_params, 0.0) if zero.offload_optimizer.device == "none" else (0.0, (ADAM + 4) * n_params)
+
+
 def _activations(run: RunConfig, batch: BatchPlan) -> tuple[float, float, float]:
-    """(kept for backward, added by the backward of the last block, moved to the host)."""
+    """Return bytes of activations: (kept for backward, added by the last block's backward, moved to the host)."""
     cfg, s = run.megagpt, WIDTH[run.deepspeed.dtype]
     L, H, T = cfg.model.n_layer, cfg.model.n_head, cfg.seq_len
     tokens = batch.micro_batch * T / batch.sequence_parallel_size
     U = tokens * cfg.model.n_embd * s
     scores = tokens * H * T  # elements of all heads' attention weights
-    extra = 4 * tokens * (H + 4)  # attention's log-sum-exp, mean and deviation of two LayerNorms
-    if cfg.model.attention == "eager":  # softmax and queries and keys in fp32; what multiplies the values
+    # Attention's log-sum-exp, and the mean and deviation of two LayerNorms, in fp32.
+    extra = 4 * tokens * (H + 4)
+    if cfg.model.attention == "eager":
+        # The softmax, queries and keys in fp32, the weights that multiply the values, and a byte each for a mask.
         extra += scores * (4 + (s if s == 2 else 0) + 1) + (2 * tokens * cfg.model.n_embd * 4 if s == 2 else 0)
     elif PACKING[cfg.packing.kind].masked:
-        extra += batch.micro_batch * T * T * s  # the mask as numbers that are added
+        # The mask of each sample, (T, T), as numbers that are added to the scores.
+        extra += batch.micro_batch * T * T * s
     if cfg.regularization.dropout > 0.0:
-        extra += 2 * tokens * cfg.model.n_embd  # a byte for each number of two results
+        # The masks of two results, a byte for each number.
+        extra += 2 * tokens * cfg.model.n_embd
     whole = WHOLE * U + extra
     policy, again = cfg.recompute.policy, cfg.recompute.n_blocks(L)
     each = {"selective": SELECTIVE * U + 4 * tokens * H, "budget": U + (cfg.recompute.budget or 0.0) * (whole - U)}
-    less = each.get(policy, U)  # a block whose activations are computed again
+    less = each.get(policy, U)  # kept of a block that is recomputed
     if policy == "budget":
         again = L
     blocks = again * less + (L - again) * whole
-    ends = 2 * U  # the embeddings' sum, and the last LayerNorm's result
+    ends = 2 * U  # the embeddings' sum and the last LayerNorm's result
+    # Backward begins with the last block, which is recomputed first if the policy includes it.
     backward = BACKWARD * U + (whole - less if again and (L - 1) % (cfg.recompute.k or 1) == 0 else 0.0)
     if cfg.recompute.offload or run.deepspeed.activation_checkpointing.cpu_checkpointing:
         return ends + whole, backward, blocks
@@ -174,10 +214,11 @@ def _activations(run: RunConfig, batch: BatchPlan) -> tuple[float, float, float]
 
 
 def _logits(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool) -> float:
-    """The most that the loss holds, by the way that loss.py: next_token_score goes.
+    """Return the most bytes that the loss holds, which depends on the path that loss.py: next_token_score takes.
 
-    Whole: the logits' softmax and the gradients of both, in fp32. In chunks: of one chunk the logits, their softmax and
-    gradient; then its logits, what they are multiplied to, and the output matrix's gradient, in fp32 if there are more.
+    Computed whole, it holds the logits' softmax and the gradients of both, in fp32. Computed in chunks, it holds one
+    chunk's logits, their softmax and gradient; then that chunk's logits, their product, and the output matrix's
+    gradient, in fp32 if there are several chunks.
     """
     cfg, s = run.megagpt, WIDTH[run.deepspeed.dtype]
     n_tokens = batch.micro_batch * cfg.seq_len // batch.sequence_parallel_size

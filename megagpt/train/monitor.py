@@ -21,6 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from megagpt.atomic_files import write_atomically
 from megagpt.checkpoint.commit import best
+from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.distributed.process_group import is_main, print_rank0
@@ -104,7 +105,7 @@ class Monitor:
     def _write_hyperparameters(self, run: RunConfig) -> None:
         assert self._writer is not None
         self.text("run_file", json.dumps(run.as_json(), indent=2), 0)
-        flat = dict(_flatten(run.as_json()))
+        flat = {k: v if isinstance(v, str | int | float) else json.dumps(v) for k, v in leaves(run.as_json()).items()}
         events = self._writer._get_file_writer()  # add_hparams() would start a second run in TensorBoard
         for summary in hparams(flat, {"loss/val": 0.0}):
             events.add_summary(summary)
@@ -193,13 +194,3 @@ def _short(name: str, value: float) -> str:
     if name == "mfu":
         return f"{value:.1%}"
     return f"{value:.2e}" if name == "lr" else f"{value:.4f}"
-
-
-def _flatten(node: Any, path: str = "") -> Iterator[tuple[str, str | float | bool]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _flatten(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, (str, int, float, bool)):
-        yield path, node
-    else:
-        yield path, json.dumps(node)

@@ -64,7 +64,7 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_finishes(dataset, tmp_
 
 
 def test_a_run_whose_reader_is_gone_trains_to_its_end(dataset, tmp_path):
-    """As pdsh is, and the terminal of a closed ssh session."""
+    """Such a reader is pdsh, or the terminal of a closed ssh session."""
     process = start([sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run")])
     assert process.stdout is not None
     assert process.stderr is not None
@@ -76,7 +76,7 @@ def test_a_run_whose_reader_is_gone_trains_to_its_end(dataset, tmp_path):
 
 
 def killed_launcher(program: list, dataset, out_dir, until: str) -> str:
-    """torchrun is killed at the first line that begins so, and the rank must end; returns what went to stderr."""
+    """Kill torchrun at the first line that begins with `until`; the rank must end. Returns what it wrote to stderr."""
     options = ["megagpt.schedule.max_steps=100000", "megagpt.every.save=0", "megagpt.guards.hang_timeout=0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
     launcher = start([*torchrun, *program, *arguments(dataset, out_dir, *options)])
@@ -100,7 +100,7 @@ def test_ranks_whose_launcher_was_killed_save_and_end(dataset, tmp_path):
 
 @pytest.mark.parametrize("what", ["the first step", "evaluating"])
 def test_a_rank_that_reaches_no_boundary_ends_soon_after_its_launcher(dataset, tmp_path, what):
-    """Where no timeout for hangs would hold."""
+    """The timeout for hangs does not apply there."""
     errors = killed_launcher([ORPHANED, what], dataset, tmp_path / "run", "waiting")
     assert "s since its launcher died, and ends" in errors
     assert "orphaned_rank.py" in (tmp_path / "run/stacks.0.txt").read_text()
@@ -135,7 +135,7 @@ def test_ranks_whose_deepspeed_command_was_ended_save_and_end(dataset, tmp_path,
 
 
 def test_a_run_that_a_person_started_outlives_its_shell(dataset, tmp_path):
-    """The shell ends when it has seen the first step; the run goes on to its end."""
+    """The shell ends when it has seen the first step; the run continues to its end."""
     out, steps = tmp_path / "out", "megagpt.schedule.max_steps=400"
     train = shlex.join(map(str, [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", steps)]))
     shell = start(["bash", "-c", f"touch {out}; {train} >{out} 2>&1 & echo $!; tail -f {out} | grep -q -m 1 ^step"])
@@ -153,12 +153,12 @@ def test_a_stop_waits_for_the_write_in_flight_and_for_its_own(monkeypatch):
         assert warning.startswith("a save takes up to 31 s at a stop, and a launcher that is told to stop kills its ")
 
 
-@pytest.mark.parametrize("beside", ["false", "true"])
+@pytest.mark.parametrize("save_async", ["false", "true"])
 def test_a_save_that_outlasts_a_launchers_patience_is_announced_once(
-    dataset, device, tmp_path, monkeypatch, capsys, beside
+    dataset, device, tmp_path, monkeypatch, capsys, save_async
 ):
     monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.0)
-    often = ["megagpt.schedule.max_steps=6", "megagpt.every.save=2", f"megagpt.save_async={beside}"]
+    often = ["megagpt.schedule.max_steps=6", "megagpt.every.save=2", f"megagpt.save_async={save_async}"]
     assert pretrain(arguments(dataset, tmp_path / "alone", *often)) == 0
     assert "a save takes" not in capsys.readouterr().out
     monkeypatch.setenv("CROSS_SIZE", "1")
@@ -235,7 +235,8 @@ def test_srun_starts_ranks_by_slurms_variables(dataset, tmp_path):
 def test_a_mistake_is_printed_once_for_all_ranks_without_a_traceback(dataset, tmp_path):
     done = torchrun(2, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.model.n_layers=3"))
     assert done.returncode != 0
-    ours = done.stderr.split("torch/distributed/elastic")[0]  # what torchrun adds about its child is its own
+    # torchrun adds a report of its own about its child.
+    ours = done.stderr.split("torch/distributed/elastic")[0]
     assert ours.count("error: ") == 1
     assert "Traceback" not in ours
     assert "did you mean 'n_layer'?" in ours
@@ -243,7 +244,7 @@ def test_a_mistake_is_printed_once_for_all_ranks_without_a_traceback(dataset, tm
 
 
 def test_every_rank_ends_with_2_and_none_is_aborted_by_a_thread_of_its_process_group(dataset, tmp_path):
-    """As one rank in two was with Debian 12's Python 3.11.2, where the group was left to the end of the process."""
+    """With Debian 12's Python 3.11.2 one rank in two was, when the process group was not left before the end."""
     command = [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.data.val=nowhere")]
     ranks = []
     for _ in range(3):
@@ -378,7 +379,7 @@ def test_evaluate_agrees_with_the_run(trained, dataset, capsys):
         (["generate", "RUN", "--temperature", "-1"], "--temperature=-1.0"),
         (["generate", "RUN", "--top-p", "2"], "--top-p=2.0"),
         (["evaluate", "RUN", "--data", "nowhere"], "nowhere"),
-        (["evaluate", "RUN", "--data", "NOISE"], "was tokenized with another model"),
+        (["evaluate", "RUN", "--data", "NOISE"], "was made with another tokenizer"),
     ],
 )
 def test_a_mistake_after_training_is_one_line_too(trained, dataset, capsys, command, complaint):

@@ -1,4 +1,4 @@
-"""launch/slurm/pretrain.sbatch and `megagpt slurm`: what is passed on, when a job goes back, what is refused."""
+"""launch/slurm/pretrain.sbatch and `megagpt slurm`: what is passed on, when a job is requeued, what is refused."""
 
 import json
 import os
@@ -16,7 +16,7 @@ HOSTILE = 'megagpt.sample.prompts=["$(touch pwned) `touch pwned` ; touch pwned; 
 
 
 def run_script(folder: Path, script: str, *arguments: str, code: int = 0, **variables: str) -> tuple[int, str, str]:
-    """In the place of a batch job, with stand-ins for Slurm's commands: its exit code, what they were given, errors."""
+    """Run the script with stand-ins for Slurm's commands; return (exit code, their arguments, errors)."""
     calls = folder / "calls"
     calls.unlink(missing_ok=True)
     for name, answer in {
@@ -39,14 +39,14 @@ def run_script(folder: Path, script: str, *arguments: str, code: int = 0, **vari
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (2, False)])
-def test_what_was_saved_goes_back(tmp_path, code, requeued):
+def test_a_saved_run_is_requeued(tmp_path, code, requeued):
     ended, calls, _ = run_script(tmp_path, SCRIPT.read_text(), "run.json", "--fresh", "a.b=1", code=code)
     assert ended == code
     assert "|launch/pretrain.py|--deepspeed_config|run.json|--fresh|a.b=1|" in calls
     assert ("scontrol|requeue|4321|" in calls) == requeued
 
 
-def test_what_fails_goes_back_three_times_and_saving_forgives(tmp_path):
+def test_a_failed_run_is_requeued_three_times_and_a_save_resets_the_count(tmp_path):
     requeued = []
     for code in (1, 137, 75, 1, 1, 1, 1):
         ended, calls, errors = run_script(tmp_path, SCRIPT.read_text(), "run.json", code=code)
@@ -118,7 +118,7 @@ def test_the_signal_comes_as_early_as_the_runs_own_saves_need(slurm, tmp_path):
     assert signal() == "#SBATCH --signal=USR1@300"
     assert signal("--time", "8") == "#SBATCH --signal=USR1@120"  # a quarter of it
     rows = [{"step": 1, "seconds/save": 100.0}, {"step": 2, "seconds/eval": 40.4, "seconds/save": 50.0}]
-    rows.append({"step": 3, "seconds/save": 60.0, "seconds/write": 150.0})  # beside training
+    rows.append({"step": 3, "seconds/save": 60.0, "seconds/write": 150.0})  # written asynchronously
     (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, rows), '{"step": 3, "sec']))
     lead = "#SBATCH --signal=USR1@881"  # 2 * (40.4 + 100 + 2 * 150)
     assert signal() == lead
@@ -134,7 +134,7 @@ def test_times_are_read_as_sbatch_reads_them():
     assert {text: limit_seconds(text) for text in times} == times
 
 
-def test_a_sweep_is_an_array_of_runs_that_were_all_looked_at(slurm, tmp_path):
+def test_a_sweep_is_an_array_whose_runs_are_all_checked(slurm, tmp_path):
     sweep = tmp_path / "sweep"
     sweep.write_text("megagpt.out_dir=runs/a optimizer.params.lr=1e-3\nmegagpt.out_dir=runs/b\n")
     _, script, _ = slurm("--dry-run", "--sweep", sweep)

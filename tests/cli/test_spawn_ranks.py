@@ -1,4 +1,4 @@
-"""Launches of our own programs: who ends the command ends their ranks."""
+"""Programs started on several ranks: ending the command ends their ranks."""
 
 import os
 import signal
@@ -20,13 +20,14 @@ threading.Event().wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_who_ends_the_command_ends_its_ranks(tmp_path, number):
+def test_ending_the_command_ends_its_ranks(tmp_path, number):
     (tmp_path / "waiting_rank.py").write_text(WAITING_RANK)
     pipe = tmp_path / "ready"
     os.mkfifo(pipe)
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     command = subprocess.Popen([sys.executable, "-c", LAUNCH, pipe], env=environment() | {"PYTHONPATH": path})
-    with pipe.open() as ready:  # as soon as a rank has it open, too
+    # Opening blocks until a rank has opened the pipe too.
+    with pipe.open() as ready:
         ranks = [psutil.Process(int(ready.readline())) for _ in range(2)]
     below = psutil.Process(command.pid).children(recursive=True)
     assert set(ranks) <= set(below)

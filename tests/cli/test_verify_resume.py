@@ -1,4 +1,4 @@
-"""`megagpt verify-resume` on two real ranks: it finds a true resume exact, and one without its generators not."""
+"""`megagpt verify-resume` on two real ranks: a correct resume is exact, and one that loses RNG state is found out."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ ROUGH = [
 ]
 
 
-def test_a_run_on_two_ranks_goes_on_to_the_last_bit(dataset, tmp_path, capsys):
+def test_a_run_on_two_ranks_resumes_bit_for_bit(dataset, tmp_path, capsys):
     options = overrides(dataset, tmp_path / "unused", *ROUGH)
     assert main(["verify-resume", str(DEBUG_RUN), "--ranks", "2", *options]) == 0, capsys.readouterr().out
     assert capsys.readouterr().out == ("4 steps straight and cut after 2, on 2 rank(s): the same to the last bit\n")
@@ -23,7 +23,7 @@ def test_a_run_on_two_ranks_goes_on_to_the_last_bit(dataset, tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_with_other_ranks_and_another_stage_the_same_samples_and_rates_come(dataset, tmp_path, capsys):
+def test_other_ranks_and_another_stage_see_the_same_samples_and_rates(dataset, tmp_path, capsys):
     options = overrides(dataset, tmp_path / "unused", *ROUGH)
     then = ["--then-ranks", "1", "--then", "zero_optimization.stage=1"]
     command = ["verify-resume", str(DEBUG_RUN), "--ranks", "2", *then]
@@ -35,7 +35,7 @@ def test_with_other_ranks_and_another_stage_the_same_samples_and_rates_come(data
 
 
 @pytest.mark.long
-def test_another_rate_after_the_cut_is_told(dataset, tmp_path, capsys):
+def test_another_learning_rate_after_the_cut_is_reported(dataset, tmp_path, capsys):
     options = overrides(dataset, tmp_path / "unused", *ROUGH)
     assert main(["verify-resume", str(DEBUG_RUN), "--then", "optimizer.params.lr=0.004", *options]) == 1
     out = capsys.readouterr().out
@@ -45,10 +45,10 @@ def test_another_rate_after_the_cut_is_told(dataset, tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_a_resume_that_loses_the_random_generators_is_found_out(dataset, tmp_path, capsys, monkeypatch):
-    """The control: every rank imports a sitecustomize that drops what restores them."""
+def test_a_resume_that_loses_the_rng_state_is_reported(dataset, tmp_path, capsys, monkeypatch):
+    """The control: every rank imports a sitecustomize that disables restoring the RNG state."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import megagpt.checkpoint.rng\nmegagpt.rng.set_rng_state = lambda saved: None\n"
+        "import megagpt.checkpoint.rng\nmegagpt.checkpoint.rng.set_rng_state = lambda saved: None\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     options = overrides(dataset, tmp_path / "unused", *ROUGH)

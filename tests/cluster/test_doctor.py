@@ -33,7 +33,7 @@ PLANTED = [  # (hosts, check, what is said): of five hosts, of which two do not 
     ("h3", "compile lock", r"fused_adam/lock is \d+.\d h old: .* rm /\S+lock$"),
     ("h3", "out_dir", r"runs/gpt2_124m is not shared"),
     ("h3", "interface", r"gloo would take 127.0.1.1, which no other host reaches; write GLOO_SOCKET_IFNAME=eth0"),
-    ("h3", "names", r"the name h5 leads nowhere"),
+    ("h3", "names", r"the name h5 does not resolve"),
     ("h4", "ssh", r"ssh: connect to host h4 .* `ssh h4 true` must work"),
     ("h5", "ssh", r"Permission denied .* `ssh h5 true` must work"),
 ]

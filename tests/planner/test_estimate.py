@@ -1,4 +1,4 @@
-"""`megagpt plan`: what it predicts against what lives and is sent on real ranks, and what it says."""
+"""`megagpt plan`: its estimates against the memory and traffic of real ranks, and what it prints."""
 
 import json
 from itertools import pairwise
@@ -9,10 +9,10 @@ from support import PROGRAMS, ROOT, read_json, torchrun
 
 from megagpt.__main__ import main
 from megagpt.config.batch import batch_plan
-from megagpt.config.run_file import load_run_config, parse_run
+from megagpt.config.run_file import RunConfig, load_run_config, parse_run
 from megagpt.model.flops import n_params
 from megagpt.planner.communication import Traffic, traffic
-from megagpt.planner.estimate import fastest, machine, setting, settings, variant
+from megagpt.planner.estimate import changes, fastest, machine, setting, settings
 from megagpt.planner.memory import memory
 
 
@@ -30,13 +30,13 @@ def found(tmp_path_factory):
 
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_is_within_a_tenth_of_what_lives(found, tmp_path, name):
-    """The plan counts what grows with model and batch, and leaves out what is small in each: masks, norms, copies."""
+    """The plan counts what grows with model and batch, but not what is small in each: masks, norms, copies."""
     run, batch = run_and_batch(tmp_path, MEMORY[name], 2)
     assert memory(run, batch, VOCAB, on_cpu=True).total == pytest.approx(found[name]["live"], rel=0.1)
 
 
 def as_counted(sent: Traffic) -> dict[str, int]:
-    """As DeepSpeed's comms logger counts: the tensor that a rank hands in, which for a gather is its part."""
+    """The traffic as DeepSpeed's comms logger counts it: the tensor that a rank hands in, for a gather its part."""
     counted = {
         "all_reduce": sent.all_reduce,
         "reduce_scatter_tensor": sent.reduce_scatter,
@@ -72,8 +72,12 @@ def test_bytes_on_the_wire_of_a_ring():
 
 @pytest.fixture
 def gpt2(tmp_path):
-    """The 1.5 billion parameters' run file, whose data is not there: GPT-2's vocabulary is taken."""
+    """The run file of 1.5 billion parameters, without a dataset: GPT-2's vocabulary is used."""
     return load_run_config(ROOT / "ds_configs" / "gpt2_1558m.json", [f"megagpt.data.train.0.path={tmp_path}"])
+
+
+def variant(run: RunConfig, stage: int, offload: str, policy: str, micro_batch: int) -> RunConfig:
+    return run.changed(*changes(run, stage, offload, policy, micro_batch))
 
 
 def test_states_of_mixed_precision_on_one_gpu_are_20_bytes_for_each_parameter(gpt2):
@@ -130,7 +134,7 @@ def test_the_command_marks_the_run_files_setting_and_names_the_fastest(capsys):
     assert found["fastest"]["keys"][0] == "zero_optimization.stage=0"
 
 
-def test_what_has_no_effect_is_said_beside_the_plan(capsys):
+def test_a_key_without_effect_is_a_warning_before_the_plan(capsys):
     assert main(["plan", str(ROOT / "ds_configs" / "gpt2_124m.json"), "aio.queue_depth=8"]) == 0
     assert capsys.readouterr().err.startswith("warning: aio.queue_depth=8 has no effect")
 

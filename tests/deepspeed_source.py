@@ -1,6 +1,7 @@
-"""Which keys of a run file a DeepSpeed reads, and with which class: found in the source of its own config class.
+"""Find in DeepSpeed's source which keys of a configuration it reads, with which defaults and pydantic models.
 
-The source is walked, not run: every place where a function asks the run file for a key is seen, whatever the file says.
+The source is walked, not run, so a key is found whatever a configuration holds: an abstract interpreter follows the
+configuration object through the functions of DeepSpeed's config class, and records each key that they ask it for.
 """
 
 import ast
@@ -16,14 +17,15 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-Place = tuple[str, ...]  # where a section stands: () is the top level
+# The path to a section: () is the top level.
+Place = tuple[str, ...]
 Places = frozenset[Place]
 REMOVED = {"_REMOVED_TOP_LEVEL_CONFIG_KEYS": "", "_REMOVED_ZERO_CONFIG_KEYS": "zero_optimization."}
 
 
 @dataclass
 class Known:
-    """What one version of DeepSpeed knows."""
+    """The keys of one version of DeepSpeed."""
 
     keys: dict[Place, set[str]] = field(default_factory=lambda: defaultdict(set))  # of sections, class or not
     classes: dict[Place, type[BaseModel]] = field(default_factory=dict)  # of sections that have one
@@ -31,19 +33,20 @@ class Known:
     removed: dict[str, str] = field(default_factory=dict)  # dotted key -> what DeepSpeed says about it
 
     def default(self, place: Place, key: str) -> Any:
-        """Of a key in a section; None if there is none."""
+        """The default of a key in a section; None if it has none."""
         in_class = self.classes[place].model_fields if place in self.classes else {}
         return in_class[key].default if key in in_class else self.defaults.get((*place, key))
 
 
 @cache
 def known_to(config_class: type) -> Known:
-    """What DeepSpeed's config class and all that it hands the run file to ask it for."""
+    """Collect what DeepSpeed's config class, and every function that it hands the configuration to, ask it for."""
     reader = _Reader()
     reader.follow(config_class.__init__, config_class, frozenset([()]))  # type: ignore[misc]
     for place, model in list(reader.known.classes.items()):
         reader.add_class(place, model)
-    reader.known.classes.pop((), None)  # of some sections of the top level
+    # Some models are built from the whole configuration, to read a few of its sections.
+    reader.known.classes.pop((), None)
     module = inspect.getmodule(config_class)
     for name, before in REMOVED.items():
         for key, why in getattr(module, name, {}).items():
@@ -58,7 +61,10 @@ def classes_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 class _Reader:
-    """Follows the run file's object from name to name and call to call; all else has no value (None)."""
+    """Follows the configuration object through assignments and calls.
+
+    The value of an expression is the set of places that it may be, a Python object where that is known, or None.
+    """
 
     def __init__(self) -> None:
         self.known = Known()
@@ -74,7 +80,7 @@ class _Reader:
                 self.add_class((*place, name), inner)
 
     def follow(self, function: Any, *given: Any) -> Places | None:
-        """Walk a function called with these values; what it returns, if that is of the run file."""
+        """Walk a function that is called with these values; return the places that it may return."""
         seen = (function, *(value if isinstance(value, frozenset | type) else None for value in given))
         if seen in self._results:
             return self._results[seen]

@@ -1,0 +1,98 @@
+"""The keys of DeepSpeed's part of a run file: those that DeepSpeed reads, and those that are refused here.
+
+DeepSpeed ignores a misspelt key at its top level and in its untyped sections, so these lists find it instead. They were
+read from DeepSpeed 0.19.8; tests/lint/test_deepspeed_keys.py compares them with the source of the installed one and
+prints what to change.
+"""
+
+from typing import Any
+
+# Every key that is accepted -> DeepSpeed's default. A value must be true or false, or a number, where its default is.
+# None: there is no default, or a model checks the value. A dict is a section whose keys DeepSpeed reads one by one; the
+# sections that it checks with pydantic models of its own are in engine/deepspeed_models.py.
+DEEPSPEED_DEFAULTS: dict[str, Any] = {
+    "activation_checkpointing": None,
+    "aio": {
+        "block_size": 1048576,
+        "intra_op_parallelism": 1,
+        "overlap_events": True,
+        "queue_depth": 8,
+        "single_submit": False,
+        "use_gds": False,
+    },
+    "bf16": None,
+    "comet": None,
+    "comms_logger": None,
+    "communication_data_type": None,
+    "csv_monitor": None,
+    "data_types": {
+        "buffer_dtype": None,
+        "grad_accum_dtype": None,
+        "keep_in_fp32_modules": None,
+        "param_dtype": None,
+    },
+    "dataloader_drop_last": False,
+    "disable_allgather": False,
+    "disable_python_gc": False,
+    "dump_state": False,
+    "flops_profiler": {
+        "detailed": True,
+        "enabled": False,
+        "module_depth": -1,
+        "output_file": None,
+        "profile_step": 1,
+        "recompute_fwd_factor": 0.0,
+        "top_modules": 1,
+    },
+    "fp16": None,
+    "gradient_accumulation_steps": None,
+    "gradient_allreduce_op": "mean",
+    "gradient_clipping": 1.0,
+    "gradient_predivide_factor": 1.0,
+    "log_level": None,
+    "memory_breakdown": False,
+    "optimizer": None,
+    "prescale_gradients": False,
+    "sequence_parallel_size": None,
+    "steps_per_print": None,
+    "tensorboard": None,
+    "timers": {"throughput": None},
+    "torch_autocast": {"dtype": None, "enabled": False, "lower_precision_safe_modules": None},
+    "train_batch_size": None,
+    "train_micro_batch_size_per_gpu": None,
+    "vocabulary_size": None,
+    "wall_clock_breakdown": False,
+    "wandb": None,
+    "zero_allow_untested_optimizer": False,
+    "zero_force_ds_cpu_optimizer": True,
+    "zero_optimization": None,
+}
+
+DEEPSPEED_KEYS = frozenset(DEEPSPEED_DEFAULTS)
+
+# The untyped sections -> their keys.
+DEEPSPEED_SECTIONS = {name: set(keys) for name, keys in DEEPSPEED_DEFAULTS.items() if isinstance(keys, dict)}
+
+_DATA_PARALLEL = "megagpt is data and sequence parallel only; remove it"
+_OWN_CHECKPOINTS = "megagpt commits checkpoints itself; see megagpt.every.save"
+_OWN_DATA = "megagpt brings its own sampler; see megagpt.data"
+
+# Keys that DeepSpeed reads but that megagpt does not support -> why. They are refused instead of ignored.
+REFUSED_KEYS = {
+    "autotuning": "sizes are chosen by hand; remove it",
+    "bfloat16": 'write "bf16"',
+    "checkpoint": _OWN_CHECKPOINTS,
+    "compile": "blocks are compiled by torch; see megagpt.compile",
+    "curriculum_learning": _OWN_DATA,
+    "data_efficiency": _OWN_DATA,
+    "datastates_ckpt": _OWN_CHECKPOINTS,
+    "expert_parallel": _DATA_PARALLEL,
+    "hybrid_engine": "it is for RLHF; remove it",
+    "managed_gradient_accumulation": "the training loop relies on DeepSpeed's default; remove it",
+    "pipeline": _DATA_PARALLEL,
+    "scheduler": "the learning rate comes from megagpt.schedule",
+    "seq_parallel_communication_data_type": "gradients are reduced over all ranks alike; see communication_data_type",
+    "tensor_parallel": _DATA_PARALLEL,
+    "use_data_before_expert_parallelism": _DATA_PARALLEL,
+    "weight_quantization": "it is for inference; remove it",
+}
