@@ -204,8 +204,8 @@ def test_a_hostfile_is_utf_8_whatever_the_locale(tmp_path):
 
 def test_a_hostfile_that_does_not_exist_is_no_silent_single_node_run(dataset, tmp_path):
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [deepspeed, "--hostfile", tmp_path / "hosts", PRETRAIN, *arguments(dataset, tmp_path / "run")]
-    process = start(command)
+    launch = [deepspeed, "--hostfile", tmp_path / "hosts", "--master_port", free_port(), PRETRAIN]
+    process = start([*launch, *arguments(dataset, tmp_path / "run")])
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert err.count(f"error: --hostfile {tmp_path / 'hosts'} does not exist") == 1

@@ -48,7 +48,7 @@ def test_another_rate_after_the_cut_is_told(dataset, tmp_path, capsys):
 def test_a_resume_that_loses_the_random_generators_is_found_out(dataset, tmp_path, capsys, monkeypatch):
     """The control: every rank imports a sitecustomize that drops what restores them."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import megagpt.checkpoint.rng\nmegagpt.rng.set_rng_state = lambda saved: None\n"
+        "import megagpt.checkpoint.rng as rng\nrng.set_rng_state = lambda saved: None\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     options = overrides(dataset, tmp_path / "unused", *ROUGH)

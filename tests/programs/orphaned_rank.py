@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megagpt.cli.pretrain import pretrain
-from megagpt.guards.spikes import watchdog
+from megagpt.guards import watchdog
 from megagpt.train import session, trainer
 
 watchdog.OUTLIVES = 1.0
