@@ -37,7 +37,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Say which tests belong to one worker; xdist reads it before the hook below."""
+    """Say which tests start processes and which belong to one worker: `-m` and xdist read it before the hook below."""
+    if any(processes.starts_some(definition.func) for definition in fixtures(item)):
+        item.add_marker("process")
     item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
@@ -65,8 +67,14 @@ def starts_processes(item: pytest.Item) -> bool:
 
 def shared_fixtures(item: pytest.Item) -> set[str]:
     """The fixtures that a test has in common with others and that are worth waiting for."""
-    found = {name: definitions[-1] for name, definitions in item._fixtureinfo.name2fixturedefs.items()}
-    return {name for name, fixture in found.items() if fixture.scope != "function"} - CHEAP
+    return {fixture.argname for fixture in fixtures(item) if fixture.scope != "function"} - CHEAP
+
+
+def fixtures(item: pytest.Item) -> list[pytest.FixtureDef[Any]]:
+    """All that a test asks for, directly and through others."""
+    if not isinstance(item, pytest.Function):  # of unittest's kind
+        return []
+    return [definitions[-1] for definitions in item._fixtureinfo.name2fixturedefs.values()]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -126,6 +134,7 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
+@processes.start_here
 def two_ranks(dataset, tmp_path_factory) -> dict[str, list[Any]]:
     """Every scenario of tests/programs/two_ranks.py, run in one launch: name -> what rank 0 and rank 1 returned."""
     folder = tmp_path_factory.mktemp("two_ranks")

@@ -2,7 +2,7 @@
 
 import multiprocessing.process
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,7 +36,18 @@ def _notice(what: str) -> None:
 
 
 def started() -> int:
+    """How many processes this one has started since `watch`."""
     return _Watch.started
+
+
+def start_here(fixture: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands below @pytest.fixture: every test that uses the fixture is marked as starting processes."""
+    fixture.starts_processes = True  # type: ignore[attr-defined]
+    return fixture
+
+
+def starts_some(fixture: Callable[..., Any]) -> bool:
+    return getattr(fixture, "starts_processes", False)
 
 
 @contextmanager

@@ -41,8 +41,9 @@ def build_engine(
     `config`: DeepSpeed's part of the run file, if `effective_config` has computed it already.
     `compiled`: whether to compile the blocks, the same on every rank (`compilation.compiles` decides).
     """
-    # Training needs no more than gloo: without this, a CPU rank compiles a shared-memory operator at its first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # gloo does all that training needs: without this, a CPU rank compiles a shared-memory operator at its first start.
+    # Set as a whole, for DeepSpeed makes the dict when it is first read, and tries the C compiler for that.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     # ZeRO-3 asks after each reduction for the number of devices, and on a CPU that is not told it starts `numactl`
     os.environ.setdefault("LOCAL_SIZE", str(local_ranks()))
     deepspeed.init_distributed(verbose=False)

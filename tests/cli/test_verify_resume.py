@@ -15,6 +15,7 @@ ROUGH = [
 ]
 
 
+@pytest.mark.process
 def test_a_run_on_two_ranks_goes_on_to_the_last_bit(dataset, tmp_path, capsys):
     options = overrides(dataset, tmp_path / "unused", *ROUGH)
     assert main(["verify-resume", str(DEBUG_RUN), "--ranks", "2", *options]) == 0, capsys.readouterr().out
@@ -22,6 +23,7 @@ def test_a_run_on_two_ranks_goes_on_to_the_last_bit(dataset, tmp_path, capsys):
     assert not (tmp_path / "unused").exists()
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_with_other_ranks_and_another_stage_the_same_samples_and_rates_come(dataset, tmp_path, capsys):
     options = overrides(dataset, tmp_path / "unused", *ROUGH)
@@ -34,6 +36,7 @@ def test_with_other_ranks_and_another_stage_the_same_samples_and_rates_come(data
     )
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_another_rate_after_the_cut_is_told(dataset, tmp_path, capsys):
     options = overrides(dataset, tmp_path / "unused", *ROUGH)
@@ -44,6 +47,7 @@ def test_another_rate_after_the_cut_is_told(dataset, tmp_path, capsys):
     assert out.endswith("NOT the same samples, rates and steps, and losses within 0.0001 nats\n")
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_a_resume_that_loses_the_random_generators_is_found_out(dataset, tmp_path, capsys, monkeypatch):
     """The control: every rank imports a sitecustomize that drops what restores them."""

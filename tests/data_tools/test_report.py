@@ -207,6 +207,7 @@ def test_many_sources_share_the_last_color(built: tuple[Path, dict[str, Any]]) -
     assert [len(row) for row in heads] == [1 + len(COLORS)]
 
 
+@pytest.mark.process
 def test_help_needs_no_matplotlib() -> None:
     script = "import sys, data_tools.__main__; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
