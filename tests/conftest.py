@@ -25,8 +25,26 @@ processes.watch()
 
 # shared fixtures that every worker makes for itself
 CHEAP = {"dataset", "device", "_own_extensions_folder", "tmp_path_factory", "request", "pytestconfig"}
-# seconds that groups of tests take, where they are many: the longest are begun first
-SECONDS: dict[str, float] = {}
+# groups by how they begin, the longest first; a minute or two each where all is done by two cores
+LONGEST = (
+    "cluster",
+    "two_ranks",
+    "engine/test_compilation.py",
+    "engine/test_reshard.py",
+    "planner/test_estimate.py",
+    "checkpoint/test_save_and_load.py",
+    "guards/test_guards.py",
+    "cli/test_verify_resume.py",
+    "faults",
+    "guards/test_out_of_memory.py",
+    "engine/test_sequence_parallel.py",
+    "guards/test_watchdog.py",
+    "checkpoint/test_async_writer.py",
+    "engine/test_long_context.py",
+    "cli/test_pretrain.py::",
+    "data_tools/test_build_faults.py",
+    "engine/test_build.py",
+)
 STARTED = pytest.StashKey[int]()  # how many processes had been started before a test and its fixtures
 
 
@@ -44,8 +62,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest."""
-    items.sort(key=lambda item: -SECONDS.get(group(item), 0.0))
+    """Begin with what takes longest, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: [not group(item).startswith(name) for name in LONGEST])
 
 
 def group(item: pytest.Item) -> str:

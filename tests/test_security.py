@@ -241,6 +241,7 @@ def test_settings_for_other_hosts_are_taken_from_the_home_folder_alone(tmp_path,
         check_environment(tmp_path / "work")
 
 
+@pytest.mark.process  # the report asks for the driver of GPUs
 def test_a_user_without_a_home_folder_is_no_error(tmp_path, monkeypatch):
     """As in a container that was started with a bare user id: HOME is unset, and no entry says where it would be."""
 
@@ -343,7 +344,7 @@ def test_nothing_listens_but_what_is_listed():
     assert sorted(found) == sorted(LISTENERS)
 
 
-@pytest.mark.process  # the report asks for the driver of GPUs
+@pytest.mark.process
 def test_a_port_that_is_taken_on_one_address_is_found_without_listening_on_any():
     with socket.create_server(("127.0.0.1", 0)) as server:
         request = Request("h1", [], 1, server.getsockname()[1], run_file="", overrides=[], mark="")
