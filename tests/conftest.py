@@ -12,7 +12,16 @@ import processes
 import pytest
 import torch
 from hypothesis import settings
-from support import PROGRAMS, ROOT, build_dataset, build_noise, leave_old_objects_alone, read_json, torchrun
+from support import (
+    PROGRAMS,
+    ROOT,
+    build_dataset,
+    build_noise,
+    leave_old_objects_alone,
+    leave_plots_blank,
+    read_json,
+    torchrun,
+)
 
 from megagpt.distributed.process_group import init_process_group
 
@@ -21,6 +30,7 @@ settings.load_profile("megagpt")
 if "MEGAGPT_TEST_GPU" not in os.environ:  # ranks that share a machine, and numbers, are a CPU's
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 leave_old_objects_alone()
+leave_plots_blank()
 processes.watch()
 
 # shared fixtures that every worker makes for itself
