@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-long faults audit lint types bench schema clean
+.PHONY: demo test test-fast test-long faults audit lint types bench schema clean
 
 # Two stamps, because the demo needs far less than the tests. Both are made again when pyproject.toml changes.
 # torch comes first, because DeepSpeed's build looks for it.
@@ -42,11 +42,18 @@ demo: .venv/runtime data/demo/manifest.json
 	    "  megagpt generate runs/mine --prompt 'The '" \
 	    "  tensorboard --logdir runs        # the curves, also of this demo, at http://localhost:6006" ""
 
+# A process of tests for each core (at most four), the longest first; tests that share something run in one of them.
+PYTEST := python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
+
 test: .venv/installed
-	python -m pytest -m "not long"
+	$(PYTEST) -m "not long"
+
+# All that starts no process, for every save of a file; a test that is not marked as starting one fails if it does.
+test-fast: .venv/installed
+	$(PYTEST) -m "not long and not process"
 
 test-long: .venv/installed
-	python -m pytest
+	$(PYTEST)
 
 # Every fault that tests/faults/cases.py lists, then what bare DeepSpeed makes of the same: hours. A campaign that was
 # stopped continues with the cases that it has not run.

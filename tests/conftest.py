@@ -1,4 +1,4 @@
-"""Fixtures: one dataset for all tests, the engine's process group, and one launch of two real ranks."""
+"""Fixtures that test files share, how tests are spread over processes, and the check of which of them start any."""
 
 import os
 import signal
@@ -6,18 +6,125 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests compute in several processes at the same time
+
+import processes
 import pytest
 import torch
 from hypothesis import settings
-from support import PROGRAMS, build_dataset, build_noise, read_json, torchrun
+from support import (
+    PROGRAMS,
+    ROOT,
+    build_dataset,
+    build_noise,
+    leave_old_objects_alone,
+    leave_plots_blank,
+    read_json,
+    torchrun,
+)
 
 from megagpt.distributed.process_group import init_process_group
 
 settings.register_profile("megagpt", deadline=None)  # how long an example takes is for benchmarks to say
 settings.load_profile("megagpt")
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))  # more slow tiny models down
 if "MEGAGPT_TEST_GPU" not in os.environ:  # ranks that share a machine, and numbers, are a CPU's
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+leave_old_objects_alone()
+leave_plots_blank()
+processes.watch()
+
+# shared fixtures that every worker makes for itself
+CHEAP = {"dataset", "device", "_own_extensions_folder", "tmp_path_factory", "request", "pytestconfig"}
+# groups by how they begin, the longest first; a minute or two each where all is done by two cores
+LONGEST = (
+    "cluster",
+    "two_ranks",
+    "engine/test_compilation.py",
+    "engine/test_reshard.py",
+    "planner/test_estimate.py",
+    "checkpoint/test_save_and_load.py",
+    "guards/test_guards.py",
+    "cli/test_verify_resume.py",
+    "faults",
+    "guards/test_out_of_memory.py",
+    "engine/test_sequence_parallel.py",
+    "guards/test_watchdog.py",
+    "checkpoint/test_async_writer.py",
+    "engine/test_long_context.py",
+    "cli/test_pretrain.py::",
+    "data_tools/test_build_faults.py",
+    "engine/test_build.py",
+)
+STARTED = pytest.StashKey[int]()  # how many processes had been started before a test and its fixtures
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a worker for each core that this process may use, and four at most: few tests are longer than that."""
+    return min(4, len(os.sched_getaffinity(0)))
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Say which tests start processes and which belong to one worker: `-m` and xdist read it before the hook below."""
+    if any(processes.starts_some(definition.func) for definition in fixtures(item)):
+        item.add_marker("process")
+    item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: [not group(item).startswith(name) for name in LONGEST])
+
+
+def group(item: pytest.Item) -> str:
+    """A test that starts processes is a group of its own, unless it shares a fixture or its file has it otherwise."""
+    if (mark := item.get_closest_marker("xdist_group")) is not None:
+        return mark.args[0]
+    path = item.path.relative_to(ROOT / "tests")
+    if path.parts[0] == "cluster":  # a host's names, addresses and cgroups are there once
+        return "cluster"
+    if "two_ranks" in shared_fixtures(item):
+        return "two_ranks"
+    alone = starts_processes(item) and not shared_fixtures(item)
+    return f"{path}::{item.name}" if alone else str(path)
+
+
+def starts_processes(item: pytest.Item) -> bool:
+    return item.get_closest_marker("process") is not None
+
+
+def shared_fixtures(item: pytest.Item) -> set[str]:
+    """The fixtures that a test has in common with others and that are worth waiting for."""
+    return {fixture.argname for fixture in fixtures(item) if fixture.scope != "function"} - CHEAP
+
+
+def fixtures(item: pytest.Item) -> list[pytest.FixtureDef[Any]]:
+    """All that a test asks for, directly and through others."""
+    if not isinstance(item, pytest.Function):  # of unittest's kind
+        return []
+    return [definitions[-1] for definitions in item._fixtureinfo.name2fixturedefs.values()]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    """Around a test and its fixtures: see processes.py."""
+    with processes.allowed(starts_processes(item)):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Any:
+    item.stash[STARTED] = processes.started()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Any:
+    """The other half of the check: what is marked as starting a process, by itself, does."""
+    result = yield
+    if starts_processes(item) and not shared_fixtures(item) and processes.started() == item.stash[STARTED]:
+        pytest.fail("is marked as starting a process and starts none: remove @pytest.mark.process")
+    return result
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,6 +162,7 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
+@processes.start_here
 def two_ranks(dataset, tmp_path_factory) -> dict[str, list[Any]]:
     """Every scenario of tests/programs/two_ranks.py, run in one launch: name -> what rank 0 and rank 1 returned."""
     folder = tmp_path_factory.mktemp("two_ranks")

@@ -1,5 +1,6 @@
 """What several test files share: a synthetic corpus, run files of it, and ways to start real ranks."""
 
+import gc
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from typing import Any
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
+from data_tools.report import plots
 from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.distributed.collectives import gather_objects
 from megagpt.distributed.process_group import is_main, leave
@@ -86,6 +88,7 @@ def overrides(dataset: Path, out_dir: Path, *more: str) -> list[str]:
         f"megagpt.data.train.0.path={dataset}",
         f"megagpt.data.val={dataset}",
         f"megagpt.out_dir={out_dir}",
+        "megagpt.sample.max_tokens=8",  # generated a token at a time, 128 would take longer than training
         *more,
     ]
 
@@ -140,7 +143,7 @@ def free_port() -> int:
 
 def environment() -> dict[str, str]:
     """The test's own, without what would make a child think that a launcher started it."""
-    drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     kept = {key: value for key, value in os.environ.items() if key not in drop}
     path = [str(ROOT), str(ROOT / "tests"), str(PROGRAMS), *filter(None, [kept.get("PYTHONPATH")])]
     return kept | {"PYTHONPATH": os.pathsep.join(path)}
@@ -159,6 +162,26 @@ def torchrun(n_ranks: int, *args: str | Path, timeout: float = 600.0) -> subproc
     )
 
 
+DRAW_SVG = plots._svg
+
+
+def leave_plots_blank() -> None:
+    """From here on the page of a build has blank plots: seven of them take longer than the rest of a small build.
+
+    data_tools/test_report.py draws them.
+    """
+    plots._svg = lambda *args, **kw: '<svg role="img"></svg>'
+
+
+def leave_old_objects_alone() -> None:
+    """From here on gc.collect() looks at young objects only.
+
+    Each run collects once, and all that torch and DeepSpeed have imported makes that half of a short run's time.
+    """
+    collect = gc.collect
+    gc.collect = lambda generation=2: collect(min(generation, 1))
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
@@ -166,6 +189,7 @@ def read_json(path: Path) -> Any:
 def run_scenarios(scenarios: Sequence[Callable[[Path, Path], Any]]) -> None:
     """The main program of one of several ranks: DATASET FOLDER; folder/results.json has what each rank returned."""
     dataset, folder = map(Path, sys.argv[1:])
+    leave_old_objects_alone()
     results = {}
     for scenario in scenarios:
         print(f"=== {scenario.__name__}", flush=True)

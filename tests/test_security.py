@@ -119,6 +119,7 @@ def test_every_way_a_pickle_can_import_is_seen(tmp_path, program, named):
         load_checked(file)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("n", [150, pytest.param(2000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["checkpoints", "tokenizer"])
 def test_no_damaged_file_is_taken_for_a_whole_one_and_none_ends_the_process(run, dataset, tmp_path, kind, n):
@@ -240,6 +241,7 @@ def test_settings_for_other_hosts_are_taken_from_the_home_folder_alone(tmp_path,
         check_environment(tmp_path / "work")
 
 
+@pytest.mark.process  # the report asks for the driver of GPUs
 def test_a_user_without_a_home_folder_is_no_error(tmp_path, monkeypatch):
     """As in a container that was started with a bare user id: HOME is unset, and no entry says where it would be."""
 
@@ -258,6 +260,7 @@ def test_a_user_without_a_home_folder_is_no_error(tmp_path, monkeypatch):
         check_environment(tmp_path)
 
 
+@pytest.mark.process
 def test_a_secret_of_the_environment_is_written_nowhere(dataset, tmp_path, options):
     secrets = {name: f"planted-{name}" for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
     command = [sys.executable, ROOT / "launch/pretrain.py", "--deepspeed_config", DEBUG_RUN]
@@ -341,6 +344,7 @@ def test_nothing_listens_but_what_is_listed():
     assert sorted(found) == sorted(LISTENERS)
 
 
+@pytest.mark.process
 def test_a_port_that_is_taken_on_one_address_is_found_without_listening_on_any():
     with socket.create_server(("127.0.0.1", 0)) as server:
         request = Request("h1", [], 1, server.getsockname()[1], run_file="", overrides=[], mark="")

@@ -53,9 +53,12 @@ def leave() -> None:
 
 
 def own_device() -> torch.device:
-    """Return this rank's device. Raises OwnRankError if there are more ranks than GPUs on a machine that has some."""
+    """Return this rank's device. Raises OwnRankError if there are more ranks than GPUs on a machine that has some.
+
+    DS_ACCELERATOR=cpu leaves the GPUs alone, here as in DeepSpeed.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if not torch.cuda.is_available():
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     n_gpus = torch.cuda.device_count()
     if n_gpus == 1 and "SLURM_LOCALID" in os.environ:

@@ -1,5 +1,6 @@
 """Build the engine: from a RunConfig to a model wrapped by DeepSpeed."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 from megagpt.config.batch import BatchPlan
 from megagpt.config.run_file import RunConfig
 from megagpt.distributed.collectives import neighbors
+from megagpt.distributed.launcher import local_ranks
 from megagpt.distributed.process_group import rank
 from megagpt.engine.activation_checkpointing import recompute_hook
 from megagpt.engine.compilation import compile_blocks
@@ -39,8 +41,11 @@ def build_engine(
     `config`: DeepSpeed's part of the run file, if `effective_config` has computed it already.
     `compiled`: whether to compile the blocks, the same on every rank (`compilation.compiles` decides).
     """
-    # Training needs no more than gloo: without this, a CPU rank compiles a shared-memory operator at its first start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # gloo does all that training needs: without this, a CPU rank compiles a shared-memory operator at its first start.
+    # Set as a whole, for DeepSpeed makes the dict when it is first read, and tries the C compiler for that.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    # ZeRO-3 asks after each reduction for the number of devices, and on a CPU that is not told it starts `numactl`
+    os.environ.setdefault("LOCAL_SIZE", str(local_ranks()))
     deepspeed.init_distributed(verbose=False)
     cfg, ds = run.megagpt, run.deepspeed
     config = effective_config(run, batch, vocab_size, device) if config is None else config

@@ -83,6 +83,7 @@ def test_a_row_without_figures_is_not_measured(tmp_path):
     assert "not measured (longer than a call)" in text
 
 
+@pytest.mark.process
 def test_the_time_of_a_killed_call_counts(tmp_path):
     """The next call goes on from the seconds that the file had when the first was killed."""
     file = tmp_path / "spent.json"

@@ -123,6 +123,7 @@ def killed_saves(dataset: Path, folder: Path, every: int) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_at_any_change_a_save_makes_the_run_goes_on_from_the_newest_commit_to_the_last_bit(
     dataset, tmp_path, every
@@ -141,6 +142,7 @@ def after_leaving(rank: int, folder: Path) -> None:
     (folder / f"{rank}").write_text(json.dumps(gather_objects(rank, group)))
 
 
+@pytest.mark.process
 def test_a_rank_that_has_left_the_others_does_not_take_itself_for_all(tmp_path):
     """A writer that is still at work would commit a step of its own files alone."""
     start_processes(after_leaving, (tmp_path,), 2)

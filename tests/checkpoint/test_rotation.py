@@ -124,6 +124,7 @@ def test_rotation_after_each_commit_never_takes_the_newest_two_or_the_best(
     shutil.rmtree(out_dir)
 
 
+@pytest.mark.process
 def test_killed_at_any_point_of_a_rotation_nothing_is_wrong_and_the_next_one_ends_it(run_dir, tmp_path):
     """kill -9 of a real process just before its n-th change to the folder, for every n until none is left."""
     keep, killed = KeepConfig(), 0

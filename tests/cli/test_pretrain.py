@@ -40,6 +40,7 @@ def start(command, **variables) -> subprocess.Popen:
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_75_and_the_same_command_finishes(dataset, tmp_path, number):
     command = [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.every.save=0")]
@@ -63,6 +64,7 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_finishes(dataset, tmp_
     assert list(metric(tmp_path / "run", "loss/train"))[-1] == stopped_at + 2
 
 
+@pytest.mark.process
 def test_a_run_whose_reader_is_gone_trains_to_its_end(dataset, tmp_path):
     """Such a reader is pdsh, or the terminal of a closed ssh session."""
     process = start([sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run")])
@@ -93,11 +95,13 @@ def killed_launcher(program: list, dataset, out_dir, until: str) -> str:
     return launcher.communicate()[1]
 
 
+@pytest.mark.process
 def test_ranks_whose_launcher_was_killed_save_and_end(dataset, tmp_path):
     killed_launcher([PRETRAIN], dataset, tmp_path / "run", "step")
     assert committed(tmp_path / "run")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("what", ["the first step", "evaluating"])
 def test_a_rank_that_reaches_no_boundary_ends_soon_after_its_launcher(dataset, tmp_path, what):
     """The timeout for hangs does not apply there."""
@@ -107,6 +111,7 @@ def test_a_rank_that_reaches_no_boundary_ends_soon_after_its_launcher(dataset, t
     assert not committed(tmp_path / "run")
 
 
+@pytest.mark.process
 def test_a_save_that_a_dead_launcher_led_to_is_not_cut_short(dataset, tmp_path):
     """It takes several times as long as a rank may otherwise outlive its launcher."""
     errors = killed_launcher([ORPHANED, "the last save"], dataset, tmp_path / "run", "step")
@@ -114,6 +119,7 @@ def test_a_save_that_a_dead_launcher_led_to_is_not_cut_short(dataset, tmp_path):
     assert committed(tmp_path / "run")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_ranks_whose_deepspeed_command_was_ended_save_and_end(dataset, tmp_path, number):
     """`deepspeed` dies and its lower half, launch.py, lives on with the ranks; Ctrl-C reaches all of them at once."""
@@ -134,6 +140,7 @@ def test_ranks_whose_deepspeed_command_was_ended_save_and_end(dataset, tmp_path,
     command.communicate()
 
 
+@pytest.mark.process
 def test_a_run_that_a_person_started_outlives_its_shell(dataset, tmp_path):
     """The shell ends when it has seen the first step; the run continues to its end."""
     out, steps = tmp_path / "out", "megagpt.schedule.max_steps=400"
@@ -173,6 +180,7 @@ def test_a_time_limit_saves_and_exits_75(dataset, device, tmp_path, capsys):
     assert committed(tmp_path / "run")
 
 
+@pytest.mark.process
 def test_the_deepspeed_launcher_trains_on_two_ranks(dataset, tmp_path):
     deepspeed = Path(sys.executable).with_name("deepspeed")
     launch = [deepspeed, "--num_gpus", "2", "--master_port", free_port(), PRETRAIN]
@@ -185,6 +193,7 @@ def test_the_deepspeed_launcher_trains_on_two_ranks(dataset, tmp_path):
     assert not list(Path(os.environ["TORCH_EXTENSIONS_DIR"]).iterdir())  # nothing was compiled on the way
 
 
+@pytest.mark.process
 def test_letters_that_the_terminal_lacks_are_escaped(dataset, tmp_path):
     """The bars of the validation curve, on a terminal that shows ASCII alone."""
     command = [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.schedule.max_steps=5")]
@@ -194,6 +203,7 @@ def test_letters_that_the_terminal_lacks_are_escaped(dataset, tmp_path):
     assert r" \u2588" in out.partition("step loss/val")[2]
 
 
+@pytest.mark.process
 def test_a_hostfile_is_utf_8_whatever_the_locale(tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_bytes("# Knoten f\u00fcr sp\u00e4ter\nnode1 slots=8\n".encode())
@@ -202,16 +212,18 @@ def test_a_hostfile_is_utf_8_whatever_the_locale(tmp_path):
     assert process.returncode == 0, err
 
 
+@pytest.mark.process
 def test_a_hostfile_that_does_not_exist_is_no_silent_single_node_run(dataset, tmp_path):
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [deepspeed, "--hostfile", tmp_path / "hosts", PRETRAIN, *arguments(dataset, tmp_path / "run")]
-    process = start(command)
+    launch = [deepspeed, "--hostfile", tmp_path / "hosts", "--master_port", free_port(), PRETRAIN]
+    process = start([*launch, *arguments(dataset, tmp_path / "run")])
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert err.count(f"error: --hostfile {tmp_path / 'hosts'} does not exist") == 1
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.process
 def test_srun_starts_ranks_by_slurms_variables(dataset, tmp_path):
     port = str(free_port())
     ranks = [
@@ -232,6 +244,7 @@ def test_srun_starts_ranks_by_slurms_variables(dataset, tmp_path):
     assert "step" not in results[1][0]
 
 
+@pytest.mark.process
 def test_a_mistake_is_printed_once_for_all_ranks_without_a_traceback(dataset, tmp_path):
     done = torchrun(2, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.model.n_layers=3"))
     assert done.returncode != 0
@@ -243,6 +256,7 @@ def test_a_mistake_is_printed_once_for_all_ranks_without_a_traceback(dataset, tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.process
 def test_every_rank_ends_with_2_and_none_is_aborted_by_a_thread_of_its_process_group(dataset, tmp_path):
     """With Debian 12's Python 3.11.2 one rank in two was, when the process group was not left before the end."""
     command = [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.data.val=nowhere")]
@@ -300,6 +314,7 @@ def test_where_the_device_supports_fp16_training_and_a_resume_are_those_of_fp32(
     assert straight[6] < straight[1] - 0.5
 
 
+@pytest.mark.process
 def test_a_sample_report_says_what_training_would_draw_and_starts_nothing(dataset, device, tmp_path, capsys):
     report = arguments(dataset, tmp_path / "run", "--sample-report", "100")
     assert pretrain(report) == 0
@@ -328,6 +343,7 @@ def test_a_sample_report_says_what_training_would_draw_and_starts_nothing(datase
         assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_a_tool_sees_a_steps_samples_without_torch(trained):
     code = (
         "import sys; from pathlib import Path; from megagpt.checkpoint.run_samples import open_run\n"
@@ -392,6 +408,7 @@ def test_a_mistake_after_training_is_one_line_too(trained, dataset, capsys, comm
     assert complaint in printed
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "command", ["import megagpt", "import sys; sys.argv[1:] = ['--help']; import megagpt.__main__ as m; m.main()"]
 )

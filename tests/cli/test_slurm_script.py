@@ -38,6 +38,7 @@ def run_script(folder: Path, script: str, *arguments: str, code: int = 0, **vari
     return done.returncode, calls.read_text() if calls.exists() else "", done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (2, False)])
 def test_a_saved_run_is_requeued(tmp_path, code, requeued):
     ended, calls, _ = run_script(tmp_path, SCRIPT.read_text(), "run.json", "--fresh", "a.b=1", code=code)
@@ -46,6 +47,7 @@ def test_a_saved_run_is_requeued(tmp_path, code, requeued):
     assert ("scontrol|requeue|4321|" in calls) == requeued
 
 
+@pytest.mark.process
 def test_a_failed_run_is_requeued_three_times_and_a_save_resets_the_count(tmp_path):
     requeued = []
     for code in (1, 137, 75, 1, 1, 1, 1):
@@ -57,6 +59,7 @@ def test_a_failed_run_is_requeued_three_times_and_a_save_resets_the_count(tmp_pa
     assert (tmp_path / "slurm-4321.failures").read_text().count("node[7-8]: exit code 1\n") == 4
 
 
+@pytest.mark.process
 def test_a_task_of_an_array_adds_its_line_of_the_sweep(tmp_path):
     lines = ["megagpt.out_dir=a x=1", "megagpt.out_dir=b\tx=2", "x=3"]
     (tmp_path / "sweep").write_text("\n".join(lines))
@@ -98,6 +101,7 @@ def test_the_script_is_the_shipped_one_with_the_clusters_options(slurm, tmp_path
     assert not any(line.startswith("#SBATCH") for line in after[first_command:])  # Slurm would not read them
 
 
+@pytest.mark.process
 def test_no_shell_reads_what_is_rendered(slurm, tmp_path):
     container = ["--container", "apptainer exec '$(touch pwned).sif'"]
     _, script, _ = slurm("--dry-run", *container, f"megagpt.out_dir={tmp_path}/a b;touch pwned", HOSTILE)
@@ -176,6 +180,7 @@ def test_a_mistake_is_found_before_anything_waits_in_the_queue(slurm, arguments,
     assert complaint in errors
 
 
+@pytest.mark.process
 def test_away_from_the_checkout_or_from_slurm_it_says_so(slurm, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "there is no sbatch here" in slurm()[2]

@@ -19,6 +19,7 @@ threading.Event().wait()
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ending_the_command_ends_its_ranks(tmp_path, number):
     (tmp_path / "waiting_rank.py").write_text(WAITING_RANK)

@@ -15,6 +15,7 @@ ROUGH = [
 ]
 
 
+@pytest.mark.process
 def test_a_run_on_two_ranks_resumes_bit_for_bit(dataset, tmp_path, capsys):
     options = overrides(dataset, tmp_path / "unused", *ROUGH)
     assert main(["verify-resume", str(DEBUG_RUN), "--ranks", "2", *options]) == 0, capsys.readouterr().out
@@ -22,6 +23,7 @@ def test_a_run_on_two_ranks_resumes_bit_for_bit(dataset, tmp_path, capsys):
     assert not (tmp_path / "unused").exists()
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_other_ranks_and_another_stage_see_the_same_samples_and_rates(dataset, tmp_path, capsys):
     options = overrides(dataset, tmp_path / "unused", *ROUGH)
@@ -34,6 +36,7 @@ def test_other_ranks_and_another_stage_see_the_same_samples_and_rates(dataset, t
     )
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_another_learning_rate_after_the_cut_is_reported(dataset, tmp_path, capsys):
     options = overrides(dataset, tmp_path / "unused", *ROUGH)
@@ -44,6 +47,7 @@ def test_another_learning_rate_after_the_cut_is_reported(dataset, tmp_path, caps
     assert out.endswith("NOT the same samples, rates and steps, and losses within 0.0001 nats\n")
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_a_resume_that_loses_the_rng_state_is_reported(dataset, tmp_path, capsys, monkeypatch):
     """The control: every rank imports a sitecustomize that disables restoring the RNG state."""

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import board
 import hosts
+import processes
 import pytest
 import slurm_lab
 
@@ -18,6 +19,7 @@ def _need(*programs: str) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+@processes.start_here
 def _a_lab_can_be_raised() -> None:
     _need(*slurm_lab.NEEDED)
 

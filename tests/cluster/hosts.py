@@ -138,6 +138,10 @@ class Host:
         subprocess.run(self.command(*arguments), env=self.cluster.environment, check=True, timeout=TIMEOUT)
         self._daemons |= {process.pid for process in self._all()} - before
 
+    def count_all_as_daemons(self) -> None:
+        """Count nothing that runs here now among `processes`: some daemons start others later."""
+        self._daemons |= {process.pid for process in self._all()}
+
     def bind(self, source: Path, target: Path) -> None:
         """On this host alone `target` is `source`; both exist."""
         self.run("mount", "--bind", source, target)

@@ -64,6 +64,8 @@ def start_slurm(cluster: Cluster, more: str = "") -> None:
     for service in (munged, slurmctld, slurmd):
         cluster.start(service)
     wait_for(lambda: node_states(controller), lambda states: set(states) == {"idle"}, 15)
+    for host in cluster:
+        host.count_all_as_daemons()
 
 
 def munged(host: Host) -> None:

@@ -22,7 +22,7 @@ def cluster(raise_cluster) -> Cluster:
 def test_hosts_have_names_addresses_and_processes_of_their_own(cluster):
     said = cluster["h1"].run("pdsh", "-S", "-w", "h1,h2", "hostname; hostname -I").stdout.split("\n")
     assert sorted(filter(None, said)) == ["h1: 10.99.0.1 ", "h1: h1", "h2: 10.99.0.2 ", "h2: h2"]
-    program = cluster["h2"].start("sh", "-c", "echo there; sleep 100")
+    program = cluster["h2"].start("sh", "-c", "sleep 100 & echo there; wait")
     program.until("there")
     assert len(cluster["h2"].processes("sleep 100")) == 2  # the shell, and what it started
     assert not cluster["h1"].wait_for_rest(10)  # sshd takes a moment to end the session that pdsh had there

@@ -331,6 +331,7 @@ def test_a_link_that_stays_inside_the_folder_is_followed(damaged: Path) -> None:
     assert np.array_equal(np.concatenate(list(open_dataset(damaged).stream("train").documents())), FLAT)
 
 
+@pytest.mark.process
 def test_reading_does_not_import_pandas(written: Path) -> None:
     """Arrow's own conversions do, wherever it is installed: half a second and tens of megabytes."""
     code = (

@@ -56,6 +56,7 @@ def test_a_view_shares_the_column_s_memory() -> None:
     assert np.shares_memory(to_numpy(to_arrow(values)), values)
 
 
+@pytest.mark.process
 def test_a_small_build_imports_neither_dask_nor_pandas(tmp_path: Path) -> None:
     write_texts(tmp_path / "in", 20)
     (tmp_path / "t.model").write_bytes(small_tokenizer().model_bytes)

@@ -108,6 +108,7 @@ def test_a_source_tree_is_read_without_its_caches_and_binaries(tmp_path: Path, m
 # --- determinism ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_one_worker_and_two_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_tools.executor.workers, "SMALL_BYTES", 0)
     monkeypatch.setattr(data_tools.readers.work_units, "MIN_UNIT_BYTES", 2000)
@@ -121,6 +122,7 @@ def test_one_worker_and_two_write_the_same_bytes(tmp_path: Path, monkeypatch: py
     assert open_dataset(tmp_path / "out1").fingerprint == open_dataset(tmp_path / "out2").fingerprint
 
 
+@pytest.mark.process
 def test_a_running_scheduler_writes_the_same_bytes(tmp_path: Path, model: Path) -> None:
     write_texts(tmp_path / "in", 20)
     build([tmp_path / "in"], tmp_path / "here", BuildConfig(tokenizer=model))
@@ -222,6 +224,7 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
     assert f"example:\n  python -m data_tools {command} " in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_the_command_line_prints_one_message_and_needs_no_torch(tmp_path: Path) -> None:
     script = (
         "import sys, data_tools.__main__ as m; c = m.main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(c)"
@@ -233,6 +236,7 @@ def test_the_command_line_prints_one_message_and_needs_no_torch(tmp_path: Path) 
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("n", [300, pytest.param(10_000, marks=pytest.mark.long)])
 def test_no_damage_is_accepted_and_none_crashes_the_reader(n: int, damageable: Path, tmp_path: Path) -> None:
     """Run in a process of its own, which a read beyond a mapped file would kill with SIGBUS."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from data_support import shard_bytes, write_texts
 from distributed import LocalCluster
@@ -43,6 +44,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+@processes.start_here
 def undisturbed(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], int]:
     """The files of an undisturbed build, and the largest number of its temporary files."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
@@ -79,6 +81,7 @@ def kill_and_rerun(texts: Path, out: Path, at: int) -> bool:
     return killed_in_time
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("n_kills", [5, pytest.param(50, marks=pytest.mark.long)])
 def test_a_build_killed_at_random_moments_ends_in_the_same_bytes(
     n_kills: int, texts: Path, undisturbed: tuple[dict[str, bytes], int], tmp_path: Path
@@ -93,6 +96,7 @@ def test_a_build_killed_at_random_moments_ends_in_the_same_bytes(
     assert killed >= 0.8 * n_kills  # a few come too late: the last file and the end are one moment
 
 
+@pytest.mark.process
 def test_killed_with_its_worker_processes_it_leaves_no_orphan_and_ends_in_the_same_bytes(
     texts: Path, undisturbed: tuple[dict[str, bytes], int], tmp_path: Path
 ) -> None:
@@ -112,6 +116,7 @@ def test_killed_with_its_worker_processes_it_leaves_no_orphan_and_ends_in_the_sa
     assert shard_bytes(out) == undisturbed[0]
 
 
+@pytest.mark.process
 def test_a_worker_killed_under_a_running_cluster_costs_nothing_but_time(
     texts: Path, undisturbed: tuple[dict[str, bytes], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +133,7 @@ def test_a_worker_killed_under_a_running_cluster_costs_nothing_but_time(
     assert shard_bytes(out) == undisturbed[0]
 
 
+@pytest.mark.process
 def test_a_full_disk_says_so_keeps_what_is_valid_and_a_rerun_goes_on(
     texts: Path, undisturbed: tuple[dict[str, bytes], int], tmp_path: Path
 ) -> None:
@@ -189,6 +195,7 @@ def test_what_is_done_is_never_done_again_and_anything_that_changes_a_task_does_
     assert ran == ["a", "bad", "c", "a"]
 
 
+@pytest.mark.process
 def test_an_edited_input_is_read_again_and_the_rest_is_not(texts: Path, tmp_path: Path) -> None:
     """Stop a build at its last stage, so that its tasks' files remain."""
     folder = tmp_path / "texts"

@@ -63,6 +63,7 @@ def peak_megabytes(
     return int(done.stdout.splitlines()[-1]) * 1024 / MB
 
 
+@pytest.mark.process
 def test_a_longer_line_takes_no_more_memory_than_the_map_of_its_tokens(tmp_path: Path) -> None:
     """Its tokens (16 bits each, at most one per byte) are mapped when shards are written; nothing else grows.
 
@@ -73,6 +74,7 @@ def test_a_longer_line_takes_no_more_memory_than_the_map_of_its_tokens(tmp_path:
     assert long - short < 2.5 * 50  # 2 for the map, the rest for what allocators keep
 
 
+@pytest.mark.process
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("write", "n_bytes"), [(one_line, 1000 * MB), (many_lines, 4000 * MB)], ids=["1 GB line", "4 GB of JSON lines"]

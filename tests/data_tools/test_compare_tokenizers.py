@@ -98,6 +98,7 @@ def test_of_a_large_source_a_part_is_measured_the_same_for_all(
 # --- the command ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_model_trained_on_it_has_fewer_than_8_bits_per_byte(
     tmp_path: Path, char_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,7 +156,13 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+TRAINS = {"too little to train on": pytest.mark.process}  # all others are refused before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [pytest.param(*case, id=name, marks=TRAINS.get(name, ())) for name, case in MISTAKES.items()],
+)
 def test_a_mistake_is_one_message_and_exit_code_2(
     arguments: Callable[[Path], list[str | Path]],
     message: str,

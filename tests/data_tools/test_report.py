@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from data_support import document, small_tokenizer
+from support import DRAW_SVG
 
 from data_tools.build import build
 from data_tools.config import BuildConfig, load_config
+from data_tools.report import plots
 from data_tools.report.html_page import page_of
 from data_tools.report.plots import COLORS
 from megagpt.atomic_files import sha256_of
@@ -22,6 +24,14 @@ from megagpt.data.manifest import SPLITS
 
 NAMED_BADLY = "<script>alert('$1$')<&>.jsonl"
 HEADINGS = ("In and out", "Lengths of documents", "Tokens per byte", "What was left out", "Time")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plots_are_drawn():
+    """Elsewhere they are blank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_svg", DRAW_SVG)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +217,7 @@ def test_many_sources_share_the_last_color(built: tuple[Path, dict[str, Any]]) -
     assert [len(row) for row in heads] == [1 + len(COLORS)]
 
 
+@pytest.mark.process
 def test_help_needs_no_matplotlib() -> None:
     script = "import sys, data_tools.__main__; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -35,6 +35,7 @@ def test_keys_and_seeds_draw_different_tokenizations_and_equal_ones_the_same(kin
     assert draw(1, b"a") != small_tokenizer(kind).encode(TEXT).tolist()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_another_process_draws_the_same(kind: str) -> None:
     script = (

@@ -131,10 +131,10 @@ def test_recompute_frees_activations_in_the_ladders_order(engine_of):
         ),
         (
             [*POLICIES["deepspeed full"], "activation_checkpointing.cpu_checkpointing=true"],
-            "moves activations to the CPU, where they are",
+            "moves activations to the CPU, where they already are",
         ),
         (['megagpt.recompute={"policy": "budget", "budget": 0.5}'], "blocks are not compiled here"),
-        (['megagpt.recompute={"offload": true}'], "offload moves activations to the CPU, where they are"),
+        (['megagpt.recompute={"offload": true}'], "offload moves activations to the CPU, where they already are"),
     ],
 )
 def test_what_cannot_act_is_refused(dataset, device, tmp_path, overrides, complaint):

@@ -2,6 +2,7 @@
 
 import shutil
 
+import processes
 import pytest
 import torch
 from support import debug_run, metric
@@ -20,6 +21,7 @@ COMPILED = "megagpt.compile=true"
 
 
 @pytest.fixture(scope="module")
+@processes.start_here
 def cache(tmp_path_factory):
     """One for all tests here: most of their time is the C++ compiler's."""
     with pytest.MonkeyPatch.context() as patch:

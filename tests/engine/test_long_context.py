@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support import DEBUG_RUN, ROOT, build_dataset, environment, metric, overrides
 
 MODEL = '{{"n_layer": 1, "n_head": 1, "n_embd": 32, "seq_len": {}}}'
@@ -30,6 +31,7 @@ def peak_gib(dataset: Path, out_dir: Path, rows: int, seq_len: int) -> float:
     return max(metric(out_dir, "memory_gib").values())
 
 
+@pytest.mark.process
 def test_one_sample_of_32768_tokens_trains_in_the_memory_of_eight_of_4096(tmp_path):
     """The scores of attention alone would be 4 GiB, and 0.5; the rest grows by 28,672 more positions of 32 numbers."""
     dataset = build_dataset(tmp_path / "corpus", n_documents=800)

@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 import numpy as np
+import processes
 import pytest
 import torch
 from elastic_ranks import CHAIN, STEPS_EACH, opened, options, part_of_the_chain, whole_state
@@ -40,6 +41,7 @@ def launch(n_ranks: int, *args: str | Path) -> str:
 
 
 @pytest.fixture(scope="module")
+@processes.start_here
 def chain(dataset, device, tmp_path_factory) -> Path:
     """The folder of a run of 16 steps, of which every four had other ranks, another stage and micro-batch."""
     folder = tmp_path_factory.mktemp("chain")
@@ -53,6 +55,7 @@ def chain(dataset, device, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.process
 def test_over_other_ranks_and_stages_every_sample_is_taken_once(chain):
     """Told by its tokens: the rows that all ranks took are those of samples 0 to 127, in each step its own."""
     data = open_run(chain / "run")
@@ -64,6 +67,7 @@ def test_over_other_ranks_and_stages_every_sample_is_taken_once(chain):
         assert sorted(taken) == sorted(expected[first : first + 8 * STEPS_EACH])
 
 
+@pytest.mark.process
 def test_over_other_ranks_and_stages_losses_and_rates_are_a_straight_runs(chain, dataset, device, tmp_path):
     train(debug_run(dataset, tmp_path / "straight", *options(1)), device)
     straight, found = tmp_path / "straight", chain / "run"
@@ -73,16 +77,19 @@ def test_over_other_ranks_and_stages_losses_and_rates_are_a_straight_runs(chain,
         assert metric(found, name) == pytest.approx(metric(straight, name), abs=WITHIN), name
 
 
+@pytest.mark.process
 def test_what_changed_is_said_in_one_line(chain):
     for part, change in {1: "ranks 1 -> 2, ZeRO stage 1 -> 3", 2: "ranks 2 -> 4, ZeRO stage 3 -> 0"}.items():
         assert f"{change}: resharding weights and optimizer state" in (chain / f"output.{part}").read_text()
 
 
+@pytest.mark.process
 def test_every_ordered_pair_of_stages_takes_over_every_bit(chain):
     """Weights and both moments of each parameter on two ranks, against what DeepSpeed loads of its own files."""
     assert json.loads((chain / "pairs.fp32.json").read_text()) == [[], []]
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_every_ordered_pair_of_stages_in_bf16_takes_over_every_bit(dataset, tmp_path):
     """The fp32 weights and moments, and what the model computes with is those weights rounded."""
@@ -149,6 +156,7 @@ def test_another_dtype_offload_or_layout_and_back_loses_no_bit(saved, dataset, d
         assert all(torch.equal(a, b) for a, b in zip(state, back[name], strict=True)), name
 
 
+@pytest.mark.process
 def test_killed_in_the_middle_nothing_is_half_done_and_the_next_start_does_it(saved, dataset, device, tmp_path):
     shutil.copytree(saved, tmp_path / "undisturbed")
     other = options(3)
@@ -168,11 +176,13 @@ def test_killed_in_the_middle_nothing_is_half_done_and_the_next_start_does_it(sa
 
 
 @pytest.fixture
+@processes.start_here
 def by_two(chain, tmp_path) -> Path:
     """The chained run when two ranks had just saved step 8."""
     return Path(shutil.copytree(chain / "by 2 ranks", tmp_path / "by_two"))
 
 
+@pytest.mark.process
 def test_damage_in_a_file_of_a_rank_that_is_no_more_is_found(by_two, dataset, capsys):
     (victim,) = committed(by_two)[-1].glob("zero_pp_rank_1_*optim_states.pt")
     content = bytearray(victim.read_bytes())
@@ -183,6 +193,7 @@ def test_damage_in_a_file_of_a_rank_that_is_no_more_is_found(by_two, dataset, ca
     assert f"resuming from {committed(by_two)[-1]}" in out
 
 
+@pytest.mark.process
 def test_generators_go_on_with_as_many_ranks_and_are_seeded_anew_with_others(saved, by_two, dataset, capsys):
     opened(dataset, saved, *options(3))
     assert json.loads(json.dumps(rng_state())) == json.loads((committed(saved)[-1] / "rng.0.json").read_text())

@@ -82,6 +82,7 @@ def test_every_rank_generates_whole_texts(two_ranks):
     assert engine == checkpoint
 
 
+@pytest.mark.process
 def test_two_groups_of_two_ranks_train_what_one_rank_trains(alone, dataset, tmp_path):
     done = torchrun(4, PROGRAMS / "four_ranks.py", dataset, tmp_path / "run")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]

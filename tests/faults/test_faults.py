@@ -11,6 +11,7 @@ from support import ROOT, environment
 CAMPAIGN = Path(__file__).with_name("campaign.py")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("n", [24, pytest.param(120, marks=pytest.mark.long)])
 def test_what_is_struck_goes_on_as_if_nothing_had_been(n, tmp_path):
     """Kills in a save and at random times, signals, rotten files, full disks, other run files: a seeded sample."""

@@ -14,6 +14,7 @@ FUZZ = Path(__file__).with_name("fuzz.py")
 TARGETS = re.findall(r'^    "(\w+)": \w+,$', FUZZ.read_text(), re.MULTILINE)  # it cannot be imported without atheris
 
 
+@pytest.mark.process
 @pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason='atheris is not installed (the extra "fuzz")')
 @pytest.mark.parametrize("target", TARGETS)

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import DEBUG_RUN, PROGRAMS, ROOT, environment, overrides, torchrun
@@ -15,6 +16,7 @@ LIMITED = PROGRAMS / "memory_limited_rank.py"
 WIDE = ["megagpt.model.n_layer=1", "megagpt.model.n_head=1"]
 
 
+@pytest.mark.process
 def test_a_model_that_does_not_fit_is_one_message(dataset, tmp_path):
     """One matrix of it is 3 GiB, and 2 GiB are left."""
     options = overrides(dataset, tmp_path / "run", *WIDE, "megagpt.model.n_embd=16384")
@@ -28,6 +30,7 @@ def test_a_model_that_does_not_fit_is_one_message(dataset, tmp_path):
     assert "No setting fits: take more ranks, or a smaller model" in errors[0]
 
 
+@pytest.mark.process
 def test_a_step_that_does_not_fit_on_one_of_two_ranks_ends_both(dataset, tmp_path):
     """Of 4,096 samples, the embeddings alone are 1 GiB."""
     sizes = ["megagpt.model.n_embd=1024", "train_batch_size=8192", "train_micro_batch_size_per_gpu=4096"]
@@ -41,6 +44,7 @@ def test_a_step_that_does_not_fit_on_one_of_two_ranks_ends_both(dataset, tmp_pat
     assert "Set train_micro_batch_size_per_gpu to " in errors[0]
 
 
+@pytest.mark.process
 def test_probe_finds_a_micro_batch_by_real_steps(dataset, tmp_path):
     """A prime number of samples leaves two micro-batches: one sample, or all of them, which need 16 GiB."""
     options = overrides(dataset, tmp_path / "run", *WIDE, "megagpt.model.n_embd=1024", "train_batch_size=4099")

@@ -18,6 +18,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if any(str(folder) in part for part in p.info["cmdline"] or [])]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("how", ["waits", "reduces what no other rank does"])
 def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_both(dataset, tmp_path, how):
     """The evaluation after step 3 takes longer than the timeout, and is none of its business."""
@@ -33,6 +34,7 @@ def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_both(dataset, tmp_pat
     assert not processes_of(tmp_path)
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_a_rank_that_is_stopped_ends_the_run_with_the_stacks_of_the_other(dataset, tmp_path):
     """It can write nothing itself; the launcher kills it, after the half minute that it has to end by itself."""
@@ -43,6 +45,7 @@ def test_a_rank_that_is_stopped_ends_the_run_with_the_stacks_of_the_other(datase
     assert not processes_of(tmp_path)
 
 
+@pytest.mark.process
 def test_a_run_that_was_suspended_goes_on(dataset, tmp_path):
     options = overrides(dataset, tmp_path / "run", "megagpt.guards.hang_timeout=4", "megagpt.schedule.max_steps=200")
     command = [sys.executable, "launch/pretrain.py", "--deepspeed_config", DEBUG_RUN, *options]

@@ -90,6 +90,7 @@ def test_without_its_generators_a_resume_is_another_run_on_both_ranks(two_ranks)
         assert [a == b for a, b in zip(found["straight"], found["cut"], strict=True)] == [True] * 2 + [False] * 5
 
 
+@pytest.mark.process
 @pytest.mark.long
 def test_all_64_combinations_resume_exactly_and_none_with_dropout_without_its_generators(dataset, tmp_path):
     done = torchrun(2, PROGRAMS / "resume_matrix.py", dataset, tmp_path, timeout=1800)
