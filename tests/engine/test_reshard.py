@@ -55,7 +55,6 @@ def chain(dataset, device, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.process
 def test_over_other_ranks_and_stages_every_sample_is_taken_once(chain):
     """Told by its tokens: the rows that all ranks took are those of samples 0 to 127, in each step its own."""
     data = open_run(chain / "run")
@@ -67,7 +66,6 @@ def test_over_other_ranks_and_stages_every_sample_is_taken_once(chain):
         assert sorted(taken) == sorted(expected[first : first + 8 * STEPS_EACH])
 
 
-@pytest.mark.process
 def test_over_other_ranks_and_stages_losses_and_rates_are_a_straight_runs(chain, dataset, device, tmp_path):
     train(debug_run(dataset, tmp_path / "straight", *options(1)), device)
     straight, found = tmp_path / "straight", chain / "run"
@@ -77,13 +75,11 @@ def test_over_other_ranks_and_stages_losses_and_rates_are_a_straight_runs(chain,
         assert metric(found, name) == pytest.approx(metric(straight, name), abs=WITHIN), name
 
 
-@pytest.mark.process
 def test_what_changed_is_said_in_one_line(chain):
     for part, change in {1: "ranks 1 -> 2, ZeRO stage 1 -> 3", 2: "ranks 2 -> 4, ZeRO stage 3 -> 0"}.items():
         assert f"{change}: resharding weights and optimizer state" in (chain / f"output.{part}").read_text()
 
 
-@pytest.mark.process
 def test_every_ordered_pair_of_stages_takes_over_every_bit(chain):
     """Weights and both moments of each parameter on two ranks, against what DeepSpeed loads of its own files."""
     assert json.loads((chain / "pairs.fp32.json").read_text()) == [[], []]
@@ -167,7 +163,7 @@ def test_killed_in_the_middle_nothing_is_half_done_and_the_next_start_does_it(sa
         cwd=ROOT,
         env=environment(),
         capture_output=True,
-        prepare=False,
+        check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert {path: path.read_bytes() for path in (saved / "checkpoints").rglob("*") if path.is_file()} == before
@@ -182,7 +178,6 @@ def by_two(chain, tmp_path) -> Path:
     return Path(shutil.copytree(chain / "by 2 ranks", tmp_path / "by_two"))
 
 
-@pytest.mark.process
 def test_damage_in_a_file_of_a_rank_that_is_no_more_is_found(by_two, dataset, capsys):
     (victim,) = committed(by_two)[-1].glob("zero_pp_rank_1_*optim_states.pt")
     content = bytearray(victim.read_bytes())
@@ -193,7 +188,6 @@ def test_damage_in_a_file_of_a_rank_that_is_no_more_is_found(by_two, dataset, ca
     assert f"resuming from {committed(by_two)[-1]}" in out
 
 
-@pytest.mark.process
 def test_generators_go_on_with_as_many_ranks_and_are_seeded_anew_with_others(saved, by_two, dataset, capsys):
     opened(dataset, saved, *options(3))
     assert json.loads(json.dumps(rng_state())) == json.loads((committed(saved)[-1] / "rng.0.json").read_text())

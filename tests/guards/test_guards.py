@@ -48,7 +48,6 @@ def found(folder):
     return {name: both[1] for name, both in results.items()}
 
 
-@pytest.mark.process
 def test_a_step_that_is_not_finite_on_one_rank_changes_no_weight_and_no_moment_on_any(found):
     """At every stage in fp32 and bf16, with accumulation, with offload, without clipping."""
     for kind, run in found["one_step_that_is_not_finite"].items():
@@ -61,7 +60,6 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_no_weight_and_no_moment_o
         assert all(math.isfinite(loss) for loss in run["loss"].values()), kind
 
 
-@pytest.mark.process
 def test_three_in_a_row_stop_the_run_and_name_the_documents(folder, found):
     run = found["three_steps_in_a_row_that_are_not_finite"]
     assert "the loss is inf at step 8 on rank 1; that makes 3 steps in a row that were not finite" in run["message"]
@@ -80,7 +78,6 @@ def document_of_rank_1(run_dir, step) -> str:
     return str(next(origins(span.dataset, "train", rows)))
 
 
-@pytest.mark.process
 def test_a_spike_is_counted_and_said(found):
     quiet, told = found["a_spike"]["none"], found["a_spike"]["log"]
     assert quiet["state"]["health"]["spikes"] == told["state"]["health"]["spikes"] == 1
@@ -90,7 +87,6 @@ def test_a_spike_is_counted_and_said(found):
     assert line.startswith("spike at step 14: loss ")
 
 
-@pytest.mark.process
 def test_a_spike_stops_the_run_and_names_the_documents_of_the_rank_that_saw_it(folder, found):
     run = found["a_spike"]["stop"]
     assert run["message"].startswith("spike at step 14: loss ")
@@ -98,7 +94,6 @@ def test_a_spike_stops_the_run_and_names_the_documents_of_the_rank_that_saw_it(f
     assert document_of_rank_1(folder / "a_spike" / "stop", step=14) in run["message"]
 
 
-@pytest.mark.process
 def test_a_spike_is_left_out(found):
     """At step 9, the first that is judged; step 5 was not finite."""
     for kind, run in found["spikes_left_out"].items():
@@ -112,14 +107,12 @@ def test_a_spike_is_left_out(found):
         assert line.endswith("; its update was skipped"), kind
 
 
-@pytest.mark.process
 def test_a_cut_before_a_spike_changes_nothing(found):
     straight, cut = found["spikes_left_out"]["stage 1 fp32"], found["spikes_left_out"]["cut"]
     assert cut["weights"] == straight["weights"]
     assert cut["state"] == straight["state"]
 
 
-@pytest.mark.process
 def test_a_spike_rolls_the_run_back_past_its_data(folder, found):
     """Seen when step 16 is logged; step 12 is saved. Steps 13 to 20 take the samples after those of step 16."""
     run = found["rolled_back"]["straight"]
@@ -134,7 +127,6 @@ def test_a_spike_rolls_the_run_back_past_its_data(folder, found):
     assert [mixture.samples_of(step) for step in (12, 13, 20)] == [range(88, 96), range(128, 136), range(184, 192)]
 
 
-@pytest.mark.process
 def test_a_cut_after_rolling_back_changes_nothing(found):
     straight, cut = found["rolled_back"]["straight"], found["rolled_back"]["cut"]
     assert cut["weights"] == straight["weights"]
@@ -142,13 +134,11 @@ def test_a_cut_after_rolling_back_changes_nothing(found):
     assert cut["loss"] == straight["loss"]
 
 
-@pytest.mark.process
 def test_rolling_back_to_a_step_of_another_shape_loads_it_as_resuming_did(found):
     run = found["rolled_back"]["reshaped"]
     assert (run["message"], len(run["loaded"]), len(set(run["loaded"]))) == ("", 2, 1)
 
 
-@pytest.mark.process
 def test_rolling_back_waits_for_the_save_beside_training(found):
     """Or it would go back to step 6: step 12 is not committed before somebody waits for it."""
     run = found["rolled_back"]["beside a save"]
@@ -158,7 +148,6 @@ def test_rolling_back_waits_for_the_save_beside_training(found):
     assert run["loaded"] == [run["weights"][11]]
 
 
-@pytest.mark.process
 def test_what_stops_a_run_leaves_the_save_in_flight_whole(folder, found):
     """Step 12's files are not written before somebody waits for them."""
     run = found["stopped_beside_a_save"]
@@ -168,14 +157,12 @@ def test_what_stops_a_run_leaves_the_save_in_flight_whole(folder, found):
     assert damage_of(step_folder(out_dir, 12), 0, every=1) is None
 
 
-@pytest.mark.process
 def test_rolling_back_again_and_again_ends(found):
     run = found["rolled_back"]["again and again"]
     assert "3 times already" in run["message"]
     assert len([line for line in run["said"] if line.startswith("rolled back")]) == 3
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("run", ["stage 0", "stage 1", "stage 2", "stage 3", "later"])
 def test_a_flipped_bit_is_found_and_named(found, run):
     """At stage 3 because the parameter is small, and so kept whole."""
@@ -184,7 +171,6 @@ def test_a_flipped_bit_is_found_and_named(found, run):
     assert "h.1.ln_1.bias (on one of the two ranks, unknown which)" in message
 
 
-@pytest.mark.process
 def test_memory_that_grows_on_one_rank_is_said_once(found):
     [line] = found["memory_that_grows"]
     assert line.startswith("memory of rank 1 keeps growing: from ")
@@ -200,7 +186,6 @@ CFG = GuardsConfig(spikes=SpikesConfig(window=8, sigma=2.0), max_bad_steps=2)
 VALUES = st.one_of(st.floats(0.0, 10.0), st.just(math.nan), st.just(math.inf))
 
 
-@pytest.mark.process
 @given(st.lists(st.tuples(VALUES, VALUES), min_size=1, max_size=40), st.integers(0, 40))
 def test_judging_steps_at_once_or_in_two_parts_is_the_same(values, cut):
     losses, norms = (list(column) for column in zip(*values, strict=True))

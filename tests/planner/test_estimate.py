@@ -30,7 +30,6 @@ def found(tmp_path_factory):
     return on_ranks(2, tmp_path_factory.mktemp("plan"))
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_is_within_a_tenth_of_what_lives(found, tmp_path, name):
     """The plan counts what grows with model and batch, but not what is small in each: masks, norms, copies."""
@@ -56,7 +55,6 @@ def assert_counted(found, folder, n_ranks):
         assert counted == as_counted(traffic(run, batch, VOCAB)), name
 
 
-@pytest.mark.process
 def test_every_byte_that_deepspeed_sends_between_two_ranks_is_predicted(found, tmp_path):
     """Exactly, but for its flags and norms of at most 8 bytes each."""
     assert_counted(found, tmp_path, 2)
@@ -92,7 +90,6 @@ def test_states_of_mixed_precision_on_one_gpu_are_20_bytes_for_each_parameter(gp
     assert (used.when, used.total) == ("Adam", 20 * n_params(run.megagpt.model, 50304))
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "ds_configs").glob("gpt2_*.json")))
 def test_every_setting_is_what_its_keys_say(name, tmp_path):
     """Also where the run file offloads, recomputes or fixes what the setting does not."""
@@ -106,7 +103,6 @@ def test_every_setting_is_what_its_keys_say(name, tmp_path):
     assert best is None or best.fits
 
 
-@pytest.mark.process
 def test_more_ranks_hold_less_each_and_take_less_time(gpt2):
     run = parse_run(gpt2.as_json(), ["train_batch_size=4096", "train_micro_batch_size_per_gpu=1"])
     run = variant(run, stage=3, offload="none", policy="none", micro_batch=1)
@@ -129,7 +125,6 @@ def test_overlap_hides_gradients_behind_backward_but_not_the_weights_gathered_af
     assert setting(variant(run, 0, "none", "none", 8), machine("H100", 8, "0.01"), 50304).hidden_seconds == 0.0
 
 
-@pytest.mark.process
 def test_the_command_marks_the_run_files_setting_and_names_the_fastest(capsys):
     run_file = str(ROOT / "ds_configs" / "gpt2_124m.json")
     assert main(["plan", run_file, "--ranks", "8", "--gpu", "H200"]) == 0
