@@ -43,7 +43,7 @@ demo: .venv/runtime data/demo/manifest.json
 	    "  tensorboard --logdir runs        # the curves, also of this demo, at http://localhost:6006" ""
 
 # A process of tests for each core (at most four), the longest first; tests that share something run in one of them.
-PYTEST := python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
+PYTEST := python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 test: .venv/installed
 	$(PYTEST) -m "not long"

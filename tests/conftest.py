@@ -14,7 +14,6 @@ import torch
 from hypothesis import settings
 from support import (
     PROGRAMS,
-    ROOT,
     build_dataset,
     build_noise,
     leave_old_objects_alone,
@@ -22,6 +21,7 @@ from support import (
     read_json,
     torchrun,
 )
+from xdist.scheduler import LoadScopeScheduling
 
 from megagpt.distributed.process_group import init_process_group
 
@@ -35,27 +35,62 @@ processes.watch()
 
 # shared fixtures that every worker makes for itself
 CHEAP = {"dataset", "device", "_own_extensions_folder", "tmp_path_factory", "request", "pytestconfig"}
-# groups by how they begin, the longest first; a minute or two each where all is done by two cores
+# files, and the folder of hosts, whose tests one worker runs: by what they share, which is made once and takes long
+TOGETHER = {
+    "cluster/": "cluster",
+    "engine/test_sequence_parallel.py": "two_ranks",
+    "train/test_two_ranks.py": "two_ranks",
+}
+# files whose tests share nothing that takes long, and are many or long
+APART = (
+    "checkpoint/test_async_writer.py",
+    "cli/test_pretrain.py",
+    "cli/test_verify_resume.py",
+    "data_tools/test_build_faults.py",
+    "guards/test_out_of_memory.py",
+    "guards/test_watchdog.py",
+)
+# groups by how they begin: half a minute or more each, the longest first
 LONGEST = (
-    "cluster",
     "two_ranks",
+    "cluster",
     "engine/test_compilation.py",
     "engine/test_reshard.py",
     "planner/test_estimate.py",
-    "checkpoint/test_save_and_load.py",
     "guards/test_guards.py",
     "cli/test_verify_resume.py",
-    "faults",
+    "faults/",
     "guards/test_out_of_memory.py",
-    "engine/test_sequence_parallel.py",
     "guards/test_watchdog.py",
     "checkpoint/test_async_writer.py",
     "engine/test_long_context.py",
-    "cli/test_pretrain.py::",
+    "cli/test_pretrain.py",
+    "checkpoint/test_save_and_load.py",
     "data_tools/test_build_faults.py",
     "engine/test_build.py",
 )
 STARTED = pytest.StashKey[int]()  # how many processes had been started before a test and its fixtures
+
+
+def group(nodeid: str) -> str:
+    """The name that this test shares with those which the same worker runs, in one go."""
+    path = nodeid.partition("::")[0].removeprefix("tests/")
+    for begins, name in TOGETHER.items():
+        if path.startswith(begins):
+            return name
+    return nodeid.removeprefix("tests/") if path in APART else path
+
+
+class ByGroup(LoadScopeScheduling):
+    """xdist's own `loadgroup` puts names into node ids, which pytest 9.2 no longer lets it."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByGroup:
+    return ByGroup(config, log)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -65,28 +100,14 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Say which tests start processes and which belong to one worker: `-m` and xdist read it before the hook below."""
+    """Mark what starts processes in a fixture: `-m` reads it before the hook below."""
     if any(processes.starts_some(definition.func) for definition in fixtures(item)):
         item.add_marker("process")
-    item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest, so that no worker is left alone with it at the end."""
-    items.sort(key=lambda item: [not group(item).startswith(name) for name in LONGEST])
-
-
-def group(item: pytest.Item) -> str:
-    """A test that starts processes is a group of its own, unless it shares a fixture or its file has it otherwise."""
-    if (mark := item.get_closest_marker("xdist_group")) is not None:
-        return mark.args[0]
-    path = item.path.relative_to(ROOT / "tests")
-    if path.parts[0] == "cluster":  # a host's names, addresses and cgroups are there once
-        return "cluster"
-    if "two_ranks" in shared_fixtures(item):
-        return "two_ranks"
-    alone = starts_processes(item) and not shared_fixtures(item)
-    return f"{path}::{item.name}" if alone else str(path)
+    items.sort(key=lambda item: [not group(item.nodeid).startswith(name) for name in LONGEST])
 
 
 def starts_processes(item: pytest.Item) -> bool:
