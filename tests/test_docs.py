@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_every_relative_link_leads_to_a_file(page):
     assert [link for link in links if link and not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
+@pytest.mark.parametrize("page", [*PAGES, *HISTORY], ids=page_id)
 def test_lines_of_markdown_fit_into_a_diff(page):
     """Rows of a table cannot be broken."""
     lines = enumerate(page.read_text().splitlines(), start=1)
@@ -87,3 +88,14 @@ def test_every_patched_or_private_name_still_occurs_in_its_file():
 
 def test_readme_can_be_read_at_one_sitting():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 210
+
+
+SOURCES = sorted(path for part in ("megagpt", "data_tools", "launch") for path in (ROOT / part).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=page_id)
+def test_docstrings_comments_and_messages_use_plain_words(path):
+    with tokenize.open(path) as file:
+        tokens = list(tokenize.generate_tokens(file.readline))
+    text = [token.string for token in tokens if token.type in (tokenize.STRING, tokenize.COMMENT)]
+    assert [found for string in text for found in TO_AVOID.findall(string)] == []
