@@ -18,7 +18,7 @@ SECONDS = 30.0  # for four hosts
 PLANTED = [  # (hosts, check, what is said): of five hosts, of which two do not answer
     ("", "pdsh", r"not found here, .*; apt-get install pdsh"),
     ("", ".deepspeed_env", r"pastes this file.* move the lines that you need to"),
-    ("", "environment", r"NCCL_DEBUG=INFO set here alone: .* --write-env"),
+    ("", "environment", r"NCCL_DEBUG=INFO set only here: .* --write-env"),
     ("h1", "port", r"port 29500, where ranks would meet, is taken by python, process \d+; end it"),
     ("h1, h2", "disk", r"100002 checkpoints of .* are free; make room"),
     ("h1, h2, h3, h4, h5", "ssh", r"for hours .* write `ServerAliveInterval 15` into ~/.ssh/config"),
