@@ -174,7 +174,7 @@ def _count(text: str) -> int:
 
 
 def _options(model: type[BaseModel], without: Collection[str] = ()) -> str:
-    """The key=value options with defaults and descriptions, one per line, for --help."""
+    """Return the key=value options with defaults and descriptions, one per line, for --help."""
     return "\n".join(["options (key=value, or the same keys in --config):", *_option_lines(model, "", without)])
 
 

@@ -76,7 +76,7 @@ class Counts:
 def compare_tokenizers(
     inputs: Sequence[str], config: BuildConfig, *, models: Sequence[Path], kinds: Sequence[str], steps: int
 ) -> list[dict[str, Any]]:
-    """A row of JSON types for each tokenizer: its ratios on all text and per source, and its bits per byte.
+    """Return a row of JSON types for each tokenizer: its ratios on all text and per source, and its bits per byte.
 
     `models` are given, `kinds` are trained; `steps` are those of the small model, 0 for none. Raises UserError.
     """
@@ -110,7 +110,7 @@ def compare_tokenizers(
 
 
 def table_of(rows: Sequence[dict[str, Any]], steps: int) -> str:
-    """The rows of compare_tokenizers as a table for the terminal."""
+    """Return the rows of compare_tokenizers as a table for the terminal."""
     head = ["tokenizer", "type", "vocabulary", "bytes/token", "tokens/word", "fallback", "MB/s", "bits/byte"]
     cells = [
         [

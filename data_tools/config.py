@@ -72,7 +72,7 @@ class InputConfig(ReadConfig):
         return raw | {"sources": sources}
 
     def with_inputs(self, paths: Sequence[str]) -> tuple[SourceConfig, ...]:
-        """The sources of the options, then one for each path of --input; equal names get a number."""
+        """Return the sources of the options, then one for each path of --input; equal names get a number."""
         common = {key: getattr(self, key) for key in ReadConfig.model_fields}
         named = [SourceConfig(name=_name_of(path), paths=(path,), **common) for path in paths]
         if not (sources := (*self.sources, *named)):
@@ -153,7 +153,7 @@ class BuildConfig(TokenizerConfig):
         return self
 
     def pipeline(self, sources: Sequence[SourceConfig]) -> dict[str, Any]:
-        """The options on which the shards depend, for the manifest, which names a given tokenizer by its hash."""
+        """Return the options on which the shards depend, for the manifest; a given tokenizer is named by its hash."""
         idle = {"workers", "strict", "tokenizer", "sources", *ReadConfig.model_fields}
         idle |= TRAINING if self.tokenizer else set()
         each = [source.model_dump(mode="json", exclude={"paths"}) for source in sources]
@@ -161,7 +161,7 @@ class BuildConfig(TokenizerConfig):
 
 
 def _name_of(path: str) -> str:
-    """A source's name in reports: the last part of its path."""
+    """Return a source's name in reports: the last part of its path."""
     return (Path(path).name if "://" in path else Path(path).absolute().name) or path
 
 

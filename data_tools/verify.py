@@ -20,7 +20,7 @@ IndexRow = dict[str, Any]
 
 
 def verify(folder: Path) -> str:
-    """One line about the intact dataset. Raises UserError with every finding about a damaged one."""
+    """Return one line about the intact dataset. Raises UserError with every finding about a damaged one."""
     dataset = open_dataset(folder)  # checks manifest, index, tokenizer.model, and each shard's size
     findings = [*_check_other_files(dataset), *_check_tokenizer(dataset)]
     shards = list(_shards(dataset))

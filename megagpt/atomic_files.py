@@ -60,7 +60,7 @@ def sha256_of(path: Path) -> str:
 
 
 def leads_out(folder: Path, relative: str) -> bool:
-    """Whether a relative path that was read from a file is unsafe: odd characters, or a link out of the folder."""
+    """Tell whether a relative path that was read from a file is unsafe: odd characters, or a link out of the folder."""
     parts = relative.split("/")
     if not all(SAFE_NAME.fullmatch(part) and set(part) != {"."} for part in parts):
         return True

@@ -14,7 +14,7 @@ class OwnRankError(UserError):
 
 
 def raised_on_every_rank(error: BaseException | None) -> bool:
-    """Whether all ranks end with this error, so that collectives in flight will complete."""
+    """Tell whether all ranks end with this error, so that collectives in flight will complete."""
     return error is None or (isinstance(error, UserError) and not isinstance(error, OwnRankError))
 
 

@@ -41,13 +41,13 @@ def write_ngrams(texts: Iterable[Iterable[str]], out: Path, cfg: Decontamination
 
 
 def read_ngrams(path: Path) -> np.ndarray:
-    """The n-grams that write_ngrams wrote, memory-mapped."""
+    """Return the n-grams that write_ngrams wrote, memory-mapped."""
     ngrams: np.ndarray = np.load(path, mmap_mode="r")
     return ngrams
 
 
 def is_contaminated(pieces: Iterable[str], ngrams: np.ndarray, cfg: DecontaminationConfig) -> bool:
-    """Whether a text, given in pieces, has at least cfg.min_hits different n-grams among `ngrams`, which are sorted."""
+    """Tell whether a text, given in pieces, has at least cfg.min_hits different n-grams among the sorted `ngrams`."""
     found: set[int] = set()
     for own in _ngrams(pieces, cfg.ngram):
         own = np.sort(own)  # so that the search reads memory in order

@@ -93,7 +93,7 @@ def write_bands(pieces: Iterable[tuple[int, str]], n_documents: int, out: Path, 
 
 
 def _sorted_band(keys: np.ndarray, present: np.ndarray) -> list[np.ndarray]:
-    """The columns of BANDS from keys of shape (documents, 2), for the documents that are present."""
+    """Return the columns of BANDS from keys of shape (documents, 2), for the documents that are present."""
     rows = np.flatnonzero(present)
     key, low = keys[rows].astype(np.uint64).T
     order = np.lexsort((low, key))  # stable, so rows rise among equal keys
@@ -124,7 +124,7 @@ def link(files: Sequence[Path], band: int, key_range: int, n_ranges: int, out: P
 
 
 def _keys_between(low: int, high: int, path: Path, band: int, unit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The columns (key, low, document) of a band with low <= key <= high, copied so that no file stays open."""
+    """Return the columns (key, low, document) of a band with low <= key <= high, copied so that no file stays open."""
     with pa.memory_map(str(path)) as file:
         batch = pa.ipc.open_file(file).get_batch(band)
         keys = to_numpy(batch["key"])
@@ -135,7 +135,7 @@ def _keys_between(low: int, high: int, path: Path, band: int, unit: int) -> tupl
 
 
 def order_number(unit: int, row: int) -> np.uint64:
-    """A document's number in the whole input."""
+    """Return a document's number in the whole input."""
     return np.uint64((unit << ROW_BITS) + row)
 
 
@@ -157,7 +157,7 @@ def cluster(files: Sequence[Path], out: Path) -> dict[str, int]:
 
 
 def _components(files: Sequence[Path]) -> np.ndarray:
-    """(first, document) of every document that is not the first of its component, sorted. (2, documents) uint64.
+    """Return (first, document) of every document that is not the first of its component, sorted. (2, documents) uint64.
 
     Near-duplicates share many bands, so there are many more links than documents. To keep memory proportional to
     documents, the components known so far are kept as one link per document, and further links are joined to them
@@ -173,7 +173,7 @@ def _components(files: Sequence[Path]) -> np.ndarray:
 
 
 def _join(links: np.ndarray) -> np.ndarray:
-    """The same as `_components`, for links in memory."""
+    """Return the same as `_components`, for links in memory."""
     if not links.shape[1]:
         return links
     # imported here: it takes long, and most processes of a build do not need it
@@ -192,7 +192,10 @@ def _join(links: np.ndarray) -> np.ndarray:
 
 
 def _distinct(values: np.ndarray) -> np.ndarray:
-    """The different values, sorted. For millions of numbers, np.unique takes twenty times as long: it hashes them."""
+    """Return the different values, sorted.
+
+    For millions of numbers, np.unique takes twenty times as long: it hashes them.
+    """
     values = np.sort(values, axis=None)
     new = np.ones(len(values), bool)
     new[1:] = values[1:] != values[:-1]
@@ -200,19 +203,19 @@ def _distinct(values: np.ndarray) -> np.ndarray:
 
 
 def _band(links: Path) -> int:
-    """The band that a file of links is of."""
+    """Return the band that a file of links is of."""
     with pa.memory_map(str(links)) as file:
         return int(pa.ipc.open_file(file).schema.metadata[b"band"])
 
 
 def _read_links(path: Path) -> np.ndarray:
-    """(first, other) of each link. (2, links) uint64."""
+    """Return (first, other) of each link. (2, links) uint64."""
     with pa.memory_map(str(path)) as file:
         return np.stack([to_numpy(values) for values in pa.ipc.open_file(file).get_batch(0).columns])
 
 
 def duplicates_in(unit: int, clusters: Path) -> Duplicates:
-    """The documents of a unit that are not the first of their cluster.
+    """Return the documents of a unit that are not the first of their cluster.
 
     Any other document is the first of its cluster, or has no copies.
     """

@@ -17,7 +17,7 @@ ODD = np.uint64(0x9E3779B97F4A7C15)  # the fraction of the golden ratio: a multi
 
 
 def word_hashes(text: str) -> np.ndarray:
-    """The XXH3 hashes of a text's words: matches of \\w+ after NFC and case folding. (W,) uint64.
+    """Return the XXH3 hashes of a text's words: matches of \\w+ after NFC and case folding. (W,) uint64.
 
     Equal on all machines with one version of Python, because only its Unicode tables and a published hash decide.
     """
@@ -30,7 +30,7 @@ def word_hashes(text: str) -> np.ndarray:
 
 
 def ngram_hashes(words: np.ndarray, n: int) -> np.ndarray:
-    """The hashes of all n-grams, from those of the W words. (N,) uint64; empty if W < n.
+    """Return the hashes of all n-grams, from those of the W words. (N,) uint64; empty if W < n.
 
     Each is a polynomial in ODD modulo 2^64, with the words' hashes as coefficients. These are random and ODD is odd, so
     two n-grams with different words, or the same in another order, collide with a probability of about 2^-50 (n up to a

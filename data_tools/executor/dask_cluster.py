@@ -21,7 +21,10 @@ RETRIES = 2  # of a task that failed for a passing reason, such as a hiccup of a
 
 @contextmanager
 def connect(n: int, scheduler: str | None, scratch: Path) -> Iterator[Client]:
-    """A client of n new workers, or of those of the running `scheduler`. Raises UserError if it does not answer."""
+    """Open a client of n new workers, or of those of the running `scheduler`.
+
+    Raises UserError if it does not answer.
+    """
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
     if scheduler not in (None, SLURM):
         try:
@@ -74,7 +77,7 @@ def _slurm(n: int) -> Any:
 
 
 def run_on(client: Client, task: Callable[..., Any], arguments: Arguments, what: str) -> list[Any]:
-    """The RunAll of a cluster (progress.py). Raises what a task raised, at once, and cancels the others."""
+    """Return the RunAll of a cluster (progress.py). Raises what a task raised, at once, and cancels the others."""
     futures = [client.submit(_without_retry, task, args, pure=False, retries=RETRIES) for args in arguments]
     results = {}
     try:

@@ -47,12 +47,12 @@ class Done:
 
 
 def file_of(prefix: Path, suffix: str) -> Path:
-    """One of a task's files."""
+    """Return one of a task's files."""
     return prefix.with_name(prefix.name + suffix)
 
 
 def made_by() -> list[str]:
-    """The versions of everything that a task's files may depend on besides its arguments."""
+    """Return the versions of everything that a task's files may depend on besides its arguments."""
     return [f"data_tools {VERSION}", f"Unicode {unicodedata.unidata_version}", *map(_version_of, LIBRARIES)]
 
 
@@ -102,14 +102,14 @@ class Tasks:
 
 
 def write_list(prefix: Path, items: Sequence[Any]) -> Result:
-    """A task that stores a long list once, for many other tasks to read by one path."""
+    """Return a task that stores a long list once, for many other tasks to read by one path."""
     with written(file_of(prefix, LIST)) as temporary:
         temporary.write_bytes(json.dumps(items).encode())
     return {}
 
 
 def read_list(prefix: Path) -> list[Any]:
-    """The list that write_list stored."""
+    """Return the list that write_list stored."""
     items: list[Any] = json.loads(file_of(prefix, LIST).read_bytes())
     return items
 

@@ -72,7 +72,7 @@ def clean(text: str, cfg: CleanConfig) -> tuple[str, tuple[str, ...]]:
 
 @lru_cache(maxsize=64)
 def _steps(cfg: CleanConfig) -> tuple[tuple[str, Step], ...]:
-    """(name, function) of the steps that are on, in the order in which they run."""
+    """Return (name, function) of the steps that are on, in the order in which they run."""
     drop_lines = line_dropper(cfg)
     steps: list[tuple[str, bool, Step]] = [
         ("newlines", cfg.newlines, lambda text: text.replace("\r\n", "\n").replace("\r", "\n")),
@@ -169,7 +169,7 @@ MAYBE_IPV6 = re.compile(r":(?<=[23][0-9A-Fa-f]{3}:)[0-9A-Fa-f:]+:")
 
 
 def _masked_emails(text: str, replacement: str) -> str:
-    """The same as EMAIL.sub, but searching only around each @, within the lengths that RFC 5321 allows."""
+    """Return the same as EMAIL.sub, but searching only around each @, within the lengths that RFC 5321 allows."""
     parts, end = [], 0
     for at in MAYBE_EMAIL.finditer(text):
         before = text[max(end, at.start() - LONGEST_LOCAL) : at.start()]
@@ -205,7 +205,10 @@ def _is_public(address: str) -> bool:
 
 
 def line_dropper(cfg: CleanConfig) -> Step | None:
-    """A step that drops boilerplate lines, or None if the options name none. Raises UserError for a bad pattern."""
+    """Return a step that drops boilerplate lines, or None if the options name none.
+
+    Raises UserError for a bad pattern.
+    """
     exact = {line.strip().casefold() for line in cfg.drop_lines}
     patterns = [*_compiled(cfg.drop_patterns)]
     phrases = POLICY if cfg.policy_lines else ()
@@ -239,7 +242,7 @@ def _compiled(patterns: tuple[str, ...]) -> Iterator[re.Pattern[str]]:
 
 
 def switch_repairs(value: Any) -> Any:
-    """The value of `clean`: true is all repairs of characters, false and null are none."""
+    """Return the value of `clean`: true is all repairs of characters, false and null are none."""
     if isinstance(value, bool) or value is None:
         return dict.fromkeys(ALL_REPAIRS, True) if value else {}
     return value

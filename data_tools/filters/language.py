@@ -29,7 +29,7 @@ class _Classifier(Protocol):
 
 
 def language(text: str, cfg: LanguageConfig) -> str | None:
-    """Why the document is rejected, or None: no wanted language has a score above `min_score`."""
+    """Return why the document is rejected, or None: no wanted language has a score above `min_score`."""
     line = text.replace("\n", " ") + "\n"  # fastText reads one line, including its newline
     found = load_model(cfg.model).predict(line, -1, cfg.min_score, "strict")
     for score, label in found:
@@ -40,7 +40,7 @@ def language(text: str, cfg: LanguageConfig) -> str | None:
 
 @lru_cache(maxsize=4)
 def load_model(path: Path) -> _Classifier:
-    """The model inside fastText's Python wrapper, which does not work with numpy 2. Raises UserError."""
+    """Return the model inside fastText's Python wrapper, which does not work with numpy 2. Raises UserError."""
     try:
         from fasttext.FastText import _FastText  # type: ignore[import-untyped]
     except ImportError as error:

@@ -47,7 +47,7 @@ class GopherQualityConfig(Strict):
 
 
 def gopher_quality(stats: TextStatistics, cfg: GopherQualityConfig) -> str | None:
-    """The quality rule of Rae et al. 2021 (arXiv 2112.11446), appendix A.1.1, 'Quality Filtering'."""
+    """Return the quality rule of Rae et al. 2021 (arXiv 2112.11446), appendix A.1.1, 'Quality Filtering'."""
     counts, n_words = stats.counts, max(len(stats.words), 1)
     unusual = [word for word in counts if not word.isalpha()]
     symbols = [word for word in unusual if word[0] in PUNCTUATION and PUNCTUATION.issuperset(word)]
@@ -110,7 +110,7 @@ class C4Config(Strict):
 
 
 def c4(stats: TextStatistics, cfg: C4Config) -> tuple[str, str | None]:
-    """The rule of C4; returns (the text without the dropped lines, why the document is rejected or None).
+    """Return the rule of C4; returns (the text without the dropped lines, why the document is rejected or None).
 
     Raffel et al. 2020 (JMLR 21/140), section 2.2, without the list of bad words. The limit on word length and the
     policy lines are from C4's code. A line that is dropped for its form cannot reject the document.
@@ -125,13 +125,13 @@ def c4(stats: TextStatistics, cfg: C4Config) -> tuple[str, str | None]:
 
 
 def c4_lines(text: str, cfg: C4Config) -> str:
-    """The lines that C4 keeps of a later piece, each after a newline, because the piece before ends without one."""
+    """Return the lines that C4 keeps of a later piece, each after a newline: the piece before ends without one."""
     lines_only = cfg.model_copy(update={"lorem_ipsum": False, "curly_brackets": False})
     return "".join("\n" + line for line in _kept_lines(text, lines_only)[0])
 
 
 def _kept_lines(text: str, cfg: C4Config) -> tuple[list[str], str | None]:
-    """(the lines that are kept, why the document is rejected or None)."""
+    """Return (the lines that are kept, why the document is rejected or None)."""
     # most texts contain none of these, so look once at the whole text rather than at each line
     lower = text.lower()
     citations = cfg.citations and "[" in text
@@ -179,7 +179,7 @@ class FineWebConfig(Strict):
 
 
 def fineweb(stats: TextStatistics, cfg: FineWebConfig) -> str | None:
-    """The custom filters of Penedo et al. 2024 (arXiv 2406.17557), section 3.6."""
+    """Return the custom filters of Penedo et al. 2024 (arXiv 2406.17557), section 3.6."""
     text = stats.text
     lines = [line for line in text.split("\n") if line and not line.isspace()]
     if not lines:

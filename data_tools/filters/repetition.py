@@ -42,7 +42,7 @@ class GopherRepetitionConfig(Strict):
 
 
 def gopher_repetition(stats: TextStatistics, cfg: GopherRepetitionConfig) -> str | None:
-    """Why the document is rejected, or None."""
+    """Return why the document is rejected, or None."""
     return _lines(stats.text, cfg) or _top_ngrams(stats, cfg) or _duplicate_ngrams(stats, cfg)
 
 
@@ -67,7 +67,7 @@ def _lines(text: str, cfg: GopherRepetitionConfig) -> str | None:
 
 
 def count_duplicates(parts: list[str]) -> tuple[int, int]:
-    """(number, characters) of the parts that repeat an earlier one."""
+    """Return (number, characters) of the parts that repeat an earlier one."""
     distinct = set(parts)
     if len(distinct) == len(parts):
         return 0, 0
@@ -79,7 +79,7 @@ def _above(value: float, limit: float | None) -> bool:
 
 
 def _top_ngrams(stats: TextStatistics, cfg: GopherRepetitionConfig) -> str | None:
-    """Whether the characters of the most frequent n-gram, at all its occurrences, are above the limit."""
+    """Tell whether the characters of the most frequent n-gram, at all its occurrences, are above the limit."""
     # an upper bound on how often an n-gram occurs: a longer one occurs no more often than those within it
     most = len(stats.words)
     for n, limit in sorted(cfg.max_top_ngrams):
@@ -103,7 +103,7 @@ def _top_ngrams(stats: TextStatistics, cfg: GopherRepetitionConfig) -> str | Non
 
 
 def _duplicate_ngrams(stats: TextStatistics, cfg: GopherRepetitionConfig) -> str | None:
-    """Whether the characters in n-grams that repeat an earlier one are above the limit, for any n.
+    """Tell whether the characters in n-grams that repeat an earlier one are above the limit, for any n.
 
     The exact count (_repeat_more) is slow. Two upper bounds, each cheaper, decide most documents before.
     """
@@ -127,7 +127,7 @@ def _duplicate_ngrams(stats: TextStatistics, cfg: GopherRepetitionConfig) -> str
 
 
 def _where_in(keys: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The positions of the keys that are among `wanted`, which is sorted."""
+    """Return the positions of the keys that are among `wanted`, which is sorted."""
     nearest = np.minimum(wanted.searchsorted(keys), len(wanted) - 1)
     return np.flatnonzero(wanted[nearest] == keys)
 
@@ -148,7 +148,7 @@ def _covered_characters(
 def _repeat_more(
     allowed: float, positions: NDArray[np.int64], keys: NDArray[np.int64], sizes: NDArray[np.int64], n: int
 ) -> bool:
-    """Whether n-grams that repeat an earlier one have more than `allowed` characters, counted without overlap.
+    """Tell whether n-grams that repeat an earlier one have more than `allowed` characters, counted without overlap.
 
     After a repeated n-gram, the search continues behind it. An n-gram that is skipped this way does not count as seen.
     `positions` are those of the n-grams that occur more than once; no other one can repeat or be repeated.

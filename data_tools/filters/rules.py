@@ -122,7 +122,7 @@ def check_rules(cfg: RulesConfig) -> None:
 
 
 def _custom(text: str, path: str) -> str | None:
-    """Why a custom rule rejects the text, or None. Raises UserError if the function fails."""
+    """Return why a custom rule rejects the text, or None. Raises UserError if the function fails."""
     rule = load_custom(path)
     try:
         verdict = rule(text)
@@ -141,7 +141,7 @@ def _custom(text: str, path: str) -> str | None:
 
 @lru_cache(maxsize=64)
 def load_custom(path: str) -> CustomRule:
-    """The function at 'package.module:function' or 'package.module.function'. Raises UserError."""
+    """Return the function at 'package.module:function' or 'package.module.function'. Raises UserError."""
     module_name, _, name = path.partition(":") if ":" in path else path.rpartition(".")
     if not module_name or not name:
         raise UserError(f"custom={path!r} does not name a function; write package.module:function")

@@ -93,7 +93,7 @@ _WORDS_OF = _WordsOfChunk()
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, in order."""
+    """Return the words of a text, in order."""
     return list(chain.from_iterable(map(_WORDS_OF.__getitem__, text.split())))
 
 
@@ -123,7 +123,7 @@ def _split_edges(chunk: str) -> list[str]:
 
 
 def _owns_its_dot(body: str) -> bool:
-    """Whether the dot after `body` belongs to the word: yes in U.S., i.e. and b.; no in 3., end. and NASA."""
+    """Tell whether the dot after `body` belongs to the word: yes in U.S., i.e. and b.; no in 3., end. and NASA."""
     if len(body) == 1 or ABBREVIATIONS.fullmatch(body):
         return body.isalpha() or len(body) > 1
     return body[-1:].isupper() and not body[-2:-1].isupper()
@@ -148,7 +148,7 @@ def _split_body(body: str) -> list[str]:
 
 
 def count_sentences(words: list[str]) -> int:
-    """The number of sentences by spaCy's rule: one starts at the first word after sentence-ending punctuation."""
+    """Return the number of sentences by spaCy's rule: one starts at the first word after sentence-final punctuation."""
     n, ended = 1, False
     for word in words:
         if word in TERMINAL_PUNCTUATION:
@@ -189,7 +189,7 @@ class TextStatistics:
         return np.concatenate(([0], self.lengths.cumsum()))
 
     def ngrams(self, n: int) -> NDArray[np.int64]:
-        """A 64-bit hash of each n-gram of words: a polynomial in their hashes, modulo 2^64. (words - n + 1,)"""
+        """Return a 64-bit hash of each n-gram of words: a polynomial in their hashes, modulo 2^64. (words - n + 1,)"""
         while len(self._ngrams) < n:
             self._ngrams.append(self._ngrams[-1][:-1] * MULTIPLIER + self.hashes[len(self._ngrams) :])
         return self._ngrams[n - 1]

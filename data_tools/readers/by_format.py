@@ -39,7 +39,7 @@ FORMATS = {
 
 
 def format_of(name: str) -> str:
-    """The format that a file's name tells, with the ending of a compression already removed."""
+    """Return the format that a file's name tells, with the ending of a compression already removed."""
     return next((key for key, known in FORMATS.items() if name.lower().endswith(known.endings)), TEXT)
 
 

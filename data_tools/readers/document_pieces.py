@@ -58,7 +58,7 @@ def cut(text: str, most: int) -> list[str]:
 
 
 def cut_at(text: str, start: int, most: int) -> int:
-    """The length of the piece that cut() makes at `start`, where more than `most` characters follow."""
+    """Return the length of the piece that cut() makes at `start`, where more than `most` characters follow."""
     end = 1 + max(text.rfind(space, start, start + most) for space in " \n\t")
     return end - start if end > start else most
 

@@ -28,7 +28,7 @@ class NotTextError(ValueError):
 
 
 def encoding_of(head: bytes, wanted: str) -> str:
-    """The encoding to decode a file with, from its first bytes and the `encoding` option (a codec's name, or auto).
+    """Return the encoding of a file, from its first bytes and the `encoding` option (a codec's name, or auto).
 
     Raises NotTextError for an empty or binary file, and where a byte-order mark contradicts UTF-8.
     """
@@ -48,12 +48,12 @@ def encoding_of(head: bytes, wanted: str) -> str:
 
 
 def bom_encoding(head: bytes) -> str | None:
-    """The encoding that a byte-order mark names, or None without a mark."""
+    """Return the encoding that a byte-order mark names, or None without a mark."""
     return next((name for mark, name in BOMS.items() if head.startswith(mark)), None)
 
 
 def has_plain_newlines(encoding: str) -> bool:
-    """Whether byte 10, and nothing else, ends a line: true of all encodings but UTF-16, UTF-32 and EBCDIC."""
+    """Tell whether byte 10, and nothing else, ends a line: true of all encodings but UTF-16, UTF-32 and EBCDIC."""
     return "a\n".encode(encoding)[-2:] == b"a\n"
 
 
@@ -72,7 +72,7 @@ def _detected(head: bytes) -> str:
 
 
 def blocks(raw: IO[bytes]) -> Iterator[bytes]:
-    """The rest of a stream, BLOCK bytes at a time."""
+    """Yield the rest of a stream, BLOCK bytes at a time."""
     while block := raw.read(BLOCK):
         yield block
 
@@ -94,7 +94,7 @@ def decoded(blocks: Iterator[bytes], encoding: str) -> Iterator[str]:
 
 
 def not_in(encoding: str) -> str:
-    """The reason for bytes that are not text in the encoding, as reports name it."""
+    """Return the reason for bytes that are not text in the encoding, as reports name it."""
     return f"not {encoding.upper().removesuffix('-SIG')}"
 
 

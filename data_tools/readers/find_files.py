@@ -19,7 +19,7 @@ STATES = ("ETag", "etag", "md5Hash", "mtime", "LastModified")  # keys by which o
 
 
 def find_files(source: SourceConfig, leave_out: Path | None = None) -> list[InputFile]:
-    """The source's files in a fixed order: as given, folders and globs sorted.
+    """Return the source's files in a fixed order: as given, folders and globs sorted.
 
     Files in `leave_out`, the output folder of the same build, are not found in folders, and refused if named.
     Raises UserError if there are no files, and for a format that does not exist.
@@ -74,7 +74,7 @@ def _found(path: Path, *, named: bool) -> Found:
 
 
 def _matched(matches: Sequence[str], include: Sequence[str], own: Path | None) -> Iterable[Path]:
-    """The files among the matches of a glob or, if all are folders, the files in them."""
+    """Return the files among the matches of a glob or, if all are folders, the files in them."""
     paths = [Path(match).absolute() for match in matches]
     paths = [path for path in paths if own is None or not path.resolve().is_relative_to(own)]
     files = [path for path in paths if path.is_file()]
@@ -136,7 +136,7 @@ def _find_remote(url: str, include: Sequence[str]) -> Iterator[Found]:
 
 
 def _format_and_compression(path: str, given: str) -> tuple[str, str]:
-    """(format, codec) of a file, by its name and the `format` option."""
+    """Return (format, codec) of a file, by its name and the `format` option."""
     name = path.lower()
     ending = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
     found = format_of(name.removesuffix(ending))

@@ -28,5 +28,5 @@ class FileSlice:
 
 
 def whole_file(file: InputFile, unit_bytes: int) -> Iterator[FileSlice]:
-    """One slice, for formats that can only be read from the start."""
+    """Yield one slice, for formats that can only be read from the start."""
     yield FileSlice(file, 0, file.size, file.size * (EXPANSION if file.compression else 1))

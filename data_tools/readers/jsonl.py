@@ -41,7 +41,7 @@ def byte_ranges(file: InputFile, unit_bytes: int) -> Iterator[FileSlice]:
 
 
 def _can_be_cut(file: InputFile) -> bool:
-    """Whether lines can be found from the middle of the file, because byte 10 ends them and nothing else does."""
+    """Tell whether lines can be found from the middle of the file, because byte 10 ends them and nothing else does."""
     encoding: str | None = file.encoding
     if encoding == "auto":
         with open_bytes(file) as raw:
@@ -65,7 +65,7 @@ def read_jsonl(slice_: FileSlice, source: SourceConfig) -> Pieces:
 
 
 def _encoding_of(slice_: FileSlice, wanted: str) -> str:
-    """The file's encoding, from its first bytes, so that all slices of a file agree."""
+    """Return the file's encoding, from its first bytes, so that all slices of a file agree."""
     with open_bytes(slice_.file) as raw:
         head = raw.read(BLOCK if wanted == "auto" else 4)
     if not head or (wanted == "utf-8" and bom_encoding(head) is None):

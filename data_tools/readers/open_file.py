@@ -91,7 +91,10 @@ def _open(path: str) -> IO[bytes]:
 
 
 def remote(url: str) -> tuple[Any, str]:
-    """(file system, path in it) of a URL. Credentials and endpoints come from the environment, as fsspec documents."""
+    """Return (file system, path in it) of a URL.
+
+    Credentials and endpoints come from the environment, as fsspec documents.
+    """
     try:
         return fsspec.core.url_to_fs(url)
     except ImportError as error:

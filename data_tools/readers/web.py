@@ -93,7 +93,9 @@ def _read_page(page: bytes, path: str, position: int, where: Callable[[], str]) 
 
 
 def is_deeper(page: bytes, most: int) -> bool:
-    """Whether more than `most` elements are nested, judged by the tags alone: building the tree is what takes long.
+    """Tell whether more than `most` elements are nested, judged by the tags alone:
+
+    building the tree is what takes long.
 
     An end tag is taken to close the last element of its name, so for a page with mismatched tags this is a guess.
     """
@@ -116,7 +118,7 @@ def is_deeper(page: bytes, most: int) -> bool:
 
 
 def _page_text(page: bytes, path: str) -> str:
-    """The page's main text, without navigation and scripts, decoded as the page declares or as detected."""
+    """Return the page's main text, without navigation and scripts, decoded as the page declares or as detected."""
     try:
         from resiliparse.extract.html2text import extract_plain_text
         from resiliparse.parse.encoding import detect_encoding

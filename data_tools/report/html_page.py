@@ -36,7 +36,7 @@ Cell = str | int | float | None
 
 
 def page_of(report: Report, title: str) -> str:
-    """The page as HTML. Equal reports give equal pages."""
+    """Return the page as HTML. Equal reports give equal pages."""
     sections = [_flow(report), _lengths(report), _tokens_per_byte(report), _rules(report), _cleaned(report)]
     sections += [_variants(report), _seconds(report), _skipped(report)]
     return (
@@ -78,7 +78,7 @@ def _flow(report: Report) -> str:
 
 
 def _at_each_stage(unit: str) -> Callable[[Report], list[int]]:
-    """A function of a source: its count at each stage of FLOW."""
+    """Return a function of a source: its count at each stage of FLOW."""
 
     def counts(source: Report) -> list[int]:
         splits = [source["splits"][split][unit] for split in SPLITS]
@@ -209,7 +209,7 @@ def _series(sources: Sequence[Report], values: Callable[[Report], list[int]]) ->
 
 
 def _written(source: Report) -> tuple[int, int]:
-    """(bytes, tokens) of a source's documents in all splits."""
+    """Return (bytes, tokens) of a source's documents in all splits."""
     size, tokens = (sum(source["splits"][split][unit] for split in SPLITS) for unit in ("bytes", "tokens"))
     return size, tokens
 
@@ -242,7 +242,7 @@ def _table(
     last_is_name: bool = False,
     total: Sequence[Cell] | None = None,
 ) -> str:
-    """An HTML table. The first `names` columns hold names, the others figures; `total` is a last row."""
+    """Return an HTML table. The first `names` columns hold names, the others figures; `total` is a last row."""
 
     def line(tag: str, cells: Sequence[Cell]) -> str:
         is_name = [i < names or (last_is_name and i == len(cells) - 1) for i in range(len(cells))]
@@ -267,7 +267,7 @@ def _shown(cell: Cell) -> str:
 
 
 def _whole(value: float) -> str:
-    """A count; empty for a fraction, so that axes of counts have no ticks at fractions."""
+    """Return a count; empty for a fraction, so that axes of counts have no ticks at fractions."""
     return f"{value:,.0f}" if value == int(value) else ""
 
 

@@ -69,7 +69,7 @@ def bars(what: str, labels: Sequence[str], series: Series, shown: Format) -> str
 
 
 def columns(what: str, edges: Sequence[str], series: Series) -> str:
-    """A histogram: columns between consecutive edges, of which there is one more than there are values."""
+    """Return a histogram: columns between consecutive edges, of which there is one more than there are values."""
     n = len(edges) - 1
 
     def draw(axes: Axes) -> None:

@@ -17,7 +17,7 @@ Counts = dict[str, int]  # documents, bytes, and tokens where there are any
 
 
 def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, Any]:
-    """The content of report.json."""
+    """Return the content of report.json."""
     splits = {split: _counts(stages.count(split)) for split in SPLITS}
     total = {name: sum(counts[name] for counts in splits.values()) for name in ("documents", "bytes", "tokens")}
     own = [_describe_source(stages, number, source.name) for number, source in enumerate(sources)]
@@ -36,7 +36,10 @@ def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, An
 
 
 def _describe_source(stages: Stages, number: int, name: str) -> dict[str, Any]:
-    """One source's counts at each stage. Lengths are counted by powers of two: key 12 is 2,048 to 4,095 bytes."""
+    """Return one source's counts at each stage.
+
+    Lengths are counted by powers of two: key 12 is 2,048 to 4,095 bytes.
+    """
     mine = [i for i, unit in enumerate(stages.unit_inputs) if unit.source == number]
     extracted = [stages.extracted[i].result for i in mine]
     tokenized = [stages.tokenized[i].result for i in mine]
@@ -106,7 +109,7 @@ def _histogram(many: Iterable[dict[str, int]]) -> dict[str, int]:
 
 
 def summary(report: dict[str, Any], out: Path) -> str:
-    """What the `build` command prints at its end."""
+    """Return what the `build` command prints at its end."""
     lines = [
         f"{report['documents']:,} documents, {format_bytes(report['bytes'])} of text -> {report['tokens']:,} tokens "
         f"({report['bytes_per_token']:.2f} bytes per token) in {sum(report['seconds'].values()):.1f} s"

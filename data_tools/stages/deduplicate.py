@@ -46,7 +46,7 @@ def find_clusters(
 
 
 def sign(prefix: Path, texts: Path, contamination: Path | None, config: DedupConfig, seed: int) -> Result:
-    """A task: write the keys of a unit's documents in each band."""
+    """Run as a task: write the keys of a unit's documents in each band."""
     documents, dropped = read_documents(texts), contaminated_rows(contamination)
     kept = [document.kept and row not in dropped for row, document in enumerate(documents)]
     pieces = ((row, text) for row, text in read_pieces(texts) if kept[row])
@@ -55,13 +55,13 @@ def sign(prefix: Path, texts: Path, contamination: Path | None, config: DedupCon
 
 
 def link_band(prefix: Path, listed: Path, band: int, key_range: int, n_ranges: int) -> Result:
-    """A task: link the documents of all units that share a key in one range of one band."""
+    """Run as a task: link the documents of all units that share a key in one range of one band."""
     files = [prefix.parents[1] / sign.__name__ / name for name in read_list(listed)]
     return {"links": link(files, band, key_range, n_ranges, file_of(prefix, LINKS))}
 
 
 def join(prefix: Path, names: Sequence[str]) -> Result:
-    """A task: join all links into clusters."""
+    """Run as a task: join all links into clusters."""
     return cluster([prefix.parents[1] / link_band.__name__ / name for name in names], file_of(prefix, CLUSTERS))
 
 
@@ -87,7 +87,10 @@ def find_contaminated(extracted: Sequence[Done], config: DecontaminationConfig, 
 
 
 def collect_ngrams(prefix: Path, source: SourceConfig, config: DecontaminationConfig, states: object) -> Result:
-    """A task: write the n-grams of the test sets. `states` only enters the task's name, for files that are edited."""
+    """Run as a task: write the n-grams of the test sets.
+
+    `states` only enters the task's name, for files that are edited.
+    """
     return write_ngrams(_texts_of(source), file_of(prefix, NGRAMS), config)
 
 
@@ -101,7 +104,7 @@ def _texts_of(source: SourceConfig) -> Iterator[Iterator[str]]:
 
 
 def mark(prefix: Path, texts: Path, ngrams: Path, config: DecontaminationConfig) -> Result:
-    """A task: write the rows of a unit's contaminated documents."""
+    """Run as a task: write the rows of a unit's contaminated documents."""
     known = read_ngrams(file_of(ngrams, NGRAMS))
     rows = [
         row

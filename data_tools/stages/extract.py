@@ -20,7 +20,7 @@ from megagpt.atomic_files import sha256_of
 
 
 def find_units(sources: Sequence[SourceConfig], leave_out: Path | None = None) -> list[WorkUnit]:
-    """The work units of all sources, without files in `leave_out`. Raises UserError for a bad input or rule."""
+    """Return the work units of all sources, without files in `leave_out`. Raises UserError for a bad input or rule."""
     for source in sources:
         check_rules(source.rules)
     return cut_into_units([(source.name, find_files(source, leave_out)) for source in sources])
@@ -40,7 +40,7 @@ def describe_units(
     contamination: Sequence[Path | None],
     scratch: Path,
 ) -> list[UnitInput]:
-    """What the later stages need to know of each unit."""
+    """Return what the later stages need to know of each unit."""
     numbers = {source.name: number for number, source in enumerate(sources)}
     n_files = {source.name: 0 for source in sources}  # found so far; a file that is given twice counts twice
     unit_inputs = []
@@ -62,7 +62,7 @@ def describe_units(
 
 
 def why_nothing_is_left(extracted: Sequence[Done], tokenized: Sequence[Done] = ()) -> str:
-    """The end of a message, "; skipped: ...", with every reason for which documents were dropped; may be empty."""
+    """Return the end of a message, "; skipped: ...", with every reason for dropped documents; may be empty."""
     reasons: dict[str, str] = {}
     for done in extracted:
         for reason, (n, first) in done.result["skipped"].items():
@@ -84,7 +84,7 @@ def _code_hashes(rules: RulesConfig) -> dict[str, str]:
 
 
 def extract(prefix: Path, unit: WorkUnit, source: SourceConfig, strict: bool, code: dict[str, str]) -> dict[str, Any]:
-    """A task: read, clean and filter a unit. `code` (see _code_hashes) only enters the task's name.
+    """Run as a task: read, clean and filter a unit. `code` (see _code_hashes) only enters the task's name.
 
     The rules see only the first piece of a long document.
     """
@@ -135,7 +135,7 @@ class _Extraction:
             self._texts.end(slice_, piece.position)
 
     def _clean(self, piece: DocumentPiece) -> str:
-        """The cleaned text. For a document's first piece, also decides whether the document stays."""
+        """Return the cleaned text. For a document's first piece, also decides whether the document stays."""
         verdict = apply_rules(piece.text, self._rules) if piece.is_first else clean_only(piece.text, self._rules)
         if piece.is_first:
             self._cleaned.update(verdict.changed)
@@ -143,7 +143,7 @@ class _Extraction:
         return verdict.text
 
     def result(self) -> dict[str, Any]:
-        """The task's result: counts for the report."""
+        """Return the task's result: counts for the report."""
         return {
             "read": self._read,
             "kept": [self._texts.kept, self._texts.kept_bytes],

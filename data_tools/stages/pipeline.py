@@ -50,7 +50,7 @@ class Stages:
         return self.variants[0]
 
     def count(self, split: Split, variant: int = 0, source: int | None = None) -> tuple[int, int, int]:
-        """(documents, bytes, tokens) of a split, over all sources or of one."""
+        """Return (documents, bytes, tokens) of a split, over all sources or of one."""
         rows = [
             done.result["counts"][split]
             for unit, done in zip(self.unit_inputs, self.variants[variant], strict=True)
@@ -73,7 +73,7 @@ def run_stages(
 def read_and_compare(
     units: list[WorkUnit], sources: Sequence[SourceConfig], config: BuildConfig, tasks: Tasks
 ) -> Stages:
-    """The stages before tokenization: extract, decontaminate, deduplicate."""
+    """Return the stages before tokenization: extract, decontaminate, deduplicate."""
     seconds: dict[str, float] = {}
     with _timed(seconds, "read"):
         extracted = extract_all(units, sources, config.strict, tasks)
@@ -98,7 +98,7 @@ def find_tokenizer(stages: Stages, config: BuildConfig, given: Tokenizer | None,
 
 
 def tokenize_and_shuffle(stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig, tasks: Tasks) -> None:
-    """The stages from tokenization on. Raises UserError if the training split is empty."""
+    """Return the stages from tokenization on. Raises UserError if the training split is empty."""
     tokenizer = Tokenizer.load(stages.model)
     with _timed(stages.seconds, "tokenize"):
         for variant in _variant_configs(tokenizer, config):
@@ -129,7 +129,7 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _variant_configs(tokenizer: Tokenizer, config: BuildConfig) -> list[VariantConfig]:
-    """The canonical tokenization, and the sampled ones that the user asks for."""
+    """Return the canonical tokenization, and the sampled ones that the user asks for."""
     if config.subword.variants and tokenizer.kind not in ALPHA:
         raise UserError(
             f"subword.variants has no effect with a {tokenizer.kind} tokenizer; remove it, or train unigram or bpe"
@@ -177,7 +177,7 @@ def _write_shards(
 
 
 def _token_files(units: Sequence[WorkUnit], tokenized: Sequence[Done], scratch: Path) -> list[tuple[str, list[str]]]:
-    """(path below the scratch folder, input file of each slice of its unit) of every token file."""
+    """Return (path below the scratch folder, input file of each slice of its unit) of every token file."""
     token_files = []
     for unit, done in zip(units, tokenized, strict=True):
         inputs = [slice_.file.path for slice_ in unit.slices]
@@ -187,7 +187,7 @@ def _token_files(units: Sequence[WorkUnit], tokenized: Sequence[Done], scratch: 
 
 
 def input_sha256(stages: Stages) -> str:
-    """The hash of all documents that were read and kept, in order."""
+    """Return the hash of all documents that were read and kept, in order."""
     return _sha256_json([done.result["sha256"] for done in stages.extracted])
 
 

@@ -36,7 +36,7 @@ class UnitInput(Strict):
     contamination: str | None  # prefix of the contaminated rows
 
     def paths(self, scratch: Path) -> tuple[Path, Path | None]:
-        """The two prefixes as paths."""
+        """Return the two prefixes as paths."""
         return scratch / self.texts, scratch / self.contamination if self.contamination else None
 
 
@@ -69,7 +69,7 @@ def select(texts: Path, unit: int, clusters: Path | None, contamination: Path | 
 
 
 def split_of(key: bytes, config: SplitConfig) -> Split:
-    """The split of a key: a document's content hash or its cluster, so that equal documents are in one split."""
+    """Return the split of a key: a document's content hash or its cluster, so that equal documents are in one split."""
     at = keyed_hash(key, config.seed) / 2**64
     if at < config.test_fraction:
         return "test"
@@ -87,5 +87,5 @@ def selected_texts(texts: Path, selection: Selection) -> Iterator[tuple[int, str
 
 
 def contaminated_rows(contamination: Path | None) -> set[int]:
-    """The rows of a unit's contaminated documents."""
+    """Return the rows of a unit's contaminated documents."""
     return set() if contamination is None else set(np.load(file_of(contamination, CONTAMINATED)).tolist())

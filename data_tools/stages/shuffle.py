@@ -50,7 +50,7 @@ class RowRange(NamedTuple):
 
 
 def write_shard(prefix: Path, header: ShardHeader, n_shards: int, n_passes: int, listed: Path) -> dict[str, Any]:
-    """A task: write shard `header.shard` of the n_shards of its split, and its provenance file, row for row.
+    """Run as a task: write shard `header.shard` of the n_shards of its split, and its provenance file, row for row.
 
     `listed` is the list of (token file below the scratch folder, input file of each of its slices). The result has the
     shard's entries in the manifest and the index.
@@ -87,7 +87,7 @@ def _opened(folder: Path, names: Sequence[str], keys: range, split: Split) -> It
 
 
 def _rows_between(low: int, high: int, file: pa.MemoryMappedFile, split: Split) -> RowRange:
-    """The token file's rows with low <= key <= high; the views keep the map alive."""
+    """Return the token file's rows with low <= key <= high; the views keep the map alive."""
     batch = pa.ipc.open_file(file).get_batch(SPLITS.index(split))
     keys = to_numpy(batch["key"])
     begin = int(np.searchsorted(keys, np.uint64(low), side="left"))
@@ -107,7 +107,7 @@ def _rows_between(low: int, high: int, file: pa.MemoryMappedFile, split: Split) 
 
 
 def _in_order(ranges: Sequence[RowRange]) -> list[np.ndarray]:
-    """All rows by key, ties in the order of the input, in batches of about PASS_TOKENS.
+    """Return all rows by key, ties in the order of the input, in batches of about PASS_TOKENS.
 
     Each batch is an array of (number of the range, row in it), of shape (rows, 2).
     """

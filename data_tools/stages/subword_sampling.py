@@ -64,7 +64,7 @@ class _UnigramCandidates:
         self._tokenizer, self._alpha = tokenizer, alpha
 
     def __call__(self, word: str) -> tuple[list[float], list[Sequence[int]]]:
-        """(weights, ids) of the word's best tokenizations."""
+        """Return (weights, ids) of the word's best tokenizations."""
         found = self._tokenizer.best(word, CANDIDATES)
         highest = found[0][0]
         return [math.exp(self._alpha * (score - highest)) for score, _ in found], [ids for _, ids in found]
@@ -76,7 +76,7 @@ class _BpeCandidates:
         self._pieces = tokenizer.pieces()  # piece -> (id, score)
 
     def __call__(self, word: str) -> tuple[list[float], list[Sequence[int]]]:
-        """(weights, ids) of tokenizations of the word with dropped merges."""
+        """Return (weights, ids) of tokenizations of the word with dropped merges."""
         generator = np.random.Generator(np.random.Philox(key=keyed_hash(word.encode(), self._seed)))
         outcomes = [self._merge(word, generator) for _ in range(CANDIDATES if len(word) > 1 else 1)]
         return [1.0] * len(outcomes), outcomes

@@ -60,7 +60,7 @@ def tokenize(
     variant: VariantConfig,
     splits: SplitConfig,
 ) -> dict[str, Any]:
-    """A task: write the tokens of a unit's documents, in one file or one for every FILE_TOKENS.
+    """Run as a task: write the tokens of a unit's documents, in one file or one for every FILE_TOKENS.
 
     Variants other than the canonical one contain the training split only.
     """

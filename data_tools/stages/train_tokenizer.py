@@ -74,7 +74,7 @@ def train_on(
 def draw_sample(
     prefix: Path, unit: UnitInput, clusters: Path | None, splits: SplitConfig, share: float
 ) -> dict[str, Any]:
-    """A task: draw a unit's chunks whose keyed hash is below `share`, a draw that does not depend on any order."""
+    """Run as a task: draw a unit's chunks whose keyed hash is below `share`, whatever their order."""
     texts, contamination = unit.paths(prefix.parents[1])
     selection = select(texts, unit.number, clusters, contamination, splits)
     limit = int(share * 2**64)
@@ -90,7 +90,7 @@ def draw_sample(
 
 
 def train(prefix: Path, samples: Sequence[Path], options: dict[str, Any], seed: int) -> dict[str, Any]:
-    """A task: train a model on the drawn chunks with the smallest keys, options["sample_bytes"] bytes of them."""
+    """Run as a task: train a model on options["sample_bytes"] bytes of drawn chunks, those with the smallest keys."""
     config = TokenizerConfig(**options, seed=seed)
     drawn = sorted((key, text) for file in samples for key, text in _read_chunks(file_of(file, SAMPLE)))
     sample, room = [], config.sample_bytes
@@ -119,7 +119,7 @@ def _read_chunks(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def train_sample(sample: Sequence[str], config: TokenizerConfig) -> bytes:
-    """The bytes of a model trained on these texts. Raises UserError, with a vocab_size that works."""
+    """Return the bytes of a model trained on these texts. Raises UserError, with a vocab_size that works."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

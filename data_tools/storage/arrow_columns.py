@@ -22,7 +22,7 @@ def new_arrow_file(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatch
 
 
 def to_arrow(values: np.ndarray) -> pa.Array:
-    """A numpy array as an Arrow column of the same type, without a copy unless it is of booleans."""
+    """Return a numpy array as an Arrow column of the same type, without a copy unless it is of booleans."""
     type_ = pa.from_numpy_dtype(values.dtype)
     data = np.packbits(values, bitorder="little") if pa.types.is_boolean(type_) else np.ascontiguousarray(values)
     return pa.Array.from_buffers(type_, len(values), [None, pa.py_buffer(data)])
@@ -47,7 +47,7 @@ def hash_column(values: Sequence[bytes], size: int) -> pa.FixedSizeBinaryArray:
 
 
 def to_numpy(array: pa.Array) -> np.ndarray:
-    """The numbers of a column without nulls, without a copy unless they are booleans."""
+    """Return the numbers of a column without nulls, without a copy unless they are booleans."""
     data, end = array.buffers()[1] or b"", array.offset + len(array)
     if pa.types.is_boolean(array.type):
         return np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")[array.offset : end].astype(bool)

@@ -118,7 +118,7 @@ class DocumentWriter:
 
 @contextmanager
 def open_documents(prefix: Path) -> Iterator[DocumentWriter]:
-    """A writer of the two files, which get their names only when the block ends without an error."""
+    """Open a writer of the two files, which get their names only when the block ends without an error."""
     texts, documents = file_of(prefix, ".texts.arrow"), file_of(prefix, ".documents.arrow")
     with new_arrow_file(texts, PIECES) as texts_sink, new_arrow_file(documents, DOCUMENTS) as documents_sink:
         writer = DocumentWriter(texts_sink, documents_sink)
@@ -136,7 +136,7 @@ def read_pieces(prefix: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_documents(prefix: Path) -> list[DocumentInfo]:
-    """The rows of .documents.arrow."""
+    """Return the rows of .documents.arrow."""
     with pa.memory_map(str(file_of(prefix, ".documents.arrow"))) as file:
         reader = pa.ipc.open_file(file)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches))

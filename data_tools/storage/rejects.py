@@ -33,7 +33,7 @@ class RejectWriter:
 
 @contextmanager
 def open_rejects(path: Path) -> Iterator[RejectWriter]:
-    """A writer of the file, which gets its name when the block ends without an error, even if nothing was rejected."""
+    """Open a writer of the file, which gets its name when the block ends without an error, also if it is empty."""
     with (
         written(path) as temporary,
         pa.OSFile(str(temporary), "wb") as file,

@@ -40,12 +40,12 @@ class Saved:
 
 
 def folder(out_dir: Path) -> Path:
-    """The folder of a run's steps."""
+    """Return the folder of a run's steps."""
     return out_dir / "checkpoints"
 
 
 def step_folder(out_dir: Path, step: int) -> Path:
-    """The folder of one step, whether it exists or not."""
+    """Return the folder of one step, whether it exists or not."""
     return folder(out_dir) / f"step_{step:08d}"
 
 
@@ -82,7 +82,7 @@ def read_commit(step_dir: Path) -> Saved:
         return Saved(step_dir, state, mixture, Identity(**record["identity"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{step_dir / COMMIT} is not as megagpt writes it ({error!r}); "
+            f"checkpoint {step_dir} has an unreadable {COMMIT} ({error!r}); "
             f"delete {step_dir} to resume from the step before"
         ) from error
 
@@ -109,7 +109,7 @@ def write_manifest(step_dir: Path, rank: int) -> str:
 
 
 def _owner(name: str) -> int:
-    """The rank that wrote a file: DeepSpeed names it in its shards; everything else is rank 0's."""
+    """Return the rank that wrote a file: DeepSpeed names it in its shards; everything else is rank 0's."""
     if name.startswith("rng."):
         return int(name.split(".")[1])
     return int(name.split("zero_pp_rank_")[1].split("_")[0]) if "zero_pp_rank_" in name else 0

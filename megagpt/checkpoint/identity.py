@@ -1,6 +1,7 @@
 """The identity of a run in its checkpoints: what must be equal to resume, and what may change (elastic resume)."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,12 +22,12 @@ SHAPE = {
     "dtype": "dtype",
 }
 # Keys of the run file that change how DeepSpeed lays out its state.
-LAYOUT = ("zero_optimization.", "data_types.", "bf16.", "fp16.", "optimizer.type:", "optimizer.params.torch_adam:")
+LAYOUT = re.compile(r"(zero_optimization|data_types|bf16|fp16)\..*|optimizer\.(type|params\.torch_adam)")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a resumed run is compared with: the fields of SHAPE may have changed since, the others must not."""
+    """What a checkpoint must share with the run that resumes it, and (SHAPE) what may differ."""
 
     world_size: int
     zero_stage: int
@@ -40,7 +41,7 @@ class Identity:
 
 
 def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Dataset) -> Identity:
-    """The identity of a run on the ranks there are now. `vocab_size` is padded."""
+    """Return the identity of a run on the ranks there are now. `vocab_size` is padded."""
     cfg, ds = run.megagpt, run.deepspeed
     return Identity(
         world_size=batch.world_size,
@@ -78,7 +79,7 @@ def layout_changes(step_dir: Path, was: Identity, now: Identity, effective: Mapp
     """
     pairs = [(label, getattr(was, key), getattr(now, key)) for key, label in SHAPE.items()]
     changes = [f"{label} {before} -> {after}" for label, before, after in pairs if before != after]
-    changes = changes or [line for line in changed_keys(step_dir, effective) if line.startswith(LAYOUT)]
+    changes = changes or described(changed_keys(step_dir, effective), LAYOUT)
     run_files = (effective, json.loads((step_dir / "run.json").read_bytes()))
     on_nvme = {key for run in run_files for key, value in leaves(run).items() if value == "nvme"}
     if changes and on_nvme:
@@ -89,15 +90,20 @@ def layout_changes(step_dir: Path, was: Identity, now: Identity, effective: Mapp
     return changes
 
 
-def changed_keys(step_dir: Path, effective: Mapping[str, Any]) -> list[str]:
-    """List the keys of the run file that differ from when the step was saved, as `key: before -> now`."""
+def changed_keys(step_dir: Path, effective: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the keys of the run file that differ from when the step was saved, with the values before and now."""
     before = leaves(json.loads((step_dir / "run.json").read_bytes()))
     now = leaves(json.loads(json.dumps(effective)))
-    return [
-        f"{key}: {before.get(key, 'absent')} -> {now.get(key, 'absent')}"
+    return {
+        key: (before.get(key, "absent"), now.get(key, "absent"))
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
-    ]
+    }
+
+
+def described(changes: Mapping[str, tuple[Any, Any]], keys: re.Pattern[str] = re.compile(".*")) -> list[str]:
+    """Return `key: before -> now` for each change of a key that matches."""
+    return [f"{key}: {before} -> {now}" for key, (before, now) in changes.items() if keys.fullmatch(key)]
 
 
 def _difference(before: Any, after: Any) -> tuple[Any, Any]:

@@ -43,12 +43,12 @@ def restore(engine: Engine, step_dir: Path, record: RunRecord) -> None:
         saved = read_commit(step_dir)
         _load(engine, saved, layout_changes(step_dir, saved.identity, record.identity, record.effective))
     else:
-        print_rank0(f"the best weights could not be restored: {damage}")
+        print_rank0(f"checkpoint {step_dir} is damaged ({damage}); the run keeps its last weights instead of its best")
 
 
 def _load(engine: Engine, saved: Saved, changes: list[str]) -> None:
     if changes:
-        print_rank0(f"{saved.step_dir}: {', '.join(changes)}: resharding weights and optimizer state")
+        print_rank0(f"resharding weights and optimizer state of checkpoint {saved.step_dir} ({', '.join(changes)})")
         was, state = saved.identity, saved.state
         load_reshaped(
             engine,

@@ -36,11 +36,11 @@ def rotate(out_dir: Path, newest: Path, state: TrainState, keep: KeepConfig, gro
 
 @contextmanager
 def _reporting_disk_errors() -> Iterator[None]:
-    """A failed deletion only wastes disk space: the newer checkpoint is already committed."""
+    """Report a failed deletion instead of raising it: the newer checkpoint is already committed."""
     try:
         yield
     except OSError as error:
-        print_rank0(f"an older checkpoint could not be deleted: {error}")
+        print_rank0(f"an older checkpoint could not be deleted ({error}); training continues: delete it by hand")
 
 
 def steps_to_delete(out_dir: Path, keep: KeepConfig) -> list[Path]:

@@ -33,12 +33,27 @@ def open_run(out_dir: Path) -> TrainingSet:
 
 def open_samples(cfg: MegaGPTConfig, global_batch: int, saved: Saved | None) -> TrainingSet:
     """Open all samples, past and future, of a run at a saved step, or of one that has not begun. Raises UserError."""
-    datasets = open_datasets([d.path for d in cfg.data.train])
+    return samples_of(cfg, global_batch, saved, open_datasets([d.path for d in cfg.data.train]), with_earlier=True)
+
+
+def samples_of(
+    cfg: MegaGPTConfig,
+    global_batch: int,
+    saved: Saved | None,
+    datasets: Sequence[Dataset],
+    *,
+    with_earlier: bool = False,
+) -> TrainingSet:
+    """Return the samples of a run on its open `datasets`, from its saved step on; raises UserError.
+
+    `with_earlier`: also open datasets that the run has left since, in which its past samples lie.
+    """
     open_rows = row_opener(cfg)
     sources = [source_of(d, open_rows) for d in datasets]
     history, state = (saved.mixture, saved.state) if saved else (Mixture(cfg.data.seed), TrainState())
     mixture = plan_mixture(cfg, global_batch, sources, history, step=state.step, sample=state.samples_seen)
-    return TrainingSet(mixture, datasets, earlier=_earlier(mixture, datasets), open_variant=open_rows)
+    earlier = _earlier(mixture, datasets) if with_earlier else []
+    return TrainingSet(mixture, datasets, earlier=earlier, open_variant=open_rows)
 
 
 def _earlier(mixture: Mixture, datasets: Sequence[Dataset]) -> list[Dataset]:

@@ -236,7 +236,7 @@ def _all_reduce(agents: Sequence[Agent], threads: ThreadPoolExecutor) -> tuple[f
 
 
 def _to_forward() -> dict[str, str]:
-    """This shell's variables that ranks on all hosts should have, without those that look like secrets."""
+    """Return this shell's variables that ranks on all hosts should have, without those that look like secrets."""
     found = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
     return {n: v for n, v in found.items() if ENV_LINE.fullmatch(f"{n}={v}") and not SECRET_NAME.search(n)}
 
@@ -246,14 +246,14 @@ def _environment_file() -> Path:
 
 
 def _settings() -> dict[str, str]:
-    """The variables that ~/.deepspeed_env sets on the other hosts."""
+    """Return the variables that ~/.deepspeed_env sets on the other hosts."""
     file = _environment_file()
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     return dict(line.split("=", 1) for line in lines if ENV_LINE.fullmatch(line))
 
 
 def _exported() -> list[str]:
-    """The variables that deepspeed would set on the other hosts, as NAME=VALUE."""
+    """Return the variables that deepspeed would set on the other hosts, as NAME=VALUE."""
     ours = {name: value for name, value in os.environ.items() if name.startswith("PYTHON")}
     ours["PYTHONPATH"] = ":".join(filter(None, [os.getcwd(), ours.get("PYTHONPATH")]))
     return [f"{name}={value}" for name, value in (ours | _settings()).items()]

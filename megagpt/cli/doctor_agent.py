@@ -136,7 +136,7 @@ def all_reduce(rank: str, n_ranks: str, address: str, port: str) -> dict[str, An
 
 
 def _machine() -> dict[str, str]:
-    """The versions and devices that should be equal on all hosts."""
+    """Return the versions and devices that should be equal on all hosts."""
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
     driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -224,12 +224,12 @@ def _disk_findings(run: RunConfig, mark: Path) -> Iterator[Finding]:
 
 
 def _first_address() -> str:
-    """The address that deepspeed would choose as MASTER_ADDR if this is the first host."""
+    """Return the address that deepspeed would choose as MASTER_ADDR if this is the first host."""
     return (_first_line("hostname", "-I") or "127.0.0.1").split()[0]
 
 
 def _first_line(*command: str) -> str:
-    """The first line that a command prints; "" if it fails or takes more than 10 s."""
+    """Return the first line that a command prints; "" if it fails or takes more than 10 s."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

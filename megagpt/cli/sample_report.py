@@ -47,7 +47,7 @@ def _by_dataset(data: TrainingSet, first: int, n: int, seq_len: int) -> list[str
 
 
 def _one_by_one(data: TrainingSet, first: int, n: int) -> list[str]:
-    """Say where each of the first n samples lies; a sample of several spans has a line for each."""
+    """Return a line for each span of the first n samples: its dataset, epoch and tokens."""
     lines = []
     for sample in range(first, first + n):
         for span in data.spans(sample):

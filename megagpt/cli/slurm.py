@@ -116,7 +116,7 @@ def lead_seconds(runs: Sequence[RunConfig], limit: int) -> int:
 
 
 def _slowest(run: RunConfig) -> float:
-    """Seconds from a signal to the end of the save, by the run's metrics.jsonl; 0 if it has none."""
+    """Return the seconds from a signal to the end of the save, by the run's metrics.jsonl; 0 if it has none."""
     file = run.megagpt.out_dir / "metrics.jsonl"
     slowest = dict.fromkeys(BEFORE_THE_END, 0.0)
     for line in file.read_text().splitlines() if file.is_file() else ():

@@ -137,7 +137,7 @@ def _state_that_differs(straight: Path, cut: Path) -> Iterator[str]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values are equal to the last bit, in each tensor and number at any depth; NaN equals NaN."""
+    """Tell whether two values are equal to the last bit, in each tensor and number at any depth; NaN equals NaN."""
     if type(a) is not type(b):
         return False
     if isinstance(a, torch.Tensor):

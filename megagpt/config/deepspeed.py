@@ -70,7 +70,7 @@ class OffloadConfig(Passed):
 
 
 def _stage_3(name: str, default: int) -> Any:
-    """A number that only ZeRO stage 3 reads; DeepSpeed takes it with the prefix `stage3_` too."""
+    """Return a number that only ZeRO stage 3 reads; DeepSpeed takes it with the prefix `stage3_` too."""
     return Field(default=default, validation_alias=AliasChoices(name, f"stage3_{name}"))
 
 

@@ -85,7 +85,10 @@ def _override(raw: dict[str, Any], item: str) -> None:
 
 
 def dotted_items(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of nested sections as (dotted key, value): a section itself, then what is in it. A list is a value."""
+    """Yield every key of nested sections as (dotted key, value): a section itself, then what is in it.
+
+    A list is a value.
+    """
     for key, value in section.items():
         dotted = f"{path}.{key}" if path else str(key)
         yield dotted, value
@@ -94,7 +97,7 @@ def dotted_items(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[s
 
 
 def leaves(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of nested sections that are not sections themselves, by their dotted keys."""
+    """Return the values of nested sections that are not sections themselves, by their dotted keys."""
     return {key: value for key, value in dotted_items(section) if not isinstance(value, dict)}
 
 
@@ -151,7 +154,7 @@ def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The pydantic models that a field's annotation names: `M` itself, or those of `M | None` or `tuple[M, ...]`."""
+    """Yield the pydantic models that an annotation names: `M` itself, or those of `M | None` or `tuple[M, ...]`."""
     for part in (annotation, *get_args(annotation)):
         if isinstance(part, type) and issubclass(part, BaseModel):
             yield part

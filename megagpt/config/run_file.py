@@ -40,11 +40,14 @@ class RunConfig:
                 )
 
     def as_json(self) -> dict[str, Any]:
-        """The run file again, with our section's defaults written out."""
+        """Return the run file again, with our section's defaults written out."""
         return {**self.deepspeed_raw, SECTION: self.megagpt.model_dump(mode="json")}
 
     def changed(self, *overrides: str) -> "RunConfig":
-        """The run with single keys changed, each written `key.path=value` as on a command line. Raises UserError."""
+        """Return the run with single keys changed, each written `key.path=value` as on a command line.
+
+        Raises UserError.
+        """
         return parse_run(self.as_json(), overrides)
 
 

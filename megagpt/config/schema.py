@@ -158,7 +158,7 @@ class RecomputeConfig(Strict):
         return self
 
     def n_blocks(self, n_layer: int) -> int:
-        """How many of the model's blocks recompute activations; none for "budget", where the compiler decides."""
+        """Return how many blocks recompute activations; none for "budget", where the compiler decides."""
         return 0 if self.policy in ("none", "budget") else -(-n_layer // (self.k or 1))
 
 

@@ -36,7 +36,7 @@ def build_engine(
     config: dict[str, Any] | None = None,
     compiled: bool = False,
 ) -> Engine:
-    """Build model, optimizer and ZeRO as the run file says. Collective; raises UserError for what DeepSpeed refuses.
+    """Build model, optimizer and ZeRO from the run file. Collective; raises UserError for what DeepSpeed refuses.
 
     `config`: DeepSpeed's part of the run file, if `effective_config` has computed it already.
     `compiled`: whether to compile the blocks, the same on every rank (`compilation.compiles` decides).

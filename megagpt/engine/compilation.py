@@ -21,7 +21,7 @@ from megagpt.model.gpt import GPT, Block, KeyValueCache
 
 
 def compiles(asked: bool | None, device: torch.device) -> bool:
-    """Whether to compile: as the run file asks; by default on CUDA, where minutes of compiling are soon repaid.
+    """Tell whether to compile: as the run file asks; by default on CUDA, where minutes of compiling are soon repaid.
 
     The same on every rank, since at stage 3 it decides which weights are gathered at a time. Collective. Raises
     UserError, on every rank, if compiling was asked for and one of the machines cannot.

@@ -48,7 +48,7 @@ def effective_config(run: RunConfig, batch: BatchPlan, vocab_size: int, device: 
 
 
 def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> dict[str, Any]:
-    """The keys that are filled where a run file leaves them out, with the reason for each value."""
+    """Return the keys that are filled where a run file leaves them out, with the reason for each value."""
     stage = run.deepspeed.zero_optimization.stage
     bucket = bucket_elements(run.megagpt.model, vocab_size, batch.world_size)
     filled: dict[str, Any] = {

@@ -1,4 +1,7 @@
-"""Adam as the run file says: its weight-decay groups, its kernel, and clipping."""
+"""Build the optimizer from the run file: Adam, its weight-decay groups, its kernel, gradient clipping.
+
+Another optimizer also concerns config/deepspeed.py: OptimizerConfig, reshard.py: MOMENTS and planner/memory.py: ADAM.
+"""
 
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -14,7 +17,7 @@ from megagpt.config.deepspeed import DeepSpeedConfig
 def decay_groups(
     model: nn.Module, weight_decay: float, decay_on: Literal["matrices", "all"] = "matrices"
 ) -> list[dict[str, Any]]:
-    """Two groups for Adam: the parameters that decay (by default the matrices), and biases and LayerNorm gains."""
+    """Return Adam's groups: the parameters that decay (by default the matrices), and biases and LayerNorm gains."""
     params = [p for p in model.parameters() if p.requires_grad]
     decays = [p for p in params if decay_on == "all" or _ndim(p) >= 2]
     others = [p for p in params if not any(p is q for q in decays)]
@@ -58,11 +61,11 @@ def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, devic
 
 
 def clips_itself(ds: DeepSpeedConfig) -> bool:
-    """Whether the optimizer clips: at ZeRO stage 0 in fp32 DeepSpeed would clip, but does not keep the norm."""
+    """Tell whether the optimizer clips: at ZeRO stage 0 in fp32 DeepSpeed would clip, but does not keep the norm."""
     return ds.zero_optimization.stage == 0 and ds.dtype == "fp32"
 
 
 def adam_on_the_host(ds: DeepSpeedConfig, device: torch.device) -> bool:
-    """Whether DeepSpeed's CPUAdam updates the weights of a GPU."""
+    """Tell whether DeepSpeed's CPUAdam updates the weights of a GPU."""
     offloads = ds.zero_optimization.offload_optimizer.device != "none"
     return offloads and device.type == "cuda" and not ds.optimizer.params.torch_adam

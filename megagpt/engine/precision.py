@@ -10,7 +10,7 @@ from megagpt.distributed.process_group import print_rank0
 
 
 def multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bf16. torch's emulation was measured 7 times slower than fp32."""
+    """Tell whether this CPU has instructions for bf16. torch's emulation was measured 7 times slower than fp32."""
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -125,7 +125,7 @@ def _copies(own: list[FlatTensor], old: list[FlatTensor], step_dir: Path) -> lis
                 reached = begin + n
         missing += end - reached
         if missing:
-            raise UserError(f"{step_dir} lacks {missing} values of {want.name}; {REPAIR}")
+            raise UserError(f"checkpoint {step_dir} lacks {missing} values of {want.name}; {REPAIR}")
     return copies
 
 
@@ -214,7 +214,7 @@ def _saved_tensors(step_dir: Path, shape: SavedShape, sizes: dict[str, int]) -> 
             found += _flat_tensors(weights, states, cuts)
         return found, _step(states)
     except (KeyError, IndexError, AttributeError, TypeError, ValueError, StopIteration) as error:
-        raise UserError(f"{step_dir} does not have the expected layout ({error!r}); {REPAIR}") from error
+        raise UserError(f"checkpoint {step_dir} does not have the expected layout ({error!r}); {REPAIR}") from error
 
 
 def _of_stage_0(step_dir: Path, dtype: str, sizes: dict[str, int]) -> tuple[list[Tensor], Any]:
@@ -235,7 +235,7 @@ def _flat_tensors(weights: Sequence[Tensor], states: Any, slices: list[list[Para
 
 
 def _continued(group: Mapping[str, Any], begun: dict[str, int]) -> list[ParamSlice]:
-    """A rank's slices of a group: each parameter continues where the previous rank's slice ended (`begun`)."""
+    """Return a rank's slices of a group: each parameter continues where the previous rank's slice ended (`begun`)."""
     found = []
     for name, address in group.items():
         found.append(ParamSlice(name, begun[name], address.numel, address.start))

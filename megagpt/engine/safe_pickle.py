@@ -47,9 +47,12 @@ def check_pickles(paths: list[Path]) -> None:
             program = reader.get_record("data.pkl")
             found = _globals(program)
         except (RuntimeError, ValueError, UnicodeDecodeError) as error:  # also raised for torch's older format
-            raise UserError(f"{path} is no checkpoint file that torch writes today: {error}") from error
+            raise UserError(
+                f"checkpoint file {path} was not written by this torch ({error}); delete its step's folder to resume "
+                "from the step before"
+            ) from error
         if "constants.pkl" in records:
-            raise UserError(f"{path} holds a compiled program (TorchScript), no checkpoint; {SAVED_BY_OTHERS}")
+            raise UserError(f"checkpoint file {path} is a TorchScript program, not a checkpoint; {SAVED_BY_OTHERS}")
         if foreign := sorted(found - ALLOWED):
             raise UserError(
                 f"{path} would call {foreign[0].replace(' ', '.')} when it is loaded, which no checkpoint of megagpt "

@@ -1,1 +1,1 @@
-"""What stops or repairs a run that goes wrong (`guards` in the run file)."""
+"""Guards that stop or repair a run that goes wrong (`guards` in the run file)."""

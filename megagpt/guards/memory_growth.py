@@ -46,7 +46,7 @@ class MemoryWatch:
 
 
 def memory_mib(device: torch.device) -> Tensor:
-    """(2,) MiB: what this process holds itself, without files mapped into it, and what it has allocated on its GPU."""
+    """Return (2,) MiB: this process's own memory, without mapped files, and its allocations on the GPU."""
     used = psutil.Process().memory_info()
     own = (used.rss - getattr(used, "shared", 0)) / 2**20  # Linux counts mapped shards as shared
     gpu = torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0

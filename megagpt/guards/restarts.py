@@ -26,7 +26,10 @@ def record_start(run: RunConfig, saved_step: int) -> None:
 
 
 def is_requeued_start(out_dir: Path) -> bool:
-    """Whether Slurm restarted the job that began the run in out_dir: `--fresh` must not begin it twice. Collective."""
+    """Tell whether Slurm restarted the job that began the run in out_dir: `--fresh` must not begin it twice.
+
+    Collective.
+    """
     record = broadcast_object(_read(out_dir / "starts.json"))
     return record is not None and "SLURM_RESTART_COUNT" in os.environ and record["job"] == os.environ["SLURM_JOB_ID"]
 
@@ -46,17 +49,17 @@ def _count(run: RunConfig, saved_step: int) -> None:
     reached = max(saved_step, last_logged(out_dir / "metrics.jsonl"))
     before = _read(file)
     if before is None or before["run"] != digest or reached > before["reached"]:
-        in_vain = 0
+        without_progress = 0
     else:
-        in_vain, reached = before["in_vain"] + 1, before["reached"]
+        without_progress, reached = before["in_vain"] + 1, before["reached"]
     with writing_to(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
-        record = {"run": digest, "reached": reached, "in_vain": in_vain, "job": os.environ.get("SLURM_JOB_ID")}
+        record = {"run": digest, "reached": reached, "in_vain": without_progress, "job": os.environ.get("SLURM_JOB_ID")}
         write_atomically(file, json.dumps(record).encode())
-    if in_vain >= MAX_WITHOUT_PROGRESS:
+    if without_progress >= MAX_WITHOUT_PROGRESS:
         raise UserError(
-            f"{out_dir}: the last {in_vain} starts came no further than step {reached}; see in their logs what ended "
-            f"them. A changed run file resets this count; to try this one again, remove {file}"
+            f"restarts without progress: the last {without_progress} starts of {out_dir} did not get past step "
+            f"{reached}; their logs show why. Change the run file, or remove {file} to try again"
         )
 
 

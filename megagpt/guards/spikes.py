@@ -1,4 +1,4 @@
-"""Spikes and steps that are not finite: left out of the update, named, or a reason to stop, on every rank alike."""
+"""Detect loss spikes and steps that are not finite: report them, skip their update, roll back or stop the run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,9 +101,10 @@ def judge(health: Health, steps: StepMetrics, cfg: GuardsConfig, documents: Call
         where, what = _not_finite(steps, i)
         if i == too_many:
             raise UserError(
-                f"{what}; that makes {cfg.max_bad_steps} steps in a row that were not finite. The last checkpoint is "
-                "untouched. Lower optimizer.params.lr or gradient_clipping, or raise megagpt.schedule.warmup_steps, "
-                f"and give the same command: it resumes from that checkpoint. Documents of this step: "
+                f"{what}: {cfg.max_bad_steps} steps in a row were not finite (megagpt.guards.max_bad_steps). The "
+                "last checkpoint is untouched. Lower optimizer.params.lr or gradient_clipping, or raise "
+                "megagpt.schedule.warmup_steps, and give the same command: it resumes from that checkpoint. Documents of "
+                "this step: "
                 f"{documents(steps.number(i), where)}"
             )
         lines.append(f"{what}; its update was " + ("skipped" if steps.skipped[i] else "made"))
@@ -111,15 +112,15 @@ def judge(health: Health, steps: StepMetrics, cfg: GuardsConfig, documents: Call
         what = f"spike at step {steps.number(i)}: {' and '.join(spiked)}"
         if cfg.spikes.action == "stop":
             raise UserError(
-                f"{what}; stopping, as megagpt.guards.spikes.action says. The last checkpoint is untouched. Documents "
-                f"of this step: {documents(steps.number(i), _worst(steps, i))}"
+                f"{what}; the run stops, because megagpt.guards.spikes.action is 'stop'. The last checkpoint is "
+                f"untouched. Documents of this step: {documents(steps.number(i), _worst(steps, i))}"
             )
         lines.append(what + ("; its update was skipped" if steps.skipped[i] else ""))
     return Verdict(health, bool(spikes) and cfg.spikes.action == "roll back", tuple(lines))
 
 
 def _not_finite(steps: StepMetrics, i: int) -> tuple[int, str]:
-    """The first rank on which step i was not finite, and what was not."""
+    """Return the first rank on which step i was not finite, and what was not."""
     ranks = (~steps.rank_losses[:, i].isfinite()).nonzero().flatten().tolist()
     if ranks:
         return ranks[0], f"the loss is {steps.rank_losses[ranks[0], i]} at step {steps.number(i)} on rank {ranks[0]}"
@@ -127,17 +128,17 @@ def _not_finite(steps: StepMetrics, i: int) -> tuple[int, str]:
 
 
 def _worst(steps: StepMetrics, i: int) -> int:
-    """The rank with the highest loss in step i."""
+    """Return the rank with the highest loss in step i."""
     return int(steps.rank_losses[:, i].argmax())
 
 
 def history_of(health: Health, device: torch.device | None = None) -> Tensor:
-    """(2, steps): losses and gradient norms of the last steps, float64."""
+    """Return (2, steps): losses and gradient norms of the last steps, float64."""
     return torch.tensor([health.losses, health.grad_norms], dtype=torch.float64, device=device)
 
 
 def limits(history: Tensor, cfg: SpikesConfig) -> Tensor:
-    """(2,): loss and gradient norm above which a step is a spike; infinite while the window is less than half full.
+    """Return (2,): the limits of loss and gradient norm for spikes; infinite until the window is half full.
 
     The limit is `sigma` standard deviations above the middle of the history, both of logarithms, because gradient norms
     differ by factors, and both by medians: one great spike in a mean and a standard deviation would hide all others for
@@ -162,7 +163,7 @@ def is_spike(history: Tensor, now: Tensor, cfg: SpikesConfig) -> Tensor:
 
 
 def extended(history: Tensor, now: Tensor, window: int) -> Tensor:
-    """The history after one more step. A step that is not finite repeats the one before it."""
+    """Return the history after one more step. A step that is not finite repeats the one before it."""
     before = history[:, -1] if history.size(1) else torch.zeros_like(now)
     now = torch.where(now.isfinite().all(), now, before)
     return torch.cat([history, now.unsqueeze(1)], dim=1)[:, -window:]
@@ -171,7 +172,7 @@ def extended(history: Tensor, now: Tensor, window: int) -> Tensor:
 def after_steps(
     health: Health, steps: StepMetrics, cfg: GuardsConfig
 ) -> tuple[Health, dict[int, list[str]], int | None]:
-    """The health after these steps; which of them were spikes, and of what; where too many in a row were not finite."""
+    """Return the health after these steps, {index: what spiked}, and the first index of too many bad steps in a row."""
     history, in_a_row, spikes, too_many = history_of(health), health.bad_in_a_row, dict[int, list[str]](), None
     bad = steps.bad().tolist()
     for i, now in enumerate(torch.stack([steps.losses, steps.grad_norms]).unbind(1)):
@@ -187,7 +188,7 @@ def after_steps(
 
 
 def _spiked(history: Tensor, now: Tensor, cfg: SpikesConfig) -> list[str]:
-    """What of a step is a spike, with its limit, in words."""
+    """Describe which of loss and gradient norm spiked, with its limit."""
     columns = ("loss", "gradient norm"), now.tolist(), limits(history, cfg).tolist(), is_spike(history, now, cfg)
     return [
         f"{name} {value:.4f} (limit {limit:.4f})" for name, value, limit, spike in zip(*columns, strict=True) if spike

@@ -1,4 +1,4 @@
-"""The numbers of the steps since the last log line: collected on the device, then read and reduced over ranks.
+"""Collect the results of the steps since the last log line on the device, then read and reduce them over ranks.
 
 Losses are in nats per token. They are reduced in float64, so that a sum over ranks does not depend on its order.
 """
@@ -13,7 +13,7 @@ from megagpt.distributed.collectives import gather_over_ranks
 
 
 class StepResult(NamedTuple):
-    """What one step came to on this rank. The tensors have no dimension and stay on the device."""
+    """The result of one step on this rank: scalar tensors on the device."""
 
     loss: Tensor  # sum over this rank's targets that have a loss, over the number of all its targets
     share: Tensor  # of its targets that have a loss
@@ -50,11 +50,11 @@ class StepMetrics:
         return found
 
     def number(self, i: int) -> int:
-        """The step's number in the run."""
+        """Return the step's number in the run."""
         return self.last - len(self) + 1 + i
 
     def bad(self) -> Tensor:
-        """(steps,): whether the loss on some rank, or the gradient norm, was not finite."""
+        """Return (steps,): whether the loss on some rank, or the gradient norm, was not finite."""
         bad = ~(self.rank_losses.isfinite().all(0) & self.losses.isfinite())
         return bad if self.scaled else bad | ~self.grad_norms.isfinite()
 

@@ -69,12 +69,12 @@ class Watchdog:
             self._idle += passed
             if self._timeout > 0.0 and self._timed and self._idle > self._allowed:
                 self._end(
-                    f"has waited {self._idle:.0f} s since step {self._step}",
+                    f"reached no step boundary for {self._idle:.0f} s after step {self._step}",
                     "; if a step takes that long, raise megagpt.guards.hang_timeout",
                 )
             self._alone = 0.0 if self._ending or self._launcher_alive() else self._alone + passed
             if self._alone > OUTLIVES:
-                self._end(f"reached no step boundary in the {self._alone:.0f} s since its launcher died")
+                self._end(f"reached no step boundary for {self._alone:.0f} s after its launcher died")
 
     def _end(self, reason: str, way_out: str = "") -> None:
         signal.setitimer(signal.ITIMER_REAL, 1.5 * GRACE)  # SIGALRM ends us if the disk hangs, too
@@ -86,7 +86,7 @@ class Watchdog:
         except OSError:
             faulthandler.dump_traceback(all_threads=True)
         message = (
-            f"error: rank {self._rank} {reason}, and ends; the stacks of its threads are in {self._stacks}. "
+            f"error: hang: rank {self._rank} {reason} and is stopped; the stacks of its threads are in {self._stacks}. "
             f"The same command resumes from the last checkpoint{way_out}"
         )
         with suppress(OSError):  # nobody may read it any more

@@ -22,7 +22,7 @@ class Section:
 
 @cache
 def deepspeed_sections() -> dict[str, Section]:
-    """The sections by their dotted names, those inside other sections too; "" is the top level."""
+    """Return the sections by their dotted names, those inside other sections too; "" is the top level."""
     top = {key: None if isinstance(default, dict) else default for key, default in DEEPSPEED_DEFAULTS.items()}
     untyped = {name: Section(keys) for name, keys in DEEPSPEED_DEFAULTS.items() if isinstance(keys, dict)}
     typed = dict(pair for name, model in SECTION_MODELS.items() for pair in _typed(name, model))
@@ -30,7 +30,7 @@ def deepspeed_sections() -> dict[str, Section]:
 
 
 def _typed(name: str, model: type[BaseModel]) -> Iterator[tuple[str, Section]]:
-    """A typed section and all that are fields of it."""
+    """Yield a typed section and all that are fields of it."""
     fields = model.model_fields.items()
     yield name, Section({key: info.default for field, info in fields for key in (field, info.alias or field)}, model)
     for field, info in fields:

@@ -232,13 +232,13 @@ def _written(run: RunConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _typed_sections(run: RunConfig) -> dict[str, tuple[dict[str, Any], type[BaseModel]]]:
-    """The sections that DeepSpeed has a model of -> (what the file has there, the model)."""
+    """Return the sections that DeepSpeed has a model of -> (what the file has there, the model)."""
     typed = {name: section.model for name, section in deepspeed_sections().items() if section.model is not None}
     return {name: (_section_at(run.deepspeed_raw, name), model) for name, model in typed.items()}
 
 
 def _section_at(raw: dict[str, Any], dotted: str) -> dict[str, Any]:
-    """The section of this dotted name; an empty one if the file has none there."""
+    """Return the section of this dotted name; an empty one if the file has none there."""
     node: Any = raw
     for key in dotted.split("."):
         node = node.get(key) if isinstance(node, dict) else None

@@ -14,7 +14,7 @@ When = Callable[[RunConfig], bool]
 
 
 def never(run: RunConfig) -> bool:
-    """The condition of keys that have no effect in any run."""
+    """Return the condition of keys that have no effect in any run."""
     return False
 
 

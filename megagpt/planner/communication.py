@@ -100,7 +100,7 @@ def _flat(run: RunConfig, sizes: list[int], world_size: int) -> int:
 
 
 def _all_to_all(run: RunConfig, batch: BatchPlan) -> int:
-    """Bytes that DeepSpeed-Ulysses exchanges for sequence parallelism (Jacobs et al. 2023, section 3.1).
+    """Return the bytes that DeepSpeed-Ulysses exchanges for sequence parallelism (Jacobs et al. 2023, section 3.1).
 
     In each block the queries, keys, values and the result, in forward and in backward; what is recomputed is exchanged
     again.

@@ -196,7 +196,7 @@ def fastest(found: Sequence[Setting]) -> Setting | None:
 
 
 def _compute_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, on: Machine) -> float:
-    """Seconds of a step's FLOPs, recomputation included, at the rate that all GPUs reach together."""
+    """Return the seconds of a step's FLOPs, recomputation included, at the rate that all GPUs reach together."""
     cfg = run.megagpt
     model = cfg.model.model_copy(update={"seq_len": cfg.seq_len})
     again = recompute_flops_per_token(
@@ -212,7 +212,7 @@ def _compute_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, on: Mach
 
 
 def _hidden_seconds(run: RunConfig, batch: BatchPlan, sent: Traffic, compute: float, bandwidth: float) -> float:
-    """Seconds of communication that overlap_comm hides behind the compute.
+    """Return the seconds of communication that overlap_comm hides behind the compute.
 
     At stage 3, where it is on by default, gathering and scattering overlap with all of the compute. At stages 1 and 2
     only reducing does, and only with the backward passes that reduce: at stage 1 that of the last micro-batch.
@@ -227,7 +227,7 @@ def _hidden_seconds(run: RunConfig, batch: BatchPlan, sent: Traffic, compute: fl
 
 
 def _host_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, offload: str) -> float:
-    """Seconds of offload: gradients move to the host, Adam runs there, weights move back."""
+    """Return the seconds of offload: gradients move to the host, Adam runs there, weights move back."""
     if offload == "none":
         return 0.0
     part, s = n_params(run.megagpt.model, vocab_size) / batch.world_size, WIDTH[run.deepspeed.dtype]

@@ -17,7 +17,7 @@ from megagpt.model.loss import token_nats
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was predicted, and how well."""
+    """The result of an evaluation."""
 
     loss: float  # nats per token
     tokens: int  # predicted
@@ -38,7 +38,7 @@ class Evaluation:
 def evaluate(
     model: nn.Module, windows: ValWindows, token_bytes: Tensor, *, micro_batch: int, sequence_parallel_size: int = 1
 ) -> Evaluation:
-    """Evaluate an engine or a model: each rank a contiguous share of the windows, all with as many forward passes.
+    """Evaluate an engine or a model: each rank takes a contiguous share of the windows, all run equally many passes.
 
     Collective. With sequence_parallel_size > 1, that many ranks take the same windows, each a slice of their
     positions. token_bytes (vocab_size,): how many bytes of text each token stands for, on the model's device.

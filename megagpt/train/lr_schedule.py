@@ -1,4 +1,4 @@
-"""Learning-rate shapes: a factor of the peak rate for each step."""
+"""Compute the learning rate: warmup and decay as a factor on the peak rate."""
 
 import math
 from collections.abc import Callable

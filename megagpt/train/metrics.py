@@ -1,4 +1,4 @@
-"""What a log line reports of the steps since the last one. Times in seconds, losses in nats per token."""
+"""Compute the metrics that are logged: means over the steps since the last log line, speed, times in seconds."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -29,11 +29,11 @@ class Stopwatch:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
     def total(self) -> float:
-        """Seconds from the start to the last lap."""
+        """Return the seconds from the start to the last lap."""
         return self._began - self._started
 
     def spent(self, name: str) -> float:
-        """Seconds of one section since the last lap."""
+        """Return the seconds of one section since the last lap."""
         return self._seconds.get(name, 0.0)
 
     def lap(self) -> dict[str, float]:

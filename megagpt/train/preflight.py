@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megagpt.checkpoint.commit import Saved
 from megagpt.checkpoint.identity import Identity, check_identity, identity_of
+from megagpt.checkpoint.run_samples import samples_of
 from megagpt.checkpoint.save import archive_run
 from megagpt.checkpoint.verification import newest_verified
 from megagpt.config.batch import BatchPlan, batch_plan
@@ -13,10 +14,9 @@ from megagpt.data.augmentation import batch_transform
 from megagpt.data.dataset import Dataset
 from megagpt.data.loader import ValWindows, open_data
 from megagpt.data.loss_mask import BatchTransform
-from megagpt.data.mixture import Mixture
 from megagpt.data.packing import PACKING
 from megagpt.data.tokenizer import Tokenizer, padded_vocab_size
-from megagpt.data.training_set import TrainingSet, plan_mixture, row_opener, source_of
+from megagpt.data.training_set import TrainingSet
 from megagpt.distributed.collectives import on_every_rank
 from megagpt.distributed.process_group import world_size
 from megagpt.distributed.rendezvous import check_equal_on_ranks
@@ -25,7 +25,7 @@ from megagpt.train_state import TrainState
 
 @dataclass(frozen=True)
 class OpenedData:
-    """What the run file's `data` names, opened."""
+    """The opened datasets of a run, with tokenizer and batch transform."""
 
     train: list[Dataset]
     val: Dataset
@@ -37,7 +37,7 @@ class OpenedData:
 
 @dataclass(frozen=True)
 class RunSetup:
-    """A run whose run file, data and checkpoint were found right, before anything is built."""
+    """A checked run: run file, data and checkpoint, before anything is built."""
 
     run: RunConfig
     batch: BatchPlan
@@ -52,12 +52,12 @@ class RunSetup:
 
 
 def prepare(run: RunConfig, *, fresh: bool) -> RunSetup:
-    """Check all that a user can have got wrong. `fresh`: archive an old run instead of resuming it.
+    """Check everything that a user may have got wrong. `fresh`: archive an old run instead of resuming it.
 
     Collective; raises UserError on every rank.
     """
     cfg, batch = run.megagpt, batch_plan(run.deepspeed, world_size())
-    data = on_every_rank(lambda: _open(cfg))
+    data = on_every_rank(lambda: _open_data(cfg))
     fingerprints = {f"{dataset.path} (fingerprint)": dataset.fingerprint for dataset in (*data.train, data.val)}
     check_equal_on_ranks(fingerprints, "let all hosts see the same dataset, or copies of it")
     identity = identity_of(run, batch, data.vocab_size, val=data.val)
@@ -70,7 +70,7 @@ def prepare(run: RunConfig, *, fresh: bool) -> RunSetup:
     return RunSetup(run, batch, data, training_set, identity, saved)
 
 
-def _open(cfg: MegaGPTConfig) -> OpenedData:
+def _open_data(cfg: MegaGPTConfig) -> OpenedData:
     val_windows, (*train, val) = open_data(cfg.data, cfg.model.seq_len, masked=PACKING[cfg.packing.kind].masked)
     tokenizer = train[0].tokenizer()
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
@@ -80,10 +80,6 @@ def _open(cfg: MegaGPTConfig) -> OpenedData:
 
 def _training_set(cfg: MegaGPTConfig, batch: BatchPlan, data: OpenedData, saved: Saved | None) -> TrainingSet:
     """Open the training samples from the saved step on, with all their shards: a damaged one is found on all ranks."""
-    open_rows = row_opener(cfg)
-    sources = [source_of(dataset, open_rows) for dataset in data.train]
-    history, state = (saved.mixture, saved.state) if saved else (Mixture(cfg.data.seed), TrainState())
-    mixture = plan_mixture(cfg, batch.global_batch, sources, history, step=state.step, sample=state.samples_seen)
-    training_set = TrainingSet(mixture, data.train, open_variant=open_rows)
+    training_set = samples_of(cfg, batch.global_batch, saved, data.train)
     training_set.open_all()
     return training_set

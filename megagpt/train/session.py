@@ -12,7 +12,7 @@ import torch
 from megagpt.atomic_files import write_atomically
 from megagpt.checkpoint.async_writer import Writer
 from megagpt.checkpoint.commit import step_folder
-from megagpt.checkpoint.identity import changed_keys, layout_changes
+from megagpt.checkpoint.identity import changed_keys, described, layout_changes
 from megagpt.checkpoint.load import restore, resume
 from megagpt.checkpoint.rng import seed_all
 from megagpt.checkpoint.save import RunRecord
@@ -52,7 +52,9 @@ class Session:
     ) -> None:
         run, batch, saved = setup.run, setup.batch, setup.saved
         self.setup, self.device, self.cfg = setup, device, run.megagpt
-        self.scaled = run.deepspeed.fp16.enabled  # DeepSpeed itself skips updates that its loss scale made infinite
+        self.uses_loss_scale = (
+            run.deepspeed.fp16.enabled
+        )  # DeepSpeed itself skips updates that its loss scale made infinite
         config = effective_config(run, batch, setup.data.vocab_size, device)
         effective = {**run.as_json(), **config}
         self.record = RunRecord(self.cfg.out_dir, self.cfg.keep, setup.identity, setup.data.tokenizer, effective)
@@ -66,12 +68,12 @@ class Session:
         if saved is not None:
             resume(self.engine, saved, changes, self.cfg.seed)
         self.gate = UpdateGate(self.cfg.guards.spikes, setup.state.health, device)
-        if not self.scaled:
+        if not self.uses_loss_scale:
             before_update(self.engine, self.gate.before_update)
-        self.monitor = on_every_rank(self._open)
+        self.monitor = on_every_rank(self._open_monitor)
         print_rank0(_opening(setup, effective))
         self.token_bytes = torch.from_numpy(setup.data.tokenizer.token_bytes()).to(device)
-        self.watch, self.frozen, self.warned = Stopwatch(), False, False
+        self.stopwatch, self.frozen, self.grace_warned = Stopwatch(), False, False
         waits = run.deepspeed.zero_optimization.stage == 3 or batch.sequence_parallel_size > 1
         self.timer = ForwardTimer(device)
         self.stragglers = StragglerDetector(gather_objects(socket.gethostname()), forward_waits=waits)
@@ -81,8 +83,8 @@ class Session:
         self.memory_watch = MemoryWatch(self.cfg.guards.memory_growth_mib)
         self.rolled_back: list[int] = []  # the steps that were rolled back to
 
-    def _open(self) -> Monitor:
-        """Write the run file that acts into the run's folder, and open its monitors."""
+    def _open_monitor(self) -> Monitor:
+        """Write the effective run file into the run's folder, and open its monitors."""
         out_dir = self.cfg.out_dir
         with writing_to(out_dir):
             if is_main():
@@ -91,7 +93,7 @@ class Session:
             return Monitor(self.setup.run, self.setup.state, also=self.engine.monitor.write_events)
 
     def batches(self) -> Iterator[Batch]:
-        """This rank's micro-batches, endlessly, from the position of the setup's state."""
+        """Yield this rank's micro-batches without end, from the position of the setup's state."""
         batch, data = self.setup.batch, self.setup.data
         try:
             yield from prefetched(
@@ -111,10 +113,10 @@ class Session:
 
         Raises UserError, on every rank, where a guard stops the run.
         """
-        steps = window.read(state.step, scaled=self.scaled)
+        steps = window.read(state.step, scaled=self.uses_loss_scale)
         verdict = judge(state.health, steps, self.cfg.guards, self._documents)
         state = replace(state, health=verdict.health)
-        seconds = self.watch.lap()
+        seconds = self.stopwatch.lap()
         own = torch.tensor([self.timer.lap(), seconds["data"]], device=self.device)
         memory, own = gather_over_ranks(torch.cat([memory_mib(self.device), own])).cpu().split(2, dim=1)
         slow = self.stragglers.judge(own, seconds["step"] + seconds["data"], len(steps))
@@ -167,13 +169,13 @@ class Session:
         )
         self.setup = replace(self.setup, training_set=data, saved=replace(saved, state=back))
         self.monitor.close()
-        self.monitor = on_every_rank(self._open)
-        self.watch = Stopwatch()
+        self.monitor = on_every_rank(self._open_monitor)
+        self.stopwatch = Stopwatch()
         return back, self.batches()
 
     def evaluate(self, state: TrainState) -> TrainState:
         """Measure the validation loss, and count it for early stopping; the same on every rank."""
-        with self.watch.section("eval"), self.watchdog.paused():
+        with self.stopwatch.section("eval"), self.watchdog.paused():
             result = evaluate(
                 self.engine,
                 self.setup.data.val_windows,
@@ -185,7 +187,7 @@ class Session:
             "loss/val": result.loss,
             "perplexity": result.perplexity,
             "bits_per_byte": result.bits_per_byte,
-            "seconds/eval": self.watch.spent("eval"),
+            "seconds/eval": self.stopwatch.spent("eval"),
         }
         self.monitor.log(state, metrics)
         stopper = after_evaluation(state.stopper, result.loss, state.step, self.cfg.early_stopping)
@@ -193,26 +195,26 @@ class Session:
 
     def show_samples(self, state: TrainState) -> None:
         """Generate from the run file's prompts, and show the texts in TensorBoard."""
-        with self.watch.section("sample"), self.watchdog.paused():
+        with self.stopwatch.section("sample"), self.watchdog.paused():
             cfg = self.cfg.sample
             texts = complete(self.engine.module, self.setup.data.tokenizer, cfg.prompts, cfg, until_ended=False)
             self.monitor.text("samples", "\n\n---\n\n".join(texts), state.step)
-        self.monitor.log(state, {"seconds/sample": self.watch.spent("sample")})
+        self.monitor.log(state, {"seconds/sample": self.stopwatch.spent("sample")})
 
     def is_new_best(self, state: TrainState) -> bool:
-        """Whether early stopping will want this step's weights back."""
+        """Tell whether early stopping will want this step's weights back."""
         return self.cfg.early_stopping.restore_best and state.stopper.best_step == state.step
 
     def save(self, state: TrainState) -> None:
-        """Save a checkpoint; with `save_async` only its copy to host memory is waited for."""
-        with self.watch.section("save"), self.watchdog.paused():
+        """Save a checkpoint; with `save_async`, training waits only for the copy to host memory."""
+        with self.stopwatch.section("save"), self.watchdog.paused():
             save_checkpoint(self.engine, state, self.setup.training_set.mixture, self.record, self.writer)
-        waited, wrote = self.watch.spent("save"), self.writer.seconds  # `wrote`: of the save before this one
+        waited, wrote = self.stopwatch.spent("save"), self.writer.seconds  # `wrote`: of the save before this one
         self.monitor.log(state, {"seconds/save": waited} | ({"seconds/write": wrote} if self.cfg.save_async else {}))
         measured = wrote > 0.0 or not self.cfg.save_async  # an asynchronous write has ended
-        if measured and not self.warned and (warning := grace_warning(waited, wrote)):
+        if measured and not self.grace_warned and (warning := grace_warning(waited, wrote)):
             print_rank0(warning)
-            self.warned = True
+            self.grace_warned = True
 
     def close(self, state: TrainState, reason: str) -> None:
         """Print how the run ended, now that all is saved; after early stopping, restore the best weights."""
@@ -234,8 +236,8 @@ class Session:
         return speed(self.setup.run, self.setup.data.vocab_size, tokens_per_sec, self.device, compiled=self.compiled)
 
     def _eta(self, step: int) -> float:
-        """Seconds to the last step, at the pace of this start."""
-        return (self.cfg.schedule.max_steps - step) * self.watch.total() / (step - self.setup.state.step)
+        """Return the seconds to the last step, at the pace of this start."""
+        return (self.cfg.schedule.max_steps - step) * self.stopwatch.total() / (step - self.setup.state.step)
 
 
 def _opening(setup: RunSetup, effective: dict[str, Any]) -> str:
@@ -249,10 +251,10 @@ def _opening(setup: RunSetup, effective: dict[str, Any]) -> str:
     ]
     lines += setup.training_set.packing()
     if setup.saved is None:
-        lines.append("no checkpoint was ever committed here: starting at step 0")
+        lines.append(f"no checkpoint in {cfg.out_dir}: starting at step 0")
     else:
         lines.append(f"resuming from {setup.saved.step_dir}")
-        lines += [f"  changed: {line}" for line in changed_keys(setup.saved.step_dir, effective)]
+        lines += [f"  changed: {line}" for line in described(changed_keys(setup.saved.step_dir, effective))]
         if setup.training_set.mixture.segments != setup.saved.mixture.segments:
             mixture = setup.training_set.describe(setup.saved.state.samples_seen, cfg.seq_len)
             lines.append(f"  samples from now on: {mixture}")

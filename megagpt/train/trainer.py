@@ -86,7 +86,7 @@ def train_step(session: Session, batches: Iterator[Batch]) -> StepResult:
     engine, regularization, accumulation = session.engine, session.cfg.regularization, session.setup.batch.accumulation
     losses, shares = [], []
     for micro_batch in range(accumulation):
-        with session.watch.section("data"):
+        with session.stopwatch.section("data"):
             batch = next(batches)
         score = next_token_score(
             batch.targets,
@@ -108,5 +108,5 @@ def train_step(session: Session, batches: Iterator[Batch]) -> StepResult:
 
 
 def due(step: int, cadence: int) -> bool:
-    """Whether something done every `cadence` steps falls on this step; never for 0."""
+    """Tell whether something done every `cadence` steps falls on this step; never for 0."""
     return cadence > 0 and step % cadence == 0

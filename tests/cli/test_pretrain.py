@@ -106,7 +106,7 @@ def test_ranks_whose_launcher_was_killed_save_and_end(dataset, tmp_path):
 def test_a_rank_that_reaches_no_boundary_ends_soon_after_its_launcher(dataset, tmp_path, what):
     """The timeout for hangs does not apply there."""
     errors = killed_launcher([ORPHANED, what], dataset, tmp_path / "run", "waiting")
-    assert "s since its launcher died, and ends" in errors
+    assert "s after its launcher died and is stopped" in errors
     assert "orphaned_rank.py" in (tmp_path / "run/stacks.0.txt").read_text()
     assert not committed(tmp_path / "run")
 

@@ -77,7 +77,7 @@ def test_over_other_ranks_and_stages_losses_and_rates_are_a_straight_runs(chain,
 
 def test_what_changed_is_said_in_one_line(chain):
     for part, change in {1: "ranks 1 -> 2, ZeRO stage 1 -> 3", 2: "ranks 2 -> 4, ZeRO stage 3 -> 0"}.items():
-        assert f"{change}: resharding weights and optimizer state" in (chain / f"output.{part}").read_text()
+        assert f"({change})" in (chain / f"output.{part}").read_text()
 
 
 def test_every_ordered_pair_of_stages_takes_over_every_bit(chain):
@@ -194,7 +194,7 @@ def test_generators_go_on_with_as_many_ranks_and_are_seeded_anew_with_others(sav
     assert "reseeded" not in capsys.readouterr().out
     opened(dataset, by_two)
     out = capsys.readouterr().out
-    assert "ranks 2 -> 1, ZeRO stage 3 -> 1: resharding weights and optimizer state" in out
+    assert "(ranks 2 -> 1, ZeRO stage 3 -> 1)" in out
     assert "RNG state not restored (other number of ranks): reseeded from (megagpt.seed, step, rank)" in out
     found = torch.get_rng_state()
     seed_all(seed_from(debug_run(dataset, by_two).megagpt.seed, 8, 0))

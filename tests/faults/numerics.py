@@ -158,7 +158,7 @@ def wrong_numbers() -> Iterator[Case]:
             stopped,
             times(float("nan"), BEGIN + 1, BEGIN + 2),
             ("megagpt.guards.max_bad_steps=2",),
-            f"the loss is nan at step {BEGIN + 2} on rank {victim}; that makes 2 steps in a row that were not finite",
+            f"the loss is nan at step {BEGIN + 2} on rank {victim}: 2 steps in a row were not finite",
             victim,
             stage,
         )

@@ -169,7 +169,11 @@ def crash_loop(stage: int, system: System, folder: Path) -> Outcome:
         trainer.train_step = lambda *args: os._exit(1)
 
     codes = [lab.launch(system.program(folder / "run", stage), folder / f"start{n}", arm=arm).code for n in range(5)]
-    refused = "came no further" in (folder / f"start{codes.index(2)}" / "output").read_text() if 2 in codes else False
+    refused = (
+        "restarts without progress" in (folder / f"start{codes.index(2)}" / "output").read_text()
+        if 2 in codes
+        else False
+    )
     return Outcome(REFUSED if refused else STUCK, "" if codes[:3] == [1, 1, 1] else f"codes {codes}")
 
 

@@ -62,7 +62,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_no_weight_and_no_moment_o
 
 def test_three_in_a_row_stop_the_run_and_name_the_documents(folder, found):
     run = found["three_steps_in_a_row_that_are_not_finite"]
-    assert "the loss is inf at step 8 on rank 1; that makes 3 steps in a row that were not finite" in run["message"]
+    assert "the loss is inf at step 8 on rank 1: 3 steps in a row were not finite" in run["message"]
     assert run["committed"] == ["step_00000005"]
     w = run["weights"]
     assert w[0] == w[1]
