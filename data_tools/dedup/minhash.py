@@ -14,7 +14,6 @@ from data_tools.dedup.ngrams import ngram_hashes, word_hashes
 
 DIGEST_BYTES = 16
 WHITE_SPACE = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # where str.split() splits ASCII
-SIGNATURE_VERSION: int = rensa.RMinHash.ALGORITHM_VERSION  # signatures of different versions cannot be compared
 
 
 class TextDigest:

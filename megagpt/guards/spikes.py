@@ -103,7 +103,7 @@ def judge(health: Health, steps: StepMetrics, cfg: GuardsConfig, documents: Call
             raise UserError(
                 f"{what}: {cfg.max_bad_steps} steps in a row were not finite (megagpt.guards.max_bad_steps). The "
                 "last checkpoint is untouched. Lower optimizer.params.lr or gradient_clipping, or raise "
-                "megagpt.schedule.warmup_steps, and give the same command: it resumes from that checkpoint. Documents of "
+                "megagpt.schedule.warmup_steps, and give the same command: it resumes there. Documents of "
                 "this step: "
                 f"{documents(steps.number(i), where)}"
             )
