@@ -69,7 +69,6 @@ LONGEST = (
     "data_tools/test_build_faults.py",
     "engine/test_build.py",
 )
-STARTED = pytest.StashKey[int]()  # how many processes had been started before a test and its fixtures
 
 
 def group(nodeid: str) -> str:
@@ -131,21 +130,6 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
     """Around a test and its fixtures: see processes.py."""
     with processes.allowed(starts_processes(item)):
         return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item: pytest.Item) -> Any:
-    item.stash[STARTED] = processes.started()
-    return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Any:
-    """The other half of the check: what is marked as starting a process, by itself, does."""
-    result = yield
-    if starts_processes(item) and not shared_fixtures(item) and processes.started() == item.stash[STARTED]:
-        pytest.fail("is marked as starting a process and starts none: remove @pytest.mark.process")
-    return result
 
 
 @pytest.fixture(scope="session", autouse=True)

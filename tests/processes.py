@@ -12,13 +12,13 @@ EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.sys
 
 
 class _Watch:
-    """Whether a process may be started now, and how many have been."""
+    """Whether a process may be started now."""
 
-    allowed, started = True, 0
+    allowed = True
 
 
 def watch() -> None:
-    """From here on every start of a process is counted, or fails the test that is not marked as starting one."""
+    """From here on, starting a process fails a test that is not marked as starting one."""
     start = multiprocessing.process.BaseProcess.start
 
     def noticed(self: Any) -> None:  # the way "spawn" raises no audit event
@@ -30,14 +30,8 @@ def watch() -> None:
 
 
 def _notice(what: str) -> None:
-    _Watch.started += 1
     if not _Watch.allowed:
         pytest.fail(f"starts a process and is not marked so (@pytest.mark.process): {what}")
-
-
-def started() -> int:
-    """How many processes this one has started since `watch`."""
-    return _Watch.started
 
 
 def start_here(fixture: Callable[..., Any]) -> Callable[..., Any]:

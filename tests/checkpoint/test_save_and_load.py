@@ -317,7 +317,7 @@ def test_a_dataset_that_a_run_has_left_is_needed_only_to_see_its_samples(run_to,
     run_to("run", 4)
     data = open_run(tmp_path / "run")
     assert data.spans(16)[0].dataset.path == dataset
-    with pytest.raises(UserError, match=r"samples were drawn from .*other .*no longer there"):
+    with pytest.raises(UserError, match=r"other .*of these samples is no longer there"):
         data.spans(0)
 
 
@@ -326,7 +326,7 @@ def test_a_training_dataset_built_anew_in_its_place_is_refused(run_to, dataset, 
     shutil.rmtree(other)
     corpus = write_corpus(tmp_path / "newer.jsonl", 300, seed=10)
     build([corpus], other, BuildConfig(tokenizer=dataset / "tokenizer.model", workers=1))
-    with pytest.raises(UserError, match=r"other was built anew since this run last read it"):
+    with pytest.raises(UserError, match=r"other was rebuilt since this run last read it"):
         run_to("run", 4, f"megagpt.data.train.0.path={other}")
 
 

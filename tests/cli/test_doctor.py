@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from support import DEBUG_RUN, overrides
 
 from megagpt.__main__ import main
@@ -12,6 +13,7 @@ def doctor(capsys, *arguments: str) -> tuple[int, dict]:
     return code, json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.process
 def test_a_dataset_that_is_not_there_is_one_finding(capsys, tmp_path):
     code, found = doctor(capsys, *overrides(tmp_path / "nowhere", tmp_path / "run"))
     assert code == 2

@@ -7,6 +7,7 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+import processes
 import pytest
 from support import DEBUG_RUN, ROOT, environment, free_port, write_corpus
 
@@ -14,6 +15,7 @@ from megagpt.checkpoint.commit import committed
 
 
 @pytest.fixture(scope="module")
+@processes.start_here
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder]
@@ -28,14 +30,16 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+@processes.start_here
 def installed(wheel, tmp_path_factory) -> Path:
     """The bin folder of an environment that has this wheel, and the packages of this environment but for megagpt."""
     folder = tmp_path_factory.mktemp("installed") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     paths = {"base": str(folder), "platbase": str(folder)}
     site_packages = Path(sysconfig.get_path("purelib", "venv", paths))
-    # a .pth inside of the folder that is added is not read, so an editable install there stays invisible
-    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # a .pth inside of a folder that is added is not read, so an editable install there stays invisible
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site_packages / "dependencies.pth").write_text("\n".join(packages) + "\n")
     install = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "--quiet", "--no-deps"]
     subprocess.run([*install, "--no-index", "--ignore-installed", wheel], check=True, env=environment())
     return folder / "bin"

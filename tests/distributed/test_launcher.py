@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from megagpt.distributed.launcher import ancestors, hosts_of_ranks, launcher_watch
 
@@ -12,6 +13,7 @@ PRINT_PARENT = (
 )
 
 
+@pytest.mark.process
 def test_a_process_reads_its_parents_command_line_and_folder_without_torch():
     parent = psutil.Process().cmdline()
     child = subprocess.run([sys.executable, "-c", PRINT_PARENT, *parent], capture_output=True, text=True, check=True)
