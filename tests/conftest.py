@@ -35,25 +35,26 @@ processes.watch()
 
 # shared fixtures that every worker makes for itself
 CHEAP = {"dataset", "device", "_own_extensions_folder", "tmp_path_factory", "request", "pytestconfig"}
-# files, and the folder of hosts, whose tests one worker runs: by what they share, which is made once and takes long
+# Files whose tests one worker runs: what they share is made once and takes long, or they wait more than they compute,
+# so that the other workers have the cores. The hosts of cluster/ must be in one worker, since they share a bridge.
 TOGETHER = {
-    "cluster/": "cluster",
+    "cluster/": "waits",
+    "cli/test_pretrain.py": "waits",
+    "guards/test_watchdog.py": "waits",
     "engine/test_sequence_parallel.py": "two_ranks",
     "train/test_two_ranks.py": "two_ranks",
 }
 # files whose tests share nothing that takes long, and are many or long
 APART = (
     "checkpoint/test_async_writer.py",
-    "cli/test_pretrain.py",
     "cli/test_verify_resume.py",
     "data_tools/test_build_faults.py",
     "guards/test_out_of_memory.py",
-    "guards/test_watchdog.py",
 )
 # groups by how they begin: half a minute or more each, the longest first
 LONGEST = (
+    "waits",
     "two_ranks",
-    "cluster",
     "engine/test_compilation.py",
     "engine/test_reshard.py",
     "planner/test_estimate.py",
@@ -61,10 +62,8 @@ LONGEST = (
     "cli/test_verify_resume.py",
     "faults/",
     "guards/test_out_of_memory.py",
-    "guards/test_watchdog.py",
     "checkpoint/test_async_writer.py",
     "engine/test_long_context.py",
-    "cli/test_pretrain.py",
     "checkpoint/test_save_and_load.py",
     "data_tools/test_build_faults.py",
     "engine/test_build.py",
