@@ -53,7 +53,7 @@ STEP_TOKENS = DEBUG_RUN["train_batch_size"] * DEBUG_MODEL["seq_len"]
 
 @dataclass(frozen=True)
 class Counts:
-    """What one tokenizer made of some text."""
+    """Token and byte counts of one tokenizer on some text."""
 
     bytes: int
     words: int  # separated by white space

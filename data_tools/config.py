@@ -16,7 +16,7 @@ from megagpt.errors import UserError
 
 
 class ReadConfig(Strict):
-    """How the files of one source are read and which of its documents are kept."""
+    """Options for reading the files of one source, and for keeping its documents."""
 
     format: str = Field(default="auto", description="jsonl, csv, ...; auto: by the file's name, otherwise text")
     text_field: str = Field(default="text", description="the field or column of JSON, CSV, Parquet and Arrow")
@@ -49,7 +49,7 @@ class SourceConfig(ReadConfig):
 
 
 class InputConfig(ReadConfig):
-    """What all commands that read text have in common."""
+    """Options shared by all commands that read text."""
 
     sources: tuple[SourceConfig, ...] = Field(default=(), description="by name: inputs with options of their own")
     strict: bool = Field(default=False, description="stop at a record that cannot be read, rather than skip it")

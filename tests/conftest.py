@@ -33,8 +33,6 @@ leave_old_objects_alone()
 leave_plots_blank()
 processes.watch()
 
-# shared fixtures that every worker makes for itself
-CHEAP = {"dataset", "device", "_own_extensions_folder", "tmp_path_factory", "request", "pytestconfig"}
 # Files whose tests one worker runs: what they share is made once and takes long, or they wait more than they compute,
 # so that the other workers have the cores. The hosts of cluster/ must be in one worker, since they share a bridge.
 TOGETHER = {
@@ -110,11 +108,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def starts_processes(item: pytest.Item) -> bool:
     return item.get_closest_marker("process") is not None
-
-
-def shared_fixtures(item: pytest.Item) -> set[str]:
-    """The fixtures that a test has in common with others and that are worth waiting for."""
-    return {fixture.argname for fixture in fixtures(item) if fixture.scope != "function"} - CHEAP
 
 
 def fixtures(item: pytest.Item) -> list[pytest.FixtureDef[Any]]:

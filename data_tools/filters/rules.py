@@ -32,7 +32,7 @@ CustomRule = Callable[[str], bool | str | None]
 
 
 class RulesConfig(Strict):
-    """In a JSON file, a rule is `true` (its published thresholds) or an object of the thresholds that differ."""
+    """The rules that are on: in JSON, `true` (its published thresholds) or an object of the thresholds that differ."""
 
     clean: CleanConfig = Field(
         default=CleanConfig(), description="repairs and masks: true for all repairs of characters, or each by name"
@@ -71,7 +71,7 @@ class RulesConfig(Strict):
 
 
 class Verdict(NamedTuple):
-    """What the rules decide about one text."""
+    """The decision of the rules about one text."""
 
     text: str  # cleaned
     changed: tuple[str, ...]  # the cleaning steps that changed it

@@ -1,4 +1,4 @@
-"""What every reader yields: documents in pieces, so that none has to fit into memory, and skipped records.
+"""Define what readers yield: documents in pieces, so that none has to fit into memory, and skipped records.
 
 A record is an entry of an input file: a JSON line, a row of a table, a web page. Most become documents. A piece has
 at most PIECE_CHARACTERS characters (so at most 4 MiB of UTF-8) and ends after the last white space that fits.

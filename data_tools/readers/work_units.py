@@ -15,7 +15,7 @@ UNITS = 1000  # the number aimed at, as far as the two sizes above allow it
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """What one task reads: consecutive slices of one source."""
+    """The input of one task: consecutive slices of one source."""
 
     source: str
     slices: tuple[FileSlice, ...]

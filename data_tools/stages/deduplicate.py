@@ -76,7 +76,7 @@ def _source_of(config: DecontaminationConfig) -> SourceConfig:
 
 
 def find_contaminated(extracted: Sequence[Done], config: DecontaminationConfig, tasks: Tasks) -> list[Path | None]:
-    """For each unit, the prefix of the file of its contaminated rows; None without test sets."""
+    """Return, for each unit, the prefix of the file of its contaminated rows; None without test sets."""
     if not config.files:
         return [None for _ in extracted]
     source = _source_of(config)

@@ -27,7 +27,7 @@ LAYOUT = re.compile(r"(zero_optimization|data_types|bf16|fp16)\..*|optimizer\.(t
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint must share with the run that resumes it, and (SHAPE) what may differ."""
+    """The properties that a checkpoint shares with the run that resumes it; those of SHAPE may differ."""
 
     world_size: int
     zero_stage: int

@@ -37,7 +37,7 @@ from megagpt.train_state import TrainState
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What every checkpoint of a run records besides its state, and where it goes."""
+    """The constant part of a run's checkpoints: folder, retention, identity, tokenizer, run file."""
 
     out_dir: Path
     keep: KeepConfig

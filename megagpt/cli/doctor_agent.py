@@ -52,7 +52,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Request:
-    """What doctor asks the agent of a host to check."""
+    """The checks that doctor requests from the agent of a host."""
 
     name: str  # this host's name in the hostfile
     others: list[str]  # the names of the other hosts

@@ -63,7 +63,7 @@ class Fp16Config(Enabled):
 
 
 class OffloadConfig(Passed):
-    """Where ZeRO keeps optimizer states, or parameters, outside of the GPU."""
+    """The place outside of the GPU where ZeRO keeps optimizer states, or parameters."""
 
     device: Literal["none", "cpu", "nvme"] = "none"
     super_offload: bool = False
@@ -118,5 +118,5 @@ class DeepSpeedConfig(Passed):
 
     @property
     def dtype(self) -> Literal["bf16", "fp16", "fp32"]:
-        """What the model computes in."""
+        """The dtype of the model's computation."""
         return "bf16" if self.bf16.enabled else "fp16" if self.fp16.enabled else "fp32"

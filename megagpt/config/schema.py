@@ -43,7 +43,7 @@ class WeightedDataset(Strict):
 
 
 class DataConfig(Strict):
-    """What the model is trained and validated on."""
+    """The datasets for training and validation."""
 
     train: tuple[WeightedDataset, ...] = Field(min_length=1)
     val: Path
@@ -229,7 +229,7 @@ class AugmentConfig(Strict):
 
 
 class PackingConfig(Strict):
-    """How documents become samples of seq_len tokens."""
+    """The way in which documents become samples of seq_len tokens."""
 
     kind: Literal["concatenate", "concatenate-masked", "best-fit"] = Field(  # data/packing.py: PACKING
         default="concatenate",

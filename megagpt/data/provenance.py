@@ -22,7 +22,7 @@ FOLDER = "provenance"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the document of one row, or the part of a long document, came from."""
+    """The origin of one row: a document, or a part of a long one."""
 
     doc: str  # content hash
     part: int

@@ -35,7 +35,7 @@ I64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class DatasetPosition:
-    """How far a dataset is read: the first `offset` inputs of `epoch`.
+    """The progress in a dataset: the first `offset` inputs of `epoch`.
 
     For an epoch that has begun also its windows: their length `seq_len`, and how many inputs of the first window went
     to a sample that began in the epoch before (`split`; the window's other inputs come last).
@@ -49,7 +49,7 @@ class DatasetPosition:
 
 @dataclass(frozen=True)
 class Segment:
-    """How samples from first_sample on are drawn: each dataset's samples in a period, and its position before."""
+    """The drawing of samples from first_sample on: each dataset's samples in a period, and its position before."""
 
     first_sample: int
     seq_len: int

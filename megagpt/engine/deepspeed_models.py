@@ -21,8 +21,8 @@ SECTION_MODELS: dict[str, type[BaseModel]] = {
     "zero_optimization": DeepSpeedZeroConfig,
 }
 
-# Dotted keys that older versions read -> what DeepSpeed says about their removal.
+# Dotted keys that older versions read -> DeepSpeed's advice.
 REMOVED_KEYS: dict[str, str] = {
-    **getattr(config, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", {}),
-    **{f"zero_optimization.{key}": why for key, why in getattr(config, "_REMOVED_ZERO_CONFIG_KEYS", {}).items()},
+    **config._REMOVED_TOP_LEVEL_CONFIG_KEYS,
+    **{f"zero_optimization.{key}": why for key, why in config._REMOVED_ZERO_CONFIG_KEYS.items()},
 }

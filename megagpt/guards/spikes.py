@@ -83,7 +83,7 @@ def check_skipping(run: RunConfig, device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the steps since the last log mean for the run."""
+    """The decision of the guards about the steps since the last log line."""
 
     health: Health
     roll_back: bool
