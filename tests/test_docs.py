@@ -78,6 +78,12 @@ def test_every_row_of_where_do_i_change_names_a_definition():
     assert [row for row in rows if not PLACE.search(row)] == []
 
 
+def test_every_fault_of_use_names_its_test():
+    lines = (ROOT / "docs" / "faults_of_use.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith("| what a user does")]
+    assert [row for row in rows if not PLACE.search(row)] == []
+
+
 def test_every_patched_or_private_name_still_occurs_in_its_file():
     """A row of docs/patches.md that no longer holds is removed there."""
     rows = re.findall(r"^\| `([\w/]+\.py)` \| (.*?) \|", (ROOT / "docs" / "patches.md").read_text(), re.MULTILINE)
