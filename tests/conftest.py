@@ -12,15 +12,7 @@ import processes
 import pytest
 import torch
 from hypothesis import settings
-from support import (
-    PROGRAMS,
-    build_dataset,
-    build_noise,
-    leave_old_objects_alone,
-    leave_plots_blank,
-    read_json,
-    torchrun,
-)
+from support import build_dataset, build_noise, leave_old_objects_alone, leave_plots_blank
 from xdist.scheduler import LoadScopeScheduling
 
 from megagpt.distributed.process_group import init_process_group
@@ -39,8 +31,6 @@ TOGETHER = {
     "cluster/": "waits",
     "cli/test_pretrain.py": "waits",
     "guards/test_watchdog.py": "waits",
-    "engine/test_sequence_parallel.py": "two_ranks",
-    "train/test_two_ranks.py": "two_ranks",
 }
 # files whose tests share nothing that takes long, and are many or long
 APART = (
@@ -52,7 +42,8 @@ APART = (
 # groups by how they begin: half a minute or more each, the longest first
 LONGEST = (
     "waits",
-    "two_ranks",
+    "train/test_two_ranks.py",
+    "engine/test_sequence_parallel.py",
     "engine/test_compilation.py",
     "engine/test_reshard.py",
     "planner/test_estimate.py",
@@ -156,13 +147,3 @@ def dataset(tmp_path_factory) -> Path:
 def device() -> torch.device:
     """This process as the only rank."""
     return init_process_group()
-
-
-@pytest.fixture(scope="session")
-@processes.start_here
-def two_ranks(dataset, tmp_path_factory) -> dict[str, list[Any]]:
-    """Every scenario of tests/programs/two_ranks.py, run in one launch: name -> what rank 0 and rank 1 returned."""
-    folder = tmp_path_factory.mktemp("two_ranks")
-    done = torchrun(2, PROGRAMS / "two_ranks.py", dataset, folder, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return read_json(folder / "results.json")

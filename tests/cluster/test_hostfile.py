@@ -62,8 +62,8 @@ FAILURES: dict[str, tuple[Callable[[Cluster], None], int | None]] = {
     "SIGTERM to both ranks": (both(TERM), 75),
     "kill -9 of both ranks": (both(KILL), None),
 }
-SHORT, LONG = list(FAILURES)[:3], list(FAILURES)
 SAVED = [name for name in FAILURES if name.startswith(("SIG", "kill -9 of deepspeed"))]
+EACH = [pytest.param(name, marks=[pytest.mark.long] * (i > 2)) for i, name in enumerate(FAILURES)]
 
 
 @pytest.fixture(scope="module")
@@ -71,34 +71,34 @@ def cluster(raise_cluster) -> Cluster:
     return raise_cluster(2)
 
 
-@pytest.mark.parametrize("failures", [SHORT, pytest.param(LONG, marks=pytest.mark.long)], ids=["3", "all"])
-def test_after_each_failure_nothing_is_left_and_the_next_start_goes_on_as_one_host_would(
-    cluster, dataset, device, tmp_path, failures
-):
-    """fp32, the same global batch: sums are taken in another order, so losses may differ in their last digits.
+@pytest.fixture(scope="module")
+def checkout(dataset, tmp_path_factory) -> Checkout:
+    """One run for the tests of each failure: a start continues where the failure before it ended the run."""
+    return Checkout(tmp_path_factory.mktemp("failures") / "two", dataset, 2)
 
-    Each start is the one after the failure before it. The last one runs to the end.
-    """
-    checkout = Checkout(tmp_path / "two", dataset, 2)
-    for name in failures:
-        program = checkout.start(cluster["h1"])
-        program.until("| loss/train")
-        fail, code = FAILURES[name]
-        fail(cluster)
-        ended_with = program.end(60)
-        left = cluster.rest(60)
-        assert not left, f"{name}: {left}\n{program.output[-3000:]}"
-        assert code in (None, ended_with), f"{name}: exit code {ended_with}:\n{program.output[-3000:]}"
-        assert cluster["h1"].run("python", "-c", "import socket; socket.create_server(('', 29500))")
-        steps = newest(checkout.out_dir)
-        if name in SAVED:
-            assert steps == last_logged(checkout.out_dir / "metrics.jsonl"), f"{name}:\n{program.output[-3000:]}"
 
-    steps = max(50, newest(checkout.out_dir) + 5)
+@pytest.mark.parametrize("failure", EACH)
+def test_after_a_failure_nothing_is_left_on_any_host(cluster, checkout, failure):
+    fail, code = FAILURES[failure]
+    program = checkout.start(cluster["h1"])
+    program.until("| loss/train")
+    fail(cluster)
+    ended_with = program.end(60)
+    assert not cluster.rest(60), program.output[-3000:]
+    assert code in (None, ended_with), program.output[-3000:]
+    assert cluster["h1"].run("python", "-c", "import socket; socket.create_server(('', 29500))")
+    if failure in SAVED:
+        assert newest(checkout.out_dir) == last_logged(checkout.out_dir / "metrics.jsonl"), program.output[-3000:]
+
+
+def test_a_run_that_failed_again_and_again_ends_as_one_host_would(cluster, checkout, dataset, device, tmp_path):
+    """fp32, the same global batch: sums are taken in another order, so losses may differ in their last digits."""
+    before = newest(checkout.out_dir)
+    steps = max(50, before + 5)
     checkout.until(steps)
     program = checkout.start(cluster["h1"])
     assert program.end() == 0, program.output
-    assert "resuming from runs/gpt2_124m/checkpoints/step_" in program.output
+    assert ("resuming from runs/gpt2_124m/checkpoints/step_" in program.output) == (before > 0)
     alone = [f"megagpt.out_dir={tmp_path / 'one'}", f"megagpt.data.train.0.path={dataset}"]
     assert pretrain(["--deepspeed_config", str(checkout.run_file), *alone, f"megagpt.data.val={dataset}"]) == 0
     one, two = (metric(folder, "loss/train") for folder in (tmp_path / "one", checkout.out_dir))

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import processes
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import PROGRAMS, SHARING, debug_run, metric, torchrun
+from support import PROGRAMS, SHARING, debug_run, metric, scenarios, torchrun
 from torch import Tensor
 
 from megagpt.checkpoint.commit import committed
@@ -46,8 +48,15 @@ def alone(dataset, device, tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
+@processes.start_here
+def two_ranks(dataset, tmp_path_factory) -> list[dict[str, Any]]:
+    """What each of two ranks returned."""
+    return scenarios("sequence_parallel_ranks.py", dataset, tmp_path_factory.mktemp("sharing"))["sharing_positions"]
+
+
+@pytest.fixture(scope="module")
 def shared(two_ranks) -> Path:
-    return Path(two_ranks["sharing_positions"][0]["folder"])
+    return Path(two_ranks[0]["folder"])
 
 
 @pytest.mark.parametrize("name", SHARING)
@@ -63,7 +72,7 @@ def test_in_bf16_too(shared):
 
 def test_resuming_is_bit_exact(two_ranks):
     """With dropout, of which every rank draws its own, and recompute at stage 3."""
-    for found in two_ranks["sharing_positions"]:
+    for found in two_ranks:
         assert found["cut_at"] == 5  # the vote cast after step 4 is read after step 5
         straight, resumed = found["states"]
         assert straight == resumed
@@ -76,7 +85,7 @@ def test_a_run_goes_on_with_another_number_of_ranks_to_a_sample(shared, alone):
 
 
 def test_every_rank_generates_whole_texts(two_ranks):
-    texts = [found["texts"] for found in two_ranks["sharing_positions"]]
+    texts = [found["texts"] for found in two_ranks]
     assert texts[0] == texts[1]
     engine, checkpoint = texts[0]
     assert engine == checkpoint

@@ -17,9 +17,9 @@ from megagpt.planner.estimate import changes, fastest, machine, setting, setting
 from megagpt.planner.memory import memory
 
 
-def on_ranks(n_ranks, folder):
+def on_ranks(n_ranks, measured, folder):
     out = folder / "found.json"
-    done = torchrun(n_ranks, PROGRAMS / "plan_ranks.py", out)
+    done = torchrun(n_ranks, PROGRAMS / "plan_ranks.py", out, measured)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return read_json(out)
 
@@ -27,7 +27,7 @@ def on_ranks(n_ranks, folder):
 @pytest.fixture(scope="module")
 @processes.start_here
 def found(tmp_path_factory):
-    return on_ranks(2, tmp_path_factory.mktemp("plan"))
+    return on_ranks(2, "memory", tmp_path_factory.mktemp("plan"))
 
 
 @pytest.mark.parametrize("name", MEMORY)
@@ -48,22 +48,24 @@ def as_counted(sent: Traffic) -> dict[str, int]:
     return {name: size for name, size in counted.items() if size}
 
 
-def assert_counted(found, folder, n_ranks):
+def assert_counted(n_ranks, folder):
+    found = on_ranks(n_ranks, "traffic", folder)
     for name, options in TRAFFIC.items():
         run, batch = run_and_batch(folder, options, n_ranks)
         counted = {op: size for op, size in found[name]["sent"].items() if size}
         assert counted == as_counted(traffic(run, batch, VOCAB)), name
 
 
-def test_every_byte_that_deepspeed_sends_between_two_ranks_is_predicted(found, tmp_path):
+@pytest.mark.process
+def test_every_byte_that_deepspeed_sends_between_two_ranks_is_predicted(tmp_path):
     """Exactly, but for its flags and norms of at most 8 bytes each."""
-    assert_counted(found, tmp_path, 2)
+    assert_counted(2, tmp_path)
 
 
 @pytest.mark.process
 @pytest.mark.long
 def test_every_byte_that_deepspeed_sends_between_four_ranks_is_predicted(tmp_path):
-    assert_counted(on_ranks(4, tmp_path), tmp_path, 4)
+    assert_counted(4, tmp_path)
 
 
 def test_bytes_on_the_wire_of_a_ring():

@@ -93,7 +93,7 @@ def three_steps(folder: Path, options: list[str], device: torch.device) -> dict[
 
 if __name__ == "__main__":
     device, out = init_process_group(), Path(sys.argv[1])
-    settings = {**MEMORY, **TRAFFIC} if world_size() == 2 else TRAFFIC
+    settings = {"memory": MEMORY, "traffic": TRAFFIC}[sys.argv[2]]
     found = {name: three_steps(out.parent, options, device) for name, options in settings.items()}
     if rank() == 0:
         out.write_text(json.dumps(found))

@@ -5,7 +5,6 @@ Each function returns, on every rank, what its test in test_two_ranks.py judges.
 
 import hashlib
 import io
-import json
 import os
 import resource
 import signal
@@ -18,11 +17,10 @@ from typing import Any
 
 import torch
 from resume_matrix import COVERING, what_a_cut_changes, without_generators
-from support import SHARING, debug_run, metric, run_scenarios
+from support import debug_run, metric, run_scenarios
 
 from megagpt.checkpoint import save
 from megagpt.checkpoint.commit import best, committed
-from megagpt.checkpoint.load import load_model
 from megagpt.data.loader import open_data
 from megagpt.data.training_set import TrainingSet
 from megagpt.distributed.collectives import StopVote
@@ -31,7 +29,6 @@ from megagpt.engine.build import Engine
 from megagpt.engine.state_files import consolidated_weights
 from megagpt.errors import UserError
 from megagpt.guards import stragglers as pace
-from megagpt.model.generate import complete
 from megagpt.model.gpt import GPT
 from megagpt.train import session, trainer
 from megagpt.train.evaluate import evaluate
@@ -184,37 +181,6 @@ def validation_loss(dataset: Path, folder: Path) -> dict[str, float]:
     return asdict(evaluate(model, windows, token_bytes, micro_batch=2))
 
 
-def sharing_positions(dataset: Path, folder: Path) -> dict[str, Any]:
-    """Both ranks on each sample, half of its positions each. The runs are left for the test to compare."""
-    for name, options in SHARING.items():
-        compiled = f"megagpt.compile={json.dumps(name == 'stage2')}"  # which is to change nothing
-        train(dataset, folder / name, "sequence_parallel_size=2", compiled, *options)
-    bf16 = ["bf16.enabled=true", "megagpt.schedule.max_steps=8"]
-    for size in (1, 2):
-        train(dataset, folder / f"bf16 by {size}", f"sequence_parallel_size={size}", *bf16)
-
-    engines: list[Engine] = []
-    options = ["sequence_parallel_size=2", "megagpt.regularization.dropout=0.1", *SHARING["stage3"]]
-    with keeping_the_engine(engines):
-        straight = train(dataset, folder / "straight", *options)
-    with stopped_after(4):
-        cut = train(dataset, folder / "cut", *options)
-    resumed = train(dataset, folder / "cut", *options)
-    with stopped_after(4):
-        train(dataset, folder / "changed", "sequence_parallel_size=2", *SHARING["stage1"])
-    train(dataset, folder / "changed", *SHARING["stage1"])
-
-    alone, tokenizer, _ = load_model(folder / "straight", DEVICE)
-    sample = debug_run(dataset, folder).megagpt.sample
-    return {
-        "folder": str(folder),
-        "cut_at": cut.step,
-        "states": [asdict(straight), asdict(resumed)],
-        "weights": [digest(newest_weights(folder / run)) for run in ("straight", "cut")],
-        "texts": [complete(model, tokenizer, ["the "], sample) for model in (engines[0].module, alone)],
-    }
-
-
 def a_rank_late_with_its_data(dataset: Path, folder: Path) -> str:
     """What is said until rank 1, which reads its data slowly, is named; windows of a second, to be named sooner."""
     options = ["megagpt.schedule.max_steps=1000", 'megagpt.every={"log": 5, "eval": 0, "save": 0}']
@@ -312,7 +278,6 @@ SCENARIOS = [
     a_signal_during_a_save,
     a_mistake_that_one_rank_alone_sees,
     validation_loss,
-    sharing_positions,
     a_rank_late_with_its_data,
     votes,
 ]

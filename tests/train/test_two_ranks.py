@@ -1,11 +1,13 @@
 """What two real ranks did (tests/programs/two_ranks.py), and what one rank does with the same run files."""
 
 import socket
+from typing import Any
 
+import processes
 import pytest
 import torch
 from resume_matrix import COVERING, LAST
-from support import PROGRAMS, debug_run, metric, torchrun
+from support import PROGRAMS, debug_run, metric, scenarios, torchrun
 
 from megagpt.data.loader import open_data
 from megagpt.distributed.process_group import own_device
@@ -21,6 +23,12 @@ def equal_losses(found: dict, expected: dict) -> None:
     assert {int(step) for step in found} == set(expected) == set(range(1, 21))
     for step, loss in expected.items():
         assert found[str(step)] == pytest.approx(loss, abs=WITHIN), f"step {step}"
+
+
+@pytest.fixture(scope="module")
+@processes.start_here
+def two_ranks(dataset, tmp_path_factory) -> dict[str, list[Any]]:
+    return scenarios("two_ranks.py", dataset, tmp_path_factory.mktemp("two_ranks"))
 
 
 @pytest.fixture(scope="module")
