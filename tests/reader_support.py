@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 from data_support import document
 
 from data_tools.config import SourceConfig
 from data_tools.readers.by_format import read_slice
 from data_tools.readers.document_pieces import DocumentPiece, Pieces, SkippedRecord
 from data_tools.readers.find_files import find_files
+from data_tools.readers.open_file import zstd
 from data_tools.readers.work_units import cut_into_units
 
 TEXTS = [document(i, n_words=20) for i in range(20)]
@@ -74,14 +74,22 @@ def json_array(texts: list[str]) -> bytes:
     return json.dumps([{"text": text} for text in texts], indent=1).encode()
 
 
+def long_zst(texts: list[str], window_log: int = 28) -> bytes:
+    """What `zstd --long=28` writes from a pipe: it may look back 256 MiB, more than decompressors allow by default."""
+    options = {zstd.CompressionParameter.window_log: window_log}
+    compressor = zstd.ZstdCompressor(options=options)
+    return compressor.compress(jsonl(texts)) + compressor.flush()
+
+
 FORMATS: dict[str, Callable[[list[str]], bytes]] = {
     "a.jsonl": jsonl,
     "a.jsonl.gz": lambda texts: gzip.compress(jsonl(texts)),
-    "a.jsonl.zst": lambda texts: zstandard.compress(jsonl(texts)),
+    "a.jsonl.zst": lambda texts: zstd.compress(jsonl(texts)),
+    "long.jsonl.zst": long_zst,
     "a.jsonl.bz2": lambda texts: bz2.compress(jsonl(texts)),
     "a.jsonl.xz": lambda texts: lzma.compress(jsonl(texts)),
     "two members.jsonl.gz": lambda texts: gzip.compress(jsonl(texts[:7])) + gzip.compress(jsonl(texts[7:])),
-    "two frames.jsonl.zst": lambda texts: zstandard.compress(jsonl(texts[:7])) + zstandard.compress(jsonl(texts[7:])),
+    "two frames.jsonl.zst": lambda texts: zstd.compress(jsonl(texts[:7])) + zstd.compress(jsonl(texts[7:])),
     "two streams.jsonl.bz2": lambda texts: bz2.compress(jsonl(texts[:7])) + bz2.compress(jsonl(texts[7:])),
     "two streams.jsonl.xz": lambda texts: lzma.compress(jsonl(texts[:7])) + lzma.compress(jsonl(texts[7:])),
     "a.ndjson": jsonl,

@@ -2,11 +2,12 @@
 
 import io
 import lzma
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import fsspec
 import pyarrow as pa
@@ -14,6 +15,11 @@ import pyarrow.parquet as pq
 
 from data_tools.readers.input_file import InputFile
 from megagpt.errors import UserError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -28,10 +34,9 @@ def open_bytes(file: InputFile) -> Iterator[IO[bytes]]:
     Raises UserError for a file that cannot be reached, is not in its compression's format, or is truncated.
     """
     with reading(file.path), _open(file.path) as raw:
-        if file.compression == "xz":
-            yield io.BufferedReader(_XzReader(raw), 2**20)
+        if file.compression in STREAMS:
+            yield io.BufferedReader(_StreamReader(raw, file.compression), 2**20)
         elif file.compression:
-            # Arrow's decompressor, because no other one notices a truncated .zst
             yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), file.compression))
         else:
             yield raw
@@ -44,8 +49,9 @@ def reading(path: str) -> Iterator[None]:
         yield
     except (UserError, GeneratorExit):
         raise
-    except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
-        raise UserError(f"cannot read {path}: {error or type(error).__name__}; repair it or leave it out") from error
+    except (OSError, EOFError, lzma.LZMAError, zstd.ZstdError, pa.ArrowException) as error:
+        way_out = "set workers=1" if "not enough memory" in str(error) else "repair it or leave it out"
+        raise UserError(f"cannot read {path}: {error or type(error).__name__}; {way_out}") from error
     except Exception as error:
         # an object store's client raises errors of its own types; these four are mistakes in our code instead
         if "://" in path and not isinstance(error, AssertionError | TypeError | AttributeError | LookupError):
@@ -53,11 +59,41 @@ def reading(path: str) -> Iterator[None]:
         raise
 
 
-class _XzReader(io.RawIOBase):
-    """Decompress the streams of an .xz file. Unlike lzma.open, it refuses anything else that follows them."""
+class _Decompressor(Protocol):
+    """The part of the standard library's interface that decompresses one stream."""
 
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw, self._stream = raw, lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def needs_input(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, max_length: int = -1) -> bytes: ...
+
+
+def _new_xz() -> _Decompressor:
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ)
+
+
+def _new_zstd() -> _Decompressor:
+    # `zstd --long=31` looks back 2 GiB; by default, libzstd refuses more than 128 MiB
+    largest = zstd.DecompressionParameter.window_log_max.bounds()[1]
+    return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: largest})
+
+
+# codec -> its decompressor, and what may lie between its streams and at the end
+STREAMS: dict[str, tuple[Callable[[], _Decompressor], bytes]] = {"xz": (_new_xz, b"\0"), "zstd": (_new_zstd, b"")}
+
+
+class _StreamReader(io.RawIOBase):
+    """Decompress the streams of a file. Unlike lzma.open, it refuses anything else that follows them."""
+
+    def __init__(self, raw: IO[bytes], codec: str) -> None:
+        self._raw, (self._new, self._padding) = raw, STREAMS[codec]
+        self._stream = self._new()
 
     def readable(self) -> bool:
         return True
@@ -66,13 +102,12 @@ class _XzReader(io.RawIOBase):
         view, data = memoryview(target).cast("B"), b""
         while not data:
             if self._stream.eof:
-                # the format allows padding with zeros between streams and at the end
-                packed = self._stream.unused_data.lstrip(b"\0")
+                packed = self._stream.unused_data.lstrip(self._padding)
                 while not packed:
                     if not (block := self._raw.read(2**16)):
                         return 0
-                    packed = block.lstrip(b"\0")
-                self._stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+                    packed = block.lstrip(self._padding)
+                self._stream = self._new()
             else:
                 packed = self._raw.read(2**16) if self._stream.needs_input else b""
                 if self._stream.needs_input and not packed:

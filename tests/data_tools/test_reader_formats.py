@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import zstandard
 from reader_support import FORMATS, FRENCH, TEXTS, csv, json_array, jsonl, parquet, read_all, texts_of
 
 import data_tools.readers.document_pieces
@@ -18,7 +17,7 @@ from data_tools.readers.by_format import FORMATS as FORMATS_READ
 from data_tools.readers.by_format import FileFormat
 from data_tools.readers.document_pieces import DocumentPiece, Pieces
 from data_tools.readers.input_file import FileSlice
-from data_tools.readers.open_file import open_bytes
+from data_tools.readers.open_file import open_bytes, zstd
 from megagpt.errors import UserError
 
 
@@ -62,7 +61,7 @@ def test_a_source_has_its_own_field_and_format(tmp_path: Path) -> None:
 
 CUT_OFF = {
     "a.jsonl.gz": lambda texts: gzip.compress(jsonl(texts))[:-9],
-    "a.jsonl.zst": lambda texts: zstandard.compress(jsonl(texts))[:-9],
+    "a.jsonl.zst": lambda texts: zstd.compress(jsonl(texts))[:-9],
     "a.jsonl.bz2": lambda texts: bz2.compress(jsonl(texts))[:-9],
     "a.jsonl.xz": lambda texts: lzma.compress(jsonl(texts))[:-9],
     "a.json": lambda texts: json_array(texts)[:-9],
@@ -80,12 +79,12 @@ def test_a_file_that_was_cut_off_is_refused_by_name(name: str, tmp_path: Path) -
         list(read_all(tmp_path / name))
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("compress", [gzip.compress, zstd.compress, bz2.compress, lzma.compress])
 @pytest.mark.parametrize("rest", [b"garbage", b"\0\0garbage", b"\xfd7zXZ\0"])
 def test_a_compressed_file_with_something_else_behind_it_is_refused(
     compress: Callable[[bytes], bytes], rest: bytes, tmp_path: Path
 ) -> None:
-    ending = {gzip.compress: "gz", zstandard.compress: "zst", bz2.compress: "bz2", lzma.compress: "xz"}[compress]
+    ending = {gzip.compress: "gz", zstd.compress: "zst", bz2.compress: "bz2", lzma.compress: "xz"}[compress]
     (tmp_path / f"a.jsonl.{ending}").write_bytes(compress(jsonl(TEXTS)) + rest)
     with pytest.raises(UserError, match=r"cannot read .*a\.jsonl"):
         list(read_all(tmp_path / f"a.jsonl.{ending}"))
