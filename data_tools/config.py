@@ -14,6 +14,8 @@ from data_tools.option_types import Names, Paths
 from megagpt.config.parsing import Strict, explain, overridden, read_json
 from megagpt.errors import UserError
 
+MOST_PIECES = 2**24  # of a vocabulary; SentencePiece counts in 32 bits
+
 
 class ReadConfig(Strict):
     """Options for reading the files of one source, and for keeping its documents."""
@@ -89,8 +91,8 @@ class TokenizerConfig(InputConfig):
     """The `train-tokenizer` command's options."""
 
     tokenizer_type: Literal["unigram", "bpe", "char"] = "unigram"
-    vocab_size: int = Field(default=32000, gt=0)
-    sample_bytes: int = Field(default=8_000_000, gt=0, description="size of the text that it is trained on")
+    vocab_size: int = Field(default=32000, gt=0, le=MOST_PIECES)
+    sample_bytes: int = Field(default=8_000_000, gt=0, le=10**15, description="size of the text that it is trained on")
 
 
 TRAINING = set(  # the options that a given tokenizer leaves without effect

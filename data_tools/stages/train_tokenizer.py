@@ -11,7 +11,7 @@ from typing import Any
 
 import sentencepiece
 
-from data_tools.config import TRAINING, TokenizerConfig
+from data_tools.config import MOST_PIECES, TRAINING, TokenizerConfig
 from data_tools.executor.tasks import Done, Tasks, file_of
 from data_tools.executor.workers import start_workers
 from data_tools.stages.extract import describe_units, extract_all, find_units, why_nothing_is_left
@@ -27,6 +27,8 @@ LINE = 1000  # characters: SentencePiece drops lines of more than 4192 bytes, so
 UNUSABLE = str.maketrans("", "", "\0\u2585")
 SAMPLE, MODEL = ".jsonl", ".model"
 THREADS = 16  # a constant, because the model's bytes depend on it
+N_SPECIAL = 5 + 256  # <unk>, <s>, </s>, newline, tab, and the bytes
+TOO_SMALL = r"smaller than required_chars|insert_id\(|\(vocab_size\) >= \(0\)"  # in SentencePiece's errors
 
 
 def train_tokenizer(
@@ -65,7 +67,8 @@ def train_on(
     text_bytes = sum(done.result["kept"][1] for done in extracted)
     if not text_bytes:
         raise UserError(f"there is no text to train a tokenizer on{why_nothing_is_left(extracted)}; give more input")
-    share = 2 * config.sample_bytes / text_bytes  # twice what is needed, because chunks vary in size
+    # twice what is needed, because chunks vary in size, and enough that even a small sample is never empty
+    share = max(2 * config.sample_bytes, 64 * CHUNK) / text_bytes
     samples = tasks.run(draw_sample, [(unit, clusters, splits, min(1.0, share)) for unit in units], "sampling")
     options = config.model_dump(include=TRAINING)
     return tasks.run_one(train, [done.prefix for done in samples], options, config.seed, what="training a tokenizer")
@@ -103,9 +106,6 @@ def train(prefix: Path, samples: Sequence[Path], options: dict[str, Any], seed: 
         raise UserError("there is no text to train a tokenizer on: the training split is empty; give more input")
     model_bytes = train_sample(sample, config)
     tokenizer = Tokenizer(model_bytes)
-    # without a piece of its own, the space is encoded as the bytes of U+2581, and decoded to that character
-    if tokenizer.decode(tokenizer.encode(" ")) != " ":
-        raise UserError(f"vocab_size={config.vocab_size} is too small for a piece for the space; set a larger one")
     with written(file_of(prefix, MODEL)) as temporary:
         temporary.write_bytes(model_bytes)
     return {"sample_sha256": hashlib.sha256("\n".join(sample).encode()).hexdigest(), "sha256": tokenizer.sha256}
@@ -120,27 +120,37 @@ def _read_chunks(file: Path) -> Iterator[tuple[int, str]]:
 
 def train_sample(sample: Sequence[str], config: TokenizerConfig) -> bytes:
     """Return the bytes of a model trained on these texts. Raises UserError, with a vocab_size that works."""
-    model = io.BytesIO()
+    if not any(line.strip("\t") for line in _lines(sample)):
+        raise UserError("there is no text to train a tokenizer on; give more input")
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(sample),
-            model_writer=model,
-            model_type=config.tokenizer_type,
-            vocab_size=config.vocab_size,
-            # lossless: no normalization, spaces as they are, bytes for characters without a piece
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            byte_fallback=True,
-            required_chars=META_SPACE,
-            character_coverage=1.0 if config.tokenizer_type == "char" else 0.9995,
-            user_defined_symbols=["\n", "\t"],  # the trainer is fed single lines and would never learn them
-            allow_whitespace_only_pieces=True,  # indentation: 1.6 times fewer tokens for source code
-            num_threads=THREADS,
-            minloglevel=2,
-        )
+        model_bytes = _train(sample, config.tokenizer_type, config.vocab_size)
     except RuntimeError as error:
-        raise _explain(str(error), config) from error
+        raise _explain(str(error), sample, config) from error
+    # without a piece of its own, the space is encoded as the bytes of U+2581, and decoded to that character
+    if not Tokenizer(model_bytes).round_trips(" "):
+        raise _too_small(sample, config)
+    return model_bytes
+
+
+def _train(sample: Sequence[str], kind: str, vocab_size: int) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_lines(sample),
+        model_writer=model,
+        model_type=kind,
+        vocab_size=vocab_size,
+        # lossless: no normalization, spaces as they are, bytes for characters without a piece
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        byte_fallback=True,
+        required_chars=META_SPACE,
+        character_coverage=1.0 if kind == "char" else 0.9995,
+        user_defined_symbols=["\n", "\t"],  # the trainer is fed single lines and would never learn them
+        allow_whitespace_only_pieces=True,  # indentation: 1.6 times fewer tokens for source code
+        num_threads=THREADS,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
@@ -152,18 +162,35 @@ def _lines(sample: Sequence[str]) -> Iterator[str]:
                 yield line[at : at + LINE]
 
 
-def _explain(message: str, config: TokenizerConfig) -> UserError:
+def _explain(message: str, sample: Sequence[str], config: TokenizerConfig) -> UserError:
     """SentencePiece's error in terms of our options."""
     if most := re.search(r"Vocabulary size too high.*<= (\d+)", message):
         return UserError(
-            f"vocab_size={config.vocab_size} is more pieces than this text supports; "
-            f"set vocab_size={most[1]} or less, or give more text or a larger sample_bytes"
+            f"vocab_size={config.vocab_size} is more pieces than this text supports; set vocab_size={most[1]}, "
+            f"the most for tokenizer_type={config.tokenizer_type} here, or give more text or a larger sample_bytes"
         )
-    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
-        return UserError(
-            f"vocab_size={config.vocab_size} is too small for the 256 bytes, the special pieces and the "
-            f"characters of this text; set vocab_size={least[1]} or more"
-        )
-    if re.search(r"empty\(\)|\(sum\) > \(0\)", message):
-        return UserError("there is no text to train a tokenizer on; give more input")
+    if re.search(TOO_SMALL, message):
+        return _too_small(sample, config)
     return UserError(f"SentencePiece could not train a tokenizer: {message}")
+
+
+def _too_small(sample: Sequence[str], config: TokenizerConfig) -> UserError:
+    return UserError(
+        f"vocab_size={config.vocab_size} is too small for the 256 bytes, the special pieces and "
+        + ("the space" if config.tokenizer_type == "char" else "the characters of this text")
+        + f"; set vocab_size={_least_vocab_size(sample, config.tokenizer_type)}, the least that this text takes"
+    )
+
+
+def _least_vocab_size(sample: Sequence[str], kind: str) -> int:
+    if kind == "char":  # its pieces are ordered by frequency: all up to the space are needed
+        space = Tokenizer(_train(sample, kind, MOST_PIECES)).piece_id(META_SPACE)
+        assert space is not None, "it is one of required_chars"
+        return space + 1
+    try:
+        _train(sample, kind, N_SPECIAL)
+    except RuntimeError as error:
+        if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+            return int(least[1])
+        raise
+    raise AssertionError(f"{N_SPECIAL} pieces leave none for the space")

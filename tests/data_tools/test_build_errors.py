@@ -123,11 +123,11 @@ BAD_INPUT = {
     "no such tokenizer": (with_options("tokenizer=no.model"), r"cannot read the tokenizer no\.model: No such file"),
     "vocabulary too large": (
         with_options("vocab_size=32000"),
-        r"vocab_size=32000 is more pieces .* set vocab_size=\d+ or less",
+        r"vocab_size=32000 is more pieces .* set vocab_size=\d+, the most",
     ),
     "vocabulary too small": (
         with_options("vocab_size=100"),
-        r"vocab_size=100 is too small .* set vocab_size=\d+ or more",
+        r"vocab_size=100 is too small .* set vocab_size=\d+, the least",
     ),
     "config not JSON": (with_config("{"), r"build\.json, line 1, column 2: not JSON"),
     "config nested": (with_config("[" * 10**5), r"--config .*build\.json: its brackets are nested too deep"),
@@ -165,7 +165,7 @@ def test_the_vocabulary_that_the_message_names_works(tmp_path: Path, capsys: pyt
     write_texts(tmp_path / "in", 5)
     arguments = ("train-tokenizer", "--input", tmp_path / "in", "--out", tmp_path / "a.model")
     assert run(*arguments, "vocab_size=32000") == 2
-    largest = capsys.readouterr().err.split("set vocab_size=")[1].split()[0]
+    largest = capsys.readouterr().err.split("set vocab_size=")[1].split(",")[0]
     assert run(*arguments, f"vocab_size={largest}") == 0
     assert f"{int(largest):,} pieces" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir() if path.name != "in"] == ["a.model"]

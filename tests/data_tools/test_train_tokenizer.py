@@ -1,0 +1,89 @@
+"""Training a tokenizer: the vocabulary sizes that messages advise, and texts that SentencePiece does not expect."""
+
+import re
+from pathlib import Path
+
+import pytest
+from data_support import document, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools.config import TokenizerConfig
+from data_tools.stages.train_tokenizer import train_sample
+from megagpt.data.tokenizer import Tokenizer
+from megagpt.errors import UserError
+
+KINDS = ("unigram", "bpe", "char")
+TEXTS = {
+    "prose": document(1, n_words=500),
+    "no space": "ACGTTGCAGGCATTACG" * 30,
+    "one letter": "aaaa",
+    "spaces only": "   ",
+    "many characters": "".join(map(chr, range(0x4E00, 0x4F00))) + "the cat " * 9,
+}
+WORDS = ["the", "cat", "foo(", "\u65e5\u672c", "\u0436", "\U0001f389", "    ", "\t", "\n", "\0", "\u2581", "ACGT", "\r"]
+
+
+def advice(text: str, kind: str, vocab_size: int) -> int | None:
+    """Train; return the size that the message names, or None if there is no message."""
+    config = TokenizerConfig(tokenizer_type=kind, vocab_size=vocab_size)
+    try:
+        train_sample([text], config)
+    except UserError as error:
+        [named] = re.findall(r"set vocab_size=(\d+), the (?:least|most)", str(error))
+        return int(named)
+    return None
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 100, 263, 100_000])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_a_vocab_size_that_a_message_names_trains(text: str, kind: str, vocab_size: int) -> None:
+    named = advice(text, kind, vocab_size)
+    if named is not None:
+        assert advice(text, kind, named) is None
+
+
+@settings(max_examples=10, derandomize=True)
+@given(
+    words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=60).filter(
+        lambda words: "".join(words).strip("\0\n\t")
+    ),
+    kind=st.sampled_from(KINDS),
+    vocab_size=st.one_of(st.integers(1, 280), st.just(32000)),
+)
+def test_a_vocab_size_that_a_message_names_trains_whatever_the_text(
+    words: list[str], kind: str, vocab_size: int
+) -> None:
+    named = advice("".join(words), kind, vocab_size)
+    if named is not None:
+        assert advice("".join(words), kind, named) is None
+
+
+def test_the_least_vocabulary_of_characters_holds_the_space() -> None:
+    """SentencePiece orders characters by frequency: in 'aabb c' the space is the third or fourth."""
+    assert advice("aaabbb c", "char", 262) == 261 + 4  # a and b come before, and c, as rare, by its code
+    model = Tokenizer(train_sample(["aaabbb c"], TokenizerConfig(tokenizer_type="char", vocab_size=265)))
+    assert model.round_trips("c a\u00e9 b")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("vocab_size=99999999999", r"vocab_size=99999999999: .* less than or equal to 16777216"),
+        ("vocab_size=0", r"vocab_size=0: .* greater than 0"),
+        ("sample_bytes=" + "9" * 400, r"sample_bytes=9+.*: .* less than or equal to 1000000000000000"),
+    ],
+)
+def test_a_number_out_of_bounds_is_one_message(
+    option: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("the cat")
+    assert run("train-tokenizer", "--input", tmp_path / "a.txt", "--out", tmp_path / "a.model", option) == 2
+    assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
+
+
+def test_a_sample_of_few_bytes_is_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(document(1, n_words=50_000))
+    arguments = ("train-tokenizer", "--input", tmp_path / "a.txt", "--out", tmp_path / "a.model")
+    assert run(*arguments, "sample_bytes=1", "vocab_size=300") == 0
