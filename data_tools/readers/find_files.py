@@ -4,18 +4,20 @@ import fnmatch
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from urllib.parse import unquote
 
 from data_tools.config import SourceConfig
 from data_tools.readers.by_format import FORMATS, format_of
 from data_tools.readers.input_file import InputFile
-from data_tools.readers.open_file import COMPRESSIONS, reading, remote
+from data_tools.readers.open_file import COMPRESSIONS, reading
+from data_tools.readers.remote_files import escape_folder, list_remote, path_in
 from megagpt.config.parsing import did_you_mean
 from megagpt.errors import UserError
 
 IGNORED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}  # as are hidden ones
+LOCAL_SCHEMES = ("file://", "local://")
 ALL_FORMATS = frozenset(FORMATS) | {"auto"}
-STATES = ("ETag", "etag", "md5Hash", "mtime", "LastModified")  # keys by which object stores report a changed file
 
 
 def find_files(source: SourceConfig, leave_out: Path | None = None) -> list[InputFile]:
@@ -37,8 +39,12 @@ def find_files(source: SourceConfig, leave_out: Path | None = None) -> list[Inpu
 
 
 def _find(path: str, source: SourceConfig, own: Path | None) -> Iterator[InputFile]:
-    include = source.include
-    files = _find_remote(path, include) if "://" in path else _find_local(path, include, own)
+    if not path:
+        raise UserError("an input path is empty, perhaps an unset variable; give a file, a folder or `.`")
+    is_local = "://" not in path or path.startswith(LOCAL_SCHEMES)
+    with reading(path):
+        find = _find_local(_local(path), source.include, own) if is_local else _find_remote(path, source.include)
+        files = list(find)
     for found, size, state, named in files:
         kind, compression = _format_and_compression(found, source.format)
         yield InputFile(found, kind, compression, size, state, named, source.encoding)
@@ -46,6 +52,14 @@ def _find(path: str, source: SourceConfig, own: Path | None) -> Iterator[InputFi
 
 Found = tuple[str, int, str, bool]
 """(path, size, state, named by the user): see InputFile."""
+
+
+def _local(path: str) -> str:
+    """Return a path without file://; what comes after may be a path as it stands or percent-encoded, as in a URI."""
+    if not path.startswith(LOCAL_SCHEMES):
+        return path
+    path = path.partition("://")[2]
+    return path if os.path.lexists(path) else unquote(path)
 
 
 def _find_local(path: str, include: Sequence[str], own: Path | None) -> Iterator[Found]:
@@ -57,7 +71,9 @@ def _find_local(path: str, include: Sequence[str], own: Path | None) -> Iterator
         if Path(path).stat().st_size == 0:
             raise UserError(f"{path} is empty; leave it out")
         yield _found(Path(path).absolute(), named=True)
-    elif glob.has_magic(path) and (matches := sorted(glob.glob(path, recursive=True))):
+    elif Path(path).exists():
+        raise UserError(f"{path} is a pipe or a device, and input is read several times; write it to a file")
+    elif glob.has_magic(path) and (matches := sorted(glob.glob(escape_folder(path, os.path.isdir), recursive=True))):
         yield from (_found(found, named=False) for found in _matched(matches, include, own))
     else:
         hint = "; key=value options go after --out or before --input" if "=" in Path(path).name else ""
@@ -107,8 +123,11 @@ def _is_wanted_folder(name: str) -> bool:
 
 
 def _is_wanted(name: str, include: Sequence[str]) -> bool:
-    matches = not include or any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
-    return matches and not name.startswith(".")
+    return _is_included(name, include) and not name.startswith(".")
+
+
+def _is_included(name: str, include: Sequence[str]) -> bool:
+    return not include or any(fnmatch.fnmatchcase(name, pattern) for pattern in include)
 
 
 def _refuse(error: OSError) -> None:
@@ -116,28 +135,14 @@ def _refuse(error: OSError) -> None:
 
 
 def _find_remote(url: str, include: Sequence[str]) -> Iterator[Found]:
-    fs, root = remote(url)
-    with reading(url):
-        if glob.has_magic(root):
-            infos, named = fs.glob(root, detail=True), False
-        elif fs.isdir(root):
-            infos, named = fs.find(root, detail=True), False
-        elif fs.exists(root):
-            infos, named = {root: fs.info(root)}, True
-        else:
-            raise UserError(f"{url}: there is no such file or folder")
-        for found, info in sorted(infos.items()):
-            *folders, name = PurePosixPath(found.removeprefix(root)).parts if not named else (found,)
-            unwanted = not all(map(_is_wanted_folder, (part for part in folders if part != "/")))
-            if info["type"] != "file" or (not named and (unwanted or not _is_wanted(name, include))):
-                continue
-            state = next((str(info[key]) for key in STATES if key in info), "")
-            yield fs.unstrip_protocol(found), info["size"], state, named
+    for file in list_remote(url):
+        if file.named or (all(map(_is_wanted_folder, file.found)) and _is_included(file.name, include)):
+            yield file.url, file.size, file.state, file.named
 
 
 def _format_and_compression(path: str, given: str) -> tuple[str, str]:
     """Return (format, codec) of a file, by its name and the `format` option."""
-    name = path.lower()
+    name = (path_in(path) if "://" in path else path).lower()
     ending = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
     found = format_of(name.removesuffix(ending))
     # format=csv reads .tsv files too, with tabs

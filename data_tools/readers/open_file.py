@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.readers.input_file import InputFile
+from data_tools.readers.remote_files import open_file_system
 from megagpt.errors import UserError
 
 if sys.version_info >= (3, 14):
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # ending of a file's name -> codec
 
+SHOWN = 300  # letters, of a path and of an error that may quote it: somebody may give a text in its place
+
 
 @contextmanager
 def open_bytes(file: InputFile) -> Iterator[IO[bytes]]:
@@ -33,7 +35,7 @@ def open_bytes(file: InputFile) -> Iterator[IO[bytes]]:
 
     Raises UserError for a file that cannot be reached, is not in its compression's format, or is truncated.
     """
-    with reading(file.path), _open(file.path) as raw:
+    with reading(file.path), _open(file) as raw:
         if file.compression in STREAMS:
             yield io.BufferedReader(_StreamReader(raw, file.compression), 2**20)
         elif file.compression:
@@ -50,8 +52,9 @@ def reading(path: str) -> Iterator[None]:
     except (UserError, GeneratorExit):
         raise
     except (OSError, EOFError, lzma.LZMAError, zstd.ZstdError, pa.ArrowException) as error:
-        way_out = "set workers=1" if "not enough memory" in str(error) else "repair it or leave it out"
-        raise UserError(f"cannot read {path}: {error or type(error).__name__}; {way_out}") from error
+        why = str(error) or type(error).__name__
+        way_out = "set workers=1" if "not enough memory" in why else "repair it or leave it out"
+        raise UserError(f"cannot read {path[:SHOWN]}: {why[:SHOWN]}; {way_out}") from error
     except Exception as error:
         # an object store's client raises errors of its own types; these four are mistakes in our code instead
         if "://" in path and not isinstance(error, AssertionError | TypeError | AttributeError | LookupError):
@@ -117,31 +120,24 @@ class _StreamReader(io.RawIOBase):
         return len(data)
 
 
-def _open(path: str) -> IO[bytes]:
-    if "://" not in path:
-        return Path(path).open("rb")
-    fs, inside = remote(path)
-    # buffered, because the files of fsspec do not support readline(limit)
-    return io.BufferedReader(fs.open(inside, "rb", block_size=2**23))
-
-
-def remote(url: str) -> tuple[Any, str]:
-    """Return (file system, path in it) of a URL.
-
-    Credentials and endpoints come from the environment, as fsspec documents.
-    """
-    try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise UserError(f"{url} needs another package: {error}; install it with pip") from error
-    except ValueError as error:
-        raise UserError(f"{url}: {error}; give a path, or a URL such as s3://bucket/a.jsonl") from error
+@contextmanager
+def _open(file: InputFile) -> Iterator[IO[bytes]]:
+    if "://" not in file.path:
+        with Path(file.path).open("rb") as local:
+            yield local
+        return
+    fs, inside = open_file_system(file.path)
+    with fs.open(inside, "rb", block_size=2**23) as raw:
+        if (size := getattr(raw, "size", None)) not in (None, file.size):
+            raise UserError(f"{file.path} has {size:,} bytes, and {file.size:,} when it was found; run the build again")
+        # buffered, because the files of fsspec do not support readline(limit)
+        yield io.BufferedReader(raw)
 
 
 @contextmanager
 def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file to read single row groups. Raises UserError if it is not one."""
-    with reading(file.path), _open(file.path) as raw:
+    with reading(file.path), _open(file) as raw:
         try:
             parquet = pq.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
         except (pa.ArrowException, OSError) as error:
@@ -153,7 +149,7 @@ def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
 def open_arrow(file: InputFile) -> Iterator[pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader]:
     """Open an Arrow IPC file or stream, whichever it is. Raises UserError if it is neither."""
     local = "://" not in file.path
-    with reading(file.path), pa.memory_map(file.path) if local else pa.PythonFile(_open(file.path), "r") as raw:
+    with reading(file.path), pa.memory_map(file.path) if local else _open_as_arrow(file) as raw:
         for open_ in (pa.ipc.open_file, partial(_from_start, pa.ipc.open_stream)):
             try:
                 reader = open_(raw)
@@ -162,6 +158,12 @@ def open_arrow(file: InputFile) -> Iterator[pa.ipc.RecordBatchFileReader | pa.ip
             yield reader
             return
         raise UserError(f"{file.path} is not an Arrow file or stream; repair it or leave it out")
+
+
+@contextmanager
+def _open_as_arrow(file: InputFile) -> Iterator[pa.PythonFile]:
+    with _open(file) as raw, pa.PythonFile(raw, "r") as arrow:
+        yield arrow
 
 
 def _from_start(open_: Callable[[pa.NativeFile], Any], raw: pa.NativeFile) -> Any:

@@ -1,16 +1,14 @@
-"""The files of a source: folders, globs and object stores, in a fixed order; empty files are no mistake in a folder."""
+"""The files of a source: folders and globs, in a fixed order; empty files are no mistake in a folder."""
 
 import gzip
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from reader_support import FORMATS, TEXTS, arrow, arrow_stream, jsonl, parquet, read_all, skipped, texts_of
+from reader_support import TEXTS, arrow, arrow_stream, jsonl, parquet, read_all, skipped, texts_of
 
-import data_tools.readers.work_units
 from data_tools.build import build
 from data_tools.config import BuildConfig, SourceConfig
 from data_tools.readers.find_files import find_files
@@ -104,48 +102,43 @@ def test_files_without_documents_are_built_from_beside_others_and_not_alone(tmp_
             build([folder], tmp_path / "alone", config)
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A real object-store server on this machine, and the environment that leads to it."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
-        store = boto3.client("s3", endpoint_url=endpoint)
-        store.create_bucket(Bucket="corpus")
-        for name, content in FORMATS.items():
-            store.put_object(Bucket="corpus", Key=f"{name.split('.')[0]}/{name}", Body=content(TEXTS))
-        store.put_object(Bucket="corpus", Key="tree/.git/x.py", Body=b"hidden")
-        store.put_object(Bucket="corpus", Key="tree/b/x.py", Body=b"print('b')")
-        store.put_object(Bucket="corpus", Key="tree/a.py", Body=b"print('a')")
-        yield "s3://corpus"
-    server.stop()
+def test_a_name_is_taken_as_it_stands_before_it_is_a_pattern(tmp_path: Path) -> None:
+    for name in (
+        "odd[1].jsonl",
+        "odd1.jsonl",
+        "odd[1]/a.jsonl",
+        "odd1/a.jsonl",
+        "wh?t.jsonl",
+        "what.jsonl",
+        "a%20b.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jsonl([name]) if name.endswith("jsonl") else name.encode())
+    (tmp_path / "a b.txt").write_text("a b.txt")
+    (tmp_path / "c d.txt").write_text("c d.txt")
+    for start in (str(tmp_path), f"file://{tmp_path}", f"local://{tmp_path}"):
+        for name in ("odd[1].jsonl", "odd1.jsonl", "odd[1]/a.jsonl", "wh?t.jsonl", "a%20b.txt", "a b.txt"):
+            assert texts_of(read_all(f"{start}/{name}")) == [name]
+        assert texts_of(read_all(f"{start}/odd[1]")) == ["odd[1]/a.jsonl"]
+        assert texts_of(read_all(f"{start}/odd[1]/*.jsonl")) == ["odd[1]/a.jsonl"]
+        assert texts_of(read_all(f"{start}/odd?/*.jsonl")) == ["odd1/a.jsonl"]
+    assert texts_of(read_all(f"file://{tmp_path}/c%20d.txt")) == ["c d.txt"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.xz", "a.csv", "a.parquet", "file.arrow"])
-def test_an_object_store_gives_the_same_documents(name: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_tools.readers.work_units, "MIN_UNIT_BYTES", 500)
-    assert texts_of(read_all(f"{bucket}/{name.split('.')[0]}/{name}")) == TEXTS
+def test_a_url_of_a_local_file_keeps_the_rules_of_a_path(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.txt").write_text("a")
+    with pytest.raises(UserError, match="is in the output folder"):
+        find_files(SourceConfig(name="test", paths=(f"file://{tmp_path}/out/a.txt",)), leave_out=tmp_path / "out")
 
 
-def test_an_object_stores_folders_and_globs(bucket: str) -> None:
-    assert texts_of(read_all(f"{bucket}/tree")) == ["print('a')", "print('b')"]
-    assert texts_of(read_all(f"{bucket}/tree/*.py")) == ["print('a')"]
-    assert texts_of(read_all(f"{bucket}/tree", include=("x.*",))) == ["print('b')"]
-    with pytest.raises(UserError, match="s3://corpus/nothing: there is no such file or folder"):
-        list(read_all(f"{bucket}/nothing"))
-
-
-def test_a_url_that_leads_nowhere_is_named(bucket: str) -> None:
-    with pytest.raises(UserError, match=r"s3://no-such-bucket/a\.jsonl"):
-        list(read_all("s3://no-such-bucket/a.jsonl"))
-    with pytest.raises(UserError, match=r"foo://bar: Protocol not known"):
-        list(read_all("foo://bar"))
+def test_what_is_no_file_is_named_with_a_way_out(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    wrong = {
+        "": r"an input path is empty, perhaps an unset variable; give a file, a folder or `\.`",
+        str(tmp_path / "pipe"): r"pipe is a pipe or a device, and input is read several times; write it to a file",
+        "a text in place of a path " * 1000: r"^cannot read a text in .{0,900}repair it or leave it out$",
+    }
+    for path, message in wrong.items():
+        with pytest.raises(UserError, match=message):
+            list(read_all(path))
