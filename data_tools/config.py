@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -15,14 +15,20 @@ from megagpt.config.parsing import Strict, explain, overridden, read_json
 from megagpt.errors import UserError
 
 MOST_PIECES = 2**24  # of a vocabulary; SentencePiece counts in 32 bits
+ChatTemplate = Literal["chatml", "llama3", "plain"]
 
 
 class ReadConfig(Strict):
     """Options for reading the files of one source, and for keeping its documents."""
 
     format: str = Field(default="auto", description="jsonl, csv, ...; auto: by the file's name, otherwise text")
-    text_field: str = Field(default="text", description="the field or column of JSON, CSV, Parquet and Arrow")
+    text_field: str = Field(default="text", description="the field or column; nested ones by path: data.text")
     include: Names = Field(default=(), description="in folders, only file names that match: '*.py,*.md'")
+    chat_template: ChatTemplate | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description=f"how to write out a list of chat messages: {', '.join(get_args(ChatTemplate))}",
+    )
     encoding: str = Field(default="utf-8", description="of text, JSON and CSV; auto: detect it")
     split_text_at: str = Field(default="", description="cut text files into documents after each of these")
     rules: RulesConfig = Field(default=RulesConfig(), description="cleaning and filters; see docs/data.md")

@@ -8,11 +8,12 @@ from functools import partial
 from typing import NamedTuple
 
 from data_tools.config import SourceConfig
+from data_tools.readers.csv_rows import read_csv
 from data_tools.readers.document_pieces import Pieces, SkippedRecord
 from data_tools.readers.input_file import FileSlice, InputFile, whole_file
 from data_tools.readers.jsonl import byte_ranges, read_json, read_jsonl
 from data_tools.readers.plain_text import read_text
-from data_tools.readers.tables import read_arrow, read_csv, read_parquet, record_batches, row_groups
+from data_tools.readers.tables import read_arrow, read_parquet, record_batches, row_groups
 from data_tools.readers.web import read_html, read_warc
 from megagpt.errors import UserError
 
@@ -22,6 +23,7 @@ class FileFormat(NamedTuple):
     read: Callable[[FileSlice, SourceConfig], Pieces]
     cut: Callable[[InputFile, int], Iterable[FileSlice]] = whole_file  # (file, bytes of a work unit) -> its slices
     compressible: bool = True  # as a whole file; not where reading starts in the middle
+    version: int = 1  # raise it when the reader makes something else of the same file
 
 
 TEXT = "text"  # the format of a file whose name has no known ending
@@ -29,8 +31,8 @@ FORMATS = {
     TEXT: FileFormat((".txt",), read_text),
     "jsonl": FileFormat((".jsonl", ".ndjson"), read_jsonl, cut=byte_ranges),
     "json": FileFormat((".json",), read_json),
-    "csv": FileFormat((".csv",), read_csv),
-    "tsv": FileFormat((".tsv",), read_csv),
+    "csv": FileFormat((".csv",), read_csv, version=2),
+    "tsv": FileFormat((".tsv",), read_csv, version=2),
     "parquet": FileFormat((".parquet",), read_parquet, cut=row_groups, compressible=False),
     "arrow": FileFormat((".arrow",), read_arrow, cut=record_batches, compressible=False),
     "html": FileFormat((".html", ".htm"), read_html),

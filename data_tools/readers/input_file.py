@@ -3,7 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megagpt.errors import UserError
+
 EXPANSION = 4  # text per byte of a compressed file: a guess, used to plan work units only
+
+
+class UnreadableFile(UserError):
+    """One input file is at fault, rather than the command: the builder counts it, unless `strict` is set."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import IO, Any
 import orjson
 
 from data_tools.config import SourceConfig
-from data_tools.readers.document_pieces import Pieces, SkippedRecord, pieces_of
+from data_tools.readers.document_pieces import Pieces, SkippedRecord
 from data_tools.readers.encodings import (
     BLOCK,
     NotTextError,
@@ -22,9 +22,9 @@ from data_tools.readers.encodings import (
     lines,
     not_in,
 )
-from data_tools.readers.input_file import FileSlice, InputFile, whole_file
+from data_tools.readers.fields import read_record
+from data_tools.readers.input_file import FileSlice, InputFile, UnreadableFile, whole_file
 from data_tools.readers.open_file import open_bytes
-from megagpt.errors import UserError
 
 MAX_RECORD = 2**27  # bytes: a record is parsed as a whole
 VALUE, ITEM = re.compile(r"[^ \t\r\n]"), re.compile(r"[^ \t\r\n,]")  # the first character of the next one
@@ -60,7 +60,7 @@ def read_jsonl(slice_: FileSlice, source: SourceConfig) -> Pieces:
             yield from _read_decoded(slice_, source, encoding)
     except NotTextError as problem:
         if slice_.file.named or problem.kind != "binary":
-            raise UserError(f"{path} is {problem}; {problem.way_out}") from problem
+            raise UnreadableFile(f"{path} is {problem}; {problem.way_out}") from problem
         yield SkippedRecord(problem.kind, partial(str, path))
 
 
@@ -142,16 +142,8 @@ def _loads(line: bytes | str) -> Any:
 def _parse_record(record: Any, source: SourceConfig, position: int, where: Callable[[], str]) -> Pieces:
     if not isinstance(record, dict):
         yield SkippedRecord("not a JSON object", where)
-    elif source.text_field not in record and position > 0:
-        yield SkippedRecord(f"no field {source.text_field!r}", where)
-    elif source.text_field not in record:
-        # missing from the first record, the field is most likely misspelt: refuse the file rather than skip all of it
-        fields = ", ".join(sorted(record)) or "none"
-        raise UserError(
-            f"{where()} has no field {source.text_field!r}; it has {fields}; set text_field=NAME, or format=text"
-        )
     else:
-        yield from pieces_of(record[source.text_field], position, where, source.text_field)
+        yield from read_record(record, source, position, where)
 
 
 def _line_of(slice_: FileSlice, at: int) -> str:
@@ -177,7 +169,7 @@ def read_json(slice_: FileSlice, source: SourceConfig) -> Pieces:
             if problem.kind == "empty" and not slice_.file.named:
                 yield SkippedRecord("empty", partial(str, path))
                 return
-            raise UserError(f"{path} is {problem}; {problem.way_out}") from problem
+            raise UnreadableFile(f"{path} is {problem}; {problem.way_out}") from problem
 
 
 def _json_values(blocks: Iterator[str], path: str) -> Iterator[Any]:
@@ -213,7 +205,7 @@ def _json_values(blocks: Iterator[str], path: str) -> Iterator[Any]:
                 yield record
                 at, wanted = end, 1
     if place == "array":
-        raise UserError(f"{path} is truncated: it ends within its array; repair it or leave it out")
+        raise UnreadableFile(f"{path} is truncated: it ends within its array; repair it or leave it out")
 
 
 def _next(pattern: re.Pattern[str], buffer: str, at: int) -> int:
@@ -221,8 +213,8 @@ def _next(pattern: re.Pattern[str], buffer: str, at: int) -> int:
     return found.start() if found else len(buffer)
 
 
-def _bad_json(path: str, at: int) -> UserError:
-    return UserError(f"{path}: bad JSON at character {at:,}; repair it, or give JSON lines")
+def _bad_json(path: str, at: int) -> UnreadableFile:
+    return UnreadableFile(f"{path}: bad JSON at character {at:,}; repair it, or give JSON lines")
 
 
 def _at_least(blocks: Iterator[str], size: int) -> str:

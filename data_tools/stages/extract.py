@@ -9,7 +9,7 @@ from typing import Any
 from data_tools.config import SourceConfig
 from data_tools.executor.tasks import Done, Tasks, file_of
 from data_tools.filters.rules import RulesConfig, apply_rules, check_rules, clean_only, load_custom
-from data_tools.readers.by_format import read_slice
+from data_tools.readers.by_format import FORMATS, read_slice
 from data_tools.readers.document_pieces import DocumentPiece, SkippedRecord
 from data_tools.readers.find_files import find_files
 from data_tools.readers.work_units import WorkUnit, cut_into_units
@@ -30,7 +30,8 @@ def extract_all(units: Sequence[WorkUnit], sources: Sequence[SourceConfig], stri
     """Run `extract` for every unit."""
     named = {source.name: source for source in sources}
     code = {source.name: _code_hashes(source.rules) for source in sources}
-    return tasks.run(extract, [(unit, named[unit.source], strict, code[unit.source]) for unit in units], "reading")
+    jobs = [(unit, named[unit.source], strict, code[unit.source] | _reader_versions(unit)) for unit in units]
+    return tasks.run(extract, jobs, "reading")
 
 
 def describe_units(
@@ -83,8 +84,14 @@ def _code_hashes(rules: RulesConfig) -> dict[str, str]:
     return {file: sha256_of(Path(file)) for file in files}
 
 
+def _reader_versions(unit: WorkUnit) -> dict[str, str]:
+    """Versions of the readers that have changed, so that a resumed build does not reuse the work of an older one."""
+    versions = {slice_.file.kind: FORMATS[slice_.file.kind].version for slice_ in unit.slices}
+    return {kind: str(version) for kind, version in versions.items() if version > 1}
+
+
 def extract(prefix: Path, unit: WorkUnit, source: SourceConfig, strict: bool, code: dict[str, str]) -> dict[str, Any]:
-    """Run as a task: read, clean and filter a unit. `code` (see _code_hashes) only enters the task's name.
+    """Run as a task: read, clean and filter a unit. `code`, hashes and versions, only enters the task's name.
 
     The rules see only the first piece of a long document.
     """

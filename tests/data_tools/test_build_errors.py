@@ -111,7 +111,7 @@ BAD_INPUT = {
     "misspelt key": (with_options("vocabsize=300"), r"unknown key 'vocabsize'; did you mean 'vocab_size'\?"),
     "unknown key": (
         with_options("xyzzy=1"),
-        r"unknown key 'xyzzy'; known are decontamination, dedup, encoding",
+        r"unknown key 'xyzzy'; known are chat_template, decontamination, dedup, encoding",
     ),
     "no number": (with_options("vocab_size=many"), r"vocab_size='many': Input should be a valid integer"),
     "fraction too large": (with_options("val_fraction=0.6", "test_fraction=0.4"), r"leave nothing to train"),
