@@ -19,9 +19,13 @@ from megagpt.data.manifest import SPLITS
 from megagpt.errors import UserError
 from megagpt.terminal import escape_unknown_letters
 
+INCOMPLETE = 3  # exit code of a build that could not read some of its files
+Output = tuple[str, int]
+"""What a command prints, and its exit code."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 0, 2 for the user's mistakes, 130 after Ctrl-C."""
+    """Run a subcommand; returns the exit code: 0, 2 for the user's mistakes, 3 without some files, 130 after Ctrl-C."""
     parser = _parser()
     # parse_known_args, because argparse does not accept options and key=value pairs in any order
     args, rest = parser.parse_known_args(argv)
@@ -29,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     escape_unknown_letters()
     try:
-        print(COMMANDS[args.command](args, rest))
+        output, code = COMMANDS[args.command](args, rest)
+        print(output)
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,36 +47,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _build(args: argparse.Namespace, overrides: Sequence[str]) -> str:
+def _build(args: argparse.Namespace, overrides: Sequence[str]) -> Output:
     config = load_config(BuildConfig, args.config, _with_strict(args, overrides))
-    return summary(build(args.input, args.out, config, args.scheduler), args.out)
+    report = build(args.input, args.out, config, args.scheduler)
+    return summary(report, args.out), INCOMPLETE if report["unreadable"] else 0
 
 
 def _with_strict(args: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
     return [*overrides, *(["strict=true"] if args.strict else [])]
 
 
-def _train_tokenizer(args: argparse.Namespace, overrides: Sequence[str]) -> str:
+def _train_tokenizer(args: argparse.Namespace, overrides: Sequence[str]) -> Output:
     config = load_config(TokenizerConfig, args.config, _with_strict(args, overrides))
     tokenizer = train_tokenizer(args.input, args.out, config, args.scheduler)
-    return f"{args.out} is ready: {tokenizer.kind}, {tokenizer.vocab_size:,} pieces; use it with tokenizer={args.out}"
+    size = f"{tokenizer.kind}, {tokenizer.vocab_size:,} pieces"
+    return f"{args.out} is ready: {size}; use it with tokenizer={args.out}", 0
 
 
-def _compare_tokenizers(args: argparse.Namespace, overrides: Sequence[str]) -> str:
+def _compare_tokenizers(args: argparse.Namespace, overrides: Sequence[str]) -> Output:
     config = load_config(BuildConfig, args.config, _with_strict(args, overrides))
     kinds = args.types.split(",") if args.types is not None else () if args.tokenizer else KINDS
     rows = compare_tokenizers(args.input, config, models=args.tokenizer, kinds=kinds, steps=args.steps)
-    return json.dumps(rows, indent=1) if args.json else table_of(rows, args.steps)
+    return json.dumps(rows, indent=1) if args.json else table_of(rows, args.steps), 0
 
 
-def _verify(args: argparse.Namespace, _: Sequence[str]) -> str:
-    return verify(args.folder)
+def _verify(args: argparse.Namespace, _: Sequence[str]) -> Output:
+    return verify(args.folder), 0
 
 
-def _inspect(args: argparse.Namespace, _: Sequence[str]) -> str:
+def _inspect(args: argparse.Namespace, _: Sequence[str]) -> Output:
     if args.sample is not None or args.step is not None:
-        return inspect_samples(args.folder, sample=args.sample, step=args.step)
-    return inspect(args.folder, split=args.split, documents=args.documents, as_json=args.json)
+        return inspect_samples(args.folder, sample=args.sample, step=args.step), 0
+    return inspect(args.folder, split=args.split, documents=args.documents, as_json=args.json), 0
 
 
 COMMANDS = {

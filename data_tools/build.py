@@ -51,7 +51,7 @@ def build(inputs: Sequence[str | Path], out: Path, config: BuildConfig, schedule
     """
     given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     sources = config.with_inputs([str(path) for path in inputs])
-    units = find_units(sources, leave_out=out)
+    units = find_units(sources, leave_out=out, strict=config.strict)
     check_files(config.decontamination)
     with _claimed(out) as (folder, scratch):
         with start_workers(config.workers, scheduler, scratch, total_bytes=sum(unit.size for unit in units)) as run_all:

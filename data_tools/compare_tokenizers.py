@@ -24,7 +24,7 @@ from data_tools.config import BuildConfig, SourceConfig
 from data_tools.executor.tasks import Tasks
 from data_tools.executor.workers import start_workers
 from data_tools.readers.document_pieces import PIECE_CHARACTERS
-from data_tools.stages.extract import find_units
+from data_tools.stages.extract import find_units, refuse_unreadable
 from data_tools.stages.pipeline import Stages, find_tokenizer, read_and_compare, tokenize_and_shuffle
 from data_tools.stages.select import keyed_hash, select, selected_texts
 from megagpt.data.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ def compare_tokenizers(
     ]
     candidates += [(kind, None, config.model_copy(update={"tokenizer_type": kind})) for kind in dict.fromkeys(kinds)]
     sources = config.with_inputs(list(inputs))
-    units = find_units(sources)
+    units = find_units(sources, strict=config.strict)
     rows = []
     with (
         TemporaryDirectory(prefix="compare-tokenizers.") as folder,
@@ -94,6 +94,7 @@ def compare_tokenizers(
     ):
         tasks = Tasks(Path(folder), run_all)
         common = read_and_compare(units, sources, config, tasks)
+        refuse_unreadable(common.extracted)
         for number, (name, given, options) in enumerate(tqdm(candidates, desc="tokenizers", disable=None)):
             stages = replace(common, variants=[], shards=[])
             # trained on the same sample each time, because drawing it is a task, which is not run twice

@@ -2,9 +2,11 @@
 
 import io
 import lzma
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import EACCES, EIO, ENOENT, EPERM
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
@@ -12,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.readers.input_file import InputFile
+from data_tools.readers.input_file import InputFile, UnreadableFile
 from data_tools.readers.remote_files import open_file_system
 from megagpt.errors import UserError
 
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # ending of a file's name -> codec
 
+MOST_POINTER = 1024  # bytes
+POINTERS = (  # what Git keeps in place of a large file: its name, how it starts, the command that fetches the files
+    ("Git LFS", (b"version https://git-lfs.", b"version https://hawser.", b"version http://git-media."), "lfs pull"),
+    ("git-annex", (b"/annex/objects/",), "annex get ."),
+)
 SHOWN = 300  # letters, of a path and of an error that may quote it: somebody may give a text in its place
 
 
@@ -54,12 +61,21 @@ def reading(path: str) -> Iterator[None]:
     except (OSError, EOFError, lzma.LZMAError, zstd.ZstdError, pa.ArrowException) as error:
         why = str(error) or type(error).__name__
         way_out = "set workers=1" if "not enough memory" in why else "repair it or leave it out"
-        raise UserError(f"cannot read {path[:SHOWN]}: {why[:SHOWN]}; {way_out}") from error
+        kind = UnreadableFile if _is_the_files_fault(error, path) else UserError
+        raise kind(f"cannot read {path[:SHOWN]}: {why[:SHOWN]}; {way_out}") from error
     except Exception as error:
         # an object store's client raises errors of its own types; these four are mistakes in our code instead
         if "://" in path and not isinstance(error, AssertionError | TypeError | AttributeError | LookupError):
             raise UserError(f"cannot read {path}: {type(error).__name__}: {error}") from error
         raise
+
+
+def _is_the_files_fault(error: Exception, path: str) -> bool:
+    """Tell whether a file is at fault, rather than a network or a machine that may do better at the next try."""
+    if isinstance(error, TimeoutError | ConnectionError):
+        return False
+    errno = getattr(error, "errno", None)  # None: what a decompressor raises
+    return errno in (None, EACCES, ENOENT, EPERM) or (errno == EIO and "://" not in path)
 
 
 class _Decompressor(Protocol):
@@ -124,6 +140,7 @@ class _StreamReader(io.RawIOBase):
 def _open(file: InputFile) -> Iterator[IO[bytes]]:
     if "://" not in file.path:
         with Path(file.path).open("rb") as local:
+            _refuse_pointer(file, local)
             yield local
         return
     fs, inside = open_file_system(file.path)
@@ -131,7 +148,22 @@ def _open(file: InputFile) -> Iterator[IO[bytes]]:
         if (size := getattr(raw, "size", None)) not in (None, file.size):
             raise UserError(f"{file.path} has {size:,} bytes, and {file.size:,} when it was found; run the build again")
         # buffered, because the files of fsspec do not support readline(limit)
-        yield io.BufferedReader(raw)
+        buffered = io.BufferedReader(raw)
+        _refuse_pointer(file, buffered)
+        yield buffered
+
+
+def _refuse_pointer(file: InputFile, raw: io.BufferedReader) -> None:
+    """Raise UnreadableFile for the few lines that Git keeps in place of a large file."""
+    if file.size > MOST_POINTER:
+        return
+    start = raw.peek(MOST_POINTER)
+    for kind, starts, command in POINTERS:
+        if start.startswith(starts):
+            where = "" if "://" in file.path else f" -C {shlex.quote(str(Path(file.path).parent))}"
+            raise UnreadableFile(
+                f"{file.path} is a {kind} pointer, not the file itself; fetch the files with: git{where} {command}"
+            )
 
 
 @contextmanager
@@ -141,15 +173,16 @@ def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
         try:
             parquet = pq.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file.path} is not a Parquet file: {error}; repair it or leave it out") from error
+            raise UnreadableFile(f"{file.path} is not a Parquet file: {error}; repair it or leave it out") from error
         yield parquet
 
 
 @contextmanager
 def open_arrow(file: InputFile) -> Iterator[pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader]:
     """Open an Arrow IPC file or stream, whichever it is. Raises UserError if it is neither."""
-    local = "://" not in file.path
-    with reading(file.path), pa.memory_map(file.path) if local else _open_as_arrow(file) as raw:
+    # a pointer is too small to be worth a memory map
+    is_mapped = "://" not in file.path and file.size > MOST_POINTER
+    with reading(file.path), pa.memory_map(file.path) if is_mapped else _open_as_arrow(file) as raw:
         for open_ in (pa.ipc.open_file, partial(_from_start, pa.ipc.open_stream)):
             try:
                 reader = open_(raw)
@@ -157,7 +190,7 @@ def open_arrow(file: InputFile) -> Iterator[pa.ipc.RecordBatchFileReader | pa.ip
                 continue
             yield reader
             return
-        raise UserError(f"{file.path} is not an Arrow file or stream; repair it or leave it out")
+        raise UnreadableFile(f"{file.path} is not an Arrow file or stream; repair it or leave it out")
 
 
 @contextmanager

@@ -7,9 +7,8 @@ from functools import partial
 from data_tools.config import SourceConfig
 from data_tools.readers.document_pieces import PIECE_CHARACTERS, DocumentPiece, Pieces, SkippedRecord, cut, cut_at
 from data_tools.readers.encodings import BLOCK, NotTextError, blocks, decoded, encoding_of
-from data_tools.readers.input_file import FileSlice
+from data_tools.readers.input_file import FileSlice, UnreadableFile
 from data_tools.readers.open_file import open_bytes
-from megagpt.errors import UserError
 
 
 def read_text(slice_: FileSlice, source: SourceConfig) -> Pieces:
@@ -27,7 +26,7 @@ def read_text(slice_: FileSlice, source: SourceConfig) -> Pieces:
                     yield DocumentPiece(text, number, is_first, is_last)
         except NotTextError as problem:
             if slice_.file.named:
-                raise UserError(f"{path} is {problem}; {problem.way_out}") from problem
+                raise UnreadableFile(f"{path} is {problem}; {problem.way_out}") from problem
             yield SkippedRecord(problem.kind, at)
 
 

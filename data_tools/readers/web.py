@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING
 from data_tools.config import SourceConfig
 from data_tools.readers.document_pieces import Pieces, SkippedRecord, pieces_of
 from data_tools.readers.encodings import BLOCK
-from data_tools.readers.input_file import FileSlice
+from data_tools.readers.input_file import FileSlice, UnreadableFile
 from data_tools.readers.open_file import open_bytes
 from megagpt.errors import UserError
 
@@ -60,7 +60,7 @@ def _block_of(record: "WarcRecord", path: str) -> bytes:
     while more := record.reader.read(BLOCK):
         size += len(more)
     if not declared.isdigit() or size < int(declared):
-        raise UserError(f"{path} is truncated: it ends within a record; fetch it again or leave it out")
+        raise UnreadableFile(f"{path} is truncated: it ends within a record; fetch it again or leave it out")
     return block
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from data_tools.readers.by_format import FORMATS
-from data_tools.readers.input_file import FileSlice, InputFile
+from data_tools.readers.input_file import FileSlice, InputFile, UnreadableFile, whole_file
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 2**23, 2**28
 UNITS = 1000  # the number aimed at, as far as the two sizes above allow it
@@ -26,14 +26,19 @@ class WorkUnit:
         return sum(slice_.size for slice_ in self.slices)
 
 
-def cut_into_units(sources: Sequence[tuple[str, Sequence[InputFile]]]) -> list[WorkUnit]:
-    """Work units of the (name, files) of each source, in order."""
+def cut_into_units(
+    sources: Sequence[tuple[str, Sequence[InputFile]]], *, skip_unreadable: bool = False
+) -> list[WorkUnit]:
+    """Return the work units of the (name, files) of each source, in order.
+
+    With `skip_unreadable`, a file that cannot be cut is one slice, and its reader refuses it.
+    """
     total = sum(file.size for _, files in sources for file in files)
     unit_bytes = min(max(total // UNITS, MIN_UNIT_BYTES), MAX_UNIT_BYTES)
     units = []
     for name, files in sources:
         slices: list[FileSlice] = []
-        for slice_ in (slice_ for file in files for slice_ in _slices(file, unit_bytes)):
+        for slice_ in (slice_ for file in files for slice_ in _slices(file, unit_bytes, skip_unreadable)):
             slices.append(slice_)
             if sum(slice_.size for slice_ in slices) >= unit_bytes:
                 units.append(WorkUnit(name, tuple(slices)))
@@ -43,7 +48,12 @@ def cut_into_units(sources: Sequence[tuple[str, Sequence[InputFile]]]) -> list[W
     return units
 
 
-def _slices(file: InputFile, unit_bytes: int) -> Iterator[FileSlice]:
+def _slices(file: InputFile, unit_bytes: int, skip_unreadable: bool) -> Iterator[FileSlice]:
     """At least one slice: a file without text gets an empty one, so that reports count it as skipped."""
-    slices = list(FORMATS[file.kind].cut(file, unit_bytes)) if file.size else []
+    try:
+        slices = list(FORMATS[file.kind].cut(file, unit_bytes)) if file.size else []
+    except UnreadableFile:
+        if not skip_unreadable:
+            raise
+        slices = list(whole_file(file, unit_bytes))
     yield from slices or [FileSlice(file, 0, 0, 0)]

@@ -192,6 +192,11 @@ def _skipped(report: Report) -> str:
         for source in report["sources"]
         for reason, skipped in source["skipped"].items()
     ]
+    rows += [
+        [source["name"], "unreadable file", None, why]
+        for source in report["sources"]
+        for why in source["unreadable"].values()
+    ]
     if not rows:
         return _section("Records that could not be read", _note("None."))
     table = _table(["source", "why", "records", "the first"], rows, names=2, last_is_name=True)

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.config import SourceConfig
-from data_tools.formatting import format_bytes
+from data_tools.formatting import format_bytes, shortened
+from data_tools.stages.extract import unreadable_files
 from data_tools.stages.pipeline import Stages
 from megagpt.data.manifest import SPLITS
+from megagpt.data.shard_format import REPORT
 from megagpt.data.tokenizer import Tokenizer
 
 PROBE = " two  spaces,\ttab\r\nCaf\u00e9 \u6f22\u5b57 \U0001f600 \u2581 </s> \0"  # text that a tokenizer may lose
+
+SHOWN_FILES = 5  # of those that could not be read
 
 Counts = dict[str, int]  # documents, bytes, and tokens where there are any
 
@@ -26,6 +30,7 @@ def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, An
         "bytes_per_token": round(total["bytes"] / total["tokens"], 4),
         "splits": splits,
         "sources": own,
+        "unreadable": {path: why for source in own for path, why in source["unreadable"].items()},
         "skipped": _merge_skipped(source["skipped"] for source in own),
         "rejected": _sum_counts(source["rejected"] for source in own),
         "dropped": _sum_counts(source["dropped"] for source in own),
@@ -48,6 +53,7 @@ def _describe_source(stages: Stages, number: int, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "files": len({slice_.file.path for i in mine for slice_ in stages.units[i].slices}),
+        "unreadable": unreadable_files([stages.extracted[i] for i in mine]),
         "skipped": _merge_skipped(_as_skipped(result["skipped"]) for result in extracted),
         "read": _sum_pairs(result["read"] for result in extracted),
         "after_rules": _sum_pairs(result["kept"] for result in extracted),
@@ -128,5 +134,10 @@ def summary(report: dict[str, Any], out: Path) -> str:
     for how in ("rejected", "dropped"):
         for rule, counts in report[how].items():
             lines.append(f"  {how} {counts['documents']:,}: {rule} ({format_bytes(counts['bytes'])})")
+    if unreadable := list(report["unreadable"].values()):
+        n = len(unreadable)
+        lines.append(f"  {n:,} {'files' if n > 1 else 'file'} could not be read, or not to the end (exit code 3):")
+        lines += [f"    {shortened(why, 500)}" for why in unreadable[:SHOWN_FILES]]
+        lines += [f"    and {n - SHOWN_FILES:,} more: {out / REPORT} names all"] if n > SHOWN_FILES else []
     lines.append(f"{out} is ready; look inside with: python -m data_tools inspect {out} --documents 1")
     return "\n".join(lines)

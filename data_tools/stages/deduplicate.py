@@ -18,6 +18,7 @@ from data_tools.executor.tasks import Done, Result, Tasks, file_of, read_list, w
 from data_tools.readers.by_format import read_slice
 from data_tools.readers.document_pieces import DocumentPiece
 from data_tools.readers.find_files import find_files
+from data_tools.readers.first_records import check_first_records
 from data_tools.readers.work_units import cut_into_units
 from data_tools.stages.select import CLUSTERS, CONTAMINATED, contaminated_rows
 from data_tools.storage.document_store import read_documents, read_pieces
@@ -66,9 +67,10 @@ def join(prefix: Path, names: Sequence[str]) -> Result:
 
 
 def check_files(config: DecontaminationConfig) -> None:
-    """Raise UserError for a test set that does not exist, before hours are spent on the corpus."""
+    """Raise UserError for a test set that cannot be read, before hours are spent on the corpus."""
     if config.files:
-        find_files(_source_of(config))
+        source = _source_of(config)
+        check_first_records(source, find_files(source), strict=True)
 
 
 def _source_of(config: DecontaminationConfig) -> SourceConfig:

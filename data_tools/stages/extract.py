@@ -12,18 +12,26 @@ from data_tools.filters.rules import RulesConfig, apply_rules, check_rules, clea
 from data_tools.readers.by_format import FORMATS, read_slice
 from data_tools.readers.document_pieces import DocumentPiece, SkippedRecord
 from data_tools.readers.find_files import find_files
+from data_tools.readers.first_records import check_first_records
+from data_tools.readers.input_file import UnreadableFile
 from data_tools.readers.work_units import WorkUnit, cut_into_units
 from data_tools.stages.select import UnitInput
 from data_tools.storage.document_store import DocumentWriter, open_documents
 from data_tools.storage.rejects import REJECTS, RejectWriter, open_rejects
 from megagpt.atomic_files import sha256_of
+from megagpt.errors import UserError
 
 
-def find_units(sources: Sequence[SourceConfig], leave_out: Path | None = None) -> list[WorkUnit]:
+def find_units(
+    sources: Sequence[SourceConfig], leave_out: Path | None = None, *, strict: bool = False
+) -> list[WorkUnit]:
     """Return the work units of all sources, without files in `leave_out`. Raises UserError for a bad input or rule."""
     for source in sources:
         check_rules(source.rules)
-    return cut_into_units([(source.name, find_files(source, leave_out)) for source in sources])
+    found = [(source, find_files(source, leave_out)) for source in sources]
+    for source, files in found:
+        check_first_records(source, files, strict=strict)
+    return cut_into_units([(source.name, files) for source, files in found], skip_unreadable=not strict)
 
 
 def extract_all(units: Sequence[WorkUnit], sources: Sequence[SourceConfig], strict: bool, tasks: Tasks) -> list[Done]:
@@ -31,7 +39,24 @@ def extract_all(units: Sequence[WorkUnit], sources: Sequence[SourceConfig], stri
     named = {source.name: source for source in sources}
     code = {source.name: _code_hashes(source.rules) for source in sources}
     jobs = [(unit, named[unit.source], strict, code[unit.source] | _reader_versions(unit)) for unit in units]
-    return tasks.run(extract, jobs, "reading")
+    extracted = tasks.run(extract, jobs, "reading")
+    unreadable = unreadable_files(extracted)
+    if unreadable and len(unreadable) == len({slice_.file.path for unit in units for slice_ in unit.slices}):
+        raise UserError(next(iter(unreadable.values())))
+    return extracted
+
+
+def unreadable_files(extracted: Sequence[Done]) -> dict[str, str]:
+    """Return the files that could not be read to their end, each with its error."""
+    # the results of a build that an older version began do not have the key
+    return {path: why for done in extracted for path, why in done.result.get("unreadable", {}).items()}
+
+
+def refuse_unreadable(extracted: Sequence[Done]) -> None:
+    """Raise UserError if a file could not be read, for commands without a report that could name it."""
+    if why := list(unreadable_files(extracted).values()):
+        more = f" (and {len(why) - 1} more files)" if len(why) > 1 else ""
+        raise UserError(why[0] + more)
 
 
 def describe_units(
@@ -98,11 +123,16 @@ def extract(prefix: Path, unit: WorkUnit, source: SourceConfig, strict: bool, co
     with open_documents(prefix) as texts, open_rejects(file_of(prefix, REJECTS)) as rejects:
         extraction = _Extraction(texts, rejects, source.rules)
         for number, slice_ in enumerate(unit.slices):
-            for piece in read_slice(slice_, source, strict=strict):
-                if isinstance(piece, SkippedRecord):
-                    extraction.skip(piece, number)
-                else:
-                    extraction.take(piece, number, slice_.file.path)
+            try:
+                for piece in read_slice(slice_, source, strict=strict):
+                    if isinstance(piece, SkippedRecord):
+                        extraction.skip(piece, number)
+                    else:
+                        extraction.take(piece, number, slice_.file.path)
+            except UnreadableFile as error:
+                if strict:
+                    raise
+                extraction.give_up(slice_.file.path, str(error), number)
     return extraction.result()
 
 
@@ -114,13 +144,23 @@ class _Extraction:
         self._has_rules = rules != RulesConfig()
         self._rejected_by: str | None = None  # the verdict on the document that is being read
         self._read = [0, 0]  # documents, bytes
+        self._unreadable: dict[str, str] = {}  # file -> error
         self._skipped: dict[str, list[Any]] = {}  # reason -> number of records, place of the first
         self._cleaned: Counter[str] = Counter()
         self._lengths: Counter[int] = Counter()  # bit length of a document's bytes -> documents
 
-    def skip(self, record: SkippedRecord, slice_: int) -> None:
-        if self._texts.is_open:  # the rest of a document cannot be read
+    def give_up(self, path: str, why: str, slice_: int) -> None:
+        """Take note of a file that cannot be read any further; its documents so far stay."""
+        self._drop_open(slice_)
+        self._unreadable[path] = why
+
+    def _drop_open(self, slice_: int) -> None:
+        """Drop the document of which the rest cannot be read, if there is one."""
+        if self._texts.is_open:
             self._texts.end(slice_, 0, kept=False)
+
+    def skip(self, record: SkippedRecord, slice_: int) -> None:
+        self._drop_open(slice_)
         if record.reason not in self._skipped:
             self._skipped[record.reason] = [0, record.where()]
         self._skipped[record.reason][0] += 1
@@ -155,6 +195,7 @@ class _Extraction:
             "read": self._read,
             "kept": [self._texts.kept, self._texts.kept_bytes],
             "skipped": self._skipped,
+            "unreadable": self._unreadable,
             "rejected": self._rejects.documents,
             "cleaned": dict(self._cleaned),
             "lengths": dict(self._lengths),

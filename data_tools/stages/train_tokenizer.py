@@ -14,7 +14,7 @@ import sentencepiece
 from data_tools.config import MOST_PIECES, TRAINING, TokenizerConfig
 from data_tools.executor.tasks import Done, Tasks, file_of
 from data_tools.executor.workers import start_workers
-from data_tools.stages.extract import describe_units, extract_all, find_units, why_nothing_is_left
+from data_tools.stages.extract import describe_units, extract_all, find_units, refuse_unreadable, why_nothing_is_left
 from data_tools.stages.select import SplitConfig, UnitInput, keyed_hash, select
 from data_tools.storage.document_store import read_pieces
 from megagpt.atomic_files import write_atomically, written
@@ -39,7 +39,7 @@ def train_tokenizer(
         why = "is a folder; name a file" if out.is_dir() else "is in a folder that does not exist; make it first"
         raise UserError(f"--out {out} {why}")
     sources = config.with_inputs(inputs)
-    units = find_units(sources)
+    units = find_units(sources, strict=config.strict)
     with (
         TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch,
         start_workers(
@@ -48,6 +48,7 @@ def train_tokenizer(
     ):
         tasks = Tasks(Path(scratch).absolute(), run_all)
         extracted = extract_all(units, sources, config.strict, tasks)
+        refuse_unreadable(extracted)
         unit_inputs = describe_units(units, sources, extracted, [None] * len(extracted), tasks.folder)
         whole = SplitConfig(val_fraction=0.0, test_fraction=0.0, duplicates="remove", seed=config.seed)
         trained = train_on(extracted, unit_inputs, None, whole, config, tasks)
