@@ -11,6 +11,7 @@ Nothing here communicates with other ranks: save.py and verification.py do.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -201,7 +202,8 @@ def _point(pointer: Path, step_dir: Path) -> None:
 
 
 def by_loss(steps: list[Path]) -> list[Path]:
-    """Return the steps whose validation loss is known, the lowest first."""
+    """Return the steps whose validation loss is a finite number, the lowest first."""
     records = {path: _record_of(path) for path in steps}
     losses = {path: record["state"]["val_loss"] for path, record in records.items() if record is not None}
-    return sorted((path for path in losses if losses[path] is not None), key=lambda path: losses[path])
+    known = {path: loss for path, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return sorted(known, key=lambda path: known[path])

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from megagpt.checkpoint.commit import COMMIT, Saved, best, committed, damage_of, read_commit
+from megagpt.checkpoint.finite import not_finite
 from megagpt.checkpoint.identity import layout_changes
 from megagpt.checkpoint.rng import seed_all, seed_from, set_rng_state
 from megagpt.checkpoint.rotation import quarantine_steps
@@ -65,7 +66,7 @@ def _load(engine: Engine, saved: Saved, changes: list[str]) -> None:
 def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
     """Return model (fp32, eval mode), tokenizer and step folder of a run folder (its best step) or one step's folder.
 
-    Raises UserError for a folder without a committed step, and for a damaged one.
+    Raises UserError for a folder without a committed step, and for one that is damaged or not finite.
     """
     step_dir = _step_of(path)
     if damage := damage_of(step_dir, 0, every=1):  # reads COMMIT too
@@ -73,7 +74,12 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
     saved = read_commit(step_dir)
     tokenizer = Tokenizer.load(step_dir / "tokenizer.model")
     model = GPT(ModelConfig(**saved.identity.model), saved.identity.vocab_size)
-    model.load_state_dict(consolidated_weights(step_dir))
+    weights = consolidated_weights(step_dir)
+    if name := not_finite(weights):
+        raise UserError(
+            f"checkpoint {step_dir} is not finite ({name}), so its model computes nothing; name another step"
+        )
+    model.load_state_dict(weights)
     return model.to(device).eval(), tokenizer, step_dir
 
 

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 
 from megagpt.atomic_files import fsync
-from megagpt.checkpoint.commit import COMMIT, best, by_loss, committed, folder, update_latest_and_best
+from megagpt.checkpoint.commit import COMMIT, best, by_loss, committed, folder, step_folder, update_latest_and_best
 from megagpt.checkpoint.verification import damaged_of_newest
 from megagpt.config.schema import KeepConfig
 from megagpt.distributed.collectives import gather_objects
@@ -68,6 +68,20 @@ def quarantine_steps(damaged: list[Path]) -> None:
         free = (step_dir.with_name(f"damaged{n}_{step_dir.name}") for n in count(1))
         step_dir.rename(next(path for path in free if not path.exists()))
         fsync(step_dir.parent)
+
+
+def retract(out_dir: Path, step: int, state: TrainState) -> None:
+    """Rename a step, if it was saved, whose weights no later step could use. On rank 0.
+
+    `latest` and `best` then name older steps; `state` is that of the run now.
+    """
+    step_dir = step_folder(out_dir, step)
+    if not (step_dir / COMMIT).is_file():
+        return
+    print_rank0(f"checkpoint quarantined: no step after {step_dir} was finite")
+    quarantine_steps([step_dir])
+    if steps := committed(out_dir):
+        update_latest_and_best(out_dir, steps[-1], state)
 
 
 def remove(step_dir: Path) -> None:

@@ -21,6 +21,7 @@ from megagpt.checkpoint.commit import (
     write_commit,
     write_manifest,
 )
+from megagpt.checkpoint.finite import refuse_not_finite
 from megagpt.checkpoint.identity import Identity
 from megagpt.checkpoint.rng import rng_state
 from megagpt.checkpoint.rotation import remove, rotate
@@ -49,12 +50,11 @@ class RunRecord:
 def save(engine: Engine, state: TrainState, mixture: Mixture, record: RunRecord, writer: Writer) -> None:
     """Write and commit one step, then rotate; an asynchronous writer does all that after this returns. Collective.
 
-    Raises UserError, on every rank, if a file of one of them cannot be written, now or by the save before: the previous
-    step stays the newest.
+    Raises UserError, on every rank, if the state of one of them is not finite or a file of it cannot be written, now or
+    in the save before: the previous step stays the newest.
     """
     writer.wait()
     step_dir = step_folder(record.out_dir, state.step)
-    on_every_rank(lambda: _make_room(step_dir))
     files = files_to_save(engine, step_dir)
     files[step_dir / f"rng.{rank()}.json"] = json.dumps(rng_state()).encode()
     if is_main():
@@ -63,6 +63,8 @@ def save(engine: Engine, state: TrainState, mixture: Mixture, record: RunRecord,
 
     def write_and_commit(files: dict[Path, Any]) -> None:
         group = writer.group
+        on_every_rank(lambda: refuse_not_finite(step_dir, files), group)
+        on_every_rank(lambda: _make_room(step_dir), group)
         on_every_rank(lambda: write_files(step_dir, files), group)
         manifests = gather_objects(on_every_rank(lambda: write_manifest(step_dir, rank()), group), group)
         on_every_rank(lambda: _commit(step_dir, state, mixture, record.identity, manifests), group)

@@ -93,7 +93,7 @@ def _metrics_that_differ(straight: Path, cut: Path, within: float) -> Iterator[s
         before, after = expected.get((step, name), math.nan), found.get((step, name), math.nan)
         if name.startswith(WALL_CLOCK) or before == after or (within and name in FOLLOW):
             continue
-        if not (name.startswith("loss/") and abs(before - after) <= within):
+        if None in (before, after) or not (name.startswith("loss/") and abs(before - after) <= within):
             yield f"{name} at step {step}: {before} straight, {after} resumed"
 
 

@@ -90,10 +90,18 @@ class Verdict:
     lines: tuple[str, ...]  # to print
 
 
-def judge(health: Health, steps: StepMetrics, cfg: GuardsConfig, documents: Callable[[int, int], str]) -> Verdict:
+def judge(
+    health: Health,
+    steps: StepMetrics,
+    cfg: GuardsConfig,
+    *,
+    documents: Callable[[int, int], str],
+    what_to_change: Callable[[int], str],
+) -> Verdict:
     """Judge some steps. `documents(step, rank)` names the documents that a step read on a rank.
 
-    Raises UserError, on every rank, where the run must stop.
+    `what_to_change(step)` is the advice when no step after that one was finite. Raises UserError, on every rank, where
+    the run must stop.
     """
     health, spikes, too_many = after_steps(health, steps, cfg)
     bad, lines = steps.bad().tolist(), []
@@ -101,10 +109,8 @@ def judge(health: Health, steps: StepMetrics, cfg: GuardsConfig, documents: Call
         where, what = _not_finite(steps, i)
         if i == too_many:
             raise UserError(
-                f"{what}: {cfg.max_bad_steps} steps in a row were not finite (megagpt.guards.max_bad_steps). The "
-                "last checkpoint is untouched. Lower optimizer.params.lr or gradient_clipping, or raise "
-                "megagpt.schedule.warmup_steps, and give the same command: it resumes there. Documents of "
-                "this step: "
+                f"{what}: {cfg.max_bad_steps} steps in a row were not finite (megagpt.guards.max_bad_steps). "
+                f"{what_to_change(steps.number(i) - cfg.max_bad_steps)}. Documents of this step: "
                 f"{documents(steps.number(i), where)}"
             )
         lines.append(f"{what}; its update was " + ("skipped" if steps.skipped[i] else "made"))

@@ -3,18 +3,25 @@
 Shapes: B texts at once, T positions, V padded vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megagpt.config.schema import GenerationConfig
 from megagpt.data.tokenizer import Tokenizer
+from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 
 
 def pick(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
-    """Sample one token (B, 1) for each row of logits (B, V). Temperature 0 takes the likeliest."""
+    """Sample one token (B, 1) for each row of logits (B, V). Temperature 0 takes the likeliest.
+
+    Raises UserError for logits that are not finite.
+    """
+    if not logits.isfinite().all():
+        raise UserError("the model's output is not finite, so nothing can be generated; use an earlier checkpoint")
     if temperature == 0.0:
         return logits.argmax(-1, keepdim=True)  # (B, 1)
     ordered, tokens = (logits.float() / temperature).sort(-1, descending=True)  # (B, V) each
@@ -49,24 +56,34 @@ def generate(
     share a model (ZeRO-3) must run the same number of forward passes.
     When all seq_len positions are used, the later half of the window becomes the context, and a new cache is filled.
     """
-    was_training, seq_len = model.training, model.cfg.seq_len
-    model.eval()
+    seq_len = model.cfg.seq_len
     tokens, begin = prompt, max(0, prompt.size(1) - seq_len)
     caches = model.new_caches(len(prompt)) if use_cache else None
     ended = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
-    for _ in range(max_tokens):
-        if tokens.size(1) - begin > seq_len:
-            begin = tokens.size(1) - max(1, seq_len // 2)
-            caches = model.new_caches(len(prompt)) if use_cache else None
-        known = caches[0].length if caches else 0
-        logits = model(tokens[:, begin + known :], caches)[:, -1, :vocab_size]  # padded ids are never picked
-        picked = pick(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        tokens = torch.cat([tokens, picked.masked_fill(ended, eod_id)], dim=1)
-        ended |= picked == eod_id
-        if until_ended and ended.all():
-            break
-    model.train(was_training)
+    with evaluating(model):
+        for _ in range(max_tokens):
+            if tokens.size(1) - begin > seq_len:
+                begin = tokens.size(1) - max(1, seq_len // 2)
+                caches = model.new_caches(len(prompt)) if use_cache else None
+            known = caches[0].length if caches else 0
+            logits = model(tokens[:, begin + known :], caches)[:, -1, :vocab_size]  # padded ids are never picked
+            picked = pick(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            tokens = torch.cat([tokens, picked.masked_fill(ended, eod_id)], dim=1)
+            ended |= picked == eod_id
+            if until_ended and ended.all():
+                break
     return tokens
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, also when what it computes raises an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def complete(

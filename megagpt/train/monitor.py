@@ -9,6 +9,7 @@ if it is not.
 
 import errno
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ ON_THE_LINE = {
 }
 
 
-def print_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> None:
+def print_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "", *, saved: bool = True) -> None:
     """Print how a run ended: its validation curve, the reason, and its best checkpoint."""
     if not is_main():
         return
@@ -135,7 +136,9 @@ def print_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> Non
     elif state.finished(cfg.schedule.max_steps):
         why = f"finished at step {state.step}"
     else:
-        why = f"stopped at step {state.step} ({reason or 'asked by another rank'}) and saved; the same command resumes"
+        why = f"stopped at step {state.step} ({reason or 'asked by another rank'}) "
+        why += "and saved" if saved else "whose numbers were not finite, so it was not saved"
+        why += "; the same command resumes"
     lines = [why]
     if stopper.best_step:
         lines = [validation_curve(cfg.out_dir / "metrics.jsonl"), why]
@@ -152,17 +155,27 @@ def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str
     if not points:
         return "    no validation losses in metrics.jsonl"
     points = points[:: max(1, -(-len(points) // rows))] + points[-1:]
-    losses = [row["loss/val"] for row in points]
-    low, high = min(losses), max(losses)
+    losses = [row["loss/val"] for row in points if _is_finite(row["loss/val"])]
+    low, high = min(losses, default=0.0), max(losses, default=0.0)
     lines = []
     for step, loss in {row["step"]: row["loss/val"] for row in points}.items():
-        bar = "█" * (1 + round((width - 1) * (loss - low) / (high - low or 1.0)))
-        lines.append(f"  {step:>8} {loss:8.4f} {bar}")
+        if _is_finite(loss):
+            bar = "█" * (1 + round((width - 1) * (loss - low) / (high - low or 1.0)))
+            lines.append(f"  {step:>8} {loss:8.4f} {bar}")
+        else:
+            lines.append(f"  {step:>8} not finite")
     return "    step loss/val\n" + "\n".join(lines)
 
 
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def _append(metrics_file: Path, row: dict[str, Any]) -> None:
-    """Append a whole row or nothing."""
+    """Append a whole row or nothing. A number that is not finite becomes null, as JSON has none."""
+    row = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
     with metrics_file.open("ab", buffering=0) as file:
         line, size = (json.dumps(row) + "\n").encode(), file.tell()
         try:

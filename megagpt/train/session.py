@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,9 +13,11 @@ import torch
 from megagpt.atomic_files import write_atomically
 from megagpt.checkpoint.async_writer import Writer
 from megagpt.checkpoint.commit import step_folder
+from megagpt.checkpoint.finite import what_to_change
 from megagpt.checkpoint.identity import changed_keys, described, layout_changes
 from megagpt.checkpoint.load import restore, resume
 from megagpt.checkpoint.rng import seed_all
+from megagpt.checkpoint.rotation import retract
 from megagpt.checkpoint.save import RunRecord
 from megagpt.checkpoint.save import save as save_checkpoint
 from megagpt.checkpoint.verification import newest_verified
@@ -82,6 +85,7 @@ class Session:
         self.writer = Writer(asynchronous=self.cfg.save_async)
         self.memory_watch = MemoryWatch(self.cfg.guards.memory_growth_mib)
         self.rolled_back: list[int] = []  # the steps that were rolled back to
+        self.not_finite_at = 0  # the step of the last evaluation that was not finite
 
     def _open_monitor(self) -> Monitor:
         """Write the effective run file into the run's folder, and open its monitors."""
@@ -114,7 +118,13 @@ class Session:
         Raises UserError, on every rank, where a guard stops the run.
         """
         steps = window.read(state.step, scaled=self.uses_loss_scale)
-        verdict = judge(state.health, steps, self.cfg.guards, self._documents)
+        verdict = judge(
+            state.health,
+            steps,
+            self.cfg.guards,
+            documents=self._documents,
+            what_to_change=lambda last_finite: self._what_to_change(state, last_finite, broken=True),
+        )
         state = replace(state, health=verdict.health)
         seconds = self.stopwatch.lap()
         own = torch.tensor([self.timer.lap(), seconds["data"]], device=self.device)
@@ -191,22 +201,36 @@ class Session:
         }
         self.monitor.log(state, metrics)
         stopper = after_evaluation(state.stopper, result.loss, state.step, self.cfg.early_stopping)
+        if not math.isfinite(result.loss):
+            self.not_finite_at = state.step
+            return replace(state, val_loss=None, stopper=stopper)
         return replace(state, val_loss=result.loss, stopper=stopper)
 
     def show_samples(self, state: TrainState) -> None:
         """Generate from the run file's prompts, and show the texts in TensorBoard."""
         with self.stopwatch.section("sample"), self.watchdog.paused():
             cfg = self.cfg.sample
-            texts = complete(self.engine.module, self.setup.data.tokenizer, cfg.prompts, cfg, until_ended=False)
-            self.monitor.text("samples", "\n\n---\n\n".join(texts), state.step)
+            model, tokenizer = self.engine.module, self.setup.data.tokenizer
+            try:
+                texts = on_every_rank(lambda: complete(model, tokenizer, cfg.prompts, cfg, until_ended=False))
+                self.monitor.text("samples", "\n\n---\n\n".join(texts), state.step)
+            except UserError as error:
+                print_rank0(f"no samples at step {state.step}: {error}")
         self.monitor.log(state, {"seconds/sample": self.stopwatch.spent("sample")})
 
     def is_new_best(self, state: TrainState) -> bool:
         """Tell whether early stopping will want this step's weights back."""
         return self.cfg.early_stopping.restore_best and state.stopper.best_step == state.step
 
-    def save(self, state: TrainState) -> None:
-        """Save a checkpoint; with `save_async`, training waits only for the copy to host memory."""
+    def save(self, state: TrainState) -> bool:
+        """Save a checkpoint; with `save_async`, training waits only for the copy to host memory.
+
+        Returns False, and saves nothing, after a step or an evaluation that was not finite: the weights may be the
+        reason. The next finite step then shows that they are not, and is saved in its place.
+        """
+        if state.health.bad_in_a_row or self.not_finite_at == state.step:
+            print_rank0(f"step {state.step} was not finite, so it is not saved; the next finite step is")
+            return False
         with self.stopwatch.section("save"), self.watchdog.paused():
             save_checkpoint(self.engine, state, self.setup.training_set.mixture, self.record, self.writer)
         waited, wrote = self.stopwatch.spent("save"), self.writer.seconds  # `wrote`: of the save before this one
@@ -215,15 +239,37 @@ class Session:
         if measured and not self.grace_warned and (warning := grace_warning(waited, wrote)):
             print_rank0(warning)
             self.grace_warned = True
+        return True
 
-    def close(self, state: TrainState, reason: str) -> None:
-        """Print how the run ended, now that all is saved; after early stopping, restore the best weights."""
+    def close(self, state: TrainState, reason: str, *, saved: bool) -> None:
+        """Print how the run ended, now that all is saved; after early stopping, restore the best weights.
+
+        Raises UserError, on every rank, if the run is finished and its last step could not be saved.
+        """
+        if not saved and state.finished(self.cfg.schedule.max_steps):
+            self.monitor.close()
+            last_finite, broken = state.step - state.health.bad_in_a_row, self.not_finite_at == state.step
+            raise UserError(
+                f"step {state.step}, the last, was not finite, so it was not saved. "
+                + self._what_to_change(state, last_finite, broken=broken)
+            )
         if state.stopper.stopped and self.cfg.early_stopping.restore_best:
             best_dir = step_folder(self.cfg.out_dir, state.stopper.best_step)
             restore(self.engine, best_dir, self.record)
         self.monitor.close()
         gc.unfreeze()
-        print_ending(self.cfg, state, reason)
+        print_ending(self.cfg, state, reason, saved=saved)
+
+    def _what_to_change(self, state: TrainState, last_finite: int, *, broken: bool) -> str:
+        """Return the advice when no step after `last_finite` was finite. Collective.
+
+        `broken`: if this start saved that step, its own update broke its weights, and no run can resume from it. A step
+        that an earlier start saved stays: what is wrong may be this start's machine.
+        """
+        self.writer.wait()
+        if broken and last_finite > self.setup.state.step:
+            on_every_rank(lambda: retract(self.cfg.out_dir, last_finite, state) if is_main() else None)
+        return what_to_change(self.cfg.out_dir, last_finite)
 
     def _documents(self, step: int, r: int) -> str:
         """Name the first documents that rank r read in a step, and where they came from."""

@@ -46,7 +46,7 @@ def train(
     except UserError:
         undo_start(run)
         raise
-    batches, window, stop = session.batches(), StepWindow(), False
+    batches, window, stop, owed = session.batches(), StepWindow(), False, False
 
     with session.writer, session.watchdog, vote:
         while not (stop or state.finished(schedule.max_steps)):
@@ -59,7 +59,8 @@ def train(
             if due(state.step, run.megagpt.guards.compare_every):
                 compare_weights(session.engine.module.named_parameters(), state.step)
 
-            if stop or done or any(due(state.step, n) for n in (every.log, every.eval, every.save, every.sample)):
+            cadences = (every.log, every.eval, every.save, every.sample)
+            if stop or done or owed or any(due(state.step, n) for n in cadences):
                 state, roll_back = session.log(state, window)
                 window = StepWindow()
                 if roll_back:
@@ -69,10 +70,11 @@ def train(
                 state = session.evaluate(state)
             if due(state.step, every.sample):
                 session.show_samples(state)
-            if stop or state.finished(schedule.max_steps) or due(state.step, every.save) or session.is_new_best(state):
-                session.save(state)
+            owed = owed or stop or state.finished(schedule.max_steps) or due(state.step, every.save)
+            if owed or session.is_new_best(state):
+                owed = not session.save(state)
 
-    session.close(state, preemption.reason)
+    session.close(state, preemption.reason, saved=not owed)
     return state
 
 
