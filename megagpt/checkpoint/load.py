@@ -76,9 +76,7 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
     model = GPT(ModelConfig(**saved.identity.model), saved.identity.vocab_size)
     weights = consolidated_weights(step_dir)
     if name := not_finite(weights):
-        raise UserError(
-            f"checkpoint {step_dir} is not finite ({name}), so its model computes nothing; name another step"
-        )
+        raise UserError(f"checkpoint {step_dir} is not finite ({name}), so its model is of no use; name another step")
     model.load_state_dict(weights)
     return model.to(device).eval(), tokenizer, step_dir
 

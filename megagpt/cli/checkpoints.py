@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megagpt.checkpoint.commit import COMMIT, best, committed, damage_of, folder, read_commit
+from megagpt.checkpoint.finite import not_finite_file
 from megagpt.errors import UserError
 
 
@@ -46,7 +47,9 @@ def _listed(step_dir: Path, hashes: bool) -> Listed:
         return Listed(step_dir, step, saved_at, n_bytes, -1, "?", 0, None, str(error))
     what, ranks = saved.identity, saved.identity.world_size
     # The other ranks' files.
-    damage = damage_of(step_dir, 1, every=1, hashes=hashes)
+    damage = damage_of(step_dir, 1, every=1, hashes=hashes) or (not_finite_file(step_dir) if hashes else None)
+    if damage is None and saved.state.health.bad_in_a_row:
+        damage = "its last training step was not finite"
     return Listed(
         step_dir,
         saved.state.step,

@@ -63,11 +63,31 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_no_weight_and_no_moment_o
 def test_three_in_a_row_stop_the_run_and_name_the_documents(folder, found):
     run = found["three_steps_in_a_row_that_are_not_finite"]
     assert "the loss is inf at step 8 on rank 1: 3 steps in a row were not finite" in run["message"]
-    assert run["committed"] == ["step_00000005"]
+    assert run["committed"] == ["step_00000004"]  # the step after it was finite
+    assert f"it resumes from {folder / 'three_steps_in_a_row_that_are_not_finite/run/checkpoints'}" in run["message"]
     w = run["weights"]
     assert w[0] == w[1]
     assert w[4] == w[5] == w[6] == w[7]
     assert document_of_rank_1(folder / "three_steps_in_a_row_that_are_not_finite" / "run", step=8) in run["message"]
+
+
+def test_what_one_rank_alone_holds_that_is_not_finite_is_committed_by_none(folder, found):
+    """At stages 1 to 3 the shard is in the files; at stage 0 rank 0 saves, and rank 1's steps tell."""
+    for kind, run in found["a_shard_that_is_not_finite"].items():
+        step_2 = folder / "a_shard_that_is_not_finite" / kind / "checkpoints" / "step_00000002"
+        assert f"it resumes from {step_2}" in run["message"], kind
+        assert ("step_00000004 was not saved: " in run["message"]) == (kind != "stage 0 fp32"), kind
+        assert run["committed"] == ["step_00000002"], kind
+        assert run["again"]["message"] == "", kind
+        assert run["again"]["committed"][-1] == "step_00000011", kind
+        assert all(math.isfinite(loss) for loss in run["again"]["loss"].values()), kind
+
+
+def test_ranks_of_another_stage_pass_over_the_same_step(folder, found):
+    run = found["an_older_step_that_is_not_finite"]
+    assert run["message"] == ""
+    assert (folder / "an_older_step_that_is_not_finite/run/checkpoints/damaged1_step_00000004").is_dir()
+    assert run["committed"] == ["step_00000004", "step_00000006"]
 
 
 def document_of_rank_1(run_dir, step) -> str:

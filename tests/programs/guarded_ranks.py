@@ -49,7 +49,7 @@ class Faulty:
     """
 
     def __init__(self, factors: dict[int, float] | None = None, act: Callable[[int, Any], None] | None = None) -> None:
-        self.factors, self.act = factors or {}, act or (lambda step, module: None)
+        self.factors, self.act = factors or {}, act or (lambda step, engine: None)
         self.steps, self.micro_batches, self.said, self.weights, self.loaded = 0, 0, [], [], []
         self.originals = trainer.train_step, trainer.next_token_score, session.print_rank0, session.resume
 
@@ -62,7 +62,7 @@ class Faulty:
             result = train_step(run, batches)
             self.weights.append(digest(run.engine))
             if rank() == 1:
-                self.act(self.steps, run.engine.module)
+                self.act(self.steps, run.engine)
             return result
 
         def score(*args: Any, **kw: Any) -> Score:
@@ -120,7 +120,39 @@ def one_step_that_is_not_finite(dataset: Path, folder: Path) -> dict[str, Any]:
 
 def three_steps_in_a_row_that_are_not_finite(dataset: Path, folder: Path) -> dict[str, Any]:
     with Faulty(dict.fromkeys((2, 6, 7, 8), float("inf"))) as run:
-        return run.train(dataset, folder / "run", "megagpt.every.save=5", *ACCUMULATION)
+        return run.train(dataset, folder / "run", "megagpt.every.save=4", *ACCUMULATION)
+
+
+def a_shard_that_is_not_finite(dataset: Path, folder: Path) -> dict[str, Any]:
+    """On rank 1 alone, just before step 4 is saved: a start by the same command then goes on without the fault."""
+    found = {}
+    options = ["megagpt.every.save=2", "megagpt.every.log=1", *SHORT]
+    for name in ("stage 0 fp32", "stage 1 fp32", "stage 2 bf16", "stage 3 fp32", "beside"):
+        kind = [*KINDS["stage 3 bf16"], "megagpt.save_async=true"] if name == "beside" else KINDS[name]
+        with Faulty(act=break_shard) as run:
+            found[name] = run.train(dataset, folder / name, *kind, *options)
+        with Faulty() as run:
+            found[name]["again"] = run.train(dataset, folder / name, *kind, *options)
+    return found
+
+
+def an_older_step_that_is_not_finite(dataset: Path, folder: Path) -> dict[str, Any]:
+    """An older megagpt committed step 4; a start with another stage passes over it on both ranks."""
+    refuse, save.refuse_not_finite = save.refuse_not_finite, lambda step_dir, files: None
+    with Faulty(act=break_shard) as run:
+        run.train(dataset, folder / "run", *KINDS["stage 1 fp32"], "megagpt.every.save=2", stop_at=4)
+    save.refuse_not_finite = refuse
+    with Faulty() as run:
+        return run.train(dataset, folder / "run", *KINDS["stage 3 fp32"], "megagpt.every.save=2", stop_at=6)
+
+
+def break_shard(step: int, engine: Any) -> None:
+    """One value of what this rank alone holds of the weights; at stage 0 of its own copy of them all."""
+    if step == 4:
+        stage = engine.zero_optimization_stage()
+        names = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups"}
+        held = getattr(engine.optimizer, names.get(stage, "fp32_partitioned_groups_flat"), None)
+        (held[0] if held else next(engine.module.parameters())).data.view(-1)[3] = float("nan")
 
 
 def a_spike(dataset: Path, folder: Path) -> dict[str, Any]:
@@ -196,9 +228,9 @@ def slow_writer(run: Faulty, until: int) -> Iterator[None]:
 
 
 def a_bit_that_flipped(dataset: Path, folder: Path) -> dict[str, str]:
-    def flip(step: int, module: torch.nn.Module) -> None:
+    def flip(step: int, engine: Any) -> None:
         if step == 3:
-            bits = dict(module.named_parameters())["h.1.ln_1.bias"].detach().view(torch.int32)
+            bits = dict(engine.module.named_parameters())["h.1.ln_1.bias"].detach().view(torch.int32)
             bits[7] ^= 1 << 20  # of the mantissa: the lowest ones may be rounded away by the next update
 
     found = {}
@@ -215,7 +247,7 @@ def a_bit_that_flipped(dataset: Path, folder: Path) -> dict[str, str]:
 def memory_that_grows(dataset: Path, folder: Path) -> list[str]:
     kept = []
     window, memory_growth.WINDOW = memory_growth.WINDOW, 2
-    with Faulty(act=lambda step, module: kept.append(torch.ones(2**22))) as run:  # 16 MiB
+    with Faulty(act=lambda step, engine: kept.append(torch.ones(2**22))) as run:  # 16 MiB
         said = run.train(dataset, folder / "run", "megagpt.every.log=1", "megagpt.guards.memory_growth_mib=20")["said"]
     memory_growth.WINDOW = window
     return [line for line in said if "memory of rank" in line]
@@ -224,6 +256,8 @@ def memory_that_grows(dataset: Path, folder: Path) -> list[str]:
 SCENARIOS = [
     one_step_that_is_not_finite,
     three_steps_in_a_row_that_are_not_finite,
+    a_shard_that_is_not_finite,
+    an_older_step_that_is_not_finite,
     a_spike,
     spikes_left_out,
     rolled_back,

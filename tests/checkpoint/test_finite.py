@@ -1,0 +1,244 @@
+"""Nothing that is not finite is committed, and a start passes over what an older megagpt committed: on one rank.
+
+guards/test_guards.py has the same on two ranks, with numbers that one of them alone has.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support import debug_run, metric
+
+from megagpt.__main__ import main
+from megagpt.checkpoint import save
+from megagpt.checkpoint.commit import by_loss, committed, read_commit, write_commit
+from megagpt.checkpoint.finite import find_not_finite, not_finite
+from megagpt.checkpoint.verification import newest_verified
+from megagpt.errors import UserError
+from megagpt.train import trainer
+from megagpt.train.monitor import validation_curve
+from megagpt.train.trainer import train
+
+CONSTANT = ["megagpt.schedule.shape=constant", "megagpt.schedule.warmup_steps=0", "megagpt.data.val_tokens=256"]
+
+
+@pytest.fixture
+def start(dataset, device, tmp_path):
+    """Train a run to `steps`; returns the message that it ends with, "" if it finishes."""
+
+    def started(steps: int, *more: str, name: str = "run", save: int = 1, log: int = 1) -> str:
+        every = f'megagpt.every={{"log": {log}, "eval": 0, "save": {save}}}'
+        run = debug_run(dataset, tmp_path / name, *CONSTANT, every, f"megagpt.schedule.max_steps={steps}", *more)
+        try:
+            train(run, device)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    return started
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    return [int(path.name[5:]) for path in committed(run_dir)]
+
+
+# --- the check ----------------------------------------------------------------------------------------------------
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@given(st.integers(0, 5), st.sampled_from([float("nan"), float("inf"), -float("inf")]), st.sampled_from(DTYPES))
+def test_one_value_that_is_not_finite_is_found_wherever_it_stands(at, value, dtype):
+    state = {"a": [torch.ones(2, 3, dtype=dtype), 1], "b": {"step": torch.tensor(3), "deep": (torch.zeros(0), "x")}}
+    assert not_finite(state) is None
+    state["a"][0].view(-1)[at] = value
+    assert not_finite(state) == "a.0"
+    assert not_finite({"b": state["b"], "c": [torch.ones(2), torch.nn.Parameter(state["a"][0])]}) == "c.1"
+
+
+def test_weights_whose_squares_overflow_are_not_finite_and_the_largest_of_fp16_are():
+    assert not_finite({"x": torch.full((4,), 1e25)}) == "x"
+    assert not_finite({"x": torch.full((4,), 1e17)}) is None
+    assert not_finite({"x": torch.full((1000,), 65504.0, dtype=torch.float16)}) is None
+    assert not_finite({"x": torch.tensor([2**62])}) is None
+
+
+# --- a learning rate that breaks the weights ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize(("lr", "save"), [(1e30, 1), (1e30, 2), (1e6, 1), (1e6, 3)])
+def test_a_run_with_a_wrong_rate_resumes_by_its_own_message_as_if_it_had_never_been(start, tmp_path, lr, save, stage):
+    """Step 5 breaks the weights: 1e30 is seen in them, 1e6 only in the steps that follow."""
+    at_stage = f"zero_optimization.stage={stage}"
+    assert start(4, at_stage) == ""
+    message = start(12, at_stage, f"optimizer.params.lr={lr}", save=save)
+    assert f"give the same command: it resumes from {tmp_path / 'run/checkpoints/step_00000004'}" in message
+    assert steps_of(tmp_path / "run")[-1] == 4
+    assert start(8, at_stage) == ""
+    assert start(8, at_stage, name="straight") == ""
+    assert metric(tmp_path / "run", "loss/train") == metric(tmp_path / "straight", "loss/train")
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e6])
+def test_the_asynchronous_writer_commits_nothing_that_is_not_finite(start, tmp_path, lr):
+    assert start(4) == ""
+    message = start(12, f"optimizer.params.lr={lr}", "megagpt.save_async=true")
+    assert "it resumes from" in message
+    assert steps_of(tmp_path / "run")[-1] == 4
+    assert start(8) == ""
+
+
+def test_a_last_step_whose_evaluation_is_not_finite_is_not_saved(start, tmp_path):
+    """Its own update breaks the weights, so its training loss is finite; a step is at hand to resume from."""
+    message = start(1, "optimizer.params.lr=1e6", save=10)
+    assert message.startswith("step 1, the last, was not finite, so it was not saved. Lower optimizer.params.lr")
+    assert message.endswith("and give the same command: it starts at step 0, because nothing is saved yet")
+    assert start(3, save=10) == ""
+    message = start(4, "optimizer.params.lr=1e6", save=10)
+    assert message.endswith(f"it resumes from {tmp_path / 'run/checkpoints/step_00000003'}")
+    assert start(4, save=10) == ""
+    assert steps_of(tmp_path / "run") == [3, 4]
+
+
+def test_a_step_that_an_earlier_start_saved_stays_and_the_message_tells_how_to_pass_over_it(start, tmp_path):
+    """At a rate of 100 the loss stays finite and the gradient's norm does not: step 5 is saved as the last one."""
+    steps = tmp_path / "run/checkpoints"
+    assert start(4) == ""
+    assert start(5, "optimizer.params.lr=100") == ""
+    message = start(12)
+    assert f"it resumes from {steps / 'step_00000005'}. No step after that checkpoint was finite" in message
+    assert f"if the next start fails alike, delete that folder to resume from {steps / 'step_00000004'}" in message
+    assert steps_of(tmp_path / "run")[-2:] == [4, 5]
+    shutil.rmtree(steps / "step_00000005")
+    assert start(12) == ""
+
+
+def test_when_the_only_step_is_retracted_the_message_asks_for_a_fresh_start(start, tmp_path):
+    message = start(12, "optimizer.params.lr=1e6")  # step 1 is saved, and no later one is finite
+    assert "give the same command with --fresh: no finite step is saved" in message
+    assert steps_of(tmp_path / "run") == []
+    with pytest.raises(UserError, match=r"was committed and is missing.*give --fresh"):
+        newest_verified(tmp_path / "run")
+
+
+def test_a_bad_step_that_is_due_to_be_saved_is_followed_by_a_save(start, tmp_path, monkeypatch):
+    """Step 4 alone is not finite: its update was skipped, the weights are whole, and step 5 shows that."""
+    train_step, n = trainer.train_step, 0
+
+    def struck(*args):
+        nonlocal n
+        n += 1
+        result = train_step(*args)
+        return result._replace(loss=result.loss * float("nan")) if n == 4 else result
+
+    monkeypatch.setattr(trainer, "train_step", struck)
+    assert start(7, save=4, log=4) == ""
+    assert steps_of(tmp_path / "run") == [5, 7]
+
+
+# --- what an older megagpt left -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned(start, tmp_path, monkeypatch) -> Path:
+    """A run of which an older megagpt committed step 4 with a moment that is not finite."""
+
+    def poison(step_dir, files):
+        if step_dir.name == "step_00000004":
+            state = next(state for path, state in files.items() if "optim" in path.name)
+            state["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["exp_avg_sq"][7] = float("inf")
+
+    monkeypatch.setattr(save, "refuse_not_finite", poison)
+    assert start(4) == ""
+    monkeypatch.undo()
+    return tmp_path / "run"
+
+
+def test_a_start_passes_over_a_saved_step_that_is_not_finite(start, poisoned, tmp_path, capsys):
+    assert find_not_finite(committed(poisoned)[-1]).endswith("base_optimizer_state.state.0.exp_avg_sq")
+    assert start(6) == ""
+    assert f"checkpoint skipped: {poisoned / 'checkpoints/step_00000004'}" in capsys.readouterr().out
+    assert (poisoned / "checkpoints/damaged1_step_00000004").is_dir()
+    assert start(6, name="straight") == ""
+    assert metric(poisoned, "loss/train") == metric(tmp_path / "straight", "loss/train")
+
+
+def test_verifying_names_a_step_that_is_not_finite(poisoned, capsys):
+    assert main(["checkpoints", str(poisoned), "--verify"]) == 0
+    printed = capsys.readouterr().out
+    assert "optim_states.pt is not finite: " in printed
+    assert "1 of 2 committed steps verify" in printed
+
+
+def test_a_step_saved_among_steps_that_were_not_finite_is_used_only_if_there_is_no_other(start, tmp_path, capsys):
+    """As an older megagpt did: the weights may be what broke those steps, or not."""
+    assert start(4) == ""
+    step_dir = committed(tmp_path / "run")[-1]
+    mark_as_bad(step_dir)
+    assert start(5) == ""
+    printed = capsys.readouterr().out
+    assert f"checkpoint skipped: the last training step of {step_dir} was not finite" in printed
+    for path in committed(tmp_path / "run"):
+        mark_as_bad(path)
+    assert start(6) == ""
+    assert f"no other step is undamaged: using {committed(tmp_path / 'run')[-2]}" in capsys.readouterr().out
+
+
+def mark_as_bad(step_dir: Path) -> None:
+    saved, record = read_commit(step_dir), json.loads((step_dir / "COMMIT").read_bytes())
+    state = replace(saved.state, health=replace(saved.state.health, bad_in_a_row=2))
+    write_commit(step_dir, state, saved.mixture, saved.identity, record["manifests"])
+
+
+def test_a_model_that_is_not_finite_generates_and_evaluates_nothing(start, tmp_path, dataset, monkeypatch, capsys):
+    """What is wrong with its weights stands in the step: it is stage 0, whose model is whole in one file."""
+    poison = lambda step_dir, files: weights_in(files).fill_(float("nan"))  # noqa: E731
+    monkeypatch.setattr(save, "refuse_not_finite", poison)
+    assert start(1, "zero_optimization.stage=0") == ""
+    for command in (["generate", "--prompt", "a"], ["evaluate", "--data", str(dataset)]):
+        assert main([command[0], str(tmp_path / "run"), *command[1:]]) == 2
+        assert "is not finite (wte.weight), so its model is of no use; name another step" in capsys.readouterr().err
+
+
+def weights_in(files):
+    return next(state for path, state in files.items() if "model_states" in path.name)["module"]["wte.weight"]
+
+
+# --- what is printed and logged -----------------------------------------------------------------------------------
+
+
+def test_a_run_that_breaks_writes_json_draws_its_curve_and_samples_nothing(start, tmp_path, capsys):
+    often = 'megagpt.every={"log": 1, "eval": 1, "save": 0, "sample": 1}'
+    message = start(8, "optimizer.params.lr=1e30", often, "megagpt.sample.max_tokens=2")
+    assert "3 steps in a row were not finite" in message
+    assert "no samples at step 1: the model's output is not finite" in capsys.readouterr().out
+    rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(row, parse_constant=pytest.fail).get("loss/val", 0) for row in rows]
+    assert None in losses
+    assert validation_curve(tmp_path / "run/metrics.jsonl").splitlines()[1].endswith("1 not finite")
+
+
+def test_the_curve_leaves_out_what_an_older_megagpt_logged_as_nan(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(f'{{"step": {n}, "loss/val": {x}}}\n' for n, x in enumerate(["4.0", "NaN", "2.0"])))
+    assert [line.split()[1:] for line in validation_curve(file, width=3).splitlines()[1:]] == [
+        ["4.0000", "███"],
+        ["not", "finite"],
+        ["2.0000", "█"],
+    ]
+
+
+def test_a_loss_that_is_not_finite_is_never_the_lowest(start, tmp_path):
+    assert start(3, "megagpt.keep.last=3") == ""
+    losses = dict(zip(committed(tmp_path / "run"), [float("nan"), 3.0, 2.0], strict=True))
+    for path, loss in losses.items():
+        saved, record = read_commit(path), json.loads((path / "COMMIT").read_bytes())
+        state = replace(saved.state, val_loss=loss)
+        write_commit(path, state, saved.mixture, saved.identity, record["manifests"])
+    assert by_loss(list(losses)) == list(losses)[:0:-1]
