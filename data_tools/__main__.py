@@ -16,7 +16,8 @@ from data_tools.report.summary import summary
 from data_tools.stages.train_tokenizer import train_tokenizer
 from data_tools.verify import verify
 from megagpt.data.manifest import SPLITS
-from megagpt.errors import UserError
+from megagpt.errors import UserError, limit_reached
+from megagpt.open_files import raise_limit
 from megagpt.terminal import escape_unknown_letters
 
 INCOMPLETE = 3  # exit code of a build that could not read some of its files
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wrong := [item for item in rest if item.startswith("-") or "config" not in args]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     escape_unknown_letters()
+    raise_limit()
     try:
         output, code = COMMANDS[args.command](args, rest)
         print(output)
@@ -41,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader of our output has ended, as in `... | head`
         sys.stderr.close()
+    except OSError as error:
+        if (limit := limit_reached(error)) is None:
+            raise
+        print(f"error: {limit}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; finished tasks are kept: run the same command again to resume", file=sys.stderr)
         return 130  # 128 + SIGINT

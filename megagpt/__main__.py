@@ -6,6 +6,7 @@ from importlib import import_module
 
 from megagpt.cli.arguments import command_line
 from megagpt.cli.exit_codes import exit_code_of
+from megagpt.open_files import raise_limit
 
 # Command -> its module below megagpt.cli, and its function.
 COMMANDS = {
@@ -24,6 +25,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
+    raise_limit()
     parser = command_line()
     args, rest = parser.parse_known_args(argv)
     if rest and ("overrides" not in args or any(item.startswith("-") for item in rest)):

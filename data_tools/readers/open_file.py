@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from data_tools.readers.input_file import InputFile, UnreadableFile
 from data_tools.readers.remote_files import open_file_system
-from megagpt.errors import UserError
+from megagpt.errors import UserError, limit_reached
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -59,6 +59,8 @@ def reading(path: str) -> Iterator[None]:
     except (UserError, GeneratorExit):
         raise
     except (OSError, EOFError, lzma.LZMAError, zstd.ZstdError, pa.ArrowException) as error:
+        if limit := limit_reached(error):
+            raise limit from error
         why = str(error) or type(error).__name__
         way_out = "set workers=1" if "not enough memory" in why else "repair it or leave it out"
         kind = UnreadableFile if _is_the_files_fault(error, path) else UserError

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from megagpt.errors import UserError
+from megagpt.errors import UserError, limit_reached
 from megagpt.terminal import escape_unknown_letters
 
 SAVED_AND_WANTS_RESTART = 75  # EX_TEMPFAIL of sysexits.h
@@ -16,4 +16,9 @@ def exit_code_of(command: Callable[[], int]) -> int:
         return command()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if (limit := limit_reached(error)) is None:
+            raise
+        print(f"error: {limit}", file=sys.stderr)
         return 2

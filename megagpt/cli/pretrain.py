@@ -11,12 +11,14 @@ from typing import NoReturn
 
 from megagpt.cli.arguments import training_arguments
 from megagpt.cli.exit_codes import SAVED_AND_WANTS_RESTART, exit_code_of
-from megagpt.errors import OwnRankError, UserError
+from megagpt.errors import OwnRankError, UserError, limit_reached
+from megagpt.open_files import raise_limit
 from megagpt.train.preemption import SIGNALS
 
 
 def main() -> NoReturn:
     """Train as the command line describes, and end this process with the exit code."""
+    raise_limit()
     sys.exit(run(training_arguments().parse_intermixed_args()))
 
 
@@ -74,6 +76,11 @@ def _pretrain(args: argparse.Namespace) -> int:
     except UserError as error:
         if is_main() or isinstance(error, OwnRankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except OSError as error:
+        if (limit := limit_reached(error)) is None:
+            raise
+        print(f"error: {limit}", file=sys.stderr, flush=True)
         return 2
     return 0 if state.finished(run.megagpt.schedule.max_steps) else SAVED_AND_WANTS_RESTART
 

@@ -19,9 +19,20 @@ from megagpt.data.manifest import (
     confined,
     read_manifest,
 )
-from megagpt.data.shard_format import INDEX, INDEX_COLUMNS, INDEX_SCHEMA, ShardHeader, damaged, numbers, read_batch
+from megagpt.data.shard_format import (
+    INDEX,
+    INDEX_COLUMNS,
+    INDEX_SCHEMA,
+    ShardHeader,
+    damaged,
+    map_file,
+    numbers,
+    read_batch,
+)
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
+
+MAPPED_SHARDS = 2**14  # of a stream, at most: a process may have 65,530 memory maps on most hosts
 
 
 class Dataset:
@@ -86,7 +97,7 @@ class Dataset:
         _check_size(self.path, info)
         path = self.shard_path(split, variant, shard)
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            reader = pa.ipc.open_file(map_file(path))
         except (pa.ArrowException, OSError) as error:
             raise damaged(path, error) from error
         if not reader.schema.equals(self.header(split, variant, shard).schema, check_metadata=True):
@@ -191,8 +202,16 @@ class TokenStream:
     def _reader(self, shard: int) -> pa.RecordBatchFileReader:
         with self._lock:
             if shard not in self._readers:
+                if len(self._readers) >= MAPPED_SHARDS:
+                    self._release(next(iter(self._readers)))
                 self._readers[shard] = self._dataset.open_shard(self._split, self._variant, shard)
             return self._readers[shard]
+
+    def _release(self, shard: int) -> None:
+        """Forget a shard's views and reader; its memory map is gone with the last array that somebody still reads."""
+        for batch in np.flatnonzero(self._index["shard"] == shard).tolist():
+            self._views[batch] = None
+        del self._readers[shard]
 
     def _record_batch(self, batch: int) -> pa.RecordBatch:
         names = ("shard", "batch", "n_rows", "n_tokens")

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from megagpt.data.dataset import Dataset
 from megagpt.data.manifest import Split
 from megagpt.data.training_set import TrainingSet
-from megagpt.errors import UserError
+from megagpt.errors import UserError, limit_reached
 
 FOLDER = "provenance"
 
@@ -56,6 +56,8 @@ def origins(dataset: Dataset, split: Split, rows: Iterable[int]) -> Iterator[Ori
         try:
             record = _read_row(path, row - firsts[at])
         except (OSError, pa.ArrowException, IndexError) as error:
+            if limit := limit_reached(error):
+                raise limit from error
             raise UserError(f"provenance {path} cannot be read ({error}); restore it or rebuild the dataset") from error
         yield Origin(record["doc"].hex(), record["part"], sources[record["source"]], record["file"], record["position"])
 

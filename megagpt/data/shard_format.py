@@ -20,7 +20,7 @@ import xxhash
 
 from megagpt.config.parsing import Strict
 from megagpt.data.manifest import FORMAT, VERSION, Split
-from megagpt.errors import UserError
+from megagpt.errors import UserError, limit_reached
 
 INDEX, TOKENIZER_MODEL, REPORT = "index.arrow", "tokenizer.model", "report.json"
 METADATA_KEY = "megagpt"
@@ -92,6 +92,13 @@ def read_batch(reader: pa.RecordBatchFileReader, batch: int, path: Path) -> pa.R
     return record_batch
 
 
+def map_file(path: Path) -> pa.Buffer:
+    """Memory-map a file and close it: however many are mapped, none counts towards the limit of open files."""
+    with pa.memory_map(str(path)) as file:
+        # a slice keeps the map alive after the file is closed; its parent is the whole map
+        return file.read_buffer(1).parent if file.size() else pa.py_buffer(b"")
+
+
 def batch_xxh3(batch: pa.RecordBatch) -> int:
     """Hash a record batch at memory speed, to find which one is damaged; the shard's sha256 proves that none is."""
     digest = xxhash.xxh3_64()
@@ -102,7 +109,9 @@ def batch_xxh3(batch: pa.RecordBatch) -> int:
 
 
 def damaged(path: Path, why: object) -> UserError:
-    """Return the error to raise for a damaged file of a dataset."""
+    """Return the error to raise for a file of a dataset that cannot be read: it is damaged, or a limit is too low."""
+    if isinstance(why, OSError) and (limit := limit_reached(why)):
+        return limit
     return UserError(f"{path} is damaged ({why}); restore it or build the dataset again")
 
 
