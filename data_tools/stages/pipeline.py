@@ -16,9 +16,10 @@ from data_tools.readers.work_units import WorkUnit
 from data_tools.stages.deduplicate import find_clusters, find_contaminated
 from data_tools.stages.extract import describe_units, extract_all, why_nothing_is_left
 from data_tools.stages.select import SplitConfig, UnitInput
-from data_tools.stages.shuffle import PASS_TOKENS, write_shard
+from data_tools.stages.shuffle import PASS_TOKENS, merge_down, write_shard
 from data_tools.stages.tokenize import VariantConfig, tokenize
 from data_tools.stages.train_tokenizer import MODEL, train_on
+from data_tools.storage.token_files import TokenFile
 from megagpt.atomic_files import write_atomically
 from megagpt.data.manifest import SPLITS, Split
 from megagpt.data.shard_format import ShardHeader, token_dtype
@@ -155,8 +156,11 @@ def _write_shards(
     build_id = _sha256_json([config.pipeline(sources), input_sha256(stages), tokenizer.sha256])[:32]
     for split in SPLITS:
         for variant, tokenized in enumerate(stages.variants):
-            listed = tasks.run_one(write_list, _token_files(stages.units, tokenized, tasks.folder), what="listing")
             n_tokens = stages.count(split, variant)[2]
+            files = _token_files(stages.units, tokenized, tasks.folder)
+            if n_tokens:
+                files = merge_down(files, split, tokenizer.vocab_size, tasks)
+            listed = tasks.run_one(write_list, [file.as_json() for file in files], what="listing")
             n_shards = math.ceil(n_tokens / config.shard_tokens)
             n_passes = math.ceil(n_tokens / max(n_shards, 1) / PASS_TOKENS)
             for shard in range(n_shards):
@@ -176,13 +180,13 @@ def _write_shards(
     return list(zip(headers, tasks.run(write_shard, jobs, "shuffling"), strict=True))
 
 
-def _token_files(units: Sequence[WorkUnit], tokenized: Sequence[Done], scratch: Path) -> list[tuple[str, list[str]]]:
-    """Return (path below the scratch folder, input file of each slice of its unit) of every token file."""
-    token_files = []
+def _token_files(units: Sequence[WorkUnit], tokenized: Sequence[Done], scratch: Path) -> list[TokenFile]:
+    """Return the token files of all units, in order."""
+    token_files: list[TokenFile] = []
     for unit, done in zip(units, tokenized, strict=True):
         inputs = [slice_.file.path for slice_ in unit.slices]
         stage = done.prefix.parent.relative_to(scratch)
-        token_files += [(str(stage / name), inputs) for name in done.result["parts"]]
+        token_files += [TokenFile(str(stage / name), inputs) for name in done.result["parts"]]
     return token_files
 
 

@@ -1,30 +1,39 @@
 """Merge token files into shuffled shards: each shard takes a range of keys from every token file, in order of key.
 
-Keys are uniform hashes, so shards have similar sizes, and the documents of a split are shuffled as a whole. Two limits
-bound the memory of a task. It sorts its range of keys in passes, each of a part of the range. And it copies the rows
-of a pass in batches of about PASS_TOKENS, with new memory maps for each: all rows of a long document have the same key,
-so a pass may have any number of tokens.
+Keys are uniform hashes, so shards have similar sizes, and the documents of a split are shuffled as a whole. Three
+limits bound what a task needs. It sorts its range of keys in passes, each of a part of the range. It copies the rows of
+a pass in batches of about PASS_TOKENS: all rows of a long document have the same key, so a pass may have any number of
+tokens. And it maps at most MERGE_FILES token files: more are first merged into fewer, so that work grows no faster than
+the corpus.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.executor.tasks import file_of, read_list
-from data_tools.storage.arrow_columns import hash_column, number_column, string_column, to_numpy
-from data_tools.storage.shard_writer import ShardRow, ShardWriter
+from data_tools.executor.tasks import Tasks, file_of, read_list, write_list
+from data_tools.storage.arrow_columns import hash_column, new_arrow_file, number_column, string_column
+from data_tools.storage.shard_writer import BATCH_TOKENS, ShardWriter
+from data_tools.storage.token_files import (
+    PASS_TOKENS,
+    KeyedRow,
+    TokenFile,
+    count_tokens,
+    sorted_rows,
+    token_batch,
+    token_file_schema,
+)
 from megagpt.atomic_files import make_durable, sha256_of, temporary_name
-from megagpt.data.manifest import SPLITS, Split
+from megagpt.data.manifest import Split
 from megagpt.data.shard_format import HASH_BYTES, ShardHeader
 
 SHARD, PROVENANCE = ".arrow", ".parquet"
-PASS_TOKENS = 2**26
+MERGED = ".merged.arrow"
+MERGE_FILES = 2**11  # to map at a time; with more, a pass would take longer to open them than to copy its tokens
 ROW_GROUP = 2**16  # rows, of the provenance file
 PROVENANCE_COLUMNS = {
     "doc": pa.binary(HASH_BYTES),
@@ -35,88 +44,75 @@ PROVENANCE_COLUMNS = {
 }
 
 
-class RowRange(NamedTuple):
-    """The rows of one token file in a range of keys, as views of its memory map; one array per column."""
-
-    key: np.ndarray
-    part: np.ndarray  # number of the row in its document
-    offsets: np.ndarray  # (rows + 1,), into tokens
-    tokens: np.ndarray
-    docs: np.ndarray  # (rows, 16) bytes
-    source: np.ndarray
-    is_last: np.ndarray
-    slice: np.ndarray
-    position: np.ndarray
-
-
 def write_shard(prefix: Path, header: ShardHeader, n_shards: int, n_passes: int, listed: Path) -> dict[str, Any]:
     """Run as a task: write shard `header.shard` of the n_shards of its split, and its provenance file, row for row.
 
-    `listed` is the list of (token file below the scratch folder, input file of each of its slices). The result has the
-    shard's entries in the manifest and the index.
+    `listed` is the list of token files. The result has the shard's entries in the manifest and the index.
     """
-    token_files = read_list(listed)
+    files = [TokenFile(*fields) for fields in read_list(listed)]
     writer = ShardWriter(file_of(prefix, SHARD), header)
     provenance = _Provenance(file_of(prefix, PROVENANCE))
     for step in range(header.shard * n_passes, (header.shard + 1) * n_passes):
-        keys = range(2**64 * step // (n_shards * n_passes), 2**64 * (step + 1) // (n_shards * n_passes))
-        opened = partial(_opened, prefix.parents[1], [name for name, _ in token_files], keys, header.split)
-        with opened() as ranges:
-            order = _in_order(ranges)
-        for batch in order:
-            # new maps, to release the pages that the batch before has read
-            with opened() as ranges:
-                for number, i in batch.tolist():
-                    rows, inputs = ranges[number], token_files[number][1]
-                    doc, part, source = rows.docs[i].tobytes(), int(rows.part[i]), int(rows.source[i])
-                    tokens = rows.tokens[rows.offsets[i] : rows.offsets[i + 1]]
-                    writer.add(ShardRow(tokens, doc, source, part, bool(rows.is_last[i])))
-                    provenance.add(doc, part, source, inputs[rows.slice[i]], int(rows.position[i]))
-                # before the maps are closed, because the buffered tokens are views of them
-                writer.flush()
+        for rows in sorted_rows(prefix.parents[1], files, _keys(step, n_shards * n_passes), header.split):
+            for number, (_, row, slice_, position) in rows:
+                writer.add(row)
+                provenance.add(row.doc, row.part, row.source, files[number].inputs[slice_], position)
+            # before the maps are released, because the buffered tokens are views of them
+            writer.flush()
     info, index = writer.close()
     return {"info": info.model_dump(), "index": index, "provenance_sha256": provenance.close()}
 
 
-@contextmanager
-def _opened(folder: Path, names: Sequence[str], keys: range, split: Split) -> Iterator[list[RowRange]]:
-    """Map each token file and find its rows in the range of keys; tokens are read only when they are accessed."""
-    with ExitStack() as opened:
-        maps = [opened.enter_context(pa.memory_map(str(folder / name))) for name in names]
-        yield [_rows_between(keys[0], keys[-1], file, split) for file in maps]
+def _keys(step: int, n_steps: int) -> range:
+    """Return one of n_steps equal ranges of keys."""
+    return range(2**64 * step // n_steps, 2**64 * (step + 1) // n_steps)
 
 
-def _rows_between(low: int, high: int, file: pa.MemoryMappedFile, split: Split) -> RowRange:
-    """Return the token file's rows with low <= key <= high; the views keep the map alive."""
-    batch = pa.ipc.open_file(file).get_batch(SPLITS.index(split))
-    keys = to_numpy(batch["key"])
-    begin = int(np.searchsorted(keys, np.uint64(low), side="left"))
-    end = int(np.searchsorted(keys, np.uint64(high), side="right"))
-    docs = np.frombuffer(batch["doc"].buffers()[1] or b"", np.uint8)[: HASH_BYTES * len(batch)]
-    return RowRange(
-        key=keys[begin:end],
-        part=to_numpy(batch["part"])[begin:end],
-        offsets=to_numpy(batch["tokens"].offsets)[begin : end + 1],
-        tokens=to_numpy(batch["tokens"].values),
-        docs=docs.reshape(-1, HASH_BYTES)[begin:end],
-        source=to_numpy(batch["source"])[begin:end],
-        is_last=to_numpy(batch["is_last"])[begin:end],
-        slice=to_numpy(batch["slice"])[begin:end],
-        position=to_numpy(batch["position"])[begin:end],
-    )
+def merge_down(files: list[TokenFile], split: Split, vocab_size: int, tasks: Tasks) -> list[TokenFile]:
+    """Return at most MERGE_FILES token files with the same rows of the split in the same order."""
+    while len(files) > MERGE_FILES:
+        groups = [files[i : i + MERGE_FILES] for i in range(0, len(files), MERGE_FILES)]
+        lists = tasks.run(write_list, [([file.as_json() for file in group],) for group in groups], "listing")
+        merged = tasks.run(merge_group, [(listed.prefix, split, vocab_size) for listed in lists], "merging")
+        files = [
+            TokenFile(
+                path=str(file_of(done.prefix, MERGED).relative_to(tasks.folder)),
+                inputs=[path for file in group for path in file.inputs],
+                last_keys=done.result["last_keys"],
+            )
+            for group, done in zip(groups, merged, strict=True)
+        ]
+    return files
 
 
-def _in_order(ranges: Sequence[RowRange]) -> list[np.ndarray]:
-    """Return all rows by key, ties in the order of the input, in batches of about PASS_TOKENS.
+def merge_group(prefix: Path, listed: Path, split: Split, vocab_size: int) -> dict[str, Any]:
+    """Run as a task: write the rows of one split of the listed token files into one file."""
+    files, folder = [TokenFile(*fields) for fields in read_list(listed)], prefix.parents[1]
+    first_slices = list(accumulate((len(file.inputs) for file in files), initial=0))
+    n_passes = -(-count_tokens(folder, files, split) // PASS_TOKENS)
+    last_keys = []
+    with new_arrow_file(file_of(prefix, MERGED), token_file_schema(vocab_size)) as sink:
+        for step in range(n_passes):
+            for rows in sorted_rows(folder, files, _keys(step, n_passes), split):
+                merged = (row._replace(slice=first_slices[number] + row.slice) for number, row in rows)
+                for batch in _batches(merged):
+                    sink.write_batch(token_batch(batch, vocab_size))
+                    last_keys.append(batch[-1].key)
+    return {"last_keys": last_keys}
 
-    Each batch is an array of (number of the range, row in it), of shape (rows, 2).
-    """
-    row = np.concatenate([np.arange(len(rows.key)) for rows in ranges])
-    number = np.repeat(np.arange(len(ranges)), [len(rows.key) for rows in ranges])
-    order = np.lexsort((row, number, np.concatenate([rows.key for rows in ranges])))
-    tokens = np.concatenate([np.diff(rows.offsets) for rows in ranges])[order]
-    batch = np.cumsum(tokens) // PASS_TOKENS
-    return np.split(np.stack([number[order], row[order]], axis=1), np.flatnonzero(np.diff(batch)) + 1)
+
+def _batches(rows: Iterable[KeyedRow]) -> Iterator[Sequence[KeyedRow]]:
+    """Group rows by about BATCH_TOKENS."""
+    batch: list[KeyedRow] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.row.tokens)
+        if size >= BATCH_TOKENS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 class _Provenance:

@@ -11,27 +11,24 @@ from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from data_tools.executor.tasks import file_of
 from data_tools.readers.document_pieces import PIECE_CHARACTERS
 from data_tools.stages.select import Selection, SplitConfig, UnitInput, keyed_hash, select
 from data_tools.stages.subword_sampling import SubwordSampler
-from data_tools.storage.arrow_columns import new_arrow_file, number_column
+from data_tools.storage.arrow_columns import new_arrow_file
 from data_tools.storage.document_store import read_pieces
 from data_tools.storage.rejects import REJECTS, RejectWriter, open_rejects
-from data_tools.storage.shard_writer import ShardRow, document_columns, narrow
+from data_tools.storage.shard_writer import ShardRow, narrow
+from data_tools.storage.token_files import KeyedRow, token_batch, token_file_schema
 from megagpt.config.parsing import Strict
 from megagpt.data.manifest import SPLITS, Split
-from megagpt.data.shard_format import document_schema, token_dtype
 from megagpt.data.tokenizer import Tokenizer
 
 FILE_TOKENS = 2**25  # a token file is written when this many tokens are in memory
-# the columns of a token file besides those of a shard
-EXTRA = {"key": pa.uint64(), "slice": pa.uint32(), "position": pa.uint64(), "is_last": pa.bool_()}
 
 
 class VariantConfig(Strict):
@@ -40,15 +37,6 @@ class VariantConfig(Strict):
     number: int = 0
     alpha: float = 0.0
     seed: int = 0
-
-
-class KeyedRow(NamedTuple):
-    """A shard's row, with the key that it is sorted by and its place in the input."""
-
-    key: int
-    row: ShardRow
-    slice: int
-    position: int
 
 
 def tokenize(
@@ -181,23 +169,11 @@ class _TokenFiles:
         """Write the buffered rows as the next file, each split sorted by key."""
         if not self._buffered:
             return
-        dtype = token_dtype(self._tokenizer.vocab_size)
-        schema = document_schema(dtype)
-        for name, type_ in EXTRA.items():
-            schema = schema.append(pa.field(name, type_))
+        vocab_size = self._tokenizer.vocab_size
         path = file_of(self._prefix, f".{len(self.names):04d}.arrow")
-        with new_arrow_file(path, schema) as writer:
+        with new_arrow_file(path, token_file_schema(vocab_size)) as writer:
             for split in SPLITS:
-                rows = sorted(self._rows[split], key=lambda row: row.key)
-                extra: list[list[int]] = [
-                    [row.key for row in rows],
-                    [row.slice for row in rows],
-                    [row.position for row in rows],
-                    [row.row.is_last for row in rows],
-                ]
-                arrays = [number_column(values, type_) for values, type_ in zip(extra, EXTRA.values(), strict=True)]
-                columns = [*document_columns([row.row for row in rows], self._tokenizer.vocab_size), *arrays]
-                writer.write_batch(pa.record_batch(columns, schema=schema))
+                writer.write_batch(token_batch(sorted(self._rows[split], key=lambda row: row.key), vocab_size))
                 self._rows[split].clear()
         self.names.append(path.name)
         self._buffered = 0
