@@ -3,8 +3,8 @@
 A killed build that is started again resumes: finished tasks are not run a second time (executor/tasks.py).
 """
 
-import fcntl
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -39,6 +39,7 @@ from megagpt.data.manifest import (
 from megagpt.data.shard_format import REPORT, TOKENIZER_MODEL, token_dtype
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
+from megagpt.file_lock import FileLock, LockHeldError
 
 LOCK = "megagpt.lock"  # in BUILD_DIR: by it we recognize an unfinished build, whose files may be deleted
 
@@ -99,16 +100,23 @@ def _claimed(out: Path) -> Iterator[tuple[Path, Path]]:
         scratch.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be created: {error.strerror}; give another folder") from error
-    with (scratch / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another build is writing to --out {out}; wait for it or give another folder") from error
+    lock = FileLock(scratch / LOCK)
+    try:
+        warning = lock.take()
+    except LockHeldError as held:
+        raise UserError(f"another build is writing to --out {out}, {held}; wait, or give another folder") from held
+    except OSError as error:  # the build that held it has just removed its scratch folder
+        raise UserError(f"--out {out} cannot be locked: {error}; look whether another build finished it") from error
+    if warning:
+        print(f"{warning}, so a second build to --out {out} may not be refused: start none", file=sys.stderr)
+    try:
         # a build that was killed right after its manifest leaves its scratch folder, to be deleted here
         is_finished = (folder / MANIFEST).exists()
         if not is_finished:
             yield folder, scratch
         shutil.rmtree(scratch)
+    finally:
+        lock.release()
     if is_finished:
         raise UserError(f"--out {out} holds a finished dataset; give another folder, or delete it first")
 

@@ -89,10 +89,20 @@ def read_commit(step_dir: Path) -> Saved:
 
 
 def newest_record(out_dir: Path) -> Saved | None:
-    """Return the newest step whose commit record is undamaged; its other files are not checked."""
-    whole = (path for path in reversed(committed(out_dir)) if _record_of(path) is not None)
-    step_dir = next(whole, None)
-    return None if step_dir is None else read_commit(step_dir)
+    """Return the newest step whose commit record is undamaged; its other files are not checked.
+
+    A live run may delete steps meanwhile: then those that it has committed since are looked at.
+    """
+    while True:
+        gone = False
+        for step_dir in reversed(committed(out_dir)):
+            try:
+                if _record_of(step_dir) is not None:
+                    return read_commit(step_dir)
+            except FileNotFoundError:
+                gone = True
+        if not gone:
+            return None
 
 
 def write_manifest(step_dir: Path, rank: int) -> str:

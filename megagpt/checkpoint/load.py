@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -63,12 +64,31 @@ def _load(engine: Engine, saved: Saved, changes: list[str]) -> None:
         load_engine(engine, saved.step_dir)
 
 
-def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
-    """Return model (fp32, eval mode), tokenizer and step folder of a run folder (its best step) or one step's folder.
+class LoadedModel(NamedTuple):
+    """A model (fp32, eval mode), and what else its step's folder says."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    step_dir: Path
+    packing: PackingConfig
+
+
+def load_model(path: Path, device: torch.device) -> LoadedModel:
+    """Load the model of a run folder (its best step) or of one step's folder, also while the run trains.
 
     Raises UserError for a folder without a committed step, and for one that is damaged or not finite.
     """
-    step_dir = _step_of(path)
+    while True:
+        step_dir = _step_of(path)
+        try:
+            return _load_step(step_dir, device)
+        except (UserError, OSError, RuntimeError):
+            if (step_dir / COMMIT).is_file():
+                raise
+            # The run has deleted this step meanwhile, and has committed newer ones.
+
+
+def _load_step(step_dir: Path, device: torch.device) -> LoadedModel:
     if damage := damage_of(step_dir, 0, every=1):  # reads COMMIT too
         raise UserError(f"{damage}; restore the file or name another step")
     saved = read_commit(step_dir)
@@ -78,7 +98,7 @@ def load_model(path: Path, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
     if name := not_finite(weights):
         raise UserError(f"checkpoint {step_dir} is not finite ({name}), so its model is of no use; name another step")
     model.load_state_dict(weights)
-    return model.to(device).eval(), tokenizer, step_dir
+    return LoadedModel(model.to(device).eval(), tokenizer, step_dir, packing_of(step_dir))
 
 
 def packing_of(step_dir: Path) -> PackingConfig:

@@ -5,7 +5,6 @@ Every rank writes and hashes its own files; when all have, rank 0 commits. Only 
 
 import json
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from megagpt.atomic_files import write_atomically
 from megagpt.checkpoint.async_writer import Writer
 from megagpt.checkpoint.commit import (
     disk_errors,
-    folder,
     step_folder,
     update_latest_and_best,
     write_commit,
@@ -29,7 +27,7 @@ from megagpt.config.schema import KeepConfig
 from megagpt.data.mixture import Mixture
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.distributed.collectives import gather_objects, on_every_rank
-from megagpt.distributed.process_group import is_main, print_rank0, rank
+from megagpt.distributed.process_group import is_main, rank
 from megagpt.engine.build import Engine
 from megagpt.engine.state_files import files_to_save
 from megagpt.errors import UserError
@@ -114,21 +112,3 @@ def _commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: Ident
                 f"checkpoint {step_dir} was saved, but the `latest` pointer could not be updated ({error}); fix the "
                 "disk and give the same command: it resumes from this checkpoint"
             ) from error
-
-
-def archive_run(out_dir: Path) -> None:
-    """Rename an old run's folder, so that a new run can use its name. Collective; raises UserError."""
-
-    def rename() -> None:
-        is_run = (out_dir / "run.json").is_file() or folder(out_dir).is_dir()
-        if not (is_main() and is_run):
-            return
-        free = (out_dir.with_name(f"{out_dir.name}.old{n}") for n in count(1))
-        archive = next(path for path in free if not path.exists())
-        try:
-            out_dir.rename(archive)
-        except OSError as error:
-            raise UserError(f"--fresh cannot rename {out_dir}: {error}; give another megagpt.out_dir") from error
-        print_rank0(f"the old run is now {archive}")
-
-    on_every_rank(rename)

@@ -1,6 +1,7 @@
 """`megagpt checkpoints RUN`: list every saved step of a run, and whether it is complete."""
 
 import argparse
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,9 +29,14 @@ class Listed:
 def listed(out_dir: Path, *, hashes: bool) -> list[Listed]:
     """Return the committed steps, oldest first; without `hashes` only the files' sizes are compared.
 
-    A step whose commit record cannot be read has its damage but no stage, dtype or ranks.
+    A step whose commit record cannot be read has its damage but no stage, dtype or ranks. A step that a live run
+    deletes meanwhile is left out.
     """
-    return [_listed(step_dir, hashes) for step_dir in committed(out_dir)]
+    rows = []
+    for step_dir in committed(out_dir):
+        with suppress(FileNotFoundError):
+            rows.append(_listed(step_dir, hashes))
+    return [row for row in rows if (row.step_dir / COMMIT).is_file()]
 
 
 def _listed(step_dir: Path, hashes: bool) -> Listed:

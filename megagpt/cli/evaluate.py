@@ -5,7 +5,7 @@ import json
 
 import torch
 
-from megagpt.checkpoint.load import load_model, packing_of
+from megagpt.checkpoint.load import load_model
 from megagpt.data.dataset import open_dataset
 from megagpt.data.loader import ValWindows
 from megagpt.data.packing import PACKING
@@ -17,13 +17,13 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate a checkpoint on a dataset's split, and print the result as text or JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dataset = open_dataset(args.data)
-    model, tokenizer, step_dir = load_model(args.checkpoint, device)
+    model, tokenizer, step_dir, packing = load_model(args.checkpoint, device)
     if dataset.manifest.tokenizer.sha256 != tokenizer.sha256:
         raise UserError(
             f"dataset {args.data} was made with another tokenizer than {step_dir} was trained with; build it again "
             f"with tokenizer={step_dir / 'tokenizer.model'}"
         )
-    document_end = tokenizer.eod_id if PACKING[packing_of(step_dir).kind].masked else None
+    document_end = tokenizer.eod_id if PACKING[packing.kind].masked else None
     windows = ValWindows(dataset.stream(args.split), model.cfg.seq_len, args.tokens, document_end=document_end)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
     result = evaluate(model, windows, token_bytes, micro_batch=args.micro_batch)

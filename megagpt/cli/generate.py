@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
         wrong = error.errors()[0]
         raise UserError(f"--{str(wrong['loc'][0]).replace('_', '-')}={wrong['input']}: {wrong['msg']}") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, _ = load_model(args.checkpoint, device)
+    model, tokenizer, *_ = load_model(args.checkpoint, device)
     for text in complete(model, tokenizer, cfg.prompts, cfg, batch=args.batch, seed=args.seed):
         print(text, end="\n---\n")
     return 0

@@ -11,6 +11,7 @@ from megagpt.config.run_file import RunConfig
 from megagpt.distributed.collectives import broadcast_object, on_every_rank
 from megagpt.distributed.process_group import is_main
 from megagpt.errors import UserError, writing_to
+from megagpt.file_lock import LOCK
 
 MAX_WITHOUT_PROGRESS = 3  # restarts in a row
 
@@ -35,11 +36,10 @@ def is_requeued_start(out_dir: Path) -> bool:
 
 
 def undo_start(run: RunConfig) -> None:
-    """Remove starts.json, and out_dir with it, if it is all there is: a refused run file leaves nothing behind."""
+    """Remove starts.json if it is all there is besides the run's lock: a refused run file leaves nothing behind."""
     out_dir = run.megagpt.out_dir
-    if is_main() and [path.name for path in out_dir.iterdir()] == ["starts.json"]:
+    if is_main() and {path.name for path in out_dir.iterdir()} <= {"starts.json", LOCK}:
         (out_dir / "starts.json").unlink()
-        out_dir.rmdir()
 
 
 def _count(run: RunConfig, saved_step: int) -> None:

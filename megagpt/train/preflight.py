@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from megagpt.checkpoint.commit import Saved
 from megagpt.checkpoint.identity import Identity, check_identity, identity_of
 from megagpt.checkpoint.run_samples import samples_of
-from megagpt.checkpoint.save import archive_run
 from megagpt.checkpoint.verification import newest_verified
 from megagpt.config.batch import BatchPlan, batch_plan
 from megagpt.config.run_file import RunConfig
@@ -52,7 +51,7 @@ class RunSetup:
 
 
 def prepare(run: RunConfig, *, fresh: bool) -> RunSetup:
-    """Check everything that a user may have got wrong. `fresh`: archive an old run instead of resuming it.
+    """Check everything that a user may have got wrong. `fresh`: start at step 0, whatever out_dir holds.
 
     Collective; raises UserError on every rank.
     """
@@ -65,8 +64,6 @@ def prepare(run: RunConfig, *, fresh: bool) -> RunSetup:
     if saved is not None:
         check_identity(saved.step_dir, saved.identity, identity)
     training_set = on_every_rank(lambda: _training_set(cfg, batch, data, saved))
-    if fresh:
-        archive_run(cfg.out_dir)
     return RunSetup(run, batch, data, training_set, identity, saved)
 
 

@@ -51,10 +51,15 @@ class Session:
     """A built engine and its instruments. All methods are collective: every rank calls them at the same steps."""
 
     def __init__(
-        self, setup: RunSetup, device: torch.device, *, launcher_alive: Callable[[], bool] = lambda: True
+        self,
+        setup: RunSetup,
+        device: torch.device,
+        *,
+        launcher_alive: Callable[[], bool] = lambda: True,
+        before_save: Callable[[], None] = lambda: None,
     ) -> None:
         run, batch, saved = setup.run, setup.batch, setup.saved
-        self.setup, self.device, self.cfg = setup, device, run.megagpt
+        self.setup, self.device, self.cfg, self.before_save = setup, device, run.megagpt, before_save
         self.uses_loss_scale = (
             run.deepspeed.fp16.enabled
         )  # DeepSpeed itself skips updates that its loss scale made infinite
@@ -232,6 +237,7 @@ class Session:
             print_rank0(f"step {state.step} was not finite, so it is not saved; the next finite step is")
             return False
         with self.stopwatch.section("save"), self.watchdog.paused():
+            self.before_save()
             save_checkpoint(self.engine, state, self.setup.training_set.mixture, self.record, self.writer)
         waited, wrote = self.stopwatch.spent("save"), self.writer.seconds  # `wrote`: of the save before this one
         self.monitor.log(state, {"seconds/save": waited} | ({"seconds/write": wrote} if self.cfg.save_async else {}))

@@ -1,9 +1,10 @@
-"""The training loop. Read `train` first; everything that it calls is one hop away, most of it in session.py."""
+"""The training loop. Read `run_steps` first; everything that it calls is one hop away, most of it in session.py."""
 
 from collections.abc import Iterator
 
 import torch
 
+from megagpt.checkpoint.run_lock import RunLock
 from megagpt.config.run_file import RunConfig
 from megagpt.data.loader import Batch
 from megagpt.distributed.collectives import StopVote
@@ -33,19 +34,29 @@ def train(
 
     Collective. Raises UserError for a wrong run file or dataset, and where a guard stops the run.
     """
-    preemption, vote = preemption or Preemption(), StopVote()
+    preemption = preemption or Preemption()
     preemption.set_time_limit(run.megagpt.time_limit_minutes)
-    setup = prepare(run, fresh=fresh and not is_requeued_start(run.megagpt.out_dir))
+    with RunLock(run.megagpt.out_dir) as lock:
+        fresh = fresh and not is_requeued_start(run.megagpt.out_dir)
+        setup = prepare(run, fresh=fresh)
+        if fresh:
+            lock.archive_run(*(dataset.path for dataset in (*setup.data.train, setup.data.val)))
+        if setup.state.finished(run.megagpt.schedule.max_steps):
+            print_ending(run.megagpt, setup.state)
+            return setup.state
+        record_start(run, setup.state.step)
+        try:
+            session = Session(setup, device, launcher_alive=preemption.launcher_alive, before_save=lock.check)
+        except UserError:
+            undo_start(run)
+            raise
+        return run_steps(session, preemption, stop_at)
+
+
+def run_steps(session: Session, preemption: Preemption, stop_at: int | None) -> TrainState:
+    """Train, log, evaluate, sample and save until the run has finished or is told to stop. Collective."""
+    setup, run, vote = session.setup, session.setup.run, StopVote()
     state, schedule, every = setup.state, run.megagpt.schedule, run.megagpt.every
-    if state.finished(schedule.max_steps):
-        print_ending(run.megagpt, state)
-        return state
-    record_start(run, state.step)
-    try:
-        session = Session(setup, device, launcher_alive=preemption.launcher_alive)
-    except UserError:
-        undo_start(run)
-        raise
     batches, window, stop, owed = session.batches(), StepWindow(), False, False
 
     with session.writer, session.watchdog, vote:

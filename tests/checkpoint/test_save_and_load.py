@@ -371,7 +371,7 @@ def test_a_models_weights_are_the_engines(run_to, tmp_path, monkeypatch, stage):
     build = session.build_engine
     monkeypatch.setattr(session, "build_engine", lambda *args, **kw: engines.append(build(*args, **kw)) or engines[-1])
     run_to("run", 3, f"zero_optimization.stage={stage}", "megagpt.early_stopping.restore_best=false")
-    model, tokenizer, step_dir = load_model(tmp_path / "run", CPU)
+    model, tokenizer, step_dir, _ = load_model(tmp_path / "run", CPU)
     assert step_dir.name == "step_00000003"
     assert not model.training
     assert tokenizer.vocab_size <= model.wte.num_embeddings
@@ -384,10 +384,10 @@ def test_a_models_weights_are_the_engines(run_to, tmp_path, monkeypatch, stage):
 def test_a_run_folder_stands_for_its_best_step(run_to, tmp_path):
     run_to("run", 8, FIRST_IS_BEST)
     best_dir = best(tmp_path / "run")
-    assert load_model(tmp_path / "run", CPU)[2] == best_dir
+    assert load_model(tmp_path / "run", CPU).step_dir == best_dir
     latest = committed(tmp_path / "run")[-1]
     assert latest != best_dir
-    assert load_model(latest, CPU)[2] == latest
+    assert load_model(latest, CPU).step_dir == latest
 
 
 def test_a_folder_without_checkpoints_is_named(tmp_path):

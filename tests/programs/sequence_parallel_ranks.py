@@ -33,7 +33,7 @@ def sharing_positions(dataset: Path, folder: Path) -> dict[str, Any]:
         train(dataset, folder / "changed", "sequence_parallel_size=2", *SHARING["stage1"])
     train(dataset, folder / "changed", *SHARING["stage1"])
 
-    alone, tokenizer, _ = load_model(folder / "straight", DEVICE)
+    alone, tokenizer, *_ = load_model(folder / "straight", DEVICE)
     sample = debug_run(dataset, folder).megagpt.sample
     return {
         "folder": str(folder),
