@@ -1,5 +1,6 @@
 """Small texts, tokenizers and datasets for the tests of the data side. Everything here is deterministic."""
 
+import io
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import sentencepiece
 
 from data_tools.__main__ import main
 from data_tools.config import TokenizerConfig
@@ -40,6 +42,21 @@ def write_texts(folder: Path, n: int, n_words: int = 60) -> list[str]:
 def small_tokenizer(kind: Literal["unigram", "bpe", "char"] = "unigram") -> Tokenizer:
     sample = [document(i) for i in range(50)]
     return Tokenizer(train_sample(sample, TokenizerConfig(tokenizer_type=kind, vocab_size=VOCAB_SIZE)))
+
+
+@cache
+def lossy_tokenizer(kind: Literal["unigram", "bpe", "char", "word"] = "unigram") -> Tokenizer:
+    """A tokenizer by SentencePiece's own defaults: it normalizes, and has no byte fallback but the letters of WORDS."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for i in range(50) for line in document(i).splitlines()),
+        model_writer=model,
+        model_type=kind,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return Tokenizer(model.getvalue())
 
 
 def write_dataset(

@@ -19,16 +19,19 @@ from data_tools.executor.tasks import Tasks, file_of, read_list, write_list
 from data_tools.storage.arrow_columns import hash_column, new_arrow_file, number_column, string_column
 from data_tools.storage.shard_writer import BATCH_TOKENS, ShardWriter
 from data_tools.storage.token_files import (
+    BYTES_TYPE,
     PASS_TOKENS,
     KeyedRow,
     TokenFile,
     count_tokens,
+    have_bytes,
     sorted_rows,
     token_batch,
     token_file_schema,
 )
 from megagpt.atomic_files import make_durable, sha256_of, temporary_name
 from megagpt.data.manifest import Split
+from megagpt.data.provenance import BYTES
 from megagpt.data.shard_format import HASH_BYTES, ShardHeader
 
 SHARD, PROVENANCE = ".arrow", ".parquet"
@@ -51,12 +54,12 @@ def write_shard(prefix: Path, header: ShardHeader, n_shards: int, n_passes: int,
     """
     files = [TokenFile(*fields) for fields in read_list(listed)]
     writer = ShardWriter(file_of(prefix, SHARD), header)
-    provenance = _Provenance(file_of(prefix, PROVENANCE))
+    provenance = _Provenance(file_of(prefix, PROVENANCE), with_bytes=have_bytes(prefix.parents[1], files))
     for step in range(header.shard * n_passes, (header.shard + 1) * n_passes):
         for rows in sorted_rows(prefix.parents[1], files, _keys(step, n_shards * n_passes), header.split):
-            for number, (_, row, slice_, position) in rows:
+            for number, (_, row, slice_, position, n_bytes) in rows:
                 writer.add(row)
-                provenance.add(row.doc, row.part, row.source, files[number].inputs[slice_], position)
+                provenance.add(row.doc, row.part, row.source, files[number].inputs[slice_], position, n_bytes)
             # before the maps are released, because the buffered tokens are views of them
             writer.flush()
     info, index = writer.close()
@@ -91,12 +94,13 @@ def merge_group(prefix: Path, listed: Path, split: Split, vocab_size: int) -> di
     first_slices = list(accumulate((len(file.inputs) for file in files), initial=0))
     n_passes = -(-count_tokens(folder, files, split) // PASS_TOKENS)
     last_keys = []
-    with new_arrow_file(file_of(prefix, MERGED), token_file_schema(vocab_size)) as sink:
+    with_bytes = have_bytes(folder, files)
+    with new_arrow_file(file_of(prefix, MERGED), token_file_schema(vocab_size, with_bytes=with_bytes)) as sink:
         for step in range(n_passes):
             for rows in sorted_rows(folder, files, _keys(step, n_passes), split):
                 merged = (row._replace(slice=first_slices[number] + row.slice) for number, row in rows)
                 for batch in _batches(merged):
-                    sink.write_batch(token_batch(batch, vocab_size))
+                    sink.write_batch(token_batch(batch, vocab_size, with_bytes=with_bytes))
                     last_keys.append(batch[-1].key)
     return {"last_keys": last_keys}
 
@@ -118,14 +122,14 @@ def _batches(rows: Iterable[KeyedRow]) -> Iterator[Sequence[KeyedRow]]:
 class _Provenance:
     """Writes where each row of a shard came from, as a Parquet file with the same number of rows."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, with_bytes: bool) -> None:
         self._path, self._temporary = path, temporary_name(path)
-        self._schema = pa.schema(PROVENANCE_COLUMNS)
+        self._schema = pa.schema(PROVENANCE_COLUMNS | ({BYTES: BYTES_TYPE} if with_bytes else {}))
         self._writer = pq.ParquetWriter(self._temporary, self._schema, compression="zstd")
-        self._rows: list[tuple[bytes, int, int, str, int]] = []
+        self._rows: list[tuple[bytes, int, int, str, int, int]] = []
 
-    def add(self, doc: bytes, part: int, source: int, file: str, position: int) -> None:
-        self._rows.append((doc, part, source, file, position))
+    def add(self, doc: bytes, part: int, source: int, file: str, position: int, n_bytes: int) -> None:
+        self._rows.append((doc, part, source, file, position, n_bytes))
         if len(self._rows) == ROW_GROUP:
             self._flush()
 
@@ -138,7 +142,7 @@ class _Provenance:
 
     def _flush(self) -> None:
         if self._rows:
-            docs, parts, sources, files, positions = zip(*self._rows, strict=True)
+            docs, parts, sources, files, positions, n_bytes = zip(*self._rows, strict=True)
             codes = {file: code for code, file in enumerate(dict.fromkeys(files))}
             names = string_column([file.encode() for file in codes], pa.string())
             columns = [
@@ -147,6 +151,7 @@ class _Provenance:
                 number_column(sources, pa.uint16()),
                 pa.DictionaryArray.from_arrays(number_column([codes[file] for file in files], pa.int32()), names),
                 number_column(positions, pa.uint64()),
+                number_column(n_bytes, BYTES_TYPE),
             ]
-            self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+            self._writer.write_batch(pa.record_batch(columns[: len(self._schema)], schema=self._schema))
             self._rows = []

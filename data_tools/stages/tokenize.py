@@ -63,8 +63,8 @@ def tokenize(
             pieces = ((row, text) for row, text in pieces if selection.splits[row] == "train")
         for group in _groups(pieces):
             ids = _encode(tokenizer, group, sampler)
-            for (row, _, is_last), tokens in zip(group, ids, strict=True):
-                files.add(row, tokens, is_last, selection, unit, splits.seed)
+            for (row, text, is_last), tokens in zip(group, ids, strict=True):
+                files.add(row, text, tokens, is_last, selection, unit, splits.seed)
         files.flush()
         return {
             "parts": files.names,
@@ -140,21 +140,25 @@ class _TokenFiles:
         self._rows: dict[Split, list[KeyedRow]] = {split: [] for split in SPLITS}
         self._buffered = 0
         self._part = self._tokens = 0  # of the document being added: rows and tokens so far
+        self._bytes = 0  # of its text since the last row
         self.names: list[str] = []
         self.counts: dict[Split, list[int]] = {split: [0, 0, 0] for split in SPLITS}  # documents, bytes, tokens
         self.lengths: Counter[int] = Counter()  # bit length of a document's tokens -> documents
 
-    def add(self, row: int, ids: np.ndarray, is_last: bool, selection: Selection, unit: UnitInput, seed: int) -> None:
+    def add(
+        self, row: int, text: str, ids: np.ndarray, is_last: bool, selection: Selection, unit: UnitInput, seed: int
+    ) -> None:
         """Add the next piece of document `row`."""
-        if not len(ids):  # cleaning has removed all of it
+        self._bytes += 0 if self._tokenizer.is_lossless else len(text.encode())
+        if not len(ids):  # cleaning has removed all of it, or the tokenizer loses it
             return
         document, split = selection.documents[row], selection.splits[row]
         place = f"{unit.source}:{unit.files[document.slice]}:{document.position}".encode()
         key = keyed_hash(document.doc + place, seed)
         shard_row = ShardRow(ids, document.doc, unit.source, self._part, is_last)
-        self._rows[split].append(KeyedRow(key, shard_row, document.slice, document.position))
+        self._rows[split].append(KeyedRow(key, shard_row, document.slice, document.position, self._bytes))
         self._buffered += len(ids)
-        self._part, self._tokens = self._part + 1, self._tokens + len(ids)
+        self._part, self._tokens, self._bytes = self._part + 1, self._tokens + len(ids), 0
         counts = self.counts[split]
         counts[2] += len(ids)
         if is_last:
@@ -171,9 +175,11 @@ class _TokenFiles:
             return
         vocab_size = self._tokenizer.vocab_size
         path = file_of(self._prefix, f".{len(self.names):04d}.arrow")
-        with new_arrow_file(path, token_file_schema(vocab_size)) as writer:
+        with_bytes = not self._tokenizer.is_lossless
+        with new_arrow_file(path, token_file_schema(vocab_size, with_bytes=with_bytes)) as writer:
             for split in SPLITS:
-                writer.write_batch(token_batch(sorted(self._rows[split], key=lambda row: row.key), vocab_size))
+                rows = sorted(self._rows[split], key=lambda row: row.key)
+                writer.write_batch(token_batch(rows, vocab_size, with_bytes=with_bytes))
                 self._rows[split].clear()
         self.names.append(path.name)
         self._buffered = 0

@@ -15,11 +15,13 @@ import pyarrow as pa
 from data_tools.storage.arrow_columns import number_column, to_numpy
 from data_tools.storage.shard_writer import ShardRow, document_columns
 from megagpt.data.manifest import SPLITS, Split
+from megagpt.data.provenance import BYTES
 from megagpt.data.shard_format import HASH_BYTES, document_schema, map_file, token_dtype
 
 PASS_TOKENS = 2**26
 # the columns of a token file besides those of a shard
 EXTRA = {"key": pa.uint64(), "slice": pa.uint32(), "position": pa.uint64(), "is_last": pa.bool_()}
+BYTES_TYPE = pa.uint64()  # of the column BYTES, which files have whose tokenizer loses text
 
 
 class KeyedRow(NamedTuple):
@@ -29,6 +31,7 @@ class KeyedRow(NamedTuple):
     row: ShardRow
     slice: int
     position: int
+    bytes: int = 0  # of the text
 
 
 class TokenFile(NamedTuple):
@@ -53,32 +56,45 @@ class RowRange(NamedTuple):
     is_last: np.ndarray
     slice: np.ndarray
     position: np.ndarray
+    bytes: np.ndarray | None  # of the text, where they are stored
 
     def row(self, i: int) -> KeyedRow:
         tokens = self.tokens[self.offsets[i] : self.offsets[i + 1]]
         doc, source, part = self.docs[i].tobytes(), int(self.source[i]), int(self.part[i])
         shard_row = ShardRow(tokens, doc, source, part, bool(self.is_last[i]))
-        return KeyedRow(int(self.key[i]), shard_row, int(self.slice[i]), int(self.position[i]))
+        n_bytes = 0 if self.bytes is None else int(self.bytes[i])
+        return KeyedRow(int(self.key[i]), shard_row, int(self.slice[i]), int(self.position[i]), n_bytes)
 
 
-def token_file_schema(vocab_size: int) -> pa.Schema:
+def token_file_schema(vocab_size: int, *, with_bytes: bool) -> pa.Schema:
     schema = document_schema(token_dtype(vocab_size))
-    for name, type_ in EXTRA.items():
+    for name, type_ in _extra(with_bytes).items():
         schema = schema.append(pa.field(name, type_))
     return schema
 
 
-def token_batch(rows: Sequence[KeyedRow], vocab_size: int) -> pa.RecordBatch:
+def _extra(with_bytes: bool) -> dict[str, pa.DataType]:
+    return EXTRA | {BYTES: BYTES_TYPE} if with_bytes else EXTRA
+
+
+def have_bytes(folder: Path, files: Sequence[TokenFile]) -> bool:
+    """Tell whether all files store the bytes of text, as those of a build that an older megagpt began may not."""
+    return all(BYTES in pa.ipc.open_file(map_file(folder / file.path)).schema.names for file in files)
+
+
+def token_batch(rows: Sequence[KeyedRow], vocab_size: int, *, with_bytes: bool) -> pa.RecordBatch:
     """Return rows, sorted by key, as a record batch of a token file."""
     extra: list[list[int]] = [
         [row.key for row in rows],
         [row.slice for row in rows],
         [row.position for row in rows],
         [row.row.is_last for row in rows],
+        [row.bytes for row in rows],
     ]
-    arrays = [number_column(values, type_) for values, type_ in zip(extra, EXTRA.values(), strict=True)]
+    types = _extra(with_bytes).values()
+    arrays = [number_column(values, type_) for values, type_ in zip(extra, types, strict=False)]
     columns = [*document_columns([row.row for row in rows], vocab_size), *arrays]
-    return pa.record_batch(columns, schema=token_file_schema(vocab_size))
+    return pa.record_batch(columns, schema=token_file_schema(vocab_size, with_bytes=with_bytes))
 
 
 def count_tokens(folder: Path, files: Sequence[TokenFile], split: Split) -> int:
@@ -130,6 +146,7 @@ def _rows_of(number: int, batch: pa.RecordBatch, low: int, high: int) -> RowRang
         is_last=to_numpy(batch["is_last"])[begin:end],
         slice=to_numpy(batch["slice"])[begin:end],
         position=to_numpy(batch["position"])[begin:end],
+        bytes=to_numpy(batch[BYTES])[begin:end] if BYTES in batch.schema.names else None,
     )
 
 

@@ -10,7 +10,7 @@ from megagpt.data.dataset import open_dataset
 from megagpt.data.loader import ValWindows
 from megagpt.data.packing import PACKING
 from megagpt.errors import UserError
-from megagpt.train.evaluate import evaluate, unigram_entropy
+from megagpt.train.evaluate import evaluate, lost_text, token_counts, unigram_entropy, unknown_share
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,13 +27,17 @@ def run(args: argparse.Namespace) -> int:
     windows = ValWindows(dataset.stream(args.split), model.cfg.seq_len, args.tokens, document_end=document_end)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
     result = evaluate(model, windows, token_bytes, micro_batch=args.micro_batch)
+    counts = token_counts(windows)
+    unknown = unknown_share(counts, tokenizer)
     row = {
         "checkpoint": str(step_dir),
         "loss": result.loss,
         "perplexity": result.perplexity,
         "bits_per_byte": result.bits_per_byte,
-        "unigram_entropy": unigram_entropy(windows),
+        "unigram_entropy": unigram_entropy(counts),
         "tokens": result.tokens,
+        "bytes": result.bytes,
+        "unknown_tokens": unknown,
     }
     if args.json:
         print(json.dumps(row))
@@ -44,4 +48,6 @@ def run(args: argparse.Namespace) -> int:
             f"{result.bits_per_byte:.4f} bits per byte\n"
             f"  guessing by token frequency alone would give {row['unigram_entropy']:.4f} nats per token"
         )
+        if lost := lost_text(unknown, tokenizer):
+            print(f"  {lost}")
     return 0

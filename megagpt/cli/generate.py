@@ -1,6 +1,7 @@
 """`megagpt generate CKPT`: generate text from a checkpoint."""
 
 import argparse
+import sys
 
 import torch
 from pydantic import ValidationError
@@ -8,7 +9,7 @@ from pydantic import ValidationError
 from megagpt.checkpoint.load import load_model
 from megagpt.config.schema import GenerationConfig
 from megagpt.errors import UserError
-from megagpt.model.generate import complete
+from megagpt.model.generate import changed_prompts, complete
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--{str(wrong['loc'][0]).replace('_', '-')}={wrong['input']}: {wrong['msg']}") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, *_ = load_model(args.checkpoint, device)
+    for line in changed_prompts(tokenizer, cfg.prompts):
+        print(f"warning: {line}", file=sys.stderr)
     for text in complete(model, tokenizer, cfg.prompts, cfg, batch=args.batch, seed=args.seed):
         print(text, end="\n---\n")
     return 0

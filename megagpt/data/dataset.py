@@ -113,8 +113,8 @@ class TokenStream:
 
     def __init__(self, dataset: Dataset, split: Split, variant: int = 0):
         index = dataset.index(split, variant)
-        self._dataset = dataset
-        self._split = split
+        self.dataset = dataset
+        self.split: Split = split
         self._variant = variant
         self._index = index
         self._tok0: list[int] = index["tok0"].tolist()  # a plain list: bisect beats numpy for one number
@@ -159,7 +159,7 @@ class TokenStream:
         for i in range(self.n_rows):
             rows.append(self.row(i))
             # Only the last row of a long document ends in an end-of-document id.
-            if rows[-1][-1] == self._dataset.eod_id:
+            if rows[-1][-1] == self.dataset.eod_id:
                 yield rows[0] if len(rows) == 1 else np.concatenate(rows)
                 rows = []
 
@@ -171,6 +171,11 @@ class TokenStream:
             offsets = numbers(batch.column("tokens").offsets)
             begins.append(tok0 + offsets[:-1][numbers(batch.column("part")) == 0])
         return np.diff(np.concatenate(begins), append=self.n_tokens)
+
+    def row_ends(self) -> np.ndarray:
+        """Return where each row ends, int64, counted in tokens of the stream. Reads no token."""
+        batches = [numbers(self._record_batch(i).column("tokens").offsets)[1:] for i in range(len(self._tok0))]
+        return np.concatenate([tok0 + ends for tok0, ends in zip(self._tok0, batches, strict=True)])
 
     def rows_of(self, start: int, length: int) -> range:
         """Return the rows that hold the `length` tokens from `start` on."""
@@ -192,7 +197,7 @@ class TokenStream:
         ids = _values(tokens)
         if not 0 <= begin < end <= len(ids):
             shard = int(self._index["shard"][batch])
-            raise damaged(self._dataset.shard_path(self._split, self._variant, shard), f"row {i} has no tokens")
+            raise damaged(self.dataset.shard_path(self.split, self._variant, shard), f"row {i} has no tokens")
         return ids[begin:end]
 
     def _open(self, batch: int) -> np.ndarray:
@@ -204,7 +209,7 @@ class TokenStream:
             if shard not in self._readers:
                 if len(self._readers) >= MAPPED_SHARDS:
                     self._release(next(iter(self._readers)))
-                self._readers[shard] = self._dataset.open_shard(self._split, self._variant, shard)
+                self._readers[shard] = self.dataset.open_shard(self.split, self._variant, shard)
             return self._readers[shard]
 
     def _release(self, shard: int) -> None:
@@ -216,7 +221,7 @@ class TokenStream:
     def _record_batch(self, batch: int) -> pa.RecordBatch:
         names = ("shard", "batch", "n_rows", "n_tokens")
         shard, number, n_rows, n_tokens = (int(self._index[name][batch]) for name in names)
-        path = self._dataset.shard_path(self._split, self._variant, shard)
+        path = self.dataset.shard_path(self.split, self._variant, shard)
         reader = self._reader(shard)
         with self._lock:
             record_batch = read_batch(reader, number, path)

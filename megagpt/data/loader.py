@@ -5,6 +5,7 @@ Shapes: B micro_batch, T seq_len.
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import count
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from megagpt.config.batch import BatchPlan
 from megagpt.config.schema import DataConfig
 from megagpt.data.dataset import Dataset, TokenStream
 from megagpt.data.loss_mask import BatchTransform, Fill, Row
+from megagpt.data.text_bytes import text_bytes
 from megagpt.data.training_set import open_datasets
 from megagpt.errors import UserError
 
@@ -56,6 +58,13 @@ class ValWindows:
 
     def __len__(self) -> int:
         return self.n_windows
+
+    @cached_property
+    def text_bytes(self) -> int | None:
+        """The bytes of text of all targets; None if the tokenizer loses no text, for then the tokens have as many."""
+        if self._stream.dataset.tokenizer().is_lossless:
+            return None
+        return text_bytes(self._stream, 1, self.n_windows * self.seq_len + 1)
 
 
 def open_data(cfg: DataConfig, seq_len: int, *, masked: bool = False) -> tuple[ValWindows, list[Dataset]]:

@@ -18,6 +18,7 @@ from megagpt.data.training_set import TrainingSet
 from megagpt.errors import UserError, limit_reached
 
 FOLDER = "provenance"
+BYTES = "bytes"  # an optional column: UTF-8 bytes of each row's text, where those of its tokens' pieces are others
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """The tokenizer, a SentencePiece model: text to token ids and back, without losing a byte.
 
-The promise decode(encode(text)) == text holds for the models that data_tools trains: identity normalization,
-no dummy prefix, spaces kept, newline and tab as pieces of their own, byte fallback.
+The promise decode(encode(text)) == text holds for the models that data_tools trains (`is_lossless`): identity
+normalization, no dummy prefix, spaces kept, newline and tab as pieces of their own, byte fallback.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -26,11 +27,13 @@ class Tokenizer:
 
     def __init__(self, model_bytes: bytes, *, name: str = "tokenizer model"):
         self._processor, spec = _load(model_bytes, name)
-        self.kind, self.normalizer, self._keeps_text = spec.kind, spec.normalizer, spec.keeps_text
+        self.kind, self.normalizer, self.normalizes = spec.kind, spec.normalizer, spec.normalizes
+        self._keeps_text = spec.keeps_text
         self.model_bytes = model_bytes
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
         self.vocab_size: int = self._processor.get_piece_size()
         self.eod_id: int = self._processor.eos_id()
+        self.unknown_id: int = self._processor.unk_id()
         if self.eod_id < 0:
             raise UserError(
                 f"{name} has no end-of-sentence piece </s>, which datasets store at the end of each document; "
@@ -80,6 +83,28 @@ class Tokenizer:
         """Whether a text may be cut anywhere: the joined ids of its sections decode to the text."""
         return self._meta_space_ids is not None
 
+    @cached_property
+    def is_lossless(self) -> bool:
+        """Whether decode(encode(text)) == text for any text: the bytes of its tokens are then those of the text."""
+        # Without a piece of its own, the space is encoded as the bytes of U+2581, and decoded to that character.
+        return self._keeps_text and self.is_exact_in_parts and self.round_trips(" ")
+
+    def lost(self, text: str) -> Counter[str]:
+        """Return the parts of the text that its tokens do not decode to, each with the number of UTF-8 bytes lost."""
+        if self.is_exact_in_parts:
+            text = text.replace(META_SPACE, "")  # which is encoded as bytes
+        found = self._processor.encode(text, return_type="offset_mapping", num_threads=1)
+        lost: Counter[str] = Counter()
+        kept, covered = b"", 0  # what the tokens read stand for, and where the text of those before ends
+        for token, piece, (begin, end) in zip(found["ids"], found["pieces"], found["offsets"], strict=True):
+            kept += self._text_of(token, piece)
+            if begin < end:  # where several tokens stand for one character, only one of them has its offsets
+                part = _missing(text[covered:end], kept.decode(errors="replace"))
+                lost[part] += len(part.encode())
+                kept, covered = b"", end
+        lost[text[covered:]] += len(text[covered:].encode())
+        return +lost  # without what nothing is lost of
+
     def round_trips(self, text: str) -> bool:
         """Tell whether decode(encode(text)) == text."""
         return self.decode(self.encode(text)) == text
@@ -121,11 +146,15 @@ class Tokenizer:
         return np.array([self._bytes_of(i) for i in range(self.vocab_size)], dtype=np.int32)
 
     def _bytes_of(self, token: int) -> int:
+        return len(self._text_of(token, self._processor.id_to_piece(token)))
+
+    def _text_of(self, token: int, piece: str) -> bytes:
+        """Return the UTF-8 text that a token stands for, which is none for control tokens and the unknown token."""
         if self._processor.is_byte(token):
-            return 1
+            return bytes([int(piece[1:-1], 16)])  # <0x41>
         if self._processor.is_control(token) or self._processor.is_unknown(token):
-            return 0
-        return len(self._processor.id_to_piece(token).replace(META_SPACE, " ").encode())
+            return b""
+        return piece.replace(META_SPACE, " ").encode()
 
     def _encode_lists(self, texts: Sequence[str]) -> list[list[int]]:
         # A literal U+2581 would decode as a space, so it goes in as the three bytes of its UTF-8 form.
@@ -155,6 +184,18 @@ class Tokenizer:
         return ids if all(map(self._processor.is_byte, ids)) else None
 
 
+def _missing(text: str, kept: str) -> str:
+    """Return `text` without the beginning and the end that it has in common with `kept`."""
+    begin = common_length(text, kept)
+    rest, kept = text[begin:], kept[begin:]
+    return rest[: len(rest) - common_length(rest[::-1], kept[::-1])]
+
+
+def common_length(a: str, b: str) -> int:
+    """Return how many characters two texts have in common at their beginning."""
+    return next((i for i, (mine, its) in enumerate(zip(a, b, strict=False)) if mine != its), min(len(a), len(b)))
+
+
 def padded_vocab_size(vocab_size: int) -> int:
     """Round up to a multiple of 128, a matrix size that GPUs multiply fast."""
     return -(-vocab_size // 128) * 128
@@ -166,6 +207,7 @@ class _Spec(NamedTuple):
     kind: str
     normalizer: str
     has_dummy_prefix: bool
+    normalizes: bool  # it changes characters or removes spaces
     keeps_text: bool  # its normalizer changes nothing, except that it spells spaces META_SPACE
 
 
@@ -212,6 +254,7 @@ def _describe(model_bytes: bytes) -> _Spec:
         kind=KINDS[trainer_spec.get(3, 1)],
         normalizer=normalizer_spec.get(1, b"").decode(),
         has_dummy_prefix=has_dummy_prefix,
+        normalizes=bool(rules or trims_spaces),
         keeps_text=not (rules or has_dummy_prefix or trims_spaces) and bool(spells_spaces),
     )
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.config.schema import GenerationConfig
-from megagpt.data.tokenizer import Tokenizer
+from megagpt.data.tokenizer import Tokenizer, common_length
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
+
+SHOWN = 40  # characters of a prompt, in a message
 
 
 def pick(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
@@ -84,6 +86,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def changed_prompts(tokenizer: Tokenizer, prompts: Iterable[str]) -> list[str]:
+    """Return a line for each prompt that the tokenizer cannot spell as it is: what the model reads instead."""
+    lines = []
+    for prompt in prompts:
+        read = tokenizer.decode(tokenizer.encode(prompt))
+        if read != prompt:
+            at = common_length(prompt, read)
+            lines.append(
+                f"the tokenizer cannot spell the prompt {prompt[:SHOWN]!r}: at character {at:,} the model reads "
+                f"{read[at : at + SHOWN]!r} instead of {prompt[at : at + SHOWN]!r}"
+            )
+    return lines
 
 
 def complete(

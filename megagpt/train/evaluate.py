@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.data.loader import ValWindows, prefetched, rank_slice
+from megagpt.data.tokenizer import Tokenizer
 from megagpt.distributed.collectives import sum_over_ranks
 from megagpt.distributed.process_group import rank, world_size
 from megagpt.model.loss import token_nats
+
+UNKNOWN = "<unk>"
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Evaluation:
 
     loss: float  # nats per token
     tokens: int  # predicted
-    bytes: int  # of UTF-8 text that those tokens stand for
+    bytes: int  # of the UTF-8 text that those tokens were made of
 
     @property
     def perplexity(self) -> float:
@@ -30,8 +33,8 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Loss per byte of text: comparable between tokenizers."""
-        return self.loss * self.tokens / (self.bytes * math.log(2))
+        """Loss per byte of text: comparable between tokenizers that lose no text."""
+        return self.loss * self.tokens / (self.bytes * math.log(2)) if self.bytes else math.nan
 
 
 @torch.no_grad()
@@ -41,7 +44,8 @@ def evaluate(
     """Evaluate an engine or a model: each rank takes a contiguous share of the windows, all run equally many passes.
 
     Collective. With sequence_parallel_size > 1, that many ranks take the same windows, each a slice of their
-    positions. token_bytes (vocab_size,): how many bytes of text each token stands for, on the model's device.
+    positions. token_bytes (vocab_size,): how many bytes of text each token stands for, on the model's device; with a
+    tokenizer that loses text, the bytes are those that the build counted.
     """
     device = token_bytes.device
     replica, replicas = rank() // sequence_parallel_size, world_size() // sequence_parallel_size
@@ -62,15 +66,39 @@ def evaluate(
         totals[2] += (token_bytes[targets] * kept).sum()
     model.train(was_training)
     nats_sum, n_tokens, n_bytes = sum_over_ranks(totals).tolist()
-    return Evaluation(nats_sum / n_tokens, int(n_tokens), int(n_bytes))
+    text_bytes = windows.text_bytes
+    return Evaluation(nats_sum / n_tokens, int(n_tokens), int(n_bytes) if text_bytes is None else text_bytes)
 
 
-def unigram_entropy(windows: ValWindows) -> float:
-    """Return the nats per token of the best guess that ignores context: a model that learned anything is better."""
+def token_counts(windows: ValWindows) -> Tensor:
+    """Return how often each token is a target: int64, up to the largest id that occurs."""
     counts = torch.zeros(0, dtype=torch.int64)
     for batch in prefetched(windows.fill, range(len(windows)), (1, windows.seq_len + 1), torch.device("cpu")):
         more = torch.bincount(batch.targets[0], minlength=len(counts))
         more[: len(counts)] += counts
         counts = more
+    return counts
+
+
+def unigram_entropy(counts: Tensor) -> float:
+    """Return the nats per token of the best guess that ignores context: a model that learned anything is better."""
     p = counts[counts > 0].double() / counts.sum()
     return -(p * p.log()).sum().item()
+
+
+def unknown_share(counts: Tensor, tokenizer: Tokenizer) -> float:
+    """Return the share of unknown tokens, which stand for text that the tokenizer cannot spell."""
+    known = len(counts) <= tokenizer.unknown_id
+    return 0.0 if known else (counts[tokenizer.unknown_id] / counts.sum()).item()
+
+
+def lost_text(unknown: float, tokenizer: Tokenizer) -> str:
+    """Tell what bits per byte leave out, given the share of unknown tokens; nothing for a tokenizer that loses none."""
+    reasons = [f"{unknown:.2%} of these tokens are {UNKNOWN}, text that it cannot spell"] if unknown else []
+    reasons += [f"it changes text before it encodes it (normalizer {tokenizer.normalizer})"] * tokenizer.normalizes
+    if not reasons:
+        return ""
+    return (
+        f"the tokenizer loses text: {' and '.join(reasons)}; loss and bits per byte leave that out, so do not compare "
+        "them with those of another tokenizer"
+    )

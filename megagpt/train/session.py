@@ -36,9 +36,9 @@ from megagpt.guards.spikes import UpdateGate, check_skipping, judge
 from megagpt.guards.step_window import StepWindow
 from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
-from megagpt.model.generate import complete
+from megagpt.model.generate import changed_prompts, complete
 from megagpt.train.early_stopping import after_evaluation
-from megagpt.train.evaluate import evaluate
+from megagpt.train.evaluate import evaluate, lost_text, token_counts, unknown_share
 from megagpt.train.metrics import Stopwatch, log_metrics, speed
 from megagpt.train.monitor import Monitor, print_ending
 from megagpt.train.preflight import RunSetup
@@ -302,6 +302,7 @@ def _opening(setup: RunSetup, effective: dict[str, Any]) -> str:
         + ("ranks" if batch.sequence_parallel_size == 1 else f"groups of {batch.sequence_parallel_size} ranks")
     ]
     lines += setup.training_set.packing()
+    lines += _what_the_tokenizer_loses(setup)
     if setup.saved is None:
         lines.append(f"no checkpoint in {cfg.out_dir}: starting at step 0")
     else:
@@ -311,3 +312,13 @@ def _opening(setup: RunSetup, effective: dict[str, Any]) -> str:
             mixture = setup.training_set.describe(setup.saved.state.samples_seen, cfg.seq_len)
             lines.append(f"  samples from now on: {mixture}")
     return "\n".join(lines)
+
+
+def _what_the_tokenizer_loses(setup: RunSetup) -> list[str]:
+    """Tell of validation text and prompts that the tokenizer cannot spell; those of data_tools spell all."""
+    tokenizer, cfg = setup.data.tokenizer, setup.run.megagpt
+    if tokenizer.is_lossless:
+        return []
+    unknown = unknown_share(token_counts(setup.data.val_windows), tokenizer)
+    changed = changed_prompts(tokenizer, cfg.sample.prompts) if cfg.every.sample else []
+    return [line for line in (lost_text(unknown, tokenizer), *changed) if line]
