@@ -92,6 +92,23 @@ def test_every_patched_or_private_name_still_occurs_in_its_file():
     assert [(path, name) for path, name in named if name not in (ROOT / path).read_text()] == []
 
 
+def test_every_private_name_of_deepspeed_or_torch_that_is_used_has_a_row():
+    """A name with a leading underscore that the file itself does not define is another's, and may change there."""
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| (.*?) \|", (ROOT / "docs" / "patches.md").read_text(), re.MULTILINE)
+    named = {
+        (path, part) for path, names in rows for name in re.findall(r"`([\w.]+)`", names) for part in name.split(".")
+    }
+    public = {"_exit", "_C", "_functorch"}  # of `os`; packages of torch, whose names that are used have rows
+    for path in (ROOT / "megagpt").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        used = {node.attr for node in nodes if isinstance(node, ast.Attribute) and re.match(r"_[a-zA-Z]", node.attr)}
+        own = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+        own |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        page = str(path.relative_to(ROOT))
+        assert [name for name in used - own - public if (page, name) not in named] == [], page
+
+
 def test_readme_can_be_read_at_one_sitting():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 210
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megagpt.checkpoint.commit import commit_on_record, committed, step_folder
-from megagpt.distributed.collectives import gather_objects, on_every_rank
+from megagpt.distributed.collectives import errors_on_every_rank, gather_objects
 from megagpt.distributed.process_group import rank, world_size
 from megagpt.engine.safe_pickle import load_checked, pickles_of
 from megagpt.errors import UserError
@@ -72,7 +72,8 @@ def find_not_finite(step_dir: Path) -> str | None:
 
     Raises UserError, on every rank, for a file that safe_pickle.py refuses.
     """
-    found = on_every_rank(lambda: not_finite_file(step_dir, rank(), every=world_size()))
+    with errors_on_every_rank():
+        found = not_finite_file(step_dir, rank(), every=world_size())
     return next(filter(None, gather_objects(found)), None)
 
 

@@ -15,7 +15,7 @@ from megagpt.checkpoint.save import RunRecord
 from megagpt.checkpoint.verification import find_damage
 from megagpt.config.schema import ModelConfig, PackingConfig
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.distributed.collectives import on_every_rank
+from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import is_main, print_rank0, rank, world_size
 from megagpt.engine.build import Engine
 from megagpt.engine.reshard import SavedShape, load_reshaped
@@ -35,7 +35,9 @@ def resume(engine: Engine, saved: Saved, changes: list[str], seed: int) -> None:
     else:
         print_rank0("  RNG state not restored (other number of ranks): reseeded from (megagpt.seed, step, rank)")
         seed_all(seed_from(seed, saved.state.step, rank()))
-    on_every_rank(lambda: quarantine_steps(list(saved.passed_over)) if is_main() else None)
+    with errors_on_every_rank():
+        if is_main():
+            quarantine_steps(list(saved.passed_over))
 
 
 def restore(engine: Engine, step_dir: Path, record: RunRecord) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from megagpt.checkpoint.commit import folder
-from megagpt.distributed.collectives import on_every_rank
+from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import is_main, print_rank0
 from megagpt.errors import UserError, writing_to
 from megagpt.file_lock import LOCK, FileLock, LockHeldError
@@ -30,7 +30,9 @@ class RunLock:
         self._made: list[Path] = []  # folders, the lowest first
 
     def __enter__(self) -> Self:
-        on_every_rank(lambda: self._take() if is_main() else None)
+        with errors_on_every_rank():
+            if is_main():
+                self._take()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -46,14 +48,18 @@ class RunLock:
 
     def check(self) -> None:
         """Raise UserError if the run no longer has its folder. Collective."""
-        on_every_rank(lambda: self._check() if is_main() else None)
+        with errors_on_every_rank():
+            if is_main():
+                self._check()
 
     def archive_run(self, *in_use: Path) -> None:
         """Rename an old run's folder, so that a new run can use its name. Collective; raises UserError.
 
         `in_use`: paths that must not change their names.
         """
-        on_every_rank(lambda: self._archive((Path.cwd(), *in_use)) if is_main() else None)
+        with errors_on_every_rank():
+            if is_main():
+                self._archive((Path.cwd(), *in_use))
 
     def _take(self) -> None:
         target = Path(os.path.realpath(self.out_dir))  # a link may name a folder that is still to be made

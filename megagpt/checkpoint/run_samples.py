@@ -8,9 +8,9 @@ from pydantic import ValidationError
 
 from megagpt.checkpoint.commit import Saved, newest_record
 from megagpt.config.schema import MegaGPTConfig
-from megagpt.data.dataset import Dataset, open_dataset
+from megagpt.data.dataset import Dataset
 from megagpt.data.mixture import Mixture
-from megagpt.data.training_set import TrainingSet, open_datasets, plan_mixture, row_opener, source_of
+from megagpt.data.training_set import TrainingSet, earlier_datasets, open_datasets, plan_mixture, row_opener, source_of
 from megagpt.errors import UserError
 from megagpt.train_state import TrainState
 
@@ -52,19 +52,5 @@ def samples_of(
     sources = [source_of(d, open_rows) for d in datasets]
     history, state = (saved.mixture, saved.state) if saved else (Mixture(cfg.data.seed), TrainState())
     mixture = plan_mixture(cfg, global_batch, sources, history, step=state.step, sample=state.samples_seen)
-    earlier = _earlier(mixture, datasets) if with_earlier else []
+    earlier = earlier_datasets(mixture, datasets) if with_earlier else []
     return TrainingSet(mixture, datasets, earlier=earlier, open_variant=open_rows)
-
-
-def _earlier(mixture: Mixture, datasets: Sequence[Dataset]) -> list[Dataset]:
-    """Open datasets that the run no longer uses, as far as they still exist unchanged."""
-    found = []
-    for source in mixture.sources:
-        if all(source.fingerprint != dataset.fingerprint for dataset in datasets):
-            try:
-                dataset = open_dataset(Path(source.path))
-            except UserError:
-                continue
-            if dataset.fingerprint == source.fingerprint:
-                found.append(dataset)
-    return found

@@ -26,7 +26,7 @@ from megagpt.checkpoint.rotation import remove, rotate
 from megagpt.config.schema import KeepConfig
 from megagpt.data.mixture import Mixture
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.distributed.collectives import gather_objects, on_every_rank
+from megagpt.distributed.collectives import errors_on_every_rank, gather_objects
 from megagpt.distributed.process_group import is_main, rank
 from megagpt.engine.build import Engine
 from megagpt.engine.state_files import files_to_save
@@ -61,11 +61,17 @@ def save(engine: Engine, state: TrainState, mixture: Mixture, record: RunRecord,
 
     def write_and_commit(files: dict[Path, Any]) -> None:
         group = writer.group
-        on_every_rank(lambda: refuse_not_finite(step_dir, files), group)
-        on_every_rank(lambda: _make_room(step_dir), group)
-        on_every_rank(lambda: write_files(step_dir, files), group)
-        manifests = gather_objects(on_every_rank(lambda: write_manifest(step_dir, rank()), group), group)
-        on_every_rank(lambda: _commit(step_dir, state, mixture, record.identity, manifests), group)
+        with errors_on_every_rank(group):
+            refuse_not_finite(step_dir, files)
+        with errors_on_every_rank(group):
+            _make_room(step_dir)
+        with errors_on_every_rank(group):
+            write_files(step_dir, files)
+        with errors_on_every_rank(group):
+            manifest = write_manifest(step_dir, rank())
+        manifests = gather_objects(manifest, group)
+        with errors_on_every_rank(group):
+            _commit(step_dir, state, mixture, record.identity, manifests)
         rotate(record.out_dir, step_dir, state, record.keep, group)
 
     writer.start(files, write_and_commit)

@@ -34,7 +34,8 @@ def newest_verified(out_dir: Path) -> Saved | None:
     Collective. Raises UserError if a step was ever committed and none verifies: a silent start from step 0 would lose
     the run.
     """
-    candidates, recorded = broadcast_object((committed(out_dir), commit_on_record(out_dir)))
+    seen_here = committed(out_dir), commit_on_record(out_dir)
+    candidates, recorded = broadcast_object(seen_here)
     refused: list[Path] = []
     doubtful: Saved | None = None
     first_damage = ""
@@ -64,4 +65,5 @@ def newest_verified(out_dir: Path) -> Saved | None:
 
 def find_damage(step_dir: Path, group: Group = None) -> str | None:
     """Return what is wrong with a step's files, or None. Each rank hashes a share of them. Collective."""
-    return next(filter(None, gather_objects(damage_of(step_dir, rank(), every=world_size()), group)), None)
+    own = damage_of(step_dir, rank(), every=world_size())
+    return next(filter(None, gather_objects(own, group)), None)

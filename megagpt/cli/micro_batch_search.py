@@ -18,7 +18,7 @@ from megagpt.cli.spawn_ranks import failure_of, on_ranks
 from megagpt.config.batch import batch_plan
 from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.data.packing import PACKING
-from megagpt.distributed.collectives import gather_objects, on_every_rank
+from megagpt.distributed.collectives import errors_on_every_rank, gather_objects
 from megagpt.distributed.process_group import init_process_group, is_main, leave, world_size
 from megagpt.engine.build import build_engine
 from megagpt.engine.compilation import compiles
@@ -137,7 +137,9 @@ def _one_rank(run_file: str, micro_batch: str, vocab_size: str, gib: str, out: s
     try:
         device = init_process_group()
         changed = [*overrides, f"train_micro_batch_size_per_gpu={micro_batch}", "gradient_accumulation_steps=null"]
-        run = with_supported_dtype(on_every_rank(lambda: load_run_config(Path(run_file), changed)), device)
+        with errors_on_every_rank():
+            run = load_run_config(Path(run_file), changed)
+        run = with_supported_dtype(run, device)
         limit = int(float(gib) * 2**30) or memory_of(device)
         _limit_memory(limit, device)
         used = gather_objects(_two_steps(run, int(vocab_size), limit, device))

@@ -52,7 +52,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     preemption = Preemption(launcher_alive=launcher_watch(), ctrl_c=True)
     from megagpt.config.parsing import leaves
     from megagpt.config.run_file import load_run_config
-    from megagpt.distributed.collectives import on_every_rank
+    from megagpt.distributed.collectives import errors_on_every_rank
     from megagpt.distributed.process_group import is_main, print_rank0
     from megagpt.distributed.rendezvous import check_equal_on_ranks, check_shared, meet
     from megagpt.engine.precision import with_supported_dtype
@@ -60,7 +60,8 @@ def _pretrain(args: argparse.Namespace) -> int:
     try:
         check_hostfile()
         device = meet()
-        run = on_every_rank(lambda: load_run_config(args.run_file, args.overrides))
+        with errors_on_every_rank():
+            run = load_run_config(args.run_file, args.overrides)
         check_equal_on_ranks(leaves(run.as_json()), "give all ranks the same run file and overrides")
         check_shared(run.megagpt.out_dir)
         # DeepSpeed takes seconds to import, so the run file is checked before.
@@ -68,7 +69,9 @@ def _pretrain(args: argparse.Namespace) -> int:
         from megagpt.lint.linter import lint_or_raise
         from megagpt.train.trainer import train
 
-        for warning in on_every_rank(lambda: lint_or_raise(run)):
+        with errors_on_every_rank():
+            warnings = lint_or_raise(run)
+        for warning in warnings:
             print_rank0(warning)
         run = with_supported_dtype(run, device)
         with explained(run, device):

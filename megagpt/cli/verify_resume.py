@@ -20,7 +20,7 @@ import torch
 from megagpt.checkpoint.commit import committed, damage_of, read_commit
 from megagpt.cli.spawn_ranks import failure_of, on_ranks
 from megagpt.config.run_file import load_run_config
-from megagpt.distributed.collectives import on_every_rank
+from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import init_process_group, is_main, leave
 from megagpt.engine.precision import with_supported_dtype
 from megagpt.engine.safe_pickle import load_checked
@@ -160,8 +160,9 @@ def _one_rank(run_file: str, stop_at: str, *overrides: str) -> int:
     """Run one rank of a part; return its exit code."""
     try:
         device = init_process_group()
-        run = with_supported_dtype(on_every_rank(lambda: load_run_config(Path(run_file), overrides)), device)
-        train(run, device, stop_at=int(stop_at))
+        with errors_on_every_rank():
+            run = load_run_config(Path(run_file), overrides)
+        train(with_supported_dtype(run, device), device, stop_at=int(stop_at))
     except UserError as error:
         if is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)

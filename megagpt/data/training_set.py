@@ -261,3 +261,17 @@ def _runs_of_tokens(stream: Tokens, start: int, length: int) -> list[tuple[int, 
     tokens = np.empty(length, dtype=np.int64)
     stream.copy(start, tokens)
     return [(start, tokens)]
+
+
+def earlier_datasets(mixture: Mixture, datasets: Sequence[Dataset]) -> list[Dataset]:
+    """Open the datasets of a mixture that its run no longer uses, as far as they still exist unchanged."""
+    found = []
+    for source in mixture.sources:
+        if all(source.fingerprint != dataset.fingerprint for dataset in datasets):
+            try:
+                dataset = open_dataset(Path(source.path))
+            except UserError:
+                continue
+            if dataset.fingerprint == source.fingerprint:
+                found.append(dataset)
+    return found

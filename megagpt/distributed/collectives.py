@@ -1,9 +1,10 @@
 """Collectives: sums, gathers and votes over ranks. All of them work without a process group too, on one rank."""
 
 import socket
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Self, TypeVar, cast
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -59,19 +60,21 @@ def gather_objects(value: T, group: Group = None) -> list[T]:
     return gathered
 
 
-def on_every_rank(check: Callable[[], T], group: Group = None) -> T:
-    """Run a check that depends on this rank's host; if it raises UserError on one rank, every rank raises it.
+@contextmanager
+def errors_on_every_rank(group: Group = None) -> Iterator[None]:
+    """If the `with` block raises UserError on one rank, because of its host for example, every rank raises it.
 
-    Without this the other ranks would wait in their next collective for a rank that has ended. Collective.
+    Without this the other ranks would wait in their next collective for a rank that has ended. Collective at the end
+    of the block, which must contain no collective itself after what can raise.
     """
-    result, complaint = None, ""
+    complaint = ""
     try:
-        result = check()
+        yield
     except UserError as error:
         complaint = str(error)
     complaints = gather_objects((complaint, socket.gethostname()), group)
     if not any(text for text, _ in complaints):
-        return cast(T, result)
+        return
     first, text, host = next((r, text, host) for r, (text, host) in enumerate(complaints) if text)
     where = f"on rank {first}" + (f", host {host}" if len({host for _, host in complaints}) > 1 else "")
     raise UserError(text if all(text for text, _ in complaints) else f"{text} ({where})")

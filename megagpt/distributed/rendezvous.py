@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import megagpt
-from megagpt.distributed.collectives import broadcast_object, gather_objects, on_every_rank
+from megagpt.distributed.collectives import broadcast_object, errors_on_every_rank, gather_objects
 from megagpt.distributed.interfaces import is_loopback, listen_for_gloo, remedy
 from megagpt.distributed.launcher import adopt_slurms_ranks, hosts_of_ranks, local_ranks
 from megagpt.distributed.process_group import init_process_group, is_main, own_device, world_size
@@ -57,7 +57,9 @@ def check_shared(folder: Path) -> None:
     """Raise UserError if a rank does not see a file that rank 0 writes where `folder` is or will be. Collective."""
     if world_size() == 1:
         return
-    mark = Path(broadcast_object(str(on_every_rank(lambda: mark_in(folder.absolute()) if is_main() else ""))))
+    with errors_on_every_rank():
+        written = str(mark_in(folder.absolute())) if is_main() else ""
+    mark = Path(broadcast_object(written))
     seen = gather_objects((socket.gethostname(), mark.exists()))
     if is_main():
         mark.unlink(missing_ok=True)

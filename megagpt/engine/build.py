@@ -22,7 +22,7 @@ from megagpt.engine.compilation import compile_blocks
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
 from megagpt.engine.optimizer import build_optimizer, clips_itself, decay_groups
 from megagpt.errors import UserError
-from megagpt.model.attention import over_ranks, prefer_cudnn
+from megagpt.model.attention import prefer_cudnn
 from megagpt.model.gpt import GPT, Block
 from megagpt.model.recompute import recompute_inside, set_memory_budget
 
@@ -52,18 +52,22 @@ def build_engine(
     if clips_itself(ds):
         config = {**config, "gradient_clipping": 0.0}
     check_deepspeed_keys(config)
+    sharing = batch.sequence_parallel_size
+    exchange = all_to_all(sharing) if sharing > 1 else None
+    recompute = recompute_hook(cfg, ds, device, compiled=compiled)
+    inside = recompute_inside(cfg.recompute, cfg.regularization.dropout)
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     with deepspeed.zero.Init(config_dict_or_path=config, enabled=ds.zero_optimization.stage == 3):
         model = GPT(cfg.model, vocab_size, dropout=cfg.regularization.dropout)
-    if batch.sequence_parallel_size > 1:
-        shard_positions(model, batch.sequence_parallel_size)
+    if exchange is not None:
+        model.shard_positions(exchange, sharing, rank() % sharing)
     if compiled:
         set_memory_budget(cfg.recompute)
-        compile_blocks(model, cfg.out_dir / "compiled", recompute_inside(cfg.recompute, model.dropout))
+        compile_blocks(model, cfg.out_dir / "compiled", inside)
         if ds.zero_optimization.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [Block])  # hooks inside a block would break its graph
     prefer_cudnn(device)
-    model.recompute = recompute_hook(cfg, ds, device, compiled=compiled)
+    model.recompute = recompute
     groups = decay_groups(model, ds.optimizer.params.weight_decay, cfg.regularization.weight_decay_on)
     try:
         engine, *_ = deepspeed.initialize(
@@ -81,9 +85,10 @@ def build_engine(
     return engine
 
 
-def shard_positions(model: GPT, size: int) -> None:
-    """Let `size` neighboring ranks share the positions of each sample (DeepSpeed-Ulysses: Jacobs et al. 2023).
+def all_to_all(size: int) -> Callable[[Tensor], Tensor]:
+    """Return the exchange between `size` neighboring ranks that share each sample's positions (DeepSpeed-Ulysses).
 
+    Source: Jacobs et al. 2023. The function sends x[p] of x (size, ...) to rank p, and is differentiable.
     DeepSpeed gets the size for its batch arithmetic, but no `mpu`: it partitions and averages over all ranks as it does
     without. Each rank's loss is the mean over its own targets, so that average is the gradient. (With its own
     parallel_state_sp as `mpu` it would divide by the number of groups, and add up gradient norms as if the ranks of a
@@ -94,9 +99,7 @@ def shard_positions(model: GPT, size: int) -> None:
     def exchange(x: Tensor) -> Tensor:
         return torch.ops.deepspeed.dim_zero_all_to_all(x.contiguous(), group)  # differentiable, also when compiled
 
-    for block in model.blocks():
-        block.attn.attend = over_ranks(block.attn.attend, exchange, size)
-    model.sequence_rank = rank() % size
+    return exchange
 
 
 def set_lr(engine: Engine, lr: float) -> None:

@@ -49,7 +49,7 @@ def effective_config(run: RunConfig, batch: BatchPlan, vocab_size: int, device: 
 
 def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> dict[str, Any]:
     """Return the keys that are filled where a run file leaves them out, with the reason for each value."""
-    stage = run.deepspeed.zero_optimization.stage
+    stage, on_host = run.deepspeed.zero_optimization.stage, adam_on_the_host(run.deepspeed, device)
     bucket = bucket_elements(run.megagpt.model, vocab_size, batch.world_size)
     filled: dict[str, Any] = {
         "gradient_accumulation_steps": batch.accumulation,
@@ -58,7 +58,7 @@ def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.dev
     }
     if run.deepspeed.bf16.enabled:
         # A pass over all gradients, for DeepSpeed to skip a bad step: UpdateGate does that, but not with CPUAdam.
-        filled["bf16.check_grad_overflow"] = adam_on_the_host(run.deepspeed, device)
+        filled["bf16.check_grad_overflow"] = on_host
     if stage > 0:
         # DeepSpeed's 5e8 elements would be gigabytes of buffer in one bucket, so that overlap_comm could hide nothing.
         filled["zero_optimization.reduce_bucket_size"] = bucket
@@ -66,5 +66,5 @@ def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.dev
     if stage in (1, 2) and batch.world_size == 1:
         filled["zero_optimization.contiguous_gradients"] = False  # no peers, so no hooks and copies for them
     if run.deepspeed.zero_optimization.offload_optimizer.device != "none":
-        filled["zero_force_ds_cpu_optimizer"] = adam_on_the_host(run.deepspeed, device)
+        filled["zero_force_ds_cpu_optimizer"] = on_host
     return filled

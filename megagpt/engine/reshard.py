@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megagpt.distributed.collectives import on_every_rank
+from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import is_main, rank, world_size
 from megagpt.engine.build import Engine
 from megagpt.engine.optimizer import decay_groups
@@ -77,15 +77,18 @@ def load_reshaped(
     Raises UserError, on every rank and before the model changes, for files that safe_pickle.py refuses, and for files
     that lack a slice of a parameter.
     """
-    on_every_rank(lambda: check_pickles(pickles_of(step_dir)[rank() :: world_size()]))
+    with errors_on_every_rank():
+        check_pickles(pickles_of(step_dir)[rank() :: world_size()])
     groups = decay_groups(engine.module, 0.0, weight_decay_on)
     sizes = {engine.param_names[p]: getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"]}
     stage = engine.zero_optimization_stage()
     if stage == 3:
         engine.optimizer.checkpoint_event_prologue()  # leaves no parameter gathered
-    old, adam_step = on_every_rank(lambda: _saved_tensors(step_dir, shape, sizes))
+    with errors_on_every_rank():
+        old, adam_step = _saved_tensors(step_dir, shape, sizes)
     own = _own_tensors(engine, sizes, adam_step)
-    copies = on_every_rank(lambda: _copies(own, old, step_dir))
+    with errors_on_every_rank():
+        copies = _copies(own, old, step_dir)
     for to, value in tqdm(copies, desc="resharding", unit="slice", delay=2, disable=None if is_main() else True):
         to.copy_(value)
     engine.global_steps, engine.global_samples = step, samples_seen

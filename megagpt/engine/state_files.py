@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
-from megagpt.distributed.collectives import on_every_rank
+from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import rank, world_size
 from megagpt.engine.safe_pickle import check_pickles, load_checked, pickles_of
 
@@ -71,7 +71,8 @@ def load_engine(engine: Engine, step_dir: Path) -> None:
     For a step whose run had the same ranks, ZeRO stage and dtype; reshard.py loads others. Collective. Raises
     UserError, on every rank and before anything is loaded, for a file that safe_pickle.py refuses.
     """
-    on_every_rank(lambda: check_pickles(pickles_of(step_dir)[rank() :: world_size()]))
+    with errors_on_every_rank():
+        check_pickles(pickles_of(step_dir)[rank() :: world_size()])
     settings = [{key: group[key] for key in ADAM_SETTINGS} for group in engine.optimizer.param_groups]
     loaded, _ = engine.load_checkpoint(str(step_dir.parent), tag=step_dir.name, load_lr_scheduler_states=False)
     assert loaded is not None, f"DeepSpeed found nothing to load in {step_dir}"  # it only warns

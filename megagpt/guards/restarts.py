@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megagpt.atomic_files import write_atomically
 from megagpt.config.run_file import RunConfig
-from megagpt.distributed.collectives import broadcast_object, on_every_rank
+from megagpt.distributed.collectives import broadcast_object, errors_on_every_rank
 from megagpt.distributed.process_group import is_main
 from megagpt.errors import UserError, writing_to
 from megagpt.file_lock import LOCK
@@ -16,14 +18,23 @@ from megagpt.file_lock import LOCK
 MAX_WITHOUT_PROGRESS = 3  # restarts in a row
 
 
-def record_start(run: RunConfig, saved_step: int) -> None:
+@contextmanager
+def recorded_start(run: RunConfig, saved_step: int) -> Iterator[None]:
     """Record in out_dir/starts.json how far earlier starts came; `saved_step` is the step that this one resumes from.
 
+    A UserError in the `with` block, which refuses the run file, removes the record of a first start: nothing is left.
     A start made no progress if no step was saved or logged after it that had not been reached before it. So a run that
     is killed between saves may be restarted as long as it sometimes comes further. A changed run file resets the count.
     Collective; raises UserError at the third restart in a row without progress, before any weights are loaded.
     """
-    on_every_rank(lambda: _count(run, saved_step) if is_main() else None)
+    with errors_on_every_rank():
+        if is_main():
+            _count(run, saved_step)
+    try:
+        yield
+    except UserError:
+        _undo(run)
+        raise
 
 
 def is_requeued_start(out_dir: Path) -> bool:
@@ -31,11 +42,12 @@ def is_requeued_start(out_dir: Path) -> bool:
 
     Collective.
     """
-    record = broadcast_object(_read(out_dir / "starts.json"))
+    seen_here = _read(out_dir / "starts.json")
+    record = broadcast_object(seen_here)
     return record is not None and "SLURM_RESTART_COUNT" in os.environ and record["job"] == os.environ["SLURM_JOB_ID"]
 
 
-def undo_start(run: RunConfig) -> None:
+def _undo(run: RunConfig) -> None:
     """Remove starts.json if it is all there is besides the run's lock: a refused run file leaves nothing behind."""
     out_dir = run.megagpt.out_dir
     if is_main() and {path.name for path in out_dir.iterdir()} <= {"starts.json", LOCK}:

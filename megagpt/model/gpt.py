@@ -3,11 +3,11 @@
 Shapes: B batch, T positions, S positions so far, C width (n_embd), H heads, D head width (C = H * D), V vocabulary.
 The model is plain torch. What ranks and DeepSpeed need is handed in: `GPT.recompute` runs one block (and may drop its
 activations until backward), a `score` computes the loss from the last hidden states in place of logits, and with
-sequence parallelism `GPT.sequence_rank` and each block's `attend` are set. Generation hands in key-value caches.
+sequence parallelism `GPT.shard_positions` gets an all-to-all. Generation hands in key-value caches.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
-from megagpt.model.attention import ATTENTION
+from megagpt.model.attention import ATTENTION, over_ranks
 from megagpt.model.loss import Score
 
 
@@ -184,6 +184,12 @@ class GPT(nn.Module):
         for block in self.h:
             assert isinstance(block, Block)
             yield block
+
+    def shard_positions(self, exchange: Callable[[Tensor], Tensor], size: int, sequence_rank: int) -> None:
+        """Let `size` ranks, of which this is one, compute a share of each sample's positions; see `over_ranks`."""
+        for block in self.blocks():
+            block.attn.attend = over_ranks(block.attn.attend, exchange, size)
+        self.sequence_rank = sequence_rank
 
     def new_caches(self, batch: int) -> list[KeyValueCache]:
         """Return empty key-value caches, one per layer, for generating `batch` texts."""

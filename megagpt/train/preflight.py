@@ -16,7 +16,7 @@ from megagpt.data.loss_mask import BatchTransform
 from megagpt.data.packing import PACKING
 from megagpt.data.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.data.training_set import TrainingSet
-from megagpt.distributed.collectives import on_every_rank
+from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import world_size
 from megagpt.distributed.rendezvous import check_equal_on_ranks
 from megagpt.train_state import TrainState
@@ -56,14 +56,16 @@ def prepare(run: RunConfig, *, fresh: bool) -> RunSetup:
     Collective; raises UserError on every rank.
     """
     cfg, batch = run.megagpt, batch_plan(run.deepspeed, world_size())
-    data = on_every_rank(lambda: _open_data(cfg))
+    with errors_on_every_rank():
+        data = _open_data(cfg)
     fingerprints = {f"{dataset.path} (fingerprint)": dataset.fingerprint for dataset in (*data.train, data.val)}
     check_equal_on_ranks(fingerprints, "let all hosts see the same dataset, or copies of it")
     identity = identity_of(run, batch, data.vocab_size, val=data.val)
     saved = None if fresh else newest_verified(cfg.out_dir)
     if saved is not None:
         check_identity(saved.step_dir, saved.identity, identity)
-    training_set = on_every_rank(lambda: _training_set(cfg, batch, data, saved))
+    with errors_on_every_rank():
+        training_set = _training_set(cfg, batch, data, saved)
     return RunSetup(run, batch, data, training_set, identity, saved)
 
 

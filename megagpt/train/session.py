@@ -24,7 +24,7 @@ from megagpt.checkpoint.verification import newest_verified
 from megagpt.data.loader import Batch, prefetched, rank_samples, rank_slice
 from megagpt.data.packing import PACKING
 from megagpt.data.provenance import documents_of
-from megagpt.distributed.collectives import gather_objects, gather_over_ranks, on_every_rank
+from megagpt.distributed.collectives import errors_on_every_rank, gather_objects, gather_over_ranks
 from megagpt.distributed.launcher import grace_warning
 from megagpt.distributed.process_group import is_main, print_rank0, rank
 from megagpt.engine.build import Engine, before_update, build_engine
@@ -60,9 +60,8 @@ class Session:
     ) -> None:
         run, batch, saved = setup.run, setup.batch, setup.saved
         self.setup, self.device, self.cfg, self.before_save = setup, device, run.megagpt, before_save
-        self.uses_loss_scale = (
-            run.deepspeed.fp16.enabled
-        )  # DeepSpeed itself skips updates that its loss scale made infinite
+        # DeepSpeed itself skips updates that its loss scale made infinite.
+        self.uses_loss_scale = run.deepspeed.fp16.enabled
         config = effective_config(run, batch, setup.data.vocab_size, device)
         effective = {**run.as_json(), **config}
         self.record = RunRecord(self.cfg.out_dir, self.cfg.keep, setup.identity, setup.data.tokenizer, effective)
@@ -78,8 +77,6 @@ class Session:
         self.gate = UpdateGate(self.cfg.guards.spikes, setup.state.health, device)
         if not self.uses_loss_scale:
             before_update(self.engine, self.gate.before_update)
-        self.monitor = on_every_rank(self._open_monitor)
-        print_rank0(_opening(setup, effective))
         self.token_bytes = torch.from_numpy(setup.data.tokenizer.token_bytes()).to(device)
         self.stopwatch, self.frozen, self.grace_warned = Stopwatch(), False, False
         waits = run.deepspeed.zero_optimization.stage == 3 or batch.sequence_parallel_size > 1
@@ -91,6 +88,10 @@ class Session:
         self.memory_watch = MemoryWatch(self.cfg.guards.memory_growth_mib)
         self.rolled_back: list[int] = []  # the steps that were rolled back to
         self.not_finite_at = 0  # the step of the last evaluation that was not finite
+        with errors_on_every_rank():
+            self.monitor = self._open_monitor()
+        opening = _opening(setup, effective)
+        print_rank0(opening)
 
     def _open_monitor(self) -> Monitor:
         """Write the effective run file into the run's folder, and open its monitors."""
@@ -184,7 +185,8 @@ class Session:
         )
         self.setup = replace(self.setup, training_set=data, saved=replace(saved, state=back))
         self.monitor.close()
-        self.monitor = on_every_rank(self._open_monitor)
+        with errors_on_every_rank():
+            self.monitor = self._open_monitor()
         self.stopwatch = Stopwatch()
         return back, self.batches()
 
@@ -217,7 +219,8 @@ class Session:
             cfg = self.cfg.sample
             model, tokenizer = self.engine.module, self.setup.data.tokenizer
             try:
-                texts = on_every_rank(lambda: complete(model, tokenizer, cfg.prompts, cfg, until_ended=False))
+                with errors_on_every_rank():
+                    texts = complete(model, tokenizer, cfg.prompts, cfg, until_ended=False)
                 self.monitor.text("samples", "\n\n---\n\n".join(texts), state.step)
             except UserError as error:
                 print_rank0(f"no samples at step {state.step}: {error}")
@@ -274,7 +277,9 @@ class Session:
         """
         self.writer.wait()
         if broken and last_finite > self.setup.state.step:
-            on_every_rank(lambda: retract(self.cfg.out_dir, last_finite, state) if is_main() else None)
+            with errors_on_every_rank():
+                if is_main():
+                    retract(self.cfg.out_dir, last_finite, state)
         return what_to_change(self.cfg.out_dir, last_finite)
 
     def _documents(self, step: int, r: int) -> str:

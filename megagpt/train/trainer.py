@@ -9,8 +9,7 @@ from megagpt.config.run_file import RunConfig
 from megagpt.data.loader import Batch
 from megagpt.distributed.collectives import StopVote
 from megagpt.engine.build import set_lr
-from megagpt.errors import UserError
-from megagpt.guards.restarts import is_requeued_start, record_start, undo_start
+from megagpt.guards.restarts import is_requeued_start, recorded_start
 from megagpt.guards.step_window import StepResult, StepWindow
 from megagpt.guards.weight_check import compare_weights
 from megagpt.model.loss import kept_share, next_token_score
@@ -44,12 +43,8 @@ def train(
         if setup.state.finished(run.megagpt.schedule.max_steps):
             print_ending(run.megagpt, setup.state)
             return setup.state
-        record_start(run, setup.state.step)
-        try:
+        with recorded_start(run, setup.state.step):
             session = Session(setup, device, launcher_alive=preemption.launcher_alive, before_save=lock.check)
-        except UserError:
-            undo_start(run)
-            raise
         return run_steps(session, preemption, stop_at)
 
 

@@ -7,7 +7,7 @@ from support import DEBUG_RUN, debug_run, overrides
 
 from megagpt.cli.pretrain import pretrain
 from megagpt.errors import UserError
-from megagpt.guards.restarts import last_logged, record_start
+from megagpt.guards.restarts import last_logged, recorded_start
 from megagpt.train import trainer
 
 
@@ -20,7 +20,8 @@ def start(dataset, tmp_path):
         if logged:
             run.megagpt.out_dir.mkdir(exist_ok=True)
             (run.megagpt.out_dir / "metrics.jsonl").write_text(json.dumps({"step": logged}) + '\n{"step": 9')
-        record_start(run, saved_step)
+        with recorded_start(run, saved_step):
+            pass
 
     return start
 

@@ -165,7 +165,9 @@ def a_signal_during_a_save(dataset: Path, folder: Path) -> dict[str, Any]:
 
 def a_mistake_that_one_rank_alone_sees(dataset: Path, folder: Path) -> str:
     try:
-        session.on_every_rank(lambda: (_ for _ in ()).throw(UserError("no such file")) if rank() == 1 else None)
+        with session.errors_on_every_rank():
+            if rank() == 1:
+                raise UserError("no such file")
     except UserError as error:
         return str(error)
     return "nothing raised"
