@@ -2,7 +2,8 @@
 
 Bytes per token and tokens per word measure how short a tokenizer makes a text. Whether that helps a model is measured
 by the bits per byte of a small model, trained on the same number of tokens of each tokenizer. The end-of-document
-token is not counted.
+token is not counted. Bytes that a tokenizer loses count as LOST_BITS each, what a coder that knows nothing spends on
+them: else a tokenizer would win that reads all text as one unknown token.
 """
 
 import json
@@ -38,6 +39,7 @@ UNUSED_OPTIONS = {  # options of `build` without effect here -> what to give ins
     "subword": None,
 }
 MEASURED_BYTES = 32_000_000  # of each source: from a larger one, documents are drawn by a keyed hash
+LOST_BITS = 8
 VAL_BYTES = 1_000_000  # of the validation split: the same text for every tokenizer
 # unset for the small model, which is trained in one process
 LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"}
@@ -59,6 +61,7 @@ class Counts:
     words: int  # separated by white space
     tokens: int
     fallback: int  # tokens of single bytes, for characters without a piece, and unknown tokens
+    lost: int  # bytes that the tokens do not decode to
     seconds: float  # process time of encoding
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -69,14 +72,20 @@ class Counts:
             "bytes_per_token": _ratio(self.bytes, self.tokens),
             "tokens_per_word": _ratio(self.tokens, self.words),
             "fallback_share": _ratio(self.fallback, self.tokens),
+            "lost_share": _ratio(self.lost, self.bytes),
             "mb_per_second": _ratio(self.bytes / 1e6, self.seconds),
         }
+
+
+NOTHING = Counts(0, 0, 0, 0, 0, 0.0)
 
 
 def compare_tokenizers(
     inputs: Sequence[str], config: BuildConfig, *, models: Sequence[Path], kinds: Sequence[str], steps: int
 ) -> list[dict[str, Any]]:
     """Return a row of JSON types for each tokenizer: its ratios on all text and per source, and its bits per byte.
+
+    The best comes first; without bits per byte, those that lose no text.
 
     `models` are given, `kinds` are trained; `steps` are those of the small model, 0 for none. Raises UserError.
     """
@@ -105,14 +114,15 @@ def compare_tokenizers(
             if steps:
                 tokenize_and_shuffle(stages, sources, options, tasks)
                 run = Path(folder, f"run-{number}")
-                row["bits_per_byte"] = _bits_per_byte(name, run, stages, sources, options, steps)
+                known = _bits_per_byte(name, run, stages, sources, options, steps)
+                row["bits_per_byte"] = known + LOST_BITS * (row["lost_share"] or 0.0)
             rows.append(row | {"sample_sha256": stages.sample_sha256})
-    return rows
+    return sorted(rows, key=lambda row: (row.get("bits_per_byte", 0.0), bool(row["lost_share"])))
 
 
 def table_of(rows: Sequence[dict[str, Any]], steps: int) -> str:
     """Return the rows of compare_tokenizers as a table for the terminal."""
-    head = ["tokenizer", "type", "vocabulary", "bytes/token", "tokens/word", "fallback", "MB/s", "bits/byte"]
+    head = ["tokenizer", "type", "vocabulary", "bytes/token", "tokens/word", "fallback", "lost", "MB/s", "bits/byte"]
     cells = [
         [
             row["tokenizer"],
@@ -121,6 +131,7 @@ def table_of(rows: Sequence[dict[str, Any]], steps: int) -> str:
             _shown(row["bytes_per_token"], ".3f"),
             _shown(row["tokens_per_word"], ".3f"),
             _shown(row["fallback_share"], ".3%"),
+            _shown(row["lost_share"], ".3%"),
             _shown(row["mb_per_second"], ".1f"),
             _shown(row.get("bits_per_byte"), ".4f"),
         ]
@@ -132,6 +143,9 @@ def table_of(rows: Sequence[dict[str, Any]], steps: int) -> str:
             f"bits/byte: on held-out text, of a model of {DEBUG_MODEL['n_layer']} layers of width "
             f"{DEBUG_MODEL['n_embd']} after {steps} steps of {STEP_TOKENS} tokens"
         )
+    if any(row["lost_share"] for row in rows):
+        lost = "lost: share of the text's bytes that the tokens do not decode to"
+        lines.append(f"{lost}; bits/byte has {LOST_BITS} bits for each" if steps else lost)
     if len(rows[0]["sources"]) > 1:
         per_source = [
             [name, *(_shown(row["sources"][name]["tokens_per_word"], ".3f") for row in rows)]
@@ -145,14 +159,15 @@ def measure(tokenizer: Tokenizer, texts: Iterable[str]) -> Counts:
     """Encode the texts and count."""
     is_fallback = np.ones(tokenizer.vocab_size, bool)
     is_fallback[[token for token, _ in tokenizer.pieces().values()]] = False
-    total = Counts(0, 0, 0, 0, 0.0)
+    total = NOTHING
     for batch in _batches(texts):
         start = time.process_time()
         encoded = tokenizer.encode_batch(batch)
         seconds = time.process_time() - start
         ids = np.concatenate(encoded)
         n_bytes, n_words = sum(len(text.encode()) for text in batch), sum(len(text.split()) for text in batch)
-        total += Counts(n_bytes, n_words, len(ids), int(is_fallback[ids].sum()), seconds)
+        n_lost = 0 if tokenizer.is_lossless else sum(tokenizer.lost(text).total() for text in batch)
+        total += Counts(n_bytes, n_words, len(ids), int(is_fallback[ids].sum()), n_lost, seconds)
     return total
 
 
@@ -182,7 +197,7 @@ def _measure_all(
         source.name: measure(tokenizer, _drawn_texts(stages, number, scratch, seed))
         for number, source in enumerate(sources)
     }
-    total = sum(by_source.values(), Counts(0, 0, 0, 0, 0.0))
+    total = sum(by_source.values(), NOTHING)
     return total.ratios() | {"sources": {name: counts.ratios() for name, counts in by_source.items()}}
 
 

@@ -5,6 +5,11 @@ from collections.abc import Iterable
 SHOWN_NAMES, SHOWN_CHARACTERS = 20, 60  # more do not fit into a message
 
 
+def format_share(share: float) -> str:
+    """0.3123 -> '31.2%', with three digits however small it is."""
+    return f"{100 * share:.3g}%"
+
+
 def format_bytes(n_bytes: float) -> str:
     """1234567 -> '1.23 MB', in powers of 1,000."""
     for unit in ("B", "kB", "MB", "GB"):

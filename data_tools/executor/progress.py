@@ -1,5 +1,6 @@
 """The interface through which tasks are run, and the progress bar that shows how many are done."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,11 @@ from tqdm import tqdm
 Arguments = Sequence[tuple[Any, ...]]
 RunAll = Callable[[Callable[..., Any], Arguments, str], list[Any]]
 """run_all(task, arguments, what): task(*arguments[i]) for every i, in any order; the results in order."""
+
+
+def warn(text: str) -> None:
+    """Print a warning at once, above the progress bars."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def progress(items: Any, total: int, what: str) -> Any:

@@ -7,7 +7,7 @@ import html
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from data_tools.formatting import format_bytes
+from data_tools.formatting import format_bytes, format_share
 from data_tools.report.plots import COLORS, Series, bars, columns, printable, shortened
 from megagpt.data.manifest import SPLITS
 
@@ -56,6 +56,7 @@ def _totals(report: Report) -> str:
         "bytes per token": f"{report['bytes_per_token']:.2f}",
         **{f"{split} tokens": f"{report['splits'][split]['tokens']:,}" for split in SPLITS},
         "left out": f"{_documents_in(report['rejected']) + _documents_in(report['dropped']):,}",
+        **({"text that the tokenizer loses": format_share(lost["share"])} if (lost := report["lost_text"]) else {}),
         "records skipped": f"{_documents_in(report['skipped']):,}",
         "built in": f"{sum(report['seconds'].values()):,.1f} s",
     }

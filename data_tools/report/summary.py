@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.config import SourceConfig
-from data_tools.formatting import format_bytes, shortened
+from data_tools.formatting import format_bytes, format_share, shortened
 from data_tools.stages.extract import unreadable_files
 from data_tools.stages.pipeline import Stages
 from megagpt.data.manifest import SPLITS
@@ -35,6 +35,7 @@ def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, An
         "rejected": _sum_counts(source["rejected"] for source in own),
         "dropped": _sum_counts(source["dropped"] for source in own),
         "variants": _describe_variants(stages),
+        "lost_text": stages.lost_text,
         "loses_text": not Tokenizer.load(stages.model).round_trips(PROBE),
         "seconds": {stage: round(spent, 2) for stage, spent in stages.seconds.items()},
     }
@@ -127,8 +128,11 @@ def summary(report: dict[str, Any], out: Path) -> str:
         lines.append("  the validation split is empty: build from more documents or with a larger val_fraction")
     for variant in report["variants"][1:]:
         lines.append(f"  variant {variant['id']}: {variant['tokens']:,} tokens, {variant['times_canonical']:.2f} times")
-    if report["loses_text"]:
-        lines.append("  the tokenizer loses text: what it encodes does not decode to the same (spaces, rare letters)")
+    if report["lost_text"] and report["lost_text"]["share"]:
+        share = format_share(report["lost_text"]["share"])
+        lines.append(f"  the tokenizer loses {share} of the text: bits per byte do not compare with other tokenizers'")
+    elif report["loses_text"]:
+        lines.append("  the tokenizer may lose other text: spaces or rare letters do not decode to the same")
     for reason, skipped in report["skipped"].items():
         lines.append(f"  skipped {skipped['documents']:,}: {reason} (first: {skipped['first']})")
     for how in ("rejected", "dropped"):

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.config import BuildConfig, SourceConfig
+from data_tools.executor.progress import warn
 from data_tools.executor.tasks import Done, Tasks, file_of, write_list
 from data_tools.readers.work_units import WorkUnit
 from data_tools.stages.deduplicate import find_clusters, find_contaminated
 from data_tools.stages.extract import describe_units, extract_all, why_nothing_is_left
+from data_tools.stages.lost_text import describe_lost_text, lost_text_of, measure_lost_text, share_to_measure
 from data_tools.stages.select import SplitConfig, UnitInput
 from data_tools.stages.shuffle import PASS_TOKENS, merge_down, write_shard
 from data_tools.stages.tokenize import VariantConfig, tokenize
@@ -41,6 +43,7 @@ class Stages:
     unit_inputs: list[UnitInput] = field(default_factory=list)
     model: Path = Path()
     sample_sha256: str | None = None
+    lost_text: dict[str, Any] | None = None  # by a given tokenizer: see stages/lost_text.py
     variants: list[list[Done]] = field(default_factory=list)  # for each variant, its tokenized units
     shards: list[tuple[ShardHeader, Done]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -67,6 +70,10 @@ def run_stages(
     """Run all stages; with a `given` tokenizer, none is trained."""
     stages = read_and_compare(units, sources, config, tasks)
     find_tokenizer(stages, config, given, tasks)
+    if given is not None and not given.is_lossless:
+        stages.lost_text = _measure_lost_text(stages, given, tasks)
+        if stages.lost_text["share"]:
+            warn(describe_lost_text(stages.lost_text, config.tokenizer))
     tokenize_and_shuffle(stages, sources, config, tasks)
     return stages
 
@@ -96,6 +103,12 @@ def find_tokenizer(stages: Stages, config: BuildConfig, given: Tokenizer | None,
         else:
             stages.model = tasks.folder / f"{given.sha256}.model"
             write_atomically(stages.model, given.model_bytes)
+
+
+def _measure_lost_text(stages: Stages, given: Tokenizer, tasks: Tasks) -> dict[str, Any]:
+    share = share_to_measure(sum(done.result["kept"][1] for done in stages.extracted))
+    jobs = [(unit, stages.clusters, stages.splits, stages.model, given.sha256, share) for unit in stages.unit_inputs]
+    return lost_text_of(tasks.run(measure_lost_text, jobs, "measuring"))
 
 
 def tokenize_and_shuffle(stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig, tasks: Tasks) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +13,7 @@ from typing import Any
 import sentencepiece
 
 from data_tools.config import MOST_PIECES, TRAINING, TokenizerConfig
+from data_tools.executor.progress import warn
 from data_tools.executor.tasks import Done, Tasks, file_of
 from data_tools.executor.workers import start_workers
 from data_tools.stages.extract import describe_units, extract_all, find_units, refuse_unreadable, why_nothing_is_left
@@ -28,6 +30,13 @@ UNUSABLE = str.maketrans("", "", "\0\u2585")
 SAMPLE, MODEL = ".jsonl", ".model"
 THREADS = 16  # a constant, because the model's bytes depend on it
 N_SPECIAL = 5 + 256  # <unk>, <s>, </s>, newline, tab, and the bytes
+# Unigram training takes time with the number of different words, and a long one costs as many as it has letters. Where
+# few letters make up most of the text, as in DNA, most strings of letters are candidates for a piece, and the time
+# grows faster than the text: 8 MB take a quarter of an hour.
+LONG_WORD = 48  # characters: more than nearly all words of source code have, fewer than the lines of FASTA
+UNSPACED = re.compile(rf"\S{{{LONG_WORD},}}")
+FEW_LETTERS = 128  # make up 99 % of the long words: fewer than Chinese or Japanese have
+MOST_UNSPACED = 2**20  # characters in long words that are trained on
 TOO_SMALL = r"smaller than required_chars|insert_id\(|\(vocab_size\) >= \(0\)"  # in SentencePiece's errors
 
 
@@ -71,8 +80,34 @@ def train_on(
     # twice what is needed, because chunks vary in size, and enough that even a small sample is never empty
     share = max(2 * config.sample_bytes, 64 * CHUNK) / text_bytes
     samples = tasks.run(draw_sample, [(unit, clusters, splits, min(1.0, share)) for unit in units], "sampling")
+    drawn = [done.prefix for done in samples]
     options = config.model_dump(include=TRAINING)
-    return tasks.run_one(train, [done.prefix for done in samples], options, config.seed, what="training a tokenizer")
+    if config.tokenizer_type != "unigram":
+        return tasks.run_one(train, drawn, options, config.seed, what="training a tokenizer")
+    found = tasks.run_one(find_unspaced, drawn, config.sample_bytes, what="sampling").result
+    return tasks.run_one(train, drawn, *_affordable(config, options, found), what="training a tokenizer")
+
+
+def _affordable(config: TokenizerConfig, options: dict[str, Any], found: dict[str, int]) -> tuple[Any, ...]:
+    """Return the arguments of `train` for a unigram model, or for what takes its place where that would take long."""
+    unspaced = found["unspaced"]
+    if found["letters"] > FEW_LETTERS or unspaced <= MOST_UNSPACED:
+        return options, config.seed
+    what = (
+        f"{unspaced:,} of the {found['characters']:,} characters to train the tokenizer on are in words of {LONG_WORD} "
+        f"or more, of {found['letters']} letters (as DNA, base64 or minified code); "
+    )
+    if "tokenizer_type" not in config.model_fields_set:
+        warn(f"{what}unigram would take minutes or hours, so tokenizer_type is bpe; set tokenizer_type to choose")
+        return options | {"tokenizer_type": "bpe"}, config.seed
+    if "sample_bytes" not in config.model_fields_set:
+        warn(
+            f"{what}unigram would take minutes or hours, so it takes the first {MOST_UNSPACED:,} of them; "
+            f"tokenizer_type=bpe or sample_bytes={config.sample_bytes} takes all"
+        )
+        return options, config.seed, MOST_UNSPACED
+    warn(f"{what}unigram may take minutes or hours; tokenizer_type=bpe takes seconds")
+    return options, config.seed
 
 
 def draw_sample(
@@ -93,23 +128,60 @@ def draw_sample(
     return {}
 
 
-def train(prefix: Path, samples: Sequence[Path], options: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Run as a task: train a model on options["sample_bytes"] bytes of drawn chunks, those with the smallest keys."""
-    config = TokenizerConfig(**options, seed=seed)
-    drawn = sorted((key, text) for file in samples for key, text in _read_chunks(file_of(file, SAMPLE)))
-    sample, room = [], config.sample_bytes
-    for _, text in drawn:
+def find_unspaced(prefix: Path, samples: Sequence[Path], sample_bytes: int) -> dict[str, Any]:
+    """Run as a task: count a sample's characters, those in long words, and the letters that are 99 % of the latter."""
+    sample = _smallest_keys(samples, sample_bytes)
+    long_words: Counter[str] = Counter()
+    for text in sample:
+        long_words.update("".join(UNSPACED.findall(text)))
+    unspaced, letters, room = long_words.total(), 0, 0.99 * long_words.total()
+    for _, n in long_words.most_common():
         if room <= 0:
             break
-        sample.append(text)
-        room -= len(text.encode())
+        letters, room = letters + 1, room - n
+    return {"characters": sum(map(len, sample)), "unspaced": unspaced, "letters": letters}
+
+
+def train(
+    prefix: Path, samples: Sequence[Path], options: dict[str, Any], seed: int, most_unspaced: int | None = None
+) -> dict[str, Any]:
+    """Run as a task: train a model on options["sample_bytes"] bytes of drawn chunks, those with the smallest keys.
+
+    Of long words, at most `most_unspaced` characters are trained on: the rest of them is left out.
+    """
+    config = TokenizerConfig(**options, seed=seed)
+    sample = _smallest_keys(samples, config.sample_bytes)
     if not sample:
         raise UserError("there is no text to train a tokenizer on: the training split is empty; give more input")
+    if most_unspaced is not None:
+        sample = _without_long_words(sample, most_unspaced)
     model_bytes = train_sample(sample, config)
     tokenizer = Tokenizer(model_bytes)
     with written(file_of(prefix, MODEL)) as temporary:
         temporary.write_bytes(model_bytes)
     return {"sample_sha256": hashlib.sha256("\n".join(sample).encode()).hexdigest(), "sha256": tokenizer.sha256}
+
+
+def _smallest_keys(samples: Sequence[Path], n_bytes: int) -> list[str]:
+    """Return the drawn chunks with the smallest keys, n_bytes of them."""
+    drawn = sorted((key, text) for file in samples for key, text in _read_chunks(file_of(file, SAMPLE)))
+    sample = []
+    for _, text in drawn:
+        if n_bytes <= 0:
+            break
+        sample.append(text)
+        n_bytes -= len(text.encode())
+    return sample
+
+
+def _without_long_words(sample: Sequence[str], most: int) -> list[str]:
+    """Return the chunks without their long words, once those before hold `most` characters."""
+    kept = []
+    for text in sample:
+        long_words = UNSPACED.findall(text)
+        most -= sum(map(len, long_words))
+        kept.append(text if most >= 0 else UNSPACED.sub("", text))
+    return kept
 
 
 def _read_chunks(file: Path) -> Iterator[tuple[int, str]]:

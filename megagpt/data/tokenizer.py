@@ -28,7 +28,7 @@ class Tokenizer:
     def __init__(self, model_bytes: bytes, *, name: str = "tokenizer model"):
         self._processor, spec = _load(model_bytes, name)
         self.kind, self.normalizer, self.normalizes = spec.kind, spec.normalizer, spec.normalizes
-        self._keeps_text = spec.keeps_text
+        self._keeps_text, self._has_dummy_prefix = spec.keeps_text, spec.has_dummy_prefix
         self.model_bytes = model_bytes
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
         self.vocab_size: int = self._processor.get_piece_size()
@@ -95,9 +95,11 @@ class Tokenizer:
             text = text.replace(META_SPACE, "")  # which is encoded as bytes
         found = self._processor.encode(text, return_type="offset_mapping", num_threads=1)
         lost: Counter[str] = Counter()
+        dummy_prefix = META_SPACE if self._has_dummy_prefix else ""  # of the first piece
         kept, covered = b"", 0  # what the tokens read stand for, and where the text of those before ends
         for token, piece, (begin, end) in zip(found["ids"], found["pieces"], found["offsets"], strict=True):
-            kept += self._text_of(token, piece)
+            kept += self._text_of(token, piece.removeprefix(dummy_prefix))
+            dummy_prefix = ""
             if begin < end:  # where several tokens stand for one character, only one of them has its offsets
                 part = _missing(text[covered:end], kept.decode(errors="replace"))
                 lost[part] += len(part.encode())

@@ -94,7 +94,7 @@ def unknown_share(counts: Tensor, tokenizer: Tokenizer) -> float:
 
 def lost_text(unknown: float, tokenizer: Tokenizer) -> str:
     """Tell what bits per byte leave out, given the share of unknown tokens; nothing for a tokenizer that loses none."""
-    reasons = [f"{unknown:.2%} of these tokens are {UNKNOWN}, text that it cannot spell"] if unknown else []
+    reasons = [f"{100 * unknown:.3g}% of these tokens are {UNKNOWN}, text that it cannot spell"] if unknown else []
     reasons += [f"it changes text before it encodes it (normalizer {tokenizer.normalizer})"] * tokenizer.normalizes
     if not reasons:
         return ""

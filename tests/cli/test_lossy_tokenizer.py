@@ -62,7 +62,7 @@ def test_bits_per_byte_are_those_of_the_documents(
     assert 0 < row["unknown_tokens"] < 0.1
     assert main(["evaluate", str(run), "--data", str(dataset)]) == 0
     out = capsys.readouterr().out
-    assert f"the tokenizer loses text: {row['unknown_tokens']:.2%} of these tokens are <unk>" in out
+    assert f"the tokenizer loses text: {100 * row['unknown_tokens']:.3g}% of these tokens are <unk>" in out
 
 
 def test_a_prompt_that_cannot_be_spelled_is_told(trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:

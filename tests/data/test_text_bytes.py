@@ -101,5 +101,5 @@ def test_text_of_unknown_pieces_alone_can_be_evaluated(tmp_path: Path) -> None:
     assert 0 < result.bits_per_byte < 1  # a document of up to 180 bytes is one token
     unknown = unknown_share(token_counts(windows), tokenizer)
     assert unknown == pytest.approx(0.5, abs=0.1)  # the others end documents
-    assert f"{unknown:.2%} of these tokens are <unk>" in lost_text(unknown, tokenizer)
+    assert f"{100 * unknown:.3g}% of these tokens are <unk>" in lost_text(unknown, tokenizer)
     assert "normalizer nmt_nfkc" in lost_text(0.0, tokenizer)

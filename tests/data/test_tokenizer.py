@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
-from data_support import VOCAB_SIZE, WORDS, document, small_tokenizer
+from data_support import VOCAB_SIZE, WORDS, document, lossy_tokenizer, small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -141,6 +141,43 @@ def test_foreign_models_load_and_are_described() -> None:
     assert (tokenizer.kind, tokenizer.normalizer) == ("word", "nmt_nfkc")
     tokenizer = Tokenizer(foreign_model(model_type="bpe"))
     assert tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
+
+
+# the text, and what the tokens of lossy_tokenizer do not decode to
+LOST = {
+    "the cat": {},
+    "": {},
+    "the \u4f60\u597d cat": {"\u4f60\u597d": 6},  # one unknown token
+    "  the  cat ": {"  ": 2, " ": 2},
+    "the\ncat": {"\n": 1},  # becomes a space
+    "\uff43\uff41\uff54": {"\uff43\uff41\uff54": 9},  # full-width letters become "cat"
+    "\u2581cat": {"\u2581": 3},  # is taken for a space
+    "cat</s>": {"</": 2, ">": 1},
+}
+
+
+@pytest.mark.parametrize("text", LOST)
+def test_what_is_lost_is_counted_in_bytes(text: str) -> None:
+    tokenizer = lossy_tokenizer()
+    assert not tokenizer.is_lossless
+    assert dict(tokenizer.lost(text)) == LOST[text]
+    assert (tokenizer.decode(tokenizer.encode(text)) == text) == (not LOST[text])
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=trapped_text)
+def test_nothing_is_lost_where_the_text_comes_back(text: str) -> None:
+    tokenizer = lossy_tokenizer()
+    lost = tokenizer.lost(text)
+    assert 0 <= lost.total() <= len(text.encode())
+    assert bool(lost) or tokenizer.round_trips(text)
+    assert not small_tokenizer().lost(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tokenizers_of_data_tools_are_lossless(kind: str) -> None:
+    assert small_tokenizer(kind).is_lossless
+    assert not Tokenizer(foreign_model(byte_fallback=True, vocab_size=320)).is_lossless  # it normalizes
 
 
 def test_a_model_without_end_of_sentence_is_refused() -> None:

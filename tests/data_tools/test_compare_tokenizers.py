@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from data_support import run, small_tokenizer, write_texts
+from data_support import lossy_tokenizer, run, small_tokenizer, write_texts
 from support import write_corpus
 
 import data_tools.compare_tokenizers
@@ -115,9 +115,9 @@ def test_the_table_has_a_row_for_each_tokenizer_and_each_source(
     paths = write(tmp_path, plain="the cat", accents="a é\n")
     assert run("compare-tokenizers", "--input", *paths, "--tokenizer", char_model, "--steps", "0") == 0
     head, row, empty, *per_source = capsys.readouterr().out.splitlines()
-    columns = ["tokenizer", "type", "vocabulary", "bytes/token", "tokens/word", "fallback", "MB/s", "bits/byte"]
+    columns = ["tokenizer", "type", "vocabulary", "bytes/token", "tokens/word", "fallback", "lost", "MB/s", "bits/byte"]
     assert head.split() == columns
-    assert row.split()[:6] == [str(char_model), "char", "276", "1.000", "3.000", "16.667%"]
+    assert row.split()[:7] == [str(char_model), "char", "276", "1.000", "3.000", "16.667%", "0.000%"]
     assert row.split()[-1] == "-"
     assert empty == ""
     assert [line.split() for line in per_source] == [
@@ -176,3 +176,34 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert shown.err.startswith("error: ")
     assert shown.err.count("error: ") == shown.err.count("\n") == 1
     assert re.search(message, shown.err), shown.err
+
+
+# --- tokenizers that lose text ----------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_loses_text_does_not_come_first(tmp_path: Path, char_model: Path, capsys) -> None:
+    (tmp_path / "lossy.model").write_bytes(lossy_tokenizer("word").model_bytes)
+    [text] = write(tmp_path, a="the cat \u4f60\u597d\n")  # 15 bytes; " \u4f60\u597d" and the newline are lost
+    models = ("--tokenizer", tmp_path / "lossy.model", char_model)
+    assert run("compare-tokenizers", "--input", text, *models, "--steps", "0") == 0
+    _, first, second, note = capsys.readouterr().out.splitlines()
+    assert first.split()[0] == str(char_model)
+    assert second.split()[0] == str(tmp_path / "lossy.model")
+    assert (first.split()[6], second.split()[6]) == ("0.000%", f"{8 / 15:.3%}")
+    assert note == "lost: share of the text's bytes that the tokens do not decode to"
+
+
+def test_bytes_that_are_lost_count_as_8_bits_each(
+    tmp_path: Path, char_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With them, a model of nothing but unknown tokens has more bits per byte than one that says what it reads."""
+    (tmp_path / "lossy.model").write_bytes(lossy_tokenizer("word").model_bytes)
+    write_texts(tmp_path / "in", 40)
+    (tmp_path / "in" / "other.txt").write_text("\u4f60" * 2000, encoding="utf-8")
+    known = {str(tmp_path / "lossy.model"): 0.01, str(char_model): 2.5}  # what training would find
+    monkeypatch.setattr(data_tools.compare_tokenizers, "_bits_per_byte", lambda name, *_: known[name])
+    options = BuildConfig(val_fraction=0.2)
+    best, worst = compare_tokenizers([str(tmp_path / "in")], options, models=[*map(Path, known)], kinds=(), steps=1)
+    assert (best["tokenizer"], best["bits_per_byte"], best["lost_share"]) == (str(char_model), 2.5, 0.0)
+    assert worst["lost_share"] > 0.3
+    assert worst["bits_per_byte"] == 0.01 + 8 * worst["lost_share"]

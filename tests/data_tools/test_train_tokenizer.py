@@ -1,5 +1,6 @@
 """Training a tokenizer: the vocabulary sizes that messages advise, and texts that SentencePiece does not expect."""
 
+import random
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.config import TokenizerConfig
-from data_tools.stages.train_tokenizer import train_sample
+from data_tools.stages.train_tokenizer import _without_long_words, train_sample
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
@@ -87,3 +88,64 @@ def test_a_sample_of_few_bytes_is_not_empty(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(document(1, n_words=50_000))
     arguments = ("train-tokenizer", "--input", tmp_path / "a.txt", "--out", tmp_path / "a.model")
     assert run(*arguments, "sample_bytes=1", "vocab_size=300") == 0
+
+
+# --- unigram on text without spaces -----------------------------------------------------------------------------
+
+
+def write_dna(folder: Path) -> Path:
+    """4,000 letters in lines of 60, as in FASTA, with some prose."""
+    rng = random.Random(0)
+    lines = ["".join(rng.choices("ACGT", k=60)) for _ in range(70)]
+    (folder / "a.txt").write_text("\n".join([document(1, n_words=100), *lines]))
+    return folder / "a.txt"
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "told"),
+    [
+        ((), "bpe", "so tokenizer_type is bpe"),
+        (("tokenizer_type=unigram",), "unigram", "so it takes the first 1,000 of them"),
+        (("tokenizer_type=unigram", "sample_bytes=8000000"), "unigram", "unigram may take minutes or hours"),
+        (("tokenizer_type=bpe",), "bpe", ""),
+        (("tokenizer_type=char",), "char", ""),
+    ],
+)
+def test_unigram_is_not_trained_for_hours_on_text_without_spaces(
+    options: tuple[str, ...],
+    kind: str,
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("data_tools.stages.train_tokenizer.MOST_UNSPACED", 1000)
+    out = tmp_path / "a.model"
+    arguments = ("--input", write_dna(tmp_path), "--out", out, "vocab_size=300", *options)
+    assert run("train-tokenizer", *arguments) == 0
+    shown = capsys.readouterr()
+    assert Tokenizer.load(out).kind == kind
+    assert f"{out} is ready: {kind}" in shown.out
+    assert shown.err.count("warning: ") == bool(told)
+    assert "4,200 of the" in shown.err or not told
+    assert "of 4 letters" in shown.err or not told
+    assert told in shown.err
+
+
+def test_text_with_spaces_or_many_letters_is_trained_on_as_a_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.stages.train_tokenizer.MOST_UNSPACED", 1000)
+    rng = random.Random(0)
+    (tmp_path / "prose.txt").write_text(document(1, n_words=1000))
+    (tmp_path / "chinese.txt").write_text("".join(chr(rng.randrange(0x4E00, 0x4F00)) for _ in range(3000)))
+    for name in ("prose.txt", "chinese.txt"):
+        arguments = ("--input", tmp_path / name, "--out", tmp_path / "a.model", "tokenizer_type=unigram")
+        assert run("train-tokenizer", *arguments, f"vocab_size={518 if name == 'chinese.txt' else 300}") == 0
+        assert "warning" not in capsys.readouterr().err
+
+
+def test_only_what_has_no_spaces_is_cut() -> None:
+    sample = ["a b " + "x" * 60, "y" * 50 + " c", "z" * 48 + " d " + "z" * 47]
+    assert _without_long_words(sample, 110) == [*sample[:2], " d " + "z" * 47]
+    assert _without_long_words(sample, 0) == ["a b ", " c", " d " + "z" * 47]
