@@ -125,7 +125,7 @@ def _describe_sources(stages: Stages, sources: Sequence[SourceConfig]) -> tuple[
     described = []
     for number, source in enumerate(sources):
         counts = [stages.count(split, source=number) for split in SPLITS]
-        files = {slice_.file.path for unit in stages.units if unit.source == source.name for slice_ in unit.slices}
+        files = {slice_.file.path for i in stages.units_of_sources[number] for slice_ in stages.units[i].slices}
         described.append(
             SourceInfo(
                 name=source.name,

@@ -17,6 +17,8 @@ from megagpt.errors import UserError
 MOST_PIECES = 2**24  # of a vocabulary; SentencePiece counts in 32 bits
 ChatTemplate = Literal["chatml", "llama3", "plain"]
 
+MAX_SOURCES = 2**16  # rows of shards number them in 16 bits
+
 
 class ReadConfig(Strict):
     """Options for reading the files of one source, and for keeping its documents."""
@@ -81,15 +83,23 @@ class InputConfig(ReadConfig):
 
     def with_inputs(self, paths: Sequence[str]) -> tuple[SourceConfig, ...]:
         """Return the sources of the options, then one for each path of --input; equal names get a number."""
+        if (n := len(self.sources) + len(paths)) > MAX_SOURCES:
+            raise UserError(
+                f"{n:,} inputs are more than the {MAX_SOURCES:,} sources of a dataset; give their folder instead, or a "
+                "pattern in quotes, which is one source"
+            )
         common = {key: getattr(self, key) for key in ReadConfig.model_fields}
         named = [SourceConfig(name=_name_of(path), paths=(path,), **common) for path in paths]
         if not (sources := (*self.sources, *named)):
             raise UserError('there is nothing to read; give --input PATH, or "sources" in --config')
         taken: dict[str, SourceConfig] = {}
+        last = dict.fromkeys((source.name for source in sources), 1)  # the number that was tried last
         for source in sources:
-            names = (source.name, *(f"{source.name}-{number}" for number in range(2, len(sources) + 2)))
-            free = next(name for name in names if name not in taken)
-            taken[free] = source.model_copy(update={"name": free})
+            name = source.name
+            while name in taken:
+                last[source.name] += 1
+                name = f"{source.name}-{last[source.name]}"
+            taken[name] = source.model_copy(update={"name": name})
         return tuple(taken.values())
 
 

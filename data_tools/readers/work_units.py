@@ -38,11 +38,13 @@ def cut_into_units(
     units = []
     for name, files in sources:
         slices: list[FileSlice] = []
+        size = 0
         for slice_ in (slice_ for file in files for slice_ in _slices(file, unit_bytes, skip_unreadable)):
             slices.append(slice_)
-            if sum(slice_.size for slice_ in slices) >= unit_bytes:
+            size += slice_.size
+            if size >= unit_bytes:
                 units.append(WorkUnit(name, tuple(slices)))
-                slices = []
+                slices, size = [], 0
         if slices:
             units.append(WorkUnit(name, tuple(slices)))
     return units

@@ -46,7 +46,7 @@ def _describe_source(stages: Stages, number: int, name: str) -> dict[str, Any]:
 
     Lengths are counted by powers of two: key 12 is 2,048 to 4,095 bytes.
     """
-    mine = [i for i, unit in enumerate(stages.unit_inputs) if unit.source == number]
+    mine = stages.units_of_sources[number]
     extracted = [stages.extracted[i].result for i in mine]
     tokenized = [stages.tokenized[i].result for i in mine]
     splits = {split: _counts(stages.count(split, source=number)) for split in SPLITS}

@@ -4,9 +4,11 @@ import hashlib
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,13 +55,18 @@ class Stages:
         """The units in the canonical tokenization."""
         return self.variants[0]
 
+    @cached_property
+    def units_of_sources(self) -> dict[int, list[int]]:
+        """The numbers of the units of each source."""
+        numbers: dict[int, list[int]] = defaultdict(list)
+        for unit in self.unit_inputs:
+            numbers[unit.source].append(unit.number)
+        return numbers
+
     def count(self, split: Split, variant: int = 0, source: int | None = None) -> tuple[int, int, int]:
         """Return (documents, bytes, tokens) of a split, over all sources or of one."""
-        rows = [
-            done.result["counts"][split]
-            for unit, done in zip(self.unit_inputs, self.variants[variant], strict=True)
-            if source in (None, unit.source)
-        ]
+        numbers = range(len(self.unit_inputs)) if source is None else self.units_of_sources[source]
+        rows = [self.variants[variant][number].result["counts"][split] for number in numbers]
         documents, size, tokens = (sum(column) for column in zip(*rows, strict=True)) if rows else (0, 0, 0)
         return documents, size, tokens
 

@@ -18,7 +18,9 @@ from support import DEBUG_RUN, ROOT, environment
 from data_tools.build import build
 from data_tools.config import BuildConfig, SourceConfig
 from data_tools.readers.find_files import find_files
+from data_tools.readers.input_file import InputFile
 from data_tools.readers.open_file import open_bytes
+from data_tools.readers.work_units import MIN_UNIT_BYTES, cut_into_units
 from megagpt import open_files
 from megagpt.cli.exit_codes import exit_code_of
 from megagpt.data import dataset as dataset_module
@@ -147,6 +149,30 @@ def test_programs_raise_the_soft_limit_to_the_hard_one(monkeypatch: pytest.Monke
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
         open_files.raise_limit()
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
+
+
+def test_inputs_of_one_name_get_the_first_free_number() -> None:
+    rng = np.random.default_rng(0)
+    names = rng.choice(["a", "a-2", "a-3", "b", "b-2", "a-2-2"], 60).tolist()
+    expected: list[str] = []
+    for name in names:
+        choices = (name, *(f"{name}-{number}" for number in range(2, 100)))
+        expected.append(next(choice for choice in choices if choice not in expected))
+    config = BuildConfig()
+    assert [source.name for source in config.with_inputs([f"/{i}/{name}" for i, name in enumerate(names)])] == expected
+
+
+def test_more_inputs_than_a_shard_can_number_are_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"65,537 inputs are more than the 65,536 sources .*give their folder instead"):
+        BuildConfig().with_inputs(["a"] * (2**16 + 1))
+
+
+def test_units_of_many_small_files_end_where_they_are_full() -> None:
+    sizes = np.random.default_rng(0).integers(1, 2**21, 300).tolist()
+    files = [InputFile(str(i), "text", "", size, "", False, "utf-8") for i, size in enumerate(sizes)]
+    units = cut_into_units([("a", files)])
+    assert [slice_.file for unit in units for slice_ in unit.slices] == files
+    assert all(unit.size >= MIN_UNIT_BYTES > unit.size - unit.slices[-1].size for unit in units[:-1])
 
 
 LIMITED = (  # the hard limit as well, so that nothing can raise it
