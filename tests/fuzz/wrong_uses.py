@@ -166,14 +166,15 @@ class Case:
 def world(folder: Path) -> dict[str, str]:
     """Make what the commands use: a text, a dataset, a run with a checkpoint, a run file, a hostfile."""
     dataset = build_dataset(folder / "dataset", n_documents=80)
-    few = {"megagpt.schedule.max_steps": 2, "megagpt.sample.max_tokens": 4}
+    few = {"megagpt.schedule.max_steps": 4, "megagpt.sample.max_tokens": 4}
     named = {"megagpt.data.train.0.path": str(dataset), "megagpt.data.val": str(dataset)}
     run = {**few, **named, "megagpt.out_dir": str(folder / "run")}
     run_file = folder / "run.json"
     raw = load_run_config(DEBUG_RUN, [f"{key}={value}" for key, value in run.items()]).as_json()
     run_file.write_text(json.dumps(raw))
-    started = subprocess.run([*MEGAGPT, "train", str(run_file)], cwd=folder, env=environment(), check=False)
-    assert started.returncode == 0
+    command = [*MEGAGPT, "train", str(run_file)]
+    started = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, check=False)
+    assert started.returncode == 0, started.stderr
     (folder / "hosts").write_text("localhost slots=1\n")
     text = write_corpus(folder / "text.jsonl", 60)
     paths = {"dataset": dataset, "run": folder / "run", "run_file": run_file, "hosts": folder / "hosts", "text": text}
