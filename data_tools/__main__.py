@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
 
 from pydantic import BaseModel
 
@@ -19,6 +18,7 @@ from megagpt.data.manifest import SPLITS
 from megagpt.errors import UserError, limit_reached
 from megagpt.open_files import raise_limit
 from megagpt.terminal import escape_unknown_letters
+from megagpt.user_paths import user_path, user_url_or_path
 
 INCOMPLETE = 3  # exit code of a build that could not read some of its files
 Output = tuple[str, int]
@@ -122,13 +122,13 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
         "--input books/ wiki.jsonl.zst --out data/corpus vocab_size=32000 val_fraction=0.005\n\n"
         + _options(BuildConfig),
     )
-    build_command.add_argument("--out", type=Path, required=True, help="the dataset folder to write")
+    build_command.add_argument("--out", type=user_path, required=True, help="the dataset folder to write")
     train_command = command(
         "train-tokenizer",
         "Train a SentencePiece model on a sample of the input.",
         "--input books/ --out tokenizer.model vocab_size=32000\n\n" + _options(TokenizerConfig),
     )
-    train_command.add_argument("--out", type=Path, required=True, help="the model file to write")
+    train_command.add_argument("--out", type=user_path, required=True, help="the model file to write")
     for with_out in (build_command, train_command):
         with_out.usage = "%(prog)s --input PATH [PATH ...] --out PATH [--config FILE] [key=value ...]"
         with_out.add_argument(
@@ -148,7 +148,7 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
         "[--json] [key=value ...]"
     )
     compare_command.add_argument(
-        "--tokenizer", nargs="+", default=[], type=Path, metavar="MODEL", help="trained models to compare"
+        "--tokenizer", nargs="+", default=[], type=user_path, metavar="MODEL", help="trained models to compare"
     )
     compare_command.add_argument(
         "--types",
@@ -160,9 +160,16 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
     )
     compare_command.add_argument("--json", action="store_true", help="print JSON")
     for with_input in (build_command, train_command, compare_command):
-        with_input.add_argument("--input", nargs="+", default=[], metavar="PATH", help="files, folders, globs, URLs")
+        with_input.add_argument(
+            "--input",
+            nargs="+",
+            type=user_url_or_path,
+            default=[],
+            metavar="PATH",
+            help="files, folders, globs, URLs",
+        )
         with_input.add_argument("--strict", action="store_true", help="the same as strict=true")
-        with_input.add_argument("--config", type=Path, metavar="FILE", help="options as a JSON object")
+        with_input.add_argument("--config", type=user_path, metavar="FILE", help="options as a JSON object")
 
 
 def _add_readers(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
@@ -179,7 +186,7 @@ def _add_readers(command: Callable[[str, str, str], argparse.ArgumentParser]) ->
     shown.add_argument("--step", type=int, metavar="S", help="in a run's folder: the text of every sample of step S")
     inspect_command.add_argument("--json", action="store_true", help="print the manifest as JSON")
     for with_folder in (verify_command, inspect_command):
-        with_folder.add_argument("folder", type=Path)
+        with_folder.add_argument("folder", type=user_path)
 
 
 def _count(text: str) -> int:

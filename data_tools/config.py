@@ -11,7 +11,7 @@ from data_tools.dedup.decontamination import DecontaminationConfig
 from data_tools.dedup.lsh import DedupConfig
 from data_tools.filters.rules import RulesConfig
 from data_tools.option_types import Names, Paths
-from megagpt.config.parsing import Strict, explain, overridden, read_json
+from megagpt.config.parsing import Strict, UserPath, explain, overridden, read_json
 from megagpt.errors import UserError
 
 MOST_PIECES = 2**24  # of a vocabulary; SentencePiece counts in 32 bits
@@ -140,7 +140,7 @@ class SubwordConfig(Strict):
 class BuildConfig(TokenizerConfig):
     """The `build` command's options."""
 
-    tokenizer: Path | None = Field(default=None, description="a model to use instead of training one")
+    tokenizer: UserPath | None = Field(default=None, description="a model to use instead of training one")
     dedup: DedupConfig = DedupConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
     subword: SubwordConfig = SubwordConfig()

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
+
+from megagpt.user_paths import expanded
 
 
 def _split(value: Any) -> Any:
@@ -16,7 +18,7 @@ def _one_or_many(value: Any) -> Any:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 """`a,b` or ["a", "b"]."""
-Paths = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
-"""`a` or ["a", "b"]: one string is not split, because a path may contain a comma."""
-Lines = Paths
-"""Lines of text or patterns, which may contain commas too."""
+Lines = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
+"""`a` or ["a", "b"]: one string is not split, because a line of text or a pattern may contain a comma."""
+Paths = Annotated[Lines, AfterValidator(lambda paths: tuple(map(expanded, paths)))]
+"""Paths or URLs, in which `~` and variables are expanded."""

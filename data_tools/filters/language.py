@@ -7,7 +7,7 @@ from typing import Protocol, cast
 from pydantic import Field
 
 from data_tools.option_types import Names
-from megagpt.config.parsing import Strict
+from megagpt.config.parsing import Strict, UserPath
 from megagpt.errors import UserError
 
 MAGIC = (793712314).to_bytes(4, "little")  # the first bytes of a fastText model
@@ -17,7 +17,7 @@ INSTALL = "pip install fasttext-numpy2-wheel"
 class LanguageConfig(Strict):
     """The model, and which of its languages to keep."""
 
-    model: Path = Field(description="a fastText classifier, such as lid.176.bin")
+    model: UserPath = Field(description="a fastText classifier, such as lid.176.bin")
     keep: Names = Field(
         default=(), description="labels without '__label__', such as en,de; none: any language with such a score"
     )

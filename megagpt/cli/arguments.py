@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from megagpt.user_paths import user_path
+
 
 def training_arguments() -> argparse.ArgumentParser:
     """Return the parser of launch/pretrain.py, which launchers start once per rank."""
@@ -18,7 +20,7 @@ def training_arguments() -> argparse.ArgumentParser:
     parser.add_argument(
         "--deepspeed_config",
         dest="run_file",
-        type=Path,
+        type=user_path,
         default=Path("ds_configs/gpt2_124m.json"),
         metavar="RUN.json",
     )
@@ -112,7 +114,7 @@ def _on_a_cluster(commands: Any) -> None:
         "--sbatch", action="append", default=[], metavar="NAME=VALUE", help="another option of sbatch, such as qos=high"
     )
     slurm.add_argument(
-        "--sweep", type=Path, metavar="FILE", help="submit an array, one task for each line of overrides"
+        "--sweep", type=user_path, metavar="FILE", help="submit an array, one task for each line of overrides"
     )
     slurm.add_argument("--container", metavar="WORDS", help='put before python: "apptainer exec --nv image.sif"')
     slurm.add_argument("--fresh", action="store_true", help="start at step 0; an old run in out_dir is renamed")
@@ -123,9 +125,11 @@ def _on_a_cluster(commands: Any) -> None:
         help="check that the hosts of a hostfile are ready to train; each finding names its fix; exit code 2 if any",
         epilog="example: megagpt doctor --hostfile hosts ds_configs/gpt2_124m.json",
     )
-    doctor.add_argument("run_file", type=Path, nargs="?", metavar="RUN.json", help="check its data and disk space too")
+    doctor.add_argument(
+        "run_file", type=user_path, nargs="?", metavar="RUN.json", help="check its data and disk space too"
+    )
     _add_overrides(doctor)
-    doctor.add_argument("--hostfile", type=Path, help="default: this machine alone")
+    doctor.add_argument("--hostfile", type=user_path, help="default: this machine alone")
     doctor.add_argument(
         "--write-env", action="store_true", help="first write the variables that all hosts need to ~/.deepspeed_env"
     )
@@ -138,7 +142,7 @@ def _on_a_cluster(commands: Any) -> None:
         help="check a hostfile and .deepspeed_env before deepspeed hands them to ssh and shells",
         epilog="example: megagpt check-hosts hosts && deepspeed --hostfile hosts launch/pretrain.py",
     )
-    hosts.add_argument("hostfile", type=Path)
+    hosts.add_argument("hostfile", type=user_path)
 
 
 def _after_a_run(commands: Any) -> None:
@@ -147,7 +151,9 @@ def _after_a_run(commands: Any) -> None:
         help="generate text from a checkpoint",
         epilog='example: megagpt generate runs/demo --prompt "def main(" --max-tokens 100 --batch 3',
     )
-    generate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's folder (its best step) or one step's")
+    generate.add_argument(
+        "checkpoint", type=user_path, metavar="CKPT", help="a run's folder (its best step) or one step's"
+    )
     generate.add_argument("--prompt", action="append", help="may be given several times; default: a new document")
     generate.add_argument("--max-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
@@ -161,8 +167,10 @@ def _after_a_run(commands: Any) -> None:
         help="compute the loss, perplexity and bits per byte of a checkpoint",
         epilog="example: megagpt evaluate runs/demo --data data/demo --split val",
     )
-    evaluate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a run's folder (its best step) or one step's")
-    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="a dataset made by data_tools")
+    evaluate.add_argument(
+        "checkpoint", type=user_path, metavar="CKPT", help="a run's folder (its best step) or one step's"
+    )
+    evaluate.add_argument("--data", type=user_path, required=True, metavar="DIR", help="a dataset made by data_tools")
     evaluate.add_argument("--split", choices=("train", "val", "test"), default="val")
     evaluate.add_argument("--tokens", type=_positive, help="number of tokens, from the split's start; default: all")
     evaluate.add_argument("--micro-batch", type=_positive, default=8)
@@ -173,7 +181,7 @@ def _after_a_run(commands: Any) -> None:
         help="list the checkpoints of a run and whether they are complete; exit code 2 if none is",
         epilog="example: megagpt checkpoints runs/demo --verify",
     )
-    checkpoints.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder, its out_dir")
+    checkpoints.add_argument("run_dir", type=user_path, metavar="RUN", help="a run's folder, its out_dir")
     checkpoints.add_argument("--verify", action="store_true", help="hash every file instead of comparing sizes")
 
 
@@ -185,7 +193,7 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_file(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_file", type=Path, metavar="RUN.json")
+    parser.add_argument("run_file", type=user_path, metavar="RUN.json")
     _add_overrides(parser)
 
 

@@ -70,6 +70,15 @@ DEEPSPEED_DEFAULTS: dict[str, Any] = {
 
 DEEPSPEED_KEYS = frozenset(DEEPSPEED_DEFAULTS)
 
+# The keys that name a file or a folder which DeepSpeed writes.
+DEEPSPEED_PATHS = (
+    "tensorboard.output_path",
+    "csv_monitor.output_path",
+    "flops_profiler.output_file",
+    "zero_optimization.offload_optimizer.nvme_path",
+    "zero_optimization.offload_param.nvme_path",
+)
+
 # The untyped sections -> their keys.
 DEEPSPEED_SECTIONS = {name: set(keys) for name, keys in DEEPSPEED_DEFAULTS.items() if isinstance(keys, dict)}
 

@@ -4,17 +4,22 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from megagpt.errors import UserError
+from megagpt.user_paths import expanded
 
 
 class Strict(BaseModel):
     """A frozen model in which a misspelt key is an error rather than a silent default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+UserPath = Annotated[Path, BeforeValidator(lambda path: expanded(path) if isinstance(path, str) else path)]
+"""A path in a file of options or an override: `~` and variables are expanded."""
 
 
 def overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from megagpt.config.deepspeed import DeepSpeedConfig
-from megagpt.config.deepspeed_keys import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS
+from megagpt.config.deepspeed_keys import DEEPSPEED_KEYS, DEEPSPEED_PATHS, DEEPSPEED_SECTIONS, REFUSED_KEYS
 from megagpt.config.parsing import did_you_mean, explain, leaves, overridden, read_json
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.errors import UserError
+from megagpt.user_paths import expanded
 
 SECTION = "megagpt"
 
@@ -60,6 +61,7 @@ def parse_run(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str 
     """Make a RunConfig of a run file's object, which is not changed; `where` begins messages. Raises UserError."""
     raw = overridden(raw, overrides)
     _check_keys(raw, where)
+    _expand_paths(raw, where)
     section = raw.pop(SECTION)
     try:
         return RunConfig(MegaGPTConfig(**section), DeepSpeedConfig(**raw), raw)
@@ -102,6 +104,20 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
     for dotted, value in leaves(raw).items():
         if value == "auto" and not dotted.startswith(f"{SECTION}.sample."):
             raise UserError(f'{where}: {dotted} is "auto"; write the number, because megagpt does not fill it in')
+
+
+def _expand_paths(raw: dict[str, Any], where: str) -> None:
+    """Expand `~` and variables in DeepSpeed's paths, in place: DeepSpeed would make folders of those names."""
+    for dotted in DEEPSPEED_PATHS:
+        *sections, key = dotted.split(".")
+        node: Any = raw
+        for name in sections:
+            node = node.get(name) if isinstance(node, dict) else None
+        if isinstance(node, dict) and isinstance(node.get(key), str):
+            try:
+                node[key] = expanded(node[key])
+            except UserError as error:
+                raise UserError(f"{where}: {dotted}: {error}") from None
 
 
 def _keys_of(raw: dict[str, Any], section: str) -> set[str]:

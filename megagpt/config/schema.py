@@ -3,12 +3,11 @@
 `run_file.py` turns a JSON file into a `RunConfig`. Code that gets one of these models does not check it again.
 """
 
-from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from megagpt.config.parsing import Strict
+from megagpt.config.parsing import Strict, UserPath
 
 
 class ModelConfig(Strict):
@@ -38,7 +37,7 @@ class ModelConfig(Strict):
 class WeightedDataset(Strict):
     """A dataset made by data_tools, and its weight in the mixture."""
 
-    path: Path
+    path: UserPath
     weight: float = Field(default=1.0, gt=0.0, description="share of the samples, relative to the other weights")
 
 
@@ -46,7 +45,7 @@ class DataConfig(Strict):
     """The datasets for training and validation."""
 
     train: tuple[WeightedDataset, ...] = Field(min_length=1)
-    val: Path
+    val: UserPath
     val_tokens: int | None = Field(default=None, gt=0, description="tokens to validate on; null: all")
     seed: int = Field(default=1234, ge=0, description="order of the training samples")
     seq_len: int | None = Field(default=None, gt=0, description="tokens per training example; null: model.seq_len")
@@ -265,7 +264,7 @@ class GuardsConfig(Strict):
 class MegaGPTConfig(Strict):
     """The "megagpt" section of a run file."""
 
-    out_dir: Path
+    out_dir: UserPath
     seed: int = Field(default=1234, ge=0, description="initial weights and dropout")
     model: ModelConfig
     data: DataConfig

@@ -1,0 +1,43 @@
+"""Paths as users write them in a run file or on a command line, where no shell has expanded `~` and `$SCRATCH`."""
+
+import os
+import re
+from argparse import ArgumentTypeError
+from pathlib import Path
+
+from megagpt.errors import UserError
+
+VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
+
+
+def expanded(text: str) -> str:
+    """Expand a leading `~` and variables of the environment. Raises UserError for one that is not set.
+
+    A path that exists as it is written stays as it is, and so does a URL.
+    """
+    if "://" in text or os.path.lexists(text):
+        return text
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise UserError(f"path {text!r}: the home folder of {text.split('/')[0]} is not known; write the path in full")
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if name not in os.environ:
+            raise UserError(f"path {text!r}: the variable {name} is not set; export {name}, or write the path in full")
+        return os.environ[name]
+
+    return VARIABLE.sub(value, path)
+
+
+def user_path(text: str) -> Path:
+    """Read a path on a command line; argparse prints the error."""
+    return Path(user_url_or_path(text))
+
+
+def user_url_or_path(text: str) -> str:
+    """Read a path or a URL on a command line."""
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise ArgumentTypeError(str(error)) from None
