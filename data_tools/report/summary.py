@@ -132,7 +132,7 @@ def summary(report: dict[str, Any], out: Path) -> str:
         share = format_share(report["lost_text"]["share"])
         lines.append(f"  the tokenizer loses {share} of the text: bits per byte do not compare with other tokenizers'")
     elif report["loses_text"]:
-        lines.append("  the tokenizer may lose other text: spaces or rare letters do not decode to the same")
+        lines.append("  the tokenizer may lose text that was not measured: spaces or letters that do not come back")
     for reason, skipped in report["skipped"].items():
         lines.append(f"  skipped {skipped['documents']:,}: {reason} (first: {skipped['first']})")
     for how in ("rejected", "dropped"):

@@ -37,6 +37,7 @@ LONG_WORD = 48  # characters: more than nearly all words of source code have, fe
 UNSPACED = re.compile(rf"\S{{{LONG_WORD},}}")
 FEW_LETTERS = 128  # make up 99 % of the long words: fewer than Chinese or Japanese have
 MOST_UNSPACED = 2**20  # characters in long words that are trained on
+MOST_OF_MANY_LETTERS = 2**22  # beyond which there is a warning: more than the default sample of Chinese has
 TOO_SMALL = r"smaller than required_chars|insert_id\(|\(vocab_size\) >= \(0\)"  # in SentencePiece's errors
 
 
@@ -90,17 +91,17 @@ def train_on(
 
 def _affordable(config: TokenizerConfig, options: dict[str, Any], found: dict[str, int]) -> tuple[Any, ...]:
     """Return the arguments of `train` for a unigram model, or for what takes its place where that would take long."""
-    unspaced = found["unspaced"]
-    if found["letters"] > FEW_LETTERS or unspaced <= MOST_UNSPACED:
+    unspaced, has_few_letters = found["unspaced"], found["letters"] <= FEW_LETTERS
+    if unspaced <= (MOST_UNSPACED if has_few_letters else MOST_OF_MANY_LETTERS):
         return options, config.seed
     what = (
         f"{unspaced:,} of the {found['characters']:,} characters to train the tokenizer on are in words of {LONG_WORD} "
-        f"or more, of {found['letters']} letters (as DNA, base64 or minified code); "
+        f"or more, of {found['letters']:,} letters (DNA, base64, minified code, scripts without spaces); "
     )
-    if "tokenizer_type" not in config.model_fields_set:
+    if has_few_letters and "tokenizer_type" not in config.model_fields_set:
         warn(f"{what}unigram would take minutes or hours, so tokenizer_type is bpe; set tokenizer_type to choose")
         return options | {"tokenizer_type": "bpe"}, config.seed
-    if "sample_bytes" not in config.model_fields_set:
+    if has_few_letters and "sample_bytes" not in config.model_fields_set:
         warn(
             f"{what}unigram would take minutes or hours, so it takes the first {MOST_UNSPACED:,} of them; "
             f"tokenizer_type=bpe or sample_bytes={config.sample_bytes} takes all"

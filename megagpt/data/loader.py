@@ -16,7 +16,7 @@ from megagpt.config.batch import BatchPlan
 from megagpt.config.schema import DataConfig
 from megagpt.data.dataset import Dataset, TokenStream
 from megagpt.data.loss_mask import BatchTransform, Fill, Row
-from megagpt.data.text_bytes import text_bytes
+from megagpt.data.text_bytes import TextBytes, text_bytes
 from megagpt.data.training_set import open_datasets
 from megagpt.errors import UserError
 
@@ -60,7 +60,7 @@ class ValWindows:
         return self.n_windows
 
     @cached_property
-    def text_bytes(self) -> int | None:
+    def text_bytes(self) -> TextBytes | None:
         """The bytes of text of all targets; None if the tokenizer loses no text, for then the tokens have as many."""
         if self._stream.dataset.tokenizer().is_lossless:
             return None

@@ -5,6 +5,8 @@ an unknown token stands for any text, and a normalizer changes lengths. For such
 of each row of a shard in the provenance file, in the column BYTES.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,19 +17,23 @@ from megagpt.data.provenance import BYTES, provenance_path
 from megagpt.data.shard_format import numbers
 
 
-def text_bytes(stream: TokenStream, first: int, last: int) -> int:
+class TextBytes(NamedTuple):
+    bytes: int
+    by_row: bool  # False in a dataset of an older megagpt, without the rows' bytes: the split's mean is taken
+
+
+def text_bytes(stream: TokenStream, first: int, last: int) -> TextBytes:
     """Return the bytes of text of the tokens from `first` up to `last`, exclusive: those of the documents themselves.
 
-    Where a row is cut, its bytes count in proportion to its tokens. Datasets of an older megagpt have no rows' bytes:
-    their tokens count as the split's mean.
+    Where a row is cut, its bytes count in proportion to its tokens.
     """
     n_bytes = _row_bytes(stream)
     if n_bytes is None:
         split = stream.dataset.manifest.splits[stream.split]
-        return round(split.bytes * (last - first) / split.tokens)
+        return TextBytes(round(split.bytes * (last - first) / split.tokens), by_row=False)
     ends, totals = np.append(0, stream.row_ends()), np.append(0, np.cumsum(n_bytes))
     begin, end = np.interp([first, last], ends, totals)
-    return round(end - begin)
+    return TextBytes(round(end - begin), by_row=True)
 
 
 def _row_bytes(stream: TokenStream) -> np.ndarray | None:

@@ -67,7 +67,7 @@ def evaluate(
     model.train(was_training)
     nats_sum, n_tokens, n_bytes = sum_over_ranks(totals).tolist()
     text_bytes = windows.text_bytes
-    return Evaluation(nats_sum / n_tokens, int(n_tokens), int(n_bytes) if text_bytes is None else text_bytes)
+    return Evaluation(nats_sum / n_tokens, int(n_tokens), int(n_bytes) if text_bytes is None else text_bytes.bytes)
 
 
 def token_counts(windows: ValWindows) -> Tensor:
@@ -99,6 +99,6 @@ def lost_text(unknown: float, tokenizer: Tokenizer) -> str:
     if not reasons:
         return ""
     return (
-        f"the tokenizer loses text: {' and '.join(reasons)}; loss and bits per byte leave that out, so do not compare "
+        f"the tokenizer loses text: {', and '.join(reasons)}; loss and bits per byte leave that out, so do not compare "
         "them with those of another tokenizer"
     )

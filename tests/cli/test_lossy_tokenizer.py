@@ -43,7 +43,7 @@ def trained(dataset: Path, device: torch.device, tmp_path_factory: pytest.TempPa
 def test_a_run_tells_what_its_tokenizer_loses(trained: tuple[Path, str]) -> None:
     _, said = trained
     assert "the tokenizer loses text: " in said
-    assert "of these tokens are <unk>, text that it cannot spell and it changes text before it encodes it" in said
+    assert "of these tokens are <unk>, text that it cannot spell, and it changes text before it encodes it" in said
     assert "cannot spell the prompt 'the \u4f60\u597d cat': at character 4 the model reads ' \u2047  cat'" in said
 
 
@@ -62,6 +62,7 @@ def test_bits_per_byte_are_those_of_the_documents(
     assert 0 < row["unknown_tokens"] < 0.1
     assert main(["evaluate", str(run), "--data", str(dataset)]) == 0
     out = capsys.readouterr().out
+    assert "estimated" not in out
     assert f"the tokenizer loses text: {100 * row['unknown_tokens']:.3g}% of these tokens are <unk>" in out
 
 
@@ -78,3 +79,13 @@ def test_a_prompt_that_cannot_be_spelled_is_told(trained: tuple[Path, str], caps
         err = capsys.readouterr().err
         assert told in err
         assert err.count("warning: ") == bool(told)
+
+
+def test_of_a_dataset_of_before_the_bytes_are_an_estimate_and_so_it_says(
+    trained: tuple[Path, str], dataset: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megagpt.data.text_bytes.BYTES", "absent")
+    run, _ = trained
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--data", str(dataset), "--tokens", "640"]) == 0
+    assert "the bytes are estimated by the split's mean" in capsys.readouterr().out

@@ -55,7 +55,7 @@ def test_nothing_is_told_where_nothing_is_lost(
     assert run("build", *arguments, f"tokenizer={tmp_path / 'x.model'}", "val_fraction=0.2") == 0
     shown = capsys.readouterr()
     assert "warning" not in shown.err
-    assert ("the tokenizer may lose other text" in shown.out) == (kind == "lossy")
+    assert ("the tokenizer may lose text that was not measured" in shown.out) == (kind == "lossy")
 
 
 def test_of_a_large_corpus_a_part_is_measured(
