@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader of our output has ended, as in `... | head`
         sys.stderr.close()
-    except OSError as error:
+    except Exception as error:
         if (limit := limit_reached(error)) is None:
             raise
         print(f"error: {limit}", file=sys.stderr)

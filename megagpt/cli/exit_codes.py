@@ -17,7 +17,7 @@ def exit_code_of(command: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except Exception as error:
         if (limit := limit_reached(error)) is None:
             raise
         print(f"error: {limit}", file=sys.stderr)

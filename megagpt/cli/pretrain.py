@@ -80,7 +80,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         if is_main() or isinstance(error, OwnRankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    except OSError as error:
+    except Exception as error:
         if (limit := limit_reached(error)) is None:
             raise
         print(f"error: {limit}", file=sys.stderr, flush=True)

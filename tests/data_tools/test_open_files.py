@@ -15,6 +15,7 @@ import pytest
 from data_support import document, run, small_tokenizer, write_dataset
 from support import DEBUG_RUN, ROOT, environment
 
+from data_tools.__main__ import COMMANDS
 from data_tools.build import build
 from data_tools.config import BuildConfig, SourceConfig
 from data_tools.readers.find_files import find_files
@@ -118,13 +119,20 @@ def test_the_limit_is_named_and_no_file_is_blamed(tmp_path: Path) -> None:
             (tmp_path / "b").write_text("")
 
 
-def test_a_command_that_meets_the_limit_returns_2(capsys: pytest.CaptureFixture[str]) -> None:
-    def command() -> int:
-        with open_files_left(0):
-            return len(os.listdir("/"))
+def test_a_command_that_meets_the_limit_returns_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(*_: object) -> int:
+        try:
+            with open_files_left(0):
+                return len(os.listdir("/"))
+        except OSError as error:
+            raise RuntimeError("a worker failed to start") from error
 
-    assert exit_code_of(command) == 2
-    assert capsys.readouterr().err.startswith("error: too many open files: the limit is ")
+    monkeypatch.setitem(COMMANDS, "verify", command)
+    for start in (lambda: exit_code_of(command), lambda: run("verify", "corpus")):
+        assert start() == 2
+        assert capsys.readouterr().err.startswith("error: too many open files: the limit is ")
 
 
 def test_other_limits_have_names_of_their_own() -> None:
