@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _build(args: argparse.Namespace, overrides: Sequence[str]) -> Output:
     config = load_config(BuildConfig, args.config, _with_strict(args, overrides))
-    report = build(args.input, args.out, config, args.scheduler)
+    report = build(args.input, args.out, config, args.scheduler, val=args.val, test=args.test)
     return summary(report, args.out), INCOMPLETE if report["unreadable"] else 0
 
 
@@ -74,7 +74,9 @@ def _train_tokenizer(args: argparse.Namespace, overrides: Sequence[str]) -> Outp
 def _compare_tokenizers(args: argparse.Namespace, overrides: Sequence[str]) -> Output:
     config = load_config(BuildConfig, args.config, _with_strict(args, overrides))
     kinds = args.types.split(",") if args.types is not None else () if args.tokenizer else KINDS
-    rows = compare_tokenizers(args.input, config, models=args.tokenizer, kinds=kinds, steps=args.steps)
+    rows = compare_tokenizers(
+        args.input, config, models=args.tokenizer, kinds=kinds, steps=args.steps, val=args.val, test=args.test
+    )
     return json.dumps(rows, indent=1) if args.json else table_of(rows, args.steps), 0
 
 
@@ -130,7 +132,8 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
     )
     train_command.add_argument("--out", type=user_path, required=True, help="the model file to write")
     for with_out in (build_command, train_command):
-        with_out.usage = "%(prog)s --input PATH [PATH ...] --out PATH [--config FILE] [key=value ...]"
+        splits = " [--val PATH ...] [--test PATH ...]" if with_out is build_command else ""
+        with_out.usage = f"%(prog)s --input PATH [PATH ...]{splits} --out PATH [--config FILE] [key=value ...]"
         with_out.add_argument(
             "--scheduler",
             metavar="ADDRESS",
@@ -144,8 +147,8 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
         + _options(BuildConfig, without=UNUSED_OPTIONS),
     )
     compare_command.usage = (
-        "%(prog)s --input PATH [PATH ...] [--tokenizer MODEL ...] [--types TYPE,...] [--steps N] [--config FILE] "
-        "[--json] [key=value ...]"
+        "%(prog)s --input PATH [PATH ...] [--val PATH ...] [--test PATH ...] [--tokenizer MODEL ...] "
+        "[--types TYPE,...] [--steps N] [--config FILE] [--json] [key=value ...]"
     )
     compare_command.add_argument(
         "--tokenizer", nargs="+", default=[], type=user_path, metavar="MODEL", help="trained models to compare"
@@ -159,6 +162,11 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
         "--steps", type=int, default=200, metavar="N", help="training steps of the small model (200); 0: no training"
     )
     compare_command.add_argument("--json", action="store_true", help="print JSON")
+    for with_splits in (build_command, compare_command):
+        for split, what in (("val", "validation"), ("test", "test")):
+            with_splits.add_argument(
+                f"--{split}", nargs="+", default=[], metavar="PATH", help=f"the {what} split: never trained on"
+            )
     for with_input in (build_command, train_command, compare_command):
         with_input.add_argument(
             "--input",

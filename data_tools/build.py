@@ -20,8 +20,8 @@ from data_tools.executor.workers import start_workers
 from data_tools.publish import publish
 from data_tools.report.summary import make_report
 from data_tools.stages.deduplicate import check_files
-from data_tools.stages.extract import find_units
-from data_tools.stages.pipeline import KINDS, Stages, input_sha256, run_stages
+from data_tools.stages.extract import find_units, warn_of_names
+from data_tools.stages.pipeline import KINDS, Stages, input_sha256, plan_splits, run_stages
 from megagpt.atomic_files import sha256_of
 from megagpt.data.manifest import (
     BUILD_DIR,
@@ -44,19 +44,34 @@ from megagpt.file_lock import FileLock, LockHeldError
 LOCK = "megagpt.lock"  # in BUILD_DIR: by it we recognize an unfinished build, whose files may be deleted
 
 
-def build(inputs: Sequence[str | Path], out: Path, config: BuildConfig, scheduler: str | None = None) -> dict[str, Any]:
-    """Build a dataset folder from text; returns the report.
+def build(
+    inputs: Sequence[str | Path],
+    out: Path,
+    config: BuildConfig,
+    scheduler: str | None = None,
+    *,
+    val: Sequence[str | Path] = (),
+    test: Sequence[str | Path] = (),
+) -> dict[str, Any]:
+    """Build a dataset folder from text; returns the report. All documents of `val` and `test` are held out.
 
     The same input, options and library versions give the same shards, with any number of workers and however often the
     build was interrupted. Raises UserError for a mistake in any of the arguments.
     """
     given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
-    sources = config.with_inputs([str(path) for path in inputs])
+    sources = config.with_inputs(list(map(str, inputs)), val=list(map(str, val)), test=list(map(str, test)))
     units = find_units(sources, leave_out=out, strict=config.strict)
+    splits = plan_splits(units, sources, config)
+    if warning := warn_of_names(units, sources):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if given is None and not splits.trains(len(units)):
+        raise UserError(
+            "all is held out, which leaves nothing to train a tokenizer on; give tokenizer=MODEL or --input"
+        )
     check_files(config.decontamination)
     with _claimed(out) as (folder, scratch):
         with start_workers(config.workers, scheduler, scratch, total_bytes=sum(unit.size for unit in units)) as run_all:
-            stages = run_stages(units, sources, config, given, Tasks(scratch, run_all))
+            stages = run_stages(units, sources, splits, config, given, Tasks(scratch, run_all))
         return finish(folder, stages, sources, config)
 
 
@@ -78,6 +93,7 @@ def finish(folder: Path, stages: Stages, sources: Sequence[SourceConfig], config
         sources=_describe_sources(stages, sources),
         input_sha256=input_sha256(stages),
         pipeline=config.pipeline(sources),
+        cut_documents=stages.cut,
     )
     write_manifest(folder, manifest)
     return report

@@ -26,7 +26,7 @@ from data_tools.executor.tasks import Tasks
 from data_tools.executor.workers import start_workers
 from data_tools.readers.document_pieces import PIECE_CHARACTERS
 from data_tools.stages.extract import find_units, refuse_unreadable
-from data_tools.stages.pipeline import Stages, find_tokenizer, read_and_compare, tokenize_and_shuffle
+from data_tools.stages.pipeline import Stages, find_tokenizer, plan_splits, read_and_compare, tokenize_and_shuffle
 from data_tools.stages.select import keyed_hash, select, selected_texts
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
@@ -81,7 +81,14 @@ NOTHING = Counts(0, 0, 0, 0, 0, 0.0)
 
 
 def compare_tokenizers(
-    inputs: Sequence[str], config: BuildConfig, *, models: Sequence[Path], kinds: Sequence[str], steps: int
+    inputs: Sequence[str],
+    config: BuildConfig,
+    *,
+    models: Sequence[Path],
+    kinds: Sequence[str],
+    steps: int,
+    val: Sequence[str] = (),
+    test: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return a row of JSON types for each tokenizer: its ratios on all text and per source, and its bits per byte.
 
@@ -94,15 +101,20 @@ def compare_tokenizers(
         (str(path), _load(path), config.model_copy(update={"tokenizer": path})) for path in models
     ]
     candidates += [(kind, None, config.model_copy(update={"tokenizer_type": kind})) for kind in dict.fromkeys(kinds)]
-    sources = config.with_inputs(list(inputs))
+    sources = config.with_inputs(list(inputs), val=val, test=test)
     units = find_units(sources, strict=config.strict)
+    splits = plan_splits(units, sources, config)
+    if not splits.trains(len(units)):
+        raise UserError("all is held out, which leaves nothing to train on; give --input, or smaller fractions")
+    if steps and splits.shares["val"] == 0 and splits.given[0] == splits.given[1]:
+        raise UserError("val_fraction=0 leaves no text to measure bits per byte on; set a larger one, or --steps 0")
     rows = []
     with (
         TemporaryDirectory(prefix="compare-tokenizers.") as folder,
         start_workers(config.workers, None, Path(folder), total_bytes=sum(unit.size for unit in units)) as run_all,
     ):
         tasks = Tasks(Path(folder), run_all)
-        common = read_and_compare(units, sources, config, tasks)
+        common = read_and_compare(units, sources, splits, config, tasks)
         refuse_unreadable(common.extracted)
         for number, (name, given, options) in enumerate(tqdm(candidates, desc="tokenizers", disable=None)):
             stages = replace(common, variants=[], shards=[])
@@ -180,8 +192,6 @@ def _check(config: BuildConfig, kinds: Sequence[str], steps: int) -> None:
             raise UserError(f"--types {kind} is not a type of tokenizer; give some of {','.join(KINDS)}")
     if steps < 0:
         raise UserError(f"--steps {steps} is less than 0; give 0 to skip the training")
-    if steps and not config.val_fraction:
-        raise UserError("val_fraction=0 leaves no text to measure bits per byte on; set a larger one, or --steps 0")
 
 
 def _load(path: Path) -> Tokenizer:
@@ -209,11 +219,11 @@ def _drawn_texts(stages: Stages, source: int, scratch: Path, seed: int) -> Itera
     size = sum(done.result["kept"][1] for _, done in mine)
     limit = int(min(1.0, MEASURED_BYTES / max(size, 1)) * 2**64)
     for unit, _ in mine:
-        texts, contamination = unit.paths(scratch)
-        selection = select(texts, unit.number, stages.clusters, contamination, stages.splits)
+        whole = unit.model_copy(update={"parts": None})  # no document is cut to be measured
+        selection = select(whole, scratch, stages.clusters, stages.splits)
         # not the plain hash, by which documents are split: the drawn ones would all be of one split
         drawn = [keyed_hash(document.doc + b"measured", seed) < limit for document in selection.documents]
-        yield from (text for row, text in selected_texts(texts, selection) if drawn[row])
+        yield from (text for row, text in selected_texts(scratch / unit.texts, selection) if drawn[row])
 
 
 def _bits_per_byte(

@@ -12,6 +12,7 @@ from data_tools.dedup.lsh import DedupConfig
 from data_tools.filters.rules import RulesConfig
 from data_tools.option_types import Names, Paths
 from megagpt.config.parsing import Strict, UserPath, explain, overridden, read_json
+from megagpt.data.manifest import Split
 from megagpt.errors import UserError
 
 MOST_PIECES = 2**24  # of a vocabulary; SentencePiece counts in 32 bits
@@ -34,6 +35,12 @@ class ReadConfig(Strict):
     encoding: str = Field(default="utf-8", description="of text, JSON and CSV; auto: detect it")
     split_text_at: str = Field(default="", description="cut text files into documents after each of these")
     rules: RulesConfig = Field(default=RulesConfig(), description="cleaning and filters; see docs/data.md")
+    # Options that are newer than a dataset leave no trace at their default: its build resumes, its bytes do not change.
+    splits: Literal["by-hash", "by-name"] = Field(
+        default="by-hash",
+        exclude_if=lambda value: value == "by-hash",
+        description="by-name: train, val, valid, validation, dev and test in file and folder names",
+    )
 
     @field_validator("encoding")
     @classmethod
@@ -56,6 +63,11 @@ class SourceConfig(ReadConfig):
 
     name: str = Field(min_length=1, description="what reports call it")
     paths: Paths = Field(min_length=1, description="files, folders, globs, or URLs like s3://bucket/a.jsonl")
+    split: Split | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="train, val or test: where all of its documents go",
+    )
 
 
 class InputConfig(ReadConfig):
@@ -81,15 +93,25 @@ class InputConfig(ReadConfig):
         sources = [common | {"name": n} | (s if isinstance(s, dict) else {"paths": s}) for n, s in named]
         return raw | {"sources": sources}
 
-    def with_inputs(self, paths: Sequence[str]) -> tuple[SourceConfig, ...]:
-        """Return the sources of the options, then one for each path of --input; equal names get a number."""
-        if (n := len(self.sources) + len(paths)) > MAX_SOURCES:
+    def with_inputs(
+        self, paths: Sequence[str], *, val: Sequence[str] = (), test: Sequence[str] = ()
+    ) -> tuple[SourceConfig, ...]:
+        """Return the sources of the options, then one for each path of --input, --val and --test.
+
+        Equal names get a number.
+        """
+        if (n := len(self.sources) + len(paths) + len(val) + len(test)) > MAX_SOURCES:
             raise UserError(
                 f"{n:,} inputs are more than the {MAX_SOURCES:,} sources of a dataset; give their folder instead, or a "
                 "pattern in quotes, which is one source"
             )
         common = {key: getattr(self, key) for key in ReadConfig.model_fields}
-        named = [SourceConfig(name=_name_of(path), paths=(path,), **common) for path in paths]
+        given: dict[Split | None, Sequence[str]] = {None: paths, "val": val, "test": test}
+        named = [
+            SourceConfig(name=_name_of(path), paths=(path,), split=split, **common)
+            for split, its_paths in given.items()
+            for path in its_paths
+        ]
         if not (sources := (*self.sources, *named)):
             raise UserError('there is nothing to read; give --input PATH, or "sources" in --config')
         taken: dict[str, SourceConfig] = {}
@@ -144,16 +166,16 @@ class BuildConfig(TokenizerConfig):
     dedup: DedupConfig = DedupConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
     subword: SubwordConfig = SubwordConfig()
-    val_fraction: float = Field(default=0.01, ge=0.0, lt=1.0, description="of the documents")
-    test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0, description="of the documents")
+    val_fraction: float = Field(default=0.01, ge=0.0, le=1.0, description="of the documents that no input assigns")
+    test_fraction: float = Field(default=0.0, ge=0.0, le=1.0, description="of the documents that no input assigns")
     shard_tokens: int = Field(default=2**28, gt=0, description="tokens per shard, roughly: 512 MiB of 16-bit ids")
 
     @model_validator(mode="after")
-    def _something_is_left_to_train_on(self) -> "BuildConfig":
-        if self.val_fraction + self.test_fraction >= 1:
+    def _fractions_are_of_one_whole(self) -> "BuildConfig":
+        if self.val_fraction + self.test_fraction > 1:
             raise ValueError(
-                f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} leave nothing to train on; "
-                "set smaller ones"
+                f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} are more than all documents; "
+                f"set test_fraction={max(0.0, round(1 - self.val_fraction, 9)):g} or less"
             )
         return self
 

@@ -231,6 +231,15 @@ def duplicates_in(unit: int, clusters: Path) -> Duplicates:
         )
 
 
+def clustered_rows(unit: int, clusters: Path) -> set[int]:
+    """Return the rows of a unit's documents that have copies anywhere."""
+    with pa.memory_map(str(clusters)) as file:
+        batch = pa.ipc.open_file(file).get_batch(0)
+        documents = np.concatenate([to_numpy(batch["document"]), to_numpy(batch["first"])])
+        own = documents[(documents >= order_number(unit, 0)) & (documents < order_number(unit + 1, 0))]
+        return set((own - order_number(unit, 0)).tolist())
+
+
 def _write(path: Path, schema: pa.Schema, batches: Iterable[Sequence[np.ndarray]]) -> None:
     with new_arrow_file(path, schema) as writer:
         for columns in batches:

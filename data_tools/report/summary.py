@@ -1,7 +1,7 @@
 """Report what a build did: the figures for report.json and the HTML page, and a few lines for the terminal."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from data_tools.config import SourceConfig
 from data_tools.formatting import format_bytes, format_share, shortened
 from data_tools.stages.extract import unreadable_files
 from data_tools.stages.pipeline import Stages
-from megagpt.data.manifest import SPLITS
+from megagpt.data.manifest import SPLITS, Split
 from megagpt.data.shard_format import REPORT
 from megagpt.data.tokenizer import Tokenizer
 
@@ -36,6 +36,7 @@ def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, An
         "dropped": _sum_counts(source["dropped"] for source in own),
         "variants": _describe_variants(stages),
         "lost_text": stages.lost_text,
+        "notes": list(_notes(stages)),
         "loses_text": not Tokenizer.load(stages.model).round_trips(PROBE),
         "seconds": {stage: round(spent, 2) for stage, spent in stages.seconds.items()},
     }
@@ -71,7 +72,25 @@ def _describe_source(stages: Stages, number: int, name: str) -> dict[str, Any]:
 def _describe_variants(stages: Stages) -> list[dict[str, Any]]:
     """Tokens of the training split in each tokenization, and how much longer the sampled ones are."""
     tokens = [stages.count("train", variant)[2] for variant in range(len(stages.variants))]
-    return [{"id": i, "tokens": n, "times_canonical": round(n / tokens[0], 4)} for i, n in enumerate(tokens)]
+    return [{"id": i, "tokens": n, "times_canonical": round(n / (tokens[0] or 1), 4)} for i, n in enumerate(tokens)]
+
+
+def _notes(stages: Stages) -> Iterator[str]:
+    """Yield what the user may not expect of the splits."""
+    splits, (test, val, _) = stages.splits, stages.splits.given
+    if stages.cut:
+        wanted = {"val": splits.val_fraction, "test": splits.test_fraction}
+        fractions = [f"{name}_fraction={share:g}" for name, share in wanted.items() if share]
+        yield (
+            f"too few documents for {' and '.join(fractions)}: {stages.cut:,} cut after a paragraph or line, with the "
+            "last part held out"
+        )
+    held_out: list[tuple[Split, str, bool]] = [("val", "validation", val > test), ("test", "test", test > 0)]
+    for split, what, is_given in held_out:
+        if stages.count(split)[0] or not (is_given or splits.shares[split]):
+            continue
+        more = f"build from more text or with a larger {split}_fraction"
+        yield f"the {what} split is empty: {'nothing of its files is left' if is_given else more}"
 
 
 def _merge_skipped(many: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -124,8 +143,7 @@ def summary(report: dict[str, Any], out: Path) -> str:
     for split, count in report["splits"].items():
         if count["documents"]:
             lines.append(f"  {split:5}  {count['documents']:,} documents, {count['tokens']:,} tokens")
-    if not report["splits"]["val"]["documents"]:
-        lines.append("  the validation split is empty: build from more documents or with a larger val_fraction")
+    lines += [f"  {note}" for note in report["notes"]]
     for variant in report["variants"][1:]:
         lines.append(f"  variant {variant['id']}: {variant['tokens']:,} tokens, {variant['times_canonical']:.2f} times")
     if report["lost_text"] and report["lost_text"]["share"]:

@@ -1,8 +1,10 @@
 """The first stage: read a work unit, clean its documents, and write those that the rules keep or reject."""
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +15,63 @@ from data_tools.readers.by_format import FORMATS, read_slice
 from data_tools.readers.document_pieces import DocumentPiece, SkippedRecord
 from data_tools.readers.find_files import find_files
 from data_tools.readers.first_records import check_first_records
-from data_tools.readers.input_file import UnreadableFile
+from data_tools.readers.input_file import InputFile, UnreadableFile
+from data_tools.readers.split_names import given_split, names_like_splits
 from data_tools.readers.work_units import WorkUnit, cut_into_units
-from data_tools.stages.select import UnitInput
+from data_tools.stages.select import GIVEN, UnitInput
 from data_tools.storage.document_store import DocumentWriter, open_documents
 from data_tools.storage.rejects import REJECTS, RejectWriter, open_rejects
 from megagpt.atomic_files import sha256_of
+from megagpt.data.manifest import Split
 from megagpt.errors import UserError
 
 
 def find_units(
     sources: Sequence[SourceConfig], leave_out: Path | None = None, *, strict: bool = False
 ) -> list[WorkUnit]:
-    """Return the work units of all sources, without files in `leave_out`. Raises UserError for a bad input or rule."""
+    """Return the work units of all sources, without files in `leave_out`. Raises UserError for a bad input or rule.
+
+    A unit has one given split. Units come in the order of GIVEN: of equal documents the first stays, so a held-out one.
+    """
     for source in sources:
         check_rules(source.rules)
     found = [(source, find_files(source, leave_out)) for source in sources]
+    by_split: dict[Split | None, dict[str, list[InputFile]]] = {split: {} for split in GIVEN}
+    for source, files in found:
+        for file in files:
+            by_split[given_split(file.path, source)].setdefault(source.name, []).append(file)
     for source, files in found:
         check_first_records(source, files, strict=strict)
-    return cut_into_units([(source.name, files) for source, files in found], skip_unreadable=not strict)
+    groups, held_out = [], set[str]()
+    for split in GIVEN:
+        for name, files in by_split[split].items():
+            # as in --input corpus/ --val corpus/valid.txt
+            groups.append((name, [file for file in files if os.path.realpath(file.path) not in held_out]))
+        if split in ("test", "val"):
+            held_out |= {os.path.realpath(file.path) for files in by_split[split].values() for file in files}
+    return cut_into_units(groups, skip_unreadable=not strict)
+
+
+def given_units(units: Sequence[WorkUnit], sources: Sequence[SourceConfig]) -> tuple[int, int, int]:
+    """Return the units at which those given as test end, then val, then train: SplitConfig.given."""
+    named = {source.name: source for source in sources}
+    splits = [given_split(unit.slices[0].file.path, named[unit.source]) for unit in units]
+    test, val, train = accumulate(splits.count(split) for split in GIVEN[:-1])
+    return test, val, train
+
+
+def warn_of_names(units: Sequence[WorkUnit], sources: Sequence[SourceConfig]) -> str:
+    """Return a warning if names look like splits, such as train.txt and valid.txt, and hashes split all; or nothing."""
+    by_hash = {source.name: source for source in sources if source.split is None and source.splits == "by-hash"}
+    files = {slice_.file.path for unit in units if unit.source in by_hash for slice_ in unit.slices}
+    found = names_like_splits(sorted(files), [path for source in by_hash.values() for path in source.paths])
+    if not found:
+        return ""
+    named = ", ".join(f"{path} ({split})" for split, path in found.items())
+    return (
+        f"file names tell splits, but all of these files are mixed and split by fractions: {named}; "
+        "to keep them apart, add splits=by-name to the command"
+    )
 
 
 def extract_all(units: Sequence[WorkUnit], sources: Sequence[SourceConfig], strict: bool, tasks: Tasks) -> list[Done]:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.config import BuildConfig, SourceConfig
+from data_tools.dedup.lsh import DedupConfig
 from data_tools.executor.progress import warn
 from data_tools.executor.tasks import Done, Tasks, file_of, write_list
 from data_tools.readers.work_units import WorkUnit
+from data_tools.stages.cut_documents import cut_where_few
 from data_tools.stages.deduplicate import find_clusters, find_contaminated
-from data_tools.stages.extract import describe_units, extract_all, why_nothing_is_left
+from data_tools.stages.extract import describe_units, extract_all, given_units, why_nothing_is_left
 from data_tools.stages.lost_text import describe_lost_text, lost_text_of, measure_lost_text, share_to_measure
 from data_tools.stages.select import SplitConfig, UnitInput
 from data_tools.stages.shuffle import PASS_TOKENS, merge_down, write_shard
@@ -43,6 +45,7 @@ class Stages:
     splits: SplitConfig
     clusters: Path | None = None  # prefix of the clusters of duplicates
     unit_inputs: list[UnitInput] = field(default_factory=list)
+    cut: int = 0  # documents that are cut into parts, because there are few
     model: Path = Path()
     sample_sha256: str | None = None
     lost_text: dict[str, Any] | None = None  # by a given tokenizer: see stages/lost_text.py
@@ -72,10 +75,15 @@ class Stages:
 
 
 def run_stages(
-    units: list[WorkUnit], sources: Sequence[SourceConfig], config: BuildConfig, given: Tokenizer | None, tasks: Tasks
+    units: list[WorkUnit],
+    sources: Sequence[SourceConfig],
+    splits: SplitConfig,
+    config: BuildConfig,
+    given: Tokenizer | None,
+    tasks: Tasks,
 ) -> Stages:
     """Run all stages; with a `given` tokenizer, none is trained."""
-    stages = read_and_compare(units, sources, config, tasks)
+    stages = read_and_compare(units, sources, splits, config, tasks)
     find_tokenizer(stages, config, given, tasks)
     if given is not None and not given.is_lossless:
         stages.lost_text = _measure_lost_text(stages, given, tasks)
@@ -86,18 +94,20 @@ def run_stages(
 
 
 def read_and_compare(
-    units: list[WorkUnit], sources: Sequence[SourceConfig], config: BuildConfig, tasks: Tasks
+    units: list[WorkUnit], sources: Sequence[SourceConfig], splits: SplitConfig, config: BuildConfig, tasks: Tasks
 ) -> Stages:
-    """Return the stages before tokenization: extract, decontaminate, deduplicate."""
+    """Return the stages before tokenization: extract, decontaminate, deduplicate, cut long documents."""
     seconds: dict[str, float] = {}
     with _timed(seconds, "read"):
         extracted = extract_all(units, sources, config.strict, tasks)
-    stages = Stages(units, extracted, _splits(config), seconds=seconds)
+    stages = Stages(units, extracted, splits, seconds=seconds)
     with _timed(seconds, "compare"):
-        contamination = find_contaminated(extracted, config.decontamination, tasks)
-        found = find_clusters(extracted, contamination, config.dedup, config.seed, tasks)
+        held_out = splits.given[1]
+        contamination = [None] * held_out + find_contaminated(extracted[held_out:], config.decontamination, tasks)
+        found = find_clusters(extracted, contamination, _dedup(config, splits.given), config.seed, tasks)
         stages.clusters = found.prefix if found else None
-    stages.unit_inputs = describe_units(units, sources, extracted, contamination, tasks.folder)
+        described = describe_units(units, sources, extracted, contamination, tasks.folder)
+        stages.unit_inputs, stages.cut = cut_where_few(described, extracted, found, splits, tasks)
     return stages
 
 
@@ -133,13 +143,26 @@ def tokenize_and_shuffle(stages: Stages, sources: Sequence[SourceConfig], config
         stages.shards = _write_shards(stages, sources, tokenizer, config, tasks)
 
 
-def _splits(config: BuildConfig) -> SplitConfig:
-    return SplitConfig(
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        duplicates=config.dedup.duplicates,
-        seed=config.seed,
-    )
+def plan_splits(units: Sequence[WorkUnit], sources: Sequence[SourceConfig], config: BuildConfig) -> SplitConfig:
+    """Return how the documents are split. Raises UserError for a fraction that the user gave and that has no effect."""
+    given = given_units(units, sources)
+    fractions = {"val_fraction": config.val_fraction, "test_fraction": config.test_fraction}
+    is_given = {"val_fraction": given[1] > given[0], "test_fraction": given[0] > 0}
+    for name, fraction in fractions.items():
+        if fraction and (is_given[name] or given[-1] == len(units)):
+            if name in config.model_fields_set:
+                why = "the inputs give that split" if is_given[name] else "every input has a split of its own"
+                raise UserError(f"{name}={fraction} has no effect, because {why}; remove it, or set {name}=0")
+            fractions[name] = 0.0
+    duplicates = _dedup(config, given).duplicates
+    return SplitConfig(**fractions, duplicates=duplicates, seed=config.seed, given=given)
+
+
+def _dedup(config: BuildConfig, given: tuple[int, int, int]) -> DedupConfig:
+    """Return the rule for copies. With method none, copies still do not get from one given split into another."""
+    if config.dedup.method == "none" and any(given):
+        return DedupConfig(method="exact", duplicates="keep")
+    return config.dedup
 
 
 @contextmanager
@@ -161,10 +184,12 @@ def _variant_configs(tokenizer: Tokenizer, config: BuildConfig) -> list[VariantC
 
 
 def _check_something_is_left(stages: Stages) -> None:
-    if stages.count("train")[0]:
+    wanted: tuple[Split, ...] = ("train",) if stages.splits.trains(len(stages.units)) else SPLITS
+    if any(stages.count(split)[0] for split in wanted):
         return
     reasons = why_nothing_is_left(stages.extracted, stages.tokenized)
-    way_out = "give more input" if reasons else "give more input or smaller val_fraction and test_fraction"
+    held_out = [f"{split}_fraction=0" for split, share in stages.splits.shares.items() if share and split != "train"]
+    way_out = f"give more input, or set {' and '.join(held_out)}" if held_out and not reasons else "give more input"
     raise UserError(f"no document is left to train on{reasons}; {way_out}")
 
 

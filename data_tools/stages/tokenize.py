@@ -20,7 +20,6 @@ from data_tools.readers.document_pieces import PIECE_CHARACTERS
 from data_tools.stages.select import Selection, SplitConfig, UnitInput, keyed_hash, select
 from data_tools.stages.subword_sampling import SubwordSampler
 from data_tools.storage.arrow_columns import new_arrow_file
-from data_tools.storage.document_store import read_pieces
 from data_tools.storage.rejects import REJECTS, RejectWriter, open_rejects
 from data_tools.storage.shard_writer import ShardRow, narrow
 from data_tools.storage.token_files import KeyedRow, token_batch, token_file_schema
@@ -53,12 +52,12 @@ def tokenize(
     Variants other than the canonical one contain the training split only.
     """
     tokenizer = _load_tokenizer(model, model_sha256)
-    texts, contamination = unit.paths(prefix.parents[1])
-    selection = select(texts, unit.number, clusters, contamination, splits)
+    scratch = prefix.parents[1]
+    selection = select(unit, scratch, clusters, splits)
     sampler = _load_sampler(tokenizer, variant) if variant.number else None
     files = _TokenFiles(prefix, tokenizer)
     with open_rejects(file_of(prefix, REJECTS)) as rejects:
-        pieces = _selected(texts, selection, rejects if variant.number == 0 else None)
+        pieces = _selected(scratch / unit.texts, selection, rejects if variant.number == 0 else None)
         if variant.number:
             pieces = ((row, text) for row, text in pieces if selection.splits[row] == "train")
         for group in _groups(pieces):
@@ -77,7 +76,7 @@ def tokenize(
 def _selected(texts: Path, selection: Selection, rejects: RejectWriter | None) -> Iterator[tuple[int, str]]:
     """Yield (row, piece) of the documents that stay; write the others to the rejects."""
     documents = selection.documents
-    for row, group in groupby(read_pieces(texts), key=itemgetter(0)):
+    for row, group in groupby(selection.pieces(texts), key=itemgetter(0)):
         if row not in selection.dropped:
             yield from group
         elif rejects is not None:

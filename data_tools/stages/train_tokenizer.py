@@ -16,9 +16,15 @@ from data_tools.config import MOST_PIECES, TRAINING, TokenizerConfig
 from data_tools.executor.progress import warn
 from data_tools.executor.tasks import Done, Tasks, file_of
 from data_tools.executor.workers import start_workers
-from data_tools.stages.extract import describe_units, extract_all, find_units, refuse_unreadable, why_nothing_is_left
+from data_tools.stages.extract import (
+    describe_units,
+    extract_all,
+    find_units,
+    given_units,
+    refuse_unreadable,
+    why_nothing_is_left,
+)
 from data_tools.stages.select import SplitConfig, UnitInput, keyed_hash, select
-from data_tools.storage.document_store import read_pieces
 from megagpt.atomic_files import write_atomically, written
 from megagpt.data.tokenizer import META_SPACE, Tokenizer
 from megagpt.errors import UserError
@@ -60,7 +66,8 @@ def train_tokenizer(
         extracted = extract_all(units, sources, config.strict, tasks)
         refuse_unreadable(extracted)
         unit_inputs = describe_units(units, sources, extracted, [None] * len(extracted), tasks.folder)
-        whole = SplitConfig(val_fraction=0.0, test_fraction=0.0, duplicates="remove", seed=config.seed)
+        given = given_units(units, sources)  # what is held out, as by splits=by-name, trains no tokenizer
+        whole = SplitConfig(val_fraction=0.0, test_fraction=0.0, duplicates="remove", seed=config.seed, given=given)
         trained = train_on(extracted, unit_inputs, None, whole, config, tasks)
         write_atomically(out, file_of(trained.prefix, MODEL).read_bytes())
     return Tokenizer.load(out)
@@ -115,11 +122,11 @@ def draw_sample(
     prefix: Path, unit: UnitInput, clusters: Path | None, splits: SplitConfig, share: float
 ) -> dict[str, Any]:
     """Run as a task: draw a unit's chunks whose keyed hash is below `share`, whatever their order."""
-    texts, contamination = unit.paths(prefix.parents[1])
-    selection = select(texts, unit.number, clusters, contamination, splits)
+    scratch = prefix.parents[1]
+    selection = select(unit, scratch, clusters, splits)
     limit = int(share * 2**64)
     with written(file_of(prefix, SAMPLE)) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for piece, (row, text) in enumerate(read_pieces(texts)):
+        for piece, (row, text) in enumerate(selection.pieces(scratch / unit.texts)):
             if row in selection.dropped or selection.splits[row] != "train":
                 continue
             for at in range(0, len(text), CHUNK):

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from megagpt.atomic_files import leads_out, write_atomically
 from megagpt.config.parsing import Strict
@@ -81,6 +81,8 @@ class Manifest(Strict):
     sources: tuple[SourceInfo, ...]
     input_sha256: str
     pipeline: dict[str, Any]  # the build's configuration, every option resolved
+    # documents of which parts are in several splits, as there were too few for the fractions
+    cut_documents: int = Field(default=0, exclude_if=lambda number: number == 0)
     fingerprint: str = ""  # of everything that decides what training sees
     sha256: str = ""  # of this manifest without this key, as canonical JSON
 
