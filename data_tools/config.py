@@ -1,6 +1,7 @@
 """The options of the data_tools commands: a JSON file and key=value pairs, checked, as one frozen model."""
 
 import codecs
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -100,6 +101,9 @@ class InputConfig(ReadConfig):
 
         Equal names get a number.
         """
+        for split, its_paths in (("val", val), ("test", test)):
+            if fraction := next((path for path in its_paths if _is_fraction(path)), None):
+                raise UserError(f"--{split} {fraction} is no file; for a fraction, set {split}_fraction={fraction}")
         if (n := len(self.sources) + len(paths) + len(val) + len(test)) > MAX_SOURCES:
             raise UserError(
                 f"{n:,} inputs are more than the {MAX_SOURCES:,} sources of a dataset; give their folder instead, or a "
@@ -198,6 +202,10 @@ class BuildConfig(TokenizerConfig):
         idle |= TRAINING if self.tokenizer else set()
         each = [source.model_dump(mode="json", exclude={"paths"}) for source in sources]
         return self.model_dump(mode="json", exclude=idle) | {"sources": each}
+
+
+def _is_fraction(path: str) -> bool:
+    return re.fullmatch(r"[01]?\.\d+|[01]", path) is not None and not Path(path).exists()
 
 
 def _name_of(path: str) -> str:

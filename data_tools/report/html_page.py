@@ -44,6 +44,7 @@ def page_of(report: Report, title: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_text(title)}: report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{_text(title)}</h1>\n{_note('What the build read, dropped and wrote.')}{_totals(report)}\n"
+        f"{''.join(map(_note, report['notes']))}"
         f"{''.join(sections)}</body>\n</html>\n"
     )
 

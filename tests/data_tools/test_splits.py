@@ -224,7 +224,7 @@ def test_a_dataset_dict_is_split_by_the_names_of_its_folders(tmp_path: Path, mod
     }
 
 
-def test_names_that_look_like_splits_are_said_with_the_option_that_uses_them(
+def test_names_that_look_like_splits_are_warned_of_with_the_option_that_uses_them(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trio(tmp_path / "in")
@@ -329,6 +329,7 @@ def with_files(*names: str) -> Any:
         (["in/train.txt", "in/train-test.txt"], ["--input", "in", "splits=by-name"], "'train-test.txt' names several"),
         (["a.txt", "b.txt"], ["--input", "a.txt", "--val", "b.txt", "val_fraction=0.1"], "set val_fraction=0"),
         (["a.txt"], ["--input", "a.txt", "--val", "c.txt"], "c.txt: there is no such file"),
+        (["a.txt"], ["--input", "a.txt", "--val", "0.1"], "set val_fraction=0.1"),
         (["a.txt"], ["--val", "a.txt"], "give tokenizer=MODEL"),
         (["a.txt"], ["--input", "a.txt", "val_fraction=1"], "give tokenizer=MODEL"),
         (["a.txt"], ["--input", "a.txt", "val_fraction=0.9", "test_fraction=0.2"], "set test_fraction=0.1 or less"),
