@@ -8,16 +8,21 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from data_tools.config import SourceConfig
-from data_tools.readers.by_format import FORMATS, format_of
+from data_tools.readers.by_format import FORMATS, METADATA, format_of
+from data_tools.readers.hugging_face import folders_of_data, is_in_cache, metadata_among
 from data_tools.readers.input_file import InputFile
 from data_tools.readers.open_file import COMPRESSIONS, reading
-from data_tools.readers.remote_files import escape_folder, list_remote, path_in
+from data_tools.readers.remote_files import escape_folder, list_remote, open_file_system, path_in
 from megagpt.config.parsing import did_you_mean
 from megagpt.errors import UserError
 
 IGNORED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}  # as are hidden ones
 LOCAL_SCHEMES = ("file://", "local://")
-ALL_FORMATS = frozenset(FORMATS) | {"auto"}
+MOST_METADATA = 2**24  # bytes that are read of a file
+
+
+Found = tuple[str, int, str, bool]
+"""(path, size, state, named by the user): see InputFile."""
 
 
 def find_files(source: SourceConfig, leave_out: Path | None = None) -> list[InputFile]:
@@ -26,10 +31,9 @@ def find_files(source: SourceConfig, leave_out: Path | None = None) -> list[Inpu
     Files in `leave_out`, the output folder of the same build, are not found in folders, and refused if named.
     Raises UserError if there are no files, and for a format that does not exist.
     """
-    if source.format != "auto" and source.format not in FORMATS:
-        raise UserError(
-            f"format={source.format!r} of {source.name} is unknown{did_you_mean(source.format, ALL_FORMATS)}"
-        )
+    known = {"auto", *FORMATS} - {METADATA}
+    if source.format not in known:
+        raise UserError(f"format={source.format!r} of {source.name} is unknown{did_you_mean(source.format, known)}")
     own = leave_out.resolve() if leave_out else None
     files = [file for path in source.paths for file in _find(path, source, own)]
     if not files:
@@ -41,17 +45,46 @@ def find_files(source: SourceConfig, leave_out: Path | None = None) -> list[Inpu
 def _find(path: str, source: SourceConfig, own: Path | None) -> Iterator[InputFile]:
     if not path:
         raise UserError("an input path is empty, perhaps an unset variable; give a file, a folder or `.`")
-    is_local = "://" not in path or path.startswith(LOCAL_SCHEMES)
     with reading(path):
-        find = _find_local(_local(path), source.include, own) if is_local else _find_remote(path, source.include)
+        find = _find_local(_local(path), source.include, own) if _is_local(path) else _find_remote(path, source.include)
         files = list(find)
+        metadata = _metadata_among(files, path, source)
     for found, size, state, named in files:
-        kind, compression = _format_and_compression(found, source.format)
+        is_data = found not in metadata
+        kind, compression = _format_and_compression(found, source.format) if is_data else (METADATA, "")
         yield InputFile(found, kind, compression, size, state, named, source.encoding)
 
 
-Found = tuple[str, int, str, bool]
-"""(path, size, state, named by the user): see InputFile."""
+def _metadata_among(files: Sequence[Found], path: str, source: SourceConfig) -> set[str]:
+    """Return the paths of those files, found in the folder `path`, that are a Hugging Face dataset's metadata."""
+    paths = [found for found, _, _, named in files if not named]
+    if not paths:
+        return set()
+    listed = set(paths)
+
+    def read(name: str) -> str:
+        # a store may answer with any error to a question about a file that it does not list
+        return _text_of(name) if "://" not in name or name in listed else ""
+
+    root = os.path.abspath(_local(path)) if _is_local(path) else path.rstrip("/")
+    return metadata_among(paths, root, read, is_selected=bool(source.include))
+
+
+def _text_of(path: str) -> str:
+    """Return the text of a small file; empty if there is no such file on this machine."""
+    if "://" in path:
+        fs, inside = open_file_system(path)
+        content: bytes = fs.cat_file(inside, end=MOST_METADATA)
+        return content.decode(errors="replace")
+    try:
+        with open(path, "rb") as file:
+            return file.read(MOST_METADATA).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _is_local(path: str) -> bool:
+    return "://" not in path or path.startswith(LOCAL_SCHEMES)
 
 
 def _local(path: str) -> str:
@@ -99,7 +132,7 @@ def _matched(matches: Sequence[str], include: Sequence[str], own: Path | None) -
 
 def _files_in(root: Path, include: Sequence[str], own: Path | None) -> list[Path]:
     paths = list(_walk(root, include, own))
-    files = [path for path in paths if not path.is_symlink()]
+    files = [path for path in paths if not path.is_symlink() or is_in_cache(path)]
     if paths and not files:
         pattern = root / os.path.relpath(paths[0].parent, root.absolute()) / ("*" + paths[0].suffix)
         raise UserError(
@@ -111,10 +144,11 @@ def _files_in(root: Path, include: Sequence[str], own: Path | None) -> list[Path
 
 def _walk(root: Path, include: Sequence[str], own: Path | None) -> Iterator[Path]:
     for folder, folders, names in os.walk(root.absolute(), onerror=_refuse):
-        folders[:] = sorted(name for name in folders if _is_wanted_folder(name) and Path(folder, name).resolve() != own)
+        wanted = [name for name in folders_of_data(Path(folder), folders) if _is_wanted_folder(name)]
+        folders[:] = sorted(name for name in wanted if Path(folder, name).resolve() != own)
         for name in sorted(names):
             path = Path(folder, name)
-            if _is_wanted(name, include) and path.is_file():
+            if _is_wanted(name, include) and (is_in_cache(path) or path.is_file()):
                 yield path
 
 

@@ -2,10 +2,9 @@
 
 import sys
 from collections.abc import Sequence
-from itertools import islice
 
 from data_tools.config import SourceConfig
-from data_tools.readers.by_format import FORMATS, read_slice
+from data_tools.readers.by_format import FORMATS, METADATA, read_slice
 from data_tools.readers.input_file import InputFile, UnreadableFile
 
 TRIED, TRIED_REMOTE = 5_000, 8  # files of a source that are opened: some seconds
@@ -16,7 +15,8 @@ def check_first_records(source: SourceConfig, files: Sequence[InputFile], *, str
 
     With `strict`, that of any of them. Otherwise files found in folders are named in a warning.
     """
-    tried = list(islice((file for file in files if file.size), TRIED_REMOTE if _is_slow(source, files) else TRIED))
+    data = [file for file in files if file.size and file.kind != METADATA]
+    tried = data[: TRIED_REMOTE if _is_slow(source, data) else TRIED]
     failed = [error for file in tried if (error := _error_of(file, source, strict or file.named))]
     if not failed:
         return

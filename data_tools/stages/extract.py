@@ -130,6 +130,8 @@ def describe_units(
 def why_nothing_is_left(extracted: Sequence[Done], tokenized: Sequence[Done] = ()) -> str:
     """Return the end of a message, "; skipped: ...", with every reason for dropped documents; may be empty."""
     reasons: dict[str, str] = {}
+    for why in unreadable_files(extracted).values():
+        reasons.setdefault("unreadable", why)
     for done in extracted:
         for reason, (n, first) in done.result["skipped"].items():
             reasons.setdefault(reason, f"skipped: {n} {reason} (first: {first})")

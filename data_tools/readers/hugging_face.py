@@ -1,0 +1,99 @@
+"""Tell the data of a Hugging Face dataset from what lies beside it: a saved, a cached, a cloned or a downloaded one."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data_tools.formatting import listed
+from data_tools.readers.by_format import has_known_ending
+from megagpt.errors import UserError
+
+METADATA = frozenset(["dataset_dict.json", "dataset_info.json", "dataset_infos.json"])  # wherever they are found
+TABLES = (".arrow", ".parquet")
+UNFINISHED = ("cache-", "tmp")  # how the names begin of what map(), filter() and an unfinished download leave
+IS_HUB = ("*.arrow filter=lfs", "*.parquet filter=lfs")  # lines of .gitattributes, as the hub writes it
+CARD = ("annotations_creators:", "configs:", "dataset_info:", "pretty_name:", "size_categories:", "task_categories:")
+CACHE = {"blobs", "refs", "snapshots"}  # the folders of a repository in the hub's cache
+
+Read = Callable[[str], str]
+"""read(path): a small file's text; empty if there is none."""
+
+
+def metadata_among(paths: Sequence[str], root: str, read: Read, *, is_selected: bool) -> set[str]:
+    """Return those of the files found in the folder `root` that are not data. Raises UserError if some are missing.
+
+    The user who selects files by `include` knows which of a repository's are data.
+    """
+    folders: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        folders[folder].append(name)
+    left_out = {path for path in paths if PurePosixPath(path).name in METADATA}
+    for folder, names in folders.items():
+        if any(name.endswith(TABLES) for name in names):
+            left_out |= {f"{folder}/{name}" for name in _not_data(folder, names, read, is_selected=is_selected)}
+    is_local = "://" not in root
+    candidates = {root, *(folder for folder, names in folders.items() if is_local and "README.md" in names)}
+    if not is_selected:
+        for repository in (folder for folder in candidates if _is_repository(folder, read)):
+            left_out |= {p for p in paths if p.startswith(f"{repository}/") and not has_known_ending(p)}
+    return left_out
+
+
+def _not_data(folder: str, names: Iterable[str], read: Read, *, is_selected: bool) -> set[str]:
+    """Return what is not data in a folder that `datasets` may have written: nothing, if it has not."""
+    state = _parsed(read(f"{folder}/state.json"))
+    if "_data_files" in state:
+        data = {file["filename"] for file in state["_data_files"]}
+        if not is_selected and (missing := sorted(data - set(names))):
+            raise UserError(f"{folder}/state.json lists {missing[0]}, which is not there; copy it too")
+    elif "features" in _parsed(read(f"{folder}/dataset_info.json")):
+        data = {name for name in names if name.endswith(TABLES) and not name.startswith(UNFINISHED)}
+    else:
+        return set()
+    return set(names) - data
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _is_repository(folder: str, read: Read) -> bool:
+    """Tell whether a folder is a clone or a copy of a dataset's repository on the hub."""
+    if folder.startswith("hf://") or any(line in read(f"{folder}/.gitattributes") for line in IS_HUB):
+        return True
+    text = read(f"{folder}/README.md").replace("\r\n", "\n")
+    card = text.removeprefix("---\n").partition("\n---")[0] if text.startswith("---\n") else ""
+    return any(line.startswith(CARD) for line in card.splitlines())
+
+
+def folders_of_data(folder: Path, names: Sequence[str]) -> list[str]:
+    """Return those of the folders in a folder that may hold data: of a cache, the current revision's alone.
+
+    Raises UserError if it is not known which of several revisions is meant.
+    """
+    if set(names) >= CACHE:
+        return ["snapshots"]
+    if folder.name == "snapshots" and (folder.parent / "blobs").is_dir():
+        main = folder.parent / "refs" / "main"
+        revision = main.read_text().strip() if main.is_file() else names[0] if len(names) == 1 else ""
+        if revision not in names:
+            raise UserError(f"{folder} holds several revisions: {listed(sorted(names))}; give the folder of one")
+        return [revision]
+    is_cache = folder.parts[-2:] == ("huggingface", "datasets")
+    return [name for name in names if not name.endswith(".incomplete") and not (is_cache and name == "downloads")]
+
+
+def is_in_cache(path: Path) -> bool:
+    """Tell whether a file is a link into the hub's cache. Raises UserError if its download was not finished."""
+    blob = path.resolve()
+    is_blob = path.is_symlink() and blob.parent.name == "blobs" and (blob.parents[1] / "snapshots").is_dir()
+    if is_blob and not blob.is_file():
+        raise UserError(f"{path} is not downloaded, or not to its end; download the dataset again")
+    return is_blob
