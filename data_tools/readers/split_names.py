@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.config import SourceConfig
+from data_tools.readers.by_format import METADATA
+from data_tools.readers.input_file import InputFile
 from megagpt.data.manifest import Split
 from megagpt.errors import UserError
 
@@ -52,18 +54,18 @@ def _names_from(path: str, given: Sequence[str]) -> list[str]:
     return path.rstrip("/").split("/")[-2:]
 
 
-def given_split(path: str, source: SourceConfig) -> Split | None:
+def given_split(file: InputFile, source: SourceConfig) -> Split | None:
     """Return the split to which a file's documents are assigned; None if their hashes decide.
 
     With splits=by-name, what is named train is not held out: a split that nobody gave is a fraction of it.
     Raises UserError for a file whose name tells no split.
     """
-    if source.split is not None or source.splits == "by-hash":
+    if source.split is not None or source.splits == "by-hash" or file.kind == METADATA:
         return source.split
-    split = split_in_names(path, source.paths)
+    split = split_in_names(file.path, source.paths)
     if split is None:
         raise UserError(
-            f"splits=by-name: no name in {path} tells a split ({', '.join(WORDS)}); rename it, leave it out with "
+            f"splits=by-name: no name in {file.path} tells a split ({', '.join(WORDS)}); rename it, leave it out with "
             "include, or give files by --input, --val and --test without splits=by-name"
         )
     return None if split == "train" else split

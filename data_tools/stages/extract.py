@@ -11,7 +11,7 @@ from typing import Any
 from data_tools.config import SourceConfig
 from data_tools.executor.tasks import Done, Tasks, file_of
 from data_tools.filters.rules import RulesConfig, apply_rules, check_rules, clean_only, load_custom
-from data_tools.readers.by_format import FORMATS, read_slice
+from data_tools.readers.by_format import FORMATS, METADATA, read_slice
 from data_tools.readers.document_pieces import DocumentPiece, SkippedRecord
 from data_tools.readers.find_files import find_files
 from data_tools.readers.first_records import check_first_records
@@ -39,7 +39,7 @@ def find_units(
     by_split: dict[Split | None, dict[str, list[InputFile]]] = {split: {} for split in GIVEN}
     for source, files in found:
         for file in files:
-            by_split[given_split(file.path, source)].setdefault(source.name, []).append(file)
+            by_split[given_split(file, source)].setdefault(source.name, []).append(file)
     for source, files in found:
         check_first_records(source, files, strict=strict)
     groups, held_out = [], set[str]()
@@ -55,7 +55,7 @@ def find_units(
 def given_units(units: Sequence[WorkUnit], sources: Sequence[SourceConfig]) -> tuple[int, int, int]:
     """Return the units at which those given as test end, then val, then train: SplitConfig.given."""
     named = {source.name: source for source in sources}
-    splits = [given_split(unit.slices[0].file.path, named[unit.source]) for unit in units]
+    splits = [given_split(unit.slices[0].file, named[unit.source]) for unit in units]
     test, val, train = accumulate(splits.count(split) for split in GIVEN[:-1])
     return test, val, train
 
@@ -63,7 +63,8 @@ def given_units(units: Sequence[WorkUnit], sources: Sequence[SourceConfig]) -> t
 def warn_of_names(units: Sequence[WorkUnit], sources: Sequence[SourceConfig]) -> str:
     """Return a warning if names look like splits, such as train.txt and valid.txt, and hashes split all; or nothing."""
     by_hash = {source.name: source for source in sources if source.split is None and source.splits == "by-hash"}
-    files = {slice_.file.path for unit in units if unit.source in by_hash for slice_ in unit.slices}
+    all_files = (slice_.file for unit in units if unit.source in by_hash for slice_ in unit.slices)
+    files = {file.path for file in all_files if file.kind != METADATA}
     found = names_like_splits(sorted(files), [path for source in by_hash.values() for path in source.paths])
     if not found:
         return ""

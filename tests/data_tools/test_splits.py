@@ -218,6 +218,9 @@ def test_a_dataset_dict_is_split_by_the_names_of_its_folders(tmp_path: Path, mod
         table = pa.table({"text": [text]})
         with pa.ipc.new_stream(path, table.schema) as writer:
             writer.write_table(table)
+        write(path.with_name("state.json"), json.dumps({"_data_files": [{"filename": path.name}]}))
+        write(path.with_name("dataset_info.json"), json.dumps({"features": {"text": {"dtype": "string"}}}))
+    write(tmp_path / "in" / "dataset_dict.json", json.dumps({"splits": list(texts)}))
     build([tmp_path / "in"], tmp_path / "out", BuildConfig(tokenizer=model, splits="by-name"))
     assert documents_of(tmp_path / "out") == {
         split: [text] for split, text in zip(("train", "val", "test"), texts.values(), strict=True)
