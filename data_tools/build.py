@@ -15,6 +15,7 @@ import pyarrow as pa
 import sentencepiece
 
 from data_tools.config import BuildConfig, SourceConfig
+from data_tools.executor.progress import warn
 from data_tools.executor.tasks import Tasks
 from data_tools.executor.workers import start_workers
 from data_tools.publish import publish
@@ -63,7 +64,7 @@ def build(
     units = find_units(sources, leave_out=out, strict=config.strict)
     splits = plan_splits(units, sources, config)
     if warning := warn_of_names(units, sources):
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+        warn(warning)
     if given is None and not splits.trains(len(units)):
         raise UserError(
             "all is held out, which leaves nothing to train a tokenizer on; give tokenizer=MODEL or --input"

@@ -30,10 +30,10 @@ def measure_lost_text(
 ) -> dict[str, Any]:
     """Run as a task: measure a share of the pieces of a unit's documents, drawn by a keyed hash."""
     tokenizer = Tokenizer.load(model, sha256=model_sha256)
-    texts, contamination = unit.paths(prefix.parents[1])
-    selection = select(texts, unit.number, clusters, contamination, splits)
+    scratch = prefix.parents[1]
+    selection = select(unit, scratch, clusters, splits)
     n_bytes, n_lost, most = 0, 0, Counter[str]()
-    for piece, (row, text) in enumerate(selected_texts(texts, selection)):
+    for piece, (row, text) in enumerate(selected_texts(scratch / unit.texts, selection)):
         if keyed_hash(selection.documents[row].doc + f"lost {piece}".encode(), splits.seed) < share * 2**64:
             lost = tokenizer.lost(text)
             n_bytes, n_lost = n_bytes + len(text.encode()), n_lost + lost.total()
