@@ -165,7 +165,12 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
     for with_splits in (build_command, compare_command):
         for split, what in (("val", "validation"), ("test", "test")):
             with_splits.add_argument(
-                f"--{split}", nargs="+", default=[], metavar="PATH", help=f"the {what} split: never trained on"
+                f"--{split}",
+                nargs="+",
+                type=user_url_or_path,
+                default=[],
+                metavar="PATH",
+                help=f"the {what} split: never trained on",
             )
     for with_input in (build_command, train_command, compare_command):
         with_input.add_argument(
