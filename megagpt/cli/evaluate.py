@@ -51,7 +51,5 @@ def run(args: argparse.Namespace) -> int:
         if lost := lost_text(unknown, tokenizer):
             print(f"  {lost}")
         if windows.text_bytes and not windows.text_bytes.by_row:
-            print(
-                "  the bytes are estimated by the split's mean, because an older data_tools stored none"
-            )
+            print("  the bytes are estimated by the split's mean, because an older data_tools stored none")
     return 0

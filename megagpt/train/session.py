@@ -6,7 +6,6 @@ import math
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from megagpt.atomic_files import write_atomically
 from megagpt.checkpoint.async_writer import Writer
 from megagpt.checkpoint.commit import step_folder
 from megagpt.checkpoint.finite import what_to_change
-from megagpt.checkpoint.identity import changed_keys, described, layout_changes
+from megagpt.checkpoint.identity import layout_changes
 from megagpt.checkpoint.load import restore, resume
 from megagpt.checkpoint.rng import seed_all
 from megagpt.checkpoint.rotation import retract
@@ -36,11 +35,12 @@ from megagpt.guards.spikes import UpdateGate, check_skipping, judge
 from megagpt.guards.step_window import StepWindow
 from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
-from megagpt.model.generate import changed_prompts, complete
+from megagpt.model.generate import complete
 from megagpt.train.early_stopping import after_evaluation
-from megagpt.train.evaluate import evaluate, lost_text, token_counts, unknown_share
+from megagpt.train.evaluate import evaluate
 from megagpt.train.metrics import Stopwatch, log_metrics, speed
 from megagpt.train.monitor import Monitor, print_ending
+from megagpt.train.opening import opening
 from megagpt.train.preflight import RunSetup
 from megagpt.train_state import TrainState
 
@@ -90,8 +90,8 @@ class Session:
         self.not_finite_at = 0  # the step of the last evaluation that was not finite
         with errors_on_every_rank():
             self.monitor = self._open_monitor()
-        opening = _opening(setup, effective)
-        print_rank0(opening)
+        lines = opening(setup, effective)
+        print_rank0("\n".join(lines))
 
     def _open_monitor(self) -> Monitor:
         """Write the effective run file into the run's folder, and open its monitors."""
@@ -295,35 +295,3 @@ class Session:
     def _eta(self, step: int) -> float:
         """Return the seconds to the last step, at the pace of this start."""
         return (self.cfg.schedule.max_steps - step) * self.stopwatch.total() / (step - self.setup.state.step)
-
-
-def _opening(setup: RunSetup, effective: dict[str, Any]) -> str:
-    cfg, batch = setup.run.megagpt, setup.batch
-    tokens = [f"{dataset.variants('train')[0].tokens:,}" for dataset in setup.training_set.datasets]
-    lines = [
-        f"{cfg.out_dir}: {cfg.model.n_layer} layers, {cfg.model.n_embd} wide, vocabulary {setup.data.vocab_size:,}; "
-        f"{' + '.join(tokens)} training tokens; global batch {batch.global_batch} = micro-batch {batch.micro_batch} "
-        f"x accumulation {batch.accumulation} x {batch.replicas} "
-        + ("ranks" if batch.sequence_parallel_size == 1 else f"groups of {batch.sequence_parallel_size} ranks")
-    ]
-    lines += setup.training_set.packing()
-    lines += _what_the_tokenizer_loses(setup)
-    if setup.saved is None:
-        lines.append(f"no checkpoint in {cfg.out_dir}: starting at step 0")
-    else:
-        lines.append(f"resuming from {setup.saved.step_dir}")
-        lines += [f"  changed: {line}" for line in described(changed_keys(setup.saved.step_dir, effective))]
-        if setup.training_set.mixture.segments != setup.saved.mixture.segments:
-            mixture = setup.training_set.describe(setup.saved.state.samples_seen, cfg.seq_len)
-            lines.append(f"  samples from now on: {mixture}")
-    return "\n".join(lines)
-
-
-def _what_the_tokenizer_loses(setup: RunSetup) -> list[str]:
-    """Tell of validation text and prompts that the tokenizer cannot spell; those of data_tools spell all."""
-    tokenizer, cfg = setup.data.tokenizer, setup.run.megagpt
-    if tokenizer.is_lossless:
-        return []
-    unknown = unknown_share(token_counts(setup.data.val_windows), tokenizer)
-    changed = changed_prompts(tokenizer, cfg.sample.prompts) if cfg.every.sample else []
-    return [line for line in (lost_text(unknown, tokenizer), *changed) if line]
