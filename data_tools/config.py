@@ -1,6 +1,7 @@
 """The options of the data_tools commands: a JSON file and key=value pairs, checked, as one frozen model."""
 
 import codecs
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from data_tools.dedup.decontamination import DecontaminationConfig
 from data_tools.dedup.lsh import DedupConfig
 from data_tools.filters.rules import RulesConfig
 from data_tools.option_types import Names, Paths
-from megagpt.config.parsing import Strict, UserPath, explain, overridden, read_json
+from megagpt.config.parsing import Strict, UserPath, explain, overridden, read_json, unescaped
 from megagpt.data.manifest import Split
 from megagpt.errors import UserError
 
@@ -34,7 +35,7 @@ class ReadConfig(Strict):
         description=f"how to write out a list of chat messages: {', '.join(get_args(ChatTemplate))}",
     )
     encoding: str = Field(default="utf-8", description="of text, JSON and CSV; auto: detect it")
-    split_text_at: str = Field(default="", description="cut text files into documents after each of these")
+    split_text_at: str = Field(default="", description=r"cut text files into documents after each: '\n\n'")
     rules: RulesConfig = Field(default=RulesConfig(), description="cleaning and filters; see docs/data.md")
     # Options that are newer than a dataset leave no trace at their default: its build resumes, its bytes do not change.
     splits: Literal["by-hash", "by-name"] = Field(
@@ -216,12 +217,20 @@ def _name_of(path: str) -> str:
 Config = TypeVar("Config", bound=InputConfig)
 
 
+def _with_escapes(item: str) -> str:
+    """Return an override of split_text_at with the escapes replaced that a shell passes on, unless it is JSON text."""
+    key, sep, value = item.partition("=")
+    if not sep or key.rpartition(".")[2] != "split_text_at" or value.startswith('"'):
+        return item
+    return f"{key}={json.dumps(unescaped(value))}"
+
+
 def load_config(model: type[Config], file: Path | None, overrides: Sequence[str]) -> Config:
     """Options from a JSON file and then from `key.path=value` pairs, which override it.
 
     Raises UserError with every mistake, each with its dotted key, the value seen and what is right.
     """
-    raw = overridden(read_json(file, what="--config") if file else {}, overrides)
+    raw = overridden(read_json(file, what="--config") if file else {}, [_with_escapes(item) for item in overrides])
     try:
         return model.model_validate(raw)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Define what readers yield: documents in pieces, so that none has to fit into memory, and skipped records.
+"""Define what readers yield: documents in pieces, so that none has to fit into memory, skipped records and notes.
 
 A record is an entry of an input file: a JSON line, a row of a table, a web page. Most become documents. A piece has
 at most PIECE_CHARACTERS characters (so at most 4 MiB of UTF-8) and ends after the last white space that fits.
@@ -29,7 +29,14 @@ class SkippedRecord(NamedTuple):
     where: Callable[[], str]  # a function: counting lines is slow, and only the first of each reason is reported
 
 
-Pieces = Iterator[DocumentPiece | SkippedRecord]
+class Note(NamedTuple):
+    """A surprise about a document that is kept, for the report."""
+
+    text: str
+    where: Callable[[], str]
+
+
+Pieces = Iterator[DocumentPiece | SkippedRecord | Note]
 
 
 def pieces_of(text: object, position: int, where: Callable[[], str], field: str = "text") -> Pieces:

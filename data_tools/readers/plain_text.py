@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from data_tools.config import SourceConfig
-from data_tools.readers.document_pieces import PIECE_CHARACTERS, DocumentPiece, Pieces, SkippedRecord, cut, cut_at
+from data_tools.readers.document_pieces import PIECE_CHARACTERS, DocumentPiece, Note, Pieces, SkippedRecord, cut, cut_at
 from data_tools.readers.encodings import BLOCK, NotTextError, blocks, decoded, encoding_of
 from data_tools.readers.input_file import FileSlice, UnreadableFile
 from data_tools.readers.open_file import open_bytes
@@ -18,12 +18,16 @@ def read_text(slice_: FileSlice, source: SourceConfig) -> Pieces:
         head = raw.read(BLOCK)
         try:
             encoding = encoding_of(head, source.encoding)
-            documents = _documents_in(decoded(itertools.chain([head], blocks(raw)), encoding), source.split_text_at)
+            separator = source.split_text_at
+            documents = _documents_in(decoded(itertools.chain([head], blocks(raw)), encoding), separator)
+            number, text = 0, ""
             for number, text, is_first, is_last in documents:
                 if is_first and is_last and (not text or text.isspace()):
                     yield SkippedRecord("empty", at)
                 else:
                     yield DocumentPiece(text, number, is_first, is_last)
+            if separator and number == 0 and text and not text.endswith(separator):
+                yield Note(f"text files without split_text_at={separator!r} in them are one document each", at)
         except NotTextError as problem:
             if slice_.file.named:
                 raise UnreadableFile(f"{path} is {problem}; {problem.way_out}") from problem

@@ -36,7 +36,7 @@ def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, An
         "dropped": _sum_counts(source["dropped"] for source in own),
         "variants": _describe_variants(stages),
         "lost_text": stages.lost_text,
-        "notes": list(_notes(stages)),
+        "notes": [*_notes(stages), *_notes_of_readers(stages)],
         "loses_text": not Tokenizer.load(stages.model).round_trips(PROBE),
         "seconds": {stage: round(spent, 2) for stage, spent in stages.seconds.items()},
     }
@@ -91,6 +91,14 @@ def _notes(stages: Stages) -> Iterator[str]:
             continue
         more = f"build from more text or with a larger {split}_fraction"
         yield f"the {what} split is empty: {'nothing of its files is left' if is_given else more}"
+
+
+def _notes_of_readers(stages: Stages) -> Iterator[str]:
+    """Yield what the user may not expect of documents that are kept."""
+    # a build that an older version began has results without notes
+    notes = (_as_skipped(done.result.get("notes", {})) for done in stages.extracted)
+    for note, noted in _merge_skipped(notes).items():
+        yield f"{noted['documents']:,} {note} (first: {noted['first']})"
 
 
 def _merge_skipped(many: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:

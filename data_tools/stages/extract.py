@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from data_tools.config import SourceConfig
 from data_tools.executor.tasks import Done, Tasks, file_of
 from data_tools.filters.rules import RulesConfig, apply_rules, check_rules, clean_only, load_custom
 from data_tools.readers.by_format import FORMATS, METADATA, read_slice
-from data_tools.readers.document_pieces import DocumentPiece, SkippedRecord
+from data_tools.readers.document_pieces import DocumentPiece, Note, SkippedRecord
 from data_tools.readers.find_files import find_files
 from data_tools.readers.first_records import check_first_records
 from data_tools.readers.input_file import InputFile, UnreadableFile
@@ -170,6 +170,8 @@ def extract(prefix: Path, unit: WorkUnit, source: SourceConfig, strict: bool, co
                 for piece in read_slice(slice_, source, strict=strict):
                     if isinstance(piece, SkippedRecord):
                         extraction.skip(piece, number)
+                    elif isinstance(piece, Note):
+                        extraction.note(piece)
                     else:
                         extraction.take(piece, number, slice_.file.path)
             except UnreadableFile as error:
@@ -188,6 +190,7 @@ class _Extraction:
         self._rejected_by: str | None = None  # the verdict on the document that is being read
         self._read = [0, 0]  # documents, bytes
         self._unreadable: dict[str, str] = {}  # file -> error
+        self._notes: dict[str, list[Any]] = {}  # as _skipped
         self._skipped: dict[str, list[Any]] = {}  # reason -> number of records, place of the first
         self._cleaned: Counter[str] = Counter()
         self._lengths: Counter[int] = Counter()  # bit length of a document's bytes -> documents
@@ -204,9 +207,10 @@ class _Extraction:
 
     def skip(self, record: SkippedRecord, slice_: int) -> None:
         self._drop_open(slice_)
-        if record.reason not in self._skipped:
-            self._skipped[record.reason] = [0, record.where()]
-        self._skipped[record.reason][0] += 1
+        _count(self._skipped, record.reason, record.where)
+
+    def note(self, note: Note) -> None:
+        _count(self._notes, note.text, note.where)
 
     def take(self, piece: DocumentPiece, slice_: int, path: str) -> None:
         text = self._clean(piece) if self._has_rules else piece.text
@@ -239,8 +243,16 @@ class _Extraction:
             "kept": [self._texts.kept, self._texts.kept_bytes],
             "skipped": self._skipped,
             "unreadable": self._unreadable,
+            "notes": self._notes,
             "rejected": self._rejects.documents,
             "cleaned": dict(self._cleaned),
             "lengths": dict(self._lengths),
             "sha256": self._texts.sha256,
         }
+
+
+def _count(counted: dict[str, list[Any]], reason: str, where: Callable[[], str]) -> None:
+    """Count a record, and remember where the first was."""
+    if reason not in counted:
+        counted[reason] = [0, where()]
+    counted[reason][0] += 1

@@ -154,7 +154,11 @@ def _after_a_run(commands: Any) -> None:
     generate.add_argument(
         "checkpoint", type=user_path, metavar="CKPT", help="a run's folder (its best step) or one step's"
     )
-    generate.add_argument("--prompt", action="append", help="may be given several times; default: a new document")
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        help=r"\n, \t are read as in JSON, \\ as a backslash; may be given several times; default: a new document",
+    )
     generate.add_argument("--max-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     generate.add_argument("--top-k", type=int, default=50, help="0: the whole vocabulary")

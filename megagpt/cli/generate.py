@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from megagpt.checkpoint.load import load_model
+from megagpt.config.parsing import unescaped
 from megagpt.config.schema import GenerationConfig
 from megagpt.errors import UserError
 from megagpt.model.generate import changed_prompts, complete
@@ -16,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
     """Print one or more texts for each prompt. Raises UserError for an option out of range."""
     try:
         cfg = GenerationConfig(
-            prompts=tuple(args.prompt or [""]),
+            prompts=tuple(map(unescaped, args.prompt or [""])),
             max_tokens=args.max_tokens,
             temperature=args.temperature,
             top_k=args.top_k,

@@ -1,6 +1,7 @@
 """Read JSON and `key.path=value` overrides into checked models; an error names the key and the nearest right one."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -87,6 +88,18 @@ def _override(raw: dict[str, Any], item: str) -> None:
         is_section = isinstance(node, dict | list)
         why = "" if is_section else f", because {'.'.join(outer)}={as_written(node)} is not a section {{...}}"
         raise UserError(f"override {item!r}: there is no {dotted!r} to set{why}") from None
+
+
+ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u(?![dD][89a-fA-F])([0-9a-fA-F]{4})|([nrtfv0\\]))")
+ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0", "\\": "\\"}
+
+
+def unescaped(text: str) -> str:
+    r"""Replace the escapes in text from a command line, which a shell passes on as typed: `\n`, `\t`, `\x1e`, `\u2029`.
+
+    Two backslashes make one. Others stay.
+    """
+    return ESCAPE.sub(lambda found: ESCAPED[found[3]] if found[3] else chr(int(found[1] or found[2], 16)), text)
 
 
 def dotted_items(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

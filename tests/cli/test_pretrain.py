@@ -367,13 +367,13 @@ def trained(dataset, device, tmp_path_factory):
 
 
 def test_generate_prints_texts_that_begin_with_the_prompt(trained, capsys):
-    command = ["generate", str(trained), "--prompt", "ab", "--max-tokens", "5", "--batch", "2", "--seed", "1"]
+    command = ["generate", str(trained), "--prompt", r"a\nb", "--max-tokens", "5", "--batch", "2", "--seed", "1"]
     capsys.readouterr()
     assert main(command) == 0
     first = capsys.readouterr().out
     texts = first.split("\n---\n")
     assert texts[2:] == [""]
-    assert all(text.startswith("ab") for text in texts[:2])
+    assert all(text.startswith("a\nb") for text in texts[:2])
     assert main(command) == 0
     assert capsys.readouterr().out == first
 

@@ -1,9 +1,11 @@
 """Plain text: documents are cut into pieces at white space, wherever the blocks of a stream end."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from data_support import all_documents, run
 from hypothesis import given
 from hypothesis import strategies as st
 from reader_support import read_all
@@ -12,6 +14,7 @@ import data_tools.readers.document_pieces
 import data_tools.readers.plain_text
 from data_tools.readers.document_pieces import DocumentPiece, SkippedRecord, cut
 from data_tools.readers.plain_text import _documents_in
+from megagpt.config.parsing import unescaped
 from megagpt.errors import UserError
 
 
@@ -60,3 +63,44 @@ def test_a_text_that_stops_being_text_later_on_is_dropped_whole(
     assert isinstance(items[-1], SkippedRecord)
     with pytest.raises(UserError, match=r"a\.txt is not UTF-8 \(byte 0xff at offset 24\); set encoding=auto"):
         list(read_all(tmp_path / "in" / "a.txt"))
+
+
+SEPARATORS = {
+    r"\n\n": "\n\n",
+    '"\\n\\n"': "\n\n",
+    r"\t": "\t",
+    r"\x1e": "\x1e",
+    r"\u2029": "\u2029",
+    r"\\n": "\\n",
+    "<|endoftext|>": "<|endoftext|>",
+    "7": "7",
+}
+
+
+@pytest.mark.parametrize("typed", SEPARATORS)
+def test_a_separator_is_what_a_user_types_in_a_shell(typed: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(SEPARATORS[typed].join(["one", "two", "three"]))
+    options = ("tokenizer_type=char", "val_fraction=0", f"split_text_at={typed}")
+    assert run("build", "--input", tmp_path / "a.txt", "--out", tmp_path / "out", *options) == 0
+    assert [text.removesuffix(SEPARATORS[typed]) for text in all_documents(tmp_path / "out")] == ["one", "three", "two"]
+
+
+def test_a_separator_that_is_not_in_a_file_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_bytes(b"one\r\n\r\ntwo")
+    (tmp_path / "in" / "b.txt").write_text("three\n\n")
+    (tmp_path / "in" / "c.txt").write_text("four\n\nfive")
+    options = ("tokenizer_type=char", "val_fraction=0", r"split_text_at=\n\n")
+    assert run("build", "--input", tmp_path / "in", "--out", tmp_path / "out", *options) == 0
+    note = r"text files without split_text_at='\n\n' in them are one document each"
+    assert f"  1 {note} (first: {tmp_path / 'in' / 'a.txt'})" in capsys.readouterr().out
+    assert "in them are one document each" in (tmp_path / "out" / "report.html").read_text()
+
+
+@given(st.text())
+def test_escapes_of_json_are_understood_on_the_command_line(text: str) -> None:
+    escaped = json.dumps(text).replace('\\"', '"')[1:-1]
+    if text.isascii() and "\b" not in text:
+        assert unescaped(escaped) == text
+    assert unescaped(text.replace("\\", "\\\\")) == text
+    assert unescaped(r"\d+ \ud800 C:\dir") == r"\d+ \ud800 C:\dir"
