@@ -11,6 +11,7 @@ from data_support import lossy_tokenizer, small_tokenizer, write_texts
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
+from data_tools.storage.token_files import EXTRA
 from megagpt.config.schema import ModelConfig
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.loader import ValWindows
@@ -25,10 +26,11 @@ WIDE = "\uff43\uff41\uff54 " * 30  # "cat " in full-width letters, which it chan
 
 
 def built(folder: Path, tokenizer: Tokenizer, *texts: str) -> Dataset:
-    """A dataset, of prose and these texts in turn, half of it for validation."""
-    write_texts(folder / "in", 20)
-    for i, text in enumerate(texts * 10):
-        (folder / "in" / f"other-{i:02d}.txt").write_text(f"{text}{'the ' * i}", encoding="utf-8")
+    """A dataset, of prose and these texts in turn, half of it for validation; resumes a build that was killed."""
+    if not (folder / "in").exists():
+        write_texts(folder / "in", 20)
+        for i, text in enumerate(texts * 10):
+            (folder / "in" / f"other-{i:02d}.txt").write_text(f"{text}{'the ' * i}", encoding="utf-8")
     (folder / "x.model").write_bytes(tokenizer.model_bytes)
     options = BuildConfig(tokenizer=folder / "x.model", val_fraction=0.5, shard_tokens=1000)
     build([folder / "in"], folder / "out", options)
@@ -103,3 +105,24 @@ def test_text_of_unknown_pieces_alone_can_be_evaluated(tmp_path: Path) -> None:
     assert unknown == pytest.approx(0.5, abs=0.1)  # the others end documents
     assert f"{100 * unknown:.3g}% of these tokens are <unk>" in lost_text(unknown, tokenizer)
     assert "normalizer nmt_nfkc" in lost_text(0.0, tokenizer)
+
+
+def test_a_build_that_an_older_data_tools_began_is_finished_without_rows_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its token files have no bytes of text."""
+
+    class Killed(Exception):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as older:
+        older.setattr("data_tools.storage.token_files._extra", lambda with_bytes: EXTRA)
+        older.setattr("data_tools.stages.pipeline.write_shard", killed)
+        with pytest.raises(Killed):
+            built(tmp_path, lossy_tokenizer(), UNKNOWN, WIDE)
+    stream = built(tmp_path, lossy_tokenizer(), UNKNOWN, WIDE).stream("val")
+    split = stream.dataset.manifest.splits["val"]
+    assert text_bytes(stream, 0, stream.n_tokens) == (split.bytes, False)
