@@ -199,7 +199,7 @@ def limited(n: int, module: str, *args: object) -> subprocess.CompletedProcess[s
 def test_1500_inputs_and_400_shards_at_256_open_files(tmp_path: Path, model: Path) -> None:
     """Each input is a unit of its own: 300 GB have 1,100."""
     paths = write_inputs(tmp_path / "in", 1500)
-    done = limited(256, "data_tools", "build", "--input", *paths, "--out", tmp_path / "out", "shard_tokens=100")
+    done = limited(256, "data_tools", "build", "--input", *paths, "--out", tmp_path / "out", "shard_tokens=150")
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out" / "train" / "v0").iterdir())) > 400
     for command in (["verify"], ["inspect", "--documents", 1000]):
