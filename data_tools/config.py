@@ -211,6 +211,8 @@ def _is_fraction(path: str) -> bool:
 
 def _name_of(path: str) -> str:
     """Return a source's name in reports: the last part of its path."""
+    if path.startswith(("http://", "https://")):
+        path = path.partition("?")[0]  # what follows may be a signature, which changes from day to day
     return (Path(path).name if "://" in path else Path(path).absolute().name) or path
 
 

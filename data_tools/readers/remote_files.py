@@ -36,7 +36,7 @@ def open_file_system(url: str) -> tuple[Any, str]:
     try:
         if _is_chain(url):
             return fsspec.core.url_to_fs(url)
-        # fsspec would take any for a chain
+        # without any :: of the key, which fsspec takes for a chain
         fs, _ = fsspec.core.url_to_fs(url.partition(CHAIN)[0])
         return fs, fs._strip_protocol(url)
     except ImportError as error:
@@ -83,6 +83,7 @@ def list_remote(url: str) -> list[RemoteFile]:
     if not glob.has_magic(root) or not (matches := fs.glob(escape_folder(root, fs.isdir), detail=True)):
         raise UserError(f"{url}: there is no such file or folder")
     matched = [(path, match) for path, match in sorted(matches.items()) if match["type"] == "file"]
+    matched = [file for file in matched if not _is_marker(*file)]
     files = matched or [file for folder in sorted(matches) for file in _files_below(fs, folder)]
     return [_remote_file(fs, url, path, match, unwritten=_unwritten(path, root)) for path, match in files]
 
@@ -120,7 +121,11 @@ def _files_below(fs: Any, folder: str) -> list[tuple[str, dict[str, Any]]]:
     if wrong := next((path for path in infos if not path.startswith(prefix)), None):
         # s3fs lists dir/ where //dir/ is asked for
         raise UserError(f"{fs.unstrip_protocol(folder)} cannot be listed: the store answers with {wrong!r}; name files")
-    return [(path, info) for path, info in sorted(infos.items()) if not (path.endswith("/") and info["size"] == 0)]
+    return [file for file in sorted(infos.items()) if not _is_marker(*file)]
+
+
+def _is_marker(path: str, info: dict[str, Any]) -> bool:
+    return path.endswith("/") and info["size"] == 0
 
 
 def _unwritten(path: str, pattern: str) -> str:

@@ -15,7 +15,7 @@ from fsspec.registry import _import_class
 from reader_support import FORMATS, TEXTS, jsonl, read_all, texts_of
 
 import data_tools.readers.work_units
-from data_tools.config import SourceConfig
+from data_tools.config import BuildConfig, SourceConfig
 from data_tools.readers.by_format import read_slice
 from data_tools.readers.find_files import find_files
 from data_tools.readers.work_units import cut_into_units
@@ -119,6 +119,9 @@ FOLDERS = {
     "both/": ["both/in.jsonl"],
     "mark": ["mark/in.jsonl"],
     "mark/": ["mark/in.jsonl"],
+    "mark/**": ["mark/in.jsonl"],
+    "mark*/**": ["mark/in.jsonl"],
+    "mar*": ["mark/in.jsonl"],
     ".hid": [".hid/a.jsonl"],
     ".hid/*.jsonl": [".hid/a.jsonl"],
     ".hid/.*": [".hid/.b.jsonl"],
@@ -203,6 +206,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_a_web_address_gives_its_file_whatever_its_query(site: str) -> None:
     assert texts_of(read_all(f"{site}/a.jsonl")) == ["a.jsonl"]
     assert texts_of(read_all(f"{site}/a.jsonl?signature=a/b.txt")) == ["a.jsonl"]
+    assert [source.name for source in BuildConfig().with_inputs([f"{site}/a.jsonl?signature=a/b.txt"])] == ["a.jsonl"]
     assert texts_of(read_all(f"{site}/a%20b%5B1%5D.jsonl")) == ["a b[1].jsonl"]
     assert texts_of(read_all(f"{site}/dir/")) == texts_of(read_all(f"{site}/dir")) == ["dir/b.jsonl"]
     assert texts_of(read_all(f"simplecache::{site}/a.jsonl")) == ["a.jsonl"]
