@@ -106,6 +106,7 @@ def test_killed_with_its_worker_processes_it_leaves_no_orphan_and_ends_in_the_sa
     )
     await_files(out / ".build" / "extract", 5, lambda: process.poll() is None)
     workers = children_of(process.pid)
+    process.send_signal(signal.SIGSTOP)  # it would be finished before the second one, on a busy machine
     second = subprocess.run(command(texts, out), cwd=ROOT, capture_output=True, text=True, check=False)
     assert (second.returncode, "another build is writing to --out" in second.stderr) == (2, True)
     process.kill()
