@@ -162,9 +162,9 @@ def torchrun(n_ranks: int, *args: str | Path, timeout: float = 600.0) -> subproc
     )
 
 
-def scenarios(program: str, dataset: Path, folder: Path) -> dict[str, list[Any]]:
-    """Run every scenario of tests/programs/PROGRAM in one launch of two ranks: name -> what rank 0 and 1 returned."""
-    done = torchrun(2, PROGRAMS / program, dataset, folder, timeout=900)
+def scenarios(program: str, dataset: Path, folder: Path, *, ranks: int = 2) -> dict[str, list[Any]]:
+    """Run every scenario of tests/programs/PROGRAM in one launch: name -> what each rank returned."""
+    done = torchrun(ranks, PROGRAMS / program, dataset, folder, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     found: dict[str, list[Any]] = read_json(folder / "results.json")
     return found

@@ -65,6 +65,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         check_equal_on_ranks(leaves(run.as_json()), "give all ranks the same run file and overrides")
         check_shared(run.megagpt.out_dir)
         # DeepSpeed takes seconds to import, so the run file is checked before.
+        from megagpt.guards.deepspeed_errors import deepspeed_explained
         from megagpt.guards.out_of_memory import explained
         from megagpt.lint.linter import lint_or_raise
         from megagpt.train.trainer import train
@@ -74,7 +75,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         for warning in warnings:
             print_rank0(warning)
         run = with_supported_dtype(run, device)
-        with explained(run, device):
+        with explained(run, device), deepspeed_explained(run):
             state = train(run, device, fresh=args.fresh, preemption=preemption)
     except UserError as error:
         if is_main() or isinstance(error, OwnRankError):

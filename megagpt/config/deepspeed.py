@@ -66,7 +66,6 @@ class OffloadConfig(Passed):
     """The place outside of the GPU where ZeRO keeps optimizer states, or parameters."""
 
     device: Literal["none", "cpu", "nvme"] = "none"
-    super_offload: bool = False
 
 
 def _stage_3(name: str, default: int) -> Any:

@@ -59,6 +59,14 @@ class ScheduleConfig(Strict):
     shape: Literal["cosine", "linear", "constant", "warmup-stable-decay"] = "cosine"
     min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
     decay_steps: int | None = Field(default=None, gt=0, description="last steps, for warmup-stable-decay alone")
+    end_step: int | None = Field(
+        default=None, gt=0, description="where the curve ends: its last rate holds from there on; null: max_steps"
+    )
+
+    @property
+    def curve_steps(self) -> int:
+        """Number of steps over which the rate changes."""
+        return self.end_step or self.max_steps
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
@@ -67,10 +75,10 @@ class ScheduleConfig(Strict):
                 f"decay_steps={self.decay_steps} with shape={self.shape!r}; decay_steps is needed by "
                 "'warmup-stable-decay' and has no effect on the other shapes"
             )
-        if self.warmup_steps + (self.decay_steps or 0) > self.max_steps:
+        if self.warmup_steps + (self.decay_steps or 0) > self.curve_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} + decay_steps={self.decay_steps or 0} "
-                f"exceed max_steps={self.max_steps}"
+                f"exceed {'end_step' if self.end_step else 'max_steps'}={self.curve_steps}"
             )
         return self
 

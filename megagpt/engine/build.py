@@ -1,7 +1,8 @@
 """Build the engine: from a RunConfig to a model wrapped by DeepSpeed."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -57,7 +58,10 @@ def build_engine(
     recompute = recompute_hook(cfg, ds, device, compiled=compiled)
     inside = recompute_inside(cfg.recompute, cfg.regularization.dropout)
     torch.manual_seed(cfg.seed)  # the same weights on every rank
-    with deepspeed.zero.Init(config_dict_or_path=config, enabled=ds.zero_optimization.stage == 3):
+    with (
+        _refusals_explained(),
+        deepspeed.zero.Init(config_dict_or_path=config, enabled=ds.zero_optimization.stage == 3),
+    ):
         model = GPT(cfg.model, vocab_size, dropout=cfg.regularization.dropout)
     if exchange is not None:
         model.shard_positions(exchange, sharing, rank() % sharing)
@@ -69,20 +73,29 @@ def build_engine(
     prefer_cudnn(device)
     model.recompute = recompute
     groups = decay_groups(model, ds.optimizer.params.weight_decay, cfg.regularization.weight_decay_on)
-    try:
+    with _refusals_explained():
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=groups,
             optimizer=partial(build_optimizer, ds=ds, device=device),
             config=config,
         )
-    except (ValueError, AssertionError, NotImplementedError) as error:  # how DeepSpeed refuses a combination
-        raise UserError(f"DeepSpeed refuses the run file: {error}") from error
     if ds.zero_optimization.stage == 0 and ds.dtype != "fp32":
         # DeepSpeed lets Adam take a step of zero gradients to allocate its moments: undo its step count and its decay.
         engine.basic_optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
     return engine
+
+
+@contextmanager
+def _refusals_explained() -> Iterator[None]:
+    """Turn the errors by which DeepSpeed refuses a combination of keys, or stumbles over it, into a UserError."""
+    try:
+        yield
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"DeepSpeed refuses the run file: {error}") from error
+    except (TypeError, LookupError, AttributeError, ArithmeticError, ImportError) as error:
+        raise UserError(f"DeepSpeed cannot start with this run file: {type(error).__name__}: {error}") from error
 
 
 def all_to_all(size: int) -> Callable[[Tensor], Tensor]:

@@ -26,6 +26,7 @@ from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_conf
 from megagpt.engine.deepspeed_models import REMOVED_KEYS, SECTION_MODELS
 from megagpt.errors import UserError
 from megagpt.lint.deepspeed_sections import deepspeed_sections
+from megagpt.lint.refused import ERRORS
 from megagpt.lint.rules import CONTRADICTIONS, DEFAULTS, WITHOUT_EFFECT
 
 # A run file is written for GPUs, on whatever machine it is checked.
@@ -70,12 +71,7 @@ def lint(run: RunConfig) -> list[Finding]:
         refuse_what_cannot_act(run.megagpt, run.deepspeed, GPU, compiled=run.megagpt.compile is not False)
     except UserError as error:
         found.append(_finding_of(error))
-    if run.deepspeed.bf16.enabled and run.deepspeed.fp16.enabled:
-        found.append(Finding("error", "fp16.enabled", "fp16.enabled and bf16.enabled are both true; choose one"))
-    if run.deepspeed.fp16.enabled and run.deepspeed.zero_optimization.stage == 0:
-        text = "fp16.enabled=true at zero_optimization.stage=0: DeepSpeed divides the gradients by a loss scale "
-        text += "that it did not multiply the loss by; set zero_optimization.stage to 1"
-        found.append(Finding("error", "fp16.enabled", text))
+    found += _refused(run)
     if not found:
         found += [*_renamed(run), *_switched_off(run), *_idle(run), *_contradicting(run)]
     return _first_per_key(found)
@@ -181,6 +177,14 @@ def _refused_by(model: type[BaseModel], given: dict[str, Any], section: str) -> 
             yield Finding("error", key, text)
     except (ValueError, AssertionError) as error:
         yield Finding("error", section, f"{section}: {error}")
+
+
+def _refused(run: RunConfig) -> Iterator[Finding]:
+    """Find the keys with values that training refuses."""
+    for key, value in _written(run):
+        for rule in ERRORS:
+            if fnmatchcase(key, rule.key) and rule.when(run, value):
+                yield Finding("error", key, f"{key}={json.dumps(value)} {rule.why}")
 
 
 # --- warnings -------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ WITHOUT_EFFECT = (
             *("enable_sanity_checks", "prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters"),
             *("model_persistence_threshold", "max_reuse_distance", "gather_16bit_weights_on_model_save"),
             *("module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential"),
-            *("offload_optimizer.ratio", "offload_optimizer.super_offload", "offload_optimizer.cpuadam_cores_perc"),
+            "offload_optimizer.ratio",
         ),
         lambda run: _stage(run) == 3,
         "it is for ZeRO stage 3; set zero_optimization.stage to 3 or remove it",
@@ -109,8 +109,8 @@ WITHOUT_EFFECT = (
     ),
     Acts(
         _zero("offload_optimizer.cpuadam_cores_perc"),
-        lambda run: _offload(run).super_offload,
-        "it is for offload_optimizer.super_offload; set that to true or remove it",
+        never,
+        "it is for offload_optimizer.super_offload, which is not supported; remove it",
     ),
     Acts(
         ("aio.*",),
@@ -132,6 +132,11 @@ WITHOUT_EFFECT = (
         ("gradient_predivide_factor",),
         lambda run: not run.deepspeed.prescale_gradients,
         "with prescale_gradients, gradients are divided by the number of ranks in one go; remove one of the two",
+    ),
+    Acts(
+        ("torch_autocast.*",),
+        lambda run: run.deepspeed.dtype == "fp32",
+        "everything is computed in 16 bit already; remove it, or bf16 and fp16",
     ),
     Acts(("zero_allow_untested_optimizer",), never, "Adam is an optimizer that DeepSpeed has tested; remove it"),
     Acts(("dataloader_drop_last",), never, "megagpt brings its own loader, which drops nothing; remove it"),
@@ -183,7 +188,7 @@ WITHOUT_EFFECT = (
         'guards.spikes.action is "none"; choose one or remove this',
     ),
     Acts(
-        ("megagpt.schedule.min_lr_ratio",),
+        ("megagpt.schedule.min_lr_ratio", "megagpt.schedule.end_step"),
         lambda run: run.megagpt.schedule.shape != "constant",
         "a constant learning rate does not fall; remove it or choose another shape",
     ),
@@ -209,6 +214,16 @@ CONTRADICTIONS = (
         "communication_data_type",
         lambda run: run.deepspeed.dtype != "fp16" and run.deepspeed.communication_data_type == "fp16",
         "in a run that is not fp16 has no loss scale to keep gradients in fp16's range; write bf16 or remove it",
+    ),
+    Against(
+        "data_types.grad_accum_dtype",
+        lambda run: run.deepspeed.dtype != "fp16" and run.deepspeed_raw["data_types"]["grad_accum_dtype"] == "fp16",
+        "in a run that is not fp16 has no loss scale to keep gradients in fp16's range; write bf16 or remove it",
+    ),
+    Against(
+        "zero_optimization.offload_optimizer.device",
+        lambda run: _offload(run).device == "nvme" and 0 < _stage(run) < 3,
+        'is "cpu" at stages 1 and 2, where DeepSpeed has no NVMe; write "cpu", or set zero_optimization.stage to 3',
     ),
     Against(
         "megagpt.early_stopping.patience",

@@ -1,10 +1,12 @@
 """What a run prints when it starts."""
 
+import json
 from typing import Any
 
 from megagpt.checkpoint.identity import changed_keys, described
 from megagpt.model.generate import changed_prompts
 from megagpt.train.evaluate import lost_text, token_counts, unknown_share
+from megagpt.train.lr_schedule import jump_of_rate
 from megagpt.train.preflight import RunSetup
 
 
@@ -25,6 +27,10 @@ def opening(setup: RunSetup, effective: dict[str, Any]) -> list[str]:
     else:
         lines.append(f"resuming from {setup.saved.step_dir}")
         lines += [f"  changed: {line}" for line in described(changed_keys(setup.saved.step_dir, effective))]
+        saved_run = json.loads((setup.saved.step_dir / "run.json").read_bytes())
+        peak, step = setup.run.deepspeed.optimizer.params.lr, setup.saved.state.step
+        if jump := jump_of_rate(saved_run, step, peak, cfg.schedule):
+            lines.append(f"  {jump}")
         if setup.training_set.mixture.segments != setup.saved.mixture.segments:
             mixture = setup.training_set.describe(setup.saved.state.samples_seen, cfg.seq_len)
             lines.append(f"  samples from now on: {mixture}")

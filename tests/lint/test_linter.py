@@ -37,6 +37,16 @@ def test_every_shipped_run_file_is_clean(path):
 
 
 FP16 = ["bf16.enabled=false", "fp16.enabled=true"]
+MASTERS = ["bf16.bf16_master_weights_and_grads=true"]
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+ZENFLOW = "zero_optimization.zenflow"
+GRAD_NORM = "zero_optimization.compute_grad_norm"
+
+
+def zero(**section: Any) -> str:
+    return f"zero_optimization={json.dumps(section)}"
+
+
 MISTAKES = [
     # unknown, at every level, and the nearest name
     (["gradient_cliping=1.0"], "error", "gradient_cliping", "did you mean 'gradient_clipping'?"),
@@ -80,7 +90,7 @@ MISTAKES = [
     (["megagpt.augment.fim.spm_rate=0.9"], "warning", "megagpt.augment.fim.spm_rate", "augment.fim.rate is 0"),
     (["megagpt.schedule.shape=constant", "megagpt.schedule.min_lr_ratio=0.2"], "warning", None, "does not fall"),
     # against another
-    (["fp16.enabled=true"], "error", "fp16.enabled", "both true; choose one"),
+    (["fp16.enabled=true"], "error", "fp16.enabled", "fp16.enabled=true with bf16.enabled=true; choose one"),
     ([*FP16, "zero_optimization.stage=0"], "error", "fp16.enabled", "set zero_optimization.stage to 1"),
     ([*FP16, "fp16.loss_scale=128", "fp16.hysteresis=4"], "warning", "fp16.hysteresis", "fixes the scale"),
     (["prescale_gradients=true", "gradient_predivide_factor=2"], "warning", None, "divided by the number of ranks"),
@@ -90,12 +100,49 @@ MISTAKES = [
     (["megagpt.early_stopping.patience=3", "megagpt.every.eval=0"], "warning", None, "leaves only the last"),
     (["megagpt.every.save=5000"], "warning", "megagpt.every.save", "only the end saves"),
     (["train_batch_size=9"], "error", "train_batch_size", "set train_batch_size to 8"),
+    # taken by DeepSpeed, and refused here
+    *(
+        ([f"gradient_clipping={clip}", zero(stage=stage, compute_grad_norm=False)], "error", GRAD_NORM, "unknown, so")
+        for clip, stage in ((0, 1), (0, 2), (1, 2))
+    ),
+    (["gradient_clipping=0", zero(stage=3, compute_grad_norm=False)], "error", None, "Stage 1 or"),
+    *(
+        (
+            [zero(stage=stage, zenflow=value, **more)],
+            "error",
+            "zero_optimization.zenflow",
+            "ZenFlow brings an optimizer",
+        )
+        for stage, value, more in ((1, {}, {}), (2, {"topk_ratio": 0.1}, OFFLOAD), (3, {"topk_ratio": 0.1}, OFFLOAD))
+    ),
+    ([zero(stage=3, offload_optimizer={"device": "cpu", "super_offload": True})], "error", None, "guards cannot skip"),
+    *(
+        ([zero(stage=3, **{f"zero_quantized_{what}": True})], "error", None, "rounded to 8 or 4 bits")
+        for what in ("weights", "gradients", "nontrainable_weights")
+    ),
+    (["gradient_allreduce_op=sum"], "error", "gradient_allreduce_op", "with the number of ranks"),
+    (["bf16.bf16_optimizer_states=true"], "error", "bf16.bf16_optimizer_states", "needs bf16.bf16_master_weights_and"),
+    (["bf16.bf16_master_weights_and_grads=true"], "error", None, "set bf16.bf16_optimizer_states to true, or"),
+    ([*MASTERS, "bf16.bf16_optimizer_states=true", zero(**OFFLOAD, stage=2)], "error", None, "does not work with zero"),
     (
-        ["gradient_clipping=0", 'zero_optimization={"stage": 3, "compute_grad_norm": false}'],
+        [*MASTERS, zero(**OFFLOAD, stage=2), "optimizer.params.torch_adam=true"],
         "error",
         None,
-        "Stage 1 or",
+        "without optimizer.params",
     ),
+    ([*FP16, "fp16.fp16_master_weights_and_grads=true"], "error", "fp16.fp16_master_weights_and_grads", "on the CPU"),
+    (["bf16.enabled=false", "torch_autocast.enabled=true"], "error", "torch_autocast.enabled", 'dtype to "bfloat16"'),
+    (["bf16.enabled=false", 'torch_autocast={"enabled": true, "dtype": "fp16"}'], "error", None, 'to "bfloat16"'),
+    ([zero(stage=3, offload_param={"device": "nvme"})], "error", None, "set nvme_path beside it"),
+    (["steps_per_print=0"], "error", "steps_per_print", "is no number of steps"),
+    (
+        [zero(stage=1, offload_optimizer={"device": "nvme", "pin_memory": False})],
+        "warning",
+        None,
+        "where DeepSpeed has no NVMe",
+    ),
+    (["data_types.grad_accum_dtype=fp16"], "warning", "data_types.grad_accum_dtype", "fp16's range"),
+    (["torch_autocast.enabled=true"], "warning", "torch_autocast.enabled", "in 16 bit already"),
 ]
 
 
@@ -106,6 +153,20 @@ def test_a_planted_mistake_is_named_with_the_way_out(sound, overrides, level, ke
     assert complaint in finding.text
     assert finding.key == (key or finding.key)
     assert any(finding.key.split(".")[-1] in override for override in overrides)
+
+
+SOUND_KEYS = [
+    [*MASTERS, "bf16.bf16_optimizer_states=true"],
+    [*MASTERS, zero(**OFFLOAD, stage=2)],
+    ["bf16.enabled=false", 'torch_autocast={"enabled": true, "dtype": "bfloat16"}'],
+    [zero(stage=3, zero_hpz_partition_size=2)],
+    [zero(stage=3, zero_quantized_weights=False, compute_grad_norm=True)],
+]
+
+
+@pytest.mark.parametrize("overrides", SOUND_KEYS, ids=[keys[-1][:48] for keys in SOUND_KEYS])
+def test_the_same_keys_with_values_that_work_are_no_errors(sound, overrides):
+    assert [finding for finding in lint_file(sound, overrides) if finding.level == "error"] == []
 
 
 def test_what_is_left_out_and_matters_is_noted(sound):

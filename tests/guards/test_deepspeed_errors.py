@@ -1,0 +1,78 @@
+"""Whatever DeepSpeed raises after it has checked a run file is one message; errors not due to that file are no part."""
+
+import json
+import sys
+
+import pytest
+from support import DEBUG_RUN, debug_run, overrides
+
+from megagpt.cli.pretrain import pretrain
+from megagpt.errors import OwnRankError, UserError
+from megagpt.guards.deepspeed_errors import _is_from_outside, deepspeed_explained
+from megagpt.train.trainer import train
+
+SHORT = [
+    "megagpt.schedule.max_steps=2",
+    "megagpt.schedule.warmup_steps=0",
+    "megagpt.every.sample=0",
+    "megagpt.data.val_tokens=128",
+]
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+def zero(**section):
+    return f"zero_optimization={json.dumps(section)}"
+
+
+def started(dataset, device, folder, *options):
+    """As training does, but without lint, which knows these keys."""
+    run = debug_run(dataset, folder, *SHORT, *options)
+    with deepspeed_explained(run):
+        train(run, device)
+
+
+def test_an_error_in_the_first_step_names_the_keys_to_suspect(dataset, device, tmp_path):
+    with pytest.raises(OwnRankError, match=r"failed with ZeroDivisionError: .*engine\.py.*cannot do: steps_per_print$"):
+        started(dataset, device, tmp_path / "run", "steps_per_print=0")
+
+
+@pytest.mark.parametrize(
+    ("key", "complaint"),
+    [
+        (zero(stage=2, zenflow={"topk_ratio": 0.1}, **OFFLOAD), "cannot start with this run file: TypeError: "),
+        (zero(stage=3, offload_param={"device": "nvme"}), '"nvme_path" in DeepSpeed Config cannot be None'),
+    ],
+)
+def test_an_error_of_any_type_at_the_start_is_one_message_and_leaves_nothing(dataset, device, tmp_path, key, complaint):
+    with pytest.raises(UserError, match=complaint):
+        started(dataset, device, tmp_path / "run", key)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_monitor_whose_package_is_missing_is_one_message(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    arguments = overrides(dataset, tmp_path / "run", *SHORT, "wandb.enabled=true")
+    assert pretrain(["--deepspeed_config", str(DEBUG_RUN), *arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: DeepSpeed cannot start with this run file: ModuleNotFoundError: ")
+    assert "Traceback" not in message
+
+
+def test_training_refuses_what_lint_names(dataset, tmp_path, capsys):
+    arguments = overrides(
+        dataset, tmp_path / "run", *SHORT, "gradient_clipping=0", zero(stage=1, compute_grad_norm=False)
+    )
+    assert pretrain(["--deepspeed_config", str(DEBUG_RUN), *arguments]) == 2
+    assert "zero_optimization.compute_grad_norm=false leaves the gradient norm unknown" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_that_are_not_due_to_the_run_file_pass_unchanged(dataset, tmp_path):
+    run = debug_run(dataset, tmp_path)
+    with pytest.raises(TypeError, match="our own"), deepspeed_explained(run):
+        raise TypeError("our own")
+    for lost in ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer", "NCCL error: ...", "CUDA error: ECC"):
+        assert _is_from_outside(RuntimeError(lost))
+    assert _is_from_outside(MemoryError())
+    assert not _is_from_outside(RuntimeError("expected scalar type Half but found Float"))
+    assert not _is_from_outside(Exception("Current loss scale already at minimum - cannot decrease scale anymore."))

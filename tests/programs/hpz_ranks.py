@@ -1,0 +1,39 @@
+"""Four ranks at ZeRO stage 3, plain, with a secondary partition over two ranks, and with that cut in two."""
+
+from pathlib import Path
+
+from support import debug_run, metric, run_scenarios
+
+from megagpt.distributed.process_group import init_process_group
+from megagpt.train.trainer import train
+
+DEVICE = init_process_group()
+STEPS = 8
+PLAIN = [
+    f"megagpt.schedule.max_steps={STEPS}",
+    "zero_optimization.stage=3",
+    "train_micro_batch_size_per_gpu=2",
+    "megagpt.data.val_tokens=128",
+    'megagpt.every={"log": 1, "eval": 0, "save": 4}',
+]
+HPZ = [*PLAIN, "zero_optimization.zero_hpz_partition_size=2"]
+
+
+def plain(dataset: Path, folder: Path) -> dict[int, float]:
+    train(debug_run(dataset, folder, *PLAIN), DEVICE)
+    return metric(folder, "loss/train")
+
+
+def hpz(dataset: Path, folder: Path) -> dict[int, float]:
+    train(debug_run(dataset, folder, *HPZ), DEVICE)
+    return metric(folder, "loss/train")
+
+
+def hpz_cut(dataset: Path, folder: Path) -> dict[int, float]:
+    train(debug_run(dataset, folder, *HPZ), DEVICE, stop_at=STEPS // 2)
+    train(debug_run(dataset, folder, *HPZ), DEVICE)
+    return metric(folder, "loss/train")
+
+
+if __name__ == "__main__":
+    run_scenarios([plain, hpz, hpz_cut])

@@ -1,0 +1,64 @@
+"""A finished run that is extended: the jump of its learning rate is printed, and a key keeps the old curve's end."""
+
+import pytest
+from pydantic import ValidationError
+from support import debug_run, metric
+
+from megagpt.config.schema import ScheduleConfig
+from megagpt.train.lr_schedule import jump_of_rate, lr_factor
+from megagpt.train.trainer import train
+
+SHAPES = [{"shape": "cosine"}, {"shape": "linear"}, {"shape": "warmup-stable-decay", "decay_steps": 4}]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape["shape"])
+def test_up_to_its_end_the_curve_is_that_of_a_run_of_so_many_steps_and_its_last_rate_stays(shape):
+    short = ScheduleConfig(max_steps=10, warmup_steps=2, **shape)
+    long = ScheduleConfig(max_steps=30, end_step=10, warmup_steps=2, **shape)
+    rates = [lr_factor(step, long) for step in range(30)]
+    assert rates[:10] == [lr_factor(step, short) for step in range(10)]
+    assert set(rates[9:]) == {rates[9]}
+    assert rates[9] == pytest.approx(0.1)
+
+
+def test_warmup_and_decay_end_before_the_curve_does():
+    with pytest.raises(ValidationError, match="exceed end_step=5"):
+        ScheduleConfig(max_steps=30, end_step=5, warmup_steps=6)
+
+
+def saved(lr=3e-3, **schedule):
+    return {"optimizer": {"params": {"lr": lr}}, "megagpt": {"schedule": schedule}}
+
+
+def test_the_jump_of_an_extended_run_is_named_with_the_key_that_avoids_it():
+    """Half a cosine over 20 steps: at its middle the rate is 0.55 of the peak, where the end of 10 steps is 0.1."""
+    longer = ScheduleConfig(max_steps=21)
+    text = jump_of_rate(saved(max_steps=10), 10, 3e-3, longer)
+    assert text.startswith(
+        "learning rate: 3.00e-04 in step 10, 1.65e-03 in step 11; megagpt.schedule.end_step=10 keeps"
+    )
+    kept = longer.model_copy(update={"end_step": 10})
+    assert jump_of_rate(saved(max_steps=10), 10, 3e-3, kept) is None
+
+
+def test_a_run_that_continues_as_planned_or_nearly_so_has_no_jump():
+    schedule = {"max_steps": 20, "warmup_steps": 8}
+    for step in (1, 8, 12, 20):
+        assert jump_of_rate(saved(**schedule), step, 3e-3, ScheduleConfig(**schedule)) is None
+    assert jump_of_rate(saved(**schedule), 10, 3e-3, ScheduleConfig(max_steps=22, warmup_steps=8)) is None
+    told = jump_of_rate(saved(**schedule), 10, 3e-2, ScheduleConfig(**schedule))
+    assert told.startswith("learning rate: ")
+    assert "end_step" not in told
+
+
+def test_extending_a_run_prints_the_jump_and_the_named_key_avoids_it(dataset, device, tmp_path, capsys):
+    def run(*options):
+        every = 'megagpt.every={"log": 1, "eval": 0, "save": 0}'
+        kept = [every, "megagpt.data.val_tokens=128", "megagpt.schedule.warmup_steps=0"]
+        train(debug_run(dataset, tmp_path / "run", *kept, *options), device)
+        return capsys.readouterr().out
+
+    run("megagpt.schedule.max_steps=5")
+    run("megagpt.schedule.max_steps=6", "megagpt.schedule.end_step=5")
+    assert metric(tmp_path / "run", "lr")[6] == metric(tmp_path / "run", "lr")[5]
+    assert "  learning rate: 3.00e-04 in step 6, " in run("megagpt.schedule.max_steps=20")
