@@ -250,7 +250,7 @@ class Session:
             self.grace_warned = True
         return True
 
-    def close(self, state: TrainState, reason: str, *, saved: bool) -> None:
+    def close(self, state: TrainState, reason: str, *, saved: bool = True) -> None:
         """Print how the run ended, now that all is saved; after early stopping, restore the best weights.
 
         Raises UserError, on every rank, if the run is finished and its last step could not be saved.
