@@ -26,6 +26,9 @@ def run(args: argparse.Namespace) -> int:
     except ValidationError as error:
         wrong = error.errors()[0]
         raise UserError(f"--{str(wrong['loc'][0]).replace('_', '-')}={wrong['input']}: {wrong['msg']}") from None
+    for prompt in cfg.prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise UserError(f"--prompt {prompt[:40]!r} holds bytes that are not UTF-8; type it in a UTF-8 terminal")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, *_ = load_model(args.checkpoint, device)
     for line in changed_prompts(tokenizer, cfg.prompts):

@@ -89,3 +89,11 @@ def test_of_a_dataset_of_before_the_bytes_are_an_estimate_and_so_it_says(
     capsys.readouterr()
     assert main(["evaluate", str(run), "--data", str(dataset), "--tokens", "640"]) == 0
     assert "the bytes are estimated by the split's mean" in capsys.readouterr().out
+
+
+def test_a_prompt_of_another_encoding_is_refused(trained: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Python decodes bytes of the command line that are not UTF-8 to lone surrogates."""
+    run, _ = trained
+    capsys.readouterr()
+    assert main(["generate", str(run), "--prompt", b"caf\xe9".decode(errors="surrogateescape")]) == 2
+    assert capsys.readouterr().err.startswith(r"error: --prompt 'caf\udce9' holds bytes that are not UTF-8")

@@ -104,6 +104,7 @@ def tokenizer(file: Path) -> None:
     model = Tokenizer.load(file)
     model.decode(model.encode("a word\n and \u2581 another"))
     model.token_bytes()
+    model.lost("a word\n and \u2581 another")
 
 
 TARGETS: dict[str, Callable[[Path], object]] = {
