@@ -29,6 +29,7 @@ from data_tools.stages.extract import find_units, refuse_unreadable
 from data_tools.stages.pipeline import Stages, find_tokenizer, plan_splits, read_and_compare, tokenize_and_shuffle
 from data_tools.stages.select import keyed_hash, select, selected_texts
 from megagpt.data.tokenizer import Tokenizer
+from megagpt.distributed.rank_variables import without_launcher
 from megagpt.errors import UserError
 
 Kind = Literal["unigram", "bpe", "char"]
@@ -41,8 +42,6 @@ UNUSED_OPTIONS = {  # options of `build` without effect here -> what to give ins
 MEASURED_BYTES = 32_000_000  # of each source: from a larger one, documents are drawn by a keyed hash
 LOST_BITS = 8
 VAL_BYTES = 1_000_000  # of the validation split: the same text for every tokenizer
-# unset for the small model, which is trained in one process
-LAUNCHER_VARIABLES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"}
 DEBUG_RUN: dict[str, Any] = {  # takes seconds on a CPU
     "train_batch_size": 8,
     "train_micro_batch_size_per_gpu": 8,
@@ -247,8 +246,9 @@ def _bits_per_byte(
     file = run / "run.json"
     file.write_text(json.dumps(DEBUG_RUN | {"megagpt": megagpt}))
     command = [sys.executable, "-m", "megagpt.train", "--deepspeed_config", str(file)]
-    alone = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
-    done = subprocess.run(command, env=alone, capture_output=True, text=True, errors="replace", check=False)
+    done = subprocess.run(
+        command, env=without_launcher(os.environ), capture_output=True, text=True, errors="replace", check=False
+    )
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("error: ")
         raise UserError(f"the small model could not be trained with {name}: {why}; give --steps 0 to skip this")

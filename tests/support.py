@@ -21,6 +21,7 @@ from data_tools.report import plots
 from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.distributed.collectives import gather_objects
 from megagpt.distributed.process_group import is_main, leave
+from megagpt.distributed.rank_variables import without_launcher
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ROOT / "tests" / "programs"  # what tests start in processes of their own
@@ -143,8 +144,7 @@ def free_port() -> int:
 
 def environment() -> dict[str, str]:
     """The test's own, without what would make a child think that a launcher started it."""
-    drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    kept = {key: value for key, value in os.environ.items() if key not in drop}
+    kept = without_launcher(os.environ)
     path = [str(ROOT), str(ROOT / "tests"), str(PROGRAMS), *filter(None, [kept.get("PYTHONPATH")])]
     return kept | {"PYTHONPATH": os.pathsep.join(path)}
 

@@ -50,6 +50,7 @@ OF_MEGAGPT = {
     "config.parsing",
     "checkpoint.run_samples",
 }
+OF_MEGAGPT |= {"distributed.rank_variables"}
 OF_MEGAGPT |= {f"data.{name}" for name in ("manifest", "shard_format", "dataset", "tokenizer", "provenance")}
 OF_MEGAGPT |= {"data.segment_cache", "data.training_set"}
 FILES = modules(ROOT)

@@ -325,7 +325,7 @@ LISTENERS = {
     ("megagpt/cli/doctor_agent.py", "attempt.bind"): "it does not listen",
     ("megagpt/distributed/interfaces.py", "probe.bind"): "it does not listen",
     ("megagpt/distributed/interfaces.py", "socket.create_server"): "where gloo will listen, until the ranks have met",
-    ("megagpt/distributed/rendezvous.py", "dist.TCPStore"): "ranks on other hosts",
+    ("megagpt/distributed/meeting.py", "dist.TCPStore"): "ranks on other hosts",
 }
 
 

@@ -25,8 +25,7 @@ def training_arguments() -> argparse.ArgumentParser:
         metavar="RUN.json",
     )
     _add_start(parser)
-    # The deepspeed launcher adds this one.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    _add_local_rank(parser)
     _add_overrides(parser)
     return parser
 
@@ -36,6 +35,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megagpt", description="Plan and check a run, start it, and use its checkpoints."
     )
+    _add_local_rank(parser)
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     train = commands.add_parser(
         "train",
@@ -187,6 +187,11 @@ def _after_a_run(commands: Any) -> None:
     )
     checkpoints.add_argument("run_dir", type=user_path, metavar="RUN", help="a run's folder, its out_dir")
     checkpoints.add_argument("--verify", action="store_true", help="hash every file instead of comparing sizes")
+
+
+def _add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Take what deepspeed and `python -m torch.distributed.launch` add; the environment tells the same."""
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,8 @@ from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.data.manifest import read_manifest
 from megagpt.distributed.hostfile import home
 from megagpt.distributed.interfaces import gloo_address, is_loopback, remedy
-from megagpt.distributed.rendezvous import PATIENCE, meet, programs
+from megagpt.distributed.meeting import PATIENCE
+from megagpt.distributed.rendezvous import meet, programs
 from megagpt.errors import UserError
 from megagpt.model.flops import n_params
 from megagpt.planner.estimate import GIB, vocabulary

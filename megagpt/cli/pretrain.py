@@ -4,6 +4,7 @@ Imports stand inside the functions, so that signals are caught before torch is l
 """
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ def _pretrain(args: argparse.Namespace) -> int:
 
     from megagpt.distributed.hostfile import check_hostfile
     from megagpt.distributed.launcher import launcher_watch
+    from megagpt.distributed.rank_variables import Place, join_launch, unused_tasks
     from megagpt.train.preemption import Preemption
 
     # Before torch is loaded, so that no signal is missed.
@@ -58,8 +60,11 @@ def _pretrain(args: argparse.Namespace) -> int:
     from megagpt.engine.precision import with_supported_dtype
 
     try:
+        place = join_launch()
         check_hostfile()
         device = meet()
+        if place == Place() and (note := unused_tasks(os.environ)):
+            print_rank0(note)
         with errors_on_every_rank():
             run = load_run_config(args.run_file, args.overrides)
         check_equal_on_ranks(leaves(run.as_json()), "give all ranks the same run file and overrides")
@@ -78,7 +83,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         with explained(run, device), deepspeed_explained(run):
             state = train(run, device, fresh=args.fresh, preemption=preemption)
     except UserError as error:
-        if is_main() or isinstance(error, OwnRankError):
+        if isinstance(error, OwnRankError) or is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except Exception as error:

@@ -5,21 +5,23 @@ import signal
 import subprocess
 import sys
 
+from megagpt.distributed.rank_variables import without_launcher
 from megagpt.errors import UserError
-
-# Variables of a launcher above this process, which the started ranks must not take for their own.
-LAUNCHED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def on_ranks(n_ranks: int, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m module arguments` on n_ranks until it ends; SIGTERM or Ctrl-C ends the ranks first."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
-    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHED_BY}
     command = [*launcher, "-m", module, *arguments]
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+            command,
+            env=without_launcher(os.environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         ) as launched:
             try:
                 out, errors = launched.communicate()

@@ -1,4 +1,4 @@
-"""Read what the launcher (deepspeed, torchrun or srun) tells a rank: environment, command line, whether it lives.
+"""Read what the launcher above a rank tells without its variables: its command line, and whether it lives.
 
 Ranks read the launcher's own command line to catch mistakes that it ignores, such as a missing hostfile, and watch its
 processes, because a rank must not outlive its launcher. torch is not imported here: pretraining needs this module
@@ -15,23 +15,12 @@ from pathlib import Path
 
 import psutil
 
+from megagpt.distributed.rank_variables import OTHER_LAUNCHERS
+
 GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL: deepspeed's, torchrun's, and Slurm's if nobody changed KillWait
 
-LAUNCHERS = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID")  # deepspeed, torchrun and srun each set one
-
-
-def adopt_slurms_ranks() -> None:
-    """Set RANK, WORLD_SIZE and LOCAL_RANK from Slurm's variables, as deepspeed and torchrun would set them."""
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
-        os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-
-
-def local_ranks() -> int:
-    """Return the number of ranks on this host; 1 without a launcher."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")  # torchrun, deepspeed, srun
-    return next((int(os.environ[name]) for name in names if name in os.environ and "RANK" in os.environ), 1)
+# Each launcher sets one: deepspeed, torchrun, srun, mpirun and mpiexec.
+LAUNCHERS = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID", *(other.rank for other in OTHER_LAUNCHERS))
 
 
 def launcher_watch() -> Callable[[], bool]:

@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megagpt.distributed.launcher import adopt_slurms_ranks, local_ranks
+from megagpt.distributed.rank_variables import join_launch, read_place
 from megagpt.errors import OwnRankError
 from megagpt.terminal import escape_unknown_letters
 
@@ -18,30 +18,29 @@ TIMEOUT = timedelta(minutes=30)  # hashing a large checkpoint on a cold file sys
 
 
 def init_process_group(store: dist.Store | None = None) -> torch.device:
-    """Join the ranks that deepspeed, torchrun or srun started, or be the only one; returns this rank's device.
+    """Join the ranks that a launcher started, or be the only one; returns this rank's device.
 
     The ranks meet through `store`, if they already have one. Raises OwnRankError if this rank has no GPU of its own on
     a machine that has some.
     """
-    adopt_slurms_ranks()
+    place = join_launch()
     device = own_device()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # torch's default is all physical cores for each process: share them between the ranks.
-        torch.set_num_threads(max(1, torch.get_num_threads() // local_ranks()))
+        torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
     if dist.is_initialized():
         return device
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # Plain `python launch/pretrain.py`: without a port, so that two of them never collide.
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    # One rank needs no port, so that two such runs never collide.
+    if place.world_size == 1:
         store = dist.HashStore()
     dist.init_process_group(
         backend,
         timeout=TIMEOUT,
         device_id=device if device.type == "cuda" else None,
         store=store,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
+        rank=place.rank,
+        world_size=place.world_size,
     )
     return device
 
@@ -57,17 +56,17 @@ def own_device() -> torch.device:
 
     DS_ACCELERATOR=cpu leaves the GPUs alone, here as in DeepSpeed.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    n_gpus = torch.cuda.device_count()
-    if n_gpus == 1 and "SLURM_LOCALID" in os.environ:
-        local_rank = 0  # --gpus-per-task shows each task only its own GPU
+    place, n_gpus = read_place(os.environ), torch.cuda.device_count()
+    # --gpus-per-task, or a wrapper that sets CUDA_VISIBLE_DEVICES, shows each rank only its own GPU.
+    shows_one = n_gpus == 1 and place.launcher in ("srun", "mpirun", "mpiexec")
+    local_rank = 0 if shows_one else place.local_rank
     n_ranks = local_rank + 1
     if n_ranks > n_gpus:
         raise OwnRankError(
-            f"{n_ranks} ranks need {n_ranks} GPUs, but {socket.gethostname()} has {n_gpus}; "
-            "lower --num_gpus, the hostfile's slots or --ntasks-per-node"
+            f"LOCAL_RANK={local_rank}: {n_ranks} ranks need {n_ranks} GPUs, but {socket.gethostname()} shows {n_gpus}; "
+            "lower --num_gpus, the hostfile's slots, --nproc-per-node or --ntasks-per-node"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

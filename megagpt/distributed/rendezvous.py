@@ -1,18 +1,14 @@
 """Rendezvous: ranks meet before they train, and a host that is missing, differs or cannot be reached is named."""
 
 import hashlib
-import json
 import os
 import platform
 import socket
-import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,14 +16,13 @@ import torch.distributed as dist
 import megagpt
 from megagpt.distributed.collectives import broadcast_object, errors_on_every_rank, gather_objects
 from megagpt.distributed.interfaces import is_loopback, listen_for_gloo, remedy
-from megagpt.distributed.launcher import adopt_slurms_ranks, hosts_of_ranks, local_ranks
+from megagpt.distributed.meeting import Meeting, Report
 from megagpt.distributed.process_group import init_process_group, is_main, own_device, world_size
-from megagpt.errors import OwnRankError, UserError, writing_to
+from megagpt.distributed.rank_variables import join_launch
+from megagpt.errors import UserError, writing_to
 
-PATIENCE = "MEGAGPT_MEET_SECONDS"  # to be raised for file systems on which a start takes longer
 SAME_PROGRAMS = "use the same checkout and the same .venv on all hosts"
 PACKAGES = ("torch", "deepspeed", "numpy", "pyarrow", "sentencepiece", "pydantic")
-Report = dict[str, Any]  # of one rank, as JSON
 
 
 def meet() -> torch.device:
@@ -35,13 +30,13 @@ def meet() -> torch.device:
 
     Otherwise raises UserError on every rank, within a minute.
     """
-    adopt_slurms_ranks()
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    place = join_launch()
+    if dist.is_initialized() or place.world_size == 1:
         return init_process_group()
-    meeting = _Meeting()
+    meeting = Meeting()
     with ExitStack() as open_until_reached:
         meeting.report("arrival", _arrival(open_until_reached), _wrong_arrivals)
-        neighbor = meeting.report_of("arrival", (meeting.rank + local_ranks()) % meeting.n_ranks)
+        neighbor = meeting.report_of("arrival", (meeting.rank + place.local_size) % meeting.n_ranks)
         meeting.report("reach", {"complaint": _unreachable(neighbor)}, _complaint)
     return init_process_group(meeting.store)
 
@@ -110,76 +105,6 @@ def differences(reports: Sequence[tuple[str, Mapping[str, object]]]) -> list[str
     return found
 
 
-class _Meeting:
-    """A meeting of ranks that have no process group yet, through rank 0's store at MASTER_ADDR and MASTER_PORT."""
-
-    def __init__(self) -> None:
-        self.rank, self.n_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self._seconds = _patience()
-        self._until = time.monotonic() + self._seconds
-        self.store = self._open()
-
-    def report(self, topic: str, mine: Report, judge: Callable[[list[Report]], str]) -> None:
-        """Send this rank's report to rank 0, whose complaint about all of them every rank raises as UserError."""
-        self.store.set(f"{topic}/{self.rank}", json.dumps(mine))
-        if self.rank == 0:
-            self.store.set(f"{topic}/verdict", self._verdict(topic, judge))
-        try:
-            self.store.wait([f"{topic}/verdict"], timedelta(seconds=self._seconds + 10))
-            complaint = self.store.get(f"{topic}/verdict").decode()
-        except dist.DistError:
-            raise UserError("rank 0 ended while the ranks met; see its message for the reason") from None
-        if complaint:
-            self._leave(topic)
-            raise UserError(complaint)
-
-    def report_of(self, topic: str, rank: int) -> Report:
-        report: Report = json.loads(self.store.get(f"{topic}/{rank}"))
-        return report
-
-    def _open(self) -> dist.TCPStore:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        patience = timedelta(seconds=self._seconds)
-        try:
-            return dist.TCPStore(address, port, self.n_ranks, serves, timeout=patience, wait_for_workers=False)
-        except dist.DistError as error:
-            here = socket.gethostname()
-            if serves:
-                raise OwnRankError(
-                    f"{here} cannot listen on port {port}, where ranks are to meet ({str(error).splitlines()[0]}); "
-                    "end what has it, or choose another: deepspeed --master_port N"
-                ) from None
-            raise OwnRankError(
-                f"rank {self.rank} on {here} could not reach rank 0 at {address}:{port} within {self._seconds:.0f} s: "
-                f"rank 0 has ended (see above), its host is down, or a firewall is between them"
-            ) from None
-
-    def _verdict(self, topic: str, judge: Callable[[list[Report]], str]) -> str:
-        keys = [f"{topic}/{r}" for r in range(self.n_ranks)]
-        try:
-            self.store.wait(keys, timedelta(seconds=max(15.0, self._until - time.monotonic())))
-        except dist.DistError:
-            hosts = hosts_of_ranks()
-            absent = [r for r, key in enumerate(keys) if not self.store.check([key])]
-            names = ", ".join(f"rank {r}" + (f" of {hosts[r]}" if hosts else "") for r in absent)
-            return (
-                f"{names} did not arrive within {self._seconds:.0f} s; see above why, or whether ssh gets there and "
-                f"finds this folder and .venv. If starts do take so long, set {PATIENCE} in ~/.deepspeed_env"
-            )
-        return judge([self.report_of(topic, r) for r in range(self.n_ranks)])
-
-    def _leave(self, topic: str) -> None:
-        """Let rank 0, with which the store ends, wait until the others have read the verdict."""
-        if self.rank != 0:
-            self.store.add(f"{topic}/read", 1)
-            return
-        others = sum(self.store.check([f"{topic}/{r}"]) for r in range(1, self.n_ranks))
-        until = time.monotonic() + 5
-        while self.store.add(f"{topic}/read", 0) < others and time.monotonic() < until:
-            time.sleep(0.01)
-
-
 def _arrival(open_until_reached: ExitStack) -> Report:
     """Return this rank's first report: host, programs, and where it listens or why it cannot."""
     report: Report = {"host": socket.gethostname(), "complaint": "", "programs": programs()}
@@ -223,15 +148,6 @@ def _unreachable(neighbor: Report) -> str:
 def _complaint(reports: list[Report]) -> str:
     """Return the first complaint of a rank; empty if there is none."""
     return next((report["complaint"] for report in reports if report["complaint"]), "")
-
-
-def _patience() -> float:
-    """Return for how many seconds ranks wait for each other. Raises OwnRankError for a setting that is no number."""
-    text = os.environ.get(PATIENCE, "50")
-    try:
-        return float(text)
-    except ValueError:
-        raise OwnRankError(f"{PATIENCE}={text} is not a number of seconds") from None
 
 
 def _version(package: str) -> str:

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from megagpt.config.batch import BatchPlan
 from megagpt.config.run_file import RunConfig
 from megagpt.distributed.collectives import neighbors
-from megagpt.distributed.launcher import local_ranks
 from megagpt.distributed.process_group import rank
+from megagpt.distributed.rank_variables import local_ranks
 from megagpt.engine.activation_checkpointing import recompute_hook
 from megagpt.engine.compilation import compile_blocks
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config

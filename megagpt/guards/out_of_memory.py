@@ -11,8 +11,8 @@ import psutil
 import torch
 
 from megagpt.config.run_file import RunConfig
-from megagpt.distributed.launcher import local_ranks
 from megagpt.distributed.process_group import rank, world_size
+from megagpt.distributed.rank_variables import local_ranks
 from megagpt.errors import OwnRankError
 from megagpt.planner.estimate import GIB, Machine, Setting, fastest, settings, vocabulary
 from megagpt.planner.gpu_specs import Gpu

@@ -230,9 +230,9 @@ def test_srun_starts_ranks_by_slurms_variables(dataset, tmp_path):
         start(
             [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.schedule.max_steps=4")],
             SLURM_PROCID=str(r),
-            SLURM_NTASKS="2",
+            SLURM_STEP_NUM_TASKS="2",
             SLURM_LOCALID=str(r),
-            SLURM_NTASKS_PER_NODE="2",
+            SLURM_STEP_TASKS_PER_NODE="2",
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,
         )
@@ -356,7 +356,7 @@ def test_a_tool_sees_a_steps_samples_without_torch(trained):
 
 def test_flags_and_overrides_come_in_any_order(dataset, device, tmp_path, capsys):
     first, *rest = overrides(dataset, tmp_path / "run", "megagpt.schedule.max_steps=4")
-    assert pretrain([first, "--deepspeed_config", str(DEBUG_RUN), rest[0], "--fresh", "--local_rank=0", *rest[1:]]) == 0
+    assert pretrain([first, "--deepspeed_config", str(DEBUG_RUN), rest[0], "--fresh", "--local-rank=0", *rest[1:]]) == 0
 
 
 @pytest.fixture(scope="module")
