@@ -15,9 +15,9 @@ from data_tools.report.summary import summary
 from data_tools.stages.train_tokenizer import train_tokenizer
 from data_tools.verify import verify
 from megagpt.data.manifest import SPLITS
-from megagpt.errors import UserError, limit_reached
 from megagpt.open_files import raise_limit
-from megagpt.terminal import escape_unknown_letters
+from megagpt.options import Parser, whole
+from megagpt.terminal import exit_code_of, show
 from megagpt.user_paths import user_path, user_url_or_path
 
 INCOMPLETE = 3  # exit code of a build that could not read some of its files
@@ -32,25 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if wrong := [item for item in rest if item.startswith("-") or "config" not in args]:
         parser.error(f"unrecognized arguments: {' '.join(wrong)}")
-    escape_unknown_letters()
     raise_limit()
-    try:
-        output, code = COMMANDS[args.command](args, rest)
-        print(output)
-        return code
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of our output has ended, as in `... | head`
-        sys.stderr.close()
-    except Exception as error:
-        if (limit := limit_reached(error)) is None:
-            raise
-        print(f"error: {limit}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; finished tasks are kept: run the same command again to resume", file=sys.stderr)
-        return 130  # 128 + SIGINT
+    return exit_code_of(lambda: _run(args, rest), interrupted=INTERRUPTED.get(args.command, "interrupted"))
+
+
+def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    output, code = COMMANDS[args.command](args, overrides)
+    show(output)
+    return code
+
     return 0
 
 
@@ -97,10 +87,11 @@ COMMANDS = {
     "verify": _verify,
     "inspect": _inspect,
 }
+INTERRUPTED = {"build": "interrupted; finished tasks are kept: run the same command again to resume"}
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_tools", description="Build token shards from text.")
+    parser = Parser(prog="python -m data_tools", description="Build token shards from text.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, what: str, example: str) -> argparse.ArgumentParser:
@@ -159,7 +150,11 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
         help=f"train these, of {','.join(KINDS)}; by default all, or none with --tokenizer",
     )
     compare_command.add_argument(
-        "--steps", type=int, default=200, metavar="N", help="training steps of the small model (200); 0: no training"
+        "--steps",
+        type=whole(0, 1_000_000),
+        default=200,
+        metavar="N",
+        help="training steps of the small model (200); 0: no training",
     )
     compare_command.add_argument("--json", action="store_true", help="print JSON")
     for with_splits in (build_command, compare_command):
@@ -193,19 +188,17 @@ def _add_readers(command: Callable[[str, str, str], argparse.ArgumentParser]) ->
         "data/corpus --split val --documents 3\n  python -m data_tools inspect runs/gpt2_124m --step 1200",
     )
     inspect_command.add_argument("--split", choices=SPLITS, default="train")
-    inspect_command.add_argument("--documents", type=_count, default=0, metavar="N", help="show the first N as text")
+    inspect_command.add_argument("--documents", type=whole(0), default=0, metavar="N", help="show the first N as text")
     shown = inspect_command.add_mutually_exclusive_group()
-    shown.add_argument("--sample", type=int, metavar="N", help="in a run's folder: the text of global sample N")
-    shown.add_argument("--step", type=int, metavar="S", help="in a run's folder: the text of every sample of step S")
+    shown.add_argument(
+        "--sample", type=whole(0, 10**15), metavar="N", help="in a run's folder: the text of global sample N"
+    )
+    shown.add_argument(
+        "--step", type=whole(1, 10**15), metavar="S", help="in a run's folder: the text of every sample of step S"
+    )
     inspect_command.add_argument("--json", action="store_true", help="print the manifest as JSON")
     for with_folder in (verify_command, inspect_command):
         with_folder.add_argument("folder", type=user_path)
-
-
-def _count(text: str) -> int:
-    if (number := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{number} is less than 0")
-    return number
 
 
 def _options(model: type[BaseModel], without: Collection[str] = ()) -> str:

@@ -4,7 +4,6 @@ A killed build that is started again resumes: finished tasks are not run a secon
 """
 
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -41,6 +40,7 @@ from megagpt.data.shard_format import REPORT, TOKENIZER_MODEL, token_dtype
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.file_lock import FileLock, LockHeldError
+from megagpt.terminal import print_error
 
 LOCK = "megagpt.lock"  # in BUILD_DIR: by it we recognize an unfinished build, whose files may be deleted
 
@@ -125,7 +125,7 @@ def _claimed(out: Path) -> Iterator[tuple[Path, Path]]:
     except OSError as error:  # the build that held it has just removed its scratch folder
         raise UserError(f"--out {out} cannot be locked: {error}; look whether another build finished it") from error
     if warning:
-        print(f"{warning}, so a second build to --out {out} may not be refused: start none", file=sys.stderr)
+        print_error(f"{warning}, so a second build to --out {out} may not be refused: start none")
     try:
         # a build that was killed right after its manifest leaves its scratch folder, to be deleted here
         is_finished = (folder / MANIFEST).exists()

@@ -189,8 +189,6 @@ def _check(config: BuildConfig, kinds: Sequence[str], steps: int) -> None:
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"--types {kind} is not a type of tokenizer; give some of {','.join(KINDS)}")
-    if steps < 0:
-        raise UserError(f"--steps {steps} is less than 0; give 0 to skip the training")
 
 
 def _load(path: Path) -> Tokenizer:

@@ -80,7 +80,7 @@ class InputConfig(ReadConfig):
     seed: int = Field(
         default=1234, ge=0, lt=2**63, description="of the random choices: sample, splits, order, variants"
     )
-    workers: int | None = Field(default=None, ge=1, description="processes; by default one per core")
+    workers: int | None = Field(default=None, ge=1, le=4096, description="processes; by default one per core")
 
     @model_validator(mode="before")
     @classmethod
@@ -152,7 +152,7 @@ class SubwordConfig(Strict):
     variants: int = Field(default=0, ge=0, le=63, description="tokenizations besides the canonical one; 0: off")
     alpha: float | None = Field(
         default=None,
-        gt=0.0,
+        ge=1e-6,
         le=1.0,
         description="unigram: inverse temperature (0.3); bpe: share of dropped merges (0.1)",
     )
@@ -160,7 +160,7 @@ class SubwordConfig(Strict):
     @model_validator(mode="after")
     def _alpha_goes_with_variants(self) -> "SubwordConfig":
         if self.alpha is not None and not self.variants:
-            raise ValueError(f"alpha={self.alpha} has no effect without variants; set subword.variants")
+            raise ValueError(f"subword.alpha={self.alpha} has no effect without variants; set subword.variants")
         return self
 
 
@@ -173,7 +173,9 @@ class BuildConfig(TokenizerConfig):
     subword: SubwordConfig = SubwordConfig()
     val_fraction: float = Field(default=0.01, ge=0.0, le=1.0, description="of the documents that no input assigns")
     test_fraction: float = Field(default=0.0, ge=0.0, le=1.0, description="of the documents that no input assigns")
-    shard_tokens: int = Field(default=2**28, gt=0, description="tokens per shard, roughly: 512 MiB of 16-bit ids")
+    shard_tokens: int = Field(
+        default=2**28, gt=0, le=10**15, description="tokens per shard, roughly: 512 MiB of 16-bit ids"
+    )
 
     @model_validator(mode="after")
     def _fractions_are_of_one_whole(self) -> "BuildConfig":

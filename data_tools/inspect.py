@@ -12,7 +12,6 @@ from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.manifest import Split
 from megagpt.data.provenance import origins
 from megagpt.data.training_set import TrainingSet
-from megagpt.errors import UserError
 
 
 def inspect(folder: Path, *, split: Split = "train", documents: int = 0, as_json: bool = False) -> str:
@@ -21,7 +20,7 @@ def inspect(folder: Path, *, split: Split = "train", documents: int = 0, as_json
     texts = _texts(dataset, split, documents) if documents else []
     if as_json:
         content: dict[str, Any] = dataset.manifest.model_dump(mode="json")
-        return json.dumps(content | {"documents": texts}, indent=1, ensure_ascii=False)
+        return json.dumps(content | {"documents": texts}, indent=1)
     blocks = [_describe(dataset)]
     wholes = (origin for origin in origins(dataset, split, count()) if origin.part == 0)
     for number, (text, origin) in enumerate(zip(texts, wholes, strict=False)):
@@ -32,10 +31,6 @@ def inspect(folder: Path, *, split: Split = "train", documents: int = 0, as_json
 def inspect_samples(run: Path, *, sample: int | None = None, step: int | None = None) -> str:
     """Show the text of one sample of a run, or of all samples of a step, trained on or not yet, and its origins."""
     data = open_run(run)
-    if step is not None and step < 1:
-        raise UserError(f"--step {step} does not exist; the first step is 1")
-    if sample is not None and sample < 0:
-        raise UserError(f"--sample {sample} does not exist; the first sample is 0")
     samples = [sample] if sample is not None else data.mixture.samples_of(step or 1)
     return "\n".join(block for number in samples for block in _show_sample(data, number))
 

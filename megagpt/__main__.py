@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from megagpt.cli.arguments import command_line
-from megagpt.cli.exit_codes import exit_code_of
 from megagpt.distributed.rank_variables import without_launcher
 from megagpt.open_files import raise_limit
+from megagpt.terminal import exit_code_of
 
 # Command -> its module below megagpt.cli, and its function.
 COMMANDS = {

@@ -1,10 +1,96 @@
-"""Print text with letters that the terminal's encoding may lack: a model's samples, bars, paths."""
+"""Print results and errors: in any encoding, to readers that may be gone, and never more of an error than a screen."""
 
 import io
+import os
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TextIO
+
+from megagpt.errors import OwnRankError, UserError, limit_reached
+
+MISTAKE, INTERRUPTED = 2, 130  # exit codes: something that the user gave is wrong; Ctrl-C, 128 + SIGINT
+SCREEN_LINES, SCREEN_CHARACTERS = 20, 1500
+
+
+def exit_code_of(
+    command: Callable[[], int], *, is_main: Callable[[], bool] = lambda: True, interrupted: str = "interrupted"
+) -> int:
+    """Run a command and return its exit code; a UserError is printed, without a traceback, and returns 2.
+
+    An error is printed once: by rank 0, unless it is one of another rank alone.
+    """
+    escape_unknown_letters()
+    try:
+        return command()
+    except UserError as error:
+        if isinstance(error, OwnRankError) or is_main():
+            print_error(f"error: {on_a_screen(str(error))}")
+        return MISTAKE
+    except Exception as error:
+        if (limit := limit_reached(error)) is None:
+            raise
+        print_error(f"error: {limit}")
+        return MISTAKE
+    except KeyboardInterrupt:
+        print_error(interrupted)
+        return INTERRUPTED
+
+
+def show(text: str, *, end: str = "\n") -> None:
+    """Print on standard output, at once. What its reader has no use for, as in `... | head`, is dropped.
+
+    Raises UserError if the output cannot be written, as on a full disk.
+    """
+    escape_unknown_letters()
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        _drop(sys.stdout)
+    except OSError as error:
+        _drop(sys.stdout)
+        raise UserError(f"standard output cannot be written: {error.strerror}; redirect it to another place") from error
+
+
+def print_error(text: str) -> None:
+    """Print on standard error, at once; nothing happens where it is closed or its reader is gone."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        _drop(sys.stderr)
 
 
 def escape_unknown_letters() -> None:
     """Let stdout write `\\xe9` for a letter that its encoding lacks; by default Python raises UnicodeEncodeError."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def if_encodable(letter: str, otherwise: str) -> str:
+    """Return the letter if standard output's encoding has it."""
+    try:
+        letter.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return otherwise
+    return letter
+
+
+def on_a_screen(text: str) -> str:
+    """Return a message of at most a screen: from a longer one the middle is left out, and the way out at its end stays.
+
+    A file name, a value or a line of data in it can have megabytes.
+    """
+    lines = text.split("\n")
+    if len(lines) > SCREEN_LINES:
+        left_out = len(lines) - SCREEN_LINES + 1
+        text = "\n".join([*lines[:12], f"... {left_out:,} more lines ...", *lines[12 + left_out :]])
+    if len(text) > SCREEN_CHARACTERS:
+        left_out = len(text) - SCREEN_CHARACTERS
+        text = f"{text[:1000]} ... {left_out:,} more characters ... {text[1000 + left_out :]}"
+    return text
+
+
+def _drop(stream: TextIO) -> None:
+    """Let a stream write to nowhere, what it has buffered too; Python would complain of that at its end."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

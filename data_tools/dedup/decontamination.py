@@ -19,8 +19,12 @@ from megagpt.errors import UserError
 
 class DecontaminationConfig(Strict):
     files: Paths = Field(default=(), description="test sets, text or .jsonl; none: no decontamination")
-    ngram: int = Field(default=13, gt=0, description="words in an n-gram; a shorter test text is not looked for")
-    min_hits: int = Field(default=1, gt=0, description="drop a document that shares this many different n-grams")
+    ngram: int = Field(
+        default=13, gt=0, le=10_000, description="words in an n-gram; a shorter test text is not looked for"
+    )
+    min_hits: int = Field(
+        default=1, gt=0, le=10**12, description="drop a document that shares this many different n-grams"
+    )
 
 
 def write_ngrams(texts: Iterable[Iterable[str]], out: Path, cfg: DecontaminationConfig) -> dict[str, int]:
@@ -33,7 +37,7 @@ def write_ngrams(texts: Iterable[Iterable[str]], out: Path, cfg: Decontamination
     unique = np.unique(np.concatenate([np.empty(0, np.uint64), *per_text]))
     if not len(unique):
         raise UserError(
-            f"decontamination: none of {len(per_text)} texts has ngram={cfg.ngram} words; set a smaller ngram"
+            f"decontamination.ngram={cfg.ngram}: none of {len(per_text)} texts has that many words; set a smaller one"
         )
     with written(out) as temporary, temporary.open("wb") as file:
         np.save(file, unique)

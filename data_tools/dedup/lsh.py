@@ -46,12 +46,16 @@ class DedupConfig(Strict):
         default=14, gt=0, le=256, description="of a signature; more bands find more documents, and less similar ones"
     )
     rows: int = Field(default=8, gt=0, le=64, description="values in a band; more find only more similar documents")
-    ngram: int = Field(default=5, gt=0, description="words in an n-gram; similarity is that of the sets of n-grams")
+    ngram: int = Field(
+        default=5, gt=0, le=10_000, description="words in an n-gram; similarity is that of the sets of n-grams"
+    )
 
     @model_validator(mode="after")
     def _signatures_are_for_near(self) -> "DedupConfig":
         if self.method != "near" and (idle := {"bands", "rows", "ngram"} & self.model_fields_set):
-            raise ValueError(f"{sorted(idle)[0]} has no effect with method={self.method!r}; set method to near")
+            raise ValueError(
+                f"dedup.{sorted(idle)[0]} has no effect with dedup.method={self.method!r}; set dedup.method to near"
+            )
         return self
 
     @property

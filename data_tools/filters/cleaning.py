@@ -238,7 +238,7 @@ def _compiled(patterns: tuple[str, ...]) -> Iterator[re.Pattern[str]]:
         try:
             yield re.compile(pattern)
         except re.error as error:
-            raise UserError(f"clean.drop_patterns: {pattern!r} is not a regular expression: {error}") from error
+            raise UserError(f"rules.clean.drop_patterns: {pattern!r} is not a regular expression: {error}") from error
 
 
 def switch_repairs(value: Any) -> Any:

@@ -44,19 +44,21 @@ def load_model(path: Path) -> _Classifier:
     try:
         from fasttext.FastText import _FastText  # type: ignore[import-untyped]
     except ImportError as error:
-        raise UserError(f"language.model={path} needs fastText; install it with: {INSTALL}") from error
+        raise UserError(f"rules.language.model={path} needs fastText; install it with: {INSTALL}") from error
     try:
         with path.open("rb") as file:
             magic = file.read(len(MAGIC))
     except OSError as error:
-        raise UserError(f"cannot read language.model={path}: {error.strerror}") from error
+        raise UserError(f"cannot read rules.language.model={path}: {error.strerror}") from error
     if magic != MAGIC:
-        raise UserError(f"language.model={path} is not a fastText model; give one such as lid.176.bin")
+        raise UserError(f"rules.language.model={path} is not a fastText model; give one such as lid.176.bin")
     try:
         model = _FastText(str(path))
         labels = set(model.get_labels())
     except (ValueError, RuntimeError, MemoryError) as error:
-        raise UserError(f"language.model={path} cannot be loaded ({error}); is the file complete?") from error
+        raise UserError(f"rules.language.model={path} cannot be loaded ({error}); is the file complete?") from error
     if not any(label.startswith("__label__") for label in labels):
-        raise UserError(f"language.model={path} is not a classifier: it has no labels; give one such as lid.176.bin")
+        raise UserError(
+            f"rules.language.model={path} is not a classifier: it has no labels; give one such as lid.176.bin"
+        )
     return cast(_Classifier, model.f)

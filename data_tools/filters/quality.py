@@ -16,7 +16,7 @@ from data_tools.filters.text_statistics import (
     count_sentences,
     split_words,
 )
-from data_tools.option_types import Names
+from data_tools.option_types import Count, Limit, Names
 from megagpt.config.parsing import Strict
 
 CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
@@ -27,22 +27,22 @@ POLICY = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "us
 class GopherQualityConfig(Strict):
     """Limits of gopher_quality."""
 
-    min_words: int | None = Field(default=50, description="words that are not punctuation; null: any number")
-    max_words: int | None = Field(default=100_000, description="words that are not punctuation; null: any number")
-    min_mean_word_length: float | None = Field(default=3.0, description="in characters; null: any")
-    max_mean_word_length: float | None = Field(default=10.0, description="in characters; null: any")
-    max_symbols_per_word: float | None = Field(
+    min_words: Count | None = Field(default=50, description="words that are not punctuation; null: any number")
+    max_words: Count | None = Field(default=100_000, description="words that are not punctuation; null: any number")
+    min_mean_word_length: Limit | None = Field(default=3.0, description="in characters; null: any")
+    max_mean_word_length: Limit | None = Field(default=10.0, description="in characters; null: any")
+    max_symbols_per_word: Limit | None = Field(
         default=0.1, description="of '#', and of ellipses, counted separately; null: any number"
     )
-    max_bullet_lines: float | None = Field(default=0.9, description="share of lines that start so; null: any")
-    max_ellipsis_lines: float | None = Field(default=0.3, description="share of lines that end so; null: any")
-    min_alphabetic_words: float | None = Field(
+    max_bullet_lines: Limit | None = Field(default=0.9, description="share of lines that start so; null: any")
+    max_ellipsis_lines: Limit | None = Field(default=0.3, description="share of lines that end so; null: any")
+    min_alphabetic_words: Limit | None = Field(
         default=0.8, description="share of words that contain a letter; null: any"
     )
-    min_stop_words: int | None = Field(default=2, description="different ones that must occur; null: any number")
+    min_stop_words: Count | None = Field(default=2, description="different ones that must occur; null: any number")
     stop_words: Names = Field(
         default=("the", "be", "to", "of", "and", "that", "have", "with"),
-        description="English; give your language's own or set min_stop_words=null",
+        description="English; give your language's own or set rules.gopher_quality.min_stop_words=null",
     )
 
 
@@ -98,9 +98,9 @@ def _symbols_and_lines(text: str, n_words: int, cfg: GopherQualityConfig) -> str
 class C4Config(Strict):
     """Limits and choices of c4."""
 
-    min_sentences: int | None = Field(default=5, description="in the remaining lines; null: any number")
-    min_words_per_line: int | None = Field(default=3, description="drop lines with fewer; null: none")
-    max_word_length: int | None = Field(default=1000, description="drop lines with a longer word; null: none")
+    min_sentences: Count | None = Field(default=5, description="in the remaining lines; null: any number")
+    min_words_per_line: Count | None = Field(default=3, description="drop lines with fewer; null: none")
+    max_word_length: Count | None = Field(default=1000, description="drop lines with a longer word; null: none")
     end_punctuation: bool = Field(default=True, description="drop lines that do not end in one of . ? ! \" '")
     citations: bool = Field(default=True, description="remove [1], [edit] and [citation needed]")
     javascript: bool = Field(default=True, description="drop lines that contain 'javascript'")
@@ -167,15 +167,15 @@ def _kept_lines(text: str, cfg: C4Config) -> tuple[list[str], str | None]:
 class FineWebConfig(Strict):
     """Limits of fineweb."""
 
-    min_punctuated_lines: float | None = Field(
+    min_punctuated_lines: Limit | None = Field(
         default=0.12, description="share of lines that end in terminal punctuation; null: any"
     )
-    max_short_lines: float | None = Field(default=0.67, description="share of lines that are short; null: any")
-    short_line: int = Field(default=30, ge=0, description="the most characters of a short line")
-    max_duplicate_line_characters: float | None = Field(
+    max_short_lines: Limit | None = Field(default=0.67, description="share of lines that are short; null: any")
+    short_line: Count = Field(default=30, description="the most characters of a short line")
+    max_duplicate_line_characters: Limit | None = Field(
         default=0.01, description="share of the characters in lines that repeat an earlier one; null: any"
     )
-    max_newlines_per_word: float | None = Field(default=0.3, description="lists have more; null: any")
+    max_newlines_per_word: Limit | None = Field(default=0.3, description="lists have more; null: any")
 
 
 def fineweb(stats: TextStatistics, cfg: FineWebConfig) -> str | None:

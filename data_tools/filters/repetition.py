@@ -11,25 +11,26 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from data_tools.filters.text_statistics import TextStatistics
+from data_tools.option_types import Limit
 from megagpt.config.parsing import Strict
 
-NgramLimits = tuple[tuple[Annotated[int, Field(ge=2)], Annotated[float, Field(ge=0)]], ...]
+NgramLimits = tuple[tuple[Annotated[int, Field(ge=2, le=1000)], Limit], ...]
 
 
 class GopherRepetitionConfig(Strict):
     """Limits of gopher_repetition."""
 
-    max_duplicate_lines: float | None = Field(
-        default=0.3, ge=0, description="share of the lines that repeat an earlier one; null: any"
+    max_duplicate_lines: Limit | None = Field(
+        default=0.3, description="share of the lines that repeat an earlier one; null: any"
     )
-    max_duplicate_paragraphs: float | None = Field(
-        default=0.3, ge=0, description="share of the paragraphs that repeat an earlier one; null: any"
+    max_duplicate_paragraphs: Limit | None = Field(
+        default=0.3, description="share of the paragraphs that repeat an earlier one; null: any"
     )
-    max_duplicate_line_characters: float | None = Field(
-        default=0.2, ge=0, description="share of the characters in lines that repeat an earlier one; null: any"
+    max_duplicate_line_characters: Limit | None = Field(
+        default=0.2, description="share of the characters in lines that repeat an earlier one; null: any"
     )
-    max_duplicate_paragraph_characters: float | None = Field(
-        default=0.2, ge=0, description="share of the characters in paragraphs that repeat an earlier one; null: any"
+    max_duplicate_paragraph_characters: Limit | None = Field(
+        default=0.2, description="share of the characters in paragraphs that repeat an earlier one; null: any"
     )
     max_top_ngrams: NgramLimits = Field(
         default=((2, 0.2), (3, 0.18), (4, 0.16)),

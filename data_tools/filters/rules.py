@@ -144,14 +144,15 @@ def load_custom(path: str) -> CustomRule:
     """Return the function at 'package.module:function' or 'package.module.function'. Raises UserError."""
     module_name, _, name = path.partition(":") if ":" in path else path.rpartition(".")
     if not module_name or not name:
-        raise UserError(f"custom={path!r} does not name a function; write package.module:function")
+        raise UserError(f"rules.custom={path!r} does not name a function; write package.module:function")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises when it is imported
         raise UserError(
-            f"custom={path!r}: cannot import {module_name} ({type(error).__name__}: {error}); repair or install it"
+            f"rules.custom={path!r}: cannot import {module_name} ({type(error).__name__}: {error}); "
+            "repair or install it"
         ) from error
     rule: CustomRule | None = getattr(module, name, None)
     if not callable(rule):
-        raise UserError(f"custom={path!r}: {module_name} has no function {name!r}")
+        raise UserError(f"rules.custom={path!r}: {module_name} has no function {name!r}")
     return rule

@@ -1,11 +1,11 @@
 """Read the first record of the input files before any work starts, so that a mistake ends a build in seconds."""
 
-import sys
 from collections.abc import Sequence
 
 from data_tools.config import SourceConfig
 from data_tools.readers.by_format import FORMATS, METADATA, read_slice
 from data_tools.readers.input_file import InputFile, UnreadableFile
+from megagpt.terminal import print_error
 
 TRIED, TRIED_REMOTE = 5_000, 8  # files of a source that are opened: some seconds
 
@@ -22,10 +22,9 @@ def check_first_records(source: SourceConfig, files: Sequence[InputFile], *, str
         return
     if len(failed) == len(tried):
         raise failed[0]
-    print(
+    print_error(
         f"warning: {len(failed)} of the first {len(tried)} files of {source.name} cannot be read, and will be left "
-        f"out; the first: {failed[0]}",
-        file=sys.stderr,
+        f"out; the first: {failed[0]}"
     )
 
 

@@ -114,5 +114,5 @@ def _step_of(path: Path) -> Path:
         return path
     step_dir = best(path) or next(reversed(committed(path)), None)
     if step_dir is None:
-        raise UserError(f"{path} holds no committed checkpoint; give a run's out_dir, or one of its checkpoints/step_*")
+        raise UserError(f"{path} holds no committed checkpoint; give a run's folder, or one of its checkpoints/step_*")
     return step_dir

@@ -1,19 +1,22 @@
 """The command-line arguments of `launch/pretrain.py` and of each `megagpt` command."""
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
+from megagpt.options import LARGEST, Parser, decimal, whole
 from megagpt.user_paths import user_path
+
+MOST_RANKS = 1_000_000
+MOST_RANKS_HERE = 1024  # on one machine
 
 
 def training_arguments() -> argparse.ArgumentParser:
     """Return the parser of launch/pretrain.py, which launchers start once per rank."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launch/pretrain.py",
         allow_abbrev=False,
-        description="Train a GPT-2 as a run file describes; resumes by itself when out_dir holds a checkpoint.",
+        description="Train a GPT-2 as a run file describes; resumes by itself when megagpt.out_dir holds a checkpoint.",
         epilog="example: deepspeed --hostfile hosts launch/pretrain.py --deepspeed_config ds_configs/gpt2_124m.json "
         "megagpt.out_dir=runs/mine optimizer.params.lr=3e-4",
     )
@@ -32,9 +35,7 @@ def training_arguments() -> argparse.ArgumentParser:
 
 def command_line() -> argparse.ArgumentParser:
     """Return the parser of the `megagpt` command."""
-    parser = argparse.ArgumentParser(
-        prog="megagpt", description="Plan and check a run, start it, and use its checkpoints."
-    )
+    parser = Parser(prog="megagpt", description="Plan and check a run, start it, and use its checkpoints.")
     _add_local_rank(parser)
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     train = commands.add_parser(
@@ -57,19 +58,27 @@ def _before_a_run(commands: Any) -> None:
         epilog="example: megagpt plan ds_configs/gpt2_1558m.json --ranks 64 --gpu H100 --network infiniband-ndr",
     )
     _add_run_file(plan)
-    plan.add_argument("--ranks", type=_positive, default=1, help="GPUs in all")
+    plan.add_argument("--ranks", type=whole(1, MOST_RANKS), default=1, help="GPUs in all")
     plan.add_argument("--gpu", default="H100", metavar="NAME", help="H200, A100 40GB, ...; default: H100")
     plan.add_argument(
         "--network", metavar="NAME|GB/s", help="bandwidth per GPU, each way; default: NVLink up to 8 ranks"
     )
-    plan.add_argument("--tokens", type=_positive, help="number to train on; default: max_steps global batches")
     plan.add_argument(
-        "--efficiency", type=_share, metavar="SHARE", help="FLOP/s that are reached, as a share of the peak"
+        "--tokens", type=whole(1), help="number to train on; default: megagpt.schedule.max_steps global batches"
+    )
+    plan.add_argument(
+        "--efficiency",
+        type=decimal(0.001, 1.0),
+        metavar="SHARE",
+        help="FLOP/s that are reached, as a share of the peak",
     )
     plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
     plan.add_argument("--probe", action="store_true", help="find the largest micro-batch by real steps on this machine")
     plan.add_argument(
-        "--memory", type=_above_zero, metavar="GIB", help="with --probe: limit for each rank; default: all memory"
+        "--memory",
+        type=decimal(0.001, 1e6),
+        metavar="GIB",
+        help="with --probe: limit for each rank; default: all memory",
     )
 
     lint = commands.add_parser(
@@ -78,7 +87,7 @@ def _before_a_run(commands: Any) -> None:
         epilog="example: megagpt lint ds_configs/gpt2_124m.json --ranks 8 zero_optimization.stage=2",
     )
     _add_run_file(lint)
-    lint.add_argument("--ranks", type=_positive, help="number of GPUs to check the batch arithmetic for")
+    lint.add_argument("--ranks", type=whole(1, MOST_RANKS), help="number of GPUs to check the batch arithmetic for")
     lint.add_argument("--json", action="store_true", help="one JSON object instead of text")
     lint.add_argument("--effective", action="store_true", help="print the run file with all defaults written out")
 
@@ -88,13 +97,17 @@ def _before_a_run(commands: Any) -> None:
         epilog="example: megagpt verify-resume ds_configs/gpt2_124m.json --ranks 2 megagpt.data.val_tokens=65536",
     )
     _add_run_file(resume)
-    resume.add_argument("--ranks", type=_positive, default=1, help="number of processes on this machine; default: 1")
-    resume.add_argument("--then-ranks", type=_positive, metavar="N", help="number of ranks to resume with")
+    resume.add_argument(
+        "--ranks", type=whole(1, MOST_RANKS_HERE), default=1, help="number of processes on this machine; default: 1"
+    )
+    resume.add_argument(
+        "--then-ranks", type=whole(1, MOST_RANKS_HERE), metavar="N", help="number of ranks to resume with"
+    )
     resume.add_argument(
         "--then", action="append", default=[], metavar="key.path=value", help="change a key on resuming"
     )
     resume.add_argument(
-        "--steps", type=_positive, default=4, help="steps of each run; one is stopped half-way; default: 4"
+        "--steps", type=whole(2), default=4, help="steps of each run; one is stopped half-way; default: 4"
     )
 
 
@@ -105,8 +118,10 @@ def _on_a_cluster(commands: Any) -> None:
         epilog="example: megagpt slurm ds_configs/gpt2_124m.json --nodes 4 --time 12:00:00 --partition gpu --dry-run",
     )
     _add_run_file(slurm)
-    slurm.add_argument("--nodes", type=_positive, default=1)
-    slurm.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="one rank each; default: 8")
+    slurm.add_argument("--nodes", type=whole(1, MOST_RANKS), default=1)
+    slurm.add_argument(
+        "--gpus-per-node", type=whole(1, MOST_RANKS_HERE), default=8, metavar="N", help="one rank each; default: 8"
+    )
     slurm.add_argument("--time", default="24:00:00", help="time limit of each start, as for sbatch; default: 24:00:00")
     slurm.add_argument("--partition", metavar="NAME")
     slurm.add_argument("--account", metavar="NAME")
@@ -117,7 +132,7 @@ def _on_a_cluster(commands: Any) -> None:
         "--sweep", type=user_path, metavar="FILE", help="submit an array, one task for each line of overrides"
     )
     slurm.add_argument("--container", metavar="WORDS", help='put before python: "apptainer exec --nv image.sif"')
-    slurm.add_argument("--fresh", action="store_true", help="start at step 0; an old run in out_dir is renamed")
+    slurm.add_argument("--fresh", action="store_true", help="start at step 0; an old run in megagpt.out_dir is renamed")
     slurm.add_argument("--dry-run", action="store_true", help="print the script instead of submitting it")
 
     doctor = commands.add_parser(
@@ -159,12 +174,12 @@ def _after_a_run(commands: Any) -> None:
         action="append",
         help=r"\n, \t are read as in JSON, \\ as a backslash; may be given several times; default: a new document",
     )
-    generate.add_argument("--max-tokens", type=int, default=128)
+    generate.add_argument("--max-tokens", type=whole(1), default=128)
     generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    generate.add_argument("--top-k", type=int, default=50, help="0: the whole vocabulary")
+    generate.add_argument("--top-k", type=whole(0), default=50, help="0: the whole vocabulary")
     generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--batch", type=_positive, default=1, help="texts for each prompt")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--batch", type=whole(1, 1_000_000), default=1, help="texts for each prompt")
+    generate.add_argument("--seed", type=whole(-LARGEST, LARGEST), default=0)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -176,8 +191,8 @@ def _after_a_run(commands: Any) -> None:
     )
     evaluate.add_argument("--data", type=user_path, required=True, metavar="DIR", help="a dataset made by data_tools")
     evaluate.add_argument("--split", choices=("train", "val", "test"), default="val")
-    evaluate.add_argument("--tokens", type=_positive, help="number of tokens, from the split's start; default: all")
-    evaluate.add_argument("--micro-batch", type=_positive, default=8)
+    evaluate.add_argument("--tokens", type=whole(1), help="number of tokens, from the split's start; default: all")
+    evaluate.add_argument("--micro-batch", type=whole(1, 1_000_000), default=8)
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
     checkpoints = commands.add_parser(
@@ -185,7 +200,7 @@ def _after_a_run(commands: Any) -> None:
         help="list the checkpoints of a run and whether they are complete; exit code 2 if none is",
         epilog="example: megagpt checkpoints runs/demo --verify",
     )
-    checkpoints.add_argument("run_dir", type=user_path, metavar="RUN", help="a run's folder, its out_dir")
+    checkpoints.add_argument("run_dir", type=user_path, metavar="RUN", help="a run's folder, its megagpt.out_dir")
     checkpoints.add_argument("--verify", action="store_true", help="hash every file instead of comparing sizes")
 
 
@@ -195,9 +210,14 @@ def _add_local_rank(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--fresh", action="store_true", help="start at step 0; an old run in out_dir is renamed")
     parser.add_argument(
-        "--sample-report", type=_positive, metavar="N", help="print which data the next N samples read, then exit"
+        "--fresh", action="store_true", help="start at step 0; an old run in megagpt.out_dir is renamed"
+    )
+    parser.add_argument(
+        "--sample-report",
+        type=whole(1, 10**15),
+        metavar="N",
+        help="print which data the next N samples read, then exit",
     )
 
 
@@ -208,25 +228,3 @@ def _add_run_file(parser: argparse.ArgumentParser) -> None:
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys of the run file")
-
-
-def _positive(text: str) -> int:
-    if (number := _above_zero(text)) != int(number):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number")
-    return int(number)
-
-
-def _above_zero(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0.0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-    return number
-
-
-def _share(text: str) -> float:
-    if (number := _above_zero(text)) > 1.0:
-        raise argparse.ArgumentTypeError(f"{text} is more than 1")
-    return number

@@ -9,6 +9,7 @@ from pathlib import Path
 from megagpt.checkpoint.commit import COMMIT, best, committed, damage_of, folder, read_commit
 from megagpt.checkpoint.finite import not_finite_file
 from megagpt.errors import UserError
+from megagpt.terminal import show
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def _listed(step_dir: Path, hashes: bool) -> Listed:
 def checkpoint_table(out_dir: Path, *, hashes: bool) -> tuple[str, bool]:
     """Return the table, and whether any step is complete. Raises UserError if there is no folder of checkpoints."""
     if not folder(out_dir).is_dir():
-        raise UserError(f"{out_dir} holds no checkpoints; give a run's out_dir")
+        raise UserError(f"{out_dir} holds no checkpoints; give a run's folder")
     rows = listed(out_dir, hashes=hashes)
     best_dir = best(out_dir)
     quarantined = [path.name for path in sorted(folder(out_dir).glob("damaged*_step_*"))]
@@ -111,5 +112,5 @@ def _size(n_bytes: int) -> str:
 def run(args: argparse.Namespace) -> int:
     """Print the table; exit code 2 if no step is complete."""
     table, any_complete = checkpoint_table(args.run_dir, hashes=args.verify)
-    print(table)
+    show(table)
     return 0 if any_complete else 2

@@ -26,6 +26,7 @@ from megagpt.distributed.hostfile import ENV_LINE, SECRET_NAME, check_environmen
 from megagpt.distributed.interfaces import GLOO, interface_to
 from megagpt.distributed.rendezvous import SAME_PROGRAMS, differences, mark_in
 from megagpt.errors import UserError
+from megagpt.terminal import print_error, show
 
 PORT = 29500  # deepspeed's default; --master_port sets another
 PATIENCE = 60.0  # seconds that a host may take for all checks
@@ -264,9 +265,9 @@ def run(args: argparse.Namespace) -> int:
     if args.probe:
         return serve()
     if args.write_env:
-        print(write_environment(args.hostfile), file=sys.stderr)
+        print_error(write_environment(args.hostfile))
     found = examine(args.hostfile, args.run_file, args.overrides)
-    print(json.dumps(found, default=vars) if args.json else as_text(found))
+    show(json.dumps(found, default=vars) if args.json else as_text(found))
     return 2 if found["findings"] else 0
 
 

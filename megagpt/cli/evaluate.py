@@ -10,6 +10,8 @@ from megagpt.data.dataset import open_dataset
 from megagpt.data.loader import ValWindows
 from megagpt.data.packing import PACKING
 from megagpt.errors import UserError
+from megagpt.guards.out_of_memory import is_out_of_memory
+from megagpt.terminal import show
 from megagpt.train.evaluate import evaluate, lost_text, token_counts, unigram_entropy, unknown_share
 
 
@@ -24,9 +26,16 @@ def run(args: argparse.Namespace) -> int:
             f"with tokenizer={step_dir / 'tokenizer.model'}"
         )
     document_end = tokenizer.eod_id if PACKING[packing.kind].masked else None
-    windows = ValWindows(dataset.stream(args.split), model.cfg.seq_len, args.tokens, document_end=document_end)
+    windows = ValWindows(
+        dataset.stream(args.split), model.cfg.seq_len, args.tokens, document_end=document_end, option="--tokens "
+    )
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
-    result = evaluate(model, windows, token_bytes, micro_batch=args.micro_batch)
+    try:
+        result = evaluate(model, windows, token_bytes, micro_batch=min(args.micro_batch, len(windows)))
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"--micro-batch {args.micro_batch} does not fit into memory; give a smaller one") from error
     counts = token_counts(windows)
     unknown = unknown_share(counts, tokenizer)
     row = {
@@ -40,16 +49,16 @@ def run(args: argparse.Namespace) -> int:
         "unknown_tokens": unknown,
     }
     if args.json:
-        print(json.dumps(row))
+        show(json.dumps(row))
     else:
-        print(
+        show(
             f"{step_dir} on {result.tokens:,} tokens of {args.data} ({args.split}):\n"
             f"  loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
             f"{result.bits_per_byte:.4f} bits per byte\n"
             f"  guessing by token frequency alone would give {row['unigram_entropy']:.4f} nats per token"
         )
         if lost := lost_text(unknown, tokenizer):
-            print(f"  {lost}")
+            show(f"  {lost}")
         if windows.text_bytes and not windows.text_bytes.by_row:
-            print("  the bytes are estimated by the split's mean, because an older data_tools stored none")
+            show("  the bytes are estimated by the split's mean, because an older data_tools stored none")
     return 0

@@ -1,16 +1,17 @@
 """`megagpt generate CKPT`: generate text from a checkpoint."""
 
 import argparse
-import sys
 
 import torch
 from pydantic import ValidationError
 
 from megagpt.checkpoint.load import load_model
-from megagpt.config.parsing import unescaped
-from megagpt.config.schema import GenerationConfig
+from megagpt.config.parsing import mistakes, unescaped
+from megagpt.config.schema import GenerationConfig, ModelConfig
 from megagpt.errors import UserError
+from megagpt.guards.out_of_memory import free_memory
 from megagpt.model.generate import changed_prompts, complete
+from megagpt.terminal import print_error, show
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,15 +25,27 @@ def run(args: argparse.Namespace) -> int:
             top_p=args.top_p,
         )
     except ValidationError as error:
-        wrong = error.errors()[0]
-        raise UserError(f"--{str(wrong['loc'][0]).replace('_', '-')}={wrong['input']}: {wrong['msg']}") from None
+        key, wrong = next(mistakes(error, GenerationConfig, section=""))
+        raise UserError(f"--{key.replace('_', '-')}{wrong.removeprefix(key)}") from None
     for prompt in cfg.prompts:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise UserError(f"--prompt {prompt[:40]!r} holds bytes that are not UTF-8; type it in a UTF-8 terminal")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, *_ = load_model(args.checkpoint, device)
+    _check_memory(args.batch, model.cfg, tokenizer.vocab_size, device)
     for line in changed_prompts(tokenizer, cfg.prompts):
-        print(f"warning: {line}", file=sys.stderr)
+        print_error(f"warning: {line}")
     for text in complete(model, tokenizer, cfg.prompts, cfg, batch=args.batch, seed=args.seed):
-        print(text, end="\n---\n")
+        show(text, end="\n---\n")
     return 0
+
+
+def _check_memory(batch: int, cfg: ModelConfig, vocab_size: int, device: torch.device) -> None:
+    """Raise UserError for more texts than memory holds; Linux would end the process when it writes to the last."""
+    # Keys and values in fp32, and the probabilities of the next token with what sorting them takes.
+    each = 8 * cfg.n_layer * cfg.seq_len * cfg.n_embd + 32 * vocab_size
+    if batch * each > (free := free_memory(device)):
+        raise UserError(
+            f"--batch {batch} needs {batch * each / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB are free; "
+            f"give --batch {max(1, free // each)} or less"
+        )

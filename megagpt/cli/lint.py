@@ -6,6 +6,7 @@ import json
 from megagpt.config.run_file import load_run_config
 from megagpt.lint.linter import effective, lint_file
 from megagpt.planner.estimate import vocabulary
+from megagpt.terminal import show
 
 
 def run(args: argparse.Namespace) -> int:
@@ -18,10 +19,10 @@ def run(args: argparse.Namespace) -> int:
         shown = effective(run, vocabulary(run)[0], args.ranks)
     if args.json:
         rows = [{"level": finding.level, "key": finding.key, "text": finding.text} for finding in found]
-        print(json.dumps({"findings": rows} | ({} if shown is None else {"effective": shown})))
+        show(json.dumps({"findings": rows} | ({} if shown is None else {"effective": shown})))
     else:
         lines = [f"{args.run_file}: {finding}" for finding in found]
-        print("\n".join(lines or [f"{args.run_file}: no findings"]))
+        show("\n".join(lines or [f"{args.run_file}: no findings"]))
         if shown is not None:
-            print(json.dumps(shown, indent=2))
+            show(json.dumps(shown, indent=2))
     return 2 if wrong else 0

@@ -23,9 +23,9 @@ from megagpt.distributed.process_group import init_process_group, is_main, leave
 from megagpt.engine.build import build_engine
 from megagpt.engine.compilation import compiles
 from megagpt.engine.precision import with_supported_dtype
-from megagpt.errors import UserError
 from megagpt.guards.out_of_memory import is_out_of_memory, memory_of
 from megagpt.model.loss import next_token_score
+from megagpt.terminal import exit_code_of
 
 # Exit codes of a rank that ran out of memory: its own, and SIGKILL by the kernel.
 OUT_OF_MEMORY = 3
@@ -143,10 +143,6 @@ def _one_rank(run_file: str, micro_batch: str, vocab_size: str, gib: str, out: s
         limit = int(float(gib) * 2**30) or memory_of(device)
         _limit_memory(limit, device)
         used = gather_objects(_two_steps(run, int(vocab_size), limit, device))
-    except UserError as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -159,4 +155,4 @@ def _one_rank(run_file: str, micro_batch: str, vocab_size: str, gib: str, out: s
 
 
 if __name__ == "__main__":
-    sys.exit(_one_rank(*sys.argv[1:]))
+    sys.exit(exit_code_of(lambda: _one_rank(*sys.argv[1:]), is_main=is_main))

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 
 from megagpt.cli.micro_batch_search import search, search_report
 from megagpt.config.run_file import load_run_config
@@ -10,6 +9,7 @@ from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
 from megagpt.planner.estimate import EFFICIENCY, machine, micro_batches, settings, vocabulary
 from megagpt.planner.report import as_json, report
+from megagpt.terminal import print_error, show
 
 
 def run(args: argparse.Namespace) -> int:
@@ -18,18 +18,18 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--memory limits the steps that --probe takes; add --probe, or choose --gpu")
     run = load_run_config(args.run_file, args.overrides)
     for warning in lint_or_raise(run):
-        print(warning, file=sys.stderr)
+        print_error(warning)
     on = machine(args.gpu, args.ranks, args.network, EFFICIENCY if args.efficiency is None else args.efficiency)
     vocab = vocabulary(run)
     if args.probe:
         candidates = micro_batches(run, args.ranks)
         tries = search(args.run_file, args.overrides, candidates, vocab[0], ranks=args.ranks, gib=args.memory)
-        print(search_report(tries, run))
+        show(search_report(tries, run))
         return 0
     found = list(settings(run, on, vocab[0]))
     tokens = args.tokens or run.megagpt.schedule.max_steps * run.deepspeed.train_batch_size * run.megagpt.seq_len
     if args.json:
-        print(json.dumps(as_json(on, vocab, found, tokens)))
+        show(json.dumps(as_json(on, vocab, found, tokens)))
     else:
-        print(report(run, on, vocab, found, tokens))
+        show(report(run, on, vocab, found, tokens))
     return 0

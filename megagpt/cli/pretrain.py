@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megagpt.cli.arguments import training_arguments
-from megagpt.cli.exit_codes import SAVED_AND_WANTS_RESTART, exit_code_of
-from megagpt.errors import OwnRankError, UserError, limit_reached
+from megagpt.cli.exit_codes import SAVED_AND_WANTS_RESTART
 from megagpt.open_files import raise_limit
-from megagpt.train.preemption import SIGNALS
+from megagpt.terminal import exit_code_of, show
+from megagpt.train.preemption import SIGNALS, Preemption
 
 
 def main() -> NoReturn:
@@ -41,56 +41,52 @@ def pretrain(argv: Sequence[str] | None = None) -> int:
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    """Meet the other ranks, check what they were given, and train; or only report samples. Returns the exit code."""
+    """Train, or only report samples. Returns the exit code."""
     if args.sample_report is not None:
         return exit_code_of(lambda: _sample_report(args))
 
-    from megagpt.distributed.hostfile import check_hostfile
     from megagpt.distributed.launcher import launcher_watch
-    from megagpt.distributed.rank_variables import Place, join_launch, unused_tasks
-    from megagpt.train.preemption import Preemption
 
     # Before torch is loaded, so that no signal is missed.
     preemption = Preemption(launcher_alive=launcher_watch(), ctrl_c=True)
+    from megagpt.distributed.process_group import is_main
+
+    return exit_code_of(lambda: _train(args, preemption), is_main=is_main)
+
+
+def _train(args: argparse.Namespace, preemption: Preemption) -> int:
+    """Meet the other ranks, check what they were given, and train."""
     from megagpt.config.parsing import leaves
     from megagpt.config.run_file import load_run_config
     from megagpt.distributed.collectives import errors_on_every_rank
-    from megagpt.distributed.process_group import is_main, print_rank0
+    from megagpt.distributed.hostfile import check_hostfile
+    from megagpt.distributed.process_group import print_rank0
+    from megagpt.distributed.rank_variables import Place, join_launch, unused_tasks
     from megagpt.distributed.rendezvous import check_equal_on_ranks, check_shared, meet
     from megagpt.engine.precision import with_supported_dtype
 
-    try:
-        place = join_launch()
-        check_hostfile()
-        device = meet()
-        if place == Place() and (note := unused_tasks(os.environ)):
-            print_rank0(note)
-        with errors_on_every_rank():
-            run = load_run_config(args.run_file, args.overrides)
-        check_equal_on_ranks(leaves(run.as_json()), "give all ranks the same run file and overrides")
-        check_shared(run.megagpt.out_dir)
-        # DeepSpeed takes seconds to import, so the run file is checked before.
-        from megagpt.guards.deepspeed_errors import deepspeed_explained
-        from megagpt.guards.out_of_memory import explained
-        from megagpt.lint.linter import lint_or_raise
-        from megagpt.train.trainer import train
+    place = join_launch()
+    check_hostfile()
+    device = meet()
+    if place == Place() and (note := unused_tasks(os.environ)):
+        print_rank0(note)
+    with errors_on_every_rank():
+        run = load_run_config(args.run_file, args.overrides)
+    check_equal_on_ranks(leaves(run.as_json()), "give all ranks the same run file and overrides")
+    check_shared(run.megagpt.out_dir)
+    # DeepSpeed takes seconds to import, so the run file is checked before.
+    from megagpt.guards.deepspeed_errors import deepspeed_explained
+    from megagpt.guards.out_of_memory import explained
+    from megagpt.lint.linter import lint_or_raise
+    from megagpt.train.trainer import train
 
-        with errors_on_every_rank():
-            warnings = lint_or_raise(run)
-        for warning in warnings:
-            print_rank0(warning)
-        run = with_supported_dtype(run, device)
-        with explained(run, device), deepspeed_explained(run):
-            state = train(run, device, fresh=args.fresh, preemption=preemption)
-    except UserError as error:
-        if isinstance(error, OwnRankError) or is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except Exception as error:
-        if (limit := limit_reached(error)) is None:
-            raise
-        print(f"error: {limit}", file=sys.stderr, flush=True)
-        return 2
+    with errors_on_every_rank():
+        warnings = lint_or_raise(run)
+    for warning in warnings:
+        print_rank0(warning)
+    run = with_supported_dtype(run, device)
+    with explained(run, device), deepspeed_explained(run):
+        state = train(run, device, fresh=args.fresh, preemption=preemption)
     return 0 if state.finished(run.megagpt.schedule.max_steps) else SAVED_AND_WANTS_RESTART
 
 
@@ -98,5 +94,5 @@ def _sample_report(args: argparse.Namespace) -> int:
     from megagpt.cli.sample_report import sample_report
     from megagpt.config.run_file import load_run_config
 
-    print(sample_report(load_run_config(args.run_file, args.overrides), args.sample_report, fresh=args.fresh))
+    show(sample_report(load_run_config(args.run_file, args.overrides), args.sample_report, fresh=args.fresh))
     return 0

@@ -16,7 +16,7 @@ def sample_report(run: RunConfig, n: int, *, fresh: bool = False) -> str:
     saved = None if fresh else newest_record(cfg.out_dir)
     if saved and saved.mixture.seed != cfg.data.seed:
         raise UserError(
-            f"checkpoint {saved.step_dir} was saved with data.seed={saved.mixture.seed}, and this run has "
+            f"checkpoint {saved.step_dir} was saved with megagpt.data.seed={saved.mixture.seed}, and this run has "
             f"{cfg.data.seed}; set it to {saved.mixture.seed}, or give --fresh to see a new run's samples"
         )
     data = open_samples(cfg, run.deepspeed.train_batch_size, saved)

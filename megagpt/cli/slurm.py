@@ -12,6 +12,7 @@ from megagpt.config.batch import batch_plan
 from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
+from megagpt.terminal import show
 
 SCRIPT = Path("launch/slurm/pretrain.sbatch")
 # How long before the time limit the signal comes, while the run's metrics do not show how long it needs.
@@ -175,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
         fresh=args.fresh,
     )
     if args.dry_run:
-        print(script, end="")
+        show(script, end="")
     else:
-        print(submit(script))
+        show(submit(script))
     return 0

@@ -24,7 +24,7 @@ from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import init_process_group, is_main, leave
 from megagpt.engine.precision import with_supported_dtype
 from megagpt.engine.safe_pickle import load_checked
-from megagpt.errors import UserError
+from megagpt.terminal import exit_code_of, show
 from megagpt.train.trainer import train
 
 # Tolerance of losses, in nats: other ranks add in another order, and 16-bit numbers are rounded.
@@ -158,23 +158,16 @@ def same(a: Any, b: Any) -> bool:
 
 def _one_rank(run_file: str, stop_at: str, *overrides: str) -> int:
     """Run one rank of a part; return its exit code."""
-    try:
-        device = init_process_group()
-        with errors_on_every_rank():
-            run = load_run_config(Path(run_file), overrides)
-        train(with_supported_dtype(run, device), device, stop_at=int(stop_at))
-    except UserError as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+    device = init_process_group()
+    with errors_on_every_rank():
+        run = load_run_config(Path(run_file), overrides)
+    train(with_supported_dtype(run, device), device, stop_at=int(stop_at))
     leave()
     return 0
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the differences and the verdict; exit code 1 if there are any."""
-    if args.steps < 2:
-        raise UserError(f"--steps {args.steps} cannot be cut in two; give 2 or more")
     then_ranks = args.then_ranks or args.ranks
     with TemporaryDirectory(prefix="verify_resume_") as folder:
         different, agreed = verify_resume(
@@ -189,9 +182,9 @@ def run(args: argparse.Namespace) -> int:
     parts = [f"{args.steps} steps straight and cut after {args.steps // 2}, on {args.ranks} rank(s)"]
     parts += [f"{then_ranks} rank(s)"] if then_ranks != args.ranks else []
     verdict = f"{', then '.join([*parts, *args.then])}: {'NOT ' if different else ''}{agreed}"
-    print("\n".join([*different, verdict]))
+    show("\n".join([*different, verdict]))
     return 1 if different else 0
 
 
 if __name__ == "__main__":
-    sys.exit(_one_rank(*sys.argv[1:]))
+    sys.exit(exit_code_of(lambda: _one_rank(*sys.argv[1:]), is_main=is_main))

@@ -1,19 +1,24 @@
 """Typed models of the DeepSpeed keys that decide something in megagpt too. All others go to DeepSpeed as written."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
-from megagpt.config.parsing import Strict
+from megagpt.config.parsing import Checked, Strict
+from megagpt.options import LARGEST
+
+FLOAT32 = 3e38  # the largest numbers of a float32, roughly
+MOST = 10**9  # sequences of a batch, ranks
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class OptimizerParams(Strict):
     """Adam's settings."""
 
-    lr: float = Field(gt=0.0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0.0)
-    weight_decay: float = Field(default=0.0, ge=0.0)
+    lr: float = Field(gt=0.0, le=FLOAT32)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, ge=1e-30, le=FLOAT32)
+    weight_decay: float = Field(default=0.0, ge=0.0, le=FLOAT32)
     torch_adam: bool = Field(default=False, description="offload from a GPU: torch's Adam, not CPUAdam")
     adam_w_mode: bool = Field(default=True, description="decoupled weight decay, for type Adam")
 
@@ -31,7 +36,7 @@ class ActivationCheckpointingConfig(Strict):
     partition_activations: bool = False
     cpu_checkpointing: bool = False
     contiguous_memory_optimization: bool = False
-    number_checkpoints: int | None = Field(default=None, gt=0)
+    number_checkpoints: int | None = Field(default=None, gt=0, le=MOST)
     synchronize_checkpoint_boundary: bool = False
     profile: bool = False
 
@@ -44,10 +49,10 @@ class TensorboardConfig(Strict):
     job_name: str = "tensorboard"
 
 
-class Passed(BaseModel):
+class Passed(Checked):
     """A section of which only the keys below decide something here; DeepSpeed gets and checks all of it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
 
 
 class Enabled(Passed):
@@ -59,7 +64,7 @@ class Enabled(Passed):
 class Fp16Config(Enabled):
     """Training in fp16 with a loss scale."""
 
-    loss_scale: float = Field(default=0.0, description="0: adjusted while training")
+    loss_scale: float = Field(default=0.0, ge=0.0, le=FLOAT32, description="0: adjusted while training")
 
 
 class OffloadConfig(Passed):
@@ -70,7 +75,7 @@ class OffloadConfig(Passed):
 
 def _stage_3(name: str, default: int) -> Any:
     """Return a number that only ZeRO stage 3 reads; DeepSpeed takes it with the prefix `stage3_` too."""
-    return Field(default=default, validation_alias=AliasChoices(name, f"stage3_{name}"))
+    return Field(default=default, ge=0, le=LARGEST, validation_alias=AliasChoices(name, f"stage3_{name}"))
 
 
 class ZeroConfig(Passed):
@@ -80,8 +85,10 @@ class ZeroConfig(Passed):
     offload_optimizer: OffloadConfig = OffloadConfig()
     offload_param: OffloadConfig = OffloadConfig()
     overlap_comm: bool | None = Field(default=None, description="null: at stage 3 alone")
-    reduce_bucket_size: int | None = Field(default=None, description="elements; null: by the model's size")
-    sub_group_size: int = 1_000_000_000
+    reduce_bucket_size: int | None = Field(
+        default=None, ge=0, le=LARGEST, description="elements; null: by the model's size"
+    )
+    sub_group_size: int = Field(default=1_000_000_000, ge=0, le=LARGEST)
     param_persistence_threshold: int = _stage_3("param_persistence_threshold", 100_000)
     prefetch_bucket_size: int = _stage_3("prefetch_bucket_size", 50_000_000)
     max_reuse_distance: int = _stage_3("max_reuse_distance", 1_000_000_000)
@@ -94,18 +101,23 @@ class ZeroConfig(Passed):
     @model_validator(mode="after")
     def _parameters_are_offloaded_at_stage_3(self) -> Self:
         if self.offload_param.device != "none" and self.stage != 3:
-            raise ValueError(f"offload_param has no effect at stage={self.stage}; set stage to 3 or remove it")
+            raise ValueError(
+                f"zero_optimization.offload_param has no effect at zero_optimization.stage={self.stage}; set the stage "
+                "to 3, or remove it"
+            )
         return self
 
 
 class DeepSpeedConfig(Passed):
     """The top level of a run file, without the "megagpt" section."""
 
-    train_batch_size: int = Field(gt=0)
-    train_micro_batch_size_per_gpu: int = Field(gt=0)
-    gradient_accumulation_steps: int | None = Field(default=None, gt=0)
-    gradient_clipping: float = Field(default=1.0, ge=0.0)
-    sequence_parallel_size: int = Field(default=1, gt=0, description="neighboring ranks that share each sample")
+    train_batch_size: int = Field(gt=0, le=MOST)
+    train_micro_batch_size_per_gpu: int = Field(gt=0, le=MOST)
+    gradient_accumulation_steps: int | None = Field(default=None, gt=0, le=MOST)
+    gradient_clipping: float = Field(default=1.0, ge=0.0, le=FLOAT32)
+    sequence_parallel_size: int = Field(
+        default=1, gt=0, le=MOST, description="neighboring ranks that share each sample"
+    )
     communication_data_type: str | None = Field(default=None, description="of reduced gradients; null: the weights'")
     prescale_gradients: bool = False
     optimizer: OptimizerConfig

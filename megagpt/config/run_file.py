@@ -9,13 +9,25 @@ from typing import Any
 from pydantic import ValidationError
 
 from megagpt.config.deepspeed import DeepSpeedConfig
-from megagpt.config.deepspeed_keys import DEEPSPEED_KEYS, DEEPSPEED_PATHS, DEEPSPEED_SECTIONS, REFUSED_KEYS
-from megagpt.config.parsing import did_you_mean, explain, leaves, overridden, read_json
+from megagpt.config.deepspeed_keys import (
+    DEEPSPEED_DEFAULTS,
+    DEEPSPEED_KEYS,
+    DEEPSPEED_PATHS,
+    DEEPSPEED_SECTIONS,
+    REFUSED_KEYS,
+)
+from megagpt.config.parsing import dotted_items, explain, leaves, overridden, read_json, typed_keys, unknown_key
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.errors import UserError
 from megagpt.user_paths import expanded
 
 SECTION = "megagpt"
+# Every key of a run file, except those that only DeepSpeed's own models know.
+KEYS = (
+    typed_keys(MegaGPTConfig, SECTION)
+    | typed_keys(DeepSpeedConfig)
+    | {key for key, _ in dotted_items(DEEPSPEED_DEFAULTS)}
+)
 
 
 @dataclass(frozen=True)
@@ -31,12 +43,16 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         cfg, P = self.megagpt, self.deepspeed.sequence_parallel_size
-        shared = {"model.n_head": cfg.model.n_head, "model.seq_len": cfg.model.seq_len, "data.seq_len": cfg.seq_len}
+        shared = {
+            "megagpt.model.n_head": cfg.model.n_head,
+            "megagpt.model.seq_len": cfg.model.seq_len,
+            "megagpt.data.seq_len": cfg.seq_len,
+        }
         common = math.gcd(*shared.values())
         for name, n in shared.items():
             if n % P:
                 raise ValueError(
-                    f"sequence_parallel_size={P} does not divide megagpt.{name}={n}, but {P} ranks share heads and "
+                    f"sequence_parallel_size={P} does not divide {name}={n}, but {P} ranks share heads and "
                     f"positions evenly; set it to {max(p for p in range(1, P) if common % p == 0)}, or change {name}"
                 )
 
@@ -62,12 +78,13 @@ def parse_run(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str 
     raw = overridden(raw, overrides)
     _check_keys(raw, where)
     _expand_paths(raw, where)
-    section = raw.pop(SECTION)
+    ours = raw.pop(SECTION)
     try:
-        return RunConfig(MegaGPTConfig(**section), DeepSpeedConfig(**raw), raw)
+        return RunConfig(MegaGPTConfig(**ours), DeepSpeedConfig(**raw), raw)
     except ValidationError as error:
-        ours = error.title == MegaGPTConfig.__name__
-        mistakes = explain(error, MegaGPTConfig if ours else DeepSpeedConfig, section=SECTION if ours else "")
+        of_ours = error.title == MegaGPTConfig.__name__
+        model, section = (MegaGPTConfig, SECTION) if of_ours else (DeepSpeedConfig, "")
+        mistakes = explain(error, model, section=section, elsewhere=KEYS)
         raise UserError(f"{where}: {mistakes}") from None
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
@@ -91,11 +108,11 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
     if refused := [f"{key!r} is not supported: {why}" for key, why in REFUSED_KEYS.items() if key in raw]:
         raise UserError(f"{where}: " + "; ".join(refused))
     if unknown := sorted(set(raw) - DEEPSPEED_KEYS - {SECTION}):
-        hints = "; ".join(f"unknown key {key!r}{did_you_mean(key, DEEPSPEED_KEYS | {SECTION})}" for key in unknown)
+        hints = "; ".join(unknown_key(only_key(raw, key), DEEPSPEED_KEYS | {SECTION}, KEYS) for key in unknown)
         raise UserError(f"{where}: {hints}")
     for name, known in DEEPSPEED_SECTIONS.items():
         for key in sorted(_keys_of(raw, name) - known):
-            raise UserError(f"{where}: unknown key {f'{name}.{key}'!r}{did_you_mean(key, known)}")
+            raise UserError(f"{where}: {unknown_key(f'{name}.{key}', known, KEYS)}")
     if not isinstance(raw.get(SECTION), dict):
         raise UserError(f'{where}: no "{SECTION}" section; see ds_configs/README.md')
     # The run file is copied into run.json, checkpoints and TensorBoard.
@@ -104,6 +121,12 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
     for dotted, value in leaves(raw).items():
         if value == "auto" and not dotted.startswith(f"{SECTION}.sample."):
             raise UserError(f'{where}: {dotted} is "auto"; write the number, because megagpt does not fill it in')
+
+
+def only_key(raw: dict[str, Any], key: str) -> str:
+    """Return the dotted key of the only value below a top-level key, as an override gives one; else that key."""
+    below = leaves({key: raw[key]})
+    return next(iter(below)) if len(below) == 1 else key
 
 
 def _expand_paths(raw: dict[str, Any], where: str) -> None:

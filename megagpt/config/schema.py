@@ -5,26 +5,34 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from megagpt.config.parsing import Strict, UserPath
+from megagpt.config.parsing import Strict, UserPath, as_written
+from megagpt.options import LARGEST
+
+# Bounds beyond what anybody trains with, and within what 64-bit arithmetic and a list can hold.
+MANY = 10**12  # steps, checkpoints, targets
+LONGEST = 2**24  # positions of a model
+WIDEST = 10**6  # of the embeddings
+DEEPEST = 10**4  # layers
+SMALLEST = 1e-30  # of a positive float32, with room to divide by it
 
 
 class ModelConfig(Strict):
     """GPT-2's sizes. The vocabulary comes from the data's tokenizer, padded to a multiple of 128."""
 
-    n_layer: int = Field(default=12, gt=0)
-    n_head: int = Field(default=12, gt=0)
-    n_embd: int = Field(default=768, gt=0)
-    seq_len: int = Field(default=1024, gt=0, description="number of position embeddings")
+    n_layer: int = Field(default=12, gt=0, le=DEEPEST)
+    n_head: int = Field(default=12, gt=0, le=WIDEST)
+    n_embd: int = Field(default=768, gt=0, le=WIDEST)
+    seq_len: int = Field(default=1024, gt=0, le=LONGEST, description="number of position embeddings")
     attention: Literal["sdpa", "eager"] = "sdpa"
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.n_embd % self.n_head:
             raise ValueError(
-                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}; "
-                f"set n_embd to {round(self.n_embd / self.n_head) * self.n_head or self.n_head}"
+                f"megagpt.model.n_embd={self.n_embd} is not a multiple of megagpt.model.n_head={self.n_head}; "
+                f"set megagpt.model.n_embd to {round(self.n_embd / self.n_head) * self.n_head or self.n_head}"
             )
         return self
 
@@ -38,7 +46,7 @@ class WeightedDataset(Strict):
     """A dataset made by data_tools, and its weight in the mixture."""
 
     path: UserPath
-    weight: float = Field(default=1.0, gt=0.0, description="share of the samples, relative to the other weights")
+    weight: float = Field(default=1.0, gt=0.0, le=1e9, description="share of the samples, relative to other weights")
 
 
 class DataConfig(Strict):
@@ -46,21 +54,28 @@ class DataConfig(Strict):
 
     train: tuple[WeightedDataset, ...] = Field(min_length=1)
     val: UserPath
-    val_tokens: int | None = Field(default=None, gt=0, description="tokens to validate on; null: all")
-    seed: int = Field(default=1234, ge=0, description="order of the training samples")
-    seq_len: int | None = Field(default=None, gt=0, description="tokens per training example; null: model.seq_len")
+    val_tokens: int | None = Field(default=None, gt=0, le=LARGEST, description="tokens to validate on; null: all")
+    seed: int = Field(default=1234, ge=0, le=LARGEST, description="order of the training samples")
+    seq_len: int | None = Field(
+        default=None, gt=0, le=LONGEST, description="tokens per training example; null: megagpt.model.seq_len"
+    )
 
 
 class ScheduleConfig(Strict):
     """The learning rate over steps, as a factor on the peak rate (`optimizer.params.lr`)."""
 
-    max_steps: int = Field(gt=0)
-    warmup_steps: int = Field(default=0, ge=0)
+    max_steps: int = Field(gt=0, le=MANY)
+    warmup_steps: int = Field(default=0, ge=0, le=MANY)
     shape: Literal["cosine", "linear", "constant", "warmup-stable-decay"] = "cosine"
     min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
-    decay_steps: int | None = Field(default=None, gt=0, description="last steps, for warmup-stable-decay alone")
+    decay_steps: int | None = Field(
+        default=None, gt=0, le=MANY, description="last steps, for warmup-stable-decay alone"
+    )
     end_step: int | None = Field(
-        default=None, gt=0, description="where the curve ends: its last rate holds from there on; null: max_steps"
+        default=None,
+        gt=0,
+        le=MANY,
+        description="where the curve ends: its last rate holds from there on; null: megagpt.schedule.max_steps",
     )
 
     @property
@@ -72,13 +87,15 @@ class ScheduleConfig(Strict):
     def _phases_fit(self) -> Self:
         if (self.decay_steps is not None) != (self.shape == "warmup-stable-decay"):
             raise ValueError(
-                f"decay_steps={self.decay_steps} with shape={self.shape!r}; decay_steps is needed by "
-                "'warmup-stable-decay' and has no effect on the other shapes"
+                f"megagpt.schedule.decay_steps={as_written(self.decay_steps)} with "
+                f"megagpt.schedule.shape={self.shape!r}; it is needed by 'warmup-stable-decay' and has no "
+                "effect on the other shapes"
             )
         if self.warmup_steps + (self.decay_steps or 0) > self.curve_steps:
             raise ValueError(
-                f"warmup_steps={self.warmup_steps} + decay_steps={self.decay_steps or 0} "
-                f"exceed {'end_step' if self.end_step else 'max_steps'}={self.curve_steps}"
+                f"megagpt.schedule.warmup_steps={self.warmup_steps} + megagpt.schedule.decay_steps="
+                f"{self.decay_steps or 0} exceed megagpt.schedule.{'end_step' if self.end_step else 'max_steps'}="
+                f"{self.curve_steps}; lower the first two"
             )
         return self
 
@@ -89,44 +106,53 @@ class RegularizationConfig(Strict):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="on embeddings, attention and residuals")
     weight_decay_on: Literal["matrices", "all"] = "matrices"
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
-    z_loss: float = Field(default=0.0, ge=0.0, description="weight of the squared log partition function")
+    z_loss: float = Field(default=0.0, ge=0.0, le=1e6, description="weight of the squared log partition function")
 
 
 class EarlyStoppingConfig(Strict):
     """Stop when the validation loss has not fallen by min_delta for `patience` evaluations in a row."""
 
     monitor: Literal["loss/val"] = "loss/val"
-    patience: int = Field(default=0, ge=0, description="0: never stop early")
-    min_delta: float = Field(default=0.0, ge=0.0, description="nats per token")
-    min_steps: int = Field(default=0, ge=0, description="evaluations before this step use no patience")
+    patience: int = Field(default=0, ge=0, le=MANY, description="0: never stop early")
+    min_delta: float = Field(default=0.0, ge=0.0, le=1e6, description="nats per token")
+    min_steps: int = Field(default=0, ge=0, le=MANY, description="evaluations before this step use no patience")
     restore_best: bool = Field(default=True, description="save at every improvement and end with the best weights")
 
 
 class EveryConfig(Strict):
     """Intervals in optimizer steps. 0 switches the action off (the last step always evaluates and saves)."""
 
-    log: int = Field(default=10, ge=0)
-    eval: int = Field(default=250, ge=0)
-    save: int = Field(default=1000, ge=0)
-    sample: int = Field(default=0, ge=0)
+    log: int = Field(default=10, ge=0, le=MANY)
+    eval: int = Field(default=250, ge=0, le=MANY)
+    save: int = Field(default=1000, ge=0, le=MANY)
+    sample: int = Field(default=0, ge=0, le=MANY)
 
 
 class KeepConfig(Strict):
     """Retention of checkpoints: after each save, a step is deleted unless one of these keeps it."""
 
-    last: int = Field(default=2, ge=2, description="number of newest ones; two are verified before others go")
-    every: int = Field(default=0, ge=0, description="keep steps that are multiples of this for ever; 0: none")
-    best: int = Field(default=1, ge=1, description="number of those with the lowest validation loss")
+    last: int = Field(default=2, ge=2, le=MANY, description="number of newest ones; two are verified before others go")
+    every: int = Field(default=0, ge=0, le=MANY, description="keep steps that are multiples of this for ever; 0: none")
+    best: int = Field(default=1, ge=1, le=MANY, description="number of those with the lowest validation loss")
 
 
 class GenerationConfig(Strict):
     """The texts that are generated every `every.sample` steps, for people to read."""
 
     prompts: tuple[str, ...] = ("\n",)
-    max_tokens: int = Field(default=128, gt=0)
-    temperature: float = Field(default=0.8, ge=0.0)
-    top_k: int = Field(default=50, ge=0, description="0: the whole vocabulary")
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    max_tokens: int = Field(default=128, gt=0, le=MANY)
+    temperature: float = Field(default=0.8, ge=0.0, le=1e6, description="0: always the likeliest token")
+    top_k: int = Field(default=50, ge=0, le=MANY, description="0: the whole vocabulary")
+    top_p: float = Field(default=1.0, ge=1e-6, le=1.0)
+
+    @field_validator("temperature")
+    @classmethod
+    def _logits_can_be_divided_by_it(cls, temperature: float) -> float:
+        if 0.0 < temperature < SMALLEST:
+            raise ValueError(
+                f"{temperature:g} is too small to divide by; set 0 for always the likeliest token, or 0.01"
+            )
+        return temperature
 
 
 class RecomputeConfig(Strict):
@@ -137,29 +163,37 @@ class RecomputeConfig(Strict):
         description="none: keep all; selective: recompute all but attention and every second matrix product; every_k: "
         "recompute every k-th block; full: every block; budget: what the compiler chooses",
     )
-    k: int | None = Field(default=None, gt=1, description="every_k: blocks 0, k, 2k, ... are recomputed")
+    k: int | None = Field(default=None, gt=1, le=DEEPEST, description="every_k: blocks 0, k, 2k, ... are recomputed")
     budget: float | None = Field(default=None, ge=0.0, lt=1.0, description="budget: share of activations that is kept")
     kind: Literal["torch", "deepspeed"] = "torch"
     offload: bool = Field(default=False, description="move the activations that blocks keep to host memory")
 
     @model_validator(mode="after")
     def _each_goes_with_its_policy(self) -> Self:
+        policy = f"megagpt.recompute.policy={self.policy!r}"
         if (self.k is not None) != (self.policy == "every_k"):
-            raise ValueError(f"k={self.k} with policy={self.policy!r}; set k for policy 'every_k', and for no other")
+            raise ValueError(
+                f"megagpt.recompute.k={as_written(self.k)} with {policy}; set megagpt.recompute.k, a number such as 2, "
+                "for policy 'every_k', and for no other"
+            )
         if (self.budget is not None) != (self.policy == "budget"):
             raise ValueError(
-                f"budget={self.budget} with policy={self.policy!r}; set budget, a share such as 0.5, for policy "
-                "'budget', and for no other"
+                f"megagpt.recompute.budget={as_written(self.budget)} with {policy}; set megagpt.recompute.budget, a "
+                "share such as 0.5, for policy 'budget', and for no other"
             )
         if self.kind == "deepspeed" and self.policy in ("selective", "budget"):
             raise ValueError(
-                f"kind='deepspeed' with policy={self.policy!r}; DeepSpeed recomputes whole blocks; leave kind out"
+                f"megagpt.recompute.kind='deepspeed' with {policy}; DeepSpeed recomputes whole blocks; remove "
+                "megagpt.recompute.kind"
             )
         if self.offload and self.kind == "deepspeed":
-            raise ValueError("offload is for kind='torch'; DeepSpeed's is activation_checkpointing.cpu_checkpointing")
+            raise ValueError(
+                "megagpt.recompute.offload is for megagpt.recompute.kind='torch'; DeepSpeed's is "
+                "activation_checkpointing.cpu_checkpointing"
+            )
         if self.offload and self.policy in ("selective", "budget"):
             raise ValueError(
-                f"offload with policy={self.policy!r}, whose kept tensors stay on the device; use it with 'full', "
+                f"megagpt.recompute.offload with {policy}, whose kept tensors stay on the device; use it with 'full', "
                 "'every_k' or 'none'"
             )
         return self
@@ -185,8 +219,10 @@ class SpanCorruptionConfig(Strict):
 
     rate: float = Field(default=0.0, ge=0.0, le=1.0, description="share of the documents' parts that are corrupted")
     density: float = Field(default=0.15, gt=0.0, le=0.5, description="share of their tokens that is in spans")
-    mean_span: float = Field(default=3.0, ge=1.0, description="tokens per span")
-    sentinels: int = Field(default=16, gt=0, description="number of sentinel ids, used in turn, where pieces is null")
+    mean_span: float = Field(default=3.0, ge=1.0, le=1e6, description="tokens per span")
+    sentinels: int = Field(
+        default=16, gt=0, le=10_000, description="number of sentinel ids, used in turn, where pieces is null"
+    )
     pieces: tuple[str, ...] | None = Field(
         default=None,
         min_length=1,
@@ -207,13 +243,16 @@ class GoldfishConfig(Strict):
     As the same target is dropped in every copy of a text, the model cannot memorize the text verbatim.
     """
 
-    k: int = Field(default=0, ge=0, description="drop one target in k; 0: none")
-    context: int = Field(default=13, gt=0, description="number of tokens before a target that decide on it")
+    k: int = Field(default=0, ge=0, le=MANY, description="drop one target in k; 0: none")
+    context: int = Field(default=13, gt=0, le=1000, description="number of tokens before a target that decide on it")
 
     @model_validator(mode="after")
     def _something_is_left_to_learn(self) -> Self:
         if self.k == 1:
-            raise ValueError("k=1 would drop every target; set k to 2 or more, or to 0 for none")
+            raise ValueError(
+                "megagpt.augment.goldfish.k=1 would drop every target; set megagpt.augment.goldfish.k to 2 or more, or "
+                "to 0 for none"
+            )
         return self
 
 
@@ -229,8 +268,9 @@ class AugmentConfig(Strict):
     def _one_rearrangement_for_each_part(self) -> Self:
         if self.fim.rate + self.span_corruption.rate > 1.0:
             raise ValueError(
-                f"fim.rate={self.fim.rate} + span_corruption.rate={self.span_corruption.rate} exceed 1, but at most "
-                "one of them can act on a document's part of a sample; lower one"
+                f"megagpt.augment.fim.rate={self.fim.rate} + megagpt.augment.span_corruption.rate="
+                f"{self.span_corruption.rate} exceed 1, but at most one of them can act on a document's part of a "
+                "sample; lower one"
             )
         return self
 
@@ -253,27 +293,33 @@ class SpikesConfig(Strict):
     """
 
     action: Literal["none", "log", "skip", "roll back", "stop"] = "log"
-    window: int = Field(default=128, ge=8, description="steps")
-    sigma: float = Field(default=6.0, gt=0.0, description="standard deviations above the median")
+    window: int = Field(default=128, ge=8, le=1_000_000, description="steps")
+    sigma: float = Field(default=6.0, gt=0.0, le=1e6, description="standard deviations above the median")
 
 
 class GuardsConfig(Strict):
     """The guards that watch a run while it trains."""
 
-    max_bad_steps: int = Field(default=3, gt=0, description="stop after this number of non-finite steps in a row")
-    spikes: SpikesConfig = SpikesConfig()
-    compare_every: int = Field(default=1000, ge=0, description="steps between comparing weights over ranks; 0: never")
-    memory_growth_mib: float = Field(
-        default=256.0, ge=0.0, description="per 1000 steps, reported if it repeats; 0: never"
+    max_bad_steps: int = Field(
+        default=3, gt=0, le=MANY, description="stop after this number of non-finite steps in a row"
     )
-    hang_timeout: float = Field(default=600.0, ge=0.0, description="seconds without a step, then end the run; 0: never")
+    spikes: SpikesConfig = SpikesConfig()
+    compare_every: int = Field(
+        default=1000, ge=0, le=MANY, description="steps between comparing weights over ranks; 0: never"
+    )
+    memory_growth_mib: float = Field(
+        default=256.0, ge=0.0, le=1e12, description="per 1000 steps, reported if it repeats; 0: never"
+    )
+    hang_timeout: float = Field(
+        default=600.0, ge=0.0, le=1e9, description="seconds without a step, then end the run; 0: never"
+    )
 
 
 class MegaGPTConfig(Strict):
     """The "megagpt" section of a run file."""
 
     out_dir: UserPath
-    seed: int = Field(default=1234, ge=0, description="initial weights and dropout")
+    seed: int = Field(default=1234, ge=0, le=LARGEST, description="initial weights and dropout")
     model: ModelConfig
     data: DataConfig
     schedule: ScheduleConfig
@@ -290,14 +336,14 @@ class MegaGPTConfig(Strict):
     augment: AugmentConfig = AugmentConfig()
     packing: PackingConfig = PackingConfig()
     guards: GuardsConfig = GuardsConfig()
-    time_limit_minutes: float | None = Field(default=None, gt=0, description="then save and exit with code 75")
+    time_limit_minutes: float | None = Field(default=None, gt=0, le=1e9, description="then save and exit with code 75")
 
     @model_validator(mode="after")
     def _examples_fit_the_model(self) -> Self:
         if self.seq_len > self.model.seq_len:
             raise ValueError(
-                f"data.seq_len={self.seq_len} is more than the model's positions, model.seq_len={self.model.seq_len}; "
-                "lower it, or start a run with a longer model.seq_len"
+                f"megagpt.data.seq_len={self.seq_len} is more than the model's positions, megagpt.model.seq_len="
+                f"{self.model.seq_len}; lower it, or start a run with a longer megagpt.model.seq_len"
             )
         return self
 
@@ -306,8 +352,9 @@ class MegaGPTConfig(Strict):
         kept, saved = self.keep.every, self.every.save
         if kept and (saved == 0 or kept % saved):
             raise ValueError(
-                f"keep.every={kept} is not a multiple of every.save={saved}, so those steps are not saved; set "
-                f"keep.every to {max(saved, kept - kept % saved) if saved else 0}, or change every.save"
+                f"megagpt.keep.every={kept} is not a multiple of megagpt.every.save={saved}, so those steps are not "
+                f"saved; set megagpt.keep.every to {max(saved, kept - kept % saved) if saved else 0}, or change "
+                "megagpt.every.save"
             )
         return self
 

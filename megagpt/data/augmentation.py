@@ -42,7 +42,11 @@ def batch_transform(
     """
     if cfg.fim.rate or cfg.span_corruption.rate or cfg.token_dropout.rate:
         fim_ids, span_ids = sentinels(cfg, tokenizer, vocab_size)
-        hidden = _piece_id(tokenizer, cfg.token_dropout.piece, "token_dropout.piece") if cfg.token_dropout.rate else 0
+        hidden = (
+            _piece_id(tokenizer, cfg.token_dropout.piece, "megagpt.augment.token_dropout.piece")
+            if cfg.token_dropout.rate
+            else 0
+        )
         droppable = np.ones(vocab_size, dtype=np.bool_)
         droppable[[tokenizer.eod_id, *fim_ids, *span_ids]] = False  # they mark where documents and their chunks begin
         return Augment(cfg, seed, tokenizer.eod_id, fim_ids, span_ids, hidden, droppable)
@@ -200,21 +204,23 @@ def sentinels(cfg: AugmentConfig, tokenizer: Tokenizer, vocab_size: int) -> tupl
     first_free = tokenizer.vocab_size
     fim_ids, span_ids = [], []
     if fim.rate:
-        fim_ids = [_piece_id(tokenizer, piece, "fim.pieces") for piece in fim.pieces or ()]
+        fim_ids = [_piece_id(tokenizer, piece, "megagpt.augment.fim.pieces") for piece in fim.pieces or ()]
         fim_ids = fim_ids or list(range(first_free, first_free + FIM_SENTINELS))
     if spans.rate:
-        span_ids = [_piece_id(tokenizer, piece, "span_corruption.pieces") for piece in spans.pieces or ()]
+        span_ids = [
+            _piece_id(tokenizer, piece, "megagpt.augment.span_corruption.pieces") for piece in spans.pieces or ()
+        ]
         span_ids = span_ids or [first_free + FIM_SENTINELS + i for i in range(spans.sentinels)]
-    for key, ids in (("fim.pieces", fim_ids), ("span_corruption.pieces", span_ids)):
+    for key, ids in (("megagpt.augment.fim.pieces", fim_ids), ("megagpt.augment.span_corruption.pieces", span_ids)):
         if len(set(ids)) < len(ids):
-            raise UserError(f"megagpt.augment.{key} names one piece twice; name different ones")
+            raise UserError(f"{key} names one piece twice; name different ones")
     last = max([*fim_ids, *span_ids], default=0)
     if last >= vocab_size:
         raise UserError(
             f"megagpt.augment needs {last + 1 - first_free} ids for sentinels, and the vocabulary of {first_free:,} "
             f"pieces, padded to {vocab_size:,}, leaves {vocab_size - first_free} free; build the data with vocab_size="
             f"{vocab_size - (last + 1 - first_free)} or less, or name control pieces of its tokenizer in "
-            "fim.pieces and span_corruption.pieces"
+            "megagpt.augment.fim.pieces and megagpt.augment.span_corruption.pieces"
         )
     return fim_ids, span_ids
 
@@ -223,9 +229,9 @@ def _piece_id(tokenizer: Tokenizer, piece: str, key: str) -> int:
     """Return the id of a piece that the run file's `key` names. Raises UserError if it cannot be a sentinel."""
     found = tokenizer.piece_id(piece)
     if found is None:
-        raise UserError(f"megagpt.augment.{key}: the tokenizer has no piece {piece!r}; name one that it has")
+        raise UserError(f"{key}: the tokenizer has no piece {piece!r}; name one that it has")
     if found == tokenizer.eod_id:
-        raise UserError(f"megagpt.augment.{key}: {piece!r} is the end of a document; name another piece")
+        raise UserError(f"{key}: {piece!r} is the end of a document; name another piece")
     return found
 
 

@@ -33,18 +33,29 @@ class ValWindows:
     """The first windows of a validation split, in order: the same ones at every evaluation."""
 
     def __init__(
-        self, stream: TokenStream, seq_len: int, max_tokens: int | None = None, *, document_end: int | None = None
+        self,
+        stream: TokenStream,
+        seq_len: int,
+        max_tokens: int | None = None,
+        *,
+        document_end: int | None = None,
+        option: str = "megagpt.data.val_tokens=",
     ) -> None:
-        """`document_end` is the end-of-document id, for a model that was trained with attention within documents."""
+        """`document_end` is the end-of-document id, for a model that was trained with attention within documents.
+
+        `option` is how the user gave max_tokens.
+        """
         available = (stream.n_tokens - 1) // seq_len
         wanted = available if max_tokens is None else max_tokens // seq_len
+        if max_tokens is not None and 0 == wanted < available:
+            raise UserError(f"{option}{max_tokens} is less than one window of {seq_len} tokens; give {option}{seq_len}")
         if not 0 < wanted <= available:
-            asked = "at least one window" if max_tokens is None else f"data.val_tokens={max_tokens}"
+            asked = "at least one window" if max_tokens is None else f"{option}{max_tokens}"
             raise UserError(
                 f"too little validation data for {asked}: {stream.n_tokens:,} tokens are {available} windows of "
-                f"seq_len={seq_len}; "
-                + (f"set val_tokens to {available * seq_len}, or " if available else "")
-                + ("" if available else f"lower seq_len to {max(1, stream.n_tokens - 1)} or less, or ")
+                f"{seq_len}; "
+                + (f"give {option}{available * seq_len}, or " if available else "")
+                + ("" if available else f"lower megagpt.model.seq_len to {max(1, stream.n_tokens - 1)} or less, or ")
                 + "build the data with a larger val_fraction"
             )
         self._stream, self.seq_len, self.document_end = stream, seq_len, document_end

@@ -142,7 +142,7 @@ def _merged(known: tuple[Source, ...], wanted: list[Source]) -> tuple[Source, ..
     for source in wanted:
         if source.fingerprint in now:
             raise UserError(
-                f"data.train has one dataset twice, {now[source.fingerprint].path} and {source.path}: "
+                f"megagpt.data.train has one dataset twice, {now[source.fingerprint].path} and {source.path}: "
                 "list it once, with the sum of the weights"
             )
         now[source.fingerprint] = source
@@ -170,8 +170,8 @@ def _same_size(before: Batches, now: Batches) -> bool:
 def _check_length(source: Source, seq_len: int) -> None:
     if (n := min(source.n_tokens)) < 2 * seq_len + 1:
         raise UserError(
-            f"training dataset {source.path} has {n} tokens, too few for seq_len={seq_len}, which needs "
-            f"{2 * seq_len + 1}; lower seq_len to {max(1, (n - 1) // 2)} or build more data"
+            f"training dataset {source.path} has {n} tokens, too few for two samples of {seq_len}, which need "
+            f"{2 * seq_len + 1}; set megagpt.data.seq_len to {max(1, (n - 1) // 2)}, or build more data"
         )
 
 

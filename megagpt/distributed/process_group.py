@@ -2,15 +2,15 @@
 
 import os
 import socket
-import sys
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from megagpt.distributed.rank_variables import join_launch, read_place
-from megagpt.errors import OwnRankError
-from megagpt.terminal import escape_unknown_letters
+from megagpt.errors import OwnRankError, UserError
+from megagpt.terminal import show
 
 Group = dist.ProcessGroup | None  # None: the default one
 
@@ -88,8 +88,5 @@ def print_rank0(text: str) -> None:
     """Print on rank 0 only. A launcher or terminal that is gone, and no longer reads, does not end the run."""
     if not is_main():
         return
-    escape_unknown_letters()
-    try:
-        print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(UserError):
+        show(text)

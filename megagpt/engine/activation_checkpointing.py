@@ -65,6 +65,7 @@ def refuse_what_cannot_act(cfg: MegaGPTConfig, ds: DeepSpeedConfig, device: torc
         )
     if recompute.policy == "budget" and cfg.regularization.dropout > 0.0:  # torch 2.13 on a CPU: a gradient 18 % off
         raise UserError(
-            f"megagpt.recompute.policy='budget' with dropout={cfg.regularization.dropout}: the compiler may draw other "
-            "masks in backward, and gradients would be wrong; set the policy to 'selective', or dropout to 0"
+            f"megagpt.recompute.policy='budget' with megagpt.regularization.dropout={cfg.regularization.dropout}: the "
+            "compiler may draw other masks in backward, and gradients would be wrong; set the policy to 'selective' or "
+            "the dropout to 0"
         )

@@ -64,6 +64,13 @@ def memory_of(device: torch.device) -> int:
     return share if limit == resource.RLIM_INFINITY else min(limit, share)
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on this device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def _message(run: RunConfig, device: torch.device, error: BaseException) -> str:
     names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
     doing = next((DOING[name] for name in reversed(names) if name in DOING), "starting")

@@ -6,13 +6,14 @@ Before it ends, the stack of each of its threads is written to a file.
 import faulthandler
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 from typing import Self
+
+from megagpt.terminal import print_error
 
 TICK = 1.0  # seconds between two checks
 # Seconds from writing the stacks to the end: a rank that ends breaks the collective in which another one hangs, which
@@ -89,7 +90,6 @@ class Watchdog:
             f"error: hang: rank {self._rank} {reason} and is stopped; the stacks of its threads are in {self._stacks}. "
             f"The same command resumes from the last checkpoint{way_out}"
         )
-        with suppress(OSError):  # nobody may read it any more
-            print(message, file=sys.stderr, flush=True)
+        print_error(message)
         time.sleep(GRACE)
         os._exit(1)

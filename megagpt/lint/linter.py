@@ -18,8 +18,8 @@ from pydantic import BaseModel, ValidationError
 from megagpt.config.batch import BatchPlan, batch_plan
 from megagpt.config.deepspeed import DeepSpeedConfig
 from megagpt.config.deepspeed_keys import REFUSED_KEYS
-from megagpt.config.parsing import as_written, did_you_mean, dotted_items, mistakes, overridden, read_json
-from megagpt.config.run_file import SECTION, RunConfig, parse_run
+from megagpt.config.parsing import as_written, dotted_items, mistakes, overridden, read_json, unknown_key
+from megagpt.config.run_file import KEYS, SECTION, RunConfig, only_key, parse_run
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.engine.activation_checkpointing import refuse_what_cannot_act
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
@@ -152,7 +152,8 @@ def _wrong_keys(section: str, given: dict[str, Any]) -> Iterator[Finding]:
             yield Finding("error", dotted, f"{dotted!r} is not supported: {REFUSED_KEYS[dotted]}")
         elif key not in known:
             names = {*known} if section else {*known, SECTION}
-            yield Finding("error", dotted, f"unknown key {dotted!r}{did_you_mean(key, names)}")
+            shown = dotted if section else only_key(given, key)
+            yield Finding("error", dotted, unknown_key(shown, names, KEYS))
         elif dotted in sections and isinstance(value, dict):
             yield from _wrong_keys(dotted, value)
         elif right := "a section {...}" if dotted in sections else _right_type(known[key], value):
@@ -173,7 +174,7 @@ def _refused_by(model: type[BaseModel], given: dict[str, Any], section: str) -> 
     try:
         model(**given)
     except ValidationError as error:
-        for key, text in mistakes(error, model, section=section):
+        for key, text in mistakes(error, model, section=section, elsewhere=KEYS):
             yield Finding("error", key, text)
     except (ValueError, AssertionError) as error:
         yield Finding("error", section, f"{section}: {error}")

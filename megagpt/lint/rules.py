@@ -145,12 +145,12 @@ WITHOUT_EFFECT = (
     Acts(
         ("megagpt.early_stopping.min_steps",),
         lambda run: run.megagpt.early_stopping.patience > 0,
-        "early_stopping.patience is 0, so nothing stops early; set it or remove this",
+        "megagpt.early_stopping.patience is 0, so nothing stops early; set it or remove this",
     ),
     Acts(
         ("megagpt.sample.*",),
         lambda run: run.megagpt.every.sample > 0,
-        "every.sample is 0, so no text is generated; set it or remove this",
+        "megagpt.every.sample is 0, so no text is generated; set it or remove this",
     ),
     Acts(
         ("megagpt.sample.top_k", "megagpt.sample.top_p"),
@@ -160,12 +160,12 @@ WITHOUT_EFFECT = (
     Acts(
         ("megagpt.augment.fim.*",),
         lambda run: run.megagpt.augment.fim.rate > 0,
-        "augment.fim.rate is 0; set it or remove this",
+        "megagpt.augment.fim.rate is 0; set it or remove this",
     ),
     Acts(
         ("megagpt.augment.span_corruption.*",),
         lambda run: run.megagpt.augment.span_corruption.rate > 0,
-        "augment.span_corruption.rate is 0; set it or remove this",
+        "megagpt.augment.span_corruption.rate is 0; set it or remove this",
     ),
     Acts(
         ("megagpt.augment.span_corruption.sentinels",),
@@ -175,17 +175,17 @@ WITHOUT_EFFECT = (
     Acts(
         ("megagpt.augment.token_dropout.*",),
         lambda run: run.megagpt.augment.token_dropout.rate > 0,
-        "augment.token_dropout.rate is 0; set it or remove this",
+        "megagpt.augment.token_dropout.rate is 0; set it or remove this",
     ),
     Acts(
         ("megagpt.augment.goldfish.*",),
         lambda run: run.megagpt.augment.goldfish.k > 0,
-        "augment.goldfish.k is 0; set it or remove this",
+        "megagpt.augment.goldfish.k is 0; set it or remove this",
     ),
     Acts(
         ("megagpt.guards.spikes.window", "megagpt.guards.spikes.sigma"),
         lambda run: run.megagpt.guards.spikes.action != "none",
-        'guards.spikes.action is "none"; choose one or remove this',
+        'megagpt.guards.spikes.action is "none"; choose one or remove this',
     ),
     Acts(
         ("megagpt.schedule.min_lr_ratio", "megagpt.schedule.end_step"),
@@ -228,25 +228,26 @@ CONTRADICTIONS = (
     Against(
         "megagpt.early_stopping.patience",
         lambda run: run.megagpt.every.eval == 0,
-        "counts evaluations, and every.eval=0 leaves only the last; set every.eval or remove it",
+        "counts evaluations, and megagpt.every.eval=0 leaves only the last; set megagpt.every.eval or remove it",
     ),
     Against(
         "megagpt.early_stopping.min_steps",
         lambda run: run.megagpt.early_stopping.min_steps >= run.megagpt.schedule.max_steps,
-        "is not before schedule.max_steps, so nothing stops early; lower it",
+        "is not before megagpt.schedule.max_steps, so nothing stops early; lower it",
     ),
     *(
         Against(
             f"megagpt.every.{what}",
             lambda run, what=what: getattr(run.megagpt.every, what) > run.megagpt.schedule.max_steps,  # type: ignore[misc]
-            f"is more than schedule.max_steps: only the end {will}; lower it, or write 0 if you want that",
+            f"is more than megagpt.schedule.max_steps: only the end {will}; lower it, or write 0 if you want that",
         )
         for what, will in {"eval": "evaluates", "save": "saves"}.items()
     ),
     Against(
         "megagpt.model.n_head",
         lambda run: run.megagpt.model.head_dim % 8 != 0,
-        "makes heads whose width is not a multiple of 8, for which GPUs have no fast attention; change it or n_embd",
+        "makes heads whose width is not a multiple of 8, for which GPUs have no fast attention; change it or "
+        "megagpt.model.n_embd",
     ),
 )
 

@@ -168,7 +168,7 @@ class GPT(nn.Module):
         begin = caches[0].length if caches else self.sequence_rank * T
         end = begin + T
         if end > self.cfg.seq_len:
-            raise ValueError(f"position {end} does not fit the model's seq_len={self.cfg.seq_len}")
+            raise ValueError(f"position {end} does not fit the model's {self.cfg.seq_len} positions")
         positions, mask = torch.arange(begin, end, device=tokens.device), None  # (T,)
         if documents is not None:
             positions, mask = document_positions(documents)

@@ -4,7 +4,6 @@ Memory is counted by memory.py, traffic by communication.py and FLOPs by model/f
 that are compared and a simple model of a step's time; report.py prints them.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -108,8 +107,11 @@ def machine(gpu: str, ranks: int, network: str | None, efficiency: float = EFFIC
         speed = NETWORKS[network] if network in NETWORKS else float(network)
     except ValueError:
         speed = 0.0
-    if not 0.0 < speed < math.inf:
-        raise UserError(f"--network {network!r} is neither GB/s of each GPU nor one of {', '.join(NETWORKS)}")
+    if not 0.001 <= speed <= 1e6:
+        raise UserError(
+            f"--network {network!r} is neither GB/s of each GPU nor one of {', '.join(NETWORKS)}; give a name, or "
+            "a number from 0.001 to 1e6"
+        )
     return Machine(name, GPUS[name], ranks, network if network in NETWORKS else "network", speed, efficiency)
 
 

@@ -26,6 +26,7 @@ from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.distributed.process_group import is_main, print_rank0
+from megagpt.terminal import if_encodable
 from megagpt.train_state import TrainState
 
 Events = Callable[[list[tuple[str, float, int]]], None]
@@ -157,10 +158,10 @@ def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str
     points = points[:: max(1, -(-len(points) // rows))] + points[-1:]
     losses = [row["loss/val"] for row in points if _is_finite(row["loss/val"])]
     low, high = min(losses, default=0.0), max(losses, default=0.0)
-    lines = []
+    lines, block = [], if_encodable("█", "#")
     for step, loss in {row["step"]: row["loss/val"] for row in points}.items():
         if _is_finite(loss):
-            bar = "█" * (1 + round((width - 1) * (loss - low) / (high - low or 1.0)))
+            bar = block * (1 + round((width - 1) * (loss - low) / (high - low or 1.0)))
             lines.append(f"  {step:>8} {loss:8.4f} {bar}")
         else:
             lines.append(f"  {step:>8} not finite")

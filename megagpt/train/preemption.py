@@ -4,9 +4,11 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what Slurm and the launchers send before they kill
+HANG_UP = b"the terminal is gone (SIGHUP): training continues; kill %d saves and stops it\n"
 CTRL_C = b"Ctrl-C: stopping at the next step, which is saved; Ctrl-\\ ends at once\n"
 
 
@@ -15,7 +17,7 @@ class Preemption:
 
     `requested` is read at step boundaries. A second signal changes nothing, because launchers send their own after a
     terminal's. With `ctrl_c`, SIGINT counts too, unless the shell ignores it for a process in the background; a process
-    that does more than train keeps Python's KeyboardInterrupt.
+    that does more than train keeps Python's KeyboardInterrupt. The end of the terminal (SIGHUP) stops nothing.
     """
 
     def __init__(self, *, launcher_alive: Callable[[], bool] = lambda: True, ctrl_c: bool = False) -> None:
@@ -23,6 +25,8 @@ class Preemption:
         self.launcher_alive = launcher_alive
         self._time_limit_minutes: float | None = None
         self._signal: int | None = None
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, self._continue)
         if ctrl_c and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._remember)
         for number in SIGNALS:
@@ -34,8 +38,12 @@ class Preemption:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal is None and os.environ.get("RANK", "0") == "0":
-            os.write(2, CTRL_C)  # the signal may have interrupted a print()
+            _say(CTRL_C)
         self._signal = self._signal or number
+
+    def _continue(self, number: int, frame: FrameType | None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            _say(HANG_UP % os.getpid())
 
     @property
     def reason(self) -> str:
@@ -52,3 +60,9 @@ class Preemption:
     def requested(self) -> bool:
         """Whether this rank wants to stop."""
         return bool(self.reason)
+
+
+def _say(line: bytes) -> None:
+    """Write to standard error, if anybody reads it; not by print(), which the signal may have interrupted."""
+    with suppress(OSError):
+        os.write(2, line)

@@ -194,13 +194,13 @@ def test_the_deepspeed_launcher_trains_on_two_ranks(dataset, tmp_path):
 
 
 @pytest.mark.process
-def test_letters_that_the_terminal_lacks_are_escaped(dataset, tmp_path):
+def test_a_terminal_that_lacks_a_bars_letter_gets_another(dataset, tmp_path):
     """The bars of the validation curve, on a terminal that shows ASCII alone."""
     command = [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.schedule.max_steps=5")]
     process = start(command, PYTHONIOENCODING="ascii")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert r" \u2588" in out.partition("step loss/val")[2]
+    assert re.search(r"\d #+\n", out.partition("step loss/val")[2])
 
 
 @pytest.mark.process
@@ -252,7 +252,7 @@ def test_a_mistake_is_printed_once_for_all_ranks_without_a_traceback(dataset, tm
     ours = done.stderr.split("torch/distributed/elastic")[0]
     assert ours.count("error: ") == 1
     assert "Traceback" not in ours
-    assert "did you mean 'n_layer'?" in ours
+    assert "did you mean 'megagpt.model.n_layer'?" in ours
     assert not (tmp_path / "run").exists()
 
 
@@ -275,11 +275,14 @@ def test_every_rank_ends_with_2_and_none_is_aborted_by_a_thread_of_its_process_g
         (["megagpt.data.val=nowhere"], "nowhere"),
         (["gradient_cliping=1"], "did you mean 'gradient_clipping'?"),
         (["train_batch_size=7"], "set train_batch_size to 8"),
-        (["megagpt.model.seq_len=1000000"], "lower seq_len to"),
+        (["megagpt.model.seq_len=1000000"], "lower megagpt.model.seq_len to"),
         (["megagpt.data.val_tokens=100000000"], "too little validation data"),
-        (["zero_optimization.overlap_com=true"], "'zero_optimization.overlap_com'; did you mean 'overlap_comm'?"),
+        (
+            ["zero_optimization.overlap_com=true"],
+            "did you mean 'zero_optimization.overlap_comm'?",
+        ),
         (["fp16.enabled=true"], "fp16 is not supported on your device"),
-        (["bf16.enabled=true", "fp16.enabled=true"], "fp16.enabled and bf16.enabled are both true; choose one"),
+        (["bf16.enabled=true", "fp16.enabled=true"], "fp16.enabled=true with bf16.enabled=true; choose one"),
         (["activation_checkpointing.cpu_checkpointing=true"], "has no effect without"),
     ],
 )
@@ -337,7 +340,7 @@ def test_a_sample_report_says_what_training_would_draw_and_starts_nothing(datase
 
     for mistake, complaint in (
         ("train.0.path=nowhere", "nowhere"),
-        ("seed=5", "with data.seed=1234, and this run has 5"),
+        ("seed=5", "with megagpt.data.seed=1234, and this run has 5"),
     ):
         assert pretrain([*report, f"megagpt.data.{mistake}"]) == 2
         assert complaint in capsys.readouterr().err

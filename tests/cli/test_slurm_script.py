@@ -168,7 +168,7 @@ def test_a_sweep_is_an_array_whose_runs_are_all_checked(slurm, tmp_path):
         (["--nodes", "3"], "set train_batch_size to 12"),
         (["--container", "a 'b"], "No closing quotation"),
         (["--sweep", "nowhere"], "--sweep nowhere cannot be read"),
-        (["megagpt.model.n_layers=3"], "did you mean 'n_layer'?"),
+        (["megagpt.model.n_layers=3"], "did you mean 'megagpt.model.n_layer'?"),
         (["gradient_cliping=1"], "gradient_clipping"),
     ],
 )

@@ -79,6 +79,7 @@ def test_sameness_is_of_bits(a, b, equal):
     assert same(a, b) is equal
 
 
-def test_a_mistake_in_the_run_file_is_one_line(capsys):
-    assert main(["verify-resume", str(DEBUG_RUN), "--steps", "1"]) == 2
-    assert "cannot be cut in two" in capsys.readouterr().err
+def test_a_run_of_one_step_cannot_be_cut_in_two(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify-resume", str(DEBUG_RUN), "--steps", "1"])
+    assert "'1' is not a whole number from 2 to" in capsys.readouterr().err

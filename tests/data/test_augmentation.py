@@ -265,7 +265,7 @@ def test_named_pieces_are_used_and_must_exist():
     [
         ('megagpt.augment={"fim": {"rate": 0.6}, "span_corruption": {"rate": 0.6}}', "exceed 1"),
         ("megagpt.augment.goldfish.k=1", "would drop every target"),
-        ("megagpt.augment.fim.rat=1", "did you mean 'rate'"),
+        ("megagpt.augment.fim.rat=1", "did you mean 'megagpt.augment.fim.rate'"),
         ("megagpt.packing.kind=bestfit", "best-fit"),
     ],
 )

@@ -168,8 +168,10 @@ def test_validation_windows_are_the_streams_first_and_overlap_by_one(dataset):
 def test_too_little_validation_data_is_refused_with_what_there_is(dataset):
     stream = open_dataset(dataset).stream("val")
     available = (stream.n_tokens - 1) // SEQ_LEN * SEQ_LEN
-    with pytest.raises(UserError, match=f"set val_tokens to {available}"):
+    with pytest.raises(UserError, match=f"give megagpt.data.val_tokens={available}"):
         ValWindows(stream, SEQ_LEN, max_tokens=10**9)
+    with pytest.raises(UserError, match=f"=1 is less than one window of {SEQ_LEN} tokens; give .*val_tokens={SEQ_LEN}"):
+        ValWindows(stream, SEQ_LEN, max_tokens=1)
     with pytest.raises(UserError, match="larger val_fraction"):
         ValWindows(stream, 10**6)
 
@@ -184,7 +186,7 @@ def test_datasets_of_two_tokenizers_are_refused_with_the_way_out(dataset, tmp_pa
 
 
 def test_a_sequence_longer_than_the_data_is_refused(dataset):
-    with pytest.raises(UserError, match="lower seq_len to"):
+    with pytest.raises(UserError, match=r"lower megagpt\.model\.seq_len to"):
         open_data(DataConfig(train=[{"path": dataset}], val=dataset), 10**6)
 
 

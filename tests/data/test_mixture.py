@@ -145,7 +145,7 @@ def test_a_dataset_listed_twice_is_refused():
 
 
 def test_data_shorter_than_two_windows_is_refused_with_the_length_that_fits():
-    with pytest.raises(UserError, match=r"data/b has 140 tokens.*lower seq_len to 69"):
+    with pytest.raises(UserError, match=r"data/b has 140 tokens.*set megagpt.data.seq_len to 69"):
         begun((A, 1.0), (B, 1.0), seq_len=100)
 
 

@@ -143,7 +143,6 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
         lambda _: ["--types", "unigram,wordpiece"],
         r"--types wordpiece is not .* some of unigram,bpe,char",
     ),
-    "steps below 0": (lambda _: ["--steps", "-1"], r"--steps -1 is less than 0"),
     "idle type": (lambda _: ["--steps", "0", "tokenizer_type=bpe"], r"tokenizer_type has no effect .*; give --types"),
     "idle variants": (lambda _: ["--steps", "0", "subword.variants=1"], r"subword has no effect on .*; remove it"),
     "no validation": (lambda _: ["--steps", "9", "val_fraction=0"], r"val_fraction=0 leaves no text .*--steps 0"),

@@ -1,0 +1,236 @@
+"""Values at the edge of what a number can be, at every key and option: each is taken, or one message refuses it."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from annotated_types import Ge, Gt, Le, Lt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+from support import DEBUG_RUN, GOOD, overrides
+
+import data_tools.__main__
+import megagpt.__main__
+from data_tools.config import BuildConfig, load_config
+from megagpt.cli.arguments import command_line
+from megagpt.cli.pretrain import pretrain
+from megagpt.config.deepspeed import DeepSpeedConfig
+from megagpt.config.parsing import kinds_of, models_in
+from megagpt.config.run_file import SECTION, RunConfig, parse_run
+from megagpt.config.schema import MegaGPTConfig
+from megagpt.errors import UserError
+from megagpt.lint.linter import lint_or_raise
+from megagpt.planner import estimate
+from megagpt.planner.report import as_json, report
+from megagpt.terminal import SCREEN_CHARACTERS, SCREEN_LINES
+from megagpt.train.lr_schedule import lr_factor
+
+EDGES = [  # as they are typed
+    *(
+        "0",
+        "-0",
+        "-1",
+        "1",
+        "0.5",
+        "2",
+        "true",
+        "false",
+        "null",
+        "",
+        "x",
+        "[]",
+        "{}",
+        "[1]",
+        '"3"',
+        "0x10",
+        "1_0",
+        "\u00b2",
+    ),
+    *("nan", "NaN", "inf", "Infinity", "-Infinity", "1e-320", "1e-39", "1e-9", "1e20", "1e30", "1e308", "1e400"),
+    *("10000000", "2147483648", "9223372036854775807", "9223372036854775808", "-9223372036854775809"),
+    *("99999999999999999999999", "9" * 5000, "x" * 100_000, "a\\0b", '"\\ud800"'),
+]
+
+
+def numeric_keys(model: type[BaseModel], section: str = "") -> Iterator[tuple[str, type[BaseModel], str]]:
+    """Every dotted key with a number in it, as it is typed, with its model and its name there."""
+    for name, info in model.model_fields.items():
+        kinds = kinds_of(model, name)
+        dotted = f"{section}.{name}" if section else name
+        if not kinds.isdisjoint({int, float}):
+            yield dotted, model, name
+        for inner in models_in(info.annotation):
+            if name != "sources":
+                yield from numeric_keys(inner, f"{dotted}.0" if tuple in map(_origin, kinds) else dotted)
+
+
+def _origin(kind: Any) -> Any:
+    return getattr(kind, "__origin__", None)
+
+
+RUN_KEYS = [*numeric_keys(MegaGPTConfig, SECTION), *numeric_keys(DeepSpeedConfig)]
+BUILD_KEYS = list(numeric_keys(BuildConfig))
+
+
+def bounds(annotation: Any, metadata: list[Any]) -> set[str]:
+    """Which of its two bounds each number of a field has, at any depth of the annotation."""
+    found = {"low" for m in metadata if isinstance(m, Ge | Gt)} | {"high" for m in metadata if isinstance(m, Le | Lt)}
+    if hasattr(annotation, "__metadata__"):
+        for info in annotation.__metadata__:
+            found |= bounds(None, getattr(info, "metadata", [info]))
+    for part in get_args(annotation):
+        found |= bounds(part, [])
+    return found
+
+
+@pytest.mark.parametrize("keys", [RUN_KEYS, BUILD_KEYS], ids=["run file", "builder"])
+def test_every_number_has_a_lower_and_an_upper_bound(keys):
+    assert len(keys) > 20
+    fields = {dotted: model.model_fields[name] for dotted, model, name in keys}
+    assert [key for key, info in fields.items() if bounds(info.annotation, info.metadata) < {"low", "high"}] == []
+
+
+def one_message(text: str) -> bool:
+    return text.count("\n") < SCREEN_LINES and len(text) < SCREEN_CHARACTERS + 100 and "Traceback" not in text
+
+
+def uses(run: RunConfig) -> None:
+    """What commands compute of a run before it starts."""
+    lint_or_raise(run)
+    on = estimate.machine("H100", 1, None)
+    found = list(estimate.settings(run, on, 384))
+    tokens = run.megagpt.schedule.max_steps * run.deepspeed.train_batch_size * run.megagpt.seq_len
+    assert report(run, on, (384, "of it"), found, tokens)
+    json.dumps(as_json(on, (384, "of it"), found, tokens), allow_nan=False)
+    assert 0.0 <= lr_factor(run.megagpt.schedule.max_steps - 1, run.megagpt.schedule) <= 1.0
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from([key for key, *_ in RUN_KEYS]),
+    st.sampled_from(EDGES) | st.floats().map(repr) | st.integers().map(str),
+)
+def test_any_number_of_a_run_file_is_taken_or_one_message(key, text):
+    refused = refusal(lambda: uses(parse_run(GOOD, [f"{key}={text}"])))
+    assert refused is None or (one_message(refused) and (key in refused or "train_batch_size" in refused))
+
+
+@pytest.mark.parametrize("key", [key for key, *_ in RUN_KEYS])
+def test_every_edge_of_a_run_files_numbers_is_taken_or_one_message(key):
+    for text in EDGES:
+        raw: dict[str, Any] = {}
+        refused = refusal(lambda: raw.update(parse_run(GOOD, [f"{key}={text}"]).as_json()))  # noqa: B023
+        assert refused is None or (one_message(refused) and key in refused), text
+        assert not isinstance(value_at(raw, key), bool), text
+        json.dumps(raw, allow_nan=False)
+
+
+def refusal(call: Callable[[], None]) -> str | None:
+    """The message of a UserError; any other exception is a traceback that a user would see."""
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def value_at(raw: Any, key: str) -> Any:
+    for part in key.split("."):
+        raw = raw[int(part)] if isinstance(raw, list) else raw.get(part) if isinstance(raw, dict) else None
+    return raw
+
+
+@pytest.mark.parametrize("key", [key for key, *_ in BUILD_KEYS])
+def test_every_edge_of_the_builders_numbers_is_taken_or_one_message(key):
+    base = ["dedup.method=near", "subword.variants=1"] if key.startswith(("dedup.", "subword.")) else []
+    base += ["rules.language.model=lid.bin"] if key.startswith("rules.language.") else []
+    for text in EDGES:
+        raw: dict[str, Any] = {}
+        given = [*base, f"{key}={text}"]
+        refused = refusal(lambda: raw.update(load_config(BuildConfig, None, given).model_dump(mode="json")))  # noqa: B023
+        assert refused is None or (one_message(refused) and key in refused), text
+        assert not isinstance(value_at(raw, key), bool), text
+        json.dumps(raw, allow_nan=False)
+
+
+def options(
+    parser: argparse.ArgumentParser, command: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], argparse.Action]]:
+    """Every option of a command and its subcommands that takes a number."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from options(below, (*command, name))
+        elif action.type is float or getattr(action.type, "__module__", "") == "megagpt.options":
+            yield command, action
+
+
+PARSERS = {"megagpt": command_line(), "data_tools": data_tools.__main__._parser()}
+OPTIONS = [(program, *found) for program, parser in PARSERS.items() for found in options(parser)]
+
+
+@pytest.mark.parametrize(
+    ("program", "command", "action"), OPTIONS, ids=[f"{c[0]} {a.option_strings[0]}" for _, c, a in OPTIONS]
+)
+def test_every_edge_of_an_options_number_is_taken_or_one_message(program, command, action, capsys):
+    places = {"evaluate": ["x", "--data", "d"], "compare-tokenizers": []}.get(command[-1] if command else "", ["x"])
+    for text in EDGES:
+        with contextlib.suppress(SystemExit):
+            PARSERS[program].parse_args([*command, *places, f"{action.option_strings[0]}={text}"])
+        said = capsys.readouterr().err
+        assert said == "" or action.option_strings[0] in said
+        assert one_message(said.partition("error: ")[2]), text
+
+
+USED = [  # options whose value is used at once, and the largest and smallest that their parsers take
+    *(f"generate RUN --max-tokens 2 --temperature {value}" for value in ("1e-39", "1e-30", "1e6", "nan", "-1", "1e7")),
+    *(f"generate RUN --max-tokens 2 --top-p {value}" for value in ("1e-320", "1e-6", "0", "inf")),
+    *(f"generate RUN --max-tokens 2 --top-k {value}" for value in ("1000000000000", "9223372036854775807")),
+    *(f"generate RUN --max-tokens 2 --seed {value}" for value in ("9223372036854775807", "-9223372036854775807")),
+    *(f"generate RUN --max-tokens {value}" for value in ("0", "9223372036854775807")),
+    *("generate RUN --max-tokens 2 --batch 1000000", "evaluate RUN --data DATA --tokens 1"),
+    *("evaluate RUN --data DATA --tokens 9223372036854775807", "evaluate RUN --data DATA --micro-batch 1000000"),
+    *("inspect RUN --step 1000000000000000", "inspect RUN --sample 1000000000000000"),
+    *("inspect DATA --documents 9223372036854775807", "--sample-report 1000000000000000 --deepspeed_config FILE"),
+    *("plan FILE --ranks 1000000", "plan FILE --tokens 9223372036854775807", "plan FILE --efficiency 0.001"),
+    *("plan FILE --ranks 8 --network 1e-300", "plan FILE --ranks 16 --network 1e6", "plan FILE --memory 1e6"),
+    *(
+        "lint FILE --ranks 1000000",
+        "slurm FILE --dry-run --nodes 1000000",
+        "slurm FILE --dry-run --time 99999999999:00:00",
+    ),
+]
+
+
+MAIN = {"inspect": data_tools.__main__.main, "--sample-report": pretrain}  # all others are commands of megagpt
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, device, tmp_path_factory) -> Path:
+    """A run of two steps, the second of which samples as coldly as can be."""
+    run = tmp_path_factory.mktemp("values") / "run"
+    keys = ["schedule.max_steps=2", "schedule.warmup_steps=0", "every.sample=2", "sample.temperature=1e-30"]
+    keys += ["sample.top_p=1e-6", "seed=9223372036854775807", "data.seed=9223372036854775807"]
+    given = overrides(dataset, run, *(f"megagpt.{key}" for key in keys))
+    assert pretrain(["--deepspeed_config", str(DEBUG_RUN), *given]) == 0
+    return run
+
+
+@pytest.mark.parametrize("command", USED)
+def test_a_number_that_is_taken_works_and_another_is_one_message(trained, dataset, capsys, command):
+    names = {"RUN": [str(trained)], "DATA": [str(dataset)], "FILE": [str(DEBUG_RUN), *overrides(dataset, trained)]}
+    words = [word for part in command.split() for word in names.get(part, [part])]
+    main = MAIN.get(words[0], megagpt.__main__.main)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:  # as argparse ends, too
+        sys.exit(main(words))
+    said = capsys.readouterr()
+    assert ended.value.code in (0, 2)
+    assert said.err.count("error: ") + said.out.count(": error: ") == (ended.value.code == 2)
+    assert one_message(said.err)
