@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from data_tools.config import SourceConfig
 from data_tools.readers.csv_rows import read_csv
-from data_tools.readers.document_pieces import Pieces, SkippedRecord
+from data_tools.readers.document_pieces import Note, Pieces, SkippedRecord
 from data_tools.readers.input_file import FileSlice, InputFile, whole_file
 from data_tools.readers.jsonl import byte_ranges, read_json, read_jsonl
 from data_tools.readers.open_file import COMPRESSIONS
@@ -68,6 +68,8 @@ def read_slice(slice_: FileSlice, source: SourceConfig, *, strict: bool) -> Piec
     if slice_.start == slice_.end:
         yield SkippedRecord("empty", partial(str, slice_.file.path))
         return
+    if source.split_text_at and slice_.start == 0 and slice_.file.kind not in (TEXT, METADATA):
+        yield Note(f"split_text_at has no effect on {slice_.file.kind} files", partial(str, slice_.file.path))
     for piece in FORMATS[slice_.file.kind].read(slice_, source):
         if isinstance(piece, SkippedRecord) and strict and piece.reason not in ("empty", NO_DATA):
             raise UserError(f"{piece.where()}: {piece.reason}; repair it, or set strict=false to skip such records")

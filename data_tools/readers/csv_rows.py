@@ -29,7 +29,7 @@ def read_csv(slice_: FileSlice, source: SourceConfig) -> Pieces:
             first_line = next((line for line in rest if not line.isspace()), "")
             separator = _separator(first_line, slice_.file.kind, field)
             rows = _rows(itertools.chain([first_line], rest), separator, path)
-            header = next(rows, None) or []
+            header = _stripped(next(rows, []), path, field)
             check_column(path, header, field)
             column = header.index(field)
             for number, row in enumerate(rows):
@@ -47,7 +47,8 @@ def read_csv(slice_: FileSlice, source: SourceConfig) -> Pieces:
 
 def _separator(first_line: str, kind: str, field: str) -> str:
     """Return the separator by which the header has the text column, or the format's own."""
-    return next((s for s in SEPARATORS[kind] if field in _header(first_line, s)), SEPARATORS[kind][0])
+    names = {separator: [name.strip() for name in _header(first_line, separator)] for separator in SEPARATORS[kind]}
+    return next((separator for separator in names if field.strip() in names[separator]), SEPARATORS[kind][0])
 
 
 def _header(first_line: str, separator: str) -> list[str]:
@@ -55,6 +56,13 @@ def _header(first_line: str, separator: str) -> list[str]:
         return next(csv.reader([first_line], delimiter=separator), [])
     except csv.Error:
         return []
+
+
+def _stripped(header: list[str] | None, path: str, field: str) -> list[str]:
+    """Return the names of the columns, without the blanks around them unless the text column's name has some."""
+    if header is None:
+        raise UnreadableFile(f"{path} is {NO_ROW}, in its first line, which names the columns; repair it")
+    return header if field in header else [name.strip() for name in header]
 
 
 def _rows(lines_: Iterator[str], separator: str, path: str) -> Iterator[list[str] | None]:

@@ -4,11 +4,12 @@ import fnmatch
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from urllib.parse import unquote
 
 from data_tools.config import SourceConfig
 from data_tools.readers.by_format import FORMATS, METADATA, format_of
+from data_tools.readers.hugging_face import METADATA as NOT_DATA
 from data_tools.readers.hugging_face import folders_of_data, is_in_cache, metadata_among
 from data_tools.readers.input_file import InputFile
 from data_tools.readers.open_file import COMPRESSIONS, reading
@@ -50,6 +51,8 @@ def _find(path: str, source: SourceConfig, own: Path | None) -> Iterator[InputFi
         files = list(find)
         metadata = _metadata_among(files, path, source)
     for found, size, state, named in files:
+        if named and PurePath(found).name in NOT_DATA:
+            raise UserError(f"{found} is metadata of a Hugging Face dataset; give the folder {PurePath(found).parent}")
         is_data = found not in metadata
         kind, compression = _format_and_compression(found, source.format) if is_data else (METADATA, "")
         yield InputFile(found, kind, compression, size, state, named, source.encoding)

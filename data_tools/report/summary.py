@@ -98,7 +98,7 @@ def _notes_of_readers(stages: Stages) -> Iterator[str]:
     # a build that an older version began has results without notes
     notes = (_as_skipped(done.result.get("notes", {})) for done in stages.extracted)
     for note, noted in _merge_skipped(notes).items():
-        yield f"{noted['documents']:,} {note} (first: {noted['first']})"
+        yield f"{note}: {noted['documents']:,} (first: {noted['first']})"
 
 
 def _merge_skipped(many: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Folders as Hugging Face's libraries write them: their data is read, and nothing else."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,15 @@ def test_files_of_a_clone_are_read_when_the_user_selects_or_names_them(tmp_path:
     clone(tmp_path / "in")
     assert texts_of(read_all(tmp_path / "in", include=("*.md",))) == ["# A corpus\n"]
     assert texts_of(read_all(tmp_path / "in" / "LICENSE")) == ["MIT"]
+
+
+def test_metadata_that_a_glob_of_the_shell_names_is_refused_with_the_folder(tmp_path: Path) -> None:
+    clone(tmp_path / "in")
+    folder = re.escape(str(tmp_path / "in"))
+    with pytest.raises(
+        UserError, match=f"dataset_infos.json is metadata of a Hugging Face .*; give the folder {folder}$"
+    ):
+        list(read_all(tmp_path / "in" / "dataset_infos.json"))
 
 
 def test_a_source_tree_keeps_its_readme_and_license(tmp_path: Path) -> None:

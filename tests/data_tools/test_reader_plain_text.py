@@ -90,10 +90,12 @@ def test_a_separator_that_is_not_in_a_file_is_told(tmp_path: Path, capsys: pytes
     (tmp_path / "in" / "a.txt").write_bytes(b"one\r\n\r\ntwo")
     (tmp_path / "in" / "b.txt").write_text("three\n\n")
     (tmp_path / "in" / "c.txt").write_text("four\n\nfive")
+    (tmp_path / "in" / "d.csv").write_text("text\nsix\n")
     options = ("tokenizer_type=char", "val_fraction=0", r"split_text_at=\n\n")
     assert run("build", "--input", tmp_path / "in", "--out", tmp_path / "out", *options) == 0
     note = r"text files without split_text_at='\n\n' in them are one document each"
-    assert f"  1 {note} (first: {tmp_path / 'in' / 'a.txt'})" in capsys.readouterr().out
+    assert f"  {note}: 1 (first: {tmp_path / 'in' / 'a.txt'})" in (out := capsys.readouterr().out)
+    assert f"  split_text_at has no effect on csv files: 1 (first: {tmp_path / 'in' / 'd.csv'})" in out
     assert "in them are one document each" in (tmp_path / "out" / "report.html").read_text()
 
 

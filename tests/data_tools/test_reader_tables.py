@@ -21,7 +21,7 @@ from data_tools.readers.csv_rows import DOES_NOT_FIT, NO_ROW
 from data_tools.readers.document_pieces import DocumentPiece
 from megagpt.errors import UserError
 
-FIELDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
+FIELDS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=8)
 ROWS = st.lists(st.lists(FIELDS, min_size=1, max_size=4), max_size=8)
 
 
@@ -69,6 +69,19 @@ def test_a_row_that_does_not_fit_is_counted_shown_and_fatal_under_strict(
 def test_the_separator_of_a_csv_file_is_that_of_its_header(separator: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f'id{separator}text\n1{separator}"one, two"\n')
     assert texts_of(read_all(tmp_path / "a.csv")) == ["one, two"]
+
+
+def test_blanks_around_the_names_of_columns_do_not_count(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id; text\n1; one\n")
+    assert texts_of(read_all(tmp_path / "a.csv")) == [" one"]
+    assert texts_of(read_all(tmp_path / "a.csv", text_field=" text")) == [" one"]
+
+
+@pytest.mark.parametrize("content", [b"id,text\r1,one\r2,two\r", b'"id" "text"\n1 "one"\n'])
+def test_a_header_that_is_not_csv_is_told(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.csv is not CSV: .*, in its first line, which names the columns"):
+        list(read_all(tmp_path / "a.csv"))
 
 
 def test_a_quotation_mark_that_is_never_closed_is_named_by_its_line(tmp_path: Path) -> None:
