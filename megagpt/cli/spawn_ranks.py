@@ -11,7 +11,9 @@ from megagpt.errors import UserError
 
 def on_ranks(n_ranks: int, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `python -m module arguments` on n_ranks until it ends; SIGTERM or Ctrl-C ends the ranks first."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
+    # Without --local-addr the ranks meet at this host's name, which need not resolve: they would wait for minutes.
+    here = ["--standalone", "--local-addr=localhost"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *here, f"--nproc-per-node={n_ranks}"]
     command = [*launcher, "-m", module, *arguments]
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:

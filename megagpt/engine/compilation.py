@@ -4,9 +4,11 @@ One compilation serves all blocks, so compiling takes as long for 2 layers as fo
 """
 
 import os
+import re
 import shutil
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,8 +18,10 @@ from torch import Tensor
 
 from megagpt.distributed.collectives import gather_objects
 from megagpt.distributed.process_group import print_rank0
-from megagpt.errors import UserError
+from megagpt.errors import OwnRankError, UserError
 from megagpt.model.gpt import GPT, Block, KeyValueCache
+
+PLAIN_PATH = re.compile(r"[\w./@%+=:,-]+")
 
 
 def compiles(asked: bool | None, device: torch.device) -> bool:
@@ -50,12 +54,51 @@ def _has_compiler() -> bool:
 def compile_blocks(model: GPT, cache: Path, within: Callable[..., Tensor] | None = None) -> None:
     """Compile the blocks in place, before an engine takes the model; the folder `cache` keeps kernels for later starts.
 
-    Shapes are static: another batch size or length compiles again. Generation, whose length grows, runs uncompiled.
+    If it cannot, another folder does, which is printed. Shapes are static: another batch size or length compiles again.
+    Generation, whose length grows, runs uncompiled.
     `within`, if given, wraps the forward pass (it is called with it and its arguments) and is compiled with it.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.absolute()))
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_kernel_folder(cache.absolute()))
     for block in model.blocks():
         block.forward = _unless_cached(block, within)  # type: ignore[method-assign]
+
+
+def _kernel_folder(cache: Path) -> Path:
+    """Return the first of some folders that can keep kernels. Raises UserError if none can."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    tried = {}
+    for folder in (cache, user / "megagpt" / "kernels", Path(tempfile.gettempdir()) / f"megagpt_kernels_{os.getuid()}"):
+        tried[folder] = why_no_kernels(folder)
+        if not tried[folder]:
+            if folder != cache:
+                print_rank0(f"compiled kernels are kept in {folder}, not in {cache}: {tried[cache]}")
+            return folder
+    reasons = "; ".join(f"{folder} {reason}" for folder, reason in tried.items())
+    raise OwnRankError(
+        f"megagpt.compile has no folder for compiled kernels: {reasons}; set TORCHINDUCTOR_CACHE_DIR to one, or "
+        "megagpt.compile to false"
+    )
+
+
+def why_no_kernels(folder: Path) -> str:
+    """Return why torch cannot keep compiled kernels in a folder, which is created if needed; empty if it can.
+
+    torch writes the path into a compiler's command line unquoted, and loads what is compiled as a library.
+    """
+    if not PLAIN_PATH.fullmatch(str(folder)):
+        return "has a blank or a sign in its path that the compiler's command line cannot have"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid != os.geteuid() and status.st_mode & 0o022:
+            return "belongs to another user"  # whoever can write there could give us code to run
+        if os.statvfs(folder).f_flag & os.ST_NOEXEC:
+            return "is mounted noexec"
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"cannot be written ({error.strerror})"
 
 
 def _unless_cached(block: Block, within: Callable[..., Tensor] | None) -> Callable[..., Tensor]:

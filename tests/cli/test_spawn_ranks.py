@@ -38,3 +38,21 @@ def test_ending_the_command_ends_its_ranks(tmp_path, number):
     for process in left:
         process.kill()
     assert not left
+
+
+@pytest.mark.process
+def test_ranks_meet_on_a_host_whose_name_does_not_resolve(tmp_path):
+    """As in many containers."""
+    alone = ["unshare", "--uts", "sh", "-c", 'hostname no-such-host && exec "$@"', "sh"]
+    if subprocess.run([*alone, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no namespaces here: unshare, or root, is missing")
+    (tmp_path / "meeting_rank.py").write_text(
+        "from megagpt.distributed.process_group import init_process_group, leave\ninit_process_group(); leave()\n"
+    )
+    launch = "from megagpt.cli.spawn_ranks import on_ranks; done = on_ranks(2, 'meeting_rank'); print(done.returncode)"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    command = [*alone, sys.executable, "-c", launch]
+    done = subprocess.run(
+        command, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stdout == "0\n", done.stderr

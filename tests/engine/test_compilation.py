@@ -1,6 +1,9 @@
 """Compiled blocks and loss against the same in eager mode. In fp32, so that only the order of additions may differ."""
 
+import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import processes
 import pytest
@@ -9,9 +12,11 @@ from support import debug_run, metric
 from torch._dynamo.utils import counters
 
 from megagpt.config.batch import batch_plan
+from megagpt.config.schema import ModelConfig
 from megagpt.engine.build import build_engine
-from megagpt.engine.compilation import compiles
+from megagpt.engine.compilation import compile_blocks, compiles, why_no_kernels
 from megagpt.errors import UserError
+from megagpt.model.gpt import GPT
 from megagpt.model.loss import next_token_score
 from megagpt.train.trainer import train
 
@@ -146,3 +151,63 @@ def test_without_pythons_headers_it_is_left_out(monkeypatch, tmp_path):
     assert not compiles(None, CUDA)
     (tmp_path / "Python.h").touch()
     assert compiles(None, CUDA)
+
+
+def kernel_folders(monkeypatch, tmp_path) -> dict[str, Path]:
+    """A cache folder of the user and a TMPDIR of this test; nothing has chosen a folder for kernels yet."""
+    places = {"XDG_CACHE_HOME": tmp_path / "cache", "TMPDIR": tmp_path / "tmp"}
+    for name, place in places.items():
+        place.mkdir()
+        monkeypatch.setenv(name, str(place))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is restored
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    return places
+
+
+def test_a_blank_in_out_dir_does_not_reach_the_compiler(tmp_path, monkeypatch, capsys):
+    places, model = kernel_folders(monkeypatch, tmp_path), GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8), 128)
+    for name, below in {"XDG_CACHE_HOME": "megagpt/kernels", "TMPDIR": f"megagpt_kernels_{os.getuid()}"}.items():
+        compile_blocks(model, tmp_path / "a b's" / "compiled")
+        kernels = places[name] / below
+        assert os.environ.pop("TORCHINDUCTOR_CACHE_DIR") == str(kernels)
+        assert kernels.is_dir()
+        assert f"compiled kernels are kept in {kernels}, not in " in capsys.readouterr().out
+        monkeypatch.setenv(name, str(tmp_path / "another blank"))
+        monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "another blank"))
+    with pytest.raises(
+        UserError, match=r"no folder for compiled kernels: .* has a blank .* set TORCHINDUCTOR_CACHE_DIR"
+    ):
+        compile_blocks(model, tmp_path / "a b's" / "compiled")
+    compile_blocks(model, tmp_path / "runs" / "compiled")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "runs" / "compiled")
+
+
+@pytest.mark.process
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_folder_mounted_noexec_keeps_no_kernels(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "noexec,size=1m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this container may not mount")
+    try:
+        assert why_no_kernels(tmp_path / "kernels") == "is mounted noexec"
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_folder_that_cannot_keep_kernels_says_why(tmp_path):
+    assert why_no_kernels(tmp_path / "new" / "kernels") == ""
+    assert "has a blank" in why_no_kernels(tmp_path / "a b")
+    assert "cannot be written" in why_no_kernels(Path("/proc/kernels"))
+    (tmp_path / "file").touch()
+    assert "cannot be written" in why_no_kernels(tmp_path / "file")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_somebody_else_that_others_may_write_to_keeps_no_kernels(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, 12345, 12345)
+    theirs.chmod(0o777)
+    assert why_no_kernels(theirs) == "belongs to another user"
