@@ -46,7 +46,8 @@ def find_units(
     for split in GIVEN:
         for name, files in by_split[split].items():
             # as in --input corpus/ --val corpus/valid.txt
-            groups.append((name, [file for file in files if os.path.realpath(file.path) not in held_out]))
+            own = [file for file in files if not held_out or os.path.realpath(file.path) not in held_out]
+            groups.append((name, own))
         if split in ("test", "val"):
             held_out |= {os.path.realpath(file.path) for files in by_split[split].values() for file in files}
     return cut_into_units(groups, skip_unreadable=not strict)

@@ -9,16 +9,19 @@ import pytest
 from data_support import document, documents_of, run, shard_bytes, small_tokenizer, write_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic_core import to_jsonable_python
 
 import data_tools.executor.workers
 import data_tools.readers.document_pieces
 import data_tools.readers.plain_text
 import data_tools.readers.work_units
+import data_tools.stages.cut_documents
+import data_tools.stages.pipeline
 from data_tools.build import build
 from data_tools.config import BuildConfig
 from data_tools.readers.split_names import split_in_names
 from data_tools.stages.cut_documents import find_ends
-from data_tools.stages.select import cut_pieces
+from data_tools.stages.select import SplitConfig, UnitInput, cut_pieces
 from megagpt.data.dataset import open_dataset
 from megagpt.data.manifest import read_manifest
 from megagpt.data.provenance import origins
@@ -103,6 +106,12 @@ def test_new_options_leave_no_trace_in_a_dataset_that_does_not_use_them() -> Non
     config = BuildConfig()
     [source] = config.pipeline(config.with_inputs(["x"]))["sources"]
     assert not {"split", "splits"} & source.keys()
+    splits = SplitConfig(val_fraction=0.1, test_fraction=0.0, duplicates="remove", seed=1)
+    unit = UnitInput(number=0, source=0, files=(0,), texts="extract/x", contamination=None)
+    assert to_jsonable_python([splits, unit]) == [
+        {"val_fraction": 0.1, "test_fraction": 0.0, "duplicates": "remove", "seed": 1},
+        {"number": 0, "source": 0, "files": [0], "texts": "extract/x", "contamination": None},
+    ]
 
 
 @pytest.mark.parametrize("method", ["none", "exact", "near"])
@@ -151,6 +160,25 @@ def test_a_cut_may_fall_within_any_piece(tmp_path: Path, model: Path, monkeypatc
     build([tmp_path / "input.txt"], tmp_path / "out", options)
     [train], [val], [test] = documents_of(tmp_path / "out").values()
     assert train + val + test == text
+
+
+def test_a_build_interrupted_after_cutting_resumes_to_the_same_bytes(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "input.txt", paragraphs(60))
+    options = BuildConfig(tokenizer=model, val_fraction=0.2)
+    build([tmp_path / "input.txt"], tmp_path / "undisturbed", options)
+    with monkeypatch.context() as patched:
+        patched.setattr(data_tools.stages.pipeline, "tokenize_and_shuffle", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build([tmp_path / "input.txt"], tmp_path / "resumed", options)
+    monkeypatch.setattr(data_tools.stages.cut_documents, "find_ends", interrupted)  # which is not done again
+    build([tmp_path / "input.txt"], tmp_path / "resumed", options)
+    assert shard_bytes(tmp_path / "resumed") == shard_bytes(tmp_path / "undisturbed")
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @settings(max_examples=100, deadline=None)
