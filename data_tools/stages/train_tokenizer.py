@@ -39,10 +39,11 @@ N_SPECIAL = 5 + 256  # <unk>, <s>, </s>, newline, tab, and the bytes
 # Unigram training takes time with the number of different words, and a long one costs as many as it has letters. Where
 # few letters make up most of the text, as in DNA, most strings of letters are candidates for a piece, and the time
 # grows faster than the text: 8 MB take a quarter of an hour.
-LONG_WORD = 48  # characters: more than nearly all words of source code have, fewer than the lines of FASTA
+LONG_WORD = 32  # characters: more than most words of source code have, fewer than a read of DNA or a line of FASTA
 UNSPACED = re.compile(rf"\S{{{LONG_WORD},}}")
 FEW_LETTERS = 128  # make up 99 % of the long words: fewer than Chinese or Japanese have
 MOST_UNSPACED = 2**20  # characters in long words that are trained on
+MUCH_UNSPACED = 0.25  # of all characters: twice what source code has
 MOST_OF_MANY_LETTERS = 2**22  # beyond which there is a warning: more than the default sample of Chinese has
 TOO_SMALL = r"smaller than required_chars|insert_id\(|\(vocab_size\) >= \(0\)"  # in SentencePiece's errors
 
@@ -99,11 +100,12 @@ def train_on(
 def _affordable(config: TokenizerConfig, options: dict[str, Any], found: dict[str, int]) -> tuple[Any, ...]:
     """Return the arguments of `train` for a unigram model, or for what takes its place where that would take long."""
     unspaced, has_few_letters = found["unspaced"], found["letters"] <= FEW_LETTERS
-    if unspaced <= (MOST_UNSPACED if has_few_letters else MOST_OF_MANY_LETTERS):
+    most = MOST_UNSPACED if has_few_letters else MOST_OF_MANY_LETTERS
+    if unspaced <= max(most, MUCH_UNSPACED * found["characters"]):
         return options, config.seed
     what = (
-        f"{unspaced:,} of the {found['characters']:,} characters to train the tokenizer on are in words of {LONG_WORD} "
-        f"or more, of {found['letters']:,} letters (DNA, base64, minified code, scripts without spaces); "
+        f"{unspaced:,} of the {found['characters']:,} characters to train the tokenizer on are in different words of "
+        f"{LONG_WORD} or more, of {found['letters']:,} letters (DNA, base64, minified code, scripts without spaces); "
     )
     if has_few_letters and "tokenizer_type" not in config.model_fields_set:
         warn(f"{what}unigram would take minutes or hours, so tokenizer_type is bpe; set tokenizer_type to choose")
@@ -137,13 +139,12 @@ def draw_sample(
 
 
 def find_unspaced(prefix: Path, samples: Sequence[Path], sample_bytes: int) -> dict[str, Any]:
-    """Run as a task: count a sample's characters, those in long words, and the letters that are 99 % of the latter."""
+    """Run as a task: count a sample's characters, those in different long words, and the letters of 99 % of those."""
     sample = _smallest_keys(samples, sample_bytes)
-    long_words: Counter[str] = Counter()
-    for text in sample:
-        long_words.update("".join(UNSPACED.findall(text)))
-    unspaced, letters, room = long_words.total(), 0, 0.99 * long_words.total()
-    for _, n in long_words.most_common():
+    long_words = {word for text in sample for word in UNSPACED.findall(text)}
+    counts = Counter("".join(long_words))
+    unspaced, letters, room = counts.total(), 0, 0.99 * counts.total()
+    for _, n in counts.most_common():
         if room <= 0:
             break
         letters, room = letters + 1, room - n

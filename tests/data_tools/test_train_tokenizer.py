@@ -73,7 +73,7 @@ def test_the_least_vocabulary_of_characters_holds_the_space() -> None:
     [
         ("vocab_size=99999999999", r"vocab_size=99999999999: .* less than or equal to 16777216"),
         ("vocab_size=0", r"vocab_size=0: .* greater than 0"),
-        ("sample_bytes=" + "9" * 400, r"sample_bytes=9+.*: .* less than or equal to 1000000000000000"),
+        ("sample_bytes=" + "9" * 17, r"sample_bytes=9+: .* less than or equal to 1000000000000000"),
     ],
 )
 def test_a_number_out_of_bounds_is_one_message(
@@ -146,7 +146,27 @@ def test_text_with_spaces_or_many_letters_is_trained_on_as_a_whole(
         assert ("unigram may take minutes or hours" in capsys.readouterr().err) == (most == 2999)
 
 
+@pytest.mark.parametrize(
+    ("times", "has_warning"),
+    [(1, True), (4, False)],
+    ids=["most of the text", "a fifth of it, as in source code"],
+)
+def test_long_words_are_no_matter_where_they_are_few_or_repeat(
+    times: int, has_warning: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.stages.train_tokenizer.MOST_UNSPACED", 1000)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("ACGT", k=36)) for _ in range(60)]  # reads of DNA
+    prose = document(1, n_words=450 * times)
+    (tmp_path / "a.txt").write_text("\n".join([prose, *words, *words[:10] * times]))
+    arguments = ("--input", tmp_path / "a.txt", "--out", tmp_path / "a.model", "vocab_size=300")
+    assert run("train-tokenizer", *arguments) == 0
+    err = capsys.readouterr().err
+    assert ("tokenizer_type is bpe" in err) == has_warning
+    assert ("2,160 of the" in err) == has_warning
+
+
 def test_only_what_has_no_spaces_is_cut() -> None:
-    sample = ["a b " + "x" * 60, "y" * 50 + " c", "z" * 48 + " d " + "z" * 47]
-    assert _without_long_words(sample, 110) == [*sample[:2], " d " + "z" * 47]
-    assert _without_long_words(sample, 0) == ["a b ", " c", " d " + "z" * 47]
+    sample = ["a b " + "x" * 60, "y" * 50 + " c", "z" * 32 + " d " + "z" * 31]
+    assert _without_long_words(sample, 110) == [*sample[:2], " d " + "z" * 31]
+    assert _without_long_words(sample, 0) == ["a b ", " c", " d " + "z" * 31]
