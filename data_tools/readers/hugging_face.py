@@ -34,8 +34,9 @@ def metadata_among(paths: Sequence[str], root: str, read: Read, *, is_selected: 
     for folder, names in folders.items():
         if any(name.endswith(TABLES) for name in names):
             left_out |= {f"{folder}/{name}" for name in _not_data(folder, names, read, is_selected=is_selected)}
-    is_local = "://" not in root
-    candidates = {root, *(folder for folder, names in folders.items() if is_local and "README.md" in names)}
+    with_readme = sorted((folder for folder, names in folders.items() if "README.md" in names), key=len)
+    # behind a URL each file that is opened takes long
+    candidates = {root, *(with_readme[:1] if "://" in root else with_readme)}
     if not is_selected:
         for repository in (folder for folder in candidates if _is_repository(folder, read)):
             left_out |= {p for p in paths if p.startswith(f"{repository}/") and not has_known_ending(p)}

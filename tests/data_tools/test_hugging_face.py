@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pytest
 from data_support import all_documents, run
@@ -118,6 +119,17 @@ def test_metadata_is_not_read_as_text_where_the_format_is_given(make: Callable[[
     found = list(read_all(tmp_path / "in", format="text"))
     assert not [item for item in found if isinstance(item, DocumentPiece)]
     assert {item.reason for item in skipped(iter(found))} == {NO_DATA, "binary"}
+
+
+@pytest.mark.parametrize("make", [saved, copy_without_hidden_files])
+def test_a_hugging_face_folder_in_a_store_is_read_alike(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "in")
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path / "in"), f"/{make.__name__}", recursive=True)
+    items = list(read_all(f"memory://{make.__name__}"))
+    assert sorted(item.text for item in items if isinstance(item, DocumentPiece)) == TEXTS
+    assert {item.reason for item in skipped(iter(items))} == {NO_DATA}
+    store.rm(f"/{make.__name__}", recursive=True)
 
 
 def test_files_of_a_clone_are_read_when_the_user_selects_or_names_them(tmp_path: Path) -> None:
