@@ -13,7 +13,8 @@ from data_tools.dedup.decontamination import DecontaminationConfig
 from data_tools.dedup.lsh import DedupConfig
 from data_tools.filters.rules import RulesConfig
 from data_tools.option_types import Names, Paths
-from megagpt.config.parsing import Strict, UserPath, explain, overridden, read_json, unescaped
+from megagpt.config.mistakes import explain
+from megagpt.config.parsing import Strict, UserPath, overridden, read_json, unescaped
 from megagpt.data.manifest import Split
 from megagpt.errors import UserError
 

@@ -35,7 +35,7 @@ BUILDER_ORDER = [
 ]
 # what the builder uses of megagpt: none of it imports torch (data_tools/test_arrow_columns.py looks at a real build)
 OF_MEGAGPT = {"errors", "atomic_files", "file_lock", "terminal", "options", "user_paths", "open_files"}
-OF_MEGAGPT |= {"config.parsing", "checkpoint.run_samples", "distributed.rank_variables"}
+OF_MEGAGPT |= {"config.mistakes", "config.parsing", "checkpoint.run_samples", "distributed.rank_variables"}
 OF_MEGAGPT |= {f"data.{name}" for name in ("manifest", "shard_format", "dataset", "tokenizer", "provenance")}
 OF_MEGAGPT |= {"data.segment_cache", "data.training_set"}
 FILES = modules(ROOT)

@@ -9,7 +9,7 @@ import pytest
 from support import GOOD
 
 from data_tools.config import BuildConfig
-from megagpt.config.parsing import typed_keys
+from megagpt.config.mistakes import typed_keys
 from megagpt.config.run_file import parse_run
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.errors import UserError

@@ -14,7 +14,7 @@ from data_tools.readers.hugging_face import folders_of_data, is_in_cache, metada
 from data_tools.readers.input_file import InputFile
 from data_tools.readers.open_file import COMPRESSIONS, reading
 from data_tools.readers.remote_files import escape_folder, list_remote, open_file_system, path_in
-from megagpt.config.parsing import did_you_mean
+from megagpt.config.mistakes import did_you_mean
 from megagpt.errors import UserError
 
 IGNORED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}  # as are hidden ones

@@ -13,7 +13,8 @@ from megagpt.checkpoint.rng import seed_all, seed_from, set_rng_state
 from megagpt.checkpoint.rotation import quarantine_steps
 from megagpt.checkpoint.save import RunRecord
 from megagpt.checkpoint.verification import find_damage
-from megagpt.config.schema import ModelConfig, PackingConfig
+from megagpt.config.augmentation import PackingConfig
+from megagpt.config.schema import ModelConfig
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import is_main, print_rank0, rank, world_size

@@ -6,7 +6,8 @@ import torch
 from pydantic import ValidationError
 
 from megagpt.checkpoint.load import load_model
-from megagpt.config.parsing import mistakes, unescaped
+from megagpt.config.mistakes import mistakes
+from megagpt.config.parsing import unescaped
 from megagpt.config.schema import GenerationConfig, ModelConfig
 from megagpt.errors import UserError
 from megagpt.guards.out_of_memory import free_memory

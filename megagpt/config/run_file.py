@@ -16,7 +16,8 @@ from megagpt.config.deepspeed_keys import (
     DEEPSPEED_SECTIONS,
     REFUSED_KEYS,
 )
-from megagpt.config.parsing import dotted_items, explain, leaves, overridden, read_json, typed_keys, unknown_key
+from megagpt.config.mistakes import explain, typed_keys, unknown_key
+from megagpt.config.parsing import dotted_items, leaves, overridden, read_json
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.errors import UserError
 from megagpt.user_paths import expanded

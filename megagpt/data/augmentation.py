@@ -22,7 +22,7 @@ import numpy as np
 from numpy.random import Generator, Philox
 from numpy.typing import NDArray
 
-from megagpt.config.schema import AugmentConfig, GoldfishConfig, PackingConfig, SpanCorruptionConfig
+from megagpt.config.augmentation import AugmentConfig, GoldfishConfig, PackingConfig, SpanCorruptionConfig
 from megagpt.data.loss_mask import BatchTransform, Row, Tokens, split, unmarked
 from megagpt.data.packing import PACKING
 from megagpt.data.tokenizer import Tokenizer

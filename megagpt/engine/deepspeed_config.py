@@ -9,7 +9,7 @@ from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from pydantic import ValidationError
 
 from megagpt.config.batch import BatchPlan
-from megagpt.config.parsing import explain
+from megagpt.config.mistakes import explain
 from megagpt.config.run_file import RunConfig
 from megagpt.engine.optimizer import adam_on_the_host
 from megagpt.errors import UserError

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ValidationError
 from megagpt.config.batch import BatchPlan, batch_plan
 from megagpt.config.deepspeed import DeepSpeedConfig
 from megagpt.config.deepspeed_keys import REFUSED_KEYS
-from megagpt.config.parsing import as_written, dotted_items, mistakes, overridden, read_json, unknown_key
+from megagpt.config.mistakes import as_written, mistakes, unknown_key
+from megagpt.config.parsing import dotted_items, overridden, read_json
 from megagpt.config.run_file import KEYS, SECTION, RunConfig, only_key, parse_run
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.engine.activation_checkpointing import refuse_what_cannot_act

@@ -19,8 +19,9 @@ from corpus import jsonl_corpus
 from data_tools.build import build
 from data_tools.config import BuildConfig
 from megagpt.checkpoint.run_samples import open_samples
+from megagpt.config.augmentation import AugmentConfig
 from megagpt.config.batch import BatchPlan
-from megagpt.config.schema import AugmentConfig, DataConfig, MegaGPTConfig, ModelConfig
+from megagpt.config.schema import DataConfig, MegaGPTConfig, ModelConfig
 from megagpt.data.augmentation import batch_transform
 from megagpt.data.dataset import TokenStream, open_dataset
 from megagpt.data.loader import ValWindows, open_data, prefetched, rank_samples

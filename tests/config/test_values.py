@@ -21,7 +21,7 @@ from data_tools.config import BuildConfig, load_config
 from megagpt.cli.arguments import command_line
 from megagpt.cli.pretrain import pretrain
 from megagpt.config.deepspeed import DeepSpeedConfig
-from megagpt.config.parsing import kinds_of, models_in
+from megagpt.config.mistakes import kinds_of, models_in
 from megagpt.config.run_file import SECTION, RunConfig, parse_run
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.errors import UserError

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import debug_run, metric
 
-from megagpt.config.schema import AugmentConfig, GoldfishConfig, PackingConfig, SpanCorruptionConfig
+from megagpt.config.augmentation import AugmentConfig, GoldfishConfig, PackingConfig, SpanCorruptionConfig
 from megagpt.data.augmentation import (
     GoldfishTokens,
     batch_transform,

@@ -12,7 +12,8 @@ from support import debug_run, metric
 from megagpt.checkpoint.commit import committed
 from megagpt.checkpoint.load import packing_of
 from megagpt.checkpoint.run_samples import open_samples
-from megagpt.config.schema import DataConfig, GoldfishConfig, ModelConfig, PackingConfig
+from megagpt.config.augmentation import GoldfishConfig, PackingConfig
+from megagpt.config.schema import DataConfig, ModelConfig
 from megagpt.data.augmentation import GoldfishTokens, goldfish_mask
 from megagpt.data.dataset import open_dataset
 from megagpt.data.loader import document_numbers, open_data, prefetched
