@@ -11,9 +11,11 @@ from typing import Any
 import lab
 import torch
 from judge import RECOVERED, STUCK, WRONG, Case, Outcome, last_lines, started_again
-from systems import STEPS, Megagpt, System
+from systems import STEPS, Bare, Megagpt, System
 from torch import Tensor, nn
 
+from megagpt.checkpoint.commit import committed
+from megagpt.checkpoint.finite import not_finite_file
 from megagpt.engine.build import Engine
 
 BEGIN = 4  # the step that runs begin at; the first that is struck is the next
@@ -142,13 +144,71 @@ def stopped(
     return outcome
 
 
+# --- what breaks the weights: no step that is not finite is committed, and the message's own advice works -------------
+
+
+def broken(arm: Arm | None, options: tuple[str, ...], victim: str, stage: int, system: System, folder: Path) -> Outcome:
+    """The run ends on both ranks with a message; all that it committed is finite; the same command, without what broke
+    it, resumes from the step that the message names, as if nothing had been.
+    """
+    system.begin(folder / "run", stage, BEGIN)
+    program = system.program(folder / "run", stage, STEPS, *options)
+    strike = struck_on(victim, arm, folder / "dead") if arm else lambda rank: None
+    died = lab.launch(program, folder / "dead", arm=strike)
+    if isinstance(system, Bare):
+        return started_again(system, folder, stage, STEPS, died)
+    steps = committed(folder / "run")
+    if bad := [found for step_dir in steps if (found := not_finite_file(step_dir))]:
+        return Outcome(WRONG, f"committed: {bad[0]}")
+    named = f"it resumes from {steps[-1]}"
+    note = "" if died.codes == [2, 2] and named in died.text else f"codes {died.codes}: {last_lines(died.text)}"
+    outcome = started_again(system, folder, stage, STEPS, died, at_most=STEPS)  # steps that are not finite are no loss
+    return Outcome(outcome.verdict, outcome.note or note, outcome.lost, outcome.seconds, outcome.orphans)
+
+
+def break_weight(engine: Engine) -> None:
+    """One value of the weights that this rank updates, whatever other ranks hold."""
+    optimizer = engine.optimizer
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
+    held = next((getattr(optimizer, name) for name in names if hasattr(optimizer, name)), None)
+    (held[0] if held else small_parameter(engine)).data.view(-1)[0] = float("nan")
+
+
+BROKEN_WEIGHT: Arm = partial(in_step, break_weight, after=True)
+WRONG_RATES = ("1e30", "1e6")  # seen in the weights; in the losses after them
+
+
+def broken_weights() -> Iterator[Case]:
+    for stage in range(4):
+        for rate in WRONG_RATES:
+            for save in (1, 2):
+                name = f"learning rate {rate}, saved every {save}, stage {stage}"
+                options = (f"optimizer.params.lr={rate}", f"megagpt.every.save={save}", "megagpt.schedule.max_steps=12")
+                yield Case("I", name, partial(broken, None, options, "", stage))
+        options = (f"optimizer.params.lr={WRONG_RATES[stage % 2]}", "megagpt.save_async=true", "megagpt.every.save=1")
+        yield Case(
+            "I", f"learning rate, saved beside training, stage {stage}", partial(broken, None, options, "", stage)
+        )
+        for victim in "01":
+            run = partial(broken, BROKEN_WEIGHT, ("megagpt.every.save=1",), victim, stage)
+            yield Case("I", f"a weight nan on {victim} before a save, stage {stage}", run, baseline=True)
+
+
 def wrong_numbers() -> Iterator[Case]:
+    yield from broken_weights()
     for stage in range(4):
         for victim in "01":
             for value in ("nan", "inf"):
                 run = partial(left_out, times(float(value), BEGIN + 1), (), "its update was skipped", victim, stage)
                 yield Case("I", f"output times {value} on {victim}, stage {stage}", run, baseline=True)
-            run = partial(stopped, WEIGHT, ("megagpt.guards.compare_every=1",), "after step 5 the ranks", victim, stage)
+            run = partial(
+                stopped,
+                WEIGHT,
+                ("megagpt.guards.compare_every=1",),
+                "between ranks after step 5",
+                victim,
+                stage,
+            )
             yield Case("I", f"weight's bit on {victim}, stage {stage}", run, baseline=True)
         victim = "01"[stage % 2]
         gradient = gradient_before_the_sum(30)  # of the exponent: an infinite norm, in stage 3's float64 a spike
@@ -168,7 +228,14 @@ def wrong_numbers() -> Iterator[Case]:
             yield Case("I", f"spike on {victim}, {action}, stage {stage}", run)
     for victim in "01":
         for name, arm in (("weight's", WEIGHT), ("summed gradient's", SUMMED_GRADIENT)):
-            run = partial(stopped, arm, ("megagpt.guards.compare_every=3",), "after step 6 the ranks", victim, 0)
+            run = partial(
+                stopped,
+                arm,
+                ("megagpt.guards.compare_every=3",),
+                "between ranks after step 6",
+                victim,
+                0,
+            )
             yield Case("I", f"{name} bit on {victim}, compared a step later, stage 0", run, baseline=True)
 
 
