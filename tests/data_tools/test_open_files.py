@@ -199,7 +199,8 @@ def limited(n: int, module: str, *args: object) -> subprocess.CompletedProcess[s
 def test_1500_inputs_and_400_shards_at_256_open_files(tmp_path: Path, model: Path) -> None:
     """Each input is a unit of its own: 300 GB have 1,100."""
     paths = write_inputs(tmp_path / "in", 1500)
-    done = limited(256, "data_tools", "build", "--input", *paths, "--out", tmp_path / "out", "shard_tokens=150")
+    options = [f"tokenizer={model}", "val_fraction=0.1", "shard_tokens=140"]
+    done = limited(256, "data_tools", "build", "--input", *paths, "--out", tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out" / "train" / "v0").iterdir())) > 400
     for command in (["verify"], ["inspect", "--documents", 1000]):
