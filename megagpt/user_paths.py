@@ -30,9 +30,21 @@ def expanded(text: str) -> str:
     return VARIABLE.sub(value, path)
 
 
+def local_path(text: str) -> str:
+    """Expand a path on this machine. Raises UserError for a URL, which would become a folder named `s3:`."""
+    if "://" in text:
+        raise UserError(
+            f"path {text!r} is a URL, and only the inputs of data_tools may be one; give a path on this host"
+        )
+    return expanded(text)
+
+
 def user_path(text: str) -> Path:
     """Read a path on a command line; argparse prints the error."""
-    return Path(user_url_or_path(text))
+    try:
+        return Path(local_path(text))
+    except UserError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
 def user_url_or_path(text: str) -> str:

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from megagpt.config.mistakes import as_written, kinds_of, shortened
 from megagpt.errors import UserError
 from megagpt.options import LARGEST
-from megagpt.user_paths import expanded
+from megagpt.user_paths import local_path
 
 
 class Checked(BaseModel):
@@ -39,7 +39,7 @@ class Strict(Checked):
     model_config = ConfigDict(extra="forbid")
 
 
-UserPath = Annotated[Path, BeforeValidator(lambda path: expanded(path) if isinstance(path, str) else path)]
+UserPath = Annotated[Path, BeforeValidator(lambda path: local_path(path) if isinstance(path, str) else path)]
 """A path in a file of options or an override: `~` and variables are expanded."""
 
 

@@ -134,3 +134,21 @@ def test_a_run_trains_where_its_variable_says(dataset, tmp_path, monkeypatch):
     assert pretrain(["--deepspeed_config", str(DEBUG_RUN), *overrides(dataset, "$SCRATCH/run", *short)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["disk"]
     assert read_json(tmp_path / "disk/run/run.json")["megagpt"]["out_dir"] == str(tmp_path / "disk/run")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x", "file:///scratch/x"])
+def test_a_url_where_only_a_path_can_be_is_refused_and_makes_no_folder(url, tmp_path, capsys):
+    """Path("s3://bucket/x") is a folder named `s3:` here."""
+    (tmp_path / "a.txt").write_text("some text")
+    for command in (["build", "--input", "a.txt", "--out", url], ["verify", url], ["build", f"tokenizer={url}"]):
+        more = [] if "--out" in command or command[0] == "verify" else ["--input", "a.txt", "--out", "out"]
+        try:
+            code = data_tools([*command, *more])
+        except SystemExit as end:  # of argparse
+            code = end.code
+        assert code == 2
+        assert f"path {url!r} is a URL, and only the inputs of data_tools may be one" in capsys.readouterr().err
+    for key in ("out_dir", "data.val", "data.train.0.path"):
+        assert main(["lint", str(DEBUG_RUN), f"megagpt.{key}={url}"]) == 2
+        assert f"path {url!r} is a URL" in "".join(capsys.readouterr())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
