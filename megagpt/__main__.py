@@ -1,12 +1,10 @@
 """Run the `megagpt` command: parse the arguments, then import only the command's module, so that --help is fast."""
 
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from megagpt.cli.arguments import command_line
-from megagpt.distributed.rank_variables import without_launcher
 from megagpt.open_files import raise_limit
 from megagpt.terminal import exit_code_of
 
@@ -35,10 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Overrides that follow an option are not collected by argparse.
     if rest:
         args.overrides += rest
-    # The other commands run alone: a launcher's variables are left over from another program.
-    if args.command != "train":
-        for name in os.environ.keys() - without_launcher(os.environ).keys():
-            del os.environ[name]
     module, function = COMMANDS[args.command]
     return exit_code_of(lambda: int(getattr(import_module(f"megagpt.cli.{module}"), function)(args)))
 

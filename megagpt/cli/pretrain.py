@@ -51,7 +51,10 @@ def _pretrain(args: argparse.Namespace) -> int:
     preemption = Preemption(launcher_alive=launcher_watch(), ctrl_c=True)
     from megagpt.distributed.process_group import is_main
 
-    return exit_code_of(lambda: _train(args, preemption), is_main=is_main)
+    # Before there is a process group, RANK tells who prints what all ranks raise.
+    return exit_code_of(
+        lambda: _train(args, preemption), is_main=lambda: is_main() and os.environ.get("RANK", "0") == "0"
+    )
 
 
 def _train(args: argparse.Namespace, preemption: Preemption) -> int:

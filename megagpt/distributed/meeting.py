@@ -107,10 +107,14 @@ class Meeting:
             time.sleep(4 * TICK)
 
     def _unreachable(self, reason: str) -> OwnRankError:
+        here, place = socket.gethostname(), f"MASTER_ADDR={self._address}, MASTER_PORT={self._port}"
+        if self.rank == 0:
+            return OwnRankError(
+                f"{place} does not lead to {here}, where rank 0 is ({reason}); set MASTER_ADDR to {here}"
+            )
         return OwnRankError(
-            f"rank {self.rank} on {socket.gethostname()} could not reach rank 0 at MASTER_ADDR={self._address}, "
-            f"MASTER_PORT={self._port} within {self._seconds:.0f} s ({reason}): rank 0 has ended (see above), its host "
-            "is down, a firewall is between them, or the address is not that of rank 0's host"
+            f"rank {self.rank} on {here} could not reach rank 0 at {place} within {self._seconds:.0f} s ({reason}): "
+            "rank 0 has ended (see above), its host is down, a firewall is between them, or it is on another host"
         )
 
     def _ask(self) -> str:

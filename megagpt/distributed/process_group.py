@@ -73,7 +73,8 @@ def own_device() -> torch.device:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+    """Return this rank's number; 0 without a group, whatever RANK an earlier launch left over."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:

@@ -391,6 +391,18 @@ def test_evaluate_agrees_with_the_run(trained, dataset, capsys):
     assert 2.0 < entropy < 3.0  # 16 letters, space, newline and full stop
 
 
+@pytest.mark.parametrize("left_over", [{"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "x"}, {"PET_NNODES": "2"}])
+def test_a_command_that_reads_ignores_what_a_launcher_left_over(trained, dataset, capsys, monkeypatch, left_over):
+    evaluate, lint = ["evaluate", str(trained), "--data", str(dataset), "--tokens", "2048"], ["lint", str(DEBUG_RUN)]
+    capsys.readouterr()
+    assert [main(command) for command in (evaluate, lint)] == [0, 0]
+    alone = capsys.readouterr().out
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    assert [main(command) for command in (evaluate, lint)] == [0, 0]
+    assert capsys.readouterr().out == alone
+
+
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
