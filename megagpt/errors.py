@@ -3,9 +3,10 @@
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import EMFILE, ENFILE
+from errno import EACCES, EISDIR, ELOOP, EMFILE, ENAMETOOLONG, ENFILE, ENOTDIR
 from pathlib import Path
 
+UNUSABLE = {EACCES, EISDIR, ELOOP, ENAMETOOLONG, ENOTDIR}
 MAX_MAPS = Path("/proc/sys/vm/max_map_count")
 
 
@@ -52,6 +53,15 @@ def limit_reached(error: BaseException) -> UserError | None:
                 f"too many memory maps (the sysctl vm.max_map_count is {most}) or too little address space "
                 "(`ulimit -v`); raise the limit and start again"
             )
+    return None
+
+
+def unusable_path(error: BaseException) -> UserError | None:
+    """Return the error to raise instead for a path that can never be opened as it is, and None for another error."""
+    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
+        return UserError(
+            f"path {error.filename!r} cannot be used: {error.strerror}; give another, or allow access to it"
+        )
     return None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO
 
-from megagpt.errors import OwnRankError, UserError, limit_reached
+from megagpt.errors import OwnRankError, UserError, limit_reached, unusable_path
 
 MISTAKE, INTERRUPTED = 2, 130  # exit codes: something that the user gave is wrong; Ctrl-C, 128 + SIGINT
 SCREEN_LINES, SCREEN_CHARACTERS = 20, 1500
@@ -28,9 +28,9 @@ def exit_code_of(
             print_error(f"error: {on_a_screen(str(error))}")
         return MISTAKE
     except Exception as error:
-        if (limit := limit_reached(error)) is None:
+        if (mistake := limit_reached(error) or unusable_path(error)) is None:
             raise
-        print_error(f"error: {limit}")
+        print_error(f"error: {on_a_screen(str(mistake))}")
         return MISTAKE
     except KeyboardInterrupt:
         print_error(interrupted)

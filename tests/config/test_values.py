@@ -234,3 +234,30 @@ def test_a_number_that_is_taken_works_and_another_is_one_message(trained, datase
     assert ended.value.code in (0, 2)
     assert said.err.count("error: ") + said.out.count(": error: ") == (ended.value.code == 2)
     assert one_message(said.err)
+
+
+TAKE_PATHS = [
+    *("generate PATH", "evaluate PATH --data DATA", "evaluate RUN --data PATH", "checkpoints PATH", "lint PATH"),
+    *("plan FILE megagpt.data.train.0.path=PATH", "plan PATH", "slurm FILE --sweep PATH", "check-hosts PATH"),
+    *("inspect PATH", "inspect PATH --step 1", "verify PATH"),
+]
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "loop", "file/inside", "folder", "file", "nothing"])
+@pytest.mark.parametrize("command", TAKE_PATHS)
+def test_a_path_that_cannot_be_used_is_one_message(trained, dataset, capsys, tmp_path, command, path):
+    """Too long, a link to itself, below a file; a file where a folder is wanted, and the reverse."""
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    given = [str(DEBUG_RUN), *overrides(dataset, trained)]
+    names = {"RUN": [str(trained)], "DATA": [str(dataset)], "FILE": given, "PATH": [str(tmp_path / path)]}
+    words = [word for part in command.split() for word in names.get(part, [part.replace("PATH", str(tmp_path / path))])]
+    main = data_tools.__main__.main if words[0] in ("inspect", "verify") else megagpt.__main__.main
+    capsys.readouterr()
+    code = main(words)
+    said = capsys.readouterr().err
+    if not (words[0] == "plan" and code == 0):  # a plan needs no dataset
+        assert code == 2
+        assert said.count("error: ") == 1
+    assert one_message(said)
