@@ -8,13 +8,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megagpt.distributed.rank_variables import join_launch, read_place
+from megagpt.distributed.rank_variables import Place, join_launch, read_place
 from megagpt.errors import OwnRankError, UserError
 from megagpt.terminal import show
 
 Group = dist.ProcessGroup | None  # None: the default one
 
 TIMEOUT = timedelta(minutes=30)  # hashing a large checkpoint on a cold file system can exceed the default of 10
+CONNECT = timedelta(seconds=10)  # for gloo's connections: it waits for an address as long, and for each rank five times
+ATTEMPTS = 2
 
 
 def init_process_group(store: dist.Store | None = None) -> torch.device:
@@ -34,6 +36,9 @@ def init_process_group(store: dist.Store | None = None) -> torch.device:
     # One rank needs no port, so that two such runs never collide.
     if place.world_size == 1:
         store = dist.HashStore()
+    if backend == "gloo" and store is not None:
+        _connect_by_gloo(store, place)
+        return device
     dist.init_process_group(
         backend,
         timeout=TIMEOUT,
@@ -43,6 +48,27 @@ def init_process_group(store: dist.Store | None = None) -> torch.device:
         world_size=place.world_size,
     )
     return device
+
+
+def _connect_by_gloo(store: dist.Store, place: Place) -> None:
+    """Make the default group of ranks that have met through `store`. Raises OwnRankError if that takes too long.
+
+    On a busy machine it happens that two ranks each wait for the other to connect, where gloo would wait for five
+    times TIMEOUT. Both then try again, under keys of their own.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            keys = dist.PrefixStore(f"gloo{attempt}", store)
+            dist.init_process_group("gloo", timeout=CONNECT, store=keys, rank=place.rank, world_size=place.world_size)
+        except RuntimeError as error:
+            if attempt == ATTEMPTS:
+                raise OwnRankError(
+                    f"rank {place.rank} on {socket.gethostname()} could not connect to all other ranks by gloo "
+                    f"({str(error).splitlines()[0]}): one of them has ended (see above), or a firewall is between them"
+                ) from None
+        else:
+            break
+    dist.distributed_c10d._set_pg_timeout(TIMEOUT)
 
 
 def leave() -> None:

@@ -1,11 +1,14 @@
 """Ranks that meet through a store: what a dead attempt left there, and programs that are no store."""
 
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
+from support import environment
 
 from megagpt.distributed import meeting
 from megagpt.distributed.meeting import Meeting, Report
@@ -90,3 +93,25 @@ def test_the_patience_of_ranks_is_a_number_of_seconds(environ, seconds):
     environ("MEGAGPT_MEET_SECONDS", seconds)
     with pytest.raises(OwnRankError, match=f"MEGAGPT_MEET_SECONDS={seconds} is not a number of seconds"):
         Meeting()
+
+
+LONELY = """
+from datetime import timedelta
+import torch.distributed as dist
+from megagpt.distributed import process_group
+from megagpt.errors import OwnRankError
+
+process_group.CONNECT = timedelta(seconds=0.5)
+try:
+    process_group.init_process_group(dist.HashStore())
+except OwnRankError as error:
+    print(error)
+"""
+
+
+@pytest.mark.process
+def test_a_rank_whose_neighbor_ended_after_they_met_ends_too():
+    alone = environment() | {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run([sys.executable, "-c", LONELY], env=alone, capture_output=True, text=True, timeout=120)
+    assert "could not connect to all other ranks by gloo" in done.stdout, done.stderr
+    assert done.stdout.count("\n") == 1
