@@ -22,7 +22,7 @@ def test_up_to_its_end_the_curve_is_that_of_a_run_of_so_many_steps_and_its_last_
 
 
 def test_warmup_and_decay_end_before_the_curve_does():
-    with pytest.raises(ValidationError, match="exceed end_step=5"):
+    with pytest.raises(ValidationError, match=r"exceed megagpt\.schedule\.end_step=5"):
         ScheduleConfig(max_steps=30, end_step=5, warmup_steps=6)
 
 
