@@ -31,7 +31,7 @@ class _Classifier(Protocol):
 def language(text: str, cfg: LanguageConfig) -> str | None:
     """Return why the document is rejected, or None: no wanted language has a score above `min_score`."""
     line = text.replace("\n", " ") + "\n"  # fastText reads one line, including its newline
-    found = load_model(cfg.model).predict(line, -1, cfg.min_score, "strict")
+    found = load_language_model(cfg.model).predict(line, -1, cfg.min_score, "strict")
     for score, label in found:
         if score > cfg.min_score and (not cfg.keep or label.removeprefix("__label__") in cfg.keep):
             return None
@@ -39,7 +39,7 @@ def language(text: str, cfg: LanguageConfig) -> str | None:
 
 
 @lru_cache(maxsize=4)
-def load_model(path: Path) -> _Classifier:
+def load_language_model(path: Path) -> _Classifier:
     """Return the model inside fastText's Python wrapper, which does not work with numpy 2. Raises UserError."""
     try:
         from fasttext.FastText import _FastText  # type: ignore[import-untyped]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import Field, field_validator
 
 from data_tools.filters.cleaning import CleanConfig, clean, line_dropper, switch_repairs
-from data_tools.filters.language import LanguageConfig, language, load_model
+from data_tools.filters.language import LanguageConfig, language, load_language_model
 from data_tools.filters.quality import (
     C4Config,
     FineWebConfig,
@@ -116,7 +116,7 @@ def check_rules(cfg: RulesConfig) -> None:
     """Raise UserError for options that cannot work, before a build starts."""
     line_dropper(cfg.clean)
     if cfg.language:
-        load_model(cfg.language.model)
+        load_language_model(cfg.language.model)
     for path in cfg.custom:
         load_custom(path)
 

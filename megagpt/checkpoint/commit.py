@@ -105,7 +105,7 @@ def newest_record(out_dir: Path) -> Saved | None:
             return None
 
 
-def write_manifest(step_dir: Path, rank: int) -> str:
+def write_rank_manifest(step_dir: Path, rank: int) -> str:
     """Sync this rank's files to disk and list their sizes and hashes; returns the sha256 of the list."""
     listed = {}
     manifest = step_dir / f"manifest.{rank}.json"

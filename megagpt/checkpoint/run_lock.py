@@ -17,7 +17,7 @@ from megagpt.file_lock import LOCK, FileLock, LockHeldError
 
 # A restart by torchrun or Slurm waits for this many seconds until the ranks before it have ended. An NFS server keeps
 # the lock of a host that crashed for its lease, usually 90 seconds.
-PATIENCE = 120.0
+WAIT_SECONDS = 120.0
 RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
@@ -83,8 +83,8 @@ class RunLock:
         except LockHeldError as held:
             if all(os.environ.get(name, "0") == "0" for name in RESTARTS):
                 raise
-            print_rank0(f"waiting up to {PATIENCE:.0f} s for the attempt before this one to end ({held})")
-            return self._lock.take(PATIENCE)
+            print_rank0(f"waiting up to {WAIT_SECONDS:.0f} s for the attempt before this one to end ({held})")
+            return self._lock.take(WAIT_SECONDS)
 
     def _check(self) -> None:
         if self._lock.is_held():

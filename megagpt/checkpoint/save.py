@@ -17,7 +17,7 @@ from megagpt.checkpoint.commit import (
     step_folder,
     update_latest_and_best,
     write_commit,
-    write_manifest,
+    write_rank_manifest,
 )
 from megagpt.checkpoint.finite import refuse_not_finite
 from megagpt.checkpoint.identity import Identity
@@ -68,7 +68,7 @@ def save(engine: Engine, state: TrainState, mixture: Mixture, record: RunRecord,
         with errors_on_every_rank(group):
             write_files(step_dir, files)
         with errors_on_every_rank(group):
-            manifest = write_manifest(step_dir, rank())
+            manifest = write_rank_manifest(step_dir, rank())
         manifests = gather_objects(manifest, group)
         with errors_on_every_rank(group):
             _commit(step_dir, state, mixture, record.identity, manifests)

@@ -24,8 +24,8 @@ from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.data.manifest import read_manifest
 from megagpt.distributed.hostfile import home
-from megagpt.distributed.interfaces import gloo_address, is_loopback, remedy
-from megagpt.distributed.meeting import PATIENCE
+from megagpt.distributed.interfaces import gloo_address, interface_advice, is_loopback
+from megagpt.distributed.meeting import WAIT_VARIABLE
 from megagpt.distributed.rendezvous import meet, programs
 from megagpt.errors import UserError
 from megagpt.model.flops import n_params
@@ -114,7 +114,7 @@ def report(request: Request) -> Report:
 def all_reduce(rank: str, n_ranks: str, address: str, port: str) -> dict[str, Any]:
     """Sum a tensor over all hosts and check the sum; return {"gb_per_s": sent by each rank, "error": "" or why not}."""
     os.environ.update(RANK=rank, WORLD_SIZE=n_ranks, LOCAL_RANK="0", MASTER_ADDR=address, MASTER_PORT=port)
-    os.environ[PATIENCE] = "12"
+    os.environ[WAIT_VARIABLE] = "12"
     try:
         device = meet()
     except UserError as error:
@@ -166,7 +166,7 @@ def _network_findings(request: Request) -> Iterator[Finding]:
         yield Finding("interface", str(error))
     else:
         if request.others and is_loopback(address):
-            way = remedy(request.others[0])
+            way = interface_advice(request.others[0])
             yield Finding("interface", f"gloo would take {address}, which no other host reaches; {way}")
     if request.port:
         try:

@@ -8,7 +8,7 @@ from megagpt.config.run_file import load_run_config
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
 from megagpt.planner.estimate import EFFICIENCY, machine, micro_batches, settings, vocabulary
-from megagpt.planner.report import as_json, report
+from megagpt.planner.report import as_json, plan_report
 from megagpt.terminal import print_error, show
 
 
@@ -31,5 +31,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         show(json.dumps(as_json(on, vocab, found, tokens)))
     else:
-        show(report(run, on, vocab, found, tokens))
+        show(plan_report(run, on, vocab, found, tokens))
     return 0

@@ -58,7 +58,7 @@ def interface_to(host: str) -> str:
     return next((name for name, address in interfaces().items() if address == ours), "")
 
 
-def remedy(host: str) -> str:
+def interface_advice(host: str) -> str:
     """Return the advice that makes gloo and NCCL take the interface that leads to `host`."""
     name = interface_to(host) or "eth0"
     return f"write {GLOO}={name} and NCCL_SOCKET_IFNAME={name} into ~/.deepspeed_env (or the batch script)"

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megagpt.distributed.launcher import hosts_of_ranks
 from megagpt.errors import OwnRankError, UserError
 
-PATIENCE = "MEGAGPT_MEET_SECONDS"  # to be raised for file systems on which a start takes longer
+WAIT_VARIABLE = "MEGAGPT_MEET_SECONDS"  # to be raised for file systems on which a start takes longer
 MARGIN = 10.0  # seconds that the other ranks wait longer than rank 0, whose message names who is absent
 TICK = 0.05
 Report = dict[str, Any]  # of one rank, as JSON
@@ -158,7 +158,7 @@ class Meeting:
         names = ", ".join(f"rank {r}" + (f" of {hosts[r]}" if hosts else "") for r in ranks)
         return (
             f"{names} did not arrive within {self._seconds:.0f} s; see above why, or whether ssh gets there and "
-            f"finds this folder and .venv. If starts do take so long, set {PATIENCE} in ~/.deepspeed_env"
+            f"finds this folder and .venv. If starts do take so long, set {WAIT_VARIABLE} in ~/.deepspeed_env"
         )
 
     def _leave(self, topic: str) -> None:
@@ -174,11 +174,11 @@ class Meeting:
 
 def _patience() -> float:
     """Return for how many seconds ranks wait for each other. Raises OwnRankError for a setting that is no number."""
-    text = os.environ.get(PATIENCE, "50")
+    text = os.environ.get(WAIT_VARIABLE, "50")
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not 0.0 < seconds < 86400.0:
-        raise OwnRankError(f"{PATIENCE}={text} is not a number of seconds up to a day; set 120, say")
+        raise OwnRankError(f"{WAIT_VARIABLE}={text} is not a number of seconds up to a day; set 120, say")
     return seconds

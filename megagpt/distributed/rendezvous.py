@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import megagpt
 from megagpt.distributed.collectives import broadcast_object, errors_on_every_rank, gather_objects
-from megagpt.distributed.interfaces import is_loopback, listen_for_gloo, remedy
+from megagpt.distributed.interfaces import interface_advice, is_loopback, listen_for_gloo
 from megagpt.distributed.meeting import Meeting, Report
 from megagpt.distributed.process_group import init_process_group, is_main, own_device, world_size
 from megagpt.distributed.rank_variables import join_launch
@@ -41,11 +41,11 @@ def meet() -> torch.device:
     return init_process_group(meeting.store)
 
 
-def check_equal_on_ranks(facts: Mapping[str, object], remedy: str) -> None:
+def check_equal_on_ranks(facts: Mapping[str, object], advice: str) -> None:
     """Raise UserError with the host and both values if one of the facts differs between ranks. Collective."""
     reports = gather_objects((socket.gethostname(), dict(facts)))
     if found := differences(reports):
-        raise UserError(f"{'; '.join(found)}; {remedy}")
+        raise UserError(f"{'; '.join(found)}; {advice}")
 
 
 def check_shared(folder: Path) -> None:
@@ -128,7 +128,7 @@ def _wrong_arrivals(arrivals: list[Report]) -> str:
             if is_loopback(report["address"]):
                 return (
                     f"the other hosts cannot reach {report['host']} at {report['address']}, which gloo takes there "
-                    f"because its own name resolves to it; {remedy(os.environ['MASTER_ADDR'])}"
+                    f"because its own name resolves to it; {interface_advice(os.environ['MASTER_ADDR'])}"
                 )
     return ""
 
@@ -140,7 +140,7 @@ def _unreachable(neighbor: Report) -> str:
     except OSError as error:
         return (
             f"{socket.gethostname()} cannot connect to {neighbor['host']} at {neighbor['address']}, where gloo listens "
-            f"({error}): the wrong interface or a firewall; {remedy(os.environ['MASTER_ADDR'])}"
+            f"({error}): the wrong interface or a firewall; {interface_advice(os.environ['MASTER_ADDR'])}"
         )
     return ""
 

@@ -83,7 +83,7 @@ def _message(run: RunConfig, device: torch.device, error: BaseException) -> str:
     parts = ", ".join(f"{part} {getattr(current.memory, part) / GIB:.2f}" for part in PARTS)
     return (
         f"out of memory while {doing}, on rank {rank()}, which may use {limit / GIB:.2f} GiB; predicted: "
-        f"{current.total / GIB:.2f} GiB ({parts}, spare {current.spare / GIB:.2f}). {remedy(found)}"
+        f"{current.total / GIB:.2f} GiB ({parts}, spare {current.spare / GIB:.2f}). {memory_advice(found)}"
         + (
             "; and gradient_accumulation_steps to null, which then follows from the batch"
             if run.deepspeed.gradient_accumulation_steps is not None
@@ -92,7 +92,7 @@ def _message(run: RunConfig, device: torch.device, error: BaseException) -> str:
     )
 
 
-def remedy(found: list[Setting]) -> str:
+def memory_advice(found: list[Setting]) -> str:
     """Name the largest smaller micro-batch, or the recompute policy that fits with this one; else what fits at all."""
     current = found[0]
     less = [s for s in found[1:] if s.fits and s.total < 0.95 * current.total]

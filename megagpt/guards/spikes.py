@@ -90,7 +90,7 @@ class Verdict:
     lines: tuple[str, ...]  # to print
 
 
-def judge(
+def judge_steps(
     health: Health,
     steps: StepMetrics,
     cfg: GuardsConfig,

@@ -20,7 +20,7 @@ TICK = 1.0  # seconds between two checks
 # then could not write its own stacks.
 GRACE = 3.0
 OUTLIVES = 50.0  # seconds without a step boundary that end a rank whose launcher has died
-PATIENCE = 10  # a step may take this many times as long as the one before it, where that exceeds the timeout
+TIMES_THE_LAST_STEP = 10  # a step may take this many times as long as the one before it, where that exceeds the timeout
 
 
 class Watchdog:
@@ -50,7 +50,7 @@ class Watchdog:
     def beat(self, step: int, *, ending: bool) -> None:
         """Note the boundary after this step; with `ending`, all ranks save now, and that save is not cut short."""
         now = time.monotonic()
-        self._allowed = max(self._timeout, PATIENCE * (now - self._began))
+        self._allowed = max(self._timeout, TIMES_THE_LAST_STEP * (now - self._began))
         self._step, self._began, self._idle, self._timed = step, now, 0.0, True
         self._alone, self._ending = 0.0, ending  # the next boundary stops
 

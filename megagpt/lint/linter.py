@@ -35,7 +35,7 @@ GPU = torch.device("cuda")
 
 
 @dataclass(frozen=True)
-class Finding:
+class Issue:
     """One thing to change, or to know, about a dotted key of the run file."""
 
     level: Literal["error", "warning", "note"]
@@ -46,7 +46,7 @@ class Finding:
         return f"{self.level}: {self.text}"
 
 
-def lint_file(path: Path, overrides: Sequence[str] = (), *, ranks: int | None = None) -> list[Finding]:
+def lint_file(path: Path, overrides: Sequence[str] = (), *, ranks: int | None = None) -> list[Issue]:
     """Return all findings on a run file, or only its errors if it has any. Raises UserError if it is no JSON object."""
     raw = overridden(read_json(path), overrides)
     errors = list(_all_errors(raw))
@@ -65,7 +65,7 @@ def lint_file(path: Path, overrides: Sequence[str] = (), *, ranks: int | None = 
     return errors or [*lint(run), *notes(run)]
 
 
-def lint(run: RunConfig) -> list[Finding]:
+def lint(run: RunConfig) -> list[Issue]:
     """Return the errors, or if there are none the warnings, about a run file that has been parsed."""
     found = [*_deepspeed_errors(run.deepspeed_raw)]
     try:
@@ -86,13 +86,13 @@ def lint_or_raise(run: RunConfig) -> list[str]:
     return [str(finding) for finding in found]
 
 
-def notes(run: RunConfig) -> Iterator[Finding]:
+def notes(run: RunConfig) -> Iterator[Issue]:
     """Name the keys that the file leaves out although their default matters."""
     ours = run.megagpt.model_dump(mode="json", exclude_unset=True)
     written = dict(dotted_items(run.deepspeed_raw)) | dict(dotted_items(ours, SECTION))
     for key, (when, what) in DEFAULTS.items():
         if key not in written and when(run):
-            yield Finding("note", key, f"{key} is left out: {what}")
+            yield Issue("note", key, f"{key} is left out: {what}")
 
 
 def effective(run: RunConfig, vocab_size: int, ranks: int | None = None) -> dict[str, Any]:
@@ -111,24 +111,24 @@ def any_batch(ds: DeepSpeedConfig) -> BatchPlan:
 # --- errors ---------------------------------------------------------------------------------------------------
 
 
-def _finding_of(error: UserError) -> Finding:
+def _finding_of(error: UserError) -> Issue:
     """Make an error of a message, which begins with the key that it is about."""
     text = str(error).removeprefix("run file: ")
-    return Finding("error", re.split(r"[=\s:]", text)[0], text)
+    return Issue("error", re.split(r"[=\s:]", text)[0], text)
 
 
-def _all_errors(raw: dict[str, Any]) -> Iterator[Finding]:
+def _all_errors(raw: dict[str, Any]) -> Iterator[Issue]:
     """Find all errors of DeepSpeed's part and of ours in a run file's object; parse_run stops at the first kind."""
     ours = {key: value for key, value in raw.items() if key != SECTION}
     yield from _deepspeed_errors(ours)
     for model, given, section in ((DeepSpeedConfig, ours, ""), (MegaGPTConfig, raw.get(SECTION), SECTION)):
         if not isinstance(given, dict):
-            yield Finding("error", section, f'"{section}" is not a section {{...}}; see ds_configs/README.md')
+            yield Issue("error", section, f'"{section}" is not a section {{...}}; see ds_configs/README.md')
             continue
         yield from _refused_by(model, given, section)
 
 
-def _deepspeed_errors(raw: dict[str, Any]) -> Iterator[Finding]:
+def _deepspeed_errors(raw: dict[str, Any]) -> Iterator[Issue]:
     """Check DeepSpeed's part of a run file: its keys by our lists, then the values of typed sections by its models."""
     yield from _wrong_keys("", raw)
     for name, model in SECTION_MODELS.items():
@@ -139,7 +139,7 @@ def _deepspeed_errors(raw: dict[str, Any]) -> Iterator[Finding]:
                 yield finding
 
 
-def _wrong_keys(section: str, given: dict[str, Any]) -> Iterator[Finding]:
+def _wrong_keys(section: str, given: dict[str, Any]) -> Iterator[Issue]:
     """Find keys that are removed, refused or unknown, and values of a wrong type, in a section and in those inside."""
     sections = deepspeed_sections()
     known = sections[section].defaults
@@ -148,17 +148,17 @@ def _wrong_keys(section: str, given: dict[str, Any]) -> Iterator[Finding]:
         if dotted in REMOVED_KEYS:
             ours = f" Here: {REFUSED_KEYS[dotted]}" if dotted in REFUSED_KEYS else ""
             why = f"{dotted} was removed from DeepSpeed: {REMOVED_KEYS[dotted].strip()}{ours}"
-            yield Finding("error", dotted, f"{why} Remove it")
+            yield Issue("error", dotted, f"{why} Remove it")
         elif dotted in REFUSED_KEYS:
-            yield Finding("error", dotted, f"{dotted!r} is not supported: {REFUSED_KEYS[dotted]}")
+            yield Issue("error", dotted, f"{dotted!r} is not supported: {REFUSED_KEYS[dotted]}")
         elif key not in known:
             names = {*known} if section else {*known, SECTION}
             shown = dotted if section else only_key(given, key)
-            yield Finding("error", dotted, unknown_key(shown, names, KEYS))
+            yield Issue("error", dotted, unknown_key(shown, names, KEYS))
         elif dotted in sections and isinstance(value, dict):
             yield from _wrong_keys(dotted, value)
         elif right := "a section {...}" if dotted in sections else _right_type(known[key], value):
-            yield Finding("error", dotted, f"{dotted}={as_written(value)} is not {right}")
+            yield Issue("error", dotted, f"{dotted}={as_written(value)} is not {right}")
 
 
 def _right_type(default: Any, value: Any) -> str:
@@ -170,29 +170,29 @@ def _right_type(default: Any, value: Any) -> str:
     return ""
 
 
-def _refused_by(model: type[BaseModel], given: dict[str, Any], section: str) -> Iterator[Finding]:
+def _refused_by(model: type[BaseModel], given: dict[str, Any], section: str) -> Iterator[Issue]:
     """Find what a pydantic model has against the section given to it."""
     try:
         model(**given)
     except ValidationError as error:
         for key, text in mistakes(error, model, section=section, elsewhere=KEYS):
-            yield Finding("error", key, text)
+            yield Issue("error", key, text)
     except (ValueError, AssertionError) as error:
-        yield Finding("error", section, f"{section}: {error}")
+        yield Issue("error", section, f"{section}: {error}")
 
 
-def _refused(run: RunConfig) -> Iterator[Finding]:
+def _refused(run: RunConfig) -> Iterator[Issue]:
     """Find the keys with values that training refuses."""
     for key, value in _written(run):
         for rule in ERRORS:
             if fnmatchcase(key, rule.key) and rule.when(run, value):
-                yield Finding("error", key, f"{key}={json.dumps(value)} {rule.why}")
+                yield Issue("error", key, f"{key}={json.dumps(value)} {rule.why}")
 
 
 # --- warnings -------------------------------------------------------------------------------------------------
 
 
-def _renamed(run: RunConfig) -> Iterator[Finding]:
+def _renamed(run: RunConfig) -> Iterator[Issue]:
     """Find keys that the installed DeepSpeed deprecates, and keys that are given under both of their names."""
     for section, (given, model) in _typed_sections(run).items():
         for name, info in model.model_fields.items():
@@ -200,20 +200,20 @@ def _renamed(run: RunConfig) -> Iterator[Finding]:
             extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
             if name in given and extra.get("deprecated"):
                 way_out = f"write {extra['new_param']}" if extra.get("new_param") else "remove it"
-                yield Finding("warning", key, f"{key} is deprecated by the installed DeepSpeed; {way_out}")
+                yield Issue("warning", key, f"{key} is deprecated by the installed DeepSpeed; {way_out}")
             if info.alias and info.alias != name and {name, info.alias} <= set(given):
-                yield Finding("warning", key, f"{key} and {info.alias} are one key; remove {name}")
+                yield Issue("warning", key, f"{key} and {info.alias} are one key; remove {name}")
 
 
-def _switched_off(run: RunConfig) -> Iterator[Finding]:
+def _switched_off(run: RunConfig) -> Iterator[Issue]:
     """Find sections that have settings but do not set `enabled`, which is false by default."""
     for name, section in deepspeed_sections().items():
         given = _section_at(run.deepspeed_raw, name) if name else {}
         if given and "enabled" not in given and section.defaults.get("enabled") is False:
-            yield Finding("warning", name, f"{name} has no effect: {name}.enabled is false unless set; set it to true")
+            yield Issue("warning", name, f"{name} has no effect: {name}.enabled is false unless set; set it to true")
 
 
-def _idle(run: RunConfig) -> Iterator[Finding]:
+def _idle(run: RunConfig) -> Iterator[Issue]:
     """Find keys that have no effect in this run; of several reasons the first in WITHOUT_EFFECT is given."""
     for key, value in _written(run):
         # A section acts by its keys; `stage`, and a device of "none", are what switches other keys off.
@@ -221,14 +221,14 @@ def _idle(run: RunConfig) -> Iterator[Finding]:
             continue
         rules = [rule for rule in WITHOUT_EFFECT if any(fnmatchcase(key, pattern) for pattern in rule.keys)]
         if idle := next((rule for rule in rules if not rule.when(run)), None):
-            yield Finding("warning", key, f"{key}={json.dumps(value)} has no effect: {idle.why}")
+            yield Issue("warning", key, f"{key}={json.dumps(value)} has no effect: {idle.why}")
 
 
-def _contradicting(run: RunConfig) -> Iterator[Finding]:
+def _contradicting(run: RunConfig) -> Iterator[Issue]:
     for key, value in _written(run):
         for rule in CONTRADICTIONS:
             if rule.key == key and rule.when(run):
-                yield Finding("warning", key, f"{key}={json.dumps(value)} {rule.why}")
+                yield Issue("warning", key, f"{key}={json.dumps(value)} {rule.why}")
 
 
 def _written(run: RunConfig) -> Iterator[tuple[str, Any]]:
@@ -251,5 +251,5 @@ def _section_at(raw: dict[str, Any], dotted: str) -> dict[str, Any]:
     return node if isinstance(node, dict) else {}
 
 
-def _first_per_key(found: list[Finding]) -> list[Finding]:
+def _first_per_key(found: list[Issue]) -> list[Issue]:
     return list({finding.key: finding for finding in reversed(found)}.values())[::-1]

@@ -52,7 +52,7 @@ HEAD = (
 )
 
 
-def report(run: RunConfig, on: Machine, vocab: tuple[int, str], found: Sequence[Setting], tokens: int) -> str:
+def plan_report(run: RunConfig, on: Machine, vocab: tuple[int, str], found: Sequence[Setting], tokens: int) -> str:
     """Return the table: the run file's own setting (the first found), its alternatives, and the fastest that fits."""
     current, best, batch = found[0], fastest(found), run.deepspeed.train_batch_size
     steps = tokens / (batch * run.megagpt.seq_len)

@@ -31,7 +31,7 @@ from megagpt.engine.compilation import compiles
 from megagpt.engine.deepspeed_config import effective_config
 from megagpt.errors import OwnRankError, UserError, writing_to
 from megagpt.guards.memory_growth import MemoryWatch, memory_mib
-from megagpt.guards.spikes import UpdateGate, check_skipping, judge
+from megagpt.guards.spikes import UpdateGate, check_skipping, judge_steps
 from megagpt.guards.step_window import StepWindow
 from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
@@ -124,7 +124,7 @@ class Session:
         Raises UserError, on every rank, where a guard stops the run.
         """
         steps = window.read(state.step, scaled=self.uses_loss_scale)
-        verdict = judge(
+        verdict = judge_steps(
             state.health,
             steps,
             self.cfg.guards,

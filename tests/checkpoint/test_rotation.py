@@ -21,7 +21,7 @@ from megagpt.checkpoint.commit import (
     step_folder,
     update_latest_and_best,
     write_commit,
-    write_manifest,
+    write_rank_manifest,
 )
 from megagpt.checkpoint.identity import Identity
 from megagpt.checkpoint.rotation import prune, steps_to_delete
@@ -44,14 +44,14 @@ def commit(out_dir, step, val_loss=None, best_step=0):
     for name in ("model.pt", "rng.0.json"):
         (step_dir / name).write_text(f"{name} of step {step}")
     state = TrainState(step=step, val_loss=val_loss, stopper=EarlyStopping(best_step=best_step))
-    write_commit(step_dir, state, Mixture(seed=0), identity(1), [write_manifest(step_dir, 0)])
+    write_commit(step_dir, state, Mixture(seed=0), identity(1), [write_rank_manifest(step_dir, 0)])
     return step_dir, state
 
 
 def test_a_commit_without_the_files_of_all_ranks_is_damage(tmp_path):
     step_dir, state = commit(tmp_path, 10)
     assert damage_of(step_dir, 0, every=1) is None
-    write_commit(step_dir, state, Mixture(seed=0), identity(2), [write_manifest(step_dir, 0)])
+    write_commit(step_dir, state, Mixture(seed=0), identity(2), [write_rank_manifest(step_dir, 0)])
     assert damage_of(step_dir, 0, every=1) == f"{step_dir} has the files of 1 ranks, not of 2"
 
 

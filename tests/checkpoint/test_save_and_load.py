@@ -10,7 +10,7 @@ from data_tools.build import build
 from data_tools.config import BuildConfig
 from megagpt.__main__ import main
 from megagpt.checkpoint import load, rotation, save
-from megagpt.checkpoint.commit import COMMIT, best, committed, write_manifest
+from megagpt.checkpoint.commit import COMMIT, best, committed, write_rank_manifest
 from megagpt.checkpoint.load import load_model
 from megagpt.checkpoint.run_samples import open_run
 from megagpt.data.training_set import TrainingSet
@@ -141,7 +141,7 @@ def test_an_edited_commit_record_is_noticed(saved, run_to, capsys):
 def test_a_file_that_another_rank_is_writing_gets_into_no_manifest(tmp_path):
     (tmp_path / "rng.0.json").write_text("{}")
     (tmp_path / "manifest.1.json.tmp").write_text("{")
-    write_manifest(tmp_path, 0)
+    write_rank_manifest(tmp_path, 0)
     assert list(json.loads((tmp_path / "manifest.0.json").read_text())) == ["rng.0.json"]
 
 

@@ -19,7 +19,7 @@ from megagpt.checkpoint.commit import (
     step_folder,
     update_latest_and_best,
     write_commit,
-    write_manifest,
+    write_rank_manifest,
 )
 from megagpt.checkpoint.identity import Identity
 from megagpt.checkpoint.rotation import prune, quarantine_steps
@@ -72,7 +72,7 @@ class Run(RuleBasedStateMachine):
         step_dir = step_folder(self.out_dir, self.state.step)
         step_dir.mkdir(parents=True)
         (step_dir / "model.pt").write_text(json.dumps(self.drawn))
-        manifest = write_manifest(step_dir, 0)
+        manifest = write_rank_manifest(step_dir, 0)
         if dies != "before COMMIT":
             write_commit(step_dir, self.state, self.mixture, IDENTITY, [manifest])
             self.saved[self.state.step] = (self.state, self.mixture, [*self.drawn], [*self.evaluations])

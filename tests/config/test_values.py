@@ -27,7 +27,7 @@ from megagpt.config.schema import MegaGPTConfig
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
 from megagpt.planner import estimate
-from megagpt.planner.report import as_json, report
+from megagpt.planner.report import as_json, plan_report
 from megagpt.terminal import SCREEN_CHARACTERS, SCREEN_LINES
 from megagpt.train.lr_schedule import lr_factor
 
@@ -106,7 +106,7 @@ def uses(run: RunConfig) -> None:
     on = estimate.machine("H100", 1, None)
     found = list(estimate.settings(run, on, 384))
     tokens = run.megagpt.schedule.max_steps * run.deepspeed.train_batch_size * run.megagpt.seq_len
-    assert report(run, on, (384, "of it"), found, tokens)
+    assert plan_report(run, on, (384, "of it"), found, tokens)
     json.dumps(as_json(on, (384, "of it"), found, tokens), allow_nan=False)
     assert 0.0 <= lr_factor(run.megagpt.schedule.max_steps - 1, run.megagpt.schedule) <= 1.0
 
