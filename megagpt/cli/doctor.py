@@ -41,7 +41,7 @@ class Agent:
     """One host, and the agent process there, which answers each line with one line."""
 
     def __init__(self, name: str, over_ssh: bool) -> None:
-        self.name = name
+        self.name, self.over_ssh = name, over_ssh
         self.report: Report | None = None
         command = [sys.executable, "-m", "megagpt", "doctor", "--probe"]
         there = shlex.join(["cd", os.getcwd()]) + " && exec " + shlex.join(["env", *_exported(), *command])
@@ -78,12 +78,12 @@ class Agent:
 def examine(hostfile: Path | None, run_file: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
     """Check all hosts; return {"findings": [...], "hosts": {name: facts}, "all_reduce_gb_per_s": speed or None}.
 
-    Raises UserError for a mistake in the hostfile or the run file itself.
+    Raises UserError for a mistake in the hostfile.
     """
     slots = check_hosts(hostfile) if hostfile else {"localhost": 0}
     findings = list(_launcher_findings(list(slots) if hostfile else []))
-    # A file next to out_dir, which the agents see if the hosts share that folder.
-    mark = mark_in(load_run_config(run_file, overrides).megagpt.out_dir.absolute()) if run_file else None
+    mark, found = _left_mark(run_file, overrides) if run_file else (None, [])
+    findings += found
     agents = [Agent(name, over_ssh=hostfile is not None) for name in slots]
     try:
         with ThreadPoolExecutor(len(agents)) as threads:
@@ -103,8 +103,23 @@ def examine(hostfile: Path | None, run_file: Path | None, overrides: Sequence[st
             agent.end()
         if mark:
             mark.unlink()
-    facts = {p.name: {**p.report.programs, **p.report.machine} for p in present if p.report}
+    facts = {p.name: p.report.facts() for p in present if p.report}
     return {"findings": _merged(findings), "hosts": facts, "all_reduce_gb_per_s": speed}
+
+
+def _left_mark(run_file: Path, overrides: Sequence[str]) -> tuple[Path | None, list[Finding]]:
+    """Leave a file next to out_dir, which the agents see if the hosts share that folder.
+
+    What is wrong with the run file itself is a finding of the agents.
+    """
+    try:
+        out_dir = load_run_config(run_file, overrides).megagpt.out_dir.absolute()
+    except UserError:
+        return None, []
+    try:
+        return mark_in(out_dir), []
+    except UserError as error:
+        return None, [Finding("out_dir", str(error))]
 
 
 def _requests(
@@ -141,15 +156,23 @@ def write_environment(hostfile: Path | None) -> str:
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    """Format what `examine` found for people."""
-    lines = [str(finding) for finding in found["findings"]]
-    speed = found["all_reduce_gb_per_s"]
+    """Format what `examine` found for people: a line for each fact, for each finding, and their number."""
+    findings, speed = [str(finding) for finding in found["findings"]], found["all_reduce_gb_per_s"]
     hosts = ", ".join(found["hosts"]) or "no host answered"
-    lines.append(
-        f"{hosts}: {len(lines) or 'nothing'} to fix"
-        + ("" if speed is None else f"; an all-reduce sends {speed:.2f} GB/s from each")
-    )
-    return "\n".join(lines)
+    total = f"{hosts}: {len(findings) or 'nothing'} to fix"
+    if speed is not None:
+        total += f"; an all-reduce sends {speed:.2f} GB/s from each"
+    return "\n".join([*_fact_lines(found["hosts"]), *findings, total])
+
+
+def _fact_lines(hosts: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """Yield "name: value" for each fact that was read; where hosts differ, one line for each value with its hosts."""
+    for name in dict.fromkeys(name for facts in hosts.values() for name in facts):
+        hosts_of: dict[str, list[str]] = {}
+        for host, facts in hosts.items():
+            hosts_of.setdefault(facts.get(name, "absent"), []).append(host)
+        for value, names in hosts_of.items():
+            yield f"{name}: {value}" + (f" ({', '.join(names)})" if len(hosts_of) > 1 else "")
 
 
 def _merged(findings: Sequence[Finding]) -> list[Finding]:
@@ -169,6 +192,8 @@ def _examined(agent: Agent, request: Request) -> list[Finding]:
         there = agent.ask("clock")
         after = time.time()
     except UserError as error:
+        if not agent.over_ssh:
+            return [Finding("agent", f"{error}; run `{sys.executable} -m megagpt doctor --probe` to see why")]
         way = f"`ssh {agent.name} true` must work without a password, and this folder and .venv must exist there"
         return [Finding("ssh", f"{error}; {way}", agent.name)]
     findings = [Finding(**fields | {"host": agent.name}) for fields in raw.pop("findings")]

@@ -61,7 +61,7 @@ class Request:
     port: int  # the rendezvous port; 0: it is on another host
     run_file: str
     overrides: list[str]
-    mark: str  # a file that doctor left where out_dir is or will be; empty without a run file
+    mark: str  # a file that doctor left where out_dir is or will be; empty if it could not
 
 
 @dataclass
@@ -72,8 +72,13 @@ class Report:
     machine: dict[str, str] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
+    own: dict[str, str] = field(default_factory=dict)  # what may differ between hosts
     address: str = ""  # the rendezvous address if this host is the first
     findings: list[Finding] = field(default_factory=list)
+
+    def facts(self) -> dict[str, str]:
+        """Return what was read, for people, in the order in which it is shown."""
+        return {**self.programs, **self.machine, **self.own, **self.data}
 
 
 def serve() -> int:
@@ -92,13 +97,14 @@ def serve() -> int:
 
 def report(request: Request) -> Report:
     """Check this host, and the data and disk of a run if the request names its run file."""
-    result = Report(machine=_machine(), address=_first_address())
-    result.findings += _network_findings(request)
+    result = Report(machine=_machine(), own=_own_facts(), address=_first_address())
+    result.findings += _network_findings(request, result.own)
     result.findings += _compiler_findings(result.machine)
     room, unit = (torch.cuda.device_count(), "GPUs") if torch.cuda.is_available() else (os.cpu_count() or 1, "cores")
     if request.slots > room:
         text = f"slots={request.slots} in the hostfile, but it has {room} {unit}; set slots={room}"
         result.findings.append(Finding("slots", text))
+    result.own["run file"] = request.run_file or "none given; `megagpt doctor RUN.json` checks its data and disk too"
     if request.run_file:
         try:
             run = load_run_config(Path(request.run_file), request.overrides)
@@ -107,7 +113,8 @@ def report(request: Request) -> Report:
         else:
             result.run = leaves(run.as_json())
             result.findings += _data_findings(run, result.data)
-            result.findings += _disk_findings(run, Path(request.mark))
+            if request.mark:
+                result.findings += _disk_findings(run, Path(request.mark), result.own)
     return result
 
 
@@ -150,8 +157,20 @@ def _machine() -> dict[str, str]:
     }
 
 
-def _network_findings(request: Request) -> Iterator[Finding]:
-    """Check that other hosts' names resolve, that gloo picks an interface they reach, and that the port is free."""
+def _own_facts() -> dict[str, str]:
+    """Return the cores and memory of this host, by which hosts may differ."""
+    memory = psutil.virtual_memory()
+    return {
+        "cores": str(os.cpu_count() or 1),
+        "memory": f"{memory.available / GIB:,.1f} of {memory.total / GIB:,.1f} GiB are available",
+    }
+
+
+def _network_findings(request: Request, facts: dict[str, str]) -> Iterator[Finding]:
+    """Check that other hosts' names resolve, that gloo picks an interface they reach, and that the port is free.
+
+    Adds the address and the port to the facts.
+    """
     for host in request.others:
         try:
             address = socket.gethostbyname(host)
@@ -165,16 +184,19 @@ def _network_findings(request: Request) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("interface", str(error))
     else:
+        facts["gloo's address"] = address
         if request.others and is_loopback(address):
             way = interface_advice(request.others[0])
             yield Finding("interface", f"gloo would take {address}, which no other host reaches; {way}")
     if request.port:
+        facts[f"port {request.port}"] = "taken"
         try:
             with socket.socket() as attempt:
                 # As torch's store sets it: a port whose connections are closing counts as free.
                 attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 # Fails if any process listens on the port, on any address.
                 attempt.bind(("", request.port))
+                facts[f"port {request.port}"] = "free"
         except OSError:
             who = _listener(request.port)
             text = (
@@ -189,7 +211,11 @@ def _compiler_findings(machine: dict[str, str]) -> Iterator[Finding]:
         yield Finding("compiler", "no c++, which compiles blocks for CUDA and CPU offload; apt-get install g++")
     compiled = os.environ.get("TORCH_EXTENSIONS_DIR", home() / ".cache" / "torch_extensions")
     for lock in Path(compiled).rglob("lock"):
-        if (age := time.time() - lock.stat().st_mtime) > STALE:
+        try:
+            age = time.time() - lock.stat().st_mtime
+        except OSError:  # released meanwhile
+            continue
+        if age > STALE:
             text = (
                 f"{lock} is {age / 3600:.1f} h old: its process is gone, and every start would wait for it; rm {lock}"
             )
@@ -206,8 +232,11 @@ def _data_findings(run: RunConfig, fingerprints: dict[str, str]) -> Iterator[Fin
             yield Finding("data", str(error))
 
 
-def _disk_findings(run: RunConfig, mark: Path) -> Iterator[Finding]:
-    """Check that out_dir is shared with the host that left the mark, and has room for the checkpoints that are kept."""
+def _disk_findings(run: RunConfig, mark: Path, facts: dict[str, str]) -> Iterator[Finding]:
+    """Check that out_dir is shared with the host that left the mark, and has room for the checkpoints that are kept.
+
+    Adds that room to the facts.
+    """
     cfg = run.megagpt
     if not mark.exists():
         text = f"{cfg.out_dir} is not shared: files that other hosts write there are not seen here"
@@ -218,6 +247,9 @@ def _disk_findings(run: RunConfig, mark: Path) -> Iterator[Finding]:
     size = n_params(cfg.model, vocabulary(run)[0])
     needed = count * size * (MOMENTS_AND_MASTERS + (4 if run.deepspeed.dtype == "fp32" else 2))
     free = shutil.disk_usage(mark.parent).free
+    facts[f"disk of {cfg.out_dir}"] = (
+        f"{free / GIB:,.1f} GiB are free; {count} checkpoints need {needed / GIB:,.1f} GiB"
+    )
     if free < needed:
         text = f"{count} checkpoints of {size / 1e6:,.1f} million parameters need {needed / GIB:,.1f} GiB in "
         text += f"{cfg.out_dir}, where {free / GIB:,.1f} GiB are free; make room, or lower megagpt.keep"
