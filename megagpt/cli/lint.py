@@ -2,9 +2,11 @@
 
 import argparse
 import json
+from pathlib import Path
 
+from megagpt.config.extends import file_with, read_run_files
 from megagpt.config.run_file import load_run_config
-from megagpt.lint.linter import effective, lint_file
+from megagpt.lint.linter import Issue, effective, lint_file
 from megagpt.planner.estimate import vocabulary
 from megagpt.terminal import show
 
@@ -21,8 +23,15 @@ def run(args: argparse.Namespace) -> int:
         rows = [{"level": finding.level, "key": finding.key, "text": finding.text} for finding in found]
         show(json.dumps({"findings": rows} | ({} if shown is None else {"effective": shown})))
     else:
-        lines = [f"{args.run_file}: {finding}" for finding in found]
+        lines = [f"{_place_of(finding, args)}: {finding}" for finding in found]
         show("\n".join(lines or [f"{args.run_file}: no findings"]))
         if shown is not None:
             show(json.dumps(shown, indent=2))
     return 2 if wrong else 0
+
+
+def _place_of(finding: Issue, args: argparse.Namespace) -> Path:
+    """Return the path of the file that has the key; the run file's own for one that the command line changes."""
+    if any(item.partition("=")[0] == finding.key for item in args.overrides):
+        return Path(args.run_file)
+    return file_with(finding.key, read_run_files(args.run_file))

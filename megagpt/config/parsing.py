@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import json5
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
@@ -53,19 +54,20 @@ def overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def read_json(path: Path, *, what: str = "run file") -> dict[str, Any]:
-    """Read the object in a JSON file, which `what` names in messages.
+    """Read the object in a JSON or JSON5 file, which `what` names in messages.
 
-    Raises UserError if the file is missing, is not a JSON object, or gives a key twice.
+    JSON5 adds comments and commas after the last value. Raises UserError if the file is missing, is neither, or gives
+    a key twice.
     """
     try:
-        raw = _json(path.read_text(encoding="utf-8-sig"))
+        raw = _json_or_json5(path.read_text(encoding="utf-8-sig"), path)
     except FileNotFoundError:
         examples = "; examples are in ds_configs/" if what == "run file" else ""
         raise UserError(f"{what} {path} does not exist{examples}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{what} {path} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except NotJson as error:
+        raise UserError(str(error)) from None
     except UserError as error:
         raise UserError(f"{what} {path}: {error}") from None
     except RecursionError:
@@ -75,15 +77,34 @@ def read_json(path: Path, *, what: str = "run file") -> dict[str, Any]:
     return raw
 
 
+class NotJson(ValueError):
+    """A file is neither JSON nor JSON5; the message begins with the place."""
+
+
+def _json_or_json5(text: str, path: Path) -> Any:
+    """Parse JSON, and what is not JSON as JSON5, whose parser is a thousand times slower. Raises as _json, and NotJson.
+
+    An error is JSON5's: JSON's own would be at the first comment.
+    """
+    try:
+        return _json(text)
+    except json.JSONDecodeError:
+        pass
+    if not text.strip():
+        raise NotJson(f"{path}, line 1, column 1: not JSON: the file is empty")
+    try:
+        return json5.loads(text, **HOOKS)
+    except ValueError as error:
+        if (found := JSON5_ERROR.fullmatch(str(error))) is None:
+            # The text of an error of ours, which json5 raises again as its own.
+            raise UserError(str(error)) from None
+        line, what, column = found.groups()
+        raise NotJson(f"{path}, line {line}, column {column}: not JSON: {as_written(what)[1:-1]}") from None
+
+
 def _json(text: str) -> Any:
     """Parse JSON. Raises UserError for a key that is given twice, and for a number that is not finite or too large."""
-    return json.loads(
-        text,
-        object_pairs_hook=_no_duplicate_keys,
-        parse_constant=_not_finite,
-        parse_float=_finite,
-        parse_int=_within_64_bits,
-    )
+    return json.loads(text, **HOOKS)
 
 
 def _not_finite(text: str) -> float:
@@ -96,11 +117,11 @@ def _finite(text: str) -> float:
     return number
 
 
-def _within_64_bits(text: str) -> int:
+def _within_64_bits(text: str, base: int = 10) -> int:
     # int() refuses more than 4,300 digits.
-    if len(text) > 20 or not -LARGEST <= int(text) <= LARGEST:
+    if len(text) > 20 or not -LARGEST <= int(text, base) <= LARGEST:
         raise UserError(f"the number {shortened(text)} is too large; give one within {LARGEST}")
-    return int(text)
+    return int(text, base)
 
 
 def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -110,11 +131,21 @@ def _no_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+HOOKS: dict[str, Any] = {
+    "object_pairs_hook": _no_duplicate_keys,
+    "parse_constant": _not_finite,
+    "parse_float": _finite,
+    "parse_int": _within_64_bits,
+}
+# The messages of json5, whose columns count from 1.
+JSON5_ERROR = re.compile(r"<string>:(\d+) (.*) at column (\d+)", re.DOTALL)
+
+
 def _override(raw: dict[str, Any], item: str) -> None:
     """Set one dotted key in place; a number indexes a list. The value is JSON, or text if it does not parse as JSON."""
     dotted, sep, text = item.partition("=")
     if not sep or not dotted:
-        hint = "; a run file goes after --deepspeed_config" if item.endswith(".json") else ""
+        hint = "; a run file goes after --deepspeed_config" if item.endswith((".json", ".jsonc", ".json5")) else ""
         raise UserError(f"override {as_written(item)} is not of the form key.path=value{hint}")
     try:
         value = _json(text)

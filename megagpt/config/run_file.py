@@ -16,8 +16,9 @@ from megagpt.config.deepspeed_keys import (
     DEEPSPEED_SECTIONS,
     REFUSED_KEYS,
 )
+from megagpt.config.extends import EXTENDS, merged, named, read_run_files
 from megagpt.config.mistakes import explain, typed_keys, unknown_key
-from megagpt.config.parsing import dotted_items, leaves, overridden, read_json
+from megagpt.config.parsing import dotted_items, leaves, overridden
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.errors import UserError
 from megagpt.user_paths import expanded
@@ -71,7 +72,8 @@ class RunConfig:
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file, apply overrides, check every key and split off our section. Raises UserError."""
-    return parse_run(read_json(path), overrides, where=str(path))
+    files = read_run_files(path)
+    return parse_run(merged(files), overrides, where=named(files))
 
 
 def parse_run(raw: dict[str, Any], overrides: Sequence[str] = (), *, where: str = "run file") -> RunConfig:
@@ -99,6 +101,10 @@ def run_schema() -> dict[str, Any]:
     schema["title"] = "megagpt run file"
     schema["properties"] = {key: {} for key in sorted(DEEPSPEED_KEYS)} | schema["properties"] | {SECTION: section}
     schema["properties"]["$schema"] = {"type": "string"}
+    schema["properties"][EXTENDS] = {
+        "type": "string",
+        "description": "another run file, relative to this one's folder, whose keys this one changes; null removes one",
+    }
     schema["required"] = [*schema["required"], SECTION]
     schema["additionalProperties"] = False
     return schema
@@ -106,6 +112,8 @@ def run_schema() -> dict[str, Any]:
 
 def _check_keys(raw: dict[str, Any], where: str) -> None:
     """Raise UserError for the top-level mistakes that no model reports; DeepSpeed would ignore most of them."""
+    if EXTENDS in raw:
+        raise UserError(f"{where}: {EXTENDS} acts in a file alone; write it into one, not on the command line")
     if refused := [f"{key!r} is not supported: {why}" for key, why in REFUSED_KEYS.items() if key in raw]:
         raise UserError(f"{where}: " + "; ".join(refused))
     if unknown := sorted(set(raw) - DEEPSPEED_KEYS - {SECTION}):

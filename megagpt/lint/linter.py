@@ -18,8 +18,9 @@ from pydantic import BaseModel, ValidationError
 from megagpt.config.batch import BatchPlan, batch_plan
 from megagpt.config.deepspeed import DeepSpeedConfig
 from megagpt.config.deepspeed_keys import REFUSED_KEYS
+from megagpt.config.extends import merged, read_run_files
 from megagpt.config.mistakes import as_written, mistakes, unknown_key
-from megagpt.config.parsing import dotted_items, overridden, read_json
+from megagpt.config.parsing import dotted_items, overridden
 from megagpt.config.run_file import KEYS, SECTION, RunConfig, only_key, parse_run
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.engine.activation_checkpointing import refuse_what_cannot_act
@@ -48,7 +49,7 @@ class Issue:
 
 def lint_file(path: Path, overrides: Sequence[str] = (), *, ranks: int | None = None) -> list[Issue]:
     """Return all findings on a run file, or only its errors if it has any. Raises UserError if it is no JSON object."""
-    raw = overridden(read_json(path), overrides)
+    raw = overridden(merged(read_run_files(path)), overrides)
     errors = list(_all_errors(raw))
     if errors:
         return _first_per_key(errors)
