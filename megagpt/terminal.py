@@ -75,6 +75,11 @@ def if_encodable(letter: str, otherwise: str) -> str:
     return letter
 
 
+def counted(n: int, noun: str) -> str:
+    """Return "1 step", "2 steps", "1,000 steps"."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def on_a_screen(text: str) -> str:
     """Return a message of at most a screen: from a longer one the middle is left out, and the way out at its end stays.
 

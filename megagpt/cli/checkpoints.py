@@ -9,7 +9,7 @@ from pathlib import Path
 from megagpt.checkpoint.commit import COMMIT, best, committed, damage_of, folder, read_commit
 from megagpt.checkpoint.finite import not_finite_file
 from megagpt.errors import UserError
-from megagpt.terminal import show
+from megagpt.terminal import counted, show
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,20 @@ def checkpoint_table(out_dir: Path, *, hashes: bool) -> tuple[str, bool]:
         *(_line(row, hashes=hashes, is_best=row.step_dir == best_dir) for row in rows),
         *(f"{name}: damaged, is not used" for name in quarantined),
         *(f"{name}: not committed, is not used" for name in uncommitted),
-        f"{complete} of {len(rows)} committed steps {how}",
+        f"{complete} of {counted(len(rows), 'committed step')} {how}",
+        *_rule_of_best(rows, best_dir),
     ]
     return "\n".join(lines), complete > 0
+
+
+def _rule_of_best(rows: list[Listed], best_dir: Path | None) -> list[str]:
+    """Say by which rule a step is the best."""
+    losses = {row.step_dir: row.val_loss for row in rows if row.val_loss is not None}
+    if best_dir not in losses:
+        return []
+    if losses[best_dir] == min(losses.values()):
+        return ["best: the lowest loss/val of these steps"]
+    return ["best: no later loss/val was lower by megagpt.early_stopping.min_delta"]
 
 
 HEAD = f"{'step':>10}  {'saved at':<19}  {'size':>9}  {'stage':>5}  {'dtype':<5}  {'ranks':>5}  {'loss/val':>8}  state"

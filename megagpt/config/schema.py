@@ -114,8 +114,18 @@ class EarlyStoppingConfig(Strict):
     """Stop when the validation loss has not fallen by min_delta for `patience` evaluations in a row."""
 
     monitor: Literal["loss/val"] = "loss/val"
-    patience: int = Field(default=0, ge=0, le=MANY, description="0: never stop early")
-    min_delta: float = Field(default=0.0, ge=0.0, le=1e6, description="nats per token")
+    patience: int = Field(
+        default=0,
+        ge=0,
+        le=MANY,
+        description="evaluations in a row without an improvement after which the run stops; 0: never",
+    )
+    min_delta: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1e6,
+        description="nats per token by which a loss must be lower than the best to be an improvement",
+    )
     min_steps: int = Field(default=0, ge=0, le=MANY, description="evaluations before this step use no patience")
     restore_best: bool = Field(default=True, description="save at every improvement and end with the best weights")
 
@@ -134,7 +144,12 @@ class KeepConfig(Strict):
 
     last: int = Field(default=2, ge=2, le=MANY, description="number of newest ones; two are verified before others go")
     every: int = Field(default=0, ge=0, le=MANY, description="keep steps that are multiples of this for ever; 0: none")
-    best: int = Field(default=1, ge=1, le=MANY, description="number of those with the lowest validation loss")
+    best: int = Field(
+        default=1,
+        ge=1,
+        le=MANY,
+        description="number of those with the lowest validation loss, after the one that early stopping counts as best",
+    )
 
 
 class GenerationConfig(Strict):

@@ -1,4 +1,4 @@
-"""Decide early stopping: stop when the validation loss has not improved for `patience` evaluations. A pure function."""
+"""Decide early stopping: stop when the validation loss has not improved for `patience` evaluations. Pure functions."""
 
 from dataclasses import replace
 
@@ -14,3 +14,11 @@ def after_evaluation(state: EarlyStopping, val_loss: float, step: int, cfg: Earl
         return state
     bad_evals = state.bad_evals + 1
     return replace(state, bad_evals=bad_evals, stopped=bad_evals >= cfg.patience)
+
+
+def at_resume(state: EarlyStopping, cfg: EarlyStoppingConfig) -> EarlyStopping:
+    """Return the state to resume with: a run that was stopped continues if `patience` now allows more evaluations.
+
+    It is then equal to a run that had this patience from its start.
+    """
+    return replace(state, stopped=state.stopped and 0 < cfg.patience <= state.bad_evals)

@@ -26,7 +26,7 @@ from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.distributed.process_group import is_main, print_rank0
-from megagpt.terminal import if_encodable
+from megagpt.terminal import counted, if_encodable
 from megagpt.train_state import TrainState
 
 Events = Callable[[list[tuple[str, float, int]]], None]
@@ -132,8 +132,7 @@ def print_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "", *, sav
         return
     stopper = state.stopper
     if stopper.stopped:
-        evaluations = f"{stopper.bad_evals} evaluations"
-        why = f"stopped early at step {state.step}: no better than step {stopper.best_step} for {evaluations}"
+        why = f"stopped early at step {state.step}: {_no_improvement(cfg, state)}"
     elif state.finished(cfg.schedule.max_steps):
         why = f"finished at step {state.step}"
     else:
@@ -142,34 +141,77 @@ def print_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "", *, sav
         why += "; the same command resumes"
     lines = [why]
     if stopper.best_step:
-        lines = [validation_curve(cfg.out_dir / "metrics.jsonl"), why]
-        lines.append(f"best loss/val {stopper.best:.4f} at step {stopper.best_step}")
-    if (named := best(cfg.out_dir)) is not None:
-        lines.append(f"best checkpoint: {named}")
-    print_rank0("\n".join(lines))
+        metrics_file = cfg.out_dir / "metrics.jsonl"
+        lines = [validation_curve(metrics_file), why, _best_loss(cfg, state, validation_losses(metrics_file))]
+    print_rank0("\n".join([*lines, *_best_checkpoint(cfg)]))
+
+
+def print_nothing_left(cfg: MegaGPTConfig, state: TrainState) -> None:
+    """Print that a run was finished before this start, and the key that makes it train further."""
+    if not is_main():
+        return
+    step, last = state.step, cfg.schedule.max_steps
+    if step >= last:
+        why = f"already finished at step {step}, and megagpt.schedule.max_steps={last}; "
+        way_out = "raise megagpt.schedule.max_steps to train further"
+    else:
+        why = f"already stopped early at step {step}: {_no_improvement(cfg, state)}; "
+        way_out = f"set megagpt.early_stopping.patience to more than {state.stopper.bad_evals}, or to 0 for no early "
+        way_out += "stopping, to train further"
+    print_rank0("\n".join([why + way_out, *_best_checkpoint(cfg)]))
+
+
+def _no_improvement(cfg: MegaGPTConfig, state: TrainState) -> str:
+    stopper, by = state.stopper, cfg.early_stopping.min_delta
+    lower = f"lower by megagpt.early_stopping.min_delta={by:g} than" if by else "lower than"
+    return (
+        f"for {counted(stopper.bad_evals, 'evaluation')} loss/val was not {lower} the {stopper.best:.4f} of step "
+        f"{stopper.best_step}"
+    )
+
+
+def _best_loss(cfg: MegaGPTConfig, state: TrainState, losses: dict[int, float | None]) -> str:
+    """Name the step that counts as best, and the rule if it is not that of the lowest loss."""
+    stopper = state.stopper
+    line = f"best loss/val {stopper.best:.4f} at step {stopper.best_step}"
+    finite = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    lowest = min(finite, key=lambda step: finite[step], default=None)
+    if lowest is None or finite[lowest] >= stopper.best:
+        return line
+    rule = f"not lower by megagpt.early_stopping.min_delta={cfg.early_stopping.min_delta:g}"
+    if finite[lowest] < stopper.best - cfg.early_stopping.min_delta:
+        rule = "measured with another megagpt.early_stopping.min_delta"
+    return f"{line}; the {finite[lowest]:.4f} of step {lowest} does not count, as it was {rule}"
+
+
+def _best_checkpoint(cfg: MegaGPTConfig) -> list[str]:
+    return [] if (named := best(cfg.out_dir)) is None else [f"best checkpoint: {named}"]
+
+
+def validation_losses(metrics_file: Path) -> dict[int, float | None]:
+    """Return the run's validation losses by step; None for one that was not finite."""
+    lines = metrics_file.read_text().splitlines() if metrics_file.is_file() else []
+    return {row["step"]: row["loss/val"] for row in map(json.loads, lines) if "loss/val" in row}
 
 
 def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str:
     """Draw the run's validation losses as bars, for the terminal."""
-    lines_of_file = metrics_file.read_text().splitlines() if metrics_file.is_file() else []
-    points = [row for row in map(json.loads, lines_of_file) if "loss/val" in row]
-    if not points:
+    losses = validation_losses(metrics_file)
+    if not losses:
         return "    no validation losses in metrics.jsonl"
-    points = points[:: max(1, -(-len(points) // rows))] + points[-1:]
-    losses = [row["loss/val"] for row in points if _is_finite(row["loss/val"])]
-    low, high = min(losses, default=0.0), max(losses, default=0.0)
+    steps = list(losses)
+    shown = dict.fromkeys([*steps[:: max(1, -(-len(steps) // rows))], steps[-1]])
+    finite = [loss for step in shown if (loss := losses[step]) is not None and math.isfinite(loss)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
     lines, block = [], if_encodable("█", "#")
-    for step, loss in {row["step"]: row["loss/val"] for row in points}.items():
-        if _is_finite(loss):
+    for step in shown:
+        loss = losses[step]
+        if loss is not None and math.isfinite(loss):
             bar = block * (1 + round((width - 1) * (loss - low) / (high - low or 1.0)))
             lines.append(f"  {step:>8} {loss:8.4f} {bar}")
         else:
             lines.append(f"  {step:>8} not finite")
     return "    step loss/val\n" + "\n".join(lines)
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _append(metrics_file: Path, row: dict[str, Any]) -> None:

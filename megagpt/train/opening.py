@@ -5,6 +5,7 @@ from typing import Any
 
 from megagpt.checkpoint.identity import changed_keys, described
 from megagpt.model.generate import changed_prompts
+from megagpt.terminal import counted
 from megagpt.train.evaluate import lost_text, token_counts, unknown_share
 from megagpt.train.lr_schedule import jump_of_rate
 from megagpt.train.preflight import RunSetup
@@ -15,10 +16,12 @@ def opening(setup: RunSetup, effective: dict[str, Any]) -> list[str]:
     cfg, batch = setup.run.megagpt, setup.batch
     tokens = [f"{dataset.variants('train')[0].tokens:,}" for dataset in setup.training_set.datasets]
     lines = [
-        f"{cfg.out_dir}: {cfg.model.n_layer} layers, {cfg.model.n_embd} wide, vocabulary {setup.data.vocab_size:,}; "
+        f"{cfg.out_dir}: {counted(cfg.model.n_layer, 'layer')}, {cfg.model.n_embd} wide, "
+        f"vocabulary {setup.data.vocab_size:,}; "
         f"{' + '.join(tokens)} training tokens; global batch {batch.global_batch} = micro-batch {batch.micro_batch} "
-        f"x accumulation {batch.accumulation} x {batch.replicas} "
-        + ("ranks" if batch.sequence_parallel_size == 1 else f"groups of {batch.sequence_parallel_size} ranks")
+        f"x accumulation {batch.accumulation} x "
+        + counted(batch.replicas, "rank" if batch.sequence_parallel_size == 1 else "group")
+        + ("" if batch.sequence_parallel_size == 1 else f" of {batch.sequence_parallel_size} ranks")
     ]
     lines += setup.training_set.packing()
     lines += _what_the_tokenizer_loses(setup)

@@ -1,6 +1,6 @@
 """Check everything that can be checked before a GPU is used: run file against ranks, data, tokenizer, checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megagpt.checkpoint.commit import Saved
 from megagpt.checkpoint.identity import Identity, check_identity, identity_of
@@ -19,6 +19,7 @@ from megagpt.data.training_set import TrainingSet
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import world_size
 from megagpt.distributed.rendezvous import check_equal_on_ranks
+from megagpt.train.early_stopping import at_resume
 from megagpt.train_state import TrainState
 
 
@@ -47,7 +48,11 @@ class RunSetup:
 
     @property
     def state(self) -> TrainState:
-        return self.saved.state if self.saved else TrainState()
+        """The state to resume from, or that of step 0."""
+        if self.saved is None:
+            return TrainState()
+        state = self.saved.state
+        return replace(state, stopper=at_resume(state.stopper, self.run.megagpt.early_stopping))
 
 
 def prepare(run: RunConfig, *, fresh: bool) -> RunSetup:

@@ -36,7 +36,7 @@ from megagpt.guards.step_window import StepWindow
 from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
 from megagpt.model.generate import complete
-from megagpt.train.early_stopping import after_evaluation
+from megagpt.train.early_stopping import after_evaluation, at_resume
 from megagpt.train.evaluate import evaluate
 from megagpt.train.metrics import Stopwatch, log_metrics, speed
 from megagpt.train.monitor import Monitor, print_ending
@@ -178,7 +178,8 @@ class Session:
         self.rolled_back.append(saved.state.step)
         data = self.setup.training_set.jumped(step=saved.state.step, sample=state.samples_seen)
         health = replace(saved.state.health, spikes=state.health.spikes)
-        back = replace(saved.state, samples_seen=state.samples_seen, health=health)
+        stopper = at_resume(saved.state.stopper, self.cfg.early_stopping)
+        back = replace(saved.state, samples_seen=state.samples_seen, health=health, stopper=stopper)
         print_rank0(
             f"rolled back from step {state.step} to {saved.step_dir}; samples {saved.state.samples_seen:,} to "
             f"{state.samples_seen - 1:,} are skipped"

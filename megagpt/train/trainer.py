@@ -14,7 +14,7 @@ from megagpt.guards.step_window import StepResult, StepWindow
 from megagpt.guards.weight_check import compare_weights
 from megagpt.model.loss import kept_share, next_token_score
 from megagpt.train.lr_schedule import lr_factor
-from megagpt.train.monitor import print_ending
+from megagpt.train.monitor import print_nothing_left
 from megagpt.train.preemption import Preemption
 from megagpt.train.preflight import prepare
 from megagpt.train.session import Session
@@ -41,7 +41,7 @@ def train(
         if fresh:
             lock.archive_run(*(dataset.path for dataset in (*setup.data.train, setup.data.val)))
         if setup.state.finished(run.megagpt.schedule.max_steps):
-            print_ending(run.megagpt, setup.state)
+            print_nothing_left(run.megagpt, setup.state)
             return setup.state
         with recorded_start(run, setup.state.step):
             session = Session(setup, device, launcher_alive=preemption.launcher_alive, before_save=lock.check)
