@@ -38,7 +38,8 @@ demo: .venv/runtime data/demo/manifest.json
 	megagpt generate runs/demo --prompt "def " --prompt "import " --max-tokens 100
 	@printf '%s\n' "" "Next, your own text, a folder of files, after 'source .venv/bin/activate':" \
 	    "  python -m data_tools build --input my_texts/ --out data/mine vocab_size=2048 val_fraction=0.05" \
-	    "  megagpt train ds_configs/my_text.json" \
+	    "  megagpt init data/mine --hours 0.2   # writes mine.jsonc: a run file for this data and machine, for 12 minutes" \
+	    "  megagpt train mine.jsonc" \
 	    "  megagpt generate runs/mine --prompt 'The '" \
 	    "  tensorboard --logdir runs        # the curves, also of this demo, at http://localhost:6006" ""
 

@@ -10,6 +10,7 @@ from megagpt.terminal import exit_code_of
 
 # Command -> its module below megagpt.cli, and its function.
 COMMANDS = {
+    "init": ("init", "run"),
     "train": ("pretrain", "run"),
     "generate": ("generate", "run"),
     "evaluate": ("evaluate", "run"),

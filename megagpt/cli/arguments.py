@@ -52,6 +52,18 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def _before_a_run(commands: Any) -> None:
+    init = commands.add_parser(
+        "init",
+        help="write a run file for a dataset and this machine: size, batch and steps, each with its reason",
+        epilog="example: megagpt init data/mine --hours 2, then: megagpt train mine.jsonc",
+    )
+    init.add_argument("data", type=user_path, metavar="DATA", help="a dataset made by data_tools")
+    init.add_argument("--out", type=user_path, metavar="RUN.jsonc", help="the file to write; default: DATA's name")
+    machine = init.add_mutually_exclusive_group()
+    machine.add_argument("--gpu", metavar="NAME", help="H200, A100 40GB, ...; default: this machine's, else its CPU")
+    machine.add_argument("--cpu", action="store_true", help="train on the CPU, also where there is a GPU")
+    init.add_argument("--hours", type=decimal(0.001, 1e5), default=1.0, metavar="H", help="to train for; default: 1")
+
     plan = commands.add_parser(
         "plan",
         help="estimate the memory, time and traffic of a run file for every ZeRO stage, before anything is started",
