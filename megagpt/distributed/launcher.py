@@ -8,6 +8,7 @@ before it is loaded.
 import base64
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
@@ -70,6 +71,21 @@ def grace_warning(waited: float, wrote: float) -> str:
         "megagpt.time_limit_minutes, by Slurm's --signal=USR1@SECONDS or by SIGUSR1 to a rank, or lower "
         "megagpt.every.save"
     )
+
+
+def torchruns_agent() -> str:
+    """Return what tells the torchrun above this process from every other; empty without one.
+
+    It is the same in all attempts of a launch. TORCHELASTIC_RESTART_COUNT is no substitute: it stays 0 on a host that
+    only follows another host's restart.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    # torchrun makes a folder of a random name for each launch, and passes on FOLDER/attempt_1/0/error.json.
+    error_file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
+    attempt = error_file.parent.parent
+    launch = str(attempt.parent) if attempt.name.startswith("attempt_") else f"process {os.getppid()}"
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} on {socket.gethostname()}: {launch}"
 
 
 def hosts_of_ranks() -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from megagpt.atomic_files import write_atomically
 from megagpt.config.run_file import RunConfig
-from megagpt.distributed.collectives import broadcast_object, errors_on_every_rank
+from megagpt.distributed.collectives import broadcast_object, errors_on_every_rank, gather_objects
+from megagpt.distributed.launcher import torchruns_agent
 from megagpt.distributed.process_group import is_main
 from megagpt.errors import UserError, writing_to
 from megagpt.file_lock import LOCK
@@ -27,9 +28,10 @@ def recorded_start(run: RunConfig, saved_step: int) -> Iterator[None]:
     is killed between saves may be restarted as long as it sometimes comes further. A changed run file resets the count.
     Collective; raises UserError at the third restart in a row without progress, before any weights are loaded.
     """
+    agents = _agents()
     with errors_on_every_rank():
         if is_main():
-            _count(run, saved_step)
+            _count(run, saved_step, agents)
     try:
         yield
     except UserError:
@@ -38,13 +40,22 @@ def recorded_start(run: RunConfig, saved_step: int) -> Iterator[None]:
 
 
 def is_requeued_start(out_dir: Path) -> bool:
-    """Tell whether Slurm restarted the job that began the run in out_dir: `--fresh` must not begin it twice.
+    """Tell whether Slurm or torchrun restarted what began the run in out_dir: `--fresh` must not begin it twice.
 
     Collective.
     """
-    seen_here = _read(out_dir / "starts.json")
-    record = broadcast_object(seen_here)
-    return record is not None and "SLURM_RESTART_COUNT" in os.environ and record["job"] == os.environ["SLURM_JOB_ID"]
+    record, agents = _read(out_dir / "starts.json"), _agents()
+    if record is None:
+        return broadcast_object(False)
+    job = os.environ.get("SLURM_JOB_ID")
+    requeued = "SLURM_RESTART_COUNT" in os.environ and job is not None and record["job"] == job
+    # A host may have been replaced since: one of them is enough.
+    return broadcast_object(requeued or not set(agents).isdisjoint(record["agents"]))
+
+
+def _agents() -> list[str]:
+    """Return the torchruns that started the ranks, one on each host; none with another launcher. Collective."""
+    return sorted(set(gather_objects(torchruns_agent())) - {""})
 
 
 def _undo(run: RunConfig) -> None:
@@ -54,7 +65,7 @@ def _undo(run: RunConfig) -> None:
         (out_dir / "starts.json").unlink()
 
 
-def _count(run: RunConfig, saved_step: int) -> None:
+def _count(run: RunConfig, saved_step: int, agents: list[str]) -> None:
     out_dir = run.megagpt.out_dir
     file = out_dir / "starts.json"
     digest = hashlib.sha256(json.dumps(run.as_json(), sort_keys=True).encode()).hexdigest()
@@ -66,7 +77,8 @@ def _count(run: RunConfig, saved_step: int) -> None:
         without_progress, reached = before["in_vain"] + 1, before["reached"]
     with writing_to(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
-        record = {"run": digest, "reached": reached, "in_vain": without_progress, "job": os.environ.get("SLURM_JOB_ID")}
+        record = {"run": digest, "reached": reached, "in_vain": without_progress}
+        record |= {"job": os.environ.get("SLURM_JOB_ID"), "agents": agents}
         write_atomically(file, json.dumps(record).encode())
     if without_progress >= MAX_WITHOUT_PROGRESS:
         raise UserError(
@@ -87,7 +99,7 @@ def last_logged(metrics_file: Path) -> int:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        record: dict[str, Any] = json.loads(file.read_bytes())
+        record: dict[str, Any] = {"agents": []} | json.loads(file.read_bytes())  # older versions recorded no agents
         return record if {"run", "reached", "in_vain", "job"} <= record.keys() else None
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, TypeError):
         return None

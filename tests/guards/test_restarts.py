@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support import DEBUG_RUN, debug_run, overrides
+from support import DEBUG_RUN, debug_run, overrides, read_json
 
 from megagpt.cli.pretrain import pretrain
 from megagpt.errors import UserError
@@ -90,12 +90,18 @@ def test_a_crash_loop_ends_with_2(dataset, device, tmp_path, monkeypatch, capsys
     assert "the last 3 starts" in capsys.readouterr().err
 
 
-def test_a_requeued_job_that_was_told_to_start_fresh_does_so_once(dataset, device, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def pretrain_fresh(dataset, device, tmp_path, capsys):
     def pretrain_fresh(steps: int) -> str:
         options = ["--fresh", f"megagpt.schedule.max_steps={steps}", "megagpt.schedule.warmup_steps=0"]
         assert pretrain(["--deepspeed_config", str(DEBUG_RUN), *options, *overrides(dataset, tmp_path / "run")]) == 0
         return capsys.readouterr().out
 
+    return pretrain_fresh
+
+
+def test_a_requeued_job_that_was_told_to_start_fresh_does_so_once(pretrain_fresh, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     pretrain_fresh(2)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -105,3 +111,28 @@ def test_a_requeued_job_that_was_told_to_start_fresh_does_so_once(dataset, devic
     assert "starting at step 0" in pretrain_fresh(3)
     monkeypatch.delenv("SLURM_RESTART_COUNT")  # by hand, in a job that somebody holds
     assert "starting at step 0" in pretrain_fresh(4)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # left over
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert "starting at step 0" in pretrain_fresh(3)
+    assert "starting at step 0" in pretrain_fresh(4)  # no job began it, which is not the same as this one
+
+
+def test_a_launch_of_torchrun_that_was_told_to_start_fresh_does_so_once(pretrain_fresh, tmp_path, monkeypatch):
+    def attempt(launch: str, n: int) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")  # also of a host that follows another one's restart
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/tmp/torchelastic_x/none_{launch}/attempt_{n}/0/error.json")
+
+    attempt("a", 0)
+    assert "starting at step 0" in pretrain_fresh(2)
+    attempt("a", 1)
+    assert "resuming from" in pretrain_fresh(3)
+    attempt("b", 0)
+    assert "starting at step 0" in pretrain_fresh(2)
+    record = read_json(tmp_path / "run" / "starts.json")
+    del record["agents"]  # an older version
+    (tmp_path / "run" / "starts.json").write_text(json.dumps(record))
+    assert "starting at step 0" in pretrain_fresh(3)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # by hand
+    assert "starting at step 0" in pretrain_fresh(2)
+    assert "starting at step 0" in pretrain_fresh(3)
