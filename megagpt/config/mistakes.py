@@ -1,6 +1,7 @@
 """Phrase what pydantic found wrong: the key as it is typed, the value seen, and the nearest right key."""
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from megagpt.options import LARGEST
 
+IN_QUOTES = "{}={} is in quotes; write it without them"
 LONGEST_VALUE = 100  # characters of a value that a message quotes
 
 
@@ -45,6 +47,8 @@ def mistakes(
             # Aliases of an enum repeat its values.
             allowed = ", ".join(dict.fromkeys(detail["ctx"]["expected"].replace(" or ", ", ").split(", ")))
             yield dotted, f"{dotted}={as_written(detail['input'])} is none of {allowed}"
+        elif detail["type"] == "quoted":
+            yield dotted, IN_QUOTES.format(dotted, as_written(detail["input"]))
         elif detail["type"] in IS_NOT:
             yield dotted, f"{dotted}={as_written(detail['input'])} is not {IS_NOT[detail['type']]}"
         else:
@@ -58,6 +62,7 @@ IS_NOT = {
     "path_type": "a path",
     "string_type": "a text",
     "not_a_number": "a number",
+    "int_from_float": "a whole number",
     "int_parsing_size": f"a number within {LARGEST}",
     "bool_parsing": "true or false",
     "bool_type": "true or false",
@@ -67,6 +72,16 @@ IS_NOT = {
 def as_written(value: Any) -> str:
     """Format a value as JSON, but text in single quotes, as in our other messages; of a long one, its ends."""
     return shortened(repr(value) if isinstance(value, str) else json.dumps(value, default=str))
+
+
+def is_quoted(value: Any) -> bool:
+    """Tell whether a value is a text that would be a number, true or false without its quotes."""
+    if not isinstance(value, str):
+        return False
+    try:
+        return value in ("true", "false") or math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def shortened(text: str) -> str:

@@ -11,14 +11,14 @@ import json5
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from megagpt.config.mistakes import as_written, kinds_of, shortened
+from megagpt.config.mistakes import as_written, is_quoted, kinds_of, shortened
 from megagpt.errors import UserError
 from megagpt.options import LARGEST
 from megagpt.user_paths import local_path
 
 
 class Checked(BaseModel):
-    """A frozen model that takes neither true and false for numbers, nor an empty text for a path."""
+    """A frozen model that takes neither true, false or text for numbers, nor an empty text for a path."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -29,6 +29,11 @@ class Checked(BaseModel):
         values = value if isinstance(value, list | tuple) else [value]
         if not kinds.isdisjoint({int, float}) and bool not in kinds and any(isinstance(v, bool) for v in values):
             raise PydanticCustomError("not_a_number", "is not a number")
+        texts = [v for v in values if isinstance(v, str)] if str not in kinds else []
+        if texts and not kinds.isdisjoint({int, float, bool}):
+            # pydantic would take a number, true or false in quotes
+            right = "not_a_number" if bool not in kinds else "bool_type"
+            raise PydanticCustomError("quoted" if is_quoted(texts[0]) else right, "is a text")
         if Path in kinds and (value == "" or "\0" in str(value)):
             raise PydanticCustomError("path_type", "is not a path")
         return value
@@ -138,6 +143,9 @@ HOOKS: dict[str, Any] = {
     "parse_int": _within_64_bits,
 }
 # The messages of json5, whose columns count from 1.
+# What people type on a command line that is not JSON.
+BARE = {"True": True, "False": False, "None": None}
+NUMBER = re.compile(r"[+-]?(?:\d+\.|\d*\.\d+|[1-9]\d*)(?:[eE][+-]?\d+)?")  # 1., .5, +3e-4
 JSON5_ERROR = re.compile(r"<string>:(\d+) (.*) at column (\d+)", re.DOTALL)
 
 
@@ -152,7 +160,9 @@ def _override(raw: dict[str, Any], item: str) -> None:
     except UserError as error:
         raise UserError(f"override {as_written(item)}: {error}") from None
     except (ValueError, RecursionError):
-        value = text
+        value = BARE.get(text, text)
+        if NUMBER.fullmatch(text):
+            value = float(text)
     *parents, leaf = dotted.split(".")
     node: Any = raw
     outer: list[str] = []

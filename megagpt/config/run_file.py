@@ -30,6 +30,8 @@ KEYS = (
     | typed_keys(DeepSpeedConfig)
     | {key for key, _ in dotted_items(DEEPSPEED_DEFAULTS)}
 )
+# Those of DeepSpeed's that have no default.
+REQUIRED = ("train_batch_size", "train_micro_batch_size_per_gpu", "optimizer.params.lr")
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,18 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
     # The run file is copied into run.json, checkpoints and TensorBoard.
     if "api_key" in _keys_of(raw, "comet"):
         raise UserError(f"{where}: comet.api_key is a secret; set COMET_API_KEY in the environment instead")
-    for dotted, value in leaves(raw).items():
-        if value == "auto" and not dotted.startswith(f"{SECTION}.sample."):
-            raise UserError(f'{where}: {dotted} is "auto"; write the number, because megagpt does not fill it in')
+    if found := "; ".join(auto_values(raw).values()):
+        raise UserError(f"{where}: {found}")
+
+
+def auto_values(raw: dict[str, Any]) -> dict[str, str]:
+    """Return a message for each key with the value "auto", which Hugging Face's Trainer fills in."""
+    return {
+        dotted: f'{dotted} is "auto"; write the number, because megagpt does not fill it in'
+        + ("" if dotted in REQUIRED else ", or remove the key for its default")
+        for dotted, value in leaves(raw).items()
+        if value == "auto" and not dotted.startswith(f"{SECTION}.sample.")
+    }
 
 
 def only_key(raw: dict[str, Any], key: str) -> str:

@@ -80,6 +80,9 @@ def build_engine(
             optimizer=partial(build_optimizer, ds=ds, device=device),
             config=config,
         )
+    # DeepSpeed's own events are numbered by samples; ours, which hold the same, by steps. W&B would drop an event with
+    # a lower number than the last one.
+    engine.monitor.enabled = False
     if ds.zero_optimization.stage == 0 and ds.dtype != "fp32":
         # DeepSpeed lets Adam take a step of zero gradients to allocate its moments: undo its step count and its decay.
         engine.basic_optimizer.state.clear()

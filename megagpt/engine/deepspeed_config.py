@@ -56,6 +56,12 @@ def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.dev
         "timers.throughput.enabled": False,  # else the device is synchronized at every forward and step
         "steps_per_print": None,  # our monitor prints
     }
+    if (run.deepspeed_raw.get("csv_monitor") or {}).get("enabled"):
+        # DeepSpeed's DeepSpeedJobName/ would be made in the working folder.
+        filled["csv_monitor.output_path"] = str(run.megagpt.out_dir)
+        filled["csv_monitor.job_name"] = "csv"
+    if (run.deepspeed_raw.get("comet") or {}).get("enabled"):
+        filled["comet.samples_log_interval"] = 1  # events are numbered by steps here
     if run.deepspeed.bf16.enabled:
         # A pass over all gradients, for DeepSpeed to skip a bad step: UpdateGate does that, but not with CPUAdam.
         filled["bf16.check_grad_overflow"] = on_host

@@ -19,9 +19,9 @@ from megagpt.config.batch import BatchPlan, batch_plan
 from megagpt.config.deepspeed import DeepSpeedConfig
 from megagpt.config.deepspeed_keys import REFUSED_KEYS
 from megagpt.config.extends import merged, read_run_files
-from megagpt.config.mistakes import as_written, mistakes, unknown_key
+from megagpt.config.mistakes import IN_QUOTES, as_written, is_quoted, mistakes, unknown_key
 from megagpt.config.parsing import dotted_items, overridden
-from megagpt.config.run_file import KEYS, SECTION, RunConfig, only_key, parse_run
+from megagpt.config.run_file import KEYS, SECTION, RunConfig, auto_values, only_key, parse_run
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.engine.activation_checkpointing import refuse_what_cannot_act
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
@@ -120,6 +120,8 @@ def _finding_of(error: UserError) -> Issue:
 
 def _all_errors(raw: dict[str, Any]) -> Iterator[Issue]:
     """Find all errors of DeepSpeed's part and of ours in a run file's object; parse_run stops at the first kind."""
+    for key, text in auto_values(raw).items():
+        yield Issue("error", key, text)
     ours = {key: value for key, value in raw.items() if key != SECTION}
     yield from _deepspeed_errors(ours)
     for model, given, section in ((DeepSpeedConfig, ours, ""), (MegaGPTConfig, raw.get(SECTION), SECTION)):
@@ -159,7 +161,8 @@ def _wrong_keys(section: str, given: dict[str, Any]) -> Iterator[Issue]:
         elif dotted in sections and isinstance(value, dict):
             yield from _wrong_keys(dotted, value)
         elif right := "a section {...}" if dotted in sections else _right_type(known[key], value):
-            yield Issue("error", dotted, f"{dotted}={as_written(value)} is not {right}")
+            text = f"{dotted}={as_written(value)} is not {right}"
+            yield Issue("error", dotted, IN_QUOTES.format(dotted, as_written(value)) if is_quoted(value) else text)
 
 
 def _right_type(default: Any, value: Any) -> str:

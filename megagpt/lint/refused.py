@@ -5,6 +5,7 @@ They would fail in the middle of a start, change numbers unseen, or blind the gu
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from megagpt.config.run_file import RunConfig
@@ -129,9 +130,17 @@ ERRORS = (
         lambda run, device: device == "nvme" and _stage(run) == 3 and not _has_nvme_path(run),
         "needs a folder on the NVMe; set nvme_path beside it",
     ),
+    *(
+        Refused(
+            f"{section}.enabled",
+            lambda run, on, package=package: on and find_spec(package) is None,  # type: ignore[misc]
+            f"needs the package {package}, which is not installed here; pip install {package}, or remove the section",
+        )
+        for section, package in {"wandb": "wandb", "comet": "comet_ml"}.items()
+    ),
     Refused(
         "steps_per_print",
-        lambda run, n: n is not None and n <= 0,
+        lambda run, n: n is not None and (not isinstance(n, int) or n <= 0),
         "is no number of steps; remove it, as megagpt prints the steps (megagpt.every.log)",
     ),
 )

@@ -20,7 +20,10 @@ def jump_of_rate(saved_run: Mapping[str, Any], step: int, peak: float, cfg: Sche
     None if the saved run file would have continued alike, or if the rate changes by less than half of it.
     `saved_run` is that file, of this or an older version.
     """
-    before, saved_peak = ScheduleConfig(**saved_run["megagpt"]["schedule"]), saved_run["optimizer"]["params"]["lr"]
+    before, saved_peak = (
+        ScheduleConfig(**saved_run["megagpt"]["schedule"]),
+        float(saved_run["optimizer"]["params"]["lr"]),
+    )
     was, planned = (saved_peak * lr_factor(n, before) for n in (step - 1, step))
     now = peak * lr_factor(step, cfg)
     if now == planned or was / 1.5 <= now <= was * 1.5:

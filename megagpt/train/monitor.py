@@ -72,8 +72,7 @@ class Monitor:
                 for name, value in metrics.items():
                     self._writer.add_scalar(name, value, state.step)
                 self._writer.flush()
-            # DeepSpeed numbers its events by samples, and W&B drops an event with a lower number than the last one
-            self._also([(name, value, state.samples_seen) for name, value in metrics.items()])
+            self._also([(name, value, state.step) for name, value in metrics.items()])
         shown = [f"{name} {_short(name, value)}" for name, value in metrics.items() if name in ON_THE_LINE]
         if waits_for:
             shown.append(f"waits for {', '.join(waits_for)}")

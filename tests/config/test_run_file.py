@@ -11,6 +11,7 @@ from megagpt.config.deepspeed import DeepSpeedConfig
 from megagpt.config.deepspeed_keys import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS
 from megagpt.config.run_file import load_run_config, parse_run, run_schema
 from megagpt.errors import UserError
+from megagpt.lint.linter import lint_file
 
 
 @pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.name)
@@ -241,3 +242,44 @@ def test_heads_and_positions_are_shared_evenly(key, value, way_out):
     heads = ["megagpt.model.n_embd=48", "megagpt.model.n_head=8", "megagpt.model.seq_len=64"]
     with pytest.raises(UserError, match=rf"size=4 does not divide megagpt.{key}={value}, .* set it to {way_out}, or"):
         parse_run(GOOD, [*heads, "sequence_parallel_size=4", f"megagpt.{key}={value}"])
+
+
+QUOTED = [
+    *('optimizer.params.lr="1e-3"', 'megagpt.schedule.max_steps="200"', 'megagpt.every.log="5"'),
+    *('optimizer.params.betas=["0.9","0.95"]', 'zero_optimization.stage="1"', 'fp16.loss_scale="0"'),
+    *('megagpt.compile="true"', 'bf16.enabled="true"', 'aio.block_size="1"', 'megagpt.data.val_tokens="8"'),
+]
+
+
+@pytest.mark.parametrize("item", QUOTED)
+def test_a_number_in_quotes_is_refused_by_lint_and_without_quotes_it_is_taken(tmp_path, item):
+    (tmp_path / "run.json").write_text(json.dumps(GOOD))
+    [issue] = [issue for issue in lint_file(tmp_path / "run.json", [item]) if issue.level == "error"]
+    key, _, text = item.partition("=")
+    assert issue.text.startswith(f"{key}=")
+    assert issue.text.endswith(" is in quotes; write it without them")
+    assert not [
+        issue
+        for issue in lint_file(tmp_path / "run.json", [f"{key}={text.replace(chr(34), '')}"])
+        if "quotes" in issue.text
+    ]
+
+
+def test_numbers_that_json_lacks_are_read_on_a_command_line():
+    run = parse_run(GOOD, ["optimizer.params.lr=.5", "megagpt.regularization.z_loss=1.", "megagpt.compile=False"])
+    assert run.deepspeed.optimizer.params.lr == run.deepspeed_raw["optimizer"]["params"]["lr"] == 0.5
+    assert (run.megagpt.regularization.z_loss, run.megagpt.compile) == (1.0, False)
+    assert parse_run(GOOD, ["tensorboard.job_name=007"]).deepspeed.tensorboard.job_name == "007"
+
+
+def test_auto_is_answered_by_lint_as_by_training(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(GOOD))
+    for key in ("train_micro_batch_size_per_gpu", "gradient_clipping", "bf16.enabled", "optimizer.params.lr"):
+        [issue] = lint_file(tmp_path / "run.json", [f"{key}=auto"])
+        with pytest.raises(UserError) as caught:
+            parse_run(GOOD, [f"{key}=auto"])
+        assert str(caught.value) == f"run file: {issue.text}"
+        assert issue.text.startswith(f'{key} is "auto"; write the number')
+        assert issue.text.endswith("or remove the key for its default") == (
+            key in ("gradient_clipping", "bf16.enabled")
+        )

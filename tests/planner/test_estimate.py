@@ -162,7 +162,7 @@ def test_a_key_without_effect_is_a_warning_before_the_plan(capsys):
         (["--ranks", "7"], "train_batch_size=512 is not a multiple of"),
         (
             ["zero_optimization.stage3_prefetch_bucket_size=large"],
-            "prefetch_bucket_size='large': Input should be a valid",
+            "prefetch_bucket_size='large' is not a number",
         ),
         (["zero_optimization.reduce_bucket_size=auto"], 'reduce_bucket_size is "auto"; write the number'),
     ],

@@ -107,7 +107,7 @@ def test_other_writers_get_the_same_numbers(dataset, tmp_path):
     events = []
     monitor = Monitor(debug_run(dataset, tmp_path, "tensorboard.enabled=false"), TrainState(), also=events.extend)
     monitor.log(TrainState(step=3, samples_seen=24, tokens_seen=9), {"loss/train": 1.5, "lr": 0.1})
-    assert events == [("loss/train", 1.5, 24), ("lr", 0.1, 24)]  # counted in samples, as DeepSpeed's own are
+    assert events == [("loss/train", 1.5, 3), ("lr", 0.1, 3)]  # counted in steps
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert row == {"step": 3, "tokens_seen": 9, "loss/train": 1.5, "lr": 0.1}
 
@@ -157,3 +157,15 @@ def test_a_disk_that_takes_no_more_costs_numbers_and_not_the_run(dataset, tmp_pa
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(metric(tmp_path, "loss/train")) == [1, 4]
     assert capsys.readouterr().out.count("metrics cannot be written (") == 1
+
+
+def test_csv_files_are_in_the_runs_folder_and_count_steps(dataset, device, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    options = ["csv_monitor.enabled=true", 'megagpt.schedule={"max_steps": 2}', "megagpt.data.val_tokens=128"]
+    train(debug_run(dataset, tmp_path / "run", *options, "megagpt.every.sample=0"), device)
+    assert not list((tmp_path / "here").iterdir())
+    rows = (tmp_path / "run" / "csv" / "loss_train.csv").read_text().split()
+    assert [row.partition(",")[0] for row in rows] == ["step", "1", "2"]
+    assert [float(row.partition(",")[2]) for row in rows[1:]] == list(metric(tmp_path / "run", "loss/train").values())
+    assert not list((tmp_path / "run" / "csv").glob("Train*"))  # DeepSpeed's own events, by samples
