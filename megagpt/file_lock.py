@@ -74,6 +74,8 @@ class FileLock:
         """Unlock the file, and leave it empty."""
         if self._file is not None:
             self._file.truncate(0)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(self._file, fcntl.LOCK_UN)  # also for a forked process that has not closed it yet
             self._close()
 
     def _close(self) -> None:

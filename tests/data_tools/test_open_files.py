@@ -23,12 +23,12 @@ from data_tools.readers.input_file import InputFile
 from data_tools.readers.open_file import open_bytes
 from data_tools.readers.work_units import MIN_UNIT_BYTES, cut_into_units
 from megagpt import open_files
-from megagpt.cli.exit_codes import exit_code_of
 from megagpt.data import dataset as dataset_module
 from megagpt.data.dataset import open_dataset
 from megagpt.data.provenance import origins
 from megagpt.data.shard_format import map_file
 from megagpt.errors import UserError, limit_reached, writing_to
+from megagpt.terminal import exit_code_of
 
 NAMED = r"^too many open files: the limit is \d+ \(`ulimit -n`\); run `ulimit -n \d+` and start again$"
 

@@ -27,10 +27,12 @@ def needs(program: str) -> pytest.MarkDecorator:
 def two_processes(dataset, out_dir, *launcher: str, **variables: str) -> subprocess.CompletedProcess[str]:
     run = ["--deepspeed_config", DEBUG_RUN, *overrides(dataset, out_dir, "megagpt.schedule.max_steps=4")]
     command = [*launcher, "-n", "2", sys.executable, ROOT / "launch" / "pretrain.py", *run]
+    # Open MPI itself ends by a segmentation fault for a user who has neither HOME nor an entry in /etc/passwd.
+    home = {"HOME": os.environ.get("HOME", str(out_dir.parent))}
     return subprocess.run(
         list(map(str, command)),
         cwd=ROOT,
-        env=environment() | AS_ROOT | variables,
+        env=environment() | home | AS_ROOT | variables,
         capture_output=True,
         text=True,
         timeout=300,

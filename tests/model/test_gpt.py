@@ -128,7 +128,7 @@ def test_dropout_touches_embeddings_attention_and_residuals(monkeypatch):
 
 
 def test_too_many_positions_are_refused_with_both_numbers():
-    with pytest.raises(ValueError, match="position 17 does not fit the model's seq_len=16"):
+    with pytest.raises(ValueError, match="position 17 does not fit the model's 16 positions"):
         build()(some_tokens(1, 17))
 
 
