@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 
+from megagpt.config.mistakes import shortened
 from megagpt.config.run_file import SECTION
 from megagpt.data.manifest import BUILD_DIR, MANIFEST, Manifest, Split, read_manifest
 from megagpt.data.tokenizer import padded_vocab_size
@@ -65,7 +66,12 @@ def _check_free(out: Path) -> None:
 
 def _data(path: Path) -> Data:
     """Read what is needed of the dataset. Raises UserError if it is none, or has no training or validation split."""
-    if path.exists() and not any((path / name).exists() for name in (MANIFEST, BUILD_DIR)):
+    if path.exists() and not _is_dataset(path):
+        below = sorted(path.iterdir()) if path.is_dir() else []
+        if near := [str(other) for other in (*below, *path.parents) if _is_dataset(other)]:
+            raise UserError(
+                f"{path} is not a dataset, but {shortened(', '.join(near))} is; give `megagpt init {near[0]}`"
+            )
         raise UserError(
             f"{path} is not a dataset; build one from it with `python -m data_tools build --input {path} "
             "--out data/mine`, then `megagpt init data/mine`"
@@ -73,6 +79,10 @@ def _data(path: Path) -> Data:
     manifest = read_manifest(path)
     train, val = _tokens(path, manifest, "train"), _tokens(path, manifest, "val")
     return Data(str(path), train, val, padded_vocab_size(manifest.tokenizer.vocab_size))
+
+
+def _is_dataset(path: Path) -> bool:
+    return any((path / name).exists() for name in (MANIFEST, BUILD_DIR))
 
 
 def _tokens(path: Path, manifest: Manifest, split: Split) -> int:

@@ -167,8 +167,7 @@ def choose(data: Data, on: Machine, dtype: str, hours: float) -> tuple[Choice, C
         return candidates[best], candidates[best + 1] if best + 1 < len(candidates) else None
     smallest = candidates[0]
     affordable = int(hours * 3600 / smallest.estimate.seconds)
-    steps = max(1, min(smallest.steps, affordable))
-    return replace(smallest, steps=steps), candidates[1]
+    return replace(smallest, steps=_even(min(smallest.steps, affordable))), candidates[1]
 
 
 def _candidates(data: Data, on: Machine, dtype: str, hours: float) -> Iterator[Choice]:
@@ -177,9 +176,14 @@ def _candidates(data: Data, on: Machine, dtype: str, hours: float) -> Iterator[C
         wanted = TOKENS_PER_PARAMETER * params
         tokens = min(wanted, EPOCHS * data.train_tokens)
         batch = _batch(tokens, shape.seq_len)
-        choice = Choice(shape, data, on, dtype, params, batch, 1, max(1, tokens // (batch * shape.seq_len)))
+        choice = Choice(shape, data, on, dtype, params, batch, 1, _even(tokens // (batch * shape.seq_len)))
         choice = replace(choice, micro_batch=_micro_batch(choice))
         yield replace(choice, against=_against(choice, wanted, hours))
+
+
+def _even(steps: int) -> int:
+    """Round down to a multiple of 20, so that the end is the last of ten evaluations and of four saves."""
+    return max(1, steps - steps % 20 if steps >= 20 else steps)
 
 
 def _batch(tokens: int, seq_len: int) -> int:

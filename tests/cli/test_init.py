@@ -66,6 +66,9 @@ def test_an_existing_file_is_not_overwritten(dataset, tmp_path, capsys):
         (["DATASET", "--gpu", "3060"], "--gpu '3060' is not known; known are B200"),
         (["data", "--out", "no/run.json"], "there is no folder no; make it"),
         (["data", "--out", "texts"], "run file texts exists"),
+        (["data/train"], "data/train is not a dataset, but data is; give `megagpt init data`"),
+        (["data/manifest.json"], "data/manifest.json is not a dataset, but data is; give"),
+        (["."], ". is not a dataset, but data is; give `megagpt init data`"),
         (["data"], "data has no documents in its 'val' split; build it again with another val_fraction"),
     ],
 )

@@ -61,6 +61,9 @@ def test_every_choice_keeps_to_its_limits_and_lint_has_nothing_to_say(data, on, 
     assert choice.shape.seq_len < min(data.train_tokens, data.val_tokens)
     assert refused is None or refused.params > choice.params
     assert choice.shape == SHAPES[0] or not choice.against
+    # The end is one of the evaluations and saves, and none comes right before it.
+    every = run.megagpt.every
+    assert choice.steps < 20 or (choice.steps / every.eval, choice.steps / every.save) == (10, 4)
     # What an evaluation reads is there, in whole windows.
     val_tokens = choice.as_raw("runs/x")[SECTION]["data"]["val_tokens"]
     assert val_tokens is None or (val_tokens < data.val_tokens and val_tokens % choice.shape.seq_len == 0)
