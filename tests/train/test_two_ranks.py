@@ -167,8 +167,9 @@ def test_the_cpu_is_taken_where_deepspeed_is_told_to(monkeypatch):
     """On a machine with one GPU, where a second rank would find none."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    second = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (second | {"DS_ACCELERATOR": "cpu"}).items():
+        monkeypatch.setenv(name, value)
     assert own_device() == torch.device("cpu")
     monkeypatch.delenv("DS_ACCELERATOR")
     with pytest.raises(OwnRankError, match=r"2 ranks need 2 GPUs, but .* shows 1"):
