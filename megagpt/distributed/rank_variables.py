@@ -85,14 +85,15 @@ def join_launch() -> Place:
 def read_place(environment: Mapping[str, str]) -> Place:
     """Return the place that the variables tell. Raises OwnRankError if they are half set, or contradict each other."""
     given = _given(environment)
-    started = _numbered_by_launcher(given)
     if "RANK" not in given and given.get("WORLD_SIZE", "1") == "1":
+        started = _numbered_by_launcher(given)
         if not started.launcher:
             _refuse_torchruns_settings(given)
         return started if started.world_size > 1 else Place()
     place = _numbered_by_torch(given)
     if place.launcher:
         return place
+    started = _numbered_by_launcher(given)
     _refuse_torchruns_settings(given)
     if place.world_size < started.world_size or (
         place.world_size == started.world_size > 1 and place.rank != started.rank
@@ -141,17 +142,22 @@ def _numbered_by_launcher(given: Mapping[str, str]) -> Place:
     They may stand above each other: mpirun starts its daemons by srun, one for each host. The one that started most
     processes is the nearest.
     """
+    srun = OTHER_LAUNCHERS[0]
+    by_srun = srun.rank in given and srun.size in given
     places = [
         Place(
             _number(given, other.rank),
-            _number(given, other.size, at_least=1),
-            _number(given, other.local_rank),
+            size := _number(given, other.size, at_least=1),
+            _local_rank(given, other, size),
             # srun writes "4(x2)" for four on each of two hosts.
             int((re.match(r"[1-9]\d*", given.get(other.local_size, "")) or "1")[0]),
             other.name,
         )
         for other in OTHER_LAUNCHERS
-        if other.rank in given and other.size in given
+        if other.rank in given
+        and other.size in given
+        # `srun --mpi=pmi2` sets PMI_RANK and PMI_SIZE beside its own variables, but not MPI_LOCALRANKID.
+        and not (by_srun and other.local_rank not in given and other is not srun)
     ]
     if "PMIX_RANK" in given and "RANK" not in given and not any(other.size in given for other in OTHER_LAUNCHERS):
         raise OwnRankError(
@@ -159,6 +165,19 @@ def _numbered_by_launcher(given: Mapping[str, str]) -> Place:
             "are; use mpirun, srun, torchrun or deepspeed, or `unset PMIX_RANK` to train on one rank"
         )
     return max(places, key=lambda place: place.world_size, default=Place())
+
+
+def _local_rank(given: Mapping[str, str], launcher: Launcher, size: int) -> int:
+    for name in (launcher.local_rank, "LOCAL_RANK"):
+        if name in given:
+            return _number(given, name)
+    if size == 1 or "RANK" in given:  # the latter are numbered by a person
+        return 0
+    raise OwnRankError(
+        f"{launcher.rank}={given[launcher.rank][:40]} {launcher.size}={size} are set without {launcher.local_rank}; "
+        "set LOCAL_RANK to this process's number on its host, or "
+        f"`unset {launcher.rank} {launcher.size}` to train on one rank"
+    )
 
 
 def _numbered_by_torch(given: Mapping[str, str]) -> Place:

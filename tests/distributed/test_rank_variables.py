@@ -22,7 +22,8 @@ OPEN_MPI = {
     "PMIX_RANK": "1",
 }
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
-PMI2_OF_A_SHELL = {"PMI_RANK": "0", "PMI_SIZE": "1", "MPI_LOCALRANKID": "0"}
+PMI2_OF_SRUN = {"PMI_RANK": "1", "PMI_SIZE": "2"}  # Slurm's plugin mpi/pmi2 sets no local rank
+PMI2_OF_A_SHELL = {"PMI_RANK": "0", "PMI_SIZE": "1"}
 DAEMON_BY_SRUN = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}
 ADDRESS = {"MASTER_ADDR": "h1", "MASTER_PORT": "29500"}
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "2", **ADDRESS}
@@ -45,7 +46,16 @@ DEEPSPEED = BY_HAND | {"LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "0", 
         (DEEPSPEED, Place(1, 2, 1, 2, "deepspeed")),
         (SRUN, Place(1, 2, 1, 2, "srun")),
         (TWO_HOSTS, Place(1, 2, 0, 1, "srun")),
+        (SRUN | PMI2_OF_SRUN, Place(1, 2, 1, 2, "srun")),
+        (SRUN | PMI2_OF_SRUN | BY_HAND, Place(1, 2, 1, 2, "srun")),
+        (TWO_HOSTS | PMI2_OF_SRUN | TORCHRUN, Place(1, 2, 1, 2, "torchrun")),
+        (PMI2_OF_SRUN | TORCHRUN, Place(1, 2, 1, 2, "torchrun")),
         (SRUN | PMI2_OF_A_SHELL, Place(1, 2, 1, 2, "srun")),
+        (INTERACTIVE_STEP | PMI2_OF_A_SHELL, Place()),
+        (PMI2_OF_A_SHELL, Place()),
+        (PMI2_OF_SRUN | {"LOCAL_RANK": "1"}, Place(1, 2, 1, 1, "mpiexec")),
+        (PMI2_OF_SRUN | BY_HAND, Place(1, 2, 0, 1, "mpiexec")),
+        (SRUN | MPICH | {"PMI_SIZE": "4"}, Place(1, 4, 1, 2, "mpiexec")),
         (SALLOC, Place()),
         (BATCH_SCRIPT, Place()),
         (INTERACTIVE_STEP, Place()),
@@ -75,7 +85,8 @@ def test_each_launcher_tells_a_process_its_place(environment, place):
         (OPEN_MPI | {"RANK": "0", "WORLD_SIZE": "1"}, "WORLD_SIZE=1, but mpirun started this process as rank 1 of 2"),
         (SRUN | {"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0 WORLD_SIZE=2, but srun started this process as rank 1 of 2"),
         ({"PMIX_RANK": "1"}, "PMIX_RANK=1: a launcher started this process that does not tell how many"),
-        (MPICH | {"MPI_LOCALRANKID": ""}, "MPI_LOCALRANKID='' is not a whole number"),
+        (MPICH | {"MPI_LOCALRANKID": "x"}, "MPI_LOCALRANKID='x' is not a whole number"),
+        (PMI2_OF_SRUN, "PMI_RANK=1 PMI_SIZE=2 are set without MPI_LOCALRANKID; set LOCAL_RANK to this"),
         ({"PET_NNODES": "2"}, "PET_NNODES=2 is for torchrun, which did not start this process"),
         (KUBEFLOW | {"PET_NPROC_PER_NODE": "8"}, "PET_NPROC_PER_NODE=8 is for torchrun"),
     ],
