@@ -61,7 +61,7 @@ def what_to_change(out_dir: Path, last_finite: int | None = None) -> str:
     if not steps:
         return f"{lower}command with --fresh: no finite step is saved (the old run is renamed and kept)"
     advice = f"{lower}command: it resumes from {steps[-1]}"
-    if last_finite is None or steps[-1] != step_folder(out_dir, last_finite):
+    if last_finite is None or steps[-1] < step_folder(out_dir, last_finite):
         return advice
     older = f"delete that folder to resume from {steps[-2]}" if len(steps) > 1 else "give --fresh too"
     return f"{advice}. No step after that checkpoint was finite: if the next start fails alike, {older}"

@@ -71,12 +71,12 @@ def quarantine_steps(damaged: list[Path]) -> None:
 
 
 def retract(out_dir: Path, step: int, state: TrainState) -> None:
-    """Rename a step, if it was saved, whose weights no later step could use. On rank 0.
+    """Rename a step, if it is the newest that was saved, whose weights no later step could use. On rank 0.
 
     `latest` and `best` then name older steps; `state` is that of the run now.
     """
     step_dir = step_folder(out_dir, step)
-    if not (step_dir / COMMIT).is_file():
+    if committed(out_dir)[-1:] != [step_dir]:  # a later one was saved, so its weights were of use
         return
     print_rank0(f"checkpoint quarantined: no step after {step_dir} was finite")
     quarantine_steps([step_dir])

@@ -125,7 +125,7 @@ ON_THE_LINE = {
 }
 
 
-def print_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "", *, saved: bool = True) -> None:
+def print_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> None:
     """Print how a run ended: its validation curve, the reason, and its best checkpoint."""
     if not is_main():
         return
@@ -135,9 +135,7 @@ def print_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "", *, sav
     elif state.finished(cfg.schedule.max_steps):
         why = f"finished at step {state.step}"
     else:
-        why = f"stopped at step {state.step} ({reason or 'asked by another rank'}) "
-        why += "and saved" if saved else "whose numbers were not finite, so it was not saved"
-        why += "; the same command resumes"
+        why = f"stopped at step {state.step} ({reason or 'asked by another rank'}) and saved; the same command resumes"
     lines = [why]
     if stopper.best_step:
         metrics_file = cfg.out_dir / "metrics.jsonl"

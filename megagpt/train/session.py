@@ -37,7 +37,7 @@ from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
 from megagpt.model.generate import complete
 from megagpt.train.early_stopping import after_evaluation, at_resume
-from megagpt.train.evaluate import evaluate
+from megagpt.train.evaluate import Evaluation, evaluate
 from megagpt.train.metrics import Stopwatch, log_metrics, speed
 from megagpt.train.monitor import Monitor, print_ending
 from megagpt.train.opening import opening
@@ -87,7 +87,7 @@ class Session:
         self.writer = Writer(asynchronous=self.cfg.save_async)
         self.memory_watch = MemoryWatch(self.cfg.guards.memory_growth_mib)
         self.rolled_back: list[int] = []  # the steps that were rolled back to
-        self.not_finite_at = 0  # the step of the last evaluation that was not finite
+        self.evaluated = (0, True)  # the step of the last evaluation, and whether its loss was finite
         with errors_on_every_rank():
             self.monitor = self._open_monitor()
         lines = opening(setup, effective)
@@ -176,6 +176,7 @@ class Session:
             changes = layout_changes(saved.step_dir, saved.identity, self.setup.identity, self.record.effective)
             resume(self.engine, saved, changes, self.cfg.seed)
         self.rolled_back.append(saved.state.step)
+        self.evaluated = (0, True)  # its step comes again, with other weights
         data = self.setup.training_set.jumped(step=saved.state.step, sample=state.samples_seen)
         health = replace(saved.state.health, spikes=state.health.spikes)
         stopper = at_resume(saved.state.stopper, self.cfg.early_stopping)
@@ -193,14 +194,7 @@ class Session:
 
     def evaluate(self, state: TrainState) -> TrainState:
         """Measure the validation loss, and count it for early stopping; the same on every rank."""
-        with self.stopwatch.section("eval"), self.watchdog.paused():
-            result = evaluate(
-                self.engine,
-                self.setup.data.val_windows,
-                self.token_bytes,
-                micro_batch=self.setup.batch.micro_batch,
-                sequence_parallel_size=self.setup.batch.sequence_parallel_size,
-            )
+        result = self._evaluation(state.step)
         metrics = {
             "loss/val": result.loss,
             "perplexity": result.perplexity,
@@ -209,10 +203,19 @@ class Session:
         }
         self.monitor.log(state, metrics)
         stopper = after_evaluation(state.stopper, result.loss, state.step, self.cfg.early_stopping)
-        if not math.isfinite(result.loss):
-            self.not_finite_at = state.step
-            return replace(state, val_loss=None, stopper=stopper)
-        return replace(state, val_loss=result.loss, stopper=stopper)
+        return replace(state, val_loss=result.loss if math.isfinite(result.loss) else None, stopper=stopper)
+
+    def _evaluation(self, step: int) -> Evaluation:
+        with self.stopwatch.section("eval"), self.watchdog.paused():
+            result = evaluate(
+                self.engine,
+                self.setup.data.val_windows,
+                self.token_bytes,
+                micro_batch=self.setup.batch.micro_batch,
+                sequence_parallel_size=self.setup.batch.sequence_parallel_size,
+            )
+        self.evaluated = step, math.isfinite(result.loss)
+        return result
 
     def show_samples(self, state: TrainState) -> None:
         """Generate from the run file's prompts, and show the texts in TensorBoard."""
@@ -231,14 +234,22 @@ class Session:
         """Tell whether early stopping will want this step's weights back."""
         return self.cfg.early_stopping.restore_best and state.stopper.best_step == state.step
 
-    def save(self, state: TrainState) -> bool:
+    def save(self, state: TrainState, *, last: bool) -> bool:
         """Save a checkpoint; with `save_async`, training waits only for the copy to host memory.
 
         Returns False, and saves nothing, after a step or an evaluation that was not finite: the weights may be the
-        reason. The next finite step then shows that they are not, and is saved in its place.
+        reason. The next finite step then shows that they are not, and is saved in its place. If this step is the `last`
+        of this start, or the best, a finite evaluation shows it.
         """
-        if state.health.bad_in_a_row or self.not_finite_at == state.step:
-            print_rank0(f"step {state.step} was not finite, so it is not saved; the next finite step is")
+        if state.health.bad_in_a_row and (last or self.is_new_best(state)):
+            if self.evaluated[0] != state.step:
+                self._evaluation(state.step)
+            # as after a finite step: what is saved can be resumed from
+            state = replace(state, health=replace(state.health, bad_in_a_row=0))
+        if state.health.bad_in_a_row or self.evaluated == (state.step, False):
+            print_rank0(
+                f"step {state.step} was not finite, so it is not saved" + "; the next finite step is" * (not last)
+            )
             return False
         with self.stopwatch.section("save"), self.watchdog.paused():
             self.before_save()
@@ -254,11 +265,11 @@ class Session:
     def close(self, state: TrainState, reason: str, *, saved: bool = True) -> None:
         """Print how the run ended, now that all is saved; after early stopping, restore the best weights.
 
-        Raises UserError, on every rank, if the run is finished and its last step could not be saved.
+        Raises UserError, on every rank, if the last step could not be saved.
         """
-        if not saved and state.finished(self.cfg.schedule.max_steps):
+        if not saved:
             self.monitor.close()
-            last_finite, broken = state.step - state.health.bad_in_a_row, self.not_finite_at == state.step
+            last_finite, broken = state.step - state.health.bad_in_a_row, self.evaluated == (state.step, False)
             raise UserError(
                 f"step {state.step}, the last, was not finite, so it was not saved. "
                 + self._what_to_change(state, last_finite, broken=broken)
@@ -268,7 +279,7 @@ class Session:
             restore(self.engine, best_dir, self.record)
         self.monitor.close()
         gc.unfreeze()
-        print_ending(self.cfg, state, reason, saved=saved)
+        print_ending(self.cfg, state, reason)
 
     def _what_to_change(self, state: TrainState, last_finite: int, *, broken: bool) -> str:
         """Return the advice when no step after `last_finite` was finite. Collective.

@@ -76,9 +76,10 @@ def run_steps(session: Session, preemption: Preemption, stop_at: int | None) -> 
                 state = session.evaluate(state)
             if due(state.step, every.sample):
                 session.show_samples(state)
-            owed = owed or stop or state.finished(schedule.max_steps) or due(state.step, every.save)
+            last = stop or state.finished(schedule.max_steps)
+            owed = owed or last or due(state.step, every.save)
             if owed or session.is_new_best(state):
-                owed = not session.save(state)
+                owed = not session.save(state, last=last)
 
     session.close(state, preemption.reason, saved=not owed)
     return state

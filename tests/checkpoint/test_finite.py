@@ -31,16 +31,41 @@ CONSTANT = ["megagpt.schedule.shape=constant", "megagpt.schedule.warmup_steps=0"
 def start(dataset, device, tmp_path):
     """Train a run to `steps`; returns the message that it ends with, "" if it finishes."""
 
-    def started(steps: int, *more: str, name: str = "run", save: int = 1, log: int = 1) -> str:
+    def started(
+        steps: int, *more: str, name: str = "run", save: int = 1, log: int = 1, stop_at: int | None = None
+    ) -> str:
         every = f'megagpt.every={{"log": {log}, "eval": 0, "save": {save}}}'
         run = debug_run(dataset, tmp_path / name, *CONSTANT, every, f"megagpt.schedule.max_steps={steps}", *more)
         try:
-            train(run, device)
+            train(run, device, stop_at=stop_at)
         except UserError as error:
             return str(error)
         return ""
 
     return started
+
+
+@pytest.fixture
+def strike(monkeypatch):
+    """Make the training loss of some steps of the next start NaN, and with it their gradients."""
+
+    def struck(*steps: int, first: int = 1) -> None:
+        step, train_step, next_token_score = first - 1, train_step_, next_token_score_
+
+        def counted(*args):
+            nonlocal step
+            step += 1
+            return train_step(*args)
+
+        def score(*args, **options):
+            inner, factor = next_token_score(*args, **options), float("nan") if step in steps else 1.0
+            return lambda x, weight: inner(x, weight) * factor
+
+        monkeypatch.setattr(trainer, "train_step", counted)
+        monkeypatch.setattr(trainer, "next_token_score", score)
+
+    train_step_, next_token_score_ = trainer.train_step, trainer.next_token_score
+    return struck
 
 
 def steps_of(run_dir: Path) -> list[int]:
@@ -127,19 +152,42 @@ def test_when_the_only_step_is_retracted_the_message_asks_for_a_fresh_start(star
         newest_verified(tmp_path / "run")
 
 
-def test_a_bad_step_that_is_due_to_be_saved_is_followed_by_a_save(start, tmp_path, monkeypatch):
+def test_a_bad_step_that_is_due_to_be_saved_is_followed_by_a_save(start, strike, tmp_path):
     """Step 4 alone is not finite: its update was skipped, the weights are whole, and step 5 shows that."""
-    train_step, n = trainer.train_step, 0
-
-    def struck(*args):
-        nonlocal n
-        n += 1
-        result = train_step(*args)
-        return result._replace(loss=result.loss * float("nan")) if n == 4 else result
-
-    monkeypatch.setattr(trainer, "train_step", struck)
+    strike(4)
     assert start(7, save=4, log=4) == ""
     assert steps_of(tmp_path / "run") == [5, 7]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_bad_step_at_a_stop_or_at_the_end_is_saved_if_its_weights_evaluate(start, strike, tmp_path, stage, capsys):
+    """Its update was left out, so the weights are those of the step before; the next start has all of the run."""
+    options = {"save": 100, "log": 4}
+    strike(6, 9)
+    assert start(9, f"zero_optimization.stage={stage}", **options, stop_at=6) == ""
+    assert "and saved; the same command resumes" in capsys.readouterr().out
+    assert steps_of(tmp_path / "run") == [6]
+    strike(9, first=7)
+    assert start(9, f"zero_optimization.stage={stage}", **options) == ""
+    assert steps_of(tmp_path / "run") == [6, 9]
+    strike(6, 9)
+    assert start(9, f"zero_optimization.stage={stage}", **options, name="straight") == ""
+    assert metric(tmp_path / "run", "loss/val") == metric(tmp_path / "straight", "loss/val")
+
+
+def test_a_stop_whose_weights_are_of_no_use_is_an_error_and_not_saved(start, tmp_path):
+    message = start(9, "optimizer.params.lr=1e6", save=10, log=4, stop_at=2)
+    assert message.startswith("step 2, the last, was not finite, so it was not saved. Lower optimizer.params.lr")
+    assert steps_of(tmp_path / "run") == []
+
+
+def test_the_best_step_is_restored_even_if_its_training_loss_was_not_finite(start, strike, tmp_path, capsys):
+    """No evaluation but the first counts as better (min_delta); step 2 is due to be saved for that alone."""
+    stopping = 'megagpt.early_stopping={"patience": 2, "min_delta": 100, "restore_best": true}'
+    strike(2)
+    assert start(9, 'megagpt.every={"log": 1, "eval": 2, "save": 3}', stopping) == ""
+    assert "stopped early at step 6: " in capsys.readouterr().out
+    assert steps_of(tmp_path / "run") == [2, 3, 6]
 
 
 # --- what an older megagpt left -----------------------------------------------------------------------------------

@@ -316,5 +316,5 @@ def test_the_garbage_collector_leaves_alone_what_lives_as_long_as_the_run(datase
     before = gc.get_freeze_count()
     session.log(state.after_step(8, 64), recent)
     assert gc.get_freeze_count() > before + 10_000
-    session.close(state, "", saved=False)
+    session.close(state, "")
     assert gc.get_freeze_count() == 0
