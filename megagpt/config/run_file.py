@@ -21,7 +21,7 @@ from megagpt.config.mistakes import explain, typed_keys, unknown_key
 from megagpt.config.parsing import dotted_items, leaves, overridden
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.errors import UserError
-from megagpt.user_paths import expanded
+from megagpt.user_paths import local_path
 
 SECTION = "megagpt"
 # Every key of a run file, except those that only DeepSpeed's own models know.
@@ -158,7 +158,7 @@ def _expand_paths(raw: dict[str, Any], where: str) -> None:
             node = node.get(name) if isinstance(node, dict) else None
         if isinstance(node, dict) and isinstance(node.get(key), str):
             try:
-                node[key] = expanded(node[key])
+                node[key] = local_path(node[key])
             except UserError as error:
                 raise UserError(f"{where}: {dotted}: {error}") from None
 

@@ -83,6 +83,8 @@ def test_all_paths_of_a_run_file_are_expanded():
         assert written == "/scratch/me/x"
         with pytest.raises(UserError, match=f"{key}: path .* NOWHERE is not set"):
             parse_run(GOOD, [f"{key}=$NOWHERE"])
+        with pytest.raises(UserError, match=f"{key}: path 's3://b/logs' is a URL"):
+            parse_run(GOOD, [f"{key}=s3://b/logs"])
 
 
 def test_all_paths_of_a_build_are_expanded(tmp_path):
