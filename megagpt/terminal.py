@@ -9,7 +9,8 @@ from typing import TextIO
 
 from megagpt.errors import OwnRankError, UserError, limit_reached, unusable_path
 
-MISTAKE, INTERRUPTED = 2, 130  # exit codes: something that the user gave is wrong; Ctrl-C, 128 + SIGINT
+# Exit codes besides 0: something that the user gave is wrong; EX_TEMPFAIL of sysexits.h; Ctrl-C, 128 + SIGINT.
+MISTAKE, SAVED_AND_WANTS_RESTART, INTERRUPTED = 2, 75, 130
 SCREEN_LINES, SCREEN_CHARACTERS = 20, 1500
 
 

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megagpt.cli.arguments import training_arguments
-from megagpt.cli.exit_codes import SAVED_AND_WANTS_RESTART
 from megagpt.open_files import raise_limit
-from megagpt.terminal import exit_code_of, show
+from megagpt.terminal import SAVED_AND_WANTS_RESTART, exit_code_of, show
 from megagpt.train.preemption import SIGNALS, Preemption
 
 

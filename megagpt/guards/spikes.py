@@ -49,7 +49,7 @@ class UpdateGate:
 
     @property
     def closed(self) -> Tensor:
-        """bool (): whether this step's update was skipped by the gate."""
+        """Whether this step's update was skipped by the gate, bool ()."""
         return self._open if self._closed is None else self._closed
 
     def before_update(self, optimizer: Optimizer, grad_norm: Tensor | float | None) -> None:
@@ -161,7 +161,7 @@ def limits(history: Tensor, cfg: SpikesConfig) -> Tensor:
 
 
 def is_spike(history: Tensor, now: Tensor, cfg: SpikesConfig) -> Tensor:
-    """bool (2,): whether loss and gradient norm of a step, `now` (2,), are spikes. Reads nothing from the device.
+    """Tell whether loss and gradient norm of a step, `now` (2,), are spikes: bool (2,). Reads nothing from the device.
 
     A value that is not finite is no spike: an infinite norm skips the update, or lowers the loss scale of fp16.
     """

@@ -45,12 +45,8 @@ def _bf16_moments(run: RunConfig) -> bool:
     return bool(run.deepspeed_raw.get("bf16", {}).get("bf16_optimizer_states"))
 
 
-def _has_nvme_path(run: RunConfig) -> bool:
-    """Tell whether every offload to NVMe names its folder."""
-    sections = (
-        run.deepspeed_raw["zero_optimization"].get(name) or {} for name in ("offload_optimizer", "offload_param")
-    )
-    return all(section.get("nvme_path") for section in sections if section.get("device") == "nvme")
+def _nvme_path(run: RunConfig, section: str) -> Any:
+    return run.deepspeed_raw["zero_optimization"][section].get("nvme_path")
 
 
 def _autocast_dtype(run: RunConfig) -> Any:
@@ -125,10 +121,13 @@ ERRORS = (
         "without a dtype of bf16: a GPU then computes in float16 with a loss scale, which hides gradient norms from "
         'the guards; set torch_autocast.dtype to "bfloat16"',
     ),
-    Refused(
-        "zero_optimization.offload_*.device",
-        lambda run, device: device == "nvme" and _stage(run) == 3 and not _has_nvme_path(run),
-        "needs a folder on the NVMe; set nvme_path beside it",
+    *(
+        Refused(
+            f"zero_optimization.{section}.device",
+            lambda run, device, section=section: device == "nvme" and _stage(run) == 3 and not _nvme_path(run, section),
+            f"needs a folder on the NVMe; set zero_optimization.{section}.nvme_path",
+        )
+        for section in ("offload_optimizer", "offload_param")
     ),
     *(
         Refused(

@@ -34,7 +34,7 @@ def jump_of_rate(saved_run: Mapping[str, Any], step: int, peak: float, cfg: Sche
 
 
 def _progress(step: int, cfg: ScheduleConfig, begin: int) -> float:
-    """0 at `begin`, 1 at the last update of the curve and after it."""
+    """Return how far the decay is: 0 at `begin`, 1 at the last update of the curve and after it."""
     return min(1.0, (step - begin) / max(1, cfg.curve_steps - 1 - begin))
 
 

@@ -1,4 +1,4 @@
-"""Saves that are written beside training: the same files, and never half of one."""
+"""Saves that are written while training continues: the same files, and never half of one."""
 
 import json
 import resource
@@ -57,7 +57,7 @@ def test_a_copy_is_what_torch_would_load_again_and_no_later_change_reaches_it(tm
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
-def test_the_files_are_the_same_beside_training_and_at_once_and_by_deepspeeds_own_writer(
+def test_the_files_are_the_same_asynchronously_and_at_once_and_by_deepspeeds_own_writer(
     dataset, device, tmp_path, monkeypatch, stage, dtype
 ):
     """To the last bit of every tensor, for every step of two runs and for what the engine itself saves at the end."""
@@ -69,9 +69,9 @@ def test_the_files_are_the_same_beside_training_and_at_once_and_by_deepspeeds_ow
         train(debug_run(dataset, tmp_path / "run", *options, f"megagpt.save_async={json.dumps(way)}"), device)
         (tmp_path / "run").rename(tmp_path / str(way))
     assert set(metric(tmp_path / "True", "seconds/write")) == set(metric(tmp_path / "True", "seconds/save"))
-    at_once, beside = committed(tmp_path / "False"), committed(tmp_path / "True")
-    assert len(at_once) == len(beside) == 3
-    for a, b in zip(at_once, beside, strict=True):
+    at_once, later = committed(tmp_path / "False"), committed(tmp_path / "True")
+    assert len(at_once) == len(later) == 3
+    for a, b in zip(at_once, later, strict=True):
         assert (a / "rng.0.json").read_bytes() == (b / "rng.0.json").read_bytes()
         assert all(same(loaded(path), loaded(b / path.name)) for path in a.glob("*.pt"))
     engines[0].save_checkpoint(str(tmp_path / "deepspeed"), tag="whole", save_latest=False)

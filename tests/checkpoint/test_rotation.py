@@ -62,7 +62,7 @@ def test_a_commit_of_nothing_but_brackets_is_damage(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["version", "state", "mixture", "identity"])
-def test_a_commit_that_lacks_something_and_was_signed_anew_is_one_message(tmp_path, missing):
+def test_a_commit_that_lacks_something_and_was_signed_again_is_one_message(tmp_path, missing):
     step_dir, _ = commit(tmp_path, 10)
     record = json.loads((step_dir / COMMIT).read_text())
     del record["sha256"], record[missing]

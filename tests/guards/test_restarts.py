@@ -46,7 +46,7 @@ def test_a_run_that_comes_further_now_and_then_goes_on(start, starts):
         start(saved_step, logged)
 
 
-def test_a_changed_run_file_is_counted_anew(start):
+def test_a_changed_run_file_is_counted_from_zero(start):
     for micro_batch in (4, 4, 4, 2, 2, 2, 1):  # as someone does whose memory is full
         start(0, 0, f"train_micro_batch_size_per_gpu={micro_batch}")
 

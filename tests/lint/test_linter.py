@@ -150,7 +150,7 @@ MISTAKES = [
     ([*FP16, "fp16.fp16_master_weights_and_grads=true"], "error", "fp16.fp16_master_weights_and_grads", "on the CPU"),
     (["bf16.enabled=false", "torch_autocast.enabled=true"], "error", "torch_autocast.enabled", 'dtype to "bfloat16"'),
     (["bf16.enabled=false", 'torch_autocast={"enabled": true, "dtype": "fp16"}'], "error", None, 'to "bfloat16"'),
-    ([zero(stage=3, offload_param={"device": "nvme"})], "error", None, "set nvme_path beside it"),
+    ([zero(stage=3, offload_param={"device": "nvme"})], "error", None, "set zero_optimization.offload_param.nvme_path"),
     (["steps_per_print=0"], "error", "steps_per_print", "is no number of steps"),
     (
         [zero(stage=1, offload_optimizer={"device": "nvme", "pin_memory": False})],
