@@ -45,8 +45,16 @@ def _bf16_moments(run: RunConfig) -> bool:
     return bool(run.deepspeed_raw.get("bf16", {}).get("bf16_optimizer_states"))
 
 
-def _nvme_path(run: RunConfig, section: str) -> Any:
-    return run.deepspeed_raw["zero_optimization"][section].get("nvme_path")
+def _nvme_without_path(section: str) -> Refused:
+    def lacks_path(run: RunConfig, device: Any) -> bool:
+        return (
+            device == "nvme"
+            and _stage(run) == 3
+            and not run.deepspeed_raw["zero_optimization"][section].get("nvme_path")
+        )
+
+    key = f"zero_optimization.{section}"
+    return Refused(f"{key}.device", lacks_path, f"needs a folder on the NVMe; set {key}.nvme_path")
 
 
 def _autocast_dtype(run: RunConfig) -> Any:
@@ -121,14 +129,7 @@ ERRORS = (
         "without a dtype of bf16: a GPU then computes in float16 with a loss scale, which hides gradient norms from "
         'the guards; set torch_autocast.dtype to "bfloat16"',
     ),
-    *(
-        Refused(
-            f"zero_optimization.{section}.device",
-            lambda run, device, section=section: device == "nvme" and _stage(run) == 3 and not _nvme_path(run, section),
-            f"needs a folder on the NVMe; set zero_optimization.{section}.nvme_path",
-        )
-        for section in ("offload_optimizer", "offload_param")
-    ),
+    *(_nvme_without_path(section) for section in ("offload_optimizer", "offload_param")),
     *(
         Refused(
             f"{section}.enabled",
