@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from megagpt.cli import data
 from megagpt.cli.arguments import command_line
 from megagpt.open_files import raise_limit
 from megagpt.terminal import exit_code_of
@@ -27,7 +28,13 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     raise_limit()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["data"]:  # has a parser of its own
+        return exit_code_of(lambda: data.run(argv[1:]))
     parser = command_line()
+    if not argv:
+        parser.print_help()
+        return 0
     args, rest = parser.parse_known_args(argv)
     if rest and ("overrides" not in args or any(item.startswith("-") for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

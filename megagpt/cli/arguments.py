@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megagpt import __version__
 from megagpt.options import LARGEST, Parser, decimal, whole
 from megagpt.user_paths import user_path
 
@@ -36,8 +37,11 @@ def training_arguments() -> argparse.ArgumentParser:
 def command_line() -> argparse.ArgumentParser:
     """Return the parser of the `megagpt` command."""
     parser = Parser(prog="megagpt", description="Plan and check a run, start it, and use its checkpoints.")
+    parser.add_argument("--version", action="version", version=f"megagpt {__version__}")
     _add_local_rank(parser)
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    # Listed here; its own parser reads what follows.
+    commands.add_parser("data", help="build, check and show datasets: the same program as python -m data_tools")
     train = commands.add_parser(
         "train",
         help="train as a run file describes, in this process; the same program as launch/pretrain.py",
