@@ -15,10 +15,12 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 class OptimizerParams(Strict):
     """Adam's settings."""
 
-    lr: float = Field(gt=0.0, le=FLOAT32)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, ge=1e-30, le=FLOAT32)
-    weight_decay: float = Field(default=0.0, ge=0.0, le=FLOAT32)
+    lr: float = Field(gt=0.0, le=FLOAT32, description="peak learning rate; megagpt.schedule varies it")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="decay rates of Adam's two moments")
+    eps: float = Field(default=1e-8, ge=1e-30, le=FLOAT32, description="added to the denominator")
+    weight_decay: float = Field(
+        default=0.0, ge=0.0, le=FLOAT32, description="on what megagpt.regularization.weight_decay_on names"
+    )
     torch_adam: bool = Field(default=False, description="offload from a GPU: torch's Adam, not CPUAdam")
     adam_w_mode: bool = Field(default=True, description="decoupled weight decay, for type Adam")
 
@@ -26,27 +28,31 @@ class OptimizerParams(Strict):
 class OptimizerConfig(Strict):
     """Adam, or AdamW (Loshchilov and Hutter 2019), which always decouples weight decay from the gradient."""
 
-    type: Literal["AdamW", "Adam"] = "AdamW"
+    type: Literal["AdamW", "Adam"] = Field(
+        default="AdamW", description="AdamW decouples weight decay from the gradient"
+    )
     params: OptimizerParams
 
 
 class ActivationCheckpointingConfig(Strict):
     """DeepSpeed's section, read when megagpt.recompute.kind is "deepspeed"."""
 
-    partition_activations: bool = False
-    cpu_checkpointing: bool = False
-    contiguous_memory_optimization: bool = False
-    number_checkpoints: int | None = Field(default=None, gt=0, le=MOST)
-    synchronize_checkpoint_boundary: bool = False
-    profile: bool = False
+    partition_activations: bool = Field(default=False, description="divide kept activations over model-parallel ranks")
+    cpu_checkpointing: bool = Field(default=False, description="keep activations in host memory")
+    contiguous_memory_optimization: bool = Field(default=False, description="keep activations in one buffer")
+    number_checkpoints: int | None = Field(
+        default=None, gt=0, le=MOST, description="blocks for which that buffer has room"
+    )
+    synchronize_checkpoint_boundary: bool = Field(default=False, description="synchronize the device after each block")
+    profile: bool = Field(default=False, description="print the time of each block")
 
 
 class TensorboardConfig(Strict):
     """TensorBoard's events go to output_path/job_name; without output_path, to out_dir/tensorboard."""
 
-    enabled: bool = True
-    output_path: str = ""
-    job_name: str = "tensorboard"
+    enabled: bool = Field(default=True, description="write curves and samples for TensorBoard")
+    output_path: str = Field(default="", description="folder of the events; empty: megagpt.out_dir")
+    job_name: str = Field(default="tensorboard", description="folder below it")
 
 
 class Passed(Checked):
@@ -58,7 +64,7 @@ class Passed(Checked):
 class Enabled(Passed):
     """A section of which megagpt reads only whether it is on."""
 
-    enabled: bool = False
+    enabled: bool = Field(default=False, description="switch the section on")
 
 
 class Fp16Config(Enabled):
@@ -70,28 +76,42 @@ class Fp16Config(Enabled):
 class OffloadConfig(Passed):
     """The place outside of the GPU where ZeRO keeps optimizer states, or parameters."""
 
-    device: Literal["none", "cpu", "nvme"] = "none"
+    device: Literal["none", "cpu", "nvme"] = Field(default="none", description="none keeps all on the GPU")
 
 
-def _stage_3(name: str, default: int) -> Any:
+def _stage_3(name: str, default: int, what: str) -> Any:
     """Return a number that only ZeRO stage 3 reads; DeepSpeed takes it with the prefix `stage3_` too."""
-    return Field(default=default, ge=0, le=LARGEST, validation_alias=AliasChoices(name, f"stage3_{name}"))
+    return Field(
+        default=default,
+        ge=0,
+        le=LARGEST,
+        validation_alias=AliasChoices(name, f"stage3_{name}"),
+        description=f"stage 3: {what}",
+    )
 
 
 class ZeroConfig(Passed):
     """ZeRO's stage, and what planning memory and communication depends on. The defaults are DeepSpeed's."""
 
-    stage: int = Field(default=0, ge=0, le=3)
+    stage: int = Field(
+        default=0, ge=0, le=3, description="what is sharded: 0 nothing, 1 moments, 2 also gradients, 3 also weights"
+    )
     offload_optimizer: OffloadConfig = OffloadConfig()
     offload_param: OffloadConfig = OffloadConfig()
     overlap_comm: bool | None = Field(default=None, description="null: at stage 3 alone")
     reduce_bucket_size: int | None = Field(
         default=None, ge=0, le=LARGEST, description="elements; null: by the model's size"
     )
-    sub_group_size: int = Field(default=1_000_000_000, ge=0, le=LARGEST)
-    param_persistence_threshold: int = _stage_3("param_persistence_threshold", 100_000)
-    prefetch_bucket_size: int = _stage_3("prefetch_bucket_size", 50_000_000)
-    max_reuse_distance: int = _stage_3("max_reuse_distance", 1_000_000_000)
+    sub_group_size: int = Field(
+        default=1_000_000_000, ge=0, le=LARGEST, description="stage 3: elements that are updated at a time"
+    )
+    param_persistence_threshold: int = _stage_3(
+        "param_persistence_threshold", 100_000, "smaller parameters are not sharded"
+    )
+    prefetch_bucket_size: int = _stage_3("prefetch_bucket_size", 50_000_000, "elements that are fetched ahead")
+    max_reuse_distance: int = _stage_3(
+        "max_reuse_distance", 1_000_000_000, "a parameter used again within this many elements is kept"
+    )
 
     @property
     def overlaps(self) -> bool:
@@ -111,15 +131,21 @@ class ZeroConfig(Passed):
 class DeepSpeedConfig(Passed):
     """The top level of a run file, without the "megagpt" section."""
 
-    train_batch_size: int = Field(gt=0, le=MOST)
-    train_micro_batch_size_per_gpu: int = Field(gt=0, le=MOST)
-    gradient_accumulation_steps: int | None = Field(default=None, gt=0, le=MOST)
-    gradient_clipping: float = Field(default=1.0, ge=0.0, le=FLOAT32)
+    train_batch_size: int = Field(
+        gt=0, le=MOST, description="sequences of a step over all ranks, on any number of them"
+    )
+    train_micro_batch_size_per_gpu: int = Field(gt=0, le=MOST, description="sequences of one forward pass on a rank")
+    gradient_accumulation_steps: int | None = Field(
+        default=None, gt=0, le=MOST, description="micro-batches of a step; left out: as the batch sizes need"
+    )
+    gradient_clipping: float = Field(
+        default=1.0, ge=0.0, le=FLOAT32, description="largest norm of the gradient; 0: no limit"
+    )
     sequence_parallel_size: int = Field(
         default=1, gt=0, le=MOST, description="neighboring ranks that share each sample"
     )
     communication_data_type: str | None = Field(default=None, description="of reduced gradients; null: the weights'")
-    prescale_gradients: bool = False
+    prescale_gradients: bool = Field(default=False, description="divide gradients before they are summed over ranks")
     optimizer: OptimizerConfig
     bf16: Enabled = Enabled()
     fp16: Fp16Config = Fp16Config()

@@ -70,6 +70,32 @@ DEEPSPEED_DEFAULTS: dict[str, Any] = {
 
 DEEPSPEED_KEYS = frozenset(DEEPSPEED_DEFAULTS)
 
+# What the keys do that no model of ours describes.
+DESCRIPTIONS = {
+    "aio": "asynchronous reads and writes of what is offloaded to NVMe",
+    "comet": "Comet gets the metrics; needs the package comet_ml",
+    "comms_logger": "log each collective with its size and time",
+    "csv_monitor": "one CSV file for each metric, in megagpt.out_dir/csv",
+    "data_types": "types of buffers and of accumulated gradients",
+    "dataloader_drop_last": "without effect: megagpt brings its own loader",
+    "disable_allgather": "without effect: DeepSpeed never uses it",
+    "disable_python_gc": "switch Python's garbage collection off while training",
+    "dump_state": "print the engine's settings at the start",
+    "flops_profiler": "profile the operations of one step",
+    "gradient_allreduce_op": "how gradients are combined over ranks",
+    "gradient_predivide_factor": "with prescale_gradients: divisor before the sum",
+    "log_level": "of DeepSpeed's own lines",
+    "memory_breakdown": "print the memory in use at each step",
+    "steps_per_print": "steps between DeepSpeed's own lines; megagpt prints its own",
+    "timers": "timers inside of DeepSpeed",
+    "torch_autocast": "compute in 16 bit by torch.autocast, with fp32 weights",
+    "vocabulary_size": "without effect: the vocabulary is the tokenizer's",
+    "wall_clock_breakdown": "print the time of forward, backward and step",
+    "wandb": "Weights & Biases gets the metrics; needs the package wandb",
+    "zero_allow_untested_optimizer": "without effect: Adam is tested",
+    "zero_force_ds_cpu_optimizer": "with offload: only DeepSpeed's CPUAdam",
+}
+
 # The keys that name a file or a folder which DeepSpeed writes.
 DEEPSPEED_PATHS = (
     "tensorboard.output_path",

@@ -14,6 +14,7 @@ from megagpt.config.deepspeed_keys import (
     DEEPSPEED_KEYS,
     DEEPSPEED_PATHS,
     DEEPSPEED_SECTIONS,
+    DESCRIPTIONS,
     REFUSED_KEYS,
 )
 from megagpt.config.extends import EXTENDS, merged, named, read_run_files
@@ -101,14 +102,19 @@ def run_schema() -> dict[str, Any]:
     section = MegaGPTConfig.model_json_schema()
     schema["$defs"] |= section.pop("$defs")
     schema["title"] = "megagpt run file"
-    schema["properties"] = {key: {} for key in sorted(DEEPSPEED_KEYS)} | schema["properties"] | {SECTION: section}
-    schema["properties"]["$schema"] = {"type": "string"}
+    untyped = {key: {"description": DESCRIPTIONS[key]} for key in sorted(DESCRIPTIONS)}
+    schema["properties"] = untyped | schema["properties"] | {SECTION: section}
+    schema["properties"]["$schema"] = {"type": "string", "description": "this schema's file, for editors"}
     schema["properties"][EXTENDS] = {
         "type": "string",
         "description": "another run file, relative to this one's folder, whose keys this one changes; null removes one",
     }
     schema["required"] = [*schema["required"], SECTION]
     schema["additionalProperties"] = False
+    for model in (schema, section, *schema["$defs"].values()):
+        for value in model["properties"].values():
+            if "$ref" in value:  # a section, described by its model's docstring
+                value.setdefault("description", schema["$defs"][value["$ref"].rpartition("/")[2]]["description"])
     return schema
 
 

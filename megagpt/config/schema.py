@@ -22,11 +22,15 @@ SMALLEST = 1e-30  # of a positive float32, with room to divide by it
 class ModelConfig(Strict):
     """GPT-2's sizes. The vocabulary comes from the data's tokenizer, padded to a multiple of 128."""
 
-    n_layer: int = Field(default=12, gt=0, le=DEEPEST)
-    n_head: int = Field(default=12, gt=0, le=WIDEST)
-    n_embd: int = Field(default=768, gt=0, le=WIDEST)
+    n_layer: int = Field(default=12, gt=0, le=DEEPEST, description="number of transformer blocks")
+    n_head: int = Field(
+        default=12, gt=0, le=WIDEST, description="attention heads of each block; divides megagpt.model.n_embd"
+    )
+    n_embd: int = Field(default=768, gt=0, le=WIDEST, description="width of embeddings and residuals")
     seq_len: int = Field(default=1024, gt=0, le=LONGEST, description="number of position embeddings")
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Literal["sdpa", "eager"] = Field(
+        default="sdpa", description="sdpa: torch's fused kernels; eager: plain matrix products"
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -46,15 +50,15 @@ class ModelConfig(Strict):
 class WeightedDataset(Strict):
     """A dataset made by data_tools, and its weight in the mixture."""
 
-    path: UserPath
+    path: UserPath = Field(description="the folder of the dataset")
     weight: float = Field(default=1.0, gt=0.0, le=1e9, description="share of the samples, relative to other weights")
 
 
 class DataConfig(Strict):
     """The datasets for training and validation."""
 
-    train: tuple[WeightedDataset, ...] = Field(min_length=1)
-    val: UserPath
+    train: tuple[WeightedDataset, ...] = Field(min_length=1, description="the datasets to train on, mixed by weight")
+    val: UserPath = Field(description="the dataset whose validation split is measured")
     val_tokens: int | None = Field(default=None, gt=0, le=LARGEST, description="tokens to validate on; null: all")
     seed: int = Field(default=1234, ge=0, le=LARGEST, description="order of the training samples")
     seq_len: int | None = Field(
@@ -65,10 +69,12 @@ class DataConfig(Strict):
 class ScheduleConfig(Strict):
     """The learning rate over steps, as a factor on the peak rate (`optimizer.params.lr`)."""
 
-    max_steps: int = Field(gt=0, le=MANY)
-    warmup_steps: int = Field(default=0, ge=0, le=MANY)
-    shape: Literal["cosine", "linear", "constant", "warmup-stable-decay"] = "cosine"
-    min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0)
+    max_steps: int = Field(gt=0, le=MANY, description="optimizer updates of the whole run")
+    warmup_steps: int = Field(default=0, ge=0, le=MANY, description="first steps, over which the rate rises linearly")
+    shape: Literal["cosine", "linear", "constant", "warmup-stable-decay"] = Field(
+        default="cosine", description="of the curve after the warm-up"
+    )
+    min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0, description="last rate as a share of the peak")
     decay_steps: int | None = Field(
         default=None, gt=0, le=MANY, description="last steps, for warmup-stable-decay alone"
     )
@@ -105,15 +111,19 @@ class RegularizationConfig(Strict):
     """Dropout, weight decay, label smoothing and z-loss (Chowdhery et al. 2022, PaLM, section 5)."""
 
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="on embeddings, attention and residuals")
-    weight_decay_on: Literal["matrices", "all"] = "matrices"
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    weight_decay_on: Literal["matrices", "all"] = Field(
+        default="matrices", description="matrices: no biases and norms; all: every parameter"
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="share of each target that is spread over the vocabulary"
+    )
     z_loss: float = Field(default=0.0, ge=0.0, le=1e6, description="weight of the squared log partition function")
 
 
 class EarlyStoppingConfig(Strict):
     """Stop when the validation loss has not fallen by min_delta for `patience` evaluations in a row."""
 
-    monitor: Literal["loss/val"] = "loss/val"
+    monitor: Literal["loss/val"] = Field(default="loss/val", description="what decides")
     patience: int = Field(
         default=0,
         ge=0,
@@ -133,10 +143,10 @@ class EarlyStoppingConfig(Strict):
 class EveryConfig(Strict):
     """Intervals in optimizer steps. 0 switches the action off (the last step always evaluates and saves)."""
 
-    log: int = Field(default=10, ge=0, le=MANY)
-    eval: int = Field(default=250, ge=0, le=MANY)
-    save: int = Field(default=1000, ge=0, le=MANY)
-    sample: int = Field(default=0, ge=0, le=MANY)
+    log: int = Field(default=10, ge=0, le=MANY, description="steps between lines of metrics")
+    eval: int = Field(default=250, ge=0, le=MANY, description="steps between validations")
+    save: int = Field(default=1000, ge=0, le=MANY, description="steps between checkpoints")
+    sample: int = Field(default=0, ge=0, le=MANY, description="steps between generated texts")
 
 
 class KeepConfig(Strict):
@@ -155,11 +165,13 @@ class KeepConfig(Strict):
 class GenerationConfig(Strict):
     """The texts that are generated every `every.sample` steps, for people to read."""
 
-    prompts: tuple[str, ...] = ("\n",)
-    max_tokens: int = Field(default=128, gt=0, le=MANY)
+    prompts: tuple[str, ...] = Field(default=("\n",), description="the beginnings to continue")
+    max_tokens: int = Field(default=128, gt=0, le=MANY, description="tokens to generate for each prompt")
     temperature: float = Field(default=0.8, ge=0.0, le=1e6, description="0: always the likeliest token")
     top_k: int = Field(default=50, ge=0, le=MANY, description="0: the whole vocabulary")
-    top_p: float = Field(default=1.0, ge=1e-6, le=1.0)
+    top_p: float = Field(
+        default=1.0, ge=1e-6, le=1.0, description="draw from the likeliest tokens of this total probability"
+    )
 
     @field_validator("temperature")
     @classmethod
@@ -181,7 +193,9 @@ class RecomputeConfig(Strict):
     )
     k: int | None = Field(default=None, gt=1, le=DEEPEST, description="every_k: blocks 0, k, 2k, ... are recomputed")
     budget: float | None = Field(default=None, ge=0.0, lt=1.0, description="budget: share of activations that is kept")
-    kind: Literal["torch", "deepspeed"] = "torch"
+    kind: Literal["torch", "deepspeed"] = Field(
+        default="torch", description="who recomputes; deepspeed reads activation_checkpointing"
+    )
     offload: bool = Field(default=False, description="move the activations that blocks keep to host memory")
 
     @model_validator(mode="after")
@@ -226,7 +240,9 @@ class SpikesConfig(Strict):
     `sigma` standard deviations, which are estimated from the median absolute deviation.
     """
 
-    action: Literal["none", "log", "skip", "roll back", "stop"] = "log"
+    action: Literal["none", "log", "skip", "roll back", "stop"] = Field(
+        default="log", description="skip: without the update; roll back: to the last checkpoint, then past the spike"
+    )
     window: int = Field(default=128, ge=8, le=1_000_000, description="steps")
     sigma: float = Field(default=6.0, gt=0.0, le=1e6, description="standard deviations above the median")
 
@@ -252,7 +268,7 @@ class GuardsConfig(Strict):
 class MegaGPTConfig(Strict):
     """The "megagpt" section of a run file."""
 
-    out_dir: UserPath
+    out_dir: UserPath = Field(description="the run's folder: checkpoints, metrics, TensorBoard")
     seed: int = Field(default=1234, ge=0, le=LARGEST, description="initial weights and dropout")
     model: ModelConfig
     data: DataConfig

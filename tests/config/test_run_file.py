@@ -27,6 +27,15 @@ def test_every_run_file_has_a_row_in_the_readme():
     assert [path.name for path in RUN_FILES if f"`{path.name}`" not in readme] == []
 
 
+def test_every_key_of_the_schema_is_described():
+    schema = run_schema()
+    models = [schema, schema["properties"]["megagpt"], *schema["$defs"].values()]
+    keys = [(key, value) for model in models for key, value in model["properties"].items()]
+    assert len(keys) > 120
+    assert [key for key, value in keys if not value.get("description")] == []
+    assert set(schema["properties"]) >= DEEPSPEED_KEYS
+
+
 def test_the_committed_schema_is_the_codes():
     """After a change: `make schema`."""
     assert json.loads((ROOT / "ds_configs" / "run.schema.json").read_text()) == run_schema()
