@@ -2,7 +2,8 @@
 
 import csv
 import itertools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from data_tools.config import SourceConfig
@@ -15,7 +16,12 @@ from data_tools.readers.open_file import open_bytes
 MAX_FIELD = 2**27  # characters
 SEPARATORS = {"csv": ",;\t|", "tsv": "\t"}  # tried in this order: spreadsheets write semicolons where 1,5 is a number
 DOES_NOT_FIT = "a row with more or fewer fields than the header"
-NO_ROW = "not CSV: a quotation mark within a field, or a line break"
+NO_ROW = "not CSV: a quotation mark within a quoted field, or a line break"
+ESCAPED = 'a quoted field ends in a backslash, which may be meant to escape the quotation mark: CSV doubles it, ""'
+SWALLOWED = "a quoted field with a tab and a line break, perhaps several rows between two quotation marks"
+
+Row = list[str] | str
+"""The fields of a row, or why it is none."""
 
 
 def read_csv(slice_: FileSlice, source: SourceConfig) -> Pieces:
@@ -34,8 +40,8 @@ def read_csv(slice_: FileSlice, source: SourceConfig) -> Pieces:
             column = header.index(field)
             for number, row in enumerate(rows):
                 where = partial("{} row {}".format, path, number)
-                if row is None or len(row) != len(header):
-                    yield SkippedRecord(NO_ROW if row is None else DOES_NOT_FIT, where)
+                if isinstance(row, str) or len(row) != len(header):
+                    yield SkippedRecord(row if isinstance(row, str) else DOES_NOT_FIT, where)
                 else:
                     yield from pieces_of(row[column], number, where, field)
         except NotTextError as problem:
@@ -58,31 +64,81 @@ def _header(first_line: str, separator: str) -> list[str]:
         return []
 
 
-def _stripped(header: list[str] | None, path: str, field: str) -> list[str]:
+def _stripped(header: Row, path: str, field: str) -> list[str]:
     """Return the names of the columns, without the blanks around them unless the text column's name has some."""
-    if header is None:
-        raise UnreadableFile(f"{path} is {NO_ROW}, in its first line, which names the columns; repair it")
+    if isinstance(header, str):
+        raise UnreadableFile(f"{path}: {header}, in its first line, which names the columns; repair it")
     return header if field in header else [name.strip() for name in header]
 
 
-def _rows(lines_: Iterator[str], separator: str, path: str) -> Iterator[list[str] | None]:
-    """Yield the header and each row that is not blank, or None for one that cannot be read.
+def _rows(lines_: Iterator[str], separator: str, path: str) -> Iterator[Row]:
+    """Yield the header and each row that is not blank, or the reason for each line of one that cannot be read.
 
     Raises UnreadableFile if the file ends within a quoted field.
     """
+    record: list[str] = []  # the lines of the row that is being read
     # strict: without it, the csv module makes `a b"` of "a" b" and does not tell
-    reader = csv.reader(lines_, delimiter=separator, strict=True)
+    reader = csv.reader(_kept(lines_, record), delimiter=separator, strict=True)
+    first_line = 1
     while True:
-        first_line = reader.line_num + 1
+        n_lines: int | None
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            if str(error).startswith(("unexpected end", "field larger")):
+            is_open = str(error).startswith(("unexpected end", "field larger"))
+            n_lines = None if is_open else _lines_of_broken(record, lines_, separator)
+            if n_lines is None:
                 problem = f"is truncated, or lacks a quotation mark: a field opened in line {first_line} does not end"
                 raise UnreadableFile(f"{path} {problem}; repair it or leave it out") from error
-            yield None  # reading continues with the next line
+            yield from [NO_ROW] * n_lines
         else:
-            if row:
+            n_lines = len(record)
+            if reason := _ambiguity(row, record, separator):
+                # each line may have been a row
+                yield from [reason] * n_lines
+            elif row:
                 yield row
+        first_line += n_lines
+        record.clear()
+
+
+def _kept(lines_: Iterator[str], record: list[str]) -> Iterator[str]:
+    for line in lines_:
+        record.append(line)
+        yield line
+
+
+def _ambiguity(row: list[str], record: list[str], separator: str) -> str | None:
+    """Return why a row may mean something else to the program that wrote it, or None."""
+    end = rf"(?=[{separator}\r\n]|$)"
+    if any('\\"' in line and re.search(r'(?<!\\)(?:\\\\)*\\"' + end, line) for line in record):
+        return ESCAPED
+    # most programs that write TSV do not quote, so that a field may begin with a quotation mark
+    if separator == "\t" and any("\t" in field and "\n" in field for field in row):
+        return SWALLOWED
+    return None
+
+
+def _lines_of_broken(record: Sequence[str], rest: Iterator[str], separator: str) -> int | None:
+    """Return how many lines a row with an error has, after reading the rest of it; None if the file ends in it.
+
+    It ends with the line in which its quoted field ends, or that makes the number of quotation marks even.
+    """
+    is_open, quotes = False, 0
+    for n_lines, line in enumerate(itertools.chain(record, rest), start=1):
+        is_open = _ends_in_quotes(line, separator, is_open)
+        quotes += line.count('"')
+        if n_lines >= len(record) and (not is_open or quotes % 2 == 0):
+            return n_lines
+    return None
+
+
+def _ends_in_quotes(line: str, separator: str, is_open: bool) -> bool:
+    """Tell whether a line ends within a quoted field. A quotation mark in the midst of a field counts as a letter."""
+    opening, closing = rf'(?:^|[{separator}])"', rf'"(?=[{separator}\r\n]|$)'
+    at = 0
+    while found := re.compile(closing if is_open else opening).search(line, at):
+        at, is_open = found.end(), not is_open
+    return is_open

@@ -17,11 +17,13 @@ from reader_support import TEXTS, read_all, skipped, texts_of
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
-from data_tools.readers.csv_rows import DOES_NOT_FIT, NO_ROW
+from data_tools.readers.csv_rows import DOES_NOT_FIT, ESCAPED, NO_ROW, SWALLOWED
 from data_tools.readers.document_pieces import DocumentPiece
 from megagpt.errors import UserError
 
-FIELDS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=8)
+FIELDS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=8).filter(
+    lambda field: not field.endswith("\\")
+)
 ROWS = st.lists(st.lists(FIELDS, min_size=1, max_size=4), max_size=8)
 
 
@@ -36,6 +38,7 @@ def test_a_csv_row_is_read_as_it_was_written_or_counted(
     path = tmp_path_factory.getbasetemp() / "any.csv"
     path.write_text(written.getvalue(), newline="")
     items = list(read_all(path))
+    rows = [row for row in rows if separator != "\t" or not any("\t" in field and "\n" in field for field in row)]
     expected = [row[1] for row in rows if len(row) == 2 and row[1] and not row[1].isspace()]
     assert [item.text for item in items if isinstance(item, DocumentPiece)] == expected
     misfits = [item for item in skipped(iter(items)) if item.reason == DOES_NOT_FIT]
@@ -47,6 +50,9 @@ BAD_ROWS = {
     "missing": ("Hello", DOES_NOT_FIT),
     "escapes of another dialect": (r'1,"He said \"hi\" to me"', NO_ROW),
     "a quotation mark that ends too early": ('1,"Hello" world', NO_ROW),
+    "an escape before the separator": (r'"He said \", and went away"', ESCAPED),
+    "an escape at the end of a line": (r'1,"He said \"', ESCAPED),
+    "an inch": ('1,"a 5" disk"', NO_ROW),
 }
 
 
@@ -65,6 +71,45 @@ def test_a_row_that_does_not_fit_is_counted_shown_and_fatal_under_strict(
     assert all_documents(tmp_path / "out") == ["after", "before"]
 
 
+BROKEN = {  # content -> the reasons for its lines; none of them is a document
+    '2,"first line\nsecond "bad" line\nthen, tail of the broken row"\n': [NO_ROW] * 3,
+    '2,"first "bad" line\nmiddle, of the row\nthen, tail"\n': [NO_ROW] * 3,
+}
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_no_line_of_a_broken_row_is_a_document(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f'id,text\n1,before\n{content}3,"after"\n')
+    items = list(read_all(tmp_path / "a.csv"))
+    assert [item.text for item in items if isinstance(item, DocumentPiece)] == ["before", "after"]
+    assert [item.reason for item in skipped(iter(items))] == BROKEN[content]
+
+
+def test_a_broken_row_to_the_end_of_the_file_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1,"one "bad" line\n2,two\n')
+    with pytest.raises(UserError, match=r"lacks a quotation mark: a field opened in line 2"):
+        list(read_all(tmp_path / "a.csv"))
+
+
+def test_rows_of_tsv_between_two_quotation_marks_are_counted_and_no_document(tmp_path: Path) -> None:
+    rows = '1\t"Yes, he said\n2\tplain\n3\tthe "end"\n4\tafter\n'
+    (tmp_path / "a.tsv").write_text("id\ttext\n" + rows.replace('the "', "the "))
+    items = list(read_all(tmp_path / "a.tsv"))
+    assert [item.text for item in items if isinstance(item, DocumentPiece)] == ["after"]
+    assert [item.reason for item in skipped(iter(items))] == [SWALLOWED] * 3
+    with pytest.raises(UserError, match=r"a\.tsv row 0: a quoted field with a tab and a line break"):
+        list(read_all(tmp_path / "a.tsv", strict=True))
+    (tmp_path / "a.tsv").write_text("id\ttext\n" + rows)
+    items = list(read_all(tmp_path / "a.tsv"))
+    assert [item.text for item in items if isinstance(item, DocumentPiece)] == ["after"]
+    assert [item.reason for item in skipped(iter(items))] == [NO_ROW] * 3
+
+
+def test_a_quotation_mark_in_an_unquoted_field_is_read_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n3,He said "hi" to me\n4,a 5" disk\n')
+    assert texts_of(read_all(tmp_path / "a.csv")) == ['He said "hi" to me', 'a 5" disk']
+
+
 @pytest.mark.parametrize("separator", ["\t", ";", "|"])
 def test_the_separator_of_a_csv_file_is_that_of_its_header(separator: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f'id{separator}text\n1{separator}"one, two"\n')
@@ -80,7 +125,7 @@ def test_blanks_around_the_names_of_columns_do_not_count(tmp_path: Path) -> None
 @pytest.mark.parametrize("content", [b"id,text\r1,one\r2,two\r", b'"id" "text"\n1 "one"\n'])
 def test_a_header_that_is_not_csv_is_told(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.csv is not CSV: .*, in its first line, which names the columns"):
+    with pytest.raises(UserError, match=r"a\.csv: not CSV: .*, in its first line, which names the columns"):
         list(read_all(tmp_path / "a.csv"))
 
 
