@@ -12,7 +12,6 @@ from data_tools.readers.csv_rows import read_csv
 from data_tools.readers.document_pieces import Note, Pieces, SkippedRecord
 from data_tools.readers.input_file import FileSlice, InputFile, whole_file
 from data_tools.readers.jsonl import byte_ranges, read_json, read_jsonl
-from data_tools.readers.open_file import COMPRESSIONS
 from data_tools.readers.plain_text import read_text
 from data_tools.readers.tables import read_arrow, read_parquet, record_batches, row_groups
 from data_tools.readers.web import read_html, read_warc
@@ -31,7 +30,7 @@ def _read_nothing(slice_: FileSlice, _: SourceConfig) -> Pieces:
     yield SkippedRecord(NO_DATA, partial(str, slice_.file.path))
 
 
-NO_DATA = "metadata of a Hugging Face dataset"
+NO_DATA = "metadata of a Hugging Face dataset; include='*' reads its README, license and scripts too"
 METADATA = "metadata"  # the format of files beside the data, which is found (hugging_face.py) and not given
 TEXT = "text"  # the format of a file whose name has no known ending
 FORMATS = {
@@ -51,13 +50,6 @@ FORMATS = {
 def format_of(name: str) -> str:
     """Return the format that a file's name tells, with the ending of a compression already removed."""
     return next((key for key, known in FORMATS.items() if name.lower().endswith(known.endings)), TEXT)
-
-
-def has_known_ending(path: str) -> bool:
-    """Tell whether a file's name ends as one of a format does, before the ending of a compression."""
-    name = path.lower()
-    name = name.removesuffix(next((ending for ending in COMPRESSIONS if name.endswith(ending)), ""))
-    return any(name.endswith(known.endings) for known in FORMATS.values())
 
 
 def read_slice(slice_: FileSlice, source: SourceConfig, *, strict: bool) -> Pieces:

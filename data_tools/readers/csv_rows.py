@@ -18,7 +18,7 @@ SEPARATORS = {"csv": ",;\t|", "tsv": "\t"}  # tried in this order: spreadsheets 
 DOES_NOT_FIT = "a row with more or fewer fields than the header"
 NO_ROW = "not CSV: a quotation mark within a quoted field, or a line break"
 ESCAPED = 'a quoted field ends in a backslash, which may be meant to escape the quotation mark: CSV doubles it, ""'
-SWALLOWED = "a quoted field with a tab and a line break, perhaps several rows between two quotation marks"
+SWALLOWED = "a quoted field of lines that look like rows of their own: perhaps quotation marks are letters in this file"
 
 Row = list[str] | str
 """The fields of a row, or why it is none."""
@@ -79,7 +79,7 @@ def _rows(lines_: Iterator[str], separator: str, path: str) -> Iterator[Row]:
     record: list[str] = []  # the lines of the row that is being read
     # strict: without it, the csv module makes `a b"` of "a" b" and does not tell
     reader = csv.reader(_kept(lines_, record), delimiter=separator, strict=True)
-    first_line = 1
+    first_line, n_tabs = 1, 0
     while True:
         n_lines: int | None
         try:
@@ -95,7 +95,8 @@ def _rows(lines_: Iterator[str], separator: str, path: str) -> Iterator[Row]:
             yield from [NO_ROW] * n_lines
         else:
             n_lines = len(record)
-            if reason := _ambiguity(row, record, separator):
+            n_tabs = n_tabs or record[0].count("\t")
+            if reason := _ambiguity(record, separator, n_tabs):
                 # each line may have been a row
                 yield from [reason] * n_lines
             elif row:
@@ -110,13 +111,13 @@ def _kept(lines_: Iterator[str], record: list[str]) -> Iterator[str]:
         yield line
 
 
-def _ambiguity(row: list[str], record: list[str], separator: str) -> str | None:
+def _ambiguity(record: Sequence[str], separator: str, n_tabs: int) -> str | None:
     """Return why a row may mean something else to the program that wrote it, or None."""
     end = rf"(?=[{separator}\r\n]|$)"
     if any('\\"' in line and re.search(r'(?<!\\)(?:\\\\)*\\"' + end, line) for line in record):
         return ESCAPED
-    # most programs that write TSV do not quote, so that a field may begin with a quotation mark
-    if separator == "\t" and any("\t" in field and "\n" in field for field in row):
+    # many programs that write TSV do not quote, so that a text may begin with a quotation mark, and a later one end so
+    if separator == "\t" and len(record) > 1 and n_tabs and all(line.count("\t") == n_tabs for line in record):
         return SWALLOWED
     return None
 

@@ -14,6 +14,8 @@ TEMPLATES: dict[ChatTemplate, str] = {
     "llama3": "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
     "plain": "{role}: {content}\n\n",
 }
+CHAT_VERSION = 2  # raise it when a chat is written out in another way
+NOT_WRITTEN = ("tool_calls", "function_call", "refusal", "audio")  # what a message may have beside its content
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
@@ -32,7 +34,7 @@ def read_record(record: dict[str, Any], source: SourceConfig, position: int, whe
     elif template and value and not _is_chat(value):
         reason, way_out = f"no list of chat messages as {field!r}", "leave out chat_template, or set text_field=NAME"
     elif template and value and (value := _written_out(value, template)) is None:
-        yield SkippedRecord("a chat message without text", where)
+        yield SkippedRecord("a chat message without text, or with more than text (a call of a tool, an image)", where)
         return
     else:
         yield from pieces_of(value or "" if template else value, position, where, field)
@@ -90,14 +92,15 @@ def _is_chat(value: Any) -> bool:
 
 
 def _written_out(messages: Iterable[dict[str, Any]], template: ChatTemplate) -> str | None:
-    """Return a chat as text, or None if one of its messages has none (a call of a tool, an image)."""
+    """Return a chat as text, or None if one of its messages has none, or what no template writes."""
     parts = []
     for message in messages:
         role = message.get("role") or message.get("from")
         # a table has every key in every message
         content = message.get("value") if message.get("content") is None else message["content"]
         texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in _as_list(content)]
-        if not isinstance(role, str) or not all(isinstance(text, str) for text in texts):
+        is_text = all(isinstance(text, str) for text in texts) and not any(map(message.get, NOT_WRITTEN))
+        if not isinstance(role, str) or not is_text:
             return None
         parts.append(TEMPLATES[template].format(role=ROLES.get(role, role), content="".join(texts)))
     return "".join(parts)

@@ -3,6 +3,7 @@
 import fnmatch
 import glob
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from urllib.parse import unquote
@@ -10,7 +11,7 @@ from urllib.parse import unquote
 from data_tools.config import SourceConfig
 from data_tools.readers.by_format import FORMATS, METADATA, format_of
 from data_tools.readers.hugging_face import METADATA as NOT_DATA
-from data_tools.readers.hugging_face import folders_of_data, is_in_cache, metadata_among
+from data_tools.readers.hugging_face import folders_of_data, is_about_repository, is_in_cache, metadata_among
 from data_tools.readers.input_file import InputFile
 from data_tools.readers.open_file import COMPRESSIONS, reading
 from data_tools.readers.remote_files import escape_folder, list_remote, open_file_system, path_in
@@ -53,6 +54,12 @@ def _find(path: str, source: SourceConfig, own: Path | None) -> Iterator[InputFi
     for found, size, state, named in files:
         if named and PurePath(found).name in NOT_DATA:
             raise UserError(f"{found} is metadata of a Hugging Face dataset; give the folder {PurePath(found).parent}")
+        if named and not source.include and is_about_repository(found, _local_text_of):
+            folder, name = found.rsplit("/", 1)
+            raise UserError(
+                f"{found} is beside a Hugging Face dataset, but no data; give the folder {folder}, or, to read "
+                f"this file, --input {shlex.quote(folder)} and include={shlex.quote(name)}"
+            )
         is_data = found not in metadata
         kind, compression = _format_and_compression(found, source.format) if is_data else (METADATA, "")
         yield InputFile(found, kind, compression, size, state, named, source.encoding)
@@ -84,6 +91,10 @@ def _text_of(path: str) -> str:
             return file.read(MOST_METADATA).decode(errors="replace")
     except OSError:
         return ""
+
+
+def _local_text_of(path: str) -> str:
+    return "" if "://" in path else _text_of(path)
 
 
 def _is_local(path: str) -> bool:

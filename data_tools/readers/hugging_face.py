@@ -1,19 +1,22 @@
 """Tell the data of a Hugging Face dataset from what lies beside it: a saved, a cached, a cloned or a downloaded one."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_tools.formatting import listed
-from data_tools.readers.by_format import has_known_ending
 from megagpt.errors import UserError
 
 METADATA = frozenset(["dataset_dict.json", "dataset_info.json", "dataset_infos.json"])  # wherever they are found
 TABLES = (".arrow", ".parquet")
 UNFINISHED = ("cache-", "tmp")  # how the names begin of what map(), filter() and an unfinished download leave
-IS_HUB = ("*.arrow filter=lfs", "*.parquet filter=lfs")  # lines of .gitattributes, as the hub writes it
+# lines of .gitattributes, as the hub writes it: `git lfs track` adds one of them to any repository
+HUB_LINES = ("*.arrow filter=lfs", "*.parquet filter=lfs", "saved_model/**/* filter=lfs")
+ABOUT = re.compile(r"(\.git.*|(readme|licen[cs]e|citation)([._-][\w-]+)?(\.(md|rst|txt|cff|bib))?)", re.IGNORECASE)
+FIGURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 CARD = ("annotations_creators:", "configs:", "dataset_info:", "pretty_name:", "size_categories:", "task_categories:")
 CACHE = {"blobs", "refs", "snapshots"}  # the folders of a repository in the hub's cache
 
@@ -39,8 +42,23 @@ def metadata_among(paths: Sequence[str], root: str, read: Read, *, is_selected: 
     candidates = {root, *(with_readme[:1] if "://" in root else with_readme)}
     if not is_selected:
         for repository in (folder for folder in candidates if _is_repository(folder, read)):
-            left_out |= {p for p in paths if p.startswith(f"{repository}/") and not has_known_ending(p)}
+            left_out |= {path for path in paths if _is_about(path, repository)}
     return left_out
+
+
+def _is_about(path: str, repository: str) -> bool:
+    """Tell whether a file is about the data of the repository: README, license, figures, loading script."""
+    folder, _, name = path.rpartition("/")
+    if not path.startswith(f"{repository}/"):
+        return False
+    is_script = folder == repository and name.endswith(".py")
+    return is_script or name.lower().endswith(FIGURES) or bool(ABOUT.fullmatch(name))
+
+
+def is_about_repository(path: str, read: Read) -> bool:
+    """Tell whether a file is in the root of a dataset's repository, and about its data."""
+    folder = path.rpartition("/")[0]
+    return _is_about(path, folder) and _is_repository(folder, read)
 
 
 def _not_data(folder: str, names: Iterable[str], read: Read, *, is_selected: bool) -> set[str]:
@@ -67,11 +85,15 @@ def _parsed(text: str) -> dict[str, Any]:
 
 def _is_repository(folder: str, read: Read) -> bool:
     """Tell whether a folder is a clone or a copy of a dataset's repository on the hub."""
-    if folder.startswith("hf://") or any(line in read(f"{folder}/.gitattributes") for line in IS_HUB):
+    if folder.startswith("hf://") or _has_hub_lines(read(f"{folder}/.gitattributes")):
         return True
     text = read(f"{folder}/README.md").replace("\r\n", "\n")
     card = text.removeprefix("---\n").partition("\n---")[0] if text.startswith("---\n") else ""
     return any(line.startswith(CARD) for line in card.splitlines())
+
+
+def _has_hub_lines(attributes: str) -> bool:
+    return all(line in attributes for line in HUB_LINES)
 
 
 def folders_of_data(folder: Path, names: Sequence[str]) -> list[str]:

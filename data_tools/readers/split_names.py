@@ -1,9 +1,10 @@
 """Recognize the splits that file and folder names tell, such as `wiki.valid.tokens` or `validation/data-00000.arrow`.
 
-The words are those by which Hugging Face's `datasets` and its hub name splits.
+The words are those by which Hugging Face's `datasets` names splits.
 """
 
 import glob
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ WORDS: dict[str, Split] = {
     **{"val": "val", "valid": "val", "validation": "val", "dev": "val"},
     **{"test": "test", "testing": "test"},
 }
+WEAK_WORDS: dict[str, Split] = {"eval": "test", "evaluation": "test"}  # eval/val.jsonl is for validation
 
 
 def split_in_names(path: str, given: Sequence[str]) -> Split | None:
@@ -28,8 +30,8 @@ def split_in_names(path: str, given: Sequence[str]) -> Split | None:
     are the user's affair. Raises UserError for a name with words of two splits.
     """
     root, *folders, name = _names_from(path, given)
-    for part in (*reversed(folders), name, root):
-        found = {WORDS[word] for word in re.split("[^a-z]+", part.lower()) if word in WORDS}
+    for words, part in itertools.product((WORDS, WEAK_WORDS), (*reversed(folders), name, root)):
+        found = {words[word] for word in re.split("[^a-z]+", part.lower()) if word in words}
         if len(found) > 1:
             raise UserError(
                 f"{path}: {part!r} names several splits ({', '.join(sorted(found))}); rename it, or give its files "
@@ -64,9 +66,10 @@ def given_split(file: InputFile, source: SourceConfig) -> Split | None:
         return source.split
     split = split_in_names(file.path, source.paths)
     if split is None:
+        words = ", ".join([*WORDS, *WEAK_WORDS])
         raise UserError(
-            f"splits=by-name: no name in {file.path} tells a split ({', '.join(WORDS)}); rename it, leave it out with "
-            "include, or give files by --input, --val and --test without splits=by-name"
+            f"splits=by-name: no name in {file.path} tells a split ({words}); rename it, leave it out with include, or "
+            "give files by --input, --val and --test without splits=by-name"
         )
     return None if split == "train" else split
 

@@ -13,6 +13,7 @@ from data_tools.executor.tasks import Done, Tasks, file_of
 from data_tools.filters.rules import RulesConfig, apply_rules, check_rules, clean_only, load_custom
 from data_tools.readers.by_format import FORMATS, METADATA, read_slice
 from data_tools.readers.document_pieces import DocumentPiece, Note, SkippedRecord
+from data_tools.readers.fields import CHAT_VERSION
 from data_tools.readers.find_files import find_files
 from data_tools.readers.first_records import check_first_records
 from data_tools.readers.input_file import InputFile, UnreadableFile
@@ -80,7 +81,10 @@ def extract_all(units: Sequence[WorkUnit], sources: Sequence[SourceConfig], stri
     """Run `extract` for every unit."""
     named = {source.name: source for source in sources}
     code = {source.name: _code_hashes(source.rules) for source in sources}
-    jobs = [(unit, named[unit.source], strict, code[unit.source] | _reader_versions(unit)) for unit in units]
+    jobs = [
+        (unit, named[unit.source], strict, code[unit.source] | _reader_versions(unit, named[unit.source]))
+        for unit in units
+    ]
     extracted = tasks.run(extract, jobs, "reading")
     unreadable = unreadable_files(extracted)
     if unreadable and len(unreadable) == len({slice_.file.path for unit in units for slice_ in unit.slices}):
@@ -153,9 +157,11 @@ def _code_hashes(rules: RulesConfig) -> dict[str, str]:
     return {file: sha256_of(Path(file)) for file in files}
 
 
-def _reader_versions(unit: WorkUnit) -> dict[str, str]:
+def _reader_versions(unit: WorkUnit, source: SourceConfig) -> dict[str, str]:
     """Versions of the readers that have changed, so that a resumed build does not reuse the work of an older one."""
     versions = {slice_.file.kind: FORMATS[slice_.file.kind].version for slice_ in unit.slices}
+    if source.chat_template:
+        versions["chat"] = CHAT_VERSION
     return {kind: str(version) for kind, version in versions.items() if version > 1}
 
 

@@ -18,7 +18,8 @@ from megagpt.errors import UserError
 
 TEXTS = [f"document {i}" for i in range(7)]
 OPTIONS = ("tokenizer_type=char", "val_fraction=0", "workers=1")
-ATTRIBUTES = "*.7z filter=lfs diff=lfs merge=lfs -text\n*.parquet filter=lfs diff=lfs merge=lfs -text\n"
+TRACKED = ("*.7z", "*.arrow", "*.parquet", "*.safetensors", "saved_model/**/*", "*.mp4")
+ATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in TRACKED)
 CARD = "---\nlicense: mit\nconfigs:\n- config_name: default\n---\n# A corpus\n"
 
 
@@ -135,7 +136,19 @@ def test_a_hugging_face_folder_in_a_store_is_read_alike(make: Callable[[Path], N
 def test_files_of_a_clone_are_read_when_the_user_selects_or_names_them(tmp_path: Path) -> None:
     clone(tmp_path / "in")
     assert texts_of(read_all(tmp_path / "in", include=("*.md",))) == ["# A corpus\n"]
-    assert texts_of(read_all(tmp_path / "in" / "LICENSE")) == ["MIT"]
+    assert texts_of(read_all(tmp_path / "in", include=("LICENSE",))) == ["MIT"]
+
+
+@pytest.mark.parametrize("make", [clone, copy_without_hidden_files])
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "corpus.py"])
+def test_what_is_about_a_clone_is_refused_by_its_name(name: str, make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "in")
+    (tmp_path / "in" / "dataset_infos.json").unlink()
+    folder = re.escape(str(tmp_path / "in"))
+    with pytest.raises(
+        UserError, match=f"but no data; give the folder {folder}, or, .* --input {folder} and include={name}$"
+    ):
+        list(read_all(tmp_path / "in" / name))
 
 
 def test_metadata_that_a_glob_of_the_shell_names_is_refused_with_the_folder(tmp_path: Path) -> None:
@@ -147,11 +160,23 @@ def test_metadata_that_a_glob_of_the_shell_names_is_refused_with_the_folder(tmp_
         list(read_all(tmp_path / "in" / "dataset_infos.json"))
 
 
-def test_a_source_tree_keeps_its_readme_and_license(tmp_path: Path) -> None:
-    (tmp_path / ".gitattributes").write_text("*.png filter=lfs diff=lfs merge=lfs -text\n")
+@pytest.mark.parametrize("tracked", ["*.png", "*.parquet", "*.arrow"])
+def test_a_source_tree_keeps_its_readme_and_license(tracked: str, tmp_path: Path) -> None:
+    (tmp_path / ".gitattributes").write_text(f"{tracked} filter=lfs diff=lfs merge=lfs -text\n")
     for name in ("LICENSE", "README.md", "a.py"):
         (tmp_path / name).write_text(name)
     assert texts_of(read_all(tmp_path)) == ["LICENSE", "README.md", "a.py"]
+
+
+def test_a_clone_keeps_its_data_whatever_its_ending(tmp_path: Path) -> None:
+    clone(tmp_path / "in")
+    for name in ("wiki.train.tokens", "code/a.py", "licenses.md", "notes.md"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text(name)
+    items = list(read_all(tmp_path / "in"))
+    found = {item.text for item in items if isinstance(item, DocumentPiece)}
+    assert found == {*TEXTS, "wiki.train.tokens", "code/a.py", "licenses.md", "notes.md"}
+    assert len(skipped(iter(items))) == 4  # README.md, LICENSE, the loading script, dataset_infos.json
 
 
 def test_a_saved_dataset_that_was_copied_in_part_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from data_support import all_documents, run
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reader_support import TEXTS, read_all, skipped, texts_of
 
@@ -38,8 +39,9 @@ def test_a_csv_row_is_read_as_it_was_written_or_counted(
     path = tmp_path_factory.getbasetemp() / "any.csv"
     path.write_text(written.getvalue(), newline="")
     items = list(read_all(path))
-    rows = [row for row in rows if separator != "\t" or not any("\t" in field and "\n" in field for field in row)]
     expected = [row[1] for row in rows if len(row) == 2 and row[1] and not row[1].isspace()]
+    # a text of lines that each have a tab could be rows as well
+    assume(SWALLOWED not in [item.reason for item in skipped(iter(items))])
     assert [item.text for item in items if isinstance(item, DocumentPiece)] == expected
     misfits = [item for item in skipped(iter(items)) if item.reason == DOES_NOT_FIT]
     assert len(misfits) == sum(len(row) != 2 for row in rows)
@@ -97,12 +99,17 @@ def test_rows_of_tsv_between_two_quotation_marks_are_counted_and_no_document(tmp
     items = list(read_all(tmp_path / "a.tsv"))
     assert [item.text for item in items if isinstance(item, DocumentPiece)] == ["after"]
     assert [item.reason for item in skipped(iter(items))] == [SWALLOWED] * 3
-    with pytest.raises(UserError, match=r"a\.tsv row 0: a quoted field with a tab and a line break"):
+    with pytest.raises(UserError, match=r"a\.tsv row 0: a quoted field of lines that look like rows"):
         list(read_all(tmp_path / "a.tsv", strict=True))
     (tmp_path / "a.tsv").write_text("id\ttext\n" + rows)
     items = list(read_all(tmp_path / "a.tsv"))
     assert [item.text for item in items if isinstance(item, DocumentPiece)] == ["after"]
     assert [item.reason for item in skipped(iter(items))] == [NO_ROW] * 3
+
+
+def test_a_quoted_tsv_field_with_tabs_and_line_breaks_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('id\ttext\n1\t"a\tb\nc\nd\te"\n')
+    assert texts_of(read_all(tmp_path / "a.tsv")) == ["a\tb\nc\nd\te"]
 
 
 def test_a_quotation_mark_in_an_unquoted_field_is_read_as_it_stands(tmp_path: Path) -> None:
@@ -227,6 +234,10 @@ def test_chats_of_sharegpt_and_of_parts_are_read_and_those_without_text_counted(
         [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
         [{"role": "user", "content": [{"type": "image"}]}],
         [{"role": "assistant", "content": None, "tool_calls": []}],
+        [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}],
+        [{"role": "assistant", "content": "I look", "function_call": {"name": "f"}}],
+        [{"role": "assistant", "content": "", "refusal": "I can't"}],
+        [{"role": "assistant", "content": "Ho", "tool_calls": [], "function_call": None, "refusal": None}],
         [],
         "no chat",
     ]
@@ -235,9 +246,10 @@ def test_chats_of_sharegpt_and_of_parts_are_read_and_those_without_text_counted(
     assert [item.text for item in items if isinstance(item, DocumentPiece)] == [
         "user: Hi\n\nassistant: Ho\n\n",
         "user: ab\n\n",
+        "assistant: Ho\n\n",
     ]
-    reasons = ["a chat message without text", "a chat message without text", "empty", "no list of chat messages"]
-    assert [item.reason.split(" as ")[0] for item in skipped(iter(items))] == reasons
+    reasons = [*["a chat message without text"] * 5, "empty", "no list of chat messages"]
+    assert [re.split(" as |, ", item.reason)[0] for item in skipped(iter(items))] == reasons
 
 
 def test_a_message_about_a_huge_header_fits_on_a_screen(tmp_path: Path) -> None:

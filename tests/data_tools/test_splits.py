@@ -338,6 +338,9 @@ def test_held_out_text_trains_no_tokenizer(tmp_path: Path) -> None:
         ("/d/valid/a.txt", "/d/*/a.txt", "val"),
         ("/d/dev/part.txt", "/d/dev/part.txt", "val"),
         ("/d/pretraining.txt", "/d", None),
+        ("/d/eval.jsonl", "/d", "test"),
+        ("/d/evaluation/part.txt", "/d", "test"),
+        ("/d/eval/val.jsonl", "/d", "val"),  # the other words come first
         ("s3://b/c/DEV.jsonl.zst", "s3://b/c", "val"),
     ],
 )
