@@ -19,10 +19,10 @@ from megagpt.distributed.collectives import neighbors
 from megagpt.distributed.process_group import rank
 from megagpt.distributed.rank_variables import local_ranks
 from megagpt.engine.activation_checkpointing import recompute_hook
-from megagpt.engine.compilation import compile_blocks
+from megagpt.engine.compilation import KERNELS, compile_blocks
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
 from megagpt.engine.optimizer import build_optimizer, clips_itself, decay_groups
-from megagpt.errors import UserError
+from megagpt.errors import OwnRankError, UserError
 from megagpt.model.attention import prefer_cudnn
 from megagpt.model.gpt import GPT, Block
 from megagpt.model.recompute import recompute_inside, set_memory_budget
@@ -67,7 +67,7 @@ def build_engine(
         model.shard_positions(exchange, sharing, rank() % sharing)
     if compiled:
         set_memory_budget(cfg.recompute)
-        compile_blocks(model, cfg.out_dir / "compiled", inside)
+        compile_blocks(model, cfg.out_dir / KERNELS, inside)
         if ds.zero_optimization.stage == 3:
             deepspeed.utils.set_z3_leaf_modules(model, [Block])  # hooks inside a block would break its graph
     prefer_cudnn(device)
@@ -92,13 +92,16 @@ def build_engine(
 
 @contextmanager
 def _refusals_explained() -> Iterator[None]:
-    """Turn the errors by which DeepSpeed refuses a combination of keys, or stumbles over it, into a UserError."""
+    """Turn the errors by which DeepSpeed refuses a combination of keys, or stumbles over it, into a UserError.
+
+    It refuses on every rank alike; what it stumbles over, such as a package, may be missing on one host alone.
+    """
     try:
         yield
     except (ValueError, AssertionError, NotImplementedError) as error:
         raise UserError(f"DeepSpeed refuses the run file: {error}") from error
     except (TypeError, LookupError, AttributeError, ArithmeticError, ImportError) as error:
-        raise UserError(f"DeepSpeed cannot start with this run file: {type(error).__name__}: {error}") from error
+        raise OwnRankError(f"DeepSpeed cannot start with this run file: {type(error).__name__}: {error}") from error
 
 
 def all_to_all(size: int) -> Callable[[Tensor], Tensor]:

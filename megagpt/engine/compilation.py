@@ -21,6 +21,7 @@ from megagpt.distributed.process_group import print_rank0
 from megagpt.errors import OwnRankError, UserError
 from megagpt.model.gpt import GPT, Block, KeyValueCache
 
+KERNELS = "compiled"  # a run's folder of compiled kernels, in its out_dir
 PLAIN_PATH = re.compile(r"[\w./@%+=:,-]+")
 
 

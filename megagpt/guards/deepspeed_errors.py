@@ -1,5 +1,6 @@
 """Explain an error that DeepSpeed raises after it has checked the run file: what failed, and the keys to suspect."""
 
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ FROM_OUTSIDE = ("gloo", "nccl", "cuda", "cublas", "connection", "timed out", "ti
 def deepspeed_explained(run: RunConfig) -> Iterator[None]:
     """Turn an error of any type that DeepSpeed raises into an OwnRankError.
 
-    Not a lost rank, a lost device, or memory that ran out: those are not due to the run file.
+    Not a lost rank, a lost device, a full disk, or memory that ran out: those are not due to the run file.
     """
     try:
         yield
@@ -43,13 +44,17 @@ def deepspeed_explained(run: RunConfig) -> Iterator[None]:
 
 
 def _is_deepspeeds(trace: TracebackType | None) -> bool:
-    """Tell whether an error came out of DeepSpeed's own code, or out of what that called."""
-    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(trace)]
-    return any(name.partition(".")[0] == "deepspeed" for name in names)
+    """Tell whether DeepSpeed's own code raised an error, or torch or the standard library when that called them.
+
+    Not what DeepSpeed calls of ours, the forward pass: a mistake there needs its traceback.
+    """
+    packages = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in traceback.walk_tb(trace)]
+    callers = [name for name in packages if name != "torch" and name not in sys.stdlib_module_names]
+    return callers[-1:] == ["deepspeed"]
 
 
 def _is_from_outside(error: Exception) -> bool:
-    if is_out_of_memory(error) or isinstance(error, ConnectionError | TimeoutError | dist.DistError):
+    if is_out_of_memory(error) or isinstance(error, OSError | dist.DistError):
         return True
     is_plain = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
     return is_plain and any(text in str(error).lower() for text in FROM_OUTSIDE)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from megagpt.config.run_file import RunConfig
 from megagpt.distributed.collectives import broadcast_object, errors_on_every_rank, gather_objects
 from megagpt.distributed.launcher import torchruns_agent
 from megagpt.distributed.process_group import is_main
+from megagpt.engine.compilation import KERNELS
 from megagpt.errors import UserError, writing_to
 from megagpt.file_lock import LOCK
 
@@ -61,7 +62,11 @@ def _agents() -> list[str]:
 def _undo(run: RunConfig) -> None:
     """Remove starts.json if it is all there is besides the run's lock: a refused run file leaves nothing behind."""
     out_dir = run.megagpt.out_dir
-    if is_main() and {path.name for path in out_dir.iterdir()} <= {"starts.json", LOCK}:
+    if not is_main():
+        return
+    with suppress(OSError):
+        (out_dir / KERNELS).rmdir()  # only if nothing was compiled
+    if {path.name for path in out_dir.iterdir()} <= {"starts.json", LOCK}:
         (out_dir / "starts.json").unlink()
 
 

@@ -1,5 +1,6 @@
 """Whatever DeepSpeed raises after it has checked a run file is one message; errors not due to that file are no part."""
 
+import errno
 import json
 import sys
 
@@ -8,6 +9,7 @@ from support import DEBUG_RUN, debug_run, overrides
 
 from megagpt.__main__ import main
 from megagpt.cli.pretrain import pretrain
+from megagpt.engine.compilation import _has_compiler
 from megagpt.errors import OwnRankError, UserError
 from megagpt.guards.deepspeed_errors import _is_from_outside, deepspeed_explained
 from megagpt.train.trainer import train
@@ -62,6 +64,42 @@ def test_a_monitor_whose_package_is_missing_is_one_message(dataset, tmp_path, mo
     assert not (tmp_path / "run").exists()
     assert main(["lint", str(DEBUG_RUN), *arguments]) == 2
     assert "pip install wandb" in capsys.readouterr().out
+
+
+def test_what_one_host_alone_may_lack_is_told_by_the_rank_that_lacks_it(dataset, device, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(OwnRankError, match="cannot start with this run file: ModuleNotFoundError: "):
+        started(dataset, device, tmp_path / "run", "wandb.enabled=true")
+
+
+def test_our_own_errors_under_deepspeeds_forward_keep_their_traceback(dataset, device, tmp_path, monkeypatch):
+    """DeepSpeed stands above them on the stack, and is not at fault."""
+
+    def mistaken(*_, **__):
+        raise TypeError("our own")
+
+    monkeypatch.setattr("megagpt.model.gpt.Block.forward", mistaken)
+    with pytest.raises(TypeError, match="our own"):
+        started(dataset, device, tmp_path / "run")
+
+
+def test_a_full_disk_under_deepspeed_is_not_due_to_the_run_file(dataset, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    caller = {"__name__": "deepspeed.somewhere", "full": full}
+    exec("def write(): full()", caller)
+    with pytest.raises(OSError, match="No space left"), deepspeed_explained(debug_run(dataset, tmp_path / "run")):
+        caller["write"]()
+
+
+@pytest.mark.skipif(not _has_compiler(), reason="no C++ compiler or no Python headers")
+def test_a_refused_start_that_would_compile_leaves_nothing(dataset, device, tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="ModuleNotFoundError"):
+        started(dataset, device, tmp_path / "run", "wandb.enabled=true", "megagpt.compile=true")
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_refuses_what_lint_names(dataset, tmp_path, capsys):
