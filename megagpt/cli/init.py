@@ -167,6 +167,7 @@ def _reasons(choice: Choice, refused: Choice | None) -> dict[str, list[str]]:
             f"{choice.epochs:.2f} epochs.",
             f"About {_duration(choice.hours)} at {speed * on.efficiency:.2g} FLOP/s: {EFFICIENCY:.0%} of {speed:.2g}, "
             f"{measured}.",
+            "Evaluating and saving come on top; other programs on the machine slow training down.",
         ],
         f"{SECTION}.early_stopping": [
             "Four evaluations without a lower validation loss end the run with the best weights."
