@@ -1,5 +1,6 @@
 """Load a run file: from JSON and `key.path=value` overrides to a `RunConfig`, or one message that names the mistake."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ KEYS = (
     typed_keys(MegaGPTConfig, SECTION)
     | typed_keys(DeepSpeedConfig)
     | {key for key, _ in dotted_items(DEEPSPEED_DEFAULTS)}
+)
+# Those of DeepSpeed's whose defaults decide on the training of every run.
+ACTING = (
+    *("gradient_clipping", "zero_optimization.stage", "bf16.enabled", "fp16.enabled", "optimizer.type"),
+    *("optimizer.params.betas", "optimizer.params.eps", "optimizer.params.weight_decay"),
 )
 # Those of DeepSpeed's that have no default.
 REQUIRED = ("train_batch_size", "train_micro_batch_size_per_gpu", "optimizer.params.lr")
@@ -64,6 +70,18 @@ class RunConfig:
     def as_json(self) -> dict[str, Any]:
         """Return the run file again, with our section's defaults written out."""
         return {**self.deepspeed_raw, SECTION: self.megagpt.model_dump(mode="json")}
+
+    def written_out(self, plain: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of the run file `plain` with the defaults in ACTING written out where it leaves them out."""
+        plain = json.loads(json.dumps(plain))
+        typed = self.deepspeed.model_dump(mode="json")
+        for dotted in ACTING:
+            *sections, key = dotted.split(".")
+            node, values = plain, typed
+            for name in sections:
+                node, values = node.setdefault(name, {}), values[name]
+            node.setdefault(key, values[key])
+        return plain
 
     def changed(self, *overrides: str) -> "RunConfig":
         """Return the run with single keys changed, each written `key.path=value` as on a command line.

@@ -97,9 +97,9 @@ def notes(run: RunConfig) -> Iterator[Issue]:
 
 
 def effective(run: RunConfig, vocab_size: int, ranks: int | None = None) -> dict[str, Any]:
-    """Return the run file as it acts: gaps filled as the engine fills them, the defaults of our section written out."""
+    """Return the run file as it acts: gaps filled as the engine fills them, the defaults that act written out."""
     batch = batch_plan(run.deepspeed, ranks) if ranks else any_batch(run.deepspeed)
-    return {**run.as_json(), **effective_config(run, batch, vocab_size, GPU)}
+    return run.written_out({**run.as_json(), **effective_config(run, batch, vocab_size, GPU)})
 
 
 def any_batch(ds: DeepSpeedConfig) -> BatchPlan:

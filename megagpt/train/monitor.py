@@ -106,7 +106,8 @@ class Monitor:
     def _write_hyperparameters(self, run: RunConfig) -> None:
         assert self._writer is not None
         self.text("run_file", json.dumps(run.as_json(), indent=2), 0)
-        flat = {k: v if isinstance(v, str | int | float) else json.dumps(v) for k, v in leaves(run.as_json()).items()}
+        values = leaves(run.written_out(run.as_json())).items()
+        flat = {key: value if isinstance(value, str | int | float) else json.dumps(value) for key, value in values}
         events = self._writer._get_file_writer()  # add_hparams() would start a second run in TensorBoard
         for summary in hparams(flat, {"loss/val": 0.0}):
             events.add_summary(summary)

@@ -5,9 +5,10 @@ import pytest
 from support import GOOD, RUN_FILES
 
 from megagpt.__main__ import main
-from megagpt.config.run_file import parse_run
+from megagpt.config.parsing import dotted_items
+from megagpt.config.run_file import load_run_config, parse_run
 from megagpt.errors import UserError
-from megagpt.lint.linter import lint_file, lint_or_raise
+from megagpt.lint.linter import effective, lint_file, lint_or_raise
 
 SOUND: dict[str, Any] = {
     **GOOD,
@@ -225,3 +226,18 @@ def test_training_is_told_the_warnings_and_refuses_all_errors():
     assert warning.startswith("warning: vocabulary_size=50257 has no effect: the vocabulary is the tokenizer's")
     with pytest.raises(UserError, match=r"unknown key 'bf16\.on'.*; unknown key 'zero_optimization\.stag'"):
         lint_or_raise(parse_run(SOUND, ["zero_optimization.stag=2", "bf16.on=true"]))
+
+
+def test_the_effective_file_has_what_the_notes_tell_and_is_its_own_effective_file(tmp_path):
+    (tmp_path / "good.json").write_text(json.dumps(GOOD))
+    run = load_run_config(tmp_path / "good.json")
+    told = [issue.key for issue in lint_file(tmp_path / "good.json") if issue.level == "note"]
+    assert {"gradient_clipping", "optimizer.params.betas", "optimizer.params.weight_decay"} <= set(told)
+    acting = effective(run, 384)
+    assert set(told) <= {key for key, _ in dotted_items(acting)}
+    assert (acting["gradient_clipping"], acting["optimizer"]["type"]) == (1.0, "AdamW")
+    assert (acting["zero_optimization"]["stage"], acting["bf16"]["enabled"]) == (0, False)
+    (tmp_path / "effective.json").write_text(json.dumps(acting))
+    assert lint_file(tmp_path / "effective.json") == []
+    assert effective(load_run_config(tmp_path / "effective.json"), 384) == acting
+    assert run.deepspeed_raw.get("gradient_clipping") is None  # it is not written into the run itself
