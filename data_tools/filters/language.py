@@ -9,6 +9,7 @@ from pydantic import Field
 from data_tools.option_types import Names
 from megagpt.config.parsing import Strict, UserPath
 from megagpt.errors import UserError
+from megagpt.git_pointers import MOST_POINTER, pointer_instead_of
 
 MAGIC = (793712314).to_bytes(4, "little")  # the first bytes of a fastText model
 INSTALL = "pip install fasttext-numpy2-wheel"
@@ -47,10 +48,12 @@ def load_language_model(path: Path) -> _Classifier:
         raise UserError(f"rules.language.model={path} needs fastText; install it with: {INSTALL}") from error
     try:
         with path.open("rb") as file:
-            magic = file.read(len(MAGIC))
+            start = file.read(MOST_POINTER)
     except OSError as error:
         raise UserError(f"cannot read rules.language.model={path}: {error.strerror}") from error
-    if magic != MAGIC:
+    if not start.startswith(MAGIC):
+        if message := pointer_instead_of(str(path), start):
+            raise UserError(f"rules.language.model: {message}")
         raise UserError(f"rules.language.model={path} is not a fastText model; give one such as lid.176.bin")
     try:
         model = _FastText(str(path))

@@ -2,7 +2,6 @@
 
 import io
 import lzma
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 from data_tools.readers.input_file import InputFile, UnreadableFile
 from data_tools.readers.remote_files import open_file_system
 from megagpt.errors import UserError, limit_reached
+from megagpt.git_pointers import MOST_POINTER, pointer_instead_of
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}  # ending of a file's name -> codec
 
-MOST_POINTER = 1024  # bytes
-POINTERS = (  # what Git keeps in place of a large file: its name, how it starts, the command that fetches the files
-    ("Git LFS", (b"version https://git-lfs.", b"version https://hawser.", b"version http://git-media."), "lfs pull"),
-    ("git-annex", (b"/annex/objects/",), "annex get ."),
-)
 SHOWN = 300  # letters, of a path and of an error that may quote it: somebody may give a text in its place
 
 
@@ -159,13 +154,8 @@ def _refuse_pointer(file: InputFile, raw: io.BufferedReader) -> None:
     """Raise UnreadableFile for the few lines that Git keeps in place of a large file."""
     if file.size > MOST_POINTER:
         return
-    start = raw.peek(MOST_POINTER)
-    for kind, starts, command in POINTERS:
-        if start.startswith(starts):
-            where = "" if "://" in file.path else f" -C {shlex.quote(str(Path(file.path).parent))}"
-            raise UnreadableFile(
-                f"{file.path} is a {kind} pointer, not the file itself; fetch the files with: git{where} {command}"
-            )
+    if message := pointer_instead_of(file.path, raw.peek(MOST_POINTER)):
+        raise UnreadableFile(message)
 
 
 @contextmanager

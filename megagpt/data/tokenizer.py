@@ -16,6 +16,7 @@ import sentencepiece
 
 from megagpt.data.segment_cache import SegmentEncoder
 from megagpt.errors import UserError
+from megagpt.git_pointers import pointer_instead_of
 
 META_SPACE = "\u2581"  # how SentencePiece spells a space inside its pieces
 KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}  # TrainerSpec.ModelType
@@ -50,6 +51,8 @@ class Tokenizer:
             raise UserError(
                 f"cannot read the tokenizer {path}: {error.strerror}; `python -m data_tools train-tokenizer` makes one"
             ) from error
+        if message := pointer_instead_of(str(path), model_bytes):
+            raise UserError(message)
         found = hashlib.sha256(model_bytes).hexdigest()
         if sha256 is not None and found != sha256:
             raise UserError(

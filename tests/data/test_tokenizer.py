@@ -199,6 +199,14 @@ def test_what_is_no_model_is_refused(model_bytes: bytes | str, tmp_path: Path) -
         Tokenizer.load(path)
 
 
+@pytest.mark.parametrize("sha256", [None, "0" * 64], ids=["given by the user", "of a dataset"])
+def test_a_git_lfs_pointer_is_named_with_the_command(sha256: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(UserError, match=rf"tokenizer\.model is a Git LFS pointer, .* git -C {tmp_path} lfs pull$"):
+        Tokenizer.load(path, sha256=sha256)
+
+
 @settings(max_examples=200, deadline=None)
 @given(position=st.integers(0, len(small_tokenizer().model_bytes) - 1), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_a_model_or_a_user_error(position: int, bit: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import fasttext
 import pytest
@@ -198,9 +199,11 @@ def test_without_a_list_any_language_that_is_clear_is_kept(language_model):
 
 def test_what_is_no_language_model_is_refused(tmp_path):
     (tmp_path / "text.bin").write_text("no model")
+    (tmp_path / "pointer.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
     for name, message in {
         "missing.bin": "No such file",
         "text.bin": "is not a fastText model",
+        "pointer.bin": rf"pointer\.bin is a Git LFS pointer, .* git -C {re.escape(str(tmp_path))} lfs pull$",
     }.items():
         with pytest.raises(UserError, match=message):
             check_rules(rules(language={"model": str(tmp_path / name)}))
