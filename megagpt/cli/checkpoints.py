@@ -85,8 +85,8 @@ def checkpoint_table(out_dir: Path, *, hashes: bool) -> tuple[str, bool]:
         *(_line(row, hashes=hashes, is_best=row.step_dir == best_dir) for row in rows),
         *(f"{name}: damaged, is not used" for name in quarantined),
         *(f"{name}: not committed, is not used" for name in uncommitted),
-        f"{complete} of {counted(len(rows), 'committed step')} {how}",
         *_rule_of_best(rows, best_dir),
+        f"{complete} of {counted(len(rows), 'committed step')} {how}",
     ]
     return "\n".join(lines), complete > 0
 

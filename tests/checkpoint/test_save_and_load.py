@@ -407,9 +407,9 @@ def test_the_list_of_checkpoints_names_what_is_wrong_and_counts_only_whole_steps
     """Sizes alone do not show a flipped bit; hashes do; a step without COMMIT and a damaged record are said too."""
     assert main(["checkpoints", str(saved), "--verify"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in out[1:-1]] == ["4", "6"]
-    assert all(line.split()[5:8] == ["1", "fp32", "1"] for line in out[1:-1])
-    assert out[-1] == "2 of 2 committed steps verify"
+    assert [line.split()[0] for line in out[1:-2]] == ["4", "6"]
+    assert all(line.split()[5:8] == ["1", "fp32", "1"] for line in out[1:-2])
+    assert out[-2:] == ["best: the lowest loss/val of these steps", "2 of 2 committed steps verify"]
 
     older, newer = committed(saved)
     victim = newer / "rng.0.json"
