@@ -41,8 +41,6 @@ def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     show(output)
     return code
 
-    return 0
-
 
 def _build(args: argparse.Namespace, overrides: Sequence[str]) -> Output:
     config = load_config(BuildConfig, args.config, _with_strict(args, overrides))

@@ -40,7 +40,6 @@ from megagpt.data.shard_format import REPORT, TOKENIZER_MODEL, token_dtype
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.file_lock import FileLock, LockHeldError
-from megagpt.terminal import print_error
 
 LOCK = "megagpt.lock"  # in BUILD_DIR: by it we recognize an unfinished build, whose files may be deleted
 
@@ -79,7 +78,7 @@ def build(
 def finish(folder: Path, stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig) -> dict[str, Any]:
     """Make a dataset of what the stages wrote: publish the files, then write the manifest. Returns the report."""
     tokenizer = Tokenizer.load(stages.model)
-    report = make_report(stages, sources)
+    report = make_report(stages, sources, config)
     other_files, index_sha256 = publish(folder, stages, report)
     manifest = Manifest(
         build_id=stages.shards[0][0].build_id,
@@ -125,15 +124,19 @@ def _claimed(out: Path) -> Iterator[tuple[Path, Path]]:
     except OSError as error:  # the build that held it has just removed its scratch folder
         raise UserError(f"--out {out} cannot be locked: {error}; look whether another build finished it") from error
     if warning:
-        print_error(f"{warning}, so a second build to --out {out} may not be refused: start none")
+        warn(f"{warning}, so a second build to --out {out} may not be refused: start none")
     try:
         # a build that was killed right after its manifest leaves its scratch folder, to be deleted here
         is_finished = (folder / MANIFEST).exists()
         if not is_finished:
             yield folder, scratch
-        shutil.rmtree(scratch)
     finally:
         lock.release()
+    # After the release, because NFS keeps a deleted file that is open, and its folder then cannot be removed. Whoever
+    # takes the lock from here on sees the manifest, and only deletes this folder too.
+    shutil.rmtree(scratch, ignore_errors=True)
+    if scratch.exists():
+        warn(f"{scratch} could not be deleted; the dataset is complete without it: delete it")
     if is_finished:
         raise UserError(f"--out {out} holds a finished dataset; give another folder, or delete it first")
 

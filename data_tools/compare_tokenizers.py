@@ -277,7 +277,7 @@ def _shown(number: float | None, form: str) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], names: int) -> list[str]:
-    """Lines of a table, with the first `names` columns aligned left and the others right."""
+    """Return the lines of a table, with the first `names` columns aligned left and the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

@@ -231,7 +231,7 @@ def _with_escapes(item: str) -> str:
 
 
 def load_config(model: type[Config], file: Path | None, overrides: Sequence[str]) -> Config:
-    """Options from a JSON file and then from `key.path=value` pairs, which override it.
+    """Return the options of a JSON file and then from `key.path=value` pairs, which override it.
 
     Raises UserError with every mistake, each with its dotted key, the value seen and what is right.
     """

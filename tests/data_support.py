@@ -1,9 +1,13 @@
 """Small texts, tokenizers and datasets for the tests of the data side. Everything here is deterministic."""
 
 import io
+import os
 import random
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +31,31 @@ def document(seed: int, n_words: int = 60) -> str:
     """Lines of words, some indented, some with a tab."""
     rng = random.Random(seed)
     return "".join(rng.choice(WORDS) + rng.choice([" ", " ", "  ", "\n", "\n    ", "\t"]) for _ in range(n_words))
+
+
+@contextmanager
+def open_files_left(n: int) -> Iterator[None]:
+    """This process may open n more files."""
+    used = {int(name) for name in os.listdir("/proc/self/fd")}
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = next(number for number in count() if number - len([one for one in used if one < number]) == n)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def paragraphs(n: int, seed: int = 0) -> str:
+    """One text of n paragraphs."""
+    return "\n\n".join(document(seed + i, 40).strip() for i in range(n)) + "\n"
+
+
+def write_text(path: Path, text: str) -> str:
+    """Write a file, and its folder if needed; returns the text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+    return text
 
 
 def write_texts(folder: Path, n: int, n_words: int = 60) -> list[str]:

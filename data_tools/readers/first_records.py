@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from data_tools.config import SourceConfig
+from data_tools.executor.progress import warn
 from data_tools.readers.by_format import FORMATS, METADATA, read_slice
 from data_tools.readers.input_file import InputFile, UnreadableFile
-from megagpt.terminal import print_error
 
 TRIED, TRIED_REMOTE = 5_000, 8  # files of a source that are opened: some seconds
 
@@ -22,8 +22,8 @@ def check_first_records(source: SourceConfig, files: Sequence[InputFile], *, str
         return
     if len(failed) == len(tried):
         raise failed[0]
-    print_error(
-        f"warning: {len(failed)} of the first {len(tried)} files of {source.name} cannot be read, and will be left "
+    warn(
+        f"{len(failed)} of the first {len(tried)} files of {source.name} cannot be read, and will be left "
         f"out; the first: {failed[0]}"
     )
 

@@ -147,7 +147,7 @@ def _parse_record(record: Any, source: SourceConfig, position: int, where: Calla
 
 
 def _line_of(slice_: FileSlice, at: int) -> str:
-    """'file:line' of the line at byte `at`, counted from the start of the file."""
+    """Return 'file:line' of the line at byte `at`, counted from the start of the file."""
     with open_bytes(slice_.file) as raw:
         newlines = 0
         while at > 0 and (block := raw.read(min(at, BLOCK))):
@@ -218,7 +218,7 @@ def _bad_json(path: str, at: int) -> UnreadableFile:
 
 
 def _at_least(blocks: Iterator[str], size: int) -> str:
-    """At least `size` characters, or all that are left."""
+    """Return at least `size` characters, or all that are left."""
     parts: list[str] = []
     while size > 0 and (block := next(blocks, None)) is not None:
         parts.append(block)

@@ -158,6 +158,12 @@ def _refuse_pointer(file: InputFile, raw: io.BufferedReader) -> None:
         raise UnreadableFile(message)
 
 
+def _is_about_content(error: Exception) -> bool:
+    """Tell whether Arrow refused what it read, rather than the network, the disk or a limit stopped the reading."""
+    # Arrow's own OSError has no number: "Couldn't deserialize thrift"
+    return not isinstance(error, TimeoutError | ConnectionError) and getattr(error, "errno", None) is None
+
+
 @contextmanager
 def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file to read single row groups. Raises UserError if it is not one."""
@@ -165,6 +171,8 @@ def open_parquet(file: InputFile) -> Iterator[pq.ParquetFile]:
         try:
             parquet = pq.ParquetFile(raw, pre_buffer=False, buffer_size=2**20)
         except (pa.ArrowException, OSError) as error:
+            if not _is_about_content(error):
+                raise
             raise UnreadableFile(f"{file.path} is not a Parquet file: {error}; repair it or leave it out") from error
         yield parquet
 
@@ -178,7 +186,9 @@ def open_arrow(file: InputFile) -> Iterator[pa.ipc.RecordBatchFileReader | pa.ip
         for open_ in (pa.ipc.open_file, partial(_from_start, pa.ipc.open_stream)):
             try:
                 reader = open_(raw)
-            except (pa.ArrowException, OSError):
+            except (pa.ArrowException, OSError) as error:
+                if not _is_about_content(error):
+                    raise
                 continue
             yield reader
             return

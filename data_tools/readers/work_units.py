@@ -22,7 +22,7 @@ class WorkUnit:
 
     @property
     def size(self) -> int:
-        """Bytes of text, roughly."""
+        """Return the bytes of text, roughly."""
         return sum(slice_.size for slice_ in self.slices)
 
 
@@ -51,7 +51,7 @@ def cut_into_units(
 
 
 def _slices(file: InputFile, unit_bytes: int, skip_unreadable: bool) -> Iterator[FileSlice]:
-    """At least one slice: a file without text gets an empty one, so that reports count it as skipped."""
+    """Yield at least one slice: a file without text gets an empty one, so that reports count it as skipped."""
     try:
         slices = list(FORMATS[file.kind].cut(file, unit_bytes)) if file.size else []
     except UnreadableFile:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_tools.config import SourceConfig
+from data_tools.config import BuildConfig, SourceConfig
 from data_tools.formatting import format_bytes, format_share, shortened
 from data_tools.stages.extract import unreadable_files
 from data_tools.stages.pipeline import Stages
@@ -20,7 +20,7 @@ SHOWN_FILES = 5  # of those that could not be read
 Counts = dict[str, int]  # documents, bytes, and tokens where there are any
 
 
-def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, Any]:
+def make_report(stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig) -> dict[str, Any]:
     """Return the content of report.json."""
     splits = {split: _counts(stages.count(split)) for split in SPLITS}
     total = {name: sum(counts[name] for counts in splits.values()) for name in ("documents", "bytes", "tokens")}
@@ -36,7 +36,7 @@ def make_report(stages: Stages, sources: Sequence[SourceConfig]) -> dict[str, An
         "dropped": _sum_counts(source["dropped"] for source in own),
         "variants": _describe_variants(stages),
         "lost_text": stages.lost_text,
-        "notes": [*_notes(stages), *_notes_of_readers(stages)],
+        "notes": [*_notes(stages, config), *_notes_of_readers(stages)],
         "loses_text": not Tokenizer.load(stages.model).round_trips(PROBE),
         "seconds": {stage: round(spent, 2) for stage, spent in stages.seconds.items()},
     }
@@ -70,12 +70,12 @@ def _describe_source(stages: Stages, number: int, name: str) -> dict[str, Any]:
 
 
 def _describe_variants(stages: Stages) -> list[dict[str, Any]]:
-    """Tokens of the training split in each tokenization, and how much longer the sampled ones are."""
+    """Count the tokens of the training split in each tokenization, and how much longer the sampled ones are."""
     tokens = [stages.count("train", variant)[2] for variant in range(len(stages.variants))]
     return [{"id": i, "tokens": n, "times_canonical": round(n / (tokens[0] or 1), 4)} for i, n in enumerate(tokens)]
 
 
-def _notes(stages: Stages) -> Iterator[str]:
+def _notes(stages: Stages, config: BuildConfig) -> Iterator[str]:
     """Yield what the user may not expect of the splits."""
     splits, (test, val, _) = stages.splits, stages.splits.given
     if stages.cut:
@@ -91,6 +91,11 @@ def _notes(stages: Stages) -> Iterator[str]:
             continue
         more = f"build from more text or with a larger {split}_fraction"
         yield f"the {what} split is empty: {'nothing of its files is left' if is_given else more}"
+    if config.val_fraction and not splits.shares["val"] and val == test and splits.trains(len(stages.units)):
+        yield (
+            "the validation split is empty: every input has a split of its own, and none is val; give one by --val, or "
+            'a source with "split": "val"'
+        )
 
 
 def _notes_of_readers(stages: Stages) -> Iterator[str]:

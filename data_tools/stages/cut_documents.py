@@ -16,7 +16,16 @@ from pathlib import Path
 
 from data_tools.dedup.lsh import clustered_rows
 from data_tools.executor.tasks import Done, Result, Tasks, file_of
-from data_tools.stages.select import CLUSTERS, PARTS, Part, SplitConfig, UnitInput, cut_pieces, select
+from data_tools.stages.select import (
+    CLUSTERS,
+    PARTS,
+    Part,
+    SplitConfig,
+    UnitInput,
+    contaminated_rows,
+    cut_pieces,
+    select,
+)
 from data_tools.storage.document_store import read_documents, read_pieces
 from megagpt.atomic_files import written
 from megagpt.data.manifest import SPLITS, Split
@@ -38,11 +47,13 @@ def cut_where_few(
     """Return the units with their documents cut, and the number of these; the units as they are if there are enough."""
     wanted = {split: share for split, share in splits.shares.items() if share}
     copies = sum(clusters.result[how] for how in ("exact", "near")) if clusters else 0
-    documents = sum(done.result["kept"][0] for done in extracted) - copies
+    own = [unit for unit in units if splits.given_split(unit.number) is None]
+    contaminated = sum(len(contaminated_rows(unit.paths(tasks.folder)[1])) for unit in own)
+    # a lower bound: a copy may be contaminated too, or be in an input with a split of its own
+    documents = sum(extracted[unit.number].result["kept"][0] for unit in own) - copies - contaminated
     if len(wanted) == 1 or documents * min(wanted.values()) >= FEW:
         return list(units), 0
     prefix = clusters.prefix if clusters else None
-    own = [unit for unit in units if splits.given_split(unit.number) is None]
     measured = [done.result for done in tasks.run(measure, [(unit, prefix, splits) for unit in own], "measuring")]
     sizes = {split: sum(result["bytes"][split] for result in measured) for split in SPLITS}
     expected = {split: share * sum(sizes.values()) for split, share in wanted.items()}

@@ -150,7 +150,7 @@ def why_nothing_is_left(extracted: Sequence[Done], tokenized: Sequence[Done] = (
 
 
 def _code_hashes(rules: RulesConfig) -> dict[str, str]:
-    """Hashes of the files that the rules load, so that a resumed build does not reuse the work of an older rule."""
+    """Return the hashes of the files that the rules load: a resumed build does not reuse the work of an older rule."""
     files = [str(rules.language.model)] if rules.language else []
     modules = [getattr(load_custom(path), "__module__", None) for path in rules.custom]
     files += [file for name in modules if (file := getattr(sys.modules.get(name or ""), "__file__", None))]
@@ -158,7 +158,7 @@ def _code_hashes(rules: RulesConfig) -> dict[str, str]:
 
 
 def _reader_versions(unit: WorkUnit, source: SourceConfig) -> dict[str, str]:
-    """Versions of the readers that have changed, so that a resumed build does not reuse the work of an older one."""
+    """Return the versions of readers that have changed: a resumed build does not reuse the work of an older one."""
     versions = {slice_.file.kind: FORMATS[slice_.file.kind].version for slice_ in unit.slices}
     if source.chat_template:
         versions["chat"] = CHAT_VERSION

@@ -11,6 +11,7 @@ from data_tools.stages.select import SplitConfig, UnitInput, keyed_hash, select,
 from megagpt.data.tokenizer import Tokenizer
 
 MEASURED_BYTES = 2**23
+SECTION = 2**14  # characters
 SHOWN, SHOWN_LETTERS = 8, 12  # of what is lost: parts, and characters of each
 
 
@@ -28,15 +29,22 @@ def measure_lost_text(
     model_sha256: str,
     share: float,
 ) -> dict[str, Any]:
-    """Run as a task: measure a share of the pieces of a unit's documents, drawn by a keyed hash."""
+    """Run as a task: measure a share of a unit's text, in sections that are drawn by a keyed hash.
+
+    The sections are small, so that many are drawn of any corpus that is larger than what is measured.
+    """
     tokenizer = Tokenizer.load(model, sha256=model_sha256)
     scratch = prefix.parents[1]
     selection = select(unit, scratch, clusters, splits)
     n_bytes, n_lost, most = 0, 0, Counter[str]()
     for piece, (row, text) in enumerate(selected_texts(scratch / unit.texts, selection)):
-        if keyed_hash(selection.documents[row].doc + f"lost {piece}".encode(), splits.seed) < share * 2**64:
-            lost = tokenizer.lost(text)
-            n_bytes, n_lost = n_bytes + len(text.encode()), n_lost + lost.total()
+        for at in range(0, len(text), SECTION):
+            key = selection.documents[row].doc + f"lost {piece}:{at}".encode()
+            if keyed_hash(key, splits.seed) >= share * 2**64:
+                continue
+            section = text[at : at + SECTION]
+            lost = tokenizer.lost(section)
+            n_bytes, n_lost = n_bytes + len(section.encode()), n_lost + lost.total()
             for part, size in lost.items():
                 most[part[:SHOWN_LETTERS]] += size
     return {"bytes": n_bytes, "lost": n_lost, "most": dict(most.most_common(100))}

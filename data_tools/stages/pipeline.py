@@ -55,12 +55,12 @@ class Stages:
 
     @property
     def tokenized(self) -> list[Done]:
-        """The units in the canonical tokenization."""
+        """Return the units in the canonical tokenization."""
         return self.variants[0]
 
     @cached_property
     def units_of_sources(self) -> dict[int, list[int]]:
-        """The numbers of the units of each source."""
+        """Return the numbers of the units of each source."""
         numbers: dict[int, list[int]] = defaultdict(list)
         for unit in self.unit_inputs:
             numbers[unit.source].append(unit.number)
@@ -123,13 +123,17 @@ def find_tokenizer(stages: Stages, config: BuildConfig, given: Tokenizer | None,
 
 
 def _measure_lost_text(stages: Stages, given: Tokenizer, tasks: Tasks) -> dict[str, Any]:
-    share = share_to_measure(sum(done.result["kept"][1] for done in stages.extracted))
-    jobs = [(unit, stages.clusters, stages.splits, stages.model, given.sha256, share) for unit in stages.unit_inputs]
-    return lost_text_of(tasks.run(measure_lost_text, jobs, "measuring"))
+    def measured(share: float) -> dict[str, Any]:
+        rest = (stages.clusters, stages.splits, stages.model, given.sha256, share)
+        return lost_text_of(tasks.run(measure_lost_text, [(unit, *rest) for unit in stages.unit_inputs], "measuring"))
+
+    found = measured(share_to_measure(sum(done.result["kept"][1] for done in stages.extracted)))
+    # where nearly all documents are dropped as copies, nothing of the few others may be drawn
+    return found if found["measured"] else measured(1.0)
 
 
 def tokenize_and_shuffle(stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig, tasks: Tasks) -> None:
-    """Return the stages from tokenization on. Raises UserError if the training split is empty."""
+    """Run the stages from tokenization on. Raises UserError if the training split is empty."""
     tokenizer = Tokenizer.load(stages.model)
     with _timed(stages.seconds, "tokenize"):
         for variant in _variant_configs(tokenizer, config):

@@ -44,7 +44,7 @@ class SplitConfig(Strict):
 
     @property
     def shares(self) -> dict[Split, float]:
-        """The share of each split in the documents that no input assigns."""
+        """Return the share of each split in the documents that no input assigns."""
         train = 1 - (self.val_fraction + self.test_fraction)  # 0.0 for 0.7 and 0.3
         return {"train": max(0.0, train), "val": self.val_fraction, "test": self.test_fraction}
 
@@ -169,7 +169,7 @@ def split_of(key: bytes, config: SplitConfig) -> Split:
 
 
 def keyed_hash(data: bytes, seed: int) -> int:
-    """64 pseudo-random bits, the same on every machine."""
+    """Return 64 pseudo-random bits, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest(), "big")
 
 

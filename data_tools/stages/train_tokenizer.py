@@ -245,7 +245,7 @@ def _lines(sample: Sequence[str]) -> Iterator[str]:
 
 
 def _explain(message: str, sample: Sequence[str], config: TokenizerConfig) -> UserError:
-    """SentencePiece's error in terms of our options."""
+    """Return SentencePiece's error in terms of our options."""
     if most := re.search(r"Vocabulary size too high.*<= (\d+)", message):
         return UserError(
             f"vocab_size={config.vocab_size} is more pieces than this text supports; set vocab_size={most[1]}, "

@@ -72,7 +72,7 @@ class ValWindows:
 
     @cached_property
     def text_bytes(self) -> TextBytes | None:
-        """The bytes of text of all targets; None if the tokenizer loses no text, for then the tokens have as many."""
+        """Return the bytes of text of all targets; None if the tokenizer loses none: then the tokens have as many."""
         if self._stream.dataset.tokenizer().is_lossless:
             return None
         return text_bytes(self._stream, 1, self.n_windows * self.seq_len + 1)
@@ -89,7 +89,9 @@ def open_data(cfg: DataConfig, seq_len: int, *, masked: bool = False) -> tuple[V
     # A shard of another build fails here, and not on one rank in the middle of a run.
     val.open_all()
     document_end = datasets[-1].eod_id if masked else None
-    return ValWindows(val, seq_len, cfg.val_tokens, document_end=document_end), datasets
+    windows = ValWindows(val, seq_len, cfg.val_tokens, document_end=document_end)
+    _ = windows.text_bytes  # read here, so that a damaged file fails now and not at the first evaluation
+    return windows, datasets
 
 
 def rank_samples(batch: BatchPlan, rank: int, first: int) -> Iterator[int]:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from megagpt.data.dataset import TokenStream
 from megagpt.data.manifest import confined
 from megagpt.data.provenance import BYTES, provenance_path
-from megagpt.data.shard_format import numbers
+from megagpt.data.shard_format import damaged, numbers
 
 
 class TextBytes(NamedTuple):
@@ -43,8 +43,14 @@ def _row_bytes(stream: TokenStream) -> np.ndarray | None:
     for shard in dataset.manifest.splits[stream.split].variants[0].shards:
         file = confined(dataset.path, provenance_path(shard.path))
         try:
+            if BYTES not in pq.read_schema(file).names:
+                return None
             columns += [numbers(chunk) for chunk in pq.read_table(file, columns=[BYTES])[BYTES].chunks if len(chunk)]
-        except (OSError, pa.ArrowException, KeyError):
+        except FileNotFoundError:
             return None
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(file, error) from error
     n_bytes = np.concatenate(columns)
-    return n_bytes if len(n_bytes) == stream.n_rows else None
+    if len(n_bytes) != stream.n_rows:
+        raise damaged(file.parent, f"its files have {len(n_bytes):,} rows, the shards have {stream.n_rows:,}")
+    return n_bytes

@@ -1,13 +1,14 @@
 """Bits per byte divide by the bytes of the documents, also with a tokenizer that loses text."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from data_support import lossy_tokenizer, small_tokenizer, write_texts
+from data_support import lossy_tokenizer, open_files_left, small_tokenizer, write_texts
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
@@ -18,6 +19,7 @@ from megagpt.data.loader import ValWindows
 from megagpt.data.provenance import BYTES, origins
 from megagpt.data.text_bytes import text_bytes
 from megagpt.data.tokenizer import Tokenizer
+from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.train.evaluate import evaluate, lost_text, token_counts, unknown_share
 
@@ -78,6 +80,25 @@ def test_a_dataset_without_rows_bytes_counts_the_mean_of_the_split(
     stream, split = lossy.stream("val"), lossy.manifest.splits["val"]
     assert text_bytes(stream, 0, stream.n_tokens) == (split.bytes, False)
     assert text_bytes(stream, 0, stream.n_tokens // 2).bytes == pytest.approx(split.bytes / 2, rel=0.01)
+
+
+def test_a_damaged_file_of_rows_bytes_is_named_and_not_replaced_by_the_mean(lossy: Dataset, tmp_path: Path) -> None:
+    folder = shutil.copytree(lossy.path, tmp_path / "out")
+    files = sorted((folder / "provenance/val/v0").iterdir())
+    first = files[0].read_bytes()
+    stream = open_dataset(folder).stream("val")
+    for damaged in (first[:-20], files[1].read_bytes()):  # cut, and with the rows of another shard
+        files[0].write_bytes(damaged)
+        with pytest.raises(
+            UserError, match=r"provenance/val/v0\S* is damaged .*; restore it or build the dataset again"
+        ):
+            text_bytes(stream, 0, stream.n_tokens)
+    files[0].write_bytes(first)
+    with open_files_left(0), pytest.raises(UserError, match="too many open files"):
+        text_bytes(stream, 0, stream.n_tokens)
+    assert text_bytes(stream, 0, stream.n_tokens).by_row
+    files[0].unlink()
+    assert not text_bytes(stream, 0, stream.n_tokens).by_row
 
 
 @pytest.mark.usefixtures("device")

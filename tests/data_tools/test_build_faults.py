@@ -9,12 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import processes
 import pytest
-from data_support import shard_bytes, write_texts
+from data_support import run, shard_bytes, write_texts
 from distributed import LocalCluster
 from support import ROOT
 
@@ -245,3 +246,30 @@ def is_running(pid: int) -> bool:
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         return False
+
+
+def test_nothing_is_left_where_a_deleted_file_that_is_open_stays_as_on_nfs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An NFS client renames it to .nfsXXXX until it is closed."""
+    write_texts(tmp_path / "in", 5)
+    unlink = os.unlink
+
+    def unlink_on_nfs(path: str | Path, *, dir_fd: int | None = None) -> None:
+        mine = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):
+                if os.path.samestat(mine, os.fstat(int(name))):
+                    silly = Path(path).with_name(f".nfs{name}")
+                    return os.rename(path, silly, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        return unlink(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", unlink_on_nfs)
+    command = ("build", "--input", tmp_path / "in", "--out", tmp_path / "out", "tokenizer_type=char", "val_fraction=0")
+    assert run(*command) == 0
+    assert not (tmp_path / "out" / ".build").exists()
+    # a build that was killed right after its manifest leaves the folder, which the next one deletes
+    (tmp_path / "out" / ".build" / "extract").mkdir(parents=True)
+    assert run(*command) == 2
+    assert "holds a finished dataset" in capsys.readouterr().err
+    assert not (tmp_path / "out" / ".build").exists()

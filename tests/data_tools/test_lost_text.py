@@ -8,6 +8,8 @@ import pytest
 from data_support import lossy_tokenizer, run, small_tokenizer, write_texts
 
 import data_tools.stages.lost_text
+from data_tools.build import build
+from data_tools.config import BuildConfig
 
 OTHERS = "\u0436\u0443\u043a " * 30  # 7 bytes each, 6 of them lost
 
@@ -67,3 +69,21 @@ def test_of_a_large_corpus_a_part_is_measured(
     assert run("build", *arguments, "val_fraction=0.2") == 0
     [(measured, unit)] = re.findall(r"\(of (\S+) (k?B) measured\)", capsys.readouterr().err)
     assert 2000 < float(measured) * {"B": 1, "kB": 1000}[unit] < 7000
+
+
+def test_a_corpus_of_few_pieces_is_measured_in_sections_and_never_by_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One long document is one piece; 300 copies of another leave a small share of the rest."""
+    (tmp_path / "x.model").write_bytes(lossy_tokenizer().model_bytes)
+    options = BuildConfig(tokenizer=tmp_path / "x.model", val_fraction=0)
+    (tmp_path / "long.txt").write_text(OTHERS * 1000, encoding="utf-8")
+    row = json.dumps({"text": OTHERS}) + "\n"
+    (tmp_path / "copies.jsonl").write_text(row * 300, encoding="utf-8")
+    monkeypatch.setattr(data_tools.stages.lost_text, "MEASURED_BYTES", 40_000)
+    long = build([tmp_path / "long.txt"], tmp_path / "long", options)["lost_text"]
+    assert 10_000 < long["measured"] < 150_000
+    monkeypatch.setattr(data_tools.stages.lost_text, "MEASURED_BYTES", 1)
+    copies = build([tmp_path / "copies.jsonl"], tmp_path / "copies", options)["lost_text"]
+    assert copies["measured"] == len(OTHERS.encode())
+    assert [copies["share"], long["share"]] == pytest.approx([6 / 7, 6 / 7], rel=0.01)

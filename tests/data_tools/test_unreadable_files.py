@@ -1,19 +1,22 @@
 """A file that cannot be read costs its own text: it is counted, named, and told by the exit code; strict refuses it."""
 
 import gzip
+import io
 import json
 import random
 from collections.abc import Callable
-from errno import EMFILE
+from errno import ECONNRESET, EIO, EMFILE
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from data_support import all_documents, run
 from reader_support import arrow, csv, json_array, jsonl, parquet
 
 from data_tools.executor.tasks import Done
-from data_tools.readers.input_file import UnreadableFile
-from data_tools.readers.open_file import reading
+from data_tools.readers.input_file import InputFile, UnreadableFile
+from data_tools.readers.open_file import open_arrow, open_parquet, reading
 from data_tools.stages.extract import unreadable_files
 from megagpt.errors import UserError
 
@@ -149,12 +152,43 @@ def test_a_pointer_of_git_annex_is_named_too(tmp_path: Path, capsys: pytest.Capt
     assert f"fetch the files with: git -C {tmp_path} annex get ." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "error", [TimeoutError("slow"), ConnectionResetError(), OSError(EMFILE, "too many open files")]
-)
+MAY_PASS = [
+    TimeoutError("slow"),
+    ConnectionResetError(),
+    ConnectionResetError(ECONNRESET, "Connection reset by peer"),
+    OSError(EMFILE, "too many open files"),
+    OSError(EIO, "Reduce your request rate"),
+]
+
+
+@pytest.mark.parametrize("error", MAY_PASS)
 def test_what_may_pass_ends_the_build_and_costs_no_file(error: OSError) -> None:
     with pytest.raises(UserError) as raised, reading("s3://bucket/a.txt"):
         raise error
+    assert not isinstance(raised.value, UnreadableFile)
+
+
+class _Failing(io.BytesIO):
+    """A file of an object store that is found and opened, and fails when it is read."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(bytes(5000))
+        self._error = error
+
+    def readinto(self, _: object) -> int:
+        raise self._error
+
+
+@pytest.mark.parametrize("open_", [open_parquet, open_arrow])
+@pytest.mark.parametrize("error", MAY_PASS)
+def test_a_network_that_fails_while_a_table_is_opened_costs_no_file(
+    error: OSError, open_: Callable[[InputFile], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SimpleNamespace(open=lambda *_, **__: _Failing(error))
+    monkeypatch.setattr("data_tools.readers.open_file.open_file_system", lambda _: (store, "bucket/a"))
+    file = InputFile("s3://bucket/a", "parquet", "", 5000, state="", named=False, encoding="auto")
+    with pytest.raises(UserError, match=r"cannot read s3://bucket/a|too many open files") as raised, open_(file):
+        pass
     assert not isinstance(raised.value, UnreadableFile)
 
 
