@@ -113,7 +113,7 @@ BAD_INPUT = {
         with_options("xyzzy=1"),
         r"unknown key 'xyzzy'; known are chat_template, decontamination, dedup, encoding",
     ),
-    "no number": (with_options("vocab_size=many"), r"vocab_size='many': Input should be a valid integer"),
+    "no number": (with_options("vocab_size=many"), r"vocab_size='many' is not a number"),
     "fraction too large": (with_options("val_fraction=0.6", "test_fraction=0.5"), r"are more than all"),
     "no equals sign": (with_options("strict"), r"'strict' is not of the form key\.path=value"),
     "idle option": (
