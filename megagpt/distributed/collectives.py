@@ -40,6 +40,11 @@ def gather_over_ranks(values: Tensor) -> Tensor:
     return torch.stack(gathered)
 
 
+def on_every_rank(fact: bool) -> bool:
+    """Tell, on every rank, whether a fact holds on all of them."""
+    return all(gather_objects(fact))
+
+
 def broadcast_object(value: T) -> T:
     """Return rank 0's value on every rank."""
     box = [value]

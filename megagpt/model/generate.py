@@ -3,7 +3,7 @@
 Shapes: B texts at once, T positions, V padded vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,12 +18,7 @@ SHOWN = 40  # characters of a prompt, in a message
 
 
 def pick(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
-    """Sample one token (B, 1) for each row of logits (B, V). Temperature 0 takes the likeliest.
-
-    Raises UserError for logits that are not finite.
-    """
-    if not logits.isfinite().all():
-        raise UserError("the model's output is not finite, so nothing can be generated; use an earlier checkpoint")
+    """Sample one token (B, 1) for each row of finite logits (B, V). Temperature 0 takes the likeliest."""
     if temperature == 0.0:
         return logits.argmax(-1, keepdim=True)  # (B, 1)
     ordered, tokens = (logits.float() / temperature).sort(-1, descending=True)  # (B, V) each
@@ -51,11 +46,13 @@ def generate(
     top_p: float = 1.0,
     use_cache: bool = True,
     until_ended: bool = True,
+    agree: Callable[[bool], bool] = lambda fine: fine,
 ) -> Tensor:
     """Continue prompt (B, T) by up to max_tokens tokens, prompt included; a text that ended is padded with eod_id.
 
     With `until_ended` it returns as soon as all texts have ended. Without, it always takes max_tokens steps: ranks that
-    share a model (ZeRO-3) must run the same number of forward passes.
+    share a model (ZeRO-3) must run the same number of forward passes. `agree` tells whether it is fine on all of them.
+    Raises UserError for logits that are not finite.
     When all seq_len positions are used, the later half of the window becomes the context, and a new cache is filled.
     """
     seq_len = model.cfg.seq_len
@@ -69,6 +66,10 @@ def generate(
                 caches = model.new_caches(len(prompt)) if use_cache else None
             known = caches[0].length if caches else 0
             logits = model(tokens[:, begin + known :], caches)[:, -1, :vocab_size]  # padded ids are never picked
+            if not agree(bool(logits.isfinite().all())):
+                raise UserError(
+                    "the model's output is not finite, so nothing can be generated; use an earlier checkpoint"
+                )
             picked = pick(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             tokens = torch.cat([tokens, picked.masked_fill(ended, eod_id)], dim=1)
             ended |= picked == eod_id
@@ -111,6 +112,7 @@ def complete(
     batch: int = 1,
     seed: int = 0,
     until_ended: bool = True,
+    agree: Callable[[bool], bool] = lambda fine: fine,
 ) -> list[str]:
     """Return `batch` continuations of each prompt, prompt included. The same seed gives the same texts.
 
@@ -132,6 +134,7 @@ def complete(
             top_k=cfg.top_k,
             top_p=cfg.top_p,
             until_ended=until_ended,
+            agree=agree,
         )
         texts += [tokenizer.decode(row[1:]) for row in out.cpu().numpy()]
     return texts

@@ -23,7 +23,7 @@ from megagpt.checkpoint.verification import newest_verified
 from megagpt.data.loader import Batch, prefetched, rank_samples, rank_slice
 from megagpt.data.packing import PACKING
 from megagpt.data.provenance import documents_of
-from megagpt.distributed.collectives import errors_on_every_rank, gather_objects, gather_over_ranks
+from megagpt.distributed.collectives import errors_on_every_rank, gather_objects, gather_over_ranks, on_every_rank
 from megagpt.distributed.launcher import grace_warning
 from megagpt.distributed.process_group import is_main, print_rank0, rank
 from megagpt.engine.build import Engine, before_update, build_engine
@@ -223,8 +223,8 @@ class Session:
             cfg = self.cfg.sample
             model, tokenizer = self.engine.module, self.setup.data.tokenizer
             try:
-                with errors_on_every_rank():
-                    texts = complete(model, tokenizer, cfg.prompts, cfg, until_ended=False)
+                # At stage 3 a forward pass is collective: a rank that stopped alone would leave the others in the next.
+                texts = complete(model, tokenizer, cfg.prompts, cfg, until_ended=False, agree=on_every_rank)
                 self.monitor.text("samples", "\n\n---\n\n".join(texts), state.step)
             except UserError as error:
                 print_rank0(f"no samples at step {state.step}: {error}")

@@ -191,6 +191,13 @@ def test_a_flipped_bit_is_found_and_named(found, run):
     assert "h.1.ln_1.bias (on one of the two ranks, unknown which)" in message
 
 
+def test_a_rank_whose_output_alone_is_not_finite_leaves_no_other_waiting(found):
+    said = found["an_output_that_is_not_finite"]["said"]
+    assert [line for line in said if "samples" in line] == [
+        "no samples at step 1: the model's output is not finite, so nothing can be generated; use an earlier checkpoint"
+    ]
+
+
 def test_memory_that_grows_on_one_rank_is_said_once(found):
     [line] = found["memory_that_grows"]
     assert line.startswith("memory of rank 1 keeps growing: from ")

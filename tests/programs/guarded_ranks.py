@@ -244,6 +244,16 @@ def a_bit_that_flipped(dataset: Path, folder: Path) -> dict[str, str]:
     return found
 
 
+def an_output_that_is_not_finite(dataset: Path, folder: Path) -> dict[str, Any]:
+    """On rank 1 alone, at stage 3, when it samples: in a small parameter, which every rank keeps whole."""
+
+    def spoil(step: int, engine: Any) -> None:
+        dict(engine.module.named_parameters())["ln_f.bias"].detach()[7] = float("nan")
+
+    with Faulty(act=spoil) as run:
+        return run.train(dataset, folder / "run", *at_stage(3), "megagpt.every.sample=1", stop_at=1)
+
+
 def memory_that_grows(dataset: Path, folder: Path) -> list[str]:
     kept = []
     window, memory_growth.WINDOW = memory_growth.WINDOW, 2
@@ -263,6 +273,7 @@ SCENARIOS = [
     rolled_back,
     stopped_beside_a_save,
     a_bit_that_flipped,
+    an_output_that_is_not_finite,
     memory_that_grows,
 ]
 
