@@ -128,33 +128,7 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
             metavar="ADDRESS",
             help="a running Dask scheduler (tcp://host:8786), or slurm",
         )
-    compare_command = command(
-        "compare-tokenizers",
-        "Compare tokenizers on the same text: its length in tokens, speed, and a small model's bits per byte.",
-        "--input books/ code/ --types unigram,bpe vocab_size=8000\n"
-        "  python -m data_tools compare-tokenizers --input books/ --tokenizer mine.model theirs.model --steps 0\n\n"
-        + _options(BuildConfig, without=UNUSED_OPTIONS),
-    )
-    compare_command.usage = (
-        "%(prog)s --input PATH [PATH ...] [--val PATH ...] [--test PATH ...] [--tokenizer MODEL ...] "
-        "[--types TYPE,...] [--steps N] [--config FILE] [--json] [key=value ...]"
-    )
-    compare_command.add_argument(
-        "--tokenizer", nargs="+", default=[], type=user_path, metavar="MODEL", help="trained models to compare"
-    )
-    compare_command.add_argument(
-        "--types",
-        metavar="TYPE,...",
-        help=f"train these, of {','.join(KINDS)}; by default all, or none with --tokenizer",
-    )
-    compare_command.add_argument(
-        "--steps",
-        type=whole(0, 1_000_000),
-        default=200,
-        metavar="N",
-        help="training steps of the small model (200); 0: no training",
-    )
-    compare_command.add_argument("--json", action="store_true", help="print JSON")
+    compare_command = _add_compare(command)
     for with_splits in (build_command, compare_command):
         for split, what in (("val", "validation"), ("test", "test")):
             with_splits.add_argument(
@@ -176,6 +150,38 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
         )
         with_input.add_argument("--strict", action="store_true", help="the same as strict=true")
         with_input.add_argument("--config", type=user_path, metavar="FILE", help="options as a JSON object")
+
+
+def _add_compare(command: Callable[[str, str, str], argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    """Add compare-tokenizers without the options that it shares with `build`; returns its parser."""
+    parser = command(
+        "compare-tokenizers",
+        "Compare tokenizers on the same text: its length in tokens, speed, and a small model's bits per byte.",
+        "--input books/ code/ --types unigram,bpe vocab_size=8000\n"
+        "  python -m data_tools compare-tokenizers --input books/ --tokenizer mine.model theirs.model --steps 0\n\n"
+        + _options(BuildConfig, without=UNUSED_OPTIONS),
+    )
+    parser.usage = (
+        "%(prog)s --input PATH [PATH ...] [--val PATH ...] [--test PATH ...] [--tokenizer MODEL ...] "
+        "[--types TYPE,...] [--steps N] [--config FILE] [--json] [key=value ...]"
+    )
+    parser.add_argument(
+        "--tokenizer", nargs="+", default=[], type=user_path, metavar="MODEL", help="trained models to compare"
+    )
+    parser.add_argument(
+        "--types",
+        metavar="TYPE,...",
+        help=f"train these, of {','.join(KINDS)}; by default all, or none with --tokenizer",
+    )
+    parser.add_argument(
+        "--steps",
+        type=whole(0, 1_000_000),
+        default=200,
+        metavar="N",
+        help="training steps of the small model (200); 0: no training",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
 
 
 def _add_readers(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:

@@ -10,8 +10,7 @@ from urllib.parse import unquote
 
 from data_tools.config import SourceConfig
 from data_tools.readers.by_format import FORMATS, METADATA, format_of
-from data_tools.readers.hugging_face import METADATA as NOT_DATA
-from data_tools.readers.hugging_face import folders_of_data, is_about_repository, is_in_cache, metadata_among
+from data_tools.readers.hugging_face import NOT_DATA, folders_of_data, is_about_repository, is_in_cache, metadata_among
 from data_tools.readers.input_file import InputFile
 from data_tools.readers.open_file import COMPRESSIONS, reading
 from data_tools.readers.remote_files import escape_folder, list_remote, open_file_system, path_in

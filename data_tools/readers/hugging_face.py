@@ -10,7 +10,7 @@ from typing import Any
 from data_tools.formatting import listed
 from megagpt.errors import UserError
 
-METADATA = frozenset(["dataset_dict.json", "dataset_info.json", "dataset_infos.json"])  # wherever they are found
+NOT_DATA = frozenset(["dataset_dict.json", "dataset_info.json", "dataset_infos.json"])  # wherever they are found
 TABLES = (".arrow", ".parquet")
 UNFINISHED = ("cache-", "tmp")  # how the names begin of what map(), filter() and an unfinished download leave
 # lines of .gitattributes, as the hub writes it: `git lfs track` adds one of them to any repository
@@ -33,7 +33,7 @@ def metadata_among(paths: Sequence[str], root: str, read: Read, *, is_selected: 
     for path in paths:
         folder, _, name = path.rpartition("/")
         folders[folder].append(name)
-    left_out = {path for path in paths if PurePosixPath(path).name in METADATA}
+    left_out = {path for path in paths if PurePosixPath(path).name in NOT_DATA}
     for folder, names in folders.items():
         if any(name.endswith(TABLES) for name in names):
             left_out |= {f"{folder}/{name}" for name in _not_data(folder, names, read, is_selected=is_selected)}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from data_tools.formatting import format_bytes, format_share
-from data_tools.report.plots import COLORS, Series, bars, columns, printable, shortened
+from data_tools.report.plots import COLORS, Series, bars, columns, printable, without_middle
 from megagpt.data.manifest import SPLITS
 
 FLOW = ("read", "after rules", "after deduplication", *SPLITS)
@@ -106,7 +106,7 @@ def _lengths(report: Report) -> str:
             [f"{2 ** (k - 1):,} to {2**k - 1:,}", *(values[i] for values in counts.values())]
             for i, k in enumerate(lengths)
         ]
-        tables.append(_table([f"{unit} per document", *(shortened(name, 30) for name in counts)], rows))
+        tables.append(_table([f"{unit} per document", *(without_middle(name, 30) for name in counts)], rows))
     return _section("Lengths of documents", _plots(plots), _plots(tables))
 
 

@@ -45,7 +45,7 @@ Format = Callable[[float], str]
 
 def bars(what: str, labels: Sequence[str], series: Series, shown: Format) -> str:
     """Horizontal bars, one per label from the top, each with its sum at the end. `what` identifies the plot in ids."""
-    labels = [shortened(label, LABEL_LETTERS) for label in labels]
+    labels = [without_middle(label, LABEL_LETTERS) for label in labels]
     widest = max(map(len, labels))
     height = ROW * len(labels) + 0.1
 
@@ -92,7 +92,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def shortened(text: str, most: int) -> str:
+def without_middle(text: str, most: int) -> str:
     """Printable text of at most `most` characters; a longer one loses its middle."""
     text = printable(text)
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
@@ -114,7 +114,7 @@ def _svg(what: str, draw: Callable[[Axes], None], series: Series, height: float,
         draw(axes)
         if legend_rows:
             handles, names = axes.get_legend_handles_labels()
-            names = [shortened(name, LEGEND_LETTERS // per_row) for name in names]
+            names = [without_middle(name, LEGEND_LETTERS // per_row) for name in names]
             figure.legend(handles, names, loc="upper left", ncols=per_row, **LEGEND)
         canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()

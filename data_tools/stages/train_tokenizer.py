@@ -45,6 +45,7 @@ FEW_LETTERS = 128  # make up 99 % of the long words: fewer than Chinese or Japan
 MOST_UNSPACED = 2**20  # characters in long words that are trained on
 MUCH_UNSPACED = 0.25  # of all characters: twice what source code has
 MOST_OF_MANY_LETTERS = 2**22  # beyond which there is a warning: more than the default sample of Chinese has
+WITH_BPE = "tokenizer_type=bpe (--types bpe for compare-tokenizers)"
 TOO_SMALL = r"smaller than required_chars|insert_id\(|\(vocab_size\) >= \(0\)"  # in SentencePiece's errors
 
 
@@ -113,10 +114,10 @@ def _affordable(config: TokenizerConfig, options: dict[str, Any], found: dict[st
     if has_few_letters and "sample_bytes" not in config.model_fields_set:
         warn(
             f"{what}unigram would take minutes or hours, so it takes the first {MOST_UNSPACED:,} of them; "
-            f"tokenizer_type=bpe or sample_bytes={config.sample_bytes} takes all"
+            f"{WITH_BPE} or sample_bytes={config.sample_bytes} takes all"
         )
         return options, config.seed, MOST_UNSPACED
-    warn(f"{what}unigram may take minutes or hours; tokenizer_type=bpe takes seconds")
+    warn(f"{what}unigram may take minutes or hours; {WITH_BPE} takes seconds")
     return options, config.seed
 
 

@@ -51,12 +51,14 @@ class ValWindows:
             raise UserError(f"{option}{max_tokens} is less than one window of {seq_len} tokens; give {option}{seq_len}")
         if not 0 < wanted <= available:
             asked = "at least one window" if max_tokens is None else f"{option}{max_tokens}"
+            shorter = f"lower megagpt.model.seq_len to {max(1, stream.n_tokens - 1)} or less, or "
+            if available:
+                way_out = f"give {option}{available * seq_len}, or "
+            else:
+                way_out = shorter if option.startswith("megagpt.") else ""  # `evaluate` has a trained model's seq_len
             raise UserError(
                 f"too little validation data for {asked}: {stream.n_tokens:,} tokens are {available} windows of "
-                f"{seq_len}; "
-                + (f"give {option}{available * seq_len}, or " if available else "")
-                + ("" if available else f"lower megagpt.model.seq_len to {max(1, stream.n_tokens - 1)} or less, or ")
-                + "build the data with a larger val_fraction"
+                f"{seq_len}; {way_out}build the data with a larger val_fraction"
             )
         self._stream, self.seq_len, self.document_end = stream, seq_len, document_end
         self.n_windows = wanted

@@ -174,6 +174,8 @@ def test_too_little_validation_data_is_refused_with_what_there_is(dataset):
         ValWindows(stream, SEQ_LEN, max_tokens=1)
     with pytest.raises(UserError, match="larger val_fraction"):
         ValWindows(stream, 10**6)
+    with pytest.raises(UserError, match=r"are 0 windows of 1000000; build the data with a larger val_fraction$"):
+        ValWindows(stream, 10**6, option="--tokens ")  # of `evaluate`: the model has its seq_len
 
 
 def test_datasets_of_two_tokenizers_are_refused_with_the_way_out(dataset, tmp_path):
