@@ -106,11 +106,11 @@ def test_sharing_out_holds_no_second_copy_of_the_state(dataset, device, tmp_path
         while not done.is_set():
             held.append(memory_mib(device)[0].item())
 
-    def watched(*args) -> None:
+    def watched(*args, **kw) -> None:
         sampler = Thread(target=sample)
         held.append(memory_mib(device)[0].item())
         sampler.start()
-        original(*args)
+        original(*args, **kw)
         done.set()
         sampler.join()
         held.append(memory_mib(device)[0].item())
