@@ -134,6 +134,7 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
             with_splits.add_argument(
                 f"--{split}",
                 nargs="+",
+                action="extend",
                 type=user_url_or_path,
                 default=[],
                 metavar="PATH",
@@ -143,6 +144,7 @@ def _add_builders(command: Callable[[str, str, str], argparse.ArgumentParser]) -
         with_input.add_argument(
             "--input",
             nargs="+",
+            action="extend",
             type=user_url_or_path,
             default=[],
             metavar="PATH",
@@ -166,7 +168,13 @@ def _add_compare(command: Callable[[str, str, str], argparse.ArgumentParser]) ->
         "[--types TYPE,...] [--steps N] [--config FILE] [--json] [key=value ...]"
     )
     parser.add_argument(
-        "--tokenizer", nargs="+", default=[], type=user_path, metavar="MODEL", help="trained models to compare"
+        "--tokenizer",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=user_path,
+        metavar="MODEL",
+        help="trained models to compare",
     )
     parser.add_argument(
         "--types",

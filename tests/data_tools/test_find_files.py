@@ -7,8 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_support import write_texts
 from reader_support import TEXTS, arrow, arrow_stream, jsonl, parquet, read_all, skipped, texts_of
 
+from data_tools.__main__ import main
 from data_tools.build import build
 from data_tools.config import BuildConfig, SourceConfig
 from data_tools.readers.find_files import find_files
@@ -142,3 +144,13 @@ def test_what_is_no_file_is_named_with_a_way_out(tmp_path: Path) -> None:
     for path, message in wrong.items():
         with pytest.raises(UserError, match=message):
             list(read_all(path))
+
+
+def test_an_option_that_is_repeated_adds_to_the_paths_before(tmp_path, capsys):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_texts(tmp_path / name, 20)
+    options = ["tokenizer_type=char", "vocab_size=300", "val_fraction=0", "dedup.method=none", "workers=1"]
+    inputs = [word for name in "ab" for word in ("--input", str(tmp_path / name))]
+    assert main(["build", *inputs, "--out", str(tmp_path / "out"), *options]) == 0
+    assert "40 documents" in capsys.readouterr().out
