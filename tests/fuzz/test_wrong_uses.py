@@ -1,7 +1,19 @@
 """No command answers a wrong environment, folder or value by a traceback, an unknown exit code or leftovers."""
 
+import argparse
+
 import pytest
-from wrong_uses import campaign
+from wrong_uses import COMMANDS, campaign
+
+from data_tools.__main__ import _parser
+from megagpt.cli.arguments import command_line
+
+
+def test_every_command_of_both_programs_is_drawn():
+    drawn = {tuple(words[2:4]) for words in COMMANDS.values()}
+    for program, parser in (("megagpt", command_line()), ("data_tools", _parser())):
+        known = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
+        assert {(program, command) for command in known} <= drawn
 
 
 @pytest.mark.process

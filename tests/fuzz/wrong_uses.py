@@ -20,19 +20,26 @@ from data_tools.config import BuildConfig
 from megagpt.config.parsing import dotted_items
 from megagpt.config.run_file import load_run_config
 
-CODES = {0, 2, 75}  # docs: finished, the user's mistake, saved and to be started again
+# Of docs/architecture.md: finished, a mistake, built without some files, saved and to be started again, Ctrl-C.
+CODES = {0, 2, 3, 75, 130}
 SCREEN = 12_000  # characters: a hundred lines
-MEMORY = 8 * 2**30  # of address space for data: a model of absurd size is refused here, not by the kernel's killer
+# Of address space for data: a model of absurd size is refused here, not by the kernel's killer. Every core has a thread
+# in each of several pools, with its stack and its heap.
+MEMORY = (8 + (os.cpu_count() or 1) / 4) * 2**30
 MEGAGPT = [sys.executable, "-m", "megagpt"]
 DATA_TOOLS = [sys.executable, "-m", "data_tools"]
 
 # A word in braces is a file or folder of the world, which a case may replace by a wrong one.
 COMMANDS: dict[str, list[str]] = {
     "train": [*MEGAGPT, "train", "{run_file}", "megagpt.out_dir={out}", "megagpt.data.train.0.path={dataset}"],
+    "fresh": [*MEGAGPT, "train", "--fresh", "{run_file}", "megagpt.out_dir={out}"],
     "launch": [sys.executable, str(ROOT / "launch" / "pretrain.py"), "--deepspeed_config", "{run_file}"],
     "lint": [*MEGAGPT, "lint", "{run_file}"],
     "effective": [*MEGAGPT, "lint", "--effective", "{run_file}"],
     "plan": [*MEGAGPT, "plan", "{run_file}"],
+    "probe": [*MEGAGPT, "plan", "{run_file}", "--probe", "--memory", "1"],
+    "init": [*MEGAGPT, "init", "{dataset}", "--cpu", "--out", "{out}.jsonc"],
+    "verify-resume": [*MEGAGPT, "verify-resume", "{run_file}", "--steps", "2"],
     "slurm": [*MEGAGPT, "slurm", "{run_file}", "--dry-run"],
     "doctor": [*MEGAGPT, "doctor", "{run_file}"],
     "check-hosts": [*MEGAGPT, "check-hosts", "{hosts}"],
@@ -41,6 +48,15 @@ COMMANDS: dict[str, list[str]] = {
     "evaluate": [*MEGAGPT, "evaluate", "{run}", "--data", "{dataset}", "--tokens", "64"],
     "samples": [*MEGAGPT, "train", "{run_file}", "megagpt.data.train.0.path={dataset}", "--sample-report", "3"],
     "build": [*DATA_TOOLS, "build", "--input", "{text}", "--out", "{out}", "vocab_size=300", "workers=1"],
+    "splits": [
+        *(*DATA_TOOLS, "build", "--input", "{text}", "--val", "{held_out}", "--test", "{held_out}", "--strict"),
+        *("--out", "{out}", "vocab_size=300", "workers=1"),
+    ],
+    "data": [*MEGAGPT, "data", "verify", "{dataset}"],
+    "compare-tokenizers": [
+        *(*DATA_TOOLS, "compare-tokenizers", "--input", "{text}", "--types", "unigram", "--steps", "0"),
+        *("vocab_size=300", "workers=1"),
+    ],
     "train-tokenizer": [*DATA_TOOLS, "train-tokenizer", "--input", "{text}", "--out", "{out}", "vocab_size=300"],
     "verify": [*DATA_TOOLS, "verify", "{dataset}"],
     "inspect": [*DATA_TOOLS, "inspect", "{dataset}", "--documents", "1"],
@@ -48,12 +64,17 @@ COMMANDS: dict[str, list[str]] = {
 }
 OPTIONS = {  # command -> options that take a value
     "plan": ["--ranks", "--gpu", "--network", "--tokens", "--efficiency"],
+    "probe": ["--memory", "--ranks"],
+    "init": ["--gpu", "--hours"],
+    "verify-resume": ["--then", "--then-ranks", "--steps"],
     "lint": ["--ranks"],
     "slurm": ["--nodes", "--gpus-per-node", "--time", "--partition", "--sbatch", "--sweep", "--container"],
     "generate": ["--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--batch", "--seed"],
     "evaluate": ["--split", "--tokens", "--micro-batch"],
     "samples": ["--sample-report"],
     "build": ["--config", "--scheduler"],
+    "splits": ["--val", "--test", "--config"],
+    "compare-tokenizers": ["--types", "--tokenizer", "--steps", "--config"],
     "train-tokenizer": ["--config"],
     "inspect": ["--split", "--documents", "--sample"],
     "inspect run": ["--sample", "--step"],
@@ -177,8 +198,9 @@ def world(folder: Path) -> dict[str, str]:
     assert started.returncode == 0, started.stderr
     (folder / "hosts").write_text("localhost slots=1\n")
     text = write_corpus(folder / "text.jsonl", 60)
-    paths = {"dataset": dataset, "run": folder / "run", "run_file": run_file, "hosts": folder / "hosts", "text": text}
-    return {name: str(path) for name, path in paths.items()}
+    held_out = write_corpus(folder / "held_out.jsonl", 10, seed=1)
+    paths = {"dataset": dataset, "run": folder / "run", "run_file": run_file, "hosts": folder / "hosts"}
+    return {name: str(path) for name, path in {**paths, "text": text, "held_out": held_out}.items()}
 
 
 def draw(rng: random.Random, whole: dict[str, str], folder: Path) -> Case:
@@ -221,7 +243,7 @@ def fault(case: Case, folder: Path) -> str | None:
     """Run a case in an empty `folder`, and return what is not right about how it ended."""
     before = listing(folder)
     variables = {**environment(), **case.environment}
-    limited = ["prlimit", f"--data={MEMORY}", *case.arguments]
+    limited = ["prlimit", f"--data={MEMORY:.0f}", *case.arguments]
     try:
         done = subprocess.run(
             [word.encode(errors="surrogateescape") for word in limited],
@@ -239,7 +261,8 @@ def fault(case: Case, folder: Path) -> str | None:
     said = (done.stdout + done.stderr).decode(errors="replace")
     if "Traceback (most recent call last)" in said:
         return f"traceback:\n{said[-1500:]}"
-    if done.returncode not in CODES:
+    differs = {1} if case.name == "verify-resume" else set()  # what it was asked for
+    if done.returncode not in CODES | differs:
         return f"exit code {done.returncode}:\n{said[-1500:]}"
     if done.returncode == 2 and len(done.stderr) > SCREEN:
         return f"a message of {len(done.stderr):,} characters, which begins {said[:300]}"
