@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import UntypedStorage
 from torch.storage import TypedStorage
 
-from megagpt.distributed.process_group import TIMEOUT, Group, print_rank0, world_size
+from megagpt.distributed.collectives import new_gloo_group
+from megagpt.distributed.process_group import Group, print_rank0
 from megagpt.errors import UserError, raised_on_every_rank
 
 
@@ -34,9 +34,7 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "writer")  # the interpreter waits for it before it exits
         self._in_flight: Future[None] | None = None
         self.seconds = 0.0  # that the last asynchronous task took
-        self.group: Group = (
-            dist.new_group(backend="gloo", timeout=TIMEOUT) if asynchronous and world_size() > 1 else None
-        )
+        self.group: Group = new_gloo_group() if asynchronous else None
 
     def start(self, files: dict[Path, Any], task: Callable[[dict[Path, Any]], None]) -> None:
         """Hand a copy of `files` (path -> content) to `task`; the originals may change as soon as this returns."""

@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import Self, TypeVar
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megagpt.distributed.process_group import TIMEOUT, Group, world_size
+from megagpt.distributed.process_group import TIMEOUT, Group, connect_together, rank, world_size
 from megagpt.errors import UserError, raised_on_every_rank
 
 T = TypeVar("T")
@@ -19,8 +20,26 @@ T = TypeVar("T")
 @cache
 def neighbors(size: int) -> dist.ProcessGroup:
     """Return this rank's group of `size` neighboring ranks, counted from rank 0. Collective on first use."""
-    group, _ = dist.new_subgroups(size, timeout=TIMEOUT)
-    return group
+    if dist.get_backend() != "gloo":
+        return dist.new_subgroups(size, timeout=TIMEOUT)[0]
+    own = rank() // size
+    groups = [_new_gloo_group(list(range(first, first + size))) for first in range(0, world_size(), size)]
+    return groups[own]
+
+
+def new_gloo_group() -> Group:
+    """Return a group of all ranks on their hosts, whose collectives do not mix with others; None for one rank.
+
+    Collective.
+    """
+    return _new_gloo_group(None) if world_size() > 1 else None
+
+
+def _new_gloo_group(ranks: list[int] | None) -> dist.ProcessGroup:
+    def connect(_: int, timeout: timedelta) -> dist.ProcessGroup:
+        return dist.new_group(ranks, timeout=timeout, backend="gloo")
+
+    return connect_together(connect, lambda _, complaint: gather_objects(complaint))
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -94,7 +113,7 @@ class StopVote:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size() > 1 else None
+        self._group = new_gloo_group()
         self._ballot = torch.zeros(1, dtype=torch.int32)
         self._pending: dist.Work | None = None
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
@@ -16,7 +17,8 @@ Group = dist.ProcessGroup | None  # None: the default one
 
 TIMEOUT = timedelta(minutes=30)  # hashing a large checkpoint on a cold file system can exceed the default of 10
 CONNECT = timedelta(seconds=10)  # for gloo's connections: it waits for an address as long, and for each rank five times
-ATTEMPTS = 2
+ATTEMPTS = 3
+WAIT_FOR_OTHERS = 8  # times CONNECT: until the slowest rank knows whether it is connected
 
 
 def init_process_group(store: dist.Store | None = None) -> torch.device:
@@ -51,24 +53,60 @@ def init_process_group(store: dist.Store | None = None) -> torch.device:
 
 
 def _connect_by_gloo(store: dist.Store, place: Place) -> None:
-    """Make the default group of ranks that have met through `store`. Raises OwnRankError if that takes too long.
+    """Make the default group of ranks that have met through `store`. Raises UserError if that takes too long."""
+
+    def connect(attempt: int, timeout: timedelta) -> dist.ProcessGroup:
+        # torch numbers its groups, also those that failed, and the ranks look for each other under that number.
+        dist.distributed_c10d._world.group_count = 0
+        keys = dist.PrefixStore(f"gloo{attempt}", store)
+        dist.init_process_group("gloo", timeout=timeout, store=keys, rank=place.rank, world_size=place.world_size)
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+
+    def exchange(attempt: int, complaint: str) -> list[str]:
+        keys = [f"connected{attempt}/{r}" for r in range(place.world_size)]
+        try:
+            store.set(keys[place.rank], complaint or "yes")
+            store.wait(keys, WAIT_FOR_OTHERS * CONNECT)
+            return [value.removeprefix("yes") for value in (store.get(key).decode() for key in keys)]
+        except RuntimeError:
+            raise OwnRankError(
+                f"rank {place.rank} on {socket.gethostname()} could not connect to all other ranks by gloo "
+                f"({complaint or 'another rank did not report'}): one of them has ended (see above), or a firewall is "
+                "between them"
+            ) from None
+
+    connect_together(connect, exchange)
+
+
+def connect_together(
+    connect: Callable[[int, timedelta], dist.ProcessGroup], exchange: Callable[[int, str], list[str]]
+) -> dist.ProcessGroup:
+    """Return the gloo group that `connect` makes. Collective; raises UserError if a rank cannot connect.
 
     On a busy machine it happens that two ranks each wait for the other to connect, where gloo would wait for five
-    times TIMEOUT. Both then try again, under keys of their own.
+    times TIMEOUT. All ranks then try again, also those that were connected: `exchange` hands each rank's complaint to
+    all of them. Both functions get the number of the attempt.
     """
+    # torch's wrapper for this level of debugging hides the timeout that is set below.
+    short = TIMEOUT if dist.get_debug_level() == dist.DebugLevel.DETAIL else CONNECT
     for attempt in range(1, ATTEMPTS + 1):
+        group, complaint = None, ""
         try:
-            keys = dist.PrefixStore(f"gloo{attempt}", store)
-            dist.init_process_group("gloo", timeout=CONNECT, store=keys, rank=place.rank, world_size=place.world_size)
+            group = connect(attempt, short)
         except RuntimeError as error:
-            if attempt == ATTEMPTS:
-                raise OwnRankError(
-                    f"rank {place.rank} on {socket.gethostname()} could not connect to all other ranks by gloo "
-                    f"({str(error).splitlines()[0]}): one of them has ended (see above), or a firewall is between them"
-                ) from None
-        else:
-            break
-    dist.distributed_c10d._set_pg_timeout(TIMEOUT)
+            complaint = f"rank {read_place(os.environ).rank} on {socket.gethostname()}: {str(error).splitlines()[0]}"
+        complaints = list(filter(None, exchange(attempt, complaint)))
+        if group is not None and not complaints:
+            if dist.get_rank(group) >= 0:
+                dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
+            return group
+        if group is not None:
+            dist.destroy_process_group(group)
+    raise UserError(
+        f"{len(complaints)} ranks could not connect to all others by gloo in {ATTEMPTS} attempts ({complaints[0]}); "
+        "see whether a firewall is between them, or start again"
+    )
 
 
 def leave() -> None:

@@ -1,5 +1,6 @@
 """Ranks that meet through a store: what a dead attempt left there, and programs that are no store."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from support import environment
+from support import PROGRAMS, environment, torchrun
 
 from megagpt.distributed import meeting
 from megagpt.distributed.meeting import Meeting, Report
@@ -115,3 +116,15 @@ def test_a_rank_whose_neighbor_ended_after_they_met_ends_too():
     done = subprocess.run([sys.executable, "-c", LONELY], env=alone, capture_output=True, text=True, timeout=120)
     assert "could not connect to all other ranks by gloo" in done.stdout, done.stderr
     assert done.stdout.count("\n") == 1
+
+
+@pytest.mark.process
+def test_ranks_connect_again_together_where_only_some_of_them_failed():
+    done = torchrun(3, PROGRAMS / "stumbling_ranks.py", timeout=240)
+    assert done.returncode == 0, done.stderr[-6000:]
+    reports = json.loads(done.stdout.splitlines()[-1])
+    assert len(reports) == 3
+    for report in reports:
+        refused = report.pop("refused")
+        assert report == {"sum": 3, "votes": [False, True], "gathered": [[0, 1, 2]] * 4, "long": True}
+        assert "1 ranks could not connect to all others by gloo in 3 attempts (rank 2 on " in refused

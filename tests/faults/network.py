@@ -25,7 +25,6 @@ from strike import InSave
 from support import ROOT
 from systems import STEPS, Bare, Megagpt, System
 
-from megagpt.checkpoint import async_writer
 from megagpt.distributed import collectives, process_group
 from megagpt.engine.build import Engine
 
@@ -152,7 +151,7 @@ def main(name: str, system_name: str, folder: Path, stage: int, dataset: Path) -
     home = Path(tempfile.gettempdir())  # where straight runs would lie
     if system_name == Bare.name:
         return Bare(home).program(folder / "run", stage)()
-    process_group.TIMEOUT = collectives.TIMEOUT = async_writer.TIMEOUT = TIMEOUT
+    process_group.TIMEOUT = collectives.TIMEOUT = TIMEOUT
     patience = f"megagpt.guards.hang_timeout={SILENCE if fault.ends else 60}"
     return Megagpt(dataset, home).program(folder / "run", stage, STEPS, patience)()
 
