@@ -67,8 +67,8 @@ class FileLock:
         """Tell whether the file of this name is still the one that was locked: its folder may have been renamed."""
         try:
             return self._file is not None and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
-        except FileNotFoundError:
-            return False
+        except OSError:
+            return False  # it is gone, or the path no longer leads to it
 
     def release(self) -> None:
         """Unlock the file, and leave it empty."""

@@ -4,6 +4,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,23 @@ def refusal(starts: list[subprocess.Popen[str]], out_dir: Path, kill: Callable[[
     refused, trains = sorted(starts, key=lambda start: start.poll() is None)
     said = refused.communicate()[1]
     assert (refused.returncode, trains.poll()) == (2, None), said
-    before, holder = committed(out_dir), json.loads((out_dir / LOCK).read_bytes())
+    holder = _holder(out_dir, until)
+    before = committed(out_dir)
     while not set(committed(out_dir)) - set(before):
         assert trains.poll() is None, trains.communicate()
         _wait(until)
     kill(holder)
     trains.communicate(timeout=TIMEOUT)
     return said, holder
+
+
+def _holder(out_dir: Path, until: float) -> Holder:
+    """Wait for what the lock's file says: with --fresh the holder renames the folder, and locks it again."""
+    while True:
+        with suppress(OSError, ValueError):
+            holder: Holder = json.loads((out_dir / LOCK).read_bytes())
+            return holder
+        _wait(until)
 
 
 def _wait(until: float) -> None:

@@ -21,7 +21,7 @@ from megagpt.distributed.process_group import is_main, print_rank0, rank, world_
 from megagpt.engine.build import Engine
 from megagpt.engine.reshard import SavedShape, load_reshaped
 from megagpt.engine.state_files import consolidated_weights, load_engine
-from megagpt.errors import UserError
+from megagpt.errors import UserError, writing_to
 from megagpt.model.gpt import GPT
 
 
@@ -36,7 +36,7 @@ def resume(engine: Engine, saved: Saved, changes: list[str], seed: int) -> None:
     else:
         print_rank0("  RNG state not restored (other number of ranks): reseeded from (megagpt.seed, step, rank)")
         seed_all(seed_from(seed, saved.state.step, rank()))
-    with errors_on_every_rank():
+    with errors_on_every_rank(), writing_to(saved.step_dir.parents[1]):
         if is_main():
             quarantine_steps(list(saved.passed_over))
 

@@ -12,6 +12,7 @@ from megagpt.checkpoint.verification import damaged_of_newest
 from megagpt.config.schema import KeepConfig
 from megagpt.distributed.collectives import gather_objects
 from megagpt.distributed.process_group import Group, is_main, print_rank0
+from megagpt.errors import writing_to
 from megagpt.train_state import TrainState
 
 
@@ -79,7 +80,8 @@ def retract(out_dir: Path, step: int, state: TrainState) -> None:
     if committed(out_dir)[-1:] != [step_dir]:  # a later one was saved, so its weights were of use
         return
     print_rank0(f"checkpoint quarantined: no step after {step_dir} was finite")
-    quarantine_steps([step_dir])
+    with writing_to(out_dir):
+        quarantine_steps([step_dir])
     if steps := committed(out_dir):
         update_latest_and_best(out_dir, steps[-1], state)
 

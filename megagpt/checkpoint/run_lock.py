@@ -48,7 +48,7 @@ class RunLock:
 
     def check(self) -> None:
         """Raise UserError if the run no longer has its folder. Collective."""
-        with errors_on_every_rank():
+        with errors_on_every_rank(), writing_to(self.out_dir):
             if is_main():
                 self._check()
 

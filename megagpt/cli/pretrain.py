@@ -74,7 +74,8 @@ def _train(args: argparse.Namespace, preemption: Preemption) -> int:
         print_rank0(note)
     with errors_on_every_rank():
         run = load_run_config(args.run_file, args.overrides)
-    check_equal_on_ranks(leaves(run.as_json()), "give all ranks the same run file and overrides")
+    facts = leaves(run.as_json()) | {"--fresh": args.fresh}
+    check_equal_on_ranks(facts, "give all ranks the same run file, overrides and flags")
     check_shared(run.megagpt.out_dir)
     # DeepSpeed takes seconds to import, so the run file is checked before.
     from megagpt.guards.deepspeed_errors import deepspeed_explained

@@ -198,6 +198,15 @@ def test_a_run_whose_folder_was_replaced_stops_before_it_saves(tmp_path):
             pass
 
 
+def test_a_run_whose_folder_was_replaced_by_a_file_stops_before_it_saves(tmp_path):
+    out_dir = tmp_path / "run"
+    with RunLock(out_dir) as lock:
+        out_dir.rename(tmp_path / "elsewhere")
+        out_dir.touch()
+        with pytest.raises(UserError, match=rf"megagpt\.out_dir={out_dir} cannot be written: "):
+            lock.check()
+
+
 def test_a_live_run_does_not_save_into_a_run_that_took_its_place(dataset, device, tmp_path, monkeypatch):
     out_dir, check = tmp_path / "run", RunLock.check
 

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from data_tools.build import build
 from data_tools.config import BuildConfig
 from megagpt.__main__ import main
 from megagpt.checkpoint import load, rotation, save
-from megagpt.checkpoint.commit import COMMIT, best, committed, write_rank_manifest
+from megagpt.checkpoint.commit import COMMIT, best, committed, read_commit, write_rank_manifest
 from megagpt.checkpoint.load import load_model
 from megagpt.checkpoint.run_samples import open_run
 from megagpt.data.training_set import TrainingSet
@@ -430,3 +431,20 @@ def test_the_list_of_checkpoints_names_what_is_wrong_and_counts_only_whole_steps
     assert "0 of 2" in out
     assert main(["checkpoints", str(saved.parent)]) == 2
     assert "holds no checkpoints" in capsys.readouterr().err
+
+
+def test_a_damaged_step_that_cannot_be_renamed_is_one_message(saved, run_to, monkeypatch):
+    def rename(path, target):
+        if target.name.startswith("damaged"):
+            raise OSError(30, "Read-only file system", str(path))
+        return original(path, target)
+
+    newest = committed(saved)[-1]
+    (newest / "rng.0.json").write_text("{}")
+    original = Path.rename
+    monkeypatch.setattr(Path, "rename", rename)
+    message = rf"megagpt.out_dir={saved} cannot be written: .*Read-only file system"
+    with pytest.raises(UserError, match=message):
+        run_to("run", 8)
+    with pytest.raises(UserError, match=message):
+        rotation.retract(saved, 6, read_commit(newest).state)
