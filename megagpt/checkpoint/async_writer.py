@@ -64,7 +64,7 @@ class Writer:
 
     @property
     def failed(self) -> bool:
-        """Whether the task in flight has failed; `wait` raises its error."""
+        """Tell whether the task in flight has failed; `wait` raises its error."""
         return self._in_flight is not None and self._in_flight.done() and self._in_flight.exception() is not None
 
     def wait(self) -> None:

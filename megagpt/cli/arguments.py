@@ -56,47 +56,8 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def _before_a_run(commands: Any) -> None:
-    init = commands.add_parser(
-        "init",
-        help="write a run file for a dataset and this machine: size, batch and steps, each with its reason",
-        epilog="example: megagpt init data/mine --hours 2, then: megagpt train mine.jsonc",
-    )
-    init.add_argument("data", type=user_path, metavar="DATA", help="a dataset made by data_tools")
-    init.add_argument("--out", type=user_path, metavar="RUN.jsonc", help="the file to write; default: DATA's name")
-    machine = init.add_mutually_exclusive_group()
-    machine.add_argument("--gpu", metavar="NAME", help="H200, A100 40GB, ...; default: this machine's, else its CPU")
-    machine.add_argument("--cpu", action="store_true", help="train on the CPU, also where there is a GPU")
-    init.add_argument("--hours", type=decimal(0.001, 1e5), default=1.0, metavar="H", help="to train for; default: 1")
-
-    plan = commands.add_parser(
-        "plan",
-        help="estimate the memory, time and traffic of a run file for every ZeRO stage, before anything is started",
-        epilog="example: megagpt plan ds_configs/gpt2_1558m.json --ranks 64 --gpu H100 --network infiniband-ndr",
-    )
-    _add_run_file(plan)
-    plan.add_argument("--ranks", type=whole(1, MOST_RANKS), default=1, help="GPUs in all")
-    plan.add_argument("--gpu", default="H100", metavar="NAME", help="H200, A100 40GB, ...; default: H100")
-    plan.add_argument(
-        "--network", metavar="NAME|GB/s", help="bandwidth per GPU, each way; default: NVLink up to 8 ranks"
-    )
-    plan.add_argument(
-        "--tokens", type=whole(1), help="number to train on; default: megagpt.schedule.max_steps global batches"
-    )
-    plan.add_argument(
-        "--efficiency",
-        type=decimal(0.001, 1.0),
-        metavar="SHARE",
-        help="FLOP/s that are reached, as a share of the peak",
-    )
-    plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    plan.add_argument("--probe", action="store_true", help="find the largest micro-batch by real steps on this machine")
-    plan.add_argument(
-        "--memory",
-        type=decimal(0.001, 1e6),
-        metavar="GIB",
-        help="with --probe: limit for each rank; default: all memory",
-    )
-
+    _add_init(commands)
+    _add_plan(commands)
     lint = commands.add_parser(
         "lint",
         help="check every key of a run file: unknown, removed from DeepSpeed, without effect; exit code 2 for an error",
@@ -223,6 +184,51 @@ def _after_a_run(commands: Any) -> None:
 def _add_local_rank(parser: argparse.ArgumentParser) -> None:
     """Take what deepspeed and `python -m torch.distributed.launch` add; the environment tells the same."""
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def _add_init(commands: Any) -> None:
+    init = commands.add_parser(
+        "init",
+        help="write a run file for a dataset and this machine: size, batch and steps, each with its reason",
+        epilog="example: megagpt init data/mine --hours 2, then: megagpt train mine.jsonc",
+    )
+    init.add_argument("data", type=user_path, metavar="DATA", help="a dataset made by data_tools")
+    init.add_argument("--out", type=user_path, metavar="RUN.jsonc", help="the file to write; default: DATA's name")
+    machine = init.add_mutually_exclusive_group()
+    machine.add_argument("--gpu", metavar="NAME", help="H200, A100 40GB, ...; default: this machine's, else its CPU")
+    machine.add_argument("--cpu", action="store_true", help="train on the CPU, also where there is a GPU")
+    init.add_argument("--hours", type=decimal(0.001, 1e5), default=1.0, metavar="H", help="to train for; default: 1")
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="estimate the memory, time and traffic of a run file for every ZeRO stage, before anything is started",
+        epilog="example: megagpt plan ds_configs/gpt2_1558m.json --ranks 64 --gpu H100 --network infiniband-ndr",
+    )
+    _add_run_file(plan)
+    plan.add_argument("--ranks", type=whole(1, MOST_RANKS), default=1, help="GPUs in all")
+    plan.add_argument("--gpu", default="H100", metavar="NAME", help="H200, A100 40GB, ...; default: H100")
+    plan.add_argument(
+        "--network", metavar="NAME|GB/s", help="bandwidth per GPU, each way; default: NVLink up to 8 ranks"
+    )
+    plan.add_argument(
+        "--tokens", type=whole(1), help="number to train on; default: megagpt.schedule.max_steps global batches"
+    )
+    plan.add_argument(
+        "--efficiency",
+        type=decimal(0.001, 1.0),
+        metavar="SHARE",
+        help="FLOP/s that are reached, as a share of the peak",
+    )
+    plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    plan.add_argument("--probe", action="store_true", help="find the largest micro-batch by real steps on this machine")
+    plan.add_argument(
+        "--memory",
+        type=decimal(0.001, 1e6),
+        metavar="GIB",
+        help="with --probe: limit for each rank; default: all memory",
+    )
 
 
 def _add_start(parser: argparse.ArgumentParser) -> None:

@@ -4,9 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from uuid import uuid4
+
+import psutil
 
 from megagpt.distributed.rank_variables import without_launcher
 from megagpt.errors import UserError
+
+MARK = "MEGAGPT_LAUNCH"  # an environment variable by which the ranks of a launch are found
 
 
 def on_ranks(n_ranks: int, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -14,12 +20,12 @@ def on_ranks(n_ranks: int, module: str, *arguments: str) -> subprocess.Completed
     # Without --local-addr the ranks meet at this host's name, which need not resolve: they would wait for minutes.
     here = ["--standalone", "--local-addr=localhost"]
     launcher = [sys.executable, "-m", "torch.distributed.run", *here, f"--nproc-per-node={n_ranks}"]
-    command = [*launcher, "-m", module, *arguments]
+    command, mark = [*launcher, "-m", module, *arguments], uuid4().hex
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         with subprocess.Popen(
             command,
-            env=without_launcher(os.environ),
+            env=without_launcher(os.environ) | {MARK: mark},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -28,13 +34,25 @@ def on_ranks(n_ranks: int, module: str, *arguments: str) -> subprocess.Completed
             try:
                 out, errors = launched.communicate()
             except (SystemExit, KeyboardInterrupt):
-                # SIGTERM, which torchrun passes on to its ranks; SIGKILL would leave them running.
-                launched.terminate()
-                launched.communicate()
+                _end(launched, mark)
                 raise
     finally:
         signal.signal(signal.SIGTERM, before)
     return subprocess.CompletedProcess(command, launched.returncode, out, errors)
+
+
+def _end(launched: subprocess.Popen[str], mark: str) -> None:
+    """End torchrun by SIGTERM, which it passes on to its ranks, then the ranks that it left.
+
+    It leaves those that it was still starting, and all if it was killed itself.
+    """
+    launched.terminate()
+    launched.wait()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # ended meanwhile, or another user's
+            if process.environ().get(MARK) == mark:
+                process.kill()
+    launched.communicate()  # ends once no rank has the pipes open
 
 
 def failure_of(done: subprocess.CompletedProcess[str]) -> UserError:

@@ -115,7 +115,7 @@ class ZeroConfig(Passed):
 
     @property
     def overlaps(self) -> bool:
-        """Whether gradients, and at stage 3 weights, are sent while the GPU computes."""
+        """Tell whether gradients, and at stage 3 weights, are sent while the GPU computes."""
         return self.stage > 0 and (self.stage == 3 if self.overlap_comm is None else self.overlap_comm)
 
     @model_validator(mode="after")

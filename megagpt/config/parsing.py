@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,10 +92,8 @@ def _json_or_json5(text: str, path: Path) -> Any:
 
     An error is JSON5's: JSON's own would be at the first comment.
     """
-    try:
+    with suppress(json.JSONDecodeError):
         return _json(text)
-    except json.JSONDecodeError:
-        pass
     if not text.strip():
         raise NotJson(f"{path}, line 1, column 1: not JSON: the file is empty")
     try:

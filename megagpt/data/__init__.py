@@ -1,1 +1,1 @@
-"""From shards on disk to micro-batches on the device."""
+"""Read shards on disk, and make micro-batches on the device."""

@@ -108,7 +108,7 @@ class Packing:
 
     @property
     def marks_tokens(self) -> bool:
-        """Whether samples hold tokens that are not targets (padding), even without augmentation."""
+        """Tell whether samples hold tokens that are not targets (padding), even without augmentation."""
         return self.plan_rows is not None
 
 

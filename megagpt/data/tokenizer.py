@@ -83,12 +83,12 @@ class Tokenizer:
 
     @property
     def is_exact_in_parts(self) -> bool:
-        """Whether a text may be cut anywhere: the joined ids of its sections decode to the text."""
+        """Tell whether a text may be cut anywhere: the joined ids of its sections decode to the text."""
         return self._meta_space_ids is not None
 
     @cached_property
     def is_lossless(self) -> bool:
-        """Whether decode(encode(text)) == text for any text: the bytes of its tokens are then those of the text."""
+        """Tell whether decode(encode(text)) == text for any text: its tokens then have the bytes of the text."""
         # Without a piece of its own, the space is encoded as the bytes of U+2581, and decoded to that character.
         return self._keeps_text and self.is_exact_in_parts and self.round_trips(" ")
 

@@ -61,7 +61,7 @@ OTHER_LAUNCHERS = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among the ranks of a run; by default it is the only one."""
+    """The place of this process among the ranks of a run; by default it is the only one."""
 
     rank: int = 0
     world_size: int = 1

@@ -49,7 +49,7 @@ class UpdateGate:
 
     @property
     def closed(self) -> Tensor:
-        """Whether this step's update was skipped by the gate, bool ()."""
+        """Tell whether the gate skipped this step's update, bool ()."""
         return self._open if self._closed is None else self._closed
 
     def before_update(self, optimizer: Optimizer, grad_norm: Tensor | float | None) -> None:

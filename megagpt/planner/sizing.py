@@ -57,7 +57,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Data:
-    """What the choice needs to know of a dataset."""
+    """The facts about a dataset that the choice depends on."""
 
     path: str
     train_tokens: int
@@ -94,17 +94,17 @@ class Choice:
 
     @property
     def estimate(self) -> Setting:
-        """The planner's memory and time of a step."""
+        """Return the planner's memory and time of a step."""
         return setting(self.run("runs/x"), self.on, self.data.vocab_size)
 
     @property
     def hours(self) -> float:
-        """Of training, without evaluating and saving."""
+        """Return the hours of training, without evaluating and saving."""
         return self.steps * self.estimate.seconds / 3600
 
     @property
     def val_windows(self) -> int | None:
-        """Windows that an evaluation reads, so that ten of them take about a tenth of the time; None if it is all."""
+        """Return the windows of an evaluation, ten of which take about a tenth of the time; None if it reads all."""
         windows = max(SMALLEST_BATCH, self.tokens // 30 // self.shape.seq_len)
         return windows if windows < (self.data.val_tokens - 1) // self.shape.seq_len else None
 

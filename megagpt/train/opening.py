@@ -1,4 +1,4 @@
-"""What a run prints when it starts."""
+"""Describe a run that starts: sizes of model, data and batch, and where it begins or resumes."""
 
 import json
 from typing import Any

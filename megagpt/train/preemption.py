@@ -58,7 +58,7 @@ class Preemption:
 
     @property
     def requested(self) -> bool:
-        """Whether this rank wants to stop."""
+        """Tell whether this rank wants to stop."""
         return bool(self.reason)
 
 

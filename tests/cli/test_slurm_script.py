@@ -106,7 +106,7 @@ def test_no_shell_reads_what_is_rendered(slurm, tmp_path):
     container = ["--container", "apptainer exec '$(touch pwned).sif'"]
     _, script, _ = slurm("--dry-run", *container, f"megagpt.out_dir={tmp_path}/a b;touch pwned", HOSTILE)
     _, calls, _ = run_script(tmp_path, script, "more=1")
-    words = calls.partition("--kill-on-bad-exit=1|")[2].split("|")
+    words = calls.partition("--wait=60|")[2].split("|")
     assert words[:5] == ["apptainer", "exec", "$(touch pwned).sif", "python", "launch/pretrain.py"]
     assert words[5:10] == [
         *("--deepspeed_config", str(DEBUG_RUN), f"megagpt.out_dir={tmp_path}/a b;touch pwned", HOSTILE, "more=1")

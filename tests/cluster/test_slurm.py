@@ -109,17 +109,16 @@ def test_the_readmes_command_saves_when_signaled_goes_back_into_the_queue_and_fi
 
 
 def test_a_rendered_script_is_taken_and_a_mistake_is_not_tried_again(cluster, tmp_path):
+    """Also if one rank ends later than the other, as on a busy host."""
     folder = checkout(tmp_path / "checkout", Path("nowhere"), steps=8)
+    (folder / "later.sh").write_text('"$@"\ncode=$?\n[ "$SLURM_PROCID" = 0 ] || sleep 3\nexit $code\n')
     command = "python -m megagpt slurm ds_configs/gpt2_124m.json --nodes 2 --gpus-per-node 1 --time 5 --partition all"
-    job = sbatch(cluster, folder, f"{command} --container 'nice -n 1' --sbatch comment=rendered")
+    job = sbatch(cluster, folder, f"{command} --container 'bash later.sh' --sbatch comment=rendered")
     assert until_end(cluster, job) == "FAILED"
     assert field(cluster["h1"], job, "ExitCode") == "2:0"
-    # When the first rank ends with 2, srun kills the other. On a busy machine that one had not ended by itself in 2 of
-    # 12 runs; srun then returns the code of the kill, and the job is tried once more.
-    restarts = int(field(cluster["h1"], job, "Restarts"))
-    assert restarts <= 1
+    assert field(cluster["h1"], job, "Restarts") == "0"
     assert field(cluster["h1"], job, "Comment") == "rendered"
-    assert 1 <= log_of(folder, job).count("error: there is no dataset folder nowhere") <= 1 + restarts
+    assert log_of(folder, job).count("error: there is no dataset folder nowhere") == 1
 
 
 def test_builds_on_one_node_and_on_two_make_the_same_bytes_as_one_here_also_when_cut(cluster, tmp_path):
