@@ -2,9 +2,11 @@
 
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
 from megagpt.errors import OwnRankError, UserError, limit_reached, unusable_path
@@ -36,6 +38,11 @@ def exit_code_of(
     except KeyboardInterrupt:
         print_error(interrupted)
         return INTERRUPTED
+
+
+def typed(word: str | Path) -> str:
+    """Return a word, such as a path with a blank in it, as a shell takes it: for the commands that messages advise."""
+    return shlex.quote(str(word))
 
 
 def show(text: str, *, end: str = "\n") -> None:

@@ -26,7 +26,7 @@ from megagpt.distributed.hostfile import ENV_LINE, SECRET_NAME, check_environmen
 from megagpt.distributed.interfaces import GLOO, interface_to
 from megagpt.distributed.rendezvous import SAME_PROGRAMS, differences, mark_in
 from megagpt.errors import UserError
-from megagpt.terminal import print_error, show
+from megagpt.terminal import print_error, show, typed
 
 PORT = 29500  # deepspeed's default; --master_port sets another
 PATIENCE = 60.0  # seconds that a host may take for all checks
@@ -193,7 +193,7 @@ def _examined(agent: Agent, request: Request) -> list[Finding]:
         after = time.time()
     except UserError as error:
         if not agent.over_ssh:
-            return [Finding("agent", f"{error}; run `{sys.executable} -m megagpt doctor --probe` to see why")]
+            return [Finding("agent", f"{error}; run `{typed(sys.executable)} -m megagpt doctor --probe` to see why")]
         way = f"`ssh {agent.name} true` must work without a password, and this folder and .venv must exist there"
         return [Finding("ssh", f"{error}; {way}", agent.name)]
     findings = [Finding(**fields | {"host": agent.name}) for fields in raw.pop("findings")]

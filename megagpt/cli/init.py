@@ -27,7 +27,7 @@ from megagpt.planner.sizing import (
     Data,
     choose,
 )
-from megagpt.terminal import show
+from megagpt.terminal import show, typed
 
 WITHOUT_BF16 = ("V100",)  # GPUs older than Ampere
 MEMORY_SHARE = 0.5  # of a CPU's memory that a run may take
@@ -53,7 +53,14 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"run file {out} cannot be written: {error.strerror}; give another place by --out") from None
     lines = [f"{key.removeprefix(f'{SECTION}.')}: {' '.join(reason)}" for key, reason in reasons.items()]
-    show("\n".join([*lines, f"{out} is written; check it with `megagpt lint {out}`, train with `megagpt train {out}`"]))
+    show(
+        "\n".join(
+            [
+                *lines,
+                f"{out} is written; check it with `megagpt lint {typed(out)}`, train with `megagpt train {typed(out)}`",
+            ]
+        )
+    )
     return 0
 
 
@@ -70,10 +77,10 @@ def _data(path: Path) -> Data:
         below = sorted(path.iterdir()) if path.is_dir() else []
         if near := [str(other) for other in (*below, *path.parents) if _is_dataset(other)]:
             raise UserError(
-                f"{path} is not a dataset, but {shortened(', '.join(near))} is; give `megagpt init {near[0]}`"
+                f"{path} is not a dataset, but {shortened(', '.join(near))} is; give `megagpt init {typed(near[0])}`"
             )
         raise UserError(
-            f"{path} is not a dataset; build one from it with `python -m data_tools build --input {path} "
+            f"{path} is not a dataset; build one from it with `python -m data_tools build --input {typed(path)} "
             "--out data/mine`, then `megagpt init data/mine`"
         )
     manifest = read_manifest(path)

@@ -62,6 +62,10 @@ def test_an_existing_file_is_not_overwritten(dataset, tmp_path, capsys):
     [
         (["nothing"], "there is no dataset folder nothing"),
         (["texts"], "texts is not a dataset; build one from it with `python -m data_tools build --input texts"),
+        (
+            ["my texts"],
+            "my texts is not a dataset; build one from it with `python -m data_tools build --input 'my texts'",
+        ),
         (["texts/a.txt"], "texts/a.txt is not a dataset; build one from it with"),
         (["DATASET", "--gpu", "3060"], "--gpu '3060' is not known; known are B200"),
         (["data", "--out", "no/run.json"], "there is no folder no; make it"),
@@ -75,6 +79,7 @@ def test_an_existing_file_is_not_overwritten(dataset, tmp_path, capsys):
 def test_a_mistake_is_one_message_and_leaves_no_file(args, complaint, dataset, tmp_path, capsys):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "my texts").mkdir()
     tokenizer = small_tokenizer()
     write_dataset(tmp_path / "data", [np.append(tokenizer.encode(document(0)), tokenizer.eod_id)])
     before = sorted(tmp_path.iterdir())
