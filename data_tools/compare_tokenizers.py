@@ -251,7 +251,7 @@ def _bits_per_byte(
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("error: ")
         raise UserError(f"the small model could not be trained with {name}: {why}; give --steps 0 to skip this")
     measured = [json.loads(line) for line in (run / "out" / "metrics.jsonl").read_text().splitlines()]
-    return float([row["bits_per_byte"] for row in measured if "bits_per_byte" in row][-1])
+    return float([row["val/bits_per_byte"] for row in measured if "val/bits_per_byte" in row][-1])
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -1,6 +1,5 @@
 """Draw the pictures of README.md from real runs: `python docs/make_pictures.py` after `make demo`."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from megagpt.train.metrics_file import read_rows
 
 HERE = Path(__file__).parent
 
@@ -20,10 +21,10 @@ def curve(rows: list[dict[str, float]], name: str) -> tuple[list[float], list[fl
 
 def draw_losses(metrics_file: Path, picture: Path) -> None:
     """Training and validation loss of one run over its steps."""
-    rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    rows = read_rows(metrics_file)
     figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-    axes.plot(*curve(rows, "loss/train"), color="#4c72b0", label="loss/train, mean of 20 steps")
-    axes.plot(*curve(rows, "loss/val"), color="#c44e52", marker="o", label="loss/val")
+    axes.plot(*curve(rows, "train/loss"), color="#4c72b0", label="train/loss, mean of 20 steps")
+    axes.plot(*curve(rows, "val/loss"), color="#c44e52", marker="o", label="val/loss")
     axes.set(xlabel="step", ylabel="nats per token", title="make demo: 2.2 million parameters, two CPU cores")
     axes.grid(alpha=0.3)
     axes.legend()

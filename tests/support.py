@@ -39,9 +39,10 @@ GOOD = {  # a run file that nothing is wrong with
     },
 }
 SCALARS = {  # that TensorBoard shows of every run that evaluates, saves and samples
-    *("loss/train", "loss/val", "perplexity", "bits_per_byte", "lr", "grad_norm", "tokens_per_sec", "epoch"),
-    *("memory_gib", "skipped_steps"),
-    *("seconds/data", "seconds/step", "seconds/eval", "seconds/save", "seconds/sample"),
+    *("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"),
+    *("optim/lr", "optim/grad_norm", "optim/skipped_steps", "data/epoch", "data/wait_seconds_per_step"),
+    *("perf/tokens_per_sec", "perf/memory_gib", "perf/seconds_per_step"),
+    *("perf/eval_seconds", "perf/save_seconds", "perf/sample_seconds"),
 }
 
 
@@ -110,7 +111,9 @@ def metric(out_dir: Path, name: str) -> dict[int, float]:
 def curves(out_dir: Path) -> dict[str, dict[int, float]]:
     """Every metric: name -> step -> value."""
     rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return {name: metric(out_dir, name) for name in {name for row in rows for name in row} - {"step", "tokens_seen"}}
+    return {
+        name: metric(out_dir, name) for name in {name for row in rows for name in row} - {"step", "tokens_seen", "time"}
+    }
 
 
 @contextmanager

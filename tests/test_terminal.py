@@ -181,7 +181,7 @@ def test_a_run_whose_terminal_is_closed_trains_to_its_end(dataset, tmp_path):
     with os.fdopen(master, errors="replace") as screen:
         assert any(line.startswith("step") for line in screen)
     assert process.wait(120) == 0
-    assert list(metric(tmp_path / "run", "loss/train"))[-1] == 40
+    assert list(metric(tmp_path / "run", "train/loss"))[-1] == 40
 
 
 def test_a_signal_that_nobody_reads_of_stops_nothing(monkeypatch):

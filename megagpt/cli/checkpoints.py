@@ -97,11 +97,11 @@ def _rule_of_best(rows: list[Listed], best_dir: Path | None) -> list[str]:
     if best_dir not in losses:
         return []
     if losses[best_dir] == min(losses.values()):
-        return ["best: the lowest loss/val of these steps"]
-    return ["best: no later loss/val was lower by megagpt.early_stopping.min_delta"]
+        return ["best: the lowest val/loss of these steps"]
+    return ["best: no later val/loss was lower by megagpt.early_stopping.min_delta"]
 
 
-HEAD = f"{'step':>10}  {'saved at':<19}  {'size':>9}  {'stage':>5}  {'dtype':<5}  {'ranks':>5}  {'loss/val':>8}  state"
+HEAD = f"{'step':>10}  {'saved at':<19}  {'size':>9}  {'stage':>5}  {'dtype':<5}  {'ranks':>5}  {'val/loss':>8}  state"
 
 
 def _line(row: Listed, *, hashes: bool, is_best: bool) -> str:

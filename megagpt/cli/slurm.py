@@ -1,7 +1,6 @@
 """`megagpt slurm RUN.json`: submit launch/slurm/pretrain.sbatch with a cluster's names and a signal in time to save."""
 
 import argparse
-import json
 import re
 import shlex
 import subprocess
@@ -13,12 +12,13 @@ from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
 from megagpt.terminal import show
+from megagpt.train.metrics_file import read_rows
 
 SCRIPT = Path("launch/slurm/pretrain.sbatch")
 # How long before the time limit the signal comes, while the run's metrics do not show how long it needs.
 LEAD_SECONDS = 300
 # What a stop may have to wait for -> how many times: an asynchronous write may be in flight when its own write starts.
-BEFORE_THE_END = {"seconds/eval": 1, "seconds/sample": 1, "seconds/save": 1, "seconds/write": 2}
+BEFORE_THE_END = {"perf/eval_seconds": 1, "perf/sample_seconds": 1, "perf/save_seconds": 1, "perf/write_seconds": 2}
 # A value in an #SBATCH line ends at a blank and cannot be quoted.
 VALUE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,:/@%+=&|*()\[\]-]*")
 OPTION = re.compile(r"[a-z][a-z-]*")
@@ -118,14 +118,8 @@ def lead_seconds(runs: Sequence[RunConfig], limit: int) -> int:
 
 def _slowest(run: RunConfig) -> float:
     """Return the seconds from a signal to the end of the save, by the run's metrics.jsonl; 0 if it has none."""
-    file = run.megagpt.out_dir / "metrics.jsonl"
     slowest = dict.fromkeys(BEFORE_THE_END, 0.0)
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            # A crash may have cut the last row.
-            continue
+    for row in read_rows(run.megagpt.out_dir / "metrics.jsonl"):
         slowest = {name: max(seconds, row.get(name, 0.0)) for name, seconds in slowest.items()}
     return sum(times * slowest[name] for name, times in BEFORE_THE_END.items())
 

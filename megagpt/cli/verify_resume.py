@@ -29,10 +29,11 @@ from megagpt.train.trainer import train
 
 # Tolerance of losses, in nats: other ranks add in another order, and 16-bit numbers are rounded.
 WITHIN = {"fp32": 1e-4, "bf16": 2**-7, "fp16": 2**-7}
+LOSSES = ("train/loss", "val/loss")
 # Metrics that follow from losses or weights, and are not compared where those have a tolerance.
-FOLLOW = ("perplexity", "bits_per_byte", "grad_norm")
+FOLLOW = ("val/perplexity", "val/bits_per_byte", "optim/grad_norm")
 # Metrics that differ between any two runs.
-WALL_CLOCK = ("tokens_per_sec", "memory_gib", "mfu", "hfu", "seconds/", "cluster/")
+WALL_CLOCK = ("time", "perf/", "data/wait_seconds_per_step", "cluster/")
 
 
 def verify_resume(
@@ -93,7 +94,7 @@ def _metrics_that_differ(straight: Path, cut: Path, within: float) -> Iterator[s
         before, after = expected.get((step, name), math.nan), found.get((step, name), math.nan)
         if name.startswith(WALL_CLOCK) or before == after or (within and name in FOLLOW):
             continue
-        if None in (before, after) or not (name.startswith("loss/") and abs(before - after) <= within):
+        if None in (before, after) or not (name in LOSSES and abs(before - after) <= within):
             yield f"{name} at step {step}: {before} straight, {after} resumed"
 
 

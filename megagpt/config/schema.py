@@ -123,7 +123,9 @@ class RegularizationConfig(Strict):
 class EarlyStoppingConfig(Strict):
     """Stop when the validation loss has not fallen by min_delta for `patience` evaluations in a row."""
 
-    monitor: Literal["loss/val"] = Field(default="loss/val", description="what decides")
+    monitor: Literal["val/loss", "loss/val"] = Field(
+        default="val/loss", description="what decides; loss/val is its former name"
+    )
     patience: int = Field(
         default=0,
         ge=0,

@@ -41,12 +41,12 @@ class StepMetrics:
         return mean_loss(self.rank_losses.sum(0), self.shares)
 
     def means(self) -> dict[str, float]:
-        """Return loss/train over these steps and the last one's grad_norm, leaving out what is not finite."""
+        """Return train/loss over these steps and the last one's optim/grad_norm, leaving out what is not finite."""
         sound = self.losses.isfinite()
-        found = {"grad_norm": self.grad_norms[-1].item()} if self.grad_norms[-1].isfinite() else {}
+        found = {"optim/grad_norm": self.grad_norms[-1].item()} if self.grad_norms[-1].isfinite() else {}
         if sound.any():
             total = self.rank_losses.sum(0)[sound].sum()
-            found = {"loss/train": mean_loss(total, self.shares[sound].sum()).item(), **found}
+            found = {"train/loss": mean_loss(total, self.shares[sound].sum()).item(), **found}
         return found
 
     def number(self, i: int) -> int:

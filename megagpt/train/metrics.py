@@ -52,17 +52,18 @@ def log_metrics(
     speed: Mapping[str, float],
     skipped_steps: int,
     epoch: float,
-    seconds: Mapping[str, float],
+    seconds_per_step: Mapping[str, float],
     stragglers: Mapping[str, float],
 ) -> dict[str, float]:
     """Everything that is logged of some training steps, in the order of the log line."""
     return {
         **steps.means(),
-        "lr": lr,
+        "optim/lr": lr,
         **speed,
-        "skipped_steps": skipped_steps,
-        "epoch": epoch,
-        **{f"seconds/{name}": seconds[name] for name in ("data", "step")},
+        "optim/skipped_steps": skipped_steps,
+        "data/epoch": epoch,
+        "perf/seconds_per_step": seconds_per_step["step"],
+        "data/wait_seconds_per_step": seconds_per_step["data"],
         **stragglers,
     }
 
@@ -74,7 +75,7 @@ def speed(
 
     MFU: model FLOPs over peak FLOPs (PaLM: Chowdhery et al. 2022, appendix B); HFU also counts recomputation.
     """
-    found = {"tokens_per_sec": tokens_per_sec, "memory_gib": peak_memory(device) / 2**30}
+    found = {"perf/tokens_per_sec": tokens_per_sec, "perf/memory_gib": peak_memory(device) / 2**30}
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak is None or run.deepspeed.dtype == "fp32":  # published peaks are of 16-bit tensor cores
         return found
@@ -88,4 +89,4 @@ def speed(
         compiled=compiled,
     )
     flops, share = flops_per_token(model, vocab_size), tokens_per_sec / (peak * world_size())
-    return found | {"mfu": flops * share} | ({} if again is None else {"hfu": (flops + again) * share})
+    return found | {"perf/mfu": flops * share} | ({} if again is None else {"perf/hfu": (flops + again) * share})

@@ -7,26 +7,24 @@ A full disk does not end a run here, because the disk may be free again before t
 if it is not.
 """
 
-import errno
 import json
 import math
-import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from megagpt.atomic_files import write_atomically
 from megagpt.checkpoint.commit import best
 from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.distributed.process_group import is_main, print_rank0
 from megagpt.terminal import counted, if_encodable
+from megagpt.train.metrics_file import append_row, keep_up_to, read_rows
 from megagpt.train_state import TrainState
 
 Events = Callable[[list[tuple[str, float, int]]], None]
@@ -43,7 +41,7 @@ class Monitor:
             return
         out_dir, board = run.megagpt.out_dir, run.deepspeed.tensorboard
         self._metrics_file = out_dir / "metrics.jsonl"
-        _keep_up_to(self._metrics_file, resumed.step)
+        keep_up_to(self._metrics_file, resumed.step)
         if board.enabled:
             folder = Path(board.output_path or out_dir) / board.job_name
             # an earlier attempt may have logged steps that it did not save: TensorBoard drops those
@@ -66,14 +64,15 @@ class Monitor:
         if not is_main():
             return
         with self._reporting_disk_errors():
-            _append(self._metrics_file, {"step": state.step, "tokens_seen": state.tokens_seen, **metrics})
+            axes = {"step": state.step, "tokens_seen": state.tokens_seen, "time": round(time.time(), 3)}
+            append_row(self._metrics_file, axes | metrics)
         with self._reporting_disk_errors():
             if self._writer:
                 for name, value in metrics.items():
                     self._writer.add_scalar(name, value, state.step)
                 self._writer.flush()
             self._also([(name, value, state.step) for name, value in metrics.items()])
-        shown = [f"{name} {_short(name, value)}" for name, value in metrics.items() if name in ON_THE_LINE]
+        shown = [f"{ON_THE_LINE[name]} {_short(name, value)}" for name, value in metrics.items() if name in ON_THE_LINE]
         if waits_for:
             shown.append(f"waits for {', '.join(waits_for)}")
         if eta_seconds is not None:
@@ -109,20 +108,20 @@ class Monitor:
         values = leaves(run.written_out(run.as_json())).items()
         flat = {key: value if isinstance(value, str | int | float) else json.dumps(value) for key, value in values}
         events = self._writer._get_file_writer()  # add_hparams() would start a second run in TensorBoard
-        for summary in hparams(flat, {"loss/val": 0.0}):
+        for summary in hparams(flat, {"val/loss": 0.0}):
             events.add_summary(summary)
 
 
-# The metrics that the terminal shows.
+# The metrics that the terminal shows -> how it names them.
 ON_THE_LINE = {
-    "loss/train",
-    "loss/val",
-    "perplexity",
-    "bits_per_byte",
-    "lr",
-    "grad_norm",
-    "tokens_per_sec",
-    "mfu",
+    "train/loss": "train/loss",
+    "val/loss": "val/loss",
+    "val/perplexity": "perplexity",
+    "val/bits_per_byte": "bits_per_byte",
+    "optim/lr": "lr",
+    "optim/grad_norm": "grad_norm",
+    "perf/tokens_per_sec": "tokens_per_sec",
+    "perf/mfu": "mfu",
 }
 
 
@@ -163,7 +162,7 @@ def _no_improvement(cfg: MegaGPTConfig, state: TrainState) -> str:
     stopper, by = state.stopper, cfg.early_stopping.min_delta
     lower = f"lower by megagpt.early_stopping.min_delta={by:g} than" if by else "lower than"
     return (
-        f"for {counted(stopper.bad_evals, 'evaluation')} loss/val was not {lower} the {stopper.best:.4f} of step "
+        f"for {counted(stopper.bad_evals, 'evaluation')} val/loss was not {lower} the {stopper.best:.4f} of step "
         f"{stopper.best_step}"
     )
 
@@ -171,7 +170,7 @@ def _no_improvement(cfg: MegaGPTConfig, state: TrainState) -> str:
 def _best_loss(cfg: MegaGPTConfig, state: TrainState, losses: dict[int, float | None]) -> str:
     """Name the step that counts as best, and the rule if it is not that of the lowest loss."""
     stopper = state.stopper
-    line = f"best loss/val {stopper.best:.4f} at step {stopper.best_step}"
+    line = f"best val/loss {stopper.best:.4f} at step {stopper.best_step}"
     finite = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
     lowest = min(finite, key=lambda step: finite[step], default=None)
     if lowest is None or finite[lowest] >= stopper.best:
@@ -188,8 +187,7 @@ def _best_checkpoint(cfg: MegaGPTConfig) -> list[str]:
 
 def validation_losses(metrics_file: Path) -> dict[int, float | None]:
     """Return the run's validation losses by step; None for one that was not finite."""
-    lines = metrics_file.read_text().splitlines() if metrics_file.is_file() else []
-    return {row["step"]: row["loss/val"] for row in map(json.loads, lines) if "loss/val" in row}
+    return {row["step"]: row["val/loss"] for row in read_rows(metrics_file) if "val/loss" in row}
 
 
 def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str:
@@ -209,42 +207,12 @@ def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str
             lines.append(f"  {step:>8} {loss:8.4f} {bar}")
         else:
             lines.append(f"  {step:>8} not finite")
-    return "    step loss/val\n" + "\n".join(lines)
-
-
-def _append(metrics_file: Path, row: dict[str, Any]) -> None:
-    """Append a whole row or nothing. A number that is not finite becomes null, as JSON has none."""
-    row = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
-    }
-    with metrics_file.open("ab", buffering=0) as file:
-        line, size = (json.dumps(row) + "\n").encode(), file.tell()
-        try:
-            if file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(metrics_file))
-        except OSError:
-            file.truncate(size)
-            raise
-
-
-def _keep_up_to(metrics_file: Path, step: int) -> None:
-    """Drop rows after `step`, and a truncated last row: a resumed run writes them again."""
-    if not metrics_file.exists():
-        metrics_file.parent.mkdir(parents=True, exist_ok=True)
-        return
-    kept = []
-    for line in metrics_file.read_bytes().splitlines(keepends=True):
-        try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:
-            continue
-    write_atomically(metrics_file, b"".join(kept))
+    return "    step val/loss\n" + "\n".join(lines)
 
 
 def _short(name: str, value: float) -> str:
-    if name == "tokens_per_sec":
+    if name == "perf/tokens_per_sec":
         return f"{value:,.0f}"
-    if name == "mfu":
+    if name == "perf/mfu":
         return f"{value:.1%}"
-    return f"{value:.2e}" if name == "lr" else f"{value:.4f}"
+    return f"{value:.2e}" if name == "optim/lr" else f"{value:.4f}"

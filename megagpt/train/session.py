@@ -145,7 +145,7 @@ class Session:
             speed=self._speed(n_tokens / (seconds["step"] + seconds["data"])),
             skipped_steps=state.health.skipped_steps,
             epoch=self.setup.training_set.epochs(state.samples_seen)[0],  # of the first dataset
-            seconds=seconds,
+            seconds_per_step={name: spent / len(steps) for name, spent in seconds.items()},
             stragglers=self.stragglers.metrics(own, len(steps)),
         )
         if not self.frozen:  # everything alive now stays alive: take it out of every later garbage collection
@@ -196,10 +196,10 @@ class Session:
         """Measure the validation loss, and count it for early stopping; the same on every rank."""
         result = self._evaluation(state.step)
         metrics = {
-            "loss/val": result.loss,
-            "perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte,
-            "seconds/eval": self.stopwatch.spent("eval"),
+            "val/loss": result.loss,
+            "val/perplexity": result.perplexity,
+            "val/bits_per_byte": result.bits_per_byte,
+            "perf/eval_seconds": self.stopwatch.spent("eval"),
         }
         self.monitor.log(state, metrics)
         stopper = after_evaluation(state.stopper, result.loss, state.step, self.cfg.early_stopping)
@@ -228,7 +228,7 @@ class Session:
                 self.monitor.text("samples", "\n\n---\n\n".join(texts), state.step)
             except UserError as error:
                 print_rank0(f"no samples at step {state.step}: {error}")
-        self.monitor.log(state, {"seconds/sample": self.stopwatch.spent("sample")})
+        self.monitor.log(state, {"perf/sample_seconds": self.stopwatch.spent("sample")})
 
     def is_new_best(self, state: TrainState) -> bool:
         """Tell whether early stopping will want this step's weights back."""
@@ -255,7 +255,9 @@ class Session:
             self.before_save()
             save_checkpoint(self.engine, state, self.setup.training_set.mixture, self.record, self.writer)
         waited, wrote = self.stopwatch.spent("save"), self.writer.seconds  # `wrote`: of the save before this one
-        self.monitor.log(state, {"seconds/save": waited} | ({"seconds/write": wrote} if self.cfg.save_async else {}))
+        self.monitor.log(
+            state, {"perf/save_seconds": waited} | ({"perf/write_seconds": wrote} if self.cfg.save_async else {})
+        )
         measured = wrote > 0.0 or not self.cfg.save_async  # an asynchronous write has ended
         if measured and not self.grace_warned and (warning := grace_warning(waited, wrote)):
             print_rank0(warning)

@@ -133,7 +133,7 @@ def main() -> None:
         ours, plain, loop = interleave(run, args.turns, args.turn, device)
         logged = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
 
-    losses = {row["step"]: row["loss/train"] for row in logged if row["step"] in loop.losses}
+    losses = {row["step"]: row["train/loss"] for row in logged if row["step"] in loop.losses}
     ratios = [a / b for a, b in zip(ours, plain, strict=True)]
     figures = {
         "date": date.today().isoformat(),

@@ -97,7 +97,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
             say(f"round {number + 1}/{args.rounds}")
     for number, name in enumerate(datasets):
         lines = (folder / "one" / str(number) / "metrics.jsonl").read_text().splitlines()
-        waited = [json.loads(line)["seconds/data"] for line in lines][1:]
+        waited = [json.loads(line)["data/wait_seconds_per_step"] for line in lines][1:]
         for took, seconds in zip(turns[name], waited, strict=False):
             took["data_seconds"] = seconds
     return turns
@@ -142,7 +142,7 @@ def first_steps(run_file: Path, overrides: list[str], times: int) -> list[float]
             began = time.perf_counter()
             with subprocess.Popen([*command, *ours, *overrides], stdout=subprocess.PIPE, text=True) as process:
                 assert process.stdout is not None
-                if not any("| loss/train" in line for line in process.stdout):
+                if not any("| train/loss" in line for line in process.stdout):
                     sys.exit(f"{run_file} took no step")
                 seconds.append(time.perf_counter() - began)
                 process.kill()

@@ -68,7 +68,7 @@ def test_the_files_are_the_same_asynchronously_and_at_once_and_by_deepspeeds_own
     for way in (False, True):
         train(debug_run(dataset, tmp_path / "run", *options, f"megagpt.save_async={json.dumps(way)}"), device)
         (tmp_path / "run").rename(tmp_path / str(way))
-    assert set(metric(tmp_path / "True", "seconds/write")) == set(metric(tmp_path / "True", "seconds/save"))
+    assert set(metric(tmp_path / "True", "perf/write_seconds")) == set(metric(tmp_path / "True", "perf/save_seconds"))
     at_once, later = committed(tmp_path / "False"), committed(tmp_path / "True")
     assert len(at_once) == len(later) == 3
     for a, b in zip(at_once, later, strict=True):

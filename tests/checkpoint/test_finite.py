@@ -107,7 +107,7 @@ def test_a_run_with_a_wrong_rate_resumes_by_its_own_message_as_if_it_had_never_b
     assert steps_of(tmp_path / "run")[-1] == 4
     assert start(8, at_stage) == ""
     assert start(8, at_stage, name="straight") == ""
-    assert metric(tmp_path / "run", "loss/train") == metric(tmp_path / "straight", "loss/train")
+    assert metric(tmp_path / "run", "train/loss") == metric(tmp_path / "straight", "train/loss")
 
 
 @pytest.mark.parametrize("lr", [1e30, 1e6])
@@ -172,7 +172,7 @@ def test_a_bad_step_at_a_stop_or_at_the_end_is_saved_if_its_weights_evaluate(sta
     assert steps_of(tmp_path / "run") == [6, 9]
     strike(6, 9)
     assert start(9, f"zero_optimization.stage={stage}", **options, name="straight") == ""
-    assert metric(tmp_path / "run", "loss/val") == metric(tmp_path / "straight", "loss/val")
+    assert metric(tmp_path / "run", "val/loss") == metric(tmp_path / "straight", "val/loss")
 
 
 def test_a_stop_whose_weights_are_of_no_use_is_an_error_and_not_saved(start, tmp_path):
@@ -214,7 +214,7 @@ def test_a_start_passes_over_a_saved_step_that_is_not_finite(start, poisoned, tm
     assert f"checkpoint skipped: {poisoned / 'checkpoints/step_00000004'}" in capsys.readouterr().out
     assert (poisoned / "checkpoints/damaged1_step_00000004").is_dir()
     assert start(6, name="straight") == ""
-    assert metric(poisoned, "loss/train") == metric(tmp_path / "straight", "loss/train")
+    assert metric(poisoned, "train/loss") == metric(tmp_path / "straight", "train/loss")
 
 
 def test_verifying_names_a_step_that_is_not_finite(poisoned, capsys):
@@ -267,14 +267,14 @@ def test_a_run_that_breaks_writes_json_draws_its_curve_and_samples_nothing(start
     assert "3 steps in a row were not finite" in message
     assert "no samples at step 1: the model's output is not finite" in capsys.readouterr().out
     rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(row, parse_constant=pytest.fail).get("loss/val", 0) for row in rows]
+    losses = [json.loads(row, parse_constant=pytest.fail).get("val/loss", 0) for row in rows]
     assert None in losses
     assert validation_curve(tmp_path / "run/metrics.jsonl").splitlines()[1].endswith("1 not finite")
 
 
 def test_the_curve_leaves_out_what_an_older_megagpt_logged_as_nan(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(f'{{"step": {n}, "loss/val": {x}}}\n' for n, x in enumerate(["4.0", "NaN", "2.0"])))
+    file.write_text("".join(f'{{"step": {n}, "val/loss": {x}}}\n' for n, x in enumerate(["4.0", "NaN", "2.0"])))
     assert [line.split()[1:] for line in validation_curve(file, width=3).splitlines()[1:]] == [
         ["4.0000", "███"],
         ["not", "finite"],

@@ -84,7 +84,7 @@ def test_of_two_starts_at_once_one_runs_and_one_is_refused(dataset, tmp_path, ro
         starts = [start(dataset, out_dir, *more, stdout=subprocess.DEVNULL) for _ in range(2)]
         said, holder = refusal(starts, out_dir, lambda holder: os.kill(holder["pid"], signal.SIGKILL))
         assert f"in use by another run, process {holder['pid']} on host " in said
-        steps = list(metric(out_dir, "loss/train"))
+        steps = list(metric(out_dir, "train/loss"))
         assert steps == list(range(1, len(steps) + 1))
     assert len(list(tmp_path.glob("run.old*"))) == rounds // 2
 
@@ -242,7 +242,7 @@ def test_fresh_renames_the_folder_and_not_a_link_to_it(dataset, device, tmp_path
     train(run, device, fresh=True)
     assert link.readlink() == disk / "run"
     assert sorted(path.name for path in disk.iterdir()) == ["run", "run.old1"]
-    assert list(metric(disk / "run", "loss/train")) == [1, 2, 3, 4]
+    assert list(metric(disk / "run", "train/loss")) == [1, 2, 3, 4]
     assert list(tmp_path.glob("link.old*")) == []
 
 

@@ -59,7 +59,7 @@ def test_stopping_twice_and_going_on_equals_a_straight_run_to_the_last_bit(run_t
     for max_steps in (3, 5, 8):
         run_to("cut", max_steps, *options)
     straight, cut = tmp_path / "straight", tmp_path / "cut"
-    assert metric(cut, "loss/train") == metric(straight, "loss/train")
+    assert metric(cut, "train/loss") == metric(straight, "train/loss")
     weights, again = (consolidated_weights(committed(run)[-1]) for run in (straight, cut))
     assert weights.keys() == again.keys()
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -71,7 +71,7 @@ def test_without_the_random_generators_a_resume_with_dropout_differs(run_to, tmp
     monkeypatch.setattr(load, "set_rng_state", lambda saved: None)
     for max_steps in (3, 6):
         run_to("cut", max_steps, DROPOUT)
-    assert metric(tmp_path / "cut", "loss/train")[6] != metric(tmp_path / "straight", "loss/train")[6]
+    assert metric(tmp_path / "cut", "train/loss")[6] != metric(tmp_path / "straight", "train/loss")[6]
 
 
 @pytest.fixture
@@ -183,12 +183,12 @@ def test_fresh_leaves_a_folder_that_is_no_run_alone(dataset, device, tmp_path):
 def test_a_step_without_commit_is_no_checkpoint(saved, run_to):
     (committed(saved)[-1] / COMMIT).unlink()
     assert run_to("run", 7).step == 7
-    assert metric(saved, "loss/train").keys() == set(range(1, 8))
+    assert metric(saved, "train/loss").keys() == set(range(1, 8))
 
 
 @pytest.mark.parametrize("name", ["zero_pp_rank_0_mp_rank_00_optim_states.pt", "rng.0.json", "tokenizer.model"])
 def test_one_flipped_bit_sends_the_run_to_the_step_before(saved, run_to, capsys, name):
-    expected = metric(saved, "loss/train")
+    expected = metric(saved, "train/loss")
     damaged = committed(saved)[-1] / name
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
@@ -196,7 +196,7 @@ def test_one_flipped_bit_sends_the_run_to_the_step_before(saved, run_to, capsys,
     capsys.readouterr()
     run_to("run", 6)
     assert f"checkpoint skipped: {damaged} is damaged" in capsys.readouterr().out
-    assert metric(saved, "loss/train") == expected
+    assert metric(saved, "train/loss") == expected
     assert (saved / "checkpoints" / "damaged1_step_00000006" / name).read_bytes() == bytes(content)
     assert [path.name for path in committed(saved)][-2:] == ["step_00000004", "step_00000006"]
 
@@ -219,7 +219,7 @@ def test_checkpoints_that_are_gone_do_not_look_like_a_new_run(saved, run_to):
     with pytest.raises(UserError, match=r"step_00000006 was committed and is missing.*--fresh"):
         run_to("run", 8)
     run_to("run", 2, fresh=True)
-    assert metric(saved, "loss/train").keys() == {1, 2}
+    assert metric(saved, "train/loss").keys() == {1, 2}
 
 
 def test_a_run_stopped_before_its_first_commit_starts_again_and_says_so(run_to, tmp_path, monkeypatch, capsys):
@@ -233,10 +233,10 @@ def test_a_run_stopped_before_its_first_commit_starts_again_and_says_so(run_to, 
 
 
 def test_fresh_keeps_the_old_run_beside_the_new_one(saved, run_to):
-    before = metric(saved, "loss/train")
+    before = metric(saved, "train/loss")
     run_to("run", 2, fresh=True)
-    assert metric(saved, "loss/train").keys() == {1, 2}
-    assert metric(saved.with_name("run.old1"), "loss/train") == before
+    assert metric(saved, "train/loss").keys() == {1, 2}
+    assert metric(saved.with_name("run.old1"), "train/loss") == before
     run_to("run", 2, fresh=True)
     assert committed(saved.with_name("run.old2"))
 
@@ -346,7 +346,7 @@ def test_what_changed_in_the_run_file_is_said_and_acts(saved, run_to, capsys):
     out = capsys.readouterr().out
     assert "changed: optimizer.params.lr: 0.003 -> 0.001" in out
     assert "changed: megagpt.schedule.max_steps: 6 -> 8" in out
-    assert metric(saved, "lr")[8] == 0.001
+    assert metric(saved, "optim/lr")[8] == 0.001
 
 
 def test_loaded_weight_decay_is_the_run_files(saved, dataset, device, run_to, monkeypatch):
@@ -410,7 +410,7 @@ def test_the_list_of_checkpoints_names_what_is_wrong_and_counts_only_whole_steps
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out[1:-2]] == ["4", "6"]
     assert all(line.split()[5:8] == ["1", "fp32", "1"] for line in out[1:-2])
-    assert out[-2:] == ["best: the lowest loss/val of these steps", "2 of 2 committed steps verify"]
+    assert out[-2:] == ["best: the lowest val/loss of these steps", "2 of 2 committed steps verify"]
 
     older, newer = committed(saved)
     victim = newer / "rng.0.json"

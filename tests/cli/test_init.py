@@ -22,7 +22,7 @@ def test_what_init_writes_passes_lint_without_a_word_and_trains_as_it_is(dataset
     assert capsys.readouterr().out == "noise.jsonc: no findings\n"
     assert pretrain(["--deepspeed_config", "noise.jsonc"]) == 0
     run = load_run_config(tmp_path / "noise.jsonc")
-    losses = metric(tmp_path / "runs" / "noise", "loss/val")
+    losses = metric(tmp_path / "runs" / "noise", "val/loss")
     assert max(losses) == run.megagpt.schedule.max_steps
     # Each reason that was printed stands in the file, as a comment.
     comments = [

@@ -83,6 +83,6 @@ def test_without_a_checkout_it_builds_a_dataset_and_trains_three_ways_alike(inst
         run(tmp_path, *command, *options, f"megagpt.out_dir={name}")
         assert [step.name for step in committed(tmp_path / name)] == ["step_00000004"]
         rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        metrics[name] = [line.partition('"lr"')[0] for line in rows if '"loss/train"' in line]
+        metrics[name] = [line.partition('"optim/lr"')[0] for line in rows if '"train/loss"' in line]
     assert len(metrics["train"]) == 4
     assert metrics["train"] == metrics["module"] == metrics["deepspeed"]

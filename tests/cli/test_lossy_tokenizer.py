@@ -58,7 +58,7 @@ def test_bits_per_byte_are_those_of_the_documents(
     whole = split.bytes * row["tokens"] / split.tokens  # the last window may leave less than 64 tokens out
     assert row["bytes"] == pytest.approx(whole, rel=0.02)
     assert row["bits_per_byte"] == pytest.approx(row["loss"] * row["tokens"] / math.log(2) / row["bytes"])
-    assert row["bits_per_byte"] == pytest.approx(metric(run, "bits_per_byte")[2], rel=1e-4)
+    assert row["bits_per_byte"] == pytest.approx(metric(run, "val/bits_per_byte")[2], rel=1e-4)
     assert 0 < row["unknown_tokens"] < 0.1
     assert main(["evaluate", str(run), "--data", str(dataset)]) == 0
     out = capsys.readouterr().out

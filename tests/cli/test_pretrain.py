@@ -61,7 +61,7 @@ def test_a_signal_saves_and_exits_75_and_the_same_command_finishes(dataset, tmp_
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert f"resuming from {step_dir}" in out
-    assert list(metric(tmp_path / "run", "loss/train"))[-1] == stopped_at + 2
+    assert list(metric(tmp_path / "run", "train/loss"))[-1] == stopped_at + 2
 
 
 @pytest.mark.process
@@ -74,7 +74,7 @@ def test_a_run_whose_reader_is_gone_trains_to_its_end(dataset, tmp_path):
     process.stdout.close()
     errors = process.stderr.read()
     assert process.wait(120) == 0, errors
-    assert list(metric(tmp_path / "run", "loss/train"))[-1] == 20
+    assert list(metric(tmp_path / "run", "train/loss"))[-1] == 20
 
 
 def killed_launcher(program: list, dataset, out_dir, until: str) -> str:
@@ -189,7 +189,7 @@ def test_the_deepspeed_launcher_trains_on_two_ranks(dataset, tmp_path):
     assert done.returncode == 0, err
     assert "accumulation 1 x 2 ranks" in out
     assert "finished at step 20" in out
-    assert out.count("step 20/20 | loss/train") == 1
+    assert out.count("step 20/20 | train/loss") == 1
     assert not list(Path(os.environ["TORCH_EXTENSIONS_DIR"]).iterdir())  # nothing was compiled on the way
 
 
@@ -200,7 +200,7 @@ def test_a_terminal_that_lacks_a_bars_letter_gets_another(dataset, tmp_path):
     process = start(command, PYTHONIOENCODING="ascii")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert re.search(r"\d #+\n", out.partition("step loss/val")[2])
+    assert re.search(r"\d #+\n", out.partition("step val/loss")[2])
 
 
 @pytest.mark.process
@@ -311,7 +311,7 @@ def test_where_the_device_supports_fp16_training_and_a_resume_are_those_of_fp32(
         if name == "cut":
             train(run, device, stop_at=3)
         assert pretrain(arguments(dataset, tmp_path / name, *options)) == 0
-    cut, straight, exact = (metric(tmp_path / name, "loss/train") for name in ("cut", "straight", "fp32"))
+    cut, straight, exact = (metric(tmp_path / name, "train/loss") for name in ("cut", "straight", "fp32"))
     assert cut == straight
     assert straight == pytest.approx(exact, abs=2**-8)
     assert straight[6] < straight[1] - 0.5
@@ -386,7 +386,7 @@ def test_evaluate_agrees_with_the_run(trained, dataset, capsys):
     assert main(["evaluate", str(trained), "--data", str(dataset), "--tokens", "2048"]) == 0
     out = capsys.readouterr().out
     printed = float(re.search(r"loss (\d+\.\d+) nats", out)[1])
-    assert printed == pytest.approx(metric(trained, "loss/val")[20], abs=1e-4)
+    assert printed == pytest.approx(metric(trained, "val/loss")[20], abs=1e-4)
     entropy = float(re.search(r"would give (\d+\.\d+) nats", out)[1])
     assert 2.0 < entropy < 3.0  # 16 letters, space, newline and full stop
 

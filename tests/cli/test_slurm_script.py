@@ -121,8 +121,9 @@ def test_the_signal_comes_as_early_as_the_runs_own_saves_need(slurm, tmp_path):
 
     assert signal() == "#SBATCH --signal=USR1@300"
     assert signal("--time", "8") == "#SBATCH --signal=USR1@120"  # a quarter of it
+    # the first two as an older megagpt named them
     rows = [{"step": 1, "seconds/save": 100.0}, {"step": 2, "seconds/eval": 40.4, "seconds/save": 50.0}]
-    rows.append({"step": 3, "seconds/save": 60.0, "seconds/write": 150.0})  # written asynchronously
+    rows.append({"step": 3, "perf/save_seconds": 60.0, "perf/write_seconds": 150.0})  # written asynchronously
     (tmp_path / "metrics.jsonl").write_text("\n".join([*map(json.dumps, rows), '{"step": 3, "sec']))
     lead = "#SBATCH --signal=USR1@881"  # 2 * (40.4 + 100 + 2 * 150)
     assert signal() == lead

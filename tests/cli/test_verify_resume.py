@@ -43,7 +43,7 @@ def test_another_learning_rate_after_the_cut_is_reported(dataset, tmp_path, caps
     assert main(["verify-resume", str(DEBUG_RUN), "--then", "optimizer.params.lr=0.004", *options]) == 1
     out = capsys.readouterr().out
     assert "lr at step 3: " in out
-    assert "loss/train at step 4: " in out
+    assert "train/loss at step 4: " in out
     assert out.endswith("NOT the same samples, rates and steps, and losses within 0.0001 nats\n")
 
 
@@ -58,7 +58,7 @@ def test_a_resume_that_loses_the_rng_state_is_reported(dataset, tmp_path, capsys
     options = overrides(dataset, tmp_path / "unused", *ROUGH)
     assert main(["verify-resume", str(DEBUG_RUN), *options]) == 1
     out = capsys.readouterr().out
-    assert "loss/train at step 3: " in out
+    assert "train/loss at step 3: " in out
     assert "rng.0.json differs" in out
     assert out.endswith("NOT the same to the last bit\n")
 

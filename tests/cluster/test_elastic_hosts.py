@@ -32,7 +32,7 @@ def test_a_run_goes_on_over_other_hosts_ranks_and_stages_as_one_rank_would(raise
         assert ("resharding weights and optimizer state" in said) == (steps > 6), said
     straight = debug_run(dataset, tmp_path / "straight", *OPTIONS, "megagpt.schedule.max_steps=36")
     train(straight, device)
-    losses, expected = (metric(tmp_path / name, "loss/train") for name in ("run", "straight"))
+    losses, expected = (metric(tmp_path / name, "train/loss") for name in ("run", "straight"))
     assert list(losses) == list(range(1, 37))
     assert list(losses.values()) == pytest.approx(list(expected.values()), abs=1e-4)
     assert read_commit(committed(tmp_path / "run")[-1]).state.samples_seen == 36 * 8

@@ -81,7 +81,7 @@ def checkout(dataset, tmp_path_factory) -> Checkout:
 def test_after_a_failure_nothing_is_left_on_any_host(cluster, checkout, failure):
     fail, code = FAILURES[failure]
     program = checkout.start(cluster["h1"])
-    program.until("| loss/train")
+    program.until("| train/loss")
     fail(cluster)
     ended_with = program.end(60)
     assert not cluster.rest(60), program.output[-3000:]
@@ -101,7 +101,7 @@ def test_a_run_that_failed_again_and_again_ends_as_one_host_would(cluster, check
     assert ("resuming from runs/gpt2_124m/checkpoints/step_" in program.output) == (before > 0)
     alone = [f"megagpt.out_dir={tmp_path / 'one'}", f"megagpt.data.train.0.path={dataset}"]
     assert pretrain(["--deepspeed_config", str(checkout.run_file), *alone, f"megagpt.data.val={dataset}"]) == 0
-    one, two = (metric(folder, "loss/train") for folder in (tmp_path / "one", checkout.out_dir))
+    one, two = (metric(folder, "train/loss") for folder in (tmp_path / "one", checkout.out_dir))
     assert list(two) == list(range(1, steps + 1))
     compared = range(1, 51)
     assert [two[step] for step in compared] == pytest.approx([one[step] for step in compared], abs=1e-4)

@@ -10,7 +10,7 @@ def test_a_throttled_host_is_named(raise_cluster, dataset, tmp_path):
     many = ["megagpt.schedule.max_steps=100000", 'megagpt.every={"log": 10, "eval": 0, "save": 0}']
     start = ["deepspeed", "--hostfile", cluster.hostfile(), ROOT / "launch" / "pretrain.py"]
     program = cluster["h1"].start(*start, "--deepspeed_config", DEBUG_RUN, *overrides(dataset, tmp_path, *many))
-    program.until("/100000 | loss/train")
+    program.until("/100000 | train/loss")
     rank = cluster["h2"].rank()
     with held_up(rank.pid):
         program.until("straggler: rank 1 on h2 slows")

@@ -102,7 +102,7 @@ def test_the_readmes_command_saves_when_signaled_goes_back_into_the_queue_and_fi
     assert log.count("(SIGUSR1) and saved") == 1
     assert f"resuming from {saved.relative_to(folder)}" in log
     assert "finished at step 100" in log
-    assert list(metric(folder / OUT_DIR, "loss/train")) == list(range(1, 101))
+    assert list(metric(folder / OUT_DIR, "train/loss")) == list(range(1, 101))
     assert field(cluster["h1"], job, "Restarts") == "1"
     assert not cluster["h1"].run("squeue", "--noheader").stdout
     assert not cluster.rest()
@@ -162,7 +162,7 @@ def test_a_signal_to_the_batch_shell_alone_saves_ends_the_job_and_leaves_nothing
     assert log.count("(SIGTERM) and saved") == 1, log
     again = sbatch(cluster, folder, TRAIN)
     assert until_end(cluster, again) == "COMPLETED", log_of(folder, again)
-    assert list(metric(folder / OUT_DIR, "loss/train")) == list(range(1, 61))
+    assert list(metric(folder / OUT_DIR, "train/loss")) == list(range(1, 61))
 
 
 @pytest.mark.long
@@ -199,7 +199,7 @@ def test_a_run_that_is_cut_in_every_way_ends_to_the_bit_as_one_that_is_not(clust
 
     again = sbatch(cluster, cut, TRAIN)
     assert until_end(cluster, again) == "COMPLETED", log_of(cut, again)
-    assert metric(cut / OUT_DIR, "loss/train") == metric(straight / OUT_DIR, "loss/train")
-    assert metric(cut / OUT_DIR, "loss/val") == metric(straight / OUT_DIR, "loss/val")
-    assert drawn(cut, "loss/train") == list(range(1, 201))
-    assert drawn(cut, "loss/val") == list(range(20, 201, 20))
+    assert metric(cut / OUT_DIR, "train/loss") == metric(straight / OUT_DIR, "train/loss")
+    assert metric(cut / OUT_DIR, "val/loss") == metric(straight / OUT_DIR, "val/loss")
+    assert drawn(cut, "train/loss") == list(range(1, 201))
+    assert drawn(cut, "val/loss") == list(range(20, 201, 20))

@@ -46,7 +46,7 @@ def on_two_hosts(options: list[str], cluster: Cluster) -> None:
     start = ["deepspeed", "--hostfile", cluster.hostfile(), ROOT / "launch" / "pretrain.py"]
     for cut in CUTS:
         program = cluster["h1"].start(*start, "--deepspeed_config", DEBUG_RUN, *options)
-        program.until(f"/{STEPS} | loss/train")
+        program.until(f"/{STEPS} | train/loss")
         rank = cluster["h2"].rank()
         program.until(f"step {cut}/")
         rank.kill()
@@ -74,8 +74,8 @@ def test_every_scalar_is_drawn_as_one_line_without_gaps(board, out_dir):
     of_hosts = {name for name in expected if name.startswith("cluster/")}
     assert len(of_hosts) == {"one_process": 0, "two_hosts": 10}[out_dir.name]
     assert set(expected) - of_hosts == SCALARS
-    assert list(expected["loss/train"]) == list(range(1, STEPS + 1))
-    assert list(expected["loss/val"]) == list(range(CADENCE, STEPS + 1, CADENCE))
+    assert list(expected["train/loss"]) == list(range(1, STEPS + 1))
+    assert list(expected["val/loss"]) == list(range(CADENCE, STEPS + 1, CADENCE))
     drawn = board.open("scalars", "tf-scalar-card", ".line-plot.ghost path.line", len(expected))
     board.screenshot(PICTURES / f"{out_dir.name}_scalars.png")
     assert set(drawn) == set(expected)

@@ -290,9 +290,9 @@ def test_training_does_not_depend_on_micro_batches_when_targets_are_dropped(data
     for micro in (8, 2):
         run = debug_run(dataset, tmp_path / str(micro), *options, f"train_micro_batch_size_per_gpu={micro}")
         train(run, device)
-    whole, parts = (metric(tmp_path / run, "loss/train") for run in ("8", "2"))
+    whole, parts = (metric(tmp_path / run, "train/loss") for run in ("8", "2"))
     assert parts == pytest.approx(whole, rel=1e-4)
-    norms = [metric(tmp_path / run, "grad_norm") for run in ("8", "2")]
+    norms = [metric(tmp_path / run, "optim/grad_norm") for run in ("8", "2")]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
@@ -305,4 +305,4 @@ def test_an_augmented_run_stopped_and_resumed_sees_the_same_samples(dataset, dev
         for stop in stops:
             options = [*AUGMENTED, *constant, f"megagpt.schedule.max_steps={stop}"]
             train(debug_run(dataset, tmp_path / out_dir, *options), device)
-    assert metric(tmp_path / "cut", "loss/train") == metric(tmp_path / "straight", "loss/train")
+    assert metric(tmp_path / "cut", "train/loss") == metric(tmp_path / "straight", "train/loss")

@@ -276,10 +276,10 @@ def test_masked_training_learns_and_recomputing_changes_nothing(dataset, device,
     recompute = 'megagpt.recompute={"policy": "full", "kind": "%s"}'
     for name, more in (("plain", []), ("torch", [recompute % "torch"]), ("deepspeed", [recompute % "deepspeed"])):
         train(debug_run(dataset, tmp_path / name, packing, *more), device)
-    losses = metric(tmp_path / "plain", "loss/train")
+    losses = metric(tmp_path / "plain", "train/loss")
     assert losses[20] < losses[1] - 0.5
-    assert metric(tmp_path / "torch", "loss/train") == losses
-    assert metric(tmp_path / "deepspeed", "loss/train") == losses
+    assert metric(tmp_path / "torch", "train/loss") == losses
+    assert metric(tmp_path / "deepspeed", "train/loss") == losses
     assert packing_of(committed(tmp_path / "plain")[-1]).kind == kind
 
 

@@ -73,7 +73,7 @@ def kill_and_resume(dataset: Path, out_dir: Path, *, victim: int, at_step: int) 
         end(launcher)
     assert resumed.startswith("resuming from") or at_step < 10
     assert not out_dir.with_name(f"{out_dir.name}.old1").exists()
-    steps = sorted(metric(out_dir, "loss/train"))
+    steps = sorted(metric(out_dir, "train/loss"))
     assert steps == list(range(1, len(steps) + 1))
     return seconds
 

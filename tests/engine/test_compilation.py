@@ -109,7 +109,7 @@ def test_a_run_goes_on_compiled_and_again_without(cache, dataset, device, tmp_pa
     def go_on(out_dir, max_steps, *overrides):
         schedule = f'megagpt.schedule={{"max_steps": {max_steps}, "warmup_steps": 2, "shape": "constant"}}'
         train(debug_run(dataset, tmp_path / out_dir, schedule, *overrides), device)
-        return metric(tmp_path / out_dir, "loss/train")
+        return metric(tmp_path / out_dir, "train/loss")
 
     go_on("mixed", 4, COMPILED)
     go_on("mixed", 8)

@@ -40,7 +40,7 @@ def test_a_run_with_a_secondary_partition_resumes_on_one_rank_and_another_stage(
     shutil.copytree(folder / "hpz", tmp_path / "run")
     shutil.rmtree(committed(tmp_path / "run")[-1])
     train(debug_run(dataset, tmp_path / "run", *SHORT, "zero_optimization.stage=1"), device)
-    losses = metric(tmp_path / "run", "loss/train")
+    losses = metric(tmp_path / "run", "train/loss")
     for step, loss in found["hpz"][0].items():
         assert losses[int(step)] == pytest.approx(loss, abs=1e-4)
 
@@ -53,7 +53,7 @@ def test_autocast_rounds_to_bf16_and_resumes_exactly(dataset, device, tmp_path, 
     def run(name, *options, stop_at=None):
         more = [*SHORT, f"zero_optimization.stage={stage}", *options]
         train(debug_run(dataset, tmp_path / name, *more), device, stop_at=stop_at)
-        return metric(tmp_path / name, "loss/train")
+        return metric(tmp_path / name, "train/loss")
 
     straight, fp32 = run("straight", AUTOCAST), run("fp32")
     run("cut", AUTOCAST, stop_at=4)

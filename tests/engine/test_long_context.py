@@ -26,9 +26,9 @@ def peak_gib(dataset: Path, out_dir: Path, rows: int, seq_len: int) -> float:
     subprocess.run(
         [*map(str, command), *overrides(dataset, out_dir, *options)], env=environment(), cwd=ROOT, check=True
     )
-    losses = metric(out_dir, "loss/train")
+    losses = metric(out_dir, "train/loss")
     assert losses[2] < losses[1]
-    return max(metric(out_dir, "memory_gib").values())
+    return max(metric(out_dir, "perf/memory_gib").values())
 
 
 @pytest.mark.process

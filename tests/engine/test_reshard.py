@@ -69,8 +69,8 @@ def test_over_other_ranks_and_stages_every_sample_is_taken_once(chain):
 def test_over_other_ranks_and_stages_losses_and_rates_are_a_straight_runs(chain, dataset, device, tmp_path):
     train(debug_run(dataset, tmp_path / "straight", *options(1)), device)
     straight, found = tmp_path / "straight", chain / "run"
-    assert metric(found, "lr") == metric(straight, "lr")
-    for name in ("loss/train", "grad_norm"):
+    assert metric(found, "optim/lr") == metric(straight, "optim/lr")
+    for name in ("train/loss", "optim/grad_norm"):
         assert metric(found, name).keys() == set(range(1, 17))
         assert metric(found, name) == pytest.approx(metric(straight, name), abs=WITHIN), name
 
@@ -168,7 +168,7 @@ def test_killed_in_the_middle_nothing_is_half_done_and_the_next_start_does_it(sa
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert {path: path.read_bytes() for path in (saved / "checkpoints").rglob("*") if path.is_file()} == before
     train(debug_run(dataset, saved, *other), device, stop_at=4)
-    assert metric(saved, "loss/train") == metric(tmp_path / "undisturbed", "loss/train")
+    assert metric(saved, "train/loss") == metric(tmp_path / "undisturbed", "train/loss")
 
 
 @pytest.fixture

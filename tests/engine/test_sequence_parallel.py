@@ -25,10 +25,10 @@ WITHIN_NATS, WITHIN_WEIGHTS = 1e-5, 5e-5
 
 
 def equal_runs(shared: Path, whole: Path) -> None:
-    for name in ("loss/train", "loss/val", "grad_norm"):
+    for name in ("train/loss", "val/loss", "optim/grad_norm"):
         found, expected = metric(shared, name), metric(whole, name)
         assert found == pytest.approx(expected, abs=WITHIN_NATS), name
-    assert metric(whole, "loss/train").keys() == set(range(1, 9))
+    assert metric(whole, "train/loss").keys() == set(range(1, 9))
     weights = consolidated_weights(committed(shared)[-1])
     for name, weight in consolidated_weights(committed(whole)[-1]).items():
         torch.testing.assert_close(weights[name], weight, atol=WITHIN_WEIGHTS, rtol=0, msg=name)
@@ -66,7 +66,7 @@ def test_two_ranks_that_share_positions_train_what_one_trains(shared, alone, nam
 
 def test_in_bf16_too(shared):
     """Activations have 8 bits, so the first loss agrees to 1/256 of a nat, and Adam's first steps keep it so."""
-    by = [metric(shared / f"bf16 by {size}", "loss/train") for size in (1, 2)]
+    by = [metric(shared / f"bf16 by {size}", "train/loss") for size in (1, 2)]
     assert by[0] == pytest.approx(by[1], abs=2**-8)
 
 

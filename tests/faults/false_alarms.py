@@ -50,7 +50,7 @@ def curves(lr: str, seed: int, steps: int, dataset: Path, folder: Path, device: 
     options += [f"optimizer.params.lr={lr}", f"zero_optimization.stage={seed % 4}", "tensorboard.enabled=false"]
     options += ['megagpt.every={"log": 1, "eval": 0, "save": 0}', "megagpt.guards.spikes.action=none"]
     train(debug_run(dataset, folder, *options), device)
-    values = [list(metric(folder, name).values()) for name in ("loss/train", "grad_norm")]
+    values = [list(metric(folder, name).values()) for name in ("train/loss", "optim/grad_norm")]
     return torch.tensor(values, dtype=torch.float64)
 
 

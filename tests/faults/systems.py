@@ -88,9 +88,9 @@ class Megagpt:
     def difference(self, out_dir: Path, stage: int, steps: int) -> str:
         """Between this run and the straight one at its last step; empty if there is none."""
         straight = self.straight(stage)
-        losses = {step: loss for step, loss in metric(straight, "loss/train").items() if step <= steps}
-        if metric(out_dir, "loss/train") != losses:
-            return f"losses {metric(out_dir, 'loss/train')} in place of {losses}"
+        losses = {step: loss for step, loss in metric(straight, "train/loss").items() if step <= steps}
+        if metric(out_dir, "train/loss") != losses:
+            return f"losses {metric(out_dir, 'train/loss')} in place of {losses}"
         ours, theirs = step_folder(out_dir, steps), step_folder(straight, steps)
         if read_commit(ours).state != read_commit(theirs).state:
             return f"state {read_commit(ours).state} in place of {read_commit(theirs).state}"

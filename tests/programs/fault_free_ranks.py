@@ -22,7 +22,7 @@ def clean_runs(dataset: Path, folder: Path) -> dict[int, Any]:
     for seed in SEEDS:
         options = [f"megagpt.seed={seed}", f"megagpt.data.seed={seed}", f"zero_optimization.stage={seed % 4}"]
         health = train(debug_run(dataset, folder / str(seed), *EACH, *options), DEVICE).health
-        logged = len(metric(folder / str(seed), "loss/train"))
+        logged = len(metric(folder / str(seed), "train/loss"))
         found[seed] = logged, health.spikes, health.skipped_steps, health.bad_in_a_row
     return found
 

@@ -95,7 +95,7 @@ class Faulty:
             "loaded": self.loaded,
             "state": None if state is None else asdict(state),
             "committed": [path.name for path in committed(out_dir)],
-            "loss": metric(out_dir, "loss/train"),
+            "loss": metric(out_dir, "train/loss"),
         }
 
 

@@ -22,18 +22,18 @@ HPZ = [*PLAIN, "zero_optimization.zero_hpz_partition_size=2"]
 
 def plain(dataset: Path, folder: Path) -> dict[int, float]:
     train(debug_run(dataset, folder, *PLAIN), DEVICE)
-    return metric(folder, "loss/train")
+    return metric(folder, "train/loss")
 
 
 def hpz(dataset: Path, folder: Path) -> dict[int, float]:
     train_as_a_new_process(dataset, folder)
-    return metric(folder, "loss/train")
+    return metric(folder, "train/loss")
 
 
 def hpz_cut(dataset: Path, folder: Path) -> dict[int, float]:
     train_as_a_new_process(dataset, folder, stop_at=STEPS // 2)
     train_as_a_new_process(dataset, folder)
-    return metric(folder, "loss/train")
+    return metric(folder, "train/loss")
 
 
 def train_as_a_new_process(dataset: Path, folder: Path, stop_at: int | None = None) -> None:

@@ -47,7 +47,7 @@ def losses_of_every_stage(dataset: Path, folder: Path) -> dict[str, dict[int, fl
         train(dataset, folder / f"stage{stage}", f"zero_optimization.stage={stage}")
         train(dataset, folder / f"bucket{stage}", f"zero_optimization.stage={stage}", small_buckets)
     train(dataset, folder / "offload", "zero_optimization.stage=2", "zero_optimization.offload_optimizer.device=cpu")
-    return {run.name: metric(run, "loss/train") for run in sorted(folder.iterdir())}
+    return {run.name: metric(run, "train/loss") for run in sorted(folder.iterdir())}
 
 
 def stopped_by_a_signal_to_one_rank(dataset: Path, folder: Path) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def stopped_by_a_signal_to_one_rank(dataset: Path, folder: Path) -> dict[str, An
         found[f"stage{stage}"] = {
             "cut_at": cut.step,
             "states": [asdict(straight), asdict(resumed)],
-            "losses": [metric(folder / f"{run}{stage}", "loss/train") for run in ("straight", "cut")],
+            "losses": [metric(folder / f"{run}{stage}", "train/loss") for run in ("straight", "cut")],
             "weights": [digest(newest_weights(folder / f"{run}{stage}")) for run in ("straight", "cut")],
         }
     return found
@@ -110,8 +110,8 @@ def overfitting(dataset: Path, folder: Path) -> dict[str, Any]:
         "state": asdict(state),
         "cut": asdict(cut),
         "resumed": asdict(resumed),
-        "val": metric(folder / "whole", "loss/val"),
-        "train": metric(folder / "whole", "loss/train"),
+        "val": metric(folder / "whole", "val/loss"),
+        "train": metric(folder / "whole", "train/loss"),
         "best_step": best_dir.name,
         "weights": [digest(in_memory), digest(consolidated_weights(best_dir))],
         "again": asdict(train(noise, folder / "whole", *OVERFIT)),

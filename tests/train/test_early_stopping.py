@@ -100,16 +100,16 @@ def test_a_run_stopped_early_continues_as_its_message_says_and_equals_one_that_w
 
     state, out = again(stopped, "megagpt.early_stopping.patience=2")
     assert state.step == 3
-    told = "already stopped early at step 3: for 2 evaluations loss/val was not lower by "
+    told = "already stopped early at step 3: for 2 evaluations val/loss was not lower by "
     assert out.startswith(told + "megagpt.early_stopping.min_delta=100 than the ")
-    assert "loss/val\n" not in out  # no curve, as if it had just been trained
+    assert "val/loss\n" not in out  # no curve, as if it had just been trained
     key, bound = re.search(r"set (\S+) to more than (\d+), or to 0 for no early stopping", out).groups()
     state, out = again(stopped, f"{key}={int(bound) + 1}")
     assert (state.step, state.stopper.bad_evals, state.stopper.stopped) == (4, 3, True)
     assert "stopped early at step 4: for 3 evaluations" in out
     patient, _ = again(tmp_path / "patient", f"{key}={int(bound) + 1}")
     assert patient == state
-    assert curves(stopped)["loss/train"] == curves(tmp_path / "patient")["loss/train"]
+    assert curves(stopped)["train/loss"] == curves(tmp_path / "patient")["train/loss"]
 
     state, out = again(stopped, f"{key}=0")
     assert (state.step, state.stopper.stopped) == (5, False)
@@ -122,16 +122,16 @@ def test_what_counts_as_best_is_told_with_its_rule(dataset, device, tmp_path, ca
     options = [*EVALS, "megagpt.early_stopping.patience=1"]
     train(debug_run(dataset, tmp_path / "a", *options, UNREACHABLE), device)
     out = capsys.readouterr().out
-    assert "stopped early at step 2: for 1 evaluation loss/val was not lower by megagpt.early_stopping.min_d" in out
+    assert "stopped early at step 2: for 1 evaluation val/loss was not lower by megagpt.early_stopping.min_d" in out
     assert re.search(
-        r"best loss/val (\S+) at step 1; the \S+ of step 2 does not count, as it was not lower by "
+        r"best val/loss (\S+) at step 1; the \S+ of step 2 does not count, as it was not lower by "
         r"megagpt.early_stopping.min_delta=100\nbest checkpoint: \S+step_00000001\n",
         out,
     )
     table, _ = checkpoint_table(tmp_path / "a", hashes=False)
-    assert "\nbest: no later loss/val was lower by megagpt.early_stopping.min_delta\n" in table
+    assert "\nbest: no later val/loss was lower by megagpt.early_stopping.min_delta\n" in table
 
     train(debug_run(dataset, tmp_path / "b", *EVALS, "megagpt.schedule.max_steps=2"), device)
-    assert re.search(r"best loss/val \S+ at step 2\nbest checkpoint", capsys.readouterr().out)
+    assert re.search(r"best val/loss \S+ at step 2\nbest checkpoint", capsys.readouterr().out)
     table, _ = checkpoint_table(tmp_path / "b", hashes=False)
-    assert "\nbest: the lowest loss/val of these steps\n" in table
+    assert "\nbest: the lowest val/loss of these steps\n" in table

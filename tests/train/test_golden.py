@@ -25,7 +25,7 @@ def losses(dataset, device, tmp_path_factory):
 
 def one_run(dataset: Path, out_dir: Path) -> dict[int, float]:
     train(debug_run(dataset, out_dir), init_process_group())
-    return metric(out_dir, "loss/train")
+    return metric(out_dir, "train/loss")
 
 
 def test_losses_equal_the_golden_ones(losses):

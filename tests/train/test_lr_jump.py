@@ -60,5 +60,5 @@ def test_extending_a_run_prints_the_jump_and_the_named_key_avoids_it(dataset, de
 
     run("megagpt.schedule.max_steps=5")
     run("megagpt.schedule.max_steps=6", "megagpt.schedule.end_step=5")
-    assert metric(tmp_path / "run", "lr")[6] == metric(tmp_path / "run", "lr")[5]
+    assert metric(tmp_path / "run", "optim/lr")[6] == metric(tmp_path / "run", "optim/lr")[5]
     assert "  learning rate: 3.00e-04 in step 6, " in run("megagpt.schedule.max_steps=20")

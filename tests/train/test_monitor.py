@@ -1,5 +1,6 @@
 import json
 import resource
+import time
 
 import pytest
 from support import SCALARS, debug_run, metric
@@ -44,9 +45,9 @@ def test_tensorboard_holds_the_promised_curves_alone(finished):
 
 def test_a_resumed_run_goes_on_with_one_curve(finished):
     """Steps 11 to 14 were drawn by the first attempt and again by the second."""
-    steps = [event.step for event in board(finished).Scalars("loss/train")]
+    steps = [event.step for event in board(finished).Scalars("train/loss")]
     assert steps == list(range(1, 21))
-    assert list(metric(finished, "loss/train")) == list(range(1, 21))
+    assert list(metric(finished, "train/loss")) == list(range(1, 21))
 
 
 def test_an_attempt_that_never_saved_leaves_no_second_curve(dataset, device, tmp_path, monkeypatch):
@@ -57,17 +58,17 @@ def test_an_attempt_that_never_saved_leaves_no_second_curve(dataset, device, tmp
         patch.setattr("megagpt.train.session.save_checkpoint", full_disk)
         with pytest.raises(OSError, match="no space"):
             train(debug_run(dataset, tmp_path), device)
-    assert len(board(tmp_path).Scalars("loss/train")) == 10
+    assert len(board(tmp_path).Scalars("train/loss")) == 10
     train(debug_run(dataset, tmp_path), device)
-    assert [event.step for event in board(tmp_path).Scalars("loss/train")] == list(range(1, 21))
+    assert [event.step for event in board(tmp_path).Scalars("train/loss")] == list(range(1, 21))
     shown = plugin_event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # the server's own reader
     assert [event.step for event in shown.Tensors("run_file/text_summary")] == [0]
     assert [event.step for event in shown.Tensors("samples/text_summary")] == [10, 20]
 
 
 def test_tensorboard_and_metrics_file_say_the_same(finished):
-    drawn = {event.step: event.value for event in board(finished).Scalars("loss/val")}
-    assert drawn == pytest.approx(metric(finished, "loss/val"))
+    drawn = {event.step: event.value for event in board(finished).Scalars("val/loss")}
+    assert drawn == pytest.approx(metric(finished, "val/loss"))
 
 
 def test_samples_run_file_and_hyperparameters_can_be_read(finished):
@@ -84,39 +85,43 @@ def test_samples_run_file_and_hyperparameters_can_be_read(finished):
 
 def test_evaluating_saving_and_sampling_are_reported_by_themselves(finished):
     """Each in its own row, the save that ends a run too."""
-    assert set(metric(finished, "seconds/eval")) == set(metric(finished, "loss/val"))
-    assert list(metric(finished, "seconds/save")) == [10, 20]
-    assert list(metric(finished, "seconds/sample")) == [10, 20]
+    assert set(metric(finished, "perf/eval_seconds")) == set(metric(finished, "val/loss"))
+    assert list(metric(finished, "perf/save_seconds")) == [10, 20]
+    assert list(metric(finished, "perf/sample_seconds")) == [10, 20]
 
 
 def test_throughput_leaves_out_evaluating_saving_and_sampling(finished):
     """A log's tokens over its own seconds of steps and of waiting for data, and over nothing else."""
-    speed, data, step = (metric(finished, name) for name in ("tokens_per_sec", "seconds/data", "seconds/step"))
+    speed, data, step = (
+        metric(finished, name)
+        for name in ("perf/tokens_per_sec", "data/wait_seconds_per_step", "perf/seconds_per_step")
+    )
     assert speed == {at: pytest.approx(8 * 64 / (data[at] + step[at])) for at in range(1, 21)}
 
 
 def test_a_row_that_was_cut_in_half_is_dropped(dataset, tmp_path):
     run = debug_run(dataset, tmp_path, "tensorboard.enabled=false")
-    whole = b'{"step": 1, "loss/val": 2.0}\n{"step": 2, "loss/val": 1.5}\n{"step": 3, "loss/val": 1.0}\n{"step": 2'
+    whole = b'{"step": 1, "val/loss": 2.0}\n{"step": 2, "val/loss": 1.5}\n{"step": 3, "val/loss": 1.0}\n{"step": 2'
     (tmp_path / "metrics.jsonl").write_bytes(whole)
     Monitor(run, TrainState(step=2), also=lambda events: None)
-    assert metric(tmp_path, "loss/val") == {1: 2.0, 2: 1.5}
+    assert metric(tmp_path, "val/loss") == {1: 2.0, 2: 1.5}
 
 
 def test_other_writers_get_the_same_numbers(dataset, tmp_path):
     events = []
     monitor = Monitor(debug_run(dataset, tmp_path, "tensorboard.enabled=false"), TrainState(), also=events.extend)
-    monitor.log(TrainState(step=3, samples_seen=24, tokens_seen=9), {"loss/train": 1.5, "lr": 0.1})
-    assert events == [("loss/train", 1.5, 3), ("lr", 0.1, 3)]  # counted in steps
+    monitor.log(TrainState(step=3, samples_seen=24, tokens_seen=9), {"train/loss": 1.5, "optim/lr": 0.1})
+    assert events == [("train/loss", 1.5, 3), ("optim/lr", 0.1, 3)]  # counted in steps
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert row == {"step": 3, "tokens_seen": 9, "loss/train": 1.5, "lr": 0.1}
+    assert abs(row.pop("time") - time.time()) < 60
+    assert row == {"step": 3, "tokens_seen": 9, "train/loss": 1.5, "optim/lr": 0.1}
 
 
 def test_the_log_line_is_for_people(dataset, tmp_path, capsys):
     monitor = Monitor(debug_run(dataset, tmp_path, "tensorboard.enabled=false"), TrainState(), also=lambda events: None)
-    metrics = {"loss/train": 3.4124, "lr": 6e-4, "tokens_per_sec": 12345.6, "seconds/data": 1.0}
+    metrics = {"train/loss": 3.4124, "optim/lr": 6e-4, "perf/tokens_per_sec": 12345.6, "perf/seconds_per_step": 1.0}
     monitor.log(TrainState(step=7), metrics, eta_seconds=3725)
-    line = "step  7/20 | loss/train 3.4124 | lr 6.00e-04 | tokens_per_sec 12,346 | eta 1:02:05\n"
+    line = "step  7/20 | train/loss 3.4124 | lr 6.00e-04 | tokens_per_sec 12,346 | eta 1:02:05\n"
     assert capsys.readouterr().out == line
 
 
@@ -135,7 +140,7 @@ def test_a_stopwatch_claims_every_second_once(monkeypatch):
 
 
 def test_the_curve_in_the_terminal_keeps_the_last_point(tmp_path):
-    rows = [{"step": i, "loss/val": 5.0 - i / 100} for i in range(1, 101)]
+    rows = [{"step": i, "val/loss": 5.0 - i / 100} for i in range(1, 101)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = validation_curve(tmp_path / "metrics.jsonl").splitlines()
     assert len(lines) <= 14
@@ -152,10 +157,10 @@ def test_a_disk_that_takes_no_more_costs_numbers_and_not_the_run(dataset, tmp_pa
         if step in (2, 3):
             resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 9, limits[1]))
         try:
-            monitor.log(TrainState(step=step), {"loss/train": 0.0})
+            monitor.log(TrainState(step=step), {"train/loss": 0.0})
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list(metric(tmp_path, "loss/train")) == [1, 4]
+    assert list(metric(tmp_path, "train/loss")) == [1, 4]
     assert capsys.readouterr().out.count("metrics cannot be written (") == 1
 
 
@@ -165,7 +170,7 @@ def test_csv_files_are_in_the_runs_folder_and_count_steps(dataset, device, tmp_p
     options = ["csv_monitor.enabled=true", 'megagpt.schedule={"max_steps": 2}', "megagpt.data.val_tokens=128"]
     train(debug_run(dataset, tmp_path / "run", *options, "megagpt.every.sample=0"), device)
     assert not list((tmp_path / "here").iterdir())
-    rows = (tmp_path / "run" / "csv" / "loss_train.csv").read_text().split()
+    rows = (tmp_path / "run" / "csv" / "train_loss.csv").read_text().split()
     assert [row.partition(",")[0] for row in rows] == ["step", "1", "2"]
-    assert [float(row.partition(",")[2]) for row in rows[1:]] == list(metric(tmp_path / "run", "loss/train").values())
+    assert [float(row.partition(",")[2]) for row in rows[1:]] == list(metric(tmp_path / "run", "train/loss").values())
     assert not list((tmp_path / "run" / "csv").glob("Train*"))  # DeepSpeed's own events, by samples

@@ -35,7 +35,7 @@ def two_ranks(dataset, tmp_path_factory) -> dict[str, list[Any]]:
 def one_rank(dataset, device, tmp_path_factory) -> dict[int, float]:
     out_dir = tmp_path_factory.mktemp("one_rank") / "run"
     train(debug_run(dataset, out_dir), device)
-    return metric(out_dir, "loss/train")
+    return metric(out_dir, "train/loss")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -55,7 +55,7 @@ def test_optimizer_offload_changes_no_loss(two_ranks, one_rank):
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_every_zero_stage_equals_stage_1_on_one_rank(dataset, device, one_rank, tmp_path, stage):
     train(debug_run(dataset, tmp_path / "run", f"zero_optimization.stage={stage}"), device)
-    equal_losses({str(k): v for k, v in metric(tmp_path / "run", "loss/train").items()}, one_rank)
+    equal_losses({str(k): v for k, v in metric(tmp_path / "run", "train/loss").items()}, one_rank)
 
 
 @pytest.mark.parametrize("stage", [0, 3])
@@ -64,7 +64,7 @@ def test_every_zero_stage_in_bf16_learns_as_stage_1_does(dataset, device, tmp_pa
     few = ["bf16.enabled=true", "megagpt.schedule.max_steps=5"]
     for n in (1, stage):
         train(debug_run(dataset, tmp_path / f"stage{n}", f"zero_optimization.stage={n}", *few), device)
-    losses = [metric(tmp_path / f"stage{n}", "loss/train") for n in (1, stage)]
+    losses = [metric(tmp_path / f"stage{n}", "train/loss") for n in (1, stage)]
     assert losses[0] == pytest.approx(losses[1], abs=2**-8)
 
 
