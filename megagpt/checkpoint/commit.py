@@ -25,6 +25,7 @@ from megagpt.errors import UserError
 from megagpt.train_state import TrainState
 
 COMMIT = "COMMIT"
+POINTERS = ("latest", "best")
 
 VERSION = 2
 
@@ -50,9 +51,19 @@ def step_folder(out_dir: Path, step: int) -> Path:
     return folder(out_dir) / f"step_{step:08d}"
 
 
+def run_of(path: Path) -> Path:
+    """Return the folder of the run that a step or pointer is in; `checkpoints` between them may be left out."""
+    return path.parents[1] if path.parent.name == "checkpoints" else path.parent
+
+
 def best(out_dir: Path) -> Path | None:
     """Return the committed step that the `best` pointer names."""
-    hint = folder(out_dir) / "best"
+    return pointed(out_dir, "best")
+
+
+def pointed(out_dir: Path, pointer: str) -> Path | None:
+    """Return the committed step that a pointer names."""
+    hint = folder(out_dir) / pointer
     name = hint.read_bytes().strip() if hint.is_file() else b""
     return next((step_dir for step_dir in committed(out_dir) if step_dir.name.encode() == name), None)
 

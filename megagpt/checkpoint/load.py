@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from megagpt.checkpoint.commit import COMMIT, Saved, best, committed, damage_of, read_commit
+from megagpt.checkpoint.commit import COMMIT, POINTERS, Saved, best, committed, damage_of, pointed, read_commit, run_of
 from megagpt.checkpoint.finite import not_finite
 from megagpt.checkpoint.identity import layout_changes
 from megagpt.checkpoint.rng import seed_all, seed_from, set_rng_state
@@ -15,6 +15,7 @@ from megagpt.checkpoint.save import RunRecord
 from megagpt.checkpoint.verification import find_damage
 from megagpt.config.augmentation import PackingConfig
 from megagpt.config.schema import ModelConfig
+from megagpt.data.manifest import MANIFEST
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import is_main, print_rank0, rank, world_size
@@ -77,7 +78,7 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(path: Path, device: torch.device) -> LoadedModel:
-    """Load the model of a run folder (its best step) or of one step's folder, also while the run trains.
+    """Load the model of a run's folder (its best step), of one step's or of a pointer, also while the run trains.
 
     Raises UserError for a folder without a committed step, and for one that is damaged or not finite.
     """
@@ -85,7 +86,7 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
         step_dir = _step_of(path)
         try:
             return _load_step(step_dir, device)
-        except (UserError, OSError, RuntimeError):
+        except Exception:  # DeepSpeed and torch raise many kinds for a file that is missing
             if (step_dir / COMMIT).is_file():
                 raise
             # The run has deleted this step meanwhile, and has committed newer ones.
@@ -96,7 +97,8 @@ def _load_step(step_dir: Path, device: torch.device) -> LoadedModel:
         raise UserError(f"{damage}; restore the file or name another step")
     saved = read_commit(step_dir)
     tokenizer = Tokenizer.load(step_dir / "tokenizer.model")
-    model = GPT(ModelConfig(**saved.identity.model), saved.identity.vocab_size)
+    with torch.random.fork_rng(devices=[]):  # the caller's generator does not notice that weights are drawn first
+        model = GPT(ModelConfig(**saved.identity.model), saved.identity.vocab_size)
     weights = consolidated_weights(step_dir)
     if name := not_finite(weights):
         raise UserError(f"checkpoint {step_dir} is not finite ({name}), so its model is of no use; name another step")
@@ -111,9 +113,25 @@ def packing_of(step_dir: Path) -> PackingConfig:
 
 
 def _step_of(path: Path) -> Path:
+    """Return the committed step that a user means: a step, `best` or `latest` of a run, or a run's best step."""
     if (path / COMMIT).is_file():
         return path
-    step_dir = best(path) or next(reversed(committed(path)), None)
+    if path.name in POINTERS and not path.is_dir():
+        run = run_of(path)
+        step_dir = pointed(run, path.name)
+    else:
+        run = path.parent if path.name == "checkpoints" else path
+        step_dir = best(run) or next(reversed(committed(run)), None)
     if step_dir is None:
-        raise UserError(f"{path} holds no committed checkpoint; give a run's folder, or one of its checkpoints/step_*")
+        raise UserError(_no_step(path))
     return step_dir
+
+
+def _no_step(path: Path) -> str:
+    ways = "give a run's folder, one of its checkpoints/step_*, or its checkpoints/latest"
+    if (path / MANIFEST).is_file():
+        return f"{path} is a dataset; {ways}"
+    wrong = "holds no committed checkpoint" if path.exists() else "does not exist"
+    if steps := [step_dir.name for step_dir in committed(run_of(path))]:
+        ways = f"{run_of(path)} has the steps {', '.join(steps[-5:])}"
+    return f"{path} {wrong}; {ways}"

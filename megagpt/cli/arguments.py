@@ -144,7 +144,10 @@ def _after_a_run(commands: Any) -> None:
         epilog='example: megagpt generate runs/demo --prompt "def main(" --max-tokens 100 --batch 3',
     )
     generate.add_argument(
-        "checkpoint", type=user_path, metavar="CKPT", help="a run's folder (its best step) or one step's"
+        "checkpoint",
+        type=user_path,
+        metavar="CKPT",
+        help="a run (its best step), a step's folder, or RUN/checkpoints/latest",
     )
     generate.add_argument(
         "--prompt",
@@ -164,7 +167,10 @@ def _after_a_run(commands: Any) -> None:
         epilog="example: megagpt evaluate runs/demo --data data/demo --split val",
     )
     evaluate.add_argument(
-        "checkpoint", type=user_path, metavar="CKPT", help="a run's folder (its best step) or one step's"
+        "checkpoint",
+        type=user_path,
+        metavar="CKPT",
+        help="a run (its best step), a step's folder, or RUN/checkpoints/latest",
     )
     evaluate.add_argument("--data", type=user_path, required=True, metavar="DIR", help="a dataset made by data_tools")
     evaluate.add_argument("--split", choices=("train", "val", "test"), default="val")

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, *_ = load_model(args.checkpoint, device)
     _check_memory(args.batch, model.cfg, tokenizer.vocab_size, device)
-    for line in changed_prompts(tokenizer, cfg.prompts):
+    for line in changed_prompts(tokenizer, cfg.prompts, model.cfg.seq_len):
         print_error(f"warning: {line}")
     for text in complete(model, tokenizer, cfg.prompts, cfg, batch=args.batch, seed=args.seed):
         show(text, end="\n---\n")

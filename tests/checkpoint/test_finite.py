@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import debug_run, metric
 
+import megagpt
 from megagpt.__main__ import main
 from megagpt.checkpoint import save
 from megagpt.checkpoint.commit import by_loss, committed, read_commit, write_commit
@@ -252,6 +253,8 @@ def test_a_model_that_is_not_finite_generates_and_evaluates_nothing(start, tmp_p
     for command in (["generate", "--prompt", "a"], ["evaluate", "--data", str(dataset)]):
         assert main([command[0], str(tmp_path / "run"), *command[1:]]) == 2
         assert "is not finite (wte.weight), so its model is of no use; name another step" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"is not finite \(wte\.weight\), so its model is of no use"):
+        megagpt.load(tmp_path / "run")
 
 
 def weights_in(files):

@@ -13,6 +13,7 @@ import torch
 from rival_starts import refusal
 from support import DEBUG_RUN, ROOT, debug_run, environment, metric, overrides
 
+import megagpt
 from data_tools.inspect import inspect_samples
 from megagpt.__main__ import main
 from megagpt.checkpoint import commit, load, rotation, run_lock
@@ -60,6 +61,8 @@ def test_a_second_start_is_refused_readers_are_not_and_after_kill_9_the_next_sta
             assert len(refusal.splitlines()) == 1
         # steps are deleted all the time while these read
         assert load_model(out_dir, torch.device("cpu")).step_dir.parent.parent == out_dir
+        for _ in range(5):
+            assert megagpt.load(out_dir / "checkpoints" / "latest").score("abc").tokens == 3
         assert main(["checkpoints", str(out_dir), "--verify"]) == 0
         assert "--- sample 0: " in inspect_samples(out_dir, step=1)
         assert first.poll() is None
@@ -279,6 +282,20 @@ def test_a_step_that_is_deleted_while_it_is_read_is_replaced_by_another(steps, m
     shutil.copytree(steps, kept := steps.with_name("kept"))
     monkeypatch.setattr(load, "damage_of", deleting)
     assert load_model(steps, torch.device("cpu")).step_dir == two
+
+    def vanishing(step_dir):
+        """As DeepSpeed does where some files of a step are deleted already."""
+        if step_dir == two:
+            return weights_of(step_dir)
+        rotation.remove(four)
+        raise ValueError("Expected 2 of '*_optim_states.pt' but found 1 files")
+
+    shutil.copytree(kept, steps, dirs_exist_ok=True)
+    weights_of = load.consolidated_weights
+    monkeypatch.setattr(load, "damage_of", damage_of)
+    monkeypatch.setattr(load, "consolidated_weights", vanishing)
+    (steps / "checkpoints" / "best").unlink()
+    assert megagpt.load(steps).step_dir == two
     monkeypatch.setattr(checkpoints, "damage_of", deleting)
     shutil.copytree(kept, steps, dirs_exist_ok=True)
     assert [row.step for row in checkpoints.listed(steps, hashes=True)] == [2]

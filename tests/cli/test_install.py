@@ -58,6 +58,7 @@ def run(folder: Path, *command: str | Path) -> str:
 def test_the_wheel_has_every_source_file(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.endswith(".py")}
+        assert {"megagpt/py.typed", "data_tools/py.typed"} <= set(archive.namelist())
     files = {str(p.relative_to(ROOT)) for part in ("megagpt", "data_tools") for p in (ROOT / part).rglob("*.py")}
     assert packed == files
 

@@ -9,6 +9,7 @@ import torch
 from data_support import lossy_tokenizer, write_texts
 from support import debug_run, metric
 
+import megagpt
 from data_tools.build import build
 from data_tools.config import BuildConfig
 from megagpt.__main__ import main
@@ -79,6 +80,14 @@ def test_a_prompt_that_cannot_be_spelled_is_told(trained: tuple[Path, str], caps
         err = capsys.readouterr().err
         assert told in err
         assert err.count("warning: ") == bool(told)
+
+
+def test_text_of_a_python_program_that_cannot_be_spelled_is_told_and_its_bytes_count(trained: tuple[Path, str]) -> None:
+    model = megagpt.load(trained[0])
+    with pytest.warns(UserWarning, match="cannot spell the text: at character 4 the model reads"):
+        assert model.score("the \u4f60\u597d").bytes == 10
+    with pytest.warns(UserWarning, match="cannot spell the prompt 'the \u4f60"):
+        model.generate("the \u4f60", max_tokens=1)
 
 
 def test_of_a_dataset_of_before_the_bytes_are_an_estimate_and_so_it_says(

@@ -406,7 +406,7 @@ def test_a_command_that_reads_ignores_what_a_launcher_left_over(trained, dataset
 @pytest.mark.parametrize(
     ("command", "complaint"),
     [
-        (["generate", "nowhere"], "nowhere holds no committed checkpoint"),
+        (["generate", "nowhere"], "nowhere does not exist; give a run's folder"),
         (["generate", "RUN", "--temperature", "-1"], "--temperature=-1.0"),
         (["generate", "RUN", "--top-p", "2"], "--top-p=2.0"),
         (["evaluate", "RUN", "--data", "nowhere"], "nowhere"),
