@@ -1,11 +1,13 @@
 """Run the `megagpt` command: parse the arguments, then import only the command's module, so that --help is fast."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from megagpt.cli import data
 from megagpt.cli.arguments import command_line
+from megagpt.errors import UserError
 from megagpt.open_files import raise_limit
 from megagpt.terminal import exit_code_of
 
@@ -37,12 +39,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     args, rest = parser.parse_known_args(argv)
     if rest and ("overrides" not in args or any(item.startswith("-") for item in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return exit_code_of(lambda: _refuse(args, rest))
     # Overrides that follow an option are not collected by argparse.
     if rest:
         args.overrides += rest
     module, function = COMMANDS[args.command]
     return exit_code_of(lambda: int(getattr(import_module(f"megagpt.cli.{module}"), function)(args)))
+
+
+def _refuse(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    no_option = import_module("megagpt.cli.unknown_options").no_option
+    raise UserError(no_option(args, rest, f"megagpt {args.command}"))
 
 
 if __name__ == "__main__":

@@ -12,14 +12,15 @@ from typing import NoReturn
 
 from megagpt.cli.arguments import training_arguments
 from megagpt.open_files import raise_limit
-from megagpt.terminal import SAVED_AND_WANTS_RESTART, exit_code_of, show
+from megagpt.terminal import SAVED_AND_WANTS_RESTART, exit_code_of, print_error, show
 from megagpt.train.preemption import SIGNALS, Preemption
 
 
 def main() -> NoReturn:
     """Train as the command line describes, and end this process with the exit code."""
     raise_limit()
-    sys.exit(run(training_arguments().parse_intermixed_args()))
+    args = _arguments(None)
+    sys.exit(2 if args is None else run(args))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,7 +37,19 @@ def run(args: argparse.Namespace) -> int:
 
 def pretrain(argv: Sequence[str] | None = None) -> int:
     """Train, and return the exit code: 0 finished, 2 something the user gave is wrong, 75 saved and to be restarted."""
-    return _pretrain(training_arguments().parse_intermixed_args(argv))
+    args = _arguments(argv)
+    return 2 if args is None else _pretrain(args)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace | None:
+    """Parse the command line; None if it has an option that there is none of, which is printed."""
+    args, rest = training_arguments().parse_known_intermixed_args(argv)
+    if not rest:
+        return args
+    from megagpt.cli.unknown_options import no_option
+
+    print_error(f"error: {no_option(args, rest, 'launch/pretrain.py')}")
+    return None
 
 
 def _pretrain(args: argparse.Namespace) -> int:

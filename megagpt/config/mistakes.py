@@ -2,15 +2,17 @@
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from megagpt.config.other_trainers import NOTES, OUR_KEY, WITHOUT_KEY
 from megagpt.options import LARGEST
 
+MISSING = "{} is missing"
 IN_QUOTES = "{}={} is in quotes; write it without them"
 LONGEST_VALUE = 100  # characters of a value that a message quotes
 
@@ -19,7 +21,8 @@ def explain(
     error: ValidationError, root: type[BaseModel], *, section: str, elsewhere: Collection[str] | None = None
 ) -> str:
     """Describe each mistake in a phrase: the dotted key, what is wrong, the value seen or the nearest right key."""
-    return "; ".join(phrase for _, phrase in mistakes(error, root, section=section, elsewhere=elsewhere))
+    found = mistakes(error, root, section=section, elsewhere=elsewhere)
+    return "; ".join(phrase for _, phrase in without_consequences(found))
 
 
 def mistakes(
@@ -33,9 +36,10 @@ def mistakes(
         dotted = ".".join(map(str, (section, *detail["loc"]) if section else detail["loc"]))
         if detail["type"] == "extra_forbidden":
             known = _fields_at(root, detail["loc"][:-1])
-            yield dotted, unknown_key(dotted, known, typed_keys(root, section) if elsewhere is None else elsewhere)
+            typed = only_key(dotted, detail["input"])
+            yield dotted, unknown_key(typed, known, typed_keys(root, section) if elsewhere is None else elsewhere)
         elif detail["type"] == "missing":
-            yield dotted, f"{dotted} is missing"
+            yield dotted, MISSING.format(dotted)
         elif detail["type"] in ("value_error", "assertion_error"):
             why = str(detail["ctx"]["error"])
             yield dotted, why if why.startswith(dotted) else f"{dotted}: {why}"
@@ -49,15 +53,27 @@ def mistakes(
             yield dotted, f"{dotted}={as_written(detail['input'])} is none of {allowed}"
         elif detail["type"] == "quoted":
             yield dotted, IN_QUOTES.format(dotted, as_written(detail["input"]))
+        elif detail["type"] == "model_type":
+            yield dotted, no_section(dotted, detail["input"], _fields_at(root, detail["loc"]))
         elif detail["type"] in IS_NOT:
             yield dotted, f"{dotted}={as_written(detail['input'])} is not {IS_NOT[detail['type']]}"
         else:
             yield dotted, f"{dotted}={as_written(detail['input'])}: {detail['msg']}"
 
 
+def without_consequences(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the mistakes without the consequences of another: a key that is missing and was written elsewhere."""
+    kept = list(found)
+    hints = [phrase for _, phrase in kept if "did you mean" in phrase]
+    return [
+        (key, phrase)
+        for key, phrase in kept
+        if phrase != MISSING.format(key) or not any(f"'{key}{end}" in hint for hint in hints for end in "'.")
+    ]
+
+
 # pydantic's error type -> what the value should be. Its own messages name Python's types.
 IS_NOT = {
-    "model_type": "a section {...}",
     "tuple_type": "a list [...]",
     "path_type": "a path",
     "string_type": "a text",
@@ -67,6 +83,17 @@ IS_NOT = {
     "bool_parsing": "true or false",
     "bool_type": "true or false",
 }
+
+
+# The key that a value stands for where it is given instead of the section: `bf16=true`, `zero_optimization=2`.
+MAIN_KEYS = {bool: ("enabled",), int: ("stage", "patience"), str: ("type", "policy", "kind")}
+
+
+def no_section(dotted: str, value: Any, keys: Collection[str]) -> str:
+    """Return a message about a value where a section with these keys should be."""
+    key = next((key for key in MAIN_KEYS.get(type(value), ()) if key in keys), None)
+    way_out = f"; set {dotted}.{key} to {json.dumps(value)}" if key else ""
+    return f"{dotted}={as_written(value)} is not a section {{...}}{way_out}"
 
 
 def as_written(value: Any) -> str:
@@ -137,27 +164,56 @@ def unknown_key(dotted: str, known: Collection[str], elsewhere: Collection[str])
     """Return a message about an unknown key with the keys that may have been meant, each as it is typed.
 
     `known` are the names of its own section's keys. The likeliest slip is to leave out the section, or to take another;
-    the next is a misspelt name.
+    the next is another trainer's name, then a misspelt one.
     """
     section, _, name = dotted.rpartition(".")
+    if "train_batch_size" in elsewhere and section.partition(".")[0] in ("", "megagpt") and name in WITHOUT_KEY:
+        return f"unknown key {as_written(dotted)}: {WITHOUT_KEY[name]}"
+    if meant := meant_keys(dotted, known, elsewhere):
+        note = NOTES.get(name, NOTES.get(meant[0])) if OUR_KEY.get(name) in meant else None
+        hint = f"did you mean {' or '.join(map(repr, meant))}?{f' {note}' if note else ''}"
+        return f"unknown key {as_written(dotted)}; {hint}"
+    return f"unknown key {as_written(dotted)}; known are {', '.join(sorted(_own(dotted, known)))}"
+
+
+def meant_keys(dotted: str, known: Collection[str], elsewhere: Collection[str]) -> list[str]:
+    """Return the keys that an unknown one may stand for, as unknown_key names them; none if nothing is near."""
+    # A name that many sections have, such as `rate`, is no guess.
+    return next((guess for guess in _guesses(dotted, known, elsewhere) if 0 < len(guess) <= 3), [])
+
+
+def _own(dotted: str, known: Collection[str]) -> dict[str, str]:
+    """Return the names of the keys in the section of a dotted key, by their dotted keys."""
+    section = dotted.rpartition(".")[0]
+    return {f"{section}.{key}".lstrip("."): key for key in known}
+
+
+def _guesses(dotted: str, known: Collection[str], elsewhere: Collection[str]) -> Iterator[list[str]]:
+    name = dotted.rpartition(".")[2].replace("-", "_")
     names = {key: key.rpartition(".")[2] for key in elsewhere}
-    own = {f"{section}.{key}".lstrip("."): key for key in known}
+    own = _own(dotted, known)
 
     def like(names: Mapping[str, str], cutoff: float) -> list[str]:
         near = get_close_matches(name, sorted(set(names.values())), n=1, cutoff=cutoff)
         return sorted(key for key in names if names[key] in near)
 
-    guesses = (
-        sorted(key for key in elsewhere if key.endswith(f".{dotted}")),
-        sorted(key for key in elsewhere if names[key] == name),
-        like(own, 0.8),
-        like(names, 0.8),
-        like(own, 0.5),
-    )
-    # A name that many sections have, such as `rate`, is no guess.
-    if meant := next((guess for guess in guesses if 0 < len(guess) <= 3), None):
-        return f"unknown key {as_written(dotted)}; did you mean {' or '.join(map(repr, meant))}?"
-    return f"unknown key {as_written(dotted)}; known are {', '.join(sorted(own))}"
+    # The builder has no such names of other trainers.
+    yield [OUR_KEY[name]] if name in OUR_KEY and "train_batch_size" in elsewhere else []
+    parts = dotted.split(".")
+    for i in range(len(parts)):
+        ending = ".".join(parts[i:])
+        yield sorted(key for key in elsewhere if f".{key}".endswith(f".{ending}"))
+    yield like(own, 0.8)
+    yield like(names, 0.8)
+    yield like(own, 0.5)
+
+
+def only_key(dotted: str, value: Any) -> str:
+    """Return the dotted key of the only value in a section, as an override gives one; else the section's."""
+    while isinstance(value, dict) and len(value) == 1:
+        ((key, value),) = value.items()
+        dotted = f"{dotted}.{key}"
+    return dotted
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from megagpt.config.deepspeed_keys import (
     REFUSED_KEYS,
 )
 from megagpt.config.extends import EXTENDS, merged, named, read_run_files
-from megagpt.config.mistakes import explain, typed_keys, unknown_key
+from megagpt.config.mistakes import explain, no_section, only_key, typed_keys, unknown_key
 from megagpt.config.parsing import dotted_items, leaves, overridden
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.errors import UserError
@@ -143,15 +143,15 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
     if refused := [f"{key!r} is not supported: {why}" for key, why in REFUSED_KEYS.items() if key in raw]:
         raise UserError(f"{where}: " + "; ".join(refused))
     if unknown := sorted(set(raw) - DEEPSPEED_KEYS - {SECTION}):
-        hints = "; ".join(unknown_key(only_key(raw, key), DEEPSPEED_KEYS | {SECTION}, KEYS) for key in unknown)
+        hints = "; ".join(unknown_key(only_key(key, raw[key]), DEEPSPEED_KEYS | {SECTION}, KEYS) for key in unknown)
         raise UserError(f"{where}: {hints}")
     for name, known in DEEPSPEED_SECTIONS.items():
-        for key in sorted(_keys_of(raw, name) - known):
+        for key in sorted(_keys_of(raw, name, known) - known):
             raise UserError(f"{where}: {unknown_key(f'{name}.{key}', known, KEYS)}")
     if not isinstance(raw.get(SECTION), dict):
         raise UserError(f'{where}: no "{SECTION}" section; see ds_configs/README.md')
     # The run file is copied into run.json, checkpoints and TensorBoard.
-    if "api_key" in _keys_of(raw, "comet"):
+    if "api_key" in _keys_of(raw, "comet", ("enabled",)):
         raise UserError(f"{where}: comet.api_key is a secret; set COMET_API_KEY in the environment instead")
     if found := "; ".join(auto_values(raw).values()):
         raise UserError(f"{where}: {found}")
@@ -165,12 +165,6 @@ def auto_values(raw: dict[str, Any]) -> dict[str, str]:
         for dotted, value in leaves(raw).items()
         if value == "auto" and not dotted.startswith(f"{SECTION}.sample.")
     }
-
-
-def only_key(raw: dict[str, Any], key: str) -> str:
-    """Return the dotted key of the only value below a top-level key, as an override gives one; else that key."""
-    below = leaves({key: raw[key]})
-    return next(iter(below)) if len(below) == 1 else key
 
 
 def _expand_paths(raw: dict[str, Any], where: str) -> None:
@@ -187,8 +181,8 @@ def _expand_paths(raw: dict[str, Any], where: str) -> None:
                 raise UserError(f"{where}: {dotted}: {error}") from None
 
 
-def _keys_of(raw: dict[str, Any], section: str) -> set[str]:
+def _keys_of(raw: dict[str, Any], section: str, known: Collection[str]) -> set[str]:
     found = raw.get(section, {})
     if not isinstance(found, dict):
-        raise UserError(f"{section}={found!r} is not a section {{...}}")
+        raise UserError(no_section(section, found, known))
     return set(found)

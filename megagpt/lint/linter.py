@@ -19,9 +19,18 @@ from megagpt.config.batch import BatchPlan, batch_plan
 from megagpt.config.deepspeed import DeepSpeedConfig
 from megagpt.config.deepspeed_keys import REFUSED_KEYS
 from megagpt.config.extends import merged, read_run_files
-from megagpt.config.mistakes import IN_QUOTES, as_written, is_quoted, mistakes, unknown_key
+from megagpt.config.mistakes import (
+    IN_QUOTES,
+    as_written,
+    is_quoted,
+    mistakes,
+    no_section,
+    only_key,
+    unknown_key,
+    without_consequences,
+)
 from megagpt.config.parsing import dotted_items, overridden
-from megagpt.config.run_file import KEYS, SECTION, RunConfig, auto_values, only_key, parse_run
+from megagpt.config.run_file import KEYS, SECTION, RunConfig, auto_values, parse_run
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.engine.activation_checkpointing import refuse_what_cannot_act
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
@@ -50,9 +59,10 @@ class Issue:
 def lint_file(path: Path, overrides: Sequence[str] = (), *, ranks: int | None = None) -> list[Issue]:
     """Return all findings on a run file, or only its errors if it has any. Raises UserError if it is no JSON object."""
     raw = overridden(merged(read_run_files(path)), overrides)
-    errors = list(_all_errors(raw))
+    errors = _first_per_key(list(_all_errors(raw)))
     if errors:
-        return _first_per_key(errors)
+        found = without_consequences((issue.key, issue.text) for issue in errors)
+        return [Issue("error", key, text) for key, text in found]
     try:
         run = parse_run(raw)
         batch = batch_plan(run.deepspeed, ranks) if ranks else any_batch(run.deepspeed)
@@ -60,7 +70,7 @@ def lint_file(path: Path, overrides: Sequence[str] = (), *, ranks: int | None = 
         if not errors:
             # On one rank DeepSpeed needs no process group to check its sections against each other.
             alone = BatchPlan(batch.global_batch, batch.micro_batch, batch.global_batch // batch.micro_batch, 1)
-            check_deepspeed_keys(effective_config(run, alone, 50304, GPU))
+            check_deepspeed_keys(effective_config(run.changed("gradient_accumulation_steps=null"), alone, 50304, GPU))
     except UserError as error:
         return _first_per_key([*errors, _finding_of(error)])
     return errors or [*lint(run), *notes(run)]
@@ -156,11 +166,12 @@ def _wrong_keys(section: str, given: dict[str, Any]) -> Iterator[Issue]:
             yield Issue("error", dotted, f"{dotted!r} is not supported: {REFUSED_KEYS[dotted]}")
         elif key not in known:
             names = {*known} if section else {*known, SECTION}
-            shown = dotted if section else only_key(given, key)
-            yield Issue("error", dotted, unknown_key(shown, names, KEYS))
+            yield Issue("error", dotted, unknown_key(only_key(dotted, value), names, KEYS))
         elif dotted in sections and isinstance(value, dict):
             yield from _wrong_keys(dotted, value)
-        elif right := "a section {...}" if dotted in sections else _right_type(known[key], value):
+        elif dotted in sections:
+            yield Issue("error", dotted, no_section(dotted, value, sections[dotted].defaults))
+        elif right := _right_type(known[key], value):
             text = f"{dotted}={as_written(value)} is not {right}"
             yield Issue("error", dotted, IN_QUOTES.format(dotted, as_written(value)) if is_quoted(value) else text)
 

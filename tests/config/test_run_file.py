@@ -53,7 +53,7 @@ def test_our_section_is_split_off_and_the_rest_is_as_written():
     [
         (["gradient_cliping=1.0"], "unknown key 'gradient_cliping'; did you mean 'gradient_clipping'?"),
         (["megagpt.model.n_layers=3"], "unknown key 'megagpt.model.n_layers'; did you mean 'megagpt.model.n_layer'?"),
-        (["megagpt.early_stoping.patience=3"], "did you mean 'megagpt.early_stopping'?"),
+        (["megagpt.early_stoping.patience=3"], "did you mean 'megagpt.early_stopping.patience'?"),
         (
             ["megagpt.data.train.0.wieght=3"],
             "did you mean 'megagpt.data.train.0.weight'?",
