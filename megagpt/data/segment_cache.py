@@ -5,6 +5,7 @@ and what is best (unigram) or merged first (BPE) on one side does not depend on 
 seen before.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, repeat
 
@@ -27,6 +28,7 @@ class SegmentEncoder:
         separable[:, 0x80:0xC0] = False  # UTF-8's continuation bytes: never within a character
         self._separable = separable.ravel()
         self._encode = encode
+        self._lock = threading.Lock()  # of all that follows: threads of a user's program may share a model
         self._known: dict[bytes, int] = {}  # segment -> its number
         self._begins = self._lengths = np.empty(0, np.int32)  # of the ids of each number, in self._ids
         self._ids = np.empty(0, np.int32)
@@ -38,14 +40,16 @@ class SegmentEncoder:
         if not data:
             return [np.empty(0, np.int32) for _ in texts]
         begins = self._cut(data, text_ends[:-1])
-        segments = self._numbers_of(_distinct(data, begins))
-        lengths = self._lengths[segments]
+        distinct = _distinct(data, begins)
+        with self._lock:
+            segments = self._numbers_of(distinct)
+            first, lengths, known_ids = self._begins[segments], self._lengths[segments], self._ids
         ends = np.cumsum(lengths, dtype=np.int32)
-        # Where each id of the texts stands in self._ids: within a segment one after the other.
-        where = np.repeat(self._begins[segments] - (ends - lengths), lengths)
+        # Where each id of the texts stands in known_ids: within a segment one after the other.
+        where = np.repeat(first - (ends - lengths), lengths)
         where += np.arange(len(where), dtype=np.int32)
         after_text = np.searchsorted(begins, text_ends[:-1])  # segments up to each text's end
-        return np.split(np.take(self._ids, where), np.concatenate([[0], ends])[after_text])
+        return np.split(np.take(known_ids, where), np.concatenate([[0], ends])[after_text])
 
     def _cut(self, data: bytes, text_ends: np.ndarray) -> np.ndarray:
         """Return where segments begin: int64, ascending."""

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,18 @@ def test_a_text_has_its_ids_whatever_was_encoded_before(monkeypatch: pytest.Monk
     one_by_one = [Tokenizer(model).encode(text).tolist() for text in texts]
     tokenizer = Tokenizer(model)
     assert [tokenizer.encode(text).tolist() for text in texts] == one_by_one
+
+
+def test_threads_that_share_a_tokenizer_get_the_ids_of_their_texts() -> None:
+    tokenizer, texts = Tokenizer(small_tokenizer().model_bytes), [document(seed) for seed in range(200)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # seconds; a thread loses its turn wherever it can
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(tokenizer.encode, texts))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [tokenizer.decode(ids) for ids in found] == texts
 
 
 def test_ids_worked_out_by_hand() -> None:
