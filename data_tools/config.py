@@ -13,10 +13,11 @@ from data_tools.dedup.decontamination import DecontaminationConfig
 from data_tools.dedup.lsh import DedupConfig
 from data_tools.filters.rules import RulesConfig
 from data_tools.option_types import Names, Paths
-from megagpt.config.mistakes import explain
+from megagpt.config.mistakes import as_written, explain
 from megagpt.config.parsing import Strict, UserPath, overridden, read_json, unescaped
 from megagpt.data.manifest import Split
 from megagpt.errors import UserError
+from megagpt.terminal import builder_command
 
 MOST_PIECES = 2**24  # of a vocabulary; SentencePiece counts in 32 bits
 ChatTemplate = Literal["chatml", "llama3", "plain"]
@@ -27,7 +28,10 @@ MAX_SOURCES = 2**16  # rows of shards number them in 16 bits
 class ReadConfig(Strict):
     """Options for reading the files of one source, and for keeping its documents."""
 
-    format: str = Field(default="auto", description="jsonl, csv, ...; auto: by the file's name, otherwise text")
+    format: str = Field(
+        default="auto",
+        description="text, jsonl, json, csv, tsv, parquet, arrow, html, warc; auto: by the file's name, or text",
+    )
     text_field: str = Field(default="text", description="the field or column; nested ones by path: data.text")
     include: Names = Field(default=(), description="in folders, only file names that match: '*.py,*.md'")
     chat_template: ChatTemplate | None = Field(
@@ -57,7 +61,9 @@ class ReadConfig(Strict):
         except UnicodeDecodeError:
             return known  # a text encoding of which one byte is not a whole character, such as UTF-16
         except (LookupError, ValueError) as error:
-            raise ValueError(f"{name!r} is not a text encoding; give one that Python knows, such as latin-1") from error
+            raise ValueError(
+                f"{as_written(name)} is not a text encoding; give one that Python knows, such as latin-1"
+            ) from error
         return known
 
 
@@ -81,7 +87,7 @@ class InputConfig(ReadConfig):
     seed: int = Field(
         default=1234, ge=0, lt=2**63, description="of the random choices: sample, splits, order, variants"
     )
-    workers: int | None = Field(default=None, ge=1, le=4096, description="processes; by default one per core")
+    workers: int | None = Field(default=None, ge=1, le=4096, description="processes; null: one per core")
 
     @model_validator(mode="before")
     @classmethod
@@ -134,8 +140,10 @@ class InputConfig(ReadConfig):
 class TokenizerConfig(InputConfig):
     """The `train-tokenizer` command's options."""
 
-    tokenizer_type: Literal["unigram", "bpe", "char"] = "unigram"
-    vocab_size: int = Field(default=32000, gt=0, le=MOST_PIECES)
+    tokenizer_type: Literal["unigram", "bpe", "char"] = Field(
+        default="unigram", description="of the tokenizer that is trained: unigram, bpe or char"
+    )
+    vocab_size: int = Field(default=32000, gt=0, le=MOST_PIECES, description="its number of pieces")
     sample_bytes: int = Field(default=8_000_000, gt=0, le=10**15, description="size of the text that it is trained on")
 
 
@@ -239,4 +247,12 @@ def load_config(model: type[Config], file: Path | None, overrides: Sequence[str]
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise UserError(explain(error, model, section="")) from error
+        names = list(raw["sources"]) if isinstance(raw.get("sources"), dict) else []
+        message = _with_names(explain(error, model, section=""), names)
+        more = f" (`{builder_command()} build --help` describes each)" if "a key of it: " in message else ""
+        raise UserError(message + more) from error
+
+
+def _with_names(message: str, names: Sequence[str]) -> str:
+    """Return a message in which sources have their names, rather than the numbers that _sources_inherit gives them."""
+    return re.sub(r"\bsources\.(\d+)(?=\b)", lambda found: f"sources.{names[int(found[1])]}", message)

@@ -16,6 +16,14 @@ MISTAKE, SAVED_AND_WANTS_RESTART, INTERRUPTED = 2, 75, 130
 SCREEN_LINES, SCREEN_CHARACTERS = 20, 1500
 
 
+def builder_command() -> str:
+    """Return how the dataset builder is called, as this process was: advice names a command that works as typed."""
+    started = Path(sys.argv[0])
+    if (started.parent.name, started.name) == ("megagpt", "__main__.py"):
+        return "python -m megagpt data"
+    return "megagpt data" if started.name == "megagpt" else "python -m data_tools"
+
+
 def exit_code_of(
     command: Callable[[], int], *, is_main: Callable[[], bool] = lambda: True, interrupted: str = "interrupted"
 ) -> int:

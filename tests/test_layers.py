@@ -32,6 +32,7 @@ BUILDER_ORDER = [
     {"data_tools.publish", "data_tools.verify", "data_tools.inspect"},
     {"data_tools.build"},
     {"data_tools.compare_tokenizers"},
+    {"data_tools.arguments"},
     {"data_tools.__main__"},
 ]
 # what the builder uses of megagpt: none of it imports torch (data_tools/test_arrow_columns.py looks at a real build)

@@ -12,6 +12,7 @@ from data_tools.stages.pipeline import Stages
 from megagpt.data.manifest import SPLITS, Split
 from megagpt.data.shard_format import REPORT
 from megagpt.data.tokenizer import Tokenizer
+from megagpt.terminal import builder_command
 
 PROBE = " two  spaces,\ttab\r\nCaf\u00e9 \u6f22\u5b57 \U0001f600 \u2581 </s> \0"  # text that a tokenizer may lose
 
@@ -174,5 +175,5 @@ def summary(report: dict[str, Any], out: Path) -> str:
         lines.append(f"  {n:,} {'files' if n > 1 else 'file'} could not be read, or not to the end (exit code 3):")
         lines += [f"    {shortened(why, 500)}" for why in unreadable[:SHOWN_FILES]]
         lines += [f"    and {n - SHOWN_FILES:,} more: {out / REPORT} names all"] if n > SHOWN_FILES else []
-    lines.append(f"{out} is ready; look inside with: python -m data_tools inspect {out} --documents 1")
+    lines.append(f"{out} is ready; look inside with: {builder_command()} inspect {out} --documents 1")
     return "\n".join(lines)

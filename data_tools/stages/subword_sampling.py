@@ -20,6 +20,7 @@ import numpy as np
 from data_tools.stages.select import keyed_hash
 from megagpt.data.tokenizer import META_SPACE, Tokenizer
 from megagpt.errors import UserError
+from megagpt.terminal import builder_command
 
 CANDIDATES = 16
 WORD = re.compile(r"[\n\t]| *[^ \n\t]{1,48}| +")  # longer words are cut
@@ -33,7 +34,7 @@ class SubwordSampler:
         if not tokenizer.is_exact_in_parts:
             raise UserError(
                 "subword.variants needs a tokenizer that encodes the words of a text as it encodes the whole; this one "
-                "adds a dummy prefix or has no byte fallback: train one with `python -m data_tools train-tokenizer`"
+                f"adds a dummy prefix or has no byte fallback: train one with `{builder_command()} train-tokenizer`"
             )
         self._tokenizer, self._alpha, self._seed = tokenizer, alpha, seed
         self._candidates = _UnigramCandidates if tokenizer.kind == "unigram" else _BpeCandidates

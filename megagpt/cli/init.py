@@ -27,7 +27,7 @@ from megagpt.planner.sizing import (
     Data,
     choose,
 )
-from megagpt.terminal import show, typed
+from megagpt.terminal import builder_command, show, typed
 
 WITHOUT_BF16 = ("V100",)  # GPUs older than Ampere
 MEMORY_SHARE = 0.5  # of a CPU's memory that a run may take
@@ -80,7 +80,7 @@ def _data(path: Path) -> Data:
                 f"{path} is not a dataset, but {shortened(', '.join(near))} is; give `megagpt init {typed(near[0])}`"
             )
         raise UserError(
-            f"{path} is not a dataset; build one from it with `python -m data_tools build --input {typed(path)} "
+            f"{path} is not a dataset; build one from it with `{builder_command()} build --input {typed(path)} "
             "--out data/mine`, then `megagpt init data/mine`"
         )
     manifest = read_manifest(path)

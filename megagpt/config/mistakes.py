@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
@@ -35,7 +36,7 @@ def mistakes(
     for detail in error.errors():
         dotted = ".".join(map(str, (section, *detail["loc"]) if section else detail["loc"]))
         if detail["type"] == "extra_forbidden":
-            known = _fields_at(root, detail["loc"][:-1])
+            known = _keys_at(root, detail["loc"][:-1])
             typed = only_key(dotted, detail["input"])
             yield dotted, unknown_key(typed, known, typed_keys(root, section) if elsewhere is None else elsewhere)
         elif detail["type"] == "missing":
@@ -51,10 +52,23 @@ def mistakes(
             # Aliases of an enum repeat its values.
             allowed = ", ".join(dict.fromkeys(detail["ctx"]["expected"].replace(" or ", ", ").split(", ")))
             yield dotted, f"{dotted}={as_written(detail['input'])} is none of {allowed}"
+        elif detail["type"] == "literal_error":
+            expected = detail["ctx"]["expected"]
+            near = get_close_matches(_lower(detail["input"]), re.findall("'([^']*)'", expected), n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            yield dotted, f"{dotted}={as_written(detail['input'])} is not {expected}{meant}"
+        elif detail["type"] in BOUNDS:
+            key, how, bound = BOUNDS[detail["type"]]
+            limit = detail["ctx"][key]
+            limit = f"{limit:g}" if isinstance(limit, float) else limit
+            yield dotted, f"{dotted}={as_written(detail['input'])} is too {how}; set it to {bound} {limit}"
         elif detail["type"] == "quoted":
             yield dotted, IN_QUOTES.format(dotted, as_written(detail["input"]))
         elif detail["type"] == "model_type":
-            yield dotted, no_section(dotted, detail["input"], _fields_at(root, detail["loc"]))
+            said = no_section(dotted, detail["input"], _keys_at(root, detail["loc"]))
+            yield dotted, said if ";" in said else said + _keys_instead(root, detail["loc"], dotted, detail["input"])
+        elif detail["type"] in NUMBERS and (number := _number_meant(detail["input"])):
+            yield dotted, f"{dotted}={as_written(detail['input'])} is not a number; write {dotted}={number}"
         elif detail["type"] in IS_NOT:
             yield dotted, f"{dotted}={as_written(detail['input'])} is not {IS_NOT[detail['type']]}"
         else:
@@ -77,12 +91,67 @@ IS_NOT = {
     "tuple_type": "a list [...]",
     "path_type": "a path",
     "string_type": "a text",
+    "string_too_short": "a text of a letter or more",
+    "string_unicode": "Unicode text",
     "not_a_number": "a number",
+    "int_type": "a whole number",
+    "float_type": "a number",
     "int_from_float": "a whole number",
     "int_parsing_size": f"a number within {LARGEST}",
     "bool_parsing": "true or false",
     "bool_type": "true or false",
 }
+NUMBERS = ("not_a_number", "int_type", "float_type")
+# pydantic's error type -> the name of the bound, what the value is, what it should be.
+BOUNDS = {
+    "greater_than": ("gt", "small", "more than"),
+    "greater_than_equal": ("ge", "small", "at least"),
+    "less_than": ("lt", "large", "less than"),
+    "less_than_equal": ("le", "large", "at most"),
+}
+MEANT = re.compile(r"([0-9]+(?:[._][0-9]+)*|[0-9]{1,3}(?:,[0-9]{3})+) ?([kKmMgG])?[bB]?(%)?")
+TIMES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+MOST_KEYS = 12  # that a message lists
+
+
+def _number_meant(value: Any) -> str:
+    """Return the number of a text such as 8k, 8,000, 8MB or 5%, as it is to be written; nothing for another value."""
+    found = MEANT.fullmatch(value) if isinstance(value, str) else None
+    if not found or found[1].count(".") > 1:
+        return ""
+    number = float(found[1].replace(",", "")) * TIMES[(found[2] or "").lower()] / (100 if found[3] else 1)
+    return f"{int(number)}" if number == int(number) else f"{number:.12g}"
+
+
+def _keys_instead(root: type[BaseModel], loc: tuple[int | str, ...], dotted: str, value: Any) -> str:
+    """Return what to write where a value was given to a section: the one key of it that takes the value, or all."""
+    outer, section = _model_at(root, loc[:-1]), _model_at(root, loc)
+    if section is None:
+        return ""
+    keys = [f"{dotted}.{name}" for name in section.model_fields]
+    listed = ", ".join(keys[:MOST_KEYS]) + (", ..." if len(keys) > MOST_KEYS else "")
+    if outer is not None and isinstance(loc[-1], str) and _takes(outer, loc[-1], True):
+        return f"; write {dotted}=true, or set a key of it: {listed}"
+    # Many keys take any text, so a word says nothing of which is meant, but a path does.
+    is_word = isinstance(value, str) and not {".", "/"} & set(value)
+    takes = [name for name in section.model_fields if value is not None and _takes(section, name, value)]
+    takes = [name for name in takes if not (is_word and _takes(section, name, "no such word"))]
+    if len(takes) == 1:
+        return f"; write {dotted}.{takes[0]}={value if isinstance(value, str) else json.dumps(value)}"
+    return f"; set a key of it: {listed}"
+
+
+def _lower(value: Any) -> str:
+    return value.lower() if isinstance(value, str) else ""
+
+
+def _takes(model: type[BaseModel], name: str, value: Any) -> bool:
+    """Tell whether a field of a model takes a value."""
+    try:
+        model.model_validate({name: value})
+    except ValidationError as error:
+        return not any(detail["loc"][:1] == (name,) for detail in error.errors())
+    return True
 
 
 # The key that a value stands for where it is given instead of the section: `bf16=true`, `zero_optimization=2`.
@@ -130,12 +199,19 @@ def _named_in(annotation: Any) -> Iterator[Any]:
             yield from _named_in(part)
 
 
-def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
-    """Return the keys of the section at this location of pydantic's, where a number is an index of a list."""
+def _model_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """Return the section at this location of pydantic's, where a number is an index of a list; None if it is none."""
+    found: type[BaseModel] | None = model
     for part in loc:
         if isinstance(part, str):
-            model = next(models_in(model.model_fields[part].annotation))
-    return set(model.model_fields)
+            info = found.model_fields.get(part) if found else None
+            found = next(models_in(info.annotation), None) if info else None
+    return found
+
+
+def _keys_at(root: type[BaseModel], loc: tuple[int | str, ...]) -> Collection[str]:
+    section = _model_at(root, loc)
+    return section.model_fields if section else ()
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -205,7 +281,7 @@ def _guesses(dotted: str, known: Collection[str], elsewhere: Collection[str]) ->
         yield sorted(key for key in elsewhere if f".{key}".endswith(f".{ending}"))
     yield like(own, 0.8)
     yield like(names, 0.8)
-    yield like(own, 0.5)
+    yield like(own, 0.6)
 
 
 def only_key(dotted: str, value: Any) -> str:

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from megagpt.atomic_files import leads_out, write_atomically
 from megagpt.config.parsing import Strict
 from megagpt.errors import UserError
-from megagpt.terminal import typed
+from megagpt.terminal import builder_command, typed
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -91,7 +91,7 @@ class Manifest(Strict):
 def read_manifest(path: Path) -> Manifest:
     """Read the manifest of a finished dataset. Raises UserError if there is none, or it was edited or damaged."""
     file = path / MANIFEST
-    how = f"`python -m data_tools build --input PATH --out {typed(path)}`"
+    how = f"`{builder_command()} build --input PATH --out {typed(path)}`"
     if not path.is_dir():
         raise UserError(f"there is no dataset folder {path}; make it with {how}")
     if not file.is_file():

@@ -16,7 +16,7 @@ from megagpt.data.dataset import Dataset
 from megagpt.data.manifest import Split
 from megagpt.data.training_set import TrainingSet
 from megagpt.errors import UserError, limit_reached
-from megagpt.terminal import typed
+from megagpt.terminal import builder_command, typed
 
 FOLDER = "provenance"
 BYTES = "bytes"  # an optional column: UTF-8 bytes of each row's text, where those of its tokens' pieces are others
@@ -90,4 +90,4 @@ def documents_of(data: TrainingSet, samples: Iterable[int], run: Path, step: int
         found = list(islice(named(), limit))
     except UserError as error:
         found = [str(error)]
-    return "; ".join(found) + f"; `python -m data_tools inspect {typed(run)} --step {step}` shows all"
+    return "; ".join(found) + f"; `{builder_command()} inspect {typed(run)} --step {step}` shows all"

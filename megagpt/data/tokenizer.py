@@ -17,6 +17,7 @@ import sentencepiece
 from megagpt.data.segment_cache import SegmentEncoder
 from megagpt.errors import UserError
 from megagpt.git_pointers import pointer_instead_of
+from megagpt.terminal import builder_command
 
 META_SPACE = "\u2581"  # how SentencePiece spells a space inside its pieces
 KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}  # TrainerSpec.ModelType
@@ -49,7 +50,7 @@ class Tokenizer:
             model_bytes = Path(path).read_bytes()
         except OSError as error:
             raise UserError(
-                f"cannot read the tokenizer {path}: {error.strerror}; `python -m data_tools train-tokenizer` makes one"
+                f"cannot read the tokenizer {path}: {error.strerror}; `{builder_command()} train-tokenizer` makes one"
             ) from error
         if message := pointer_instead_of(str(path), model_bytes):
             raise UserError(message)
@@ -223,7 +224,7 @@ def _load(model_bytes: bytes, name: str) -> tuple[sentencepiece.SentencePiecePro
     except (RuntimeError, LookupError, UnicodeDecodeError, TypeError) as error:
         raise UserError(
             f"{name} is not a SentencePiece model; "
-            "give the .model file that `python -m data_tools train-tokenizer` writes"
+            f"give the .model file that `{builder_command()} train-tokenizer` writes"
         ) from error
 
 

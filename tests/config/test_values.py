@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +18,12 @@ from support import DEBUG_RUN, GOOD, overrides
 
 import data_tools.__main__
 import megagpt.__main__
+from data_tools.arguments import builder_parser
 from data_tools.config import BuildConfig, load_config
 from megagpt.cli.arguments import command_line
 from megagpt.cli.pretrain import pretrain
 from megagpt.config.deepspeed import DeepSpeedConfig
-from megagpt.config.mistakes import kinds_of, models_in
+from megagpt.config.mistakes import kinds_of, models_in, typed_keys
 from megagpt.config.run_file import SECTION, RunConfig, parse_run
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.errors import UserError
@@ -159,6 +161,42 @@ def test_every_edge_of_the_builders_numbers_is_taken_or_one_message(key):
         json.dumps(raw, allow_nan=False)
 
 
+@pytest.mark.parametrize("key", sorted(typed_keys(BuildConfig) - {key for key, *_ in BUILD_KEYS}))
+def test_no_option_of_the_builder_answers_in_the_words_of_pydantic(key):
+    for text in [*EDGES, "[[2]]", '{"a": 1}', "near", "yes", "a/b.txt"]:
+        refused = refusal(lambda: load_config(BuildConfig, None, [f"{key}={text}"]) and None)  # noqa: B023
+        assert refused is None or one_message(refused), text[:50]
+        assert not re.search(r"Input|Value|instance|should|tuple|dict|[Ss]tring", refused or ""), refused
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("dedup=near", "write dedup.method=near"),
+        ("subword=3", "write subword.variants=3"),
+        ("decontamination=test/set.jsonl", "write decontamination.files=test/set.jsonl"),
+        ("rules.gopher_quality=20", "write rules.gopher_quality=true, or set a key of it: rules.gopher_quality.min_w"),
+        ("rules.gopher_quality=yes", "write rules.gopher_quality=true, or set"),
+        ("rules.language=en", "set a key of it: rules.language.model, rules.language.keep, rules.language.min_score"),
+        ("rules.gopher_quality.min_alpha=0.5", "did you mean 'rules.gopher_quality.min_alphabetic_words'?"),
+        ("rules.fineweb.min_words=3", "did you mean 'rules.gopher_quality.min_words'?"),
+        ("dedup.threshold=0.8", "known are dedup.bands, dedup.duplicates, dedup.method"),
+        ("vocab_size=8k", "is not a number; write vocab_size=8000"),
+        ("vocab_size=8,000", "write vocab_size=8000"),
+        ("sample_bytes=1.5MB", "write sample_bytes=1500000"),
+        ("val_fraction=5%", "write val_fraction=0.05"),
+        ("val_fraction=5", "is too large; set it to at most 1"),
+        ("tokenizer_type=BPE", "is not 'unigram', 'bpe' or 'char'; did you mean 'bpe'?"),
+        ('sources={"wiki": {"pth": "x"}}', "sources.wiki.paths is missing"),
+    ],
+)
+def test_what_was_meant_is_written_out_and_works_as_typed(typed, meant):
+    said = refusal(lambda: load_config(BuildConfig, None, [typed]) and None) or ""
+    assert meant in said
+    if found := re.search(r"write ([^ ,;]+=[^ ,;]+)", said):
+        assert refusal(lambda: load_config(BuildConfig, None, [found[1]]) and None) is None
+
+
 def options(
     parser: argparse.ArgumentParser, command: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], argparse.Action]]:
@@ -171,7 +209,7 @@ def options(
             yield command, action
 
 
-PARSERS = {"megagpt": command_line(), "data_tools": data_tools.__main__._parser()}
+PARSERS = {"megagpt": command_line(), "data_tools": builder_parser()}
 OPTIONS = [(program, *found) for program, parser in PARSERS.items() for found in options(parser)]
 
 

@@ -115,7 +115,7 @@ BAD_INPUT = {
     ),
     "no number": (with_options("vocab_size=many"), r"vocab_size='many' is not a number"),
     "fraction too large": (with_options("val_fraction=0.6", "test_fraction=0.5"), r"are more than all"),
-    "no equals sign": (with_options("strict"), r"'strict' is not of the form key\.path=value"),
+    "no equals sign": (with_options("strict"), r"options are key=value: write strict=true and not strict"),
     "idle option": (
         with_options("tokenizer=x.model", "vocab_size=9"),
         r"vocab_size has no effect with tokenizer=x\.model",

@@ -82,13 +82,13 @@ MISTAKES = [
     # of a wrong value or type
     (["zero_optimization.overlap_comm=7"], "error", "zero_optimization.overlap_comm", "=7 is not true or false"),
     (["fp16.loss_scale=-1"], "error", "fp16.loss_scale", "must be >= 0"),
-    (["zero_optimization.reduce_bucket_size=0"], "error", None, "greater than 0"),
+    (["zero_optimization.reduce_bucket_size=0"], "error", None, "more than 0"),
     (["wall_clock_breakdown=null"], "error", "wall_clock_breakdown", "=null is not true or false"),
     (["prescale_gradients=yes"], "error", "prescale_gradients", "'yes' is not true or false"),
     (["gradient_predivide_factor=null"], "error", "gradient_predivide_factor", "=null is not a number"),
     (["timers.throughput=3"], "error", "timers.throughput", "=3 is not a section {...}"),
     (["zero_optimization.stage=4"], "error", None, "zero_optimization.stage=4 is none of 0, 1, 2, 3"),
-    (['megagpt.data.train=[{"path": "x", "weight": 0}]'], "error", None, "greater than 0"),
+    (['megagpt.data.train=[{"path": "x", "weight": 0}]'], "error", None, "more than 0"),
     (["megagpt.model.n_head=3"], "error", "megagpt.model", "n_embd=32 is not a multiple of megagpt.model.n_head=3"),
     # not finite, or zero in fp32, which makes the weights of unused positions NaN
     (["optimizer.params.eps=1e-60"], "error", "optimizer.params.eps", ""),
