@@ -187,7 +187,7 @@ def test_no_option_of_the_builder_answers_in_the_words_of_pydantic(key):
         ("val_fraction=5%", "write val_fraction=0.05"),
         ("val_fraction=5", "is too large; set it to at most 1"),
         ("tokenizer_type=BPE", "is not 'unigram', 'bpe' or 'char'; did you mean 'bpe'?"),
-        ('sources={"wiki": {"pth": "x"}}', "sources.wiki.paths is missing"),
+        ('sources={"wiki": {"pth": "x"}}', "unknown key 'sources.wiki.pth'; did you mean 'sources.wiki.paths'?"),
     ],
 )
 def test_what_was_meant_is_written_out_and_works_as_typed(typed, meant):
