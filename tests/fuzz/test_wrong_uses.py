@@ -5,13 +5,13 @@ import argparse
 import pytest
 from wrong_uses import COMMANDS, campaign
 
-from data_tools.__main__ import _parser
+from data_tools.arguments import builder_parser
 from megagpt.cli.arguments import command_line
 
 
 def test_every_command_of_both_programs_is_drawn():
     drawn = {tuple(words[2:4]) for words in COMMANDS.values()}
-    for program, parser in (("megagpt", command_line()), ("data_tools", _parser())):
+    for program, parser in (("megagpt", command_line()), ("data_tools", builder_parser())):
         known = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
         assert {(program, command) for command in known} <= drawn
 
