@@ -18,10 +18,11 @@ from megagpt.checkpoint.load import load_model
 from megagpt.config.mistakes import explain
 from megagpt.config.schema import GenerationConfig
 from megagpt.data.loader import document_numbers
+from megagpt.data.lost_text import changed_prompts, misspelt
 from megagpt.data.packing import PACKING
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError, unusable_path
-from megagpt.model.generate import changed_prompts, complete, misspelt
+from megagpt.model.generate import complete
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import token_nats
 from megagpt.options import LARGEST

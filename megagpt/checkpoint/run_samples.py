@@ -10,7 +10,8 @@ from megagpt.checkpoint.commit import Saved, newest_record
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.data.dataset import Dataset
 from megagpt.data.mixture import Mixture
-from megagpt.data.training_set import TrainingSet, earlier_datasets, open_datasets, plan_mixture, row_opener, source_of
+from megagpt.data.packing import PACKING
+from megagpt.data.training_set import OpenVariant, TrainingSet, earlier_datasets, open_datasets, row_opener, source_of
 from megagpt.errors import UserError
 from megagpt.train_state import TrainState
 
@@ -32,25 +33,34 @@ def open_run(out_dir: Path) -> TrainingSet:
 
 
 def open_samples(cfg: MegaGPTConfig, global_batch: int, saved: Saved | None) -> TrainingSet:
-    """Open all samples, past and future, of a run at a saved step, or of one that has not begun. Raises UserError."""
-    return samples_of(cfg, global_batch, saved, open_datasets([d.path for d in cfg.data.train]), with_earlier=True)
+    """Open all samples of a run at a saved step, or of one that has not begun. Raises UserError.
 
-
-def samples_of(
-    cfg: MegaGPTConfig,
-    global_batch: int,
-    saved: Saved | None,
-    datasets: Sequence[Dataset],
-    *,
-    with_earlier: bool = False,
-) -> TrainingSet:
-    """Return the samples of a run on its open `datasets`, from its saved step on; raises UserError.
-
-    `with_earlier`: also open datasets that the run has left since, in which its past samples lie.
+    Past ones may lie in datasets that the run has left since.
     """
+    datasets = open_datasets([d.path for d in cfg.data.train])
+    mixture, open_rows = _mixture(cfg, global_batch, saved, datasets)
+    return TrainingSet(mixture, datasets, earlier=earlier_datasets(mixture, datasets), open_variant=open_rows)
+
+
+def next_samples(
+    cfg: MegaGPTConfig, global_batch: int, saved: Saved | None, datasets: Sequence[Dataset]
+) -> TrainingSet:
+    """Return the samples of a run on its open `datasets` from its saved step on; raises UserError."""
+    mixture, open_rows = _mixture(cfg, global_batch, saved, datasets)
+    return TrainingSet(mixture, datasets, open_variant=open_rows)
+
+
+def _mixture(
+    cfg: MegaGPTConfig, global_batch: int, saved: Saved | None, datasets: Sequence[Dataset]
+) -> tuple[Mixture, OpenVariant]:
+    """Return the mixture of a new or resumed run, and how it reads a variant of its `datasets`, those of data.train."""
     open_rows = row_opener(cfg)
-    sources = [source_of(d, open_rows) for d in datasets]
     history, state = (saved.mixture, saved.state) if saved else (Mixture(cfg.data.seed), TrainState())
-    mixture = plan_mixture(cfg, global_batch, sources, history, step=state.step, sample=state.samples_seen)
-    earlier = earlier_datasets(mixture, datasets) if with_earlier else []
-    return TrainingSet(mixture, datasets, earlier=earlier, open_variant=open_rows)
+    mixture = history.continued(
+        [(source_of(d, open_rows), entry.weight) for d, entry in zip(datasets, cfg.data.train, strict=True)],
+        step=state.step,
+        sample=state.samples_seen,
+        seq_len=PACKING[cfg.packing.kind].window(cfg.seq_len),
+        global_batch=global_batch,
+    )
+    return mixture, open_rows

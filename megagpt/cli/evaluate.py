@@ -8,11 +8,12 @@ import torch
 from megagpt.checkpoint.load import load_model
 from megagpt.data.dataset import open_dataset
 from megagpt.data.loader import ValWindows
+from megagpt.data.lost_text import lost_text, token_counts, unknown_share
 from megagpt.data.packing import PACKING
 from megagpt.errors import UserError
 from megagpt.guards.out_of_memory import is_out_of_memory
 from megagpt.terminal import show
-from megagpt.train.evaluate import evaluate, lost_text, token_counts, unigram_entropy, unknown_share
+from megagpt.train.evaluate import evaluate, unigram_entropy
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,9 +9,10 @@ from megagpt.checkpoint.load import load_model
 from megagpt.config.mistakes import mistakes
 from megagpt.config.parsing import unescaped
 from megagpt.config.schema import GenerationConfig, ModelConfig
+from megagpt.data.lost_text import changed_prompts
 from megagpt.errors import UserError
 from megagpt.guards.out_of_memory import free_memory
-from megagpt.model.generate import changed_prompts, complete
+from megagpt.model.generate import complete
 from megagpt.terminal import print_error, show
 
 

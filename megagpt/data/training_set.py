@@ -227,23 +227,6 @@ def open_datasets(paths: Sequence[Path]) -> list[Dataset]:
     return datasets
 
 
-def plan_mixture(
-    cfg: MegaGPTConfig, global_batch: int, sources: Sequence[Source], history: Mixture, *, step: int, sample: int
-) -> Mixture:
-    """Return the data mixture of a new or resumed run; `sources` are its `data.train` entries, in their order.
-
-    `history` is the mixture of the step that it resumes from, `step`, which ended before `sample`; `Mixture(seed)` for
-    a new run. Raises UserError as `Mixture.continued` does.
-    """
-    return history.continued(
-        [(source, d.weight) for source, d in zip(sources, cfg.data.train, strict=True)],
-        step=step,
-        sample=sample,
-        seq_len=PACKING[cfg.packing.kind].window(cfg.seq_len),
-        global_batch=global_batch,
-    )
-
-
 def source_of(dataset: Dataset, open_variant: OpenVariant | None = None) -> Source:
     """Return a dataset as a mixture records it, with the length of each variant of its train split.
 

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.config.schema import GenerationConfig
-from megagpt.data.tokenizer import Tokenizer, common_length
+from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
-
-SHOWN = 40  # characters of a prompt, in a message
 
 
 def pick(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
@@ -87,33 +85,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def changed_prompts(tokenizer: Tokenizer, prompts: Iterable[str], seq_len: int | None = None) -> list[str]:
-    """Return a line for each prompt that the model cannot read as it is: what it reads instead.
-
-    It is text that the tokenizer cannot spell, or longer than the model's `seq_len` positions.
-    """
-    lines = []
-    for prompt in prompts:
-        n_tokens = len(tokenizer.encode(prompt))
-        if seq_len is not None and n_tokens >= seq_len:  # an end-of-document id precedes them
-            lines.append(
-                f"the prompt {prompt[:SHOWN]!r} is {n_tokens:,} tokens, and the model has {seq_len:,} positions: it "
-                "reads the end of the prompt only"
-            )
-        if change := misspelt(tokenizer, prompt):
-            lines.append(f"the tokenizer cannot spell the prompt {prompt[:SHOWN]!r}: {change}")
-    return lines
-
-
-def misspelt(tokenizer: Tokenizer, text: str) -> str | None:
-    """Return where the tokenizer changes a text that it cannot spell, and what the model reads there."""
-    read = tokenizer.decode(tokenizer.encode(text))
-    if read == text:
-        return None
-    at = common_length(text, read)
-    return f"at character {at:,} the model reads {read[at : at + SHOWN]!r} instead of {text[at : at + SHOWN]!r}"
 
 
 def complete(

@@ -10,12 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.data.loader import ValWindows, prefetched, rank_slice
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.distributed.collectives import sum_over_ranks
 from megagpt.distributed.process_group import rank, world_size
 from megagpt.model.loss import token_nats
-
-UNKNOWN = "<unk>"
 
 
 @dataclass(frozen=True)
@@ -70,35 +67,7 @@ def evaluate(
     return Evaluation(nats_sum / n_tokens, int(n_tokens), int(n_bytes) if text_bytes is None else text_bytes.bytes)
 
 
-def token_counts(windows: ValWindows) -> Tensor:
-    """Return how often each token is a target: int64, up to the largest id that occurs."""
-    counts = torch.zeros(0, dtype=torch.int64)
-    for batch in prefetched(windows.fill, range(len(windows)), (1, windows.seq_len + 1), torch.device("cpu")):
-        more = torch.bincount(batch.targets[0], minlength=len(counts))
-        more[: len(counts)] += counts
-        counts = more
-    return counts
-
-
 def unigram_entropy(counts: Tensor) -> float:
     """Return the nats per token of the best guess that ignores context: a model that learned anything is better."""
     p = counts[counts > 0].double() / counts.sum()
     return -(p * p.log()).sum().item()
-
-
-def unknown_share(counts: Tensor, tokenizer: Tokenizer) -> float:
-    """Return the share of unknown tokens, which stand for text that the tokenizer cannot spell."""
-    known = len(counts) <= tokenizer.unknown_id
-    return 0.0 if known else (counts[tokenizer.unknown_id] / counts.sum()).item()
-
-
-def lost_text(unknown: float, tokenizer: Tokenizer) -> str:
-    """Tell what bits per byte leave out, given the share of unknown tokens; nothing for a tokenizer that loses none."""
-    reasons = [f"{100 * unknown:.3g}% of these tokens are {UNKNOWN}, text that it cannot spell"] if unknown else []
-    reasons += [f"it changes text before it encodes it (normalizer {tokenizer.normalizer})"] * tokenizer.normalizes
-    if not reasons:
-        return ""
-    return (
-        f"the tokenizer loses text: {', and '.join(reasons)}; loss and bits per byte leave that out, so do not compare "
-        "them with those of another tokenizer"
-    )

@@ -4,9 +4,8 @@ import json
 from typing import Any
 
 from megagpt.checkpoint.identity import changed_keys, described
-from megagpt.model.generate import changed_prompts
+from megagpt.data.lost_text import changed_prompts, lost_text, token_counts, unknown_share
 from megagpt.terminal import counted
-from megagpt.train.evaluate import lost_text, token_counts, unknown_share
 from megagpt.train.lr_schedule import jump_of_rate
 from megagpt.train.preflight import RunSetup
 

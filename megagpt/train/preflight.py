@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from megagpt.checkpoint.commit import Saved
 from megagpt.checkpoint.identity import Identity, check_identity, identity_of
-from megagpt.checkpoint.run_samples import samples_of
+from megagpt.checkpoint.run_samples import next_samples
 from megagpt.checkpoint.verification import newest_verified
 from megagpt.config.batch import BatchPlan, batch_plan
 from megagpt.config.run_file import RunConfig
@@ -70,7 +70,8 @@ def prepare(run: RunConfig, *, fresh: bool) -> RunSetup:
     if saved is not None:
         check_identity(saved.step_dir, saved.identity, identity)
     with errors_on_every_rank():
-        training_set = _training_set(cfg, batch, data, saved)
+        training_set = next_samples(cfg, batch.global_batch, saved, data.train)
+        training_set.open_all()  # a damaged shard is found here, and not in the middle of the run
     return RunSetup(run, batch, data, training_set, identity, saved)
 
 
@@ -80,10 +81,3 @@ def _open_data(cfg: MegaGPTConfig) -> OpenedData:
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
     transform = batch_transform(cfg.augment, cfg.packing, tokenizer, vocab_size, cfg.data.seed)
     return OpenedData(train, val, val_windows, tokenizer, vocab_size, transform)
-
-
-def _training_set(cfg: MegaGPTConfig, batch: BatchPlan, data: OpenedData, saved: Saved | None) -> TrainingSet:
-    """Open the training samples from the saved step on, with all their shards: a damaged one is found on all ranks."""
-    training_set = samples_of(cfg, batch.global_batch, saved, data.train)
-    training_set.open_all()
-    return training_set

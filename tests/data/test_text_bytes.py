@@ -16,12 +16,13 @@ from data_tools.storage.token_files import EXTRA
 from megagpt.config.schema import ModelConfig
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.loader import ValWindows
+from megagpt.data.lost_text import lost_text, token_counts, unknown_share
 from megagpt.data.provenance import BYTES, origins
 from megagpt.data.text_bytes import text_bytes
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
-from megagpt.train.evaluate import evaluate, lost_text, token_counts, unknown_share
+from megagpt.train.evaluate import evaluate
 
 UNKNOWN = "\u4f60\u597d " * 40  # letters that lossy_tokenizer has no piece for
 WIDE = "\uff43\uff41\uff54 " * 30  # "cat " in full-width letters, which it changes to the usual ones: 10 bytes to 4
