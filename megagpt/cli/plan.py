@@ -4,6 +4,7 @@ import argparse
 import json
 
 from megagpt.cli.micro_batch_search import search, search_report
+from megagpt.config.batch import batch_plan, rank_numbers
 from megagpt.config.run_file import load_run_config
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
@@ -19,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
     run = load_run_config(args.run_file, args.overrides)
     for warning in lint_or_raise(run):
         print_error(warning)
+    batch_plan(run.deepspeed, args.ranks, rank_numbers(args.ranks, "give --ranks {}"))
     on = machine(args.gpu, args.ranks, args.network, EFFICIENCY if args.efficiency is None else args.efficiency)
     vocab = vocabulary(run)
     if args.probe:

@@ -4,7 +4,7 @@ import argparse
 import re
 import shlex
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megagpt.config.batch import batch_plan
@@ -47,7 +47,7 @@ def batch_script(
     runs = [load_run_config(run_file, overrides)] if sweep is None else list(_swept(run_file, overrides, sweep))
     for run in runs:
         lint_or_raise(run)
-        batch_plan(run.deepspeed, nodes * gpus_per_node)
+        batch_plan(run.deepspeed, nodes * gpus_per_node, _fewer_gpus(nodes, gpus_per_node))
     options = {
         "nodes": str(nodes),
         "ntasks-per-node": str(gpus_per_node),
@@ -62,6 +62,13 @@ def batch_script(
     for name in options.keys() & more.keys():
         raise UserError(f"--sbatch {name}={more[name]}: megagpt slurm sets {name}={options[name]} by its own options")
     return _render(SCRIPT.read_text(encoding="utf-8"), options | dict(more), arguments, container)
+
+
+def _fewer_gpus(nodes: int, gpus_per_node: int) -> Iterator[tuple[int, str]]:
+    """Yield smaller numbers of ranks with the flags that give them: fewer GPUs of each node, then fewer nodes."""
+    yield from ((nodes * gpus, f"give --gpus-per-node {gpus}") for gpus in range(gpus_per_node, 0, -1))
+    yield from ((n * gpus_per_node, f"give --nodes {n}") for n in range(nodes, 0, -1))
+    yield from ((gpus, f"give --nodes 1 --gpus-per-node {gpus}") for gpus in range(gpus_per_node, 0, -1))
 
 
 def _swept(run_file: Path, overrides: Sequence[str], sweep: Path) -> Iterable[RunConfig]:

@@ -19,6 +19,7 @@ import torch
 
 from megagpt.checkpoint.commit import committed, damage_of, read_commit
 from megagpt.cli.spawn_ranks import failure_of, on_ranks
+from megagpt.config.batch import batch_plan, rank_numbers
 from megagpt.config.run_file import load_run_config
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import init_process_group, is_main, leave
@@ -170,6 +171,9 @@ def _one_rank(run_file: str, stop_at: str, *overrides: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Print the differences and the verdict; exit code 1 if there are any."""
     then_ranks = args.then_ranks or args.ranks
+    for ranks, option, keys in ((args.ranks, "--ranks", []), (then_ranks, "--then-ranks", args.then)):
+        changed = load_run_config(args.run_file, [*args.overrides, *keys])
+        batch_plan(changed.deepspeed, ranks, rank_numbers(ranks, f"give {option} {{}}"))
     with TemporaryDirectory(prefix="verify_resume_") as folder:
         different, agreed = verify_resume(
             args.run_file,

@@ -1,6 +1,7 @@
 """Divide the global batch: micro-batch x gradient accumulation x data-parallel ranks."""
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megagpt.config.deepspeed import DeepSpeedConfig
@@ -23,37 +24,66 @@ class BatchPlan:
         return self.world_size // self.sequence_parallel_size
 
 
-def batch_plan(ds: DeepSpeedConfig, world_size: int) -> BatchPlan:
+def batch_plan(ds: DeepSpeedConfig, world_size: int, ways: Iterable[tuple[int, str]] | None = None) -> BatchPlan:
     """Compute gradient accumulation from the global batch, which is the same on any number of ranks.
 
-    Raises UserError, with the number to set, when the sizes do not multiply out.
+    Raises UserError, with the numbers to set, when the sizes do not multiply out. `ways` are numbers of ranks and how
+    the user gets them; the first that the batch fits ends the message.
     """
-    total, micro, accum = (
-        ds.train_batch_size,
-        ds.train_micro_batch_size_per_gpu,
-        ds.gradient_accumulation_steps,
-    )
+    total, micro, accum = ds.train_batch_size, ds.train_micro_batch_size_per_gpu, ds.gradient_accumulation_steps
     shared_by = ds.sequence_parallel_size
     if world_size % shared_by:
         raise UserError(
-            f"sequence_parallel_size={shared_by} does not divide the number of ranks, {world_size}; "
-            f"set it to {math.gcd(shared_by, world_size)}, or start a multiple of {shared_by} ranks"
+            f"sequence_parallel_size={shared_by} does not divide the number of ranks, {world_size}; set "
+            f"sequence_parallel_size to {math.gcd(shared_by, world_size)}"
+            f"{_other_ranks(ds, ways) or f', or start a multiple of {shared_by} ranks'}"
         )
     replicas = world_size // shared_by
     per_pass = micro * replicas
     ranks = f"{replicas} {'rank' if shared_by == 1 else 'group'}{'s' if replicas > 1 else ''}"
     if shared_by > 1:
         ranks += f" of {shared_by} ranks (sequence_parallel_size)"
+    other_ranks = _other_ranks(ds, ways or rank_numbers(world_size, "start {} rank{s}"))
+    if accum is not None and accum * per_pass != total:
+        left_out = f"set gradient_accumulation_steps to {total // per_pass}, or leave it out"
+        raise UserError(
+            f"train_batch_size={total} is not train_micro_batch_size_per_gpu={micro} x "
+            f"gradient_accumulation_steps={accum} x {ranks} = {accum * per_pass}; "
+            f"{f'set train_batch_size to {accum * per_pass}' if total % per_pass else left_out}{other_ranks}"
+        )
     if total % per_pass:
         nearest = max(1, round(total / per_pass)) * per_pass
         raise UserError(
             f"train_batch_size={total} is not a multiple of train_micro_batch_size_per_gpu={micro} x {ranks} "
-            f"= {per_pass}; set train_batch_size to {nearest}, or another micro-batch"
-        )
-    if accum is not None and accum * per_pass != total:
-        raise UserError(
-            f"train_batch_size={total} is not train_micro_batch_size_per_gpu={micro} x "
-            f"gradient_accumulation_steps={accum} x {ranks} = {accum * per_pass}; "
-            f"set gradient_accumulation_steps to {total // per_pass}, or leave it out"
+            f"= {per_pass}; set train_batch_size to {nearest}{_smaller_micro_batch(ds, replicas)}{other_ranks}"
         )
     return BatchPlan(total, micro, total // per_pass, world_size, shared_by)
+
+
+def rank_numbers(most: int, way: str) -> Iterator[tuple[int, str]]:
+    """Yield each number of ranks from `most` down to one, with the way to get it.
+
+    In the way, `{}` is the number, and `{s}` the end of a plural.
+    """
+    return ((n, way.format(n, s="" if n == 1 else "s")) for n in range(most, 0, -1))
+
+
+def _other_ranks(ds: DeepSpeedConfig, ways: Iterable[tuple[int, str]] | None) -> str:
+    way_out = next((way for n, way in ways or () if _fits(ds, n)), None)
+    return f", or {way_out}" if way_out else ""
+
+
+def _fits(ds: DeepSpeedConfig, ranks: int) -> bool:
+    replicas, rest = divmod(ranks, ds.sequence_parallel_size)
+    if rest or not replicas:
+        return False
+    accumulation, rest = divmod(ds.train_batch_size, ds.train_micro_batch_size_per_gpu * replicas)
+    return not rest and accumulation > 0 and ds.gradient_accumulation_steps in (None, accumulation)
+
+
+def _smaller_micro_batch(ds: DeepSpeedConfig, replicas: int) -> str:
+    share, rest = divmod(ds.train_batch_size, replicas)
+    if rest:
+        return ""
+    fitting = next(n for n in range(min(ds.train_micro_batch_size_per_gpu, share), 0, -1) if share % n == 0)
+    return f", or train_micro_batch_size_per_gpu to {fitting}"

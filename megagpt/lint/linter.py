@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ValidationError
 
-from megagpt.config.batch import BatchPlan, batch_plan
+from megagpt.config.batch import BatchPlan, batch_plan, rank_numbers
 from megagpt.config.deepspeed import DeepSpeedConfig
 from megagpt.config.deepspeed_keys import REFUSED_KEYS
 from megagpt.config.extends import merged, read_run_files
@@ -65,7 +65,7 @@ def lint_file(path: Path, overrides: Sequence[str] = (), *, ranks: int | None = 
         return [Issue("error", key, text) for key, text in found]
     try:
         run = parse_run(raw)
-        batch = batch_plan(run.deepspeed, ranks) if ranks else any_batch(run.deepspeed)
+        batch = _batch(run.deepspeed, ranks)
         errors = [finding for finding in lint(run) if finding.level == "error"]
         if not errors:
             # On one rank DeepSpeed needs no process group to check its sections against each other.
@@ -108,12 +108,14 @@ def notes(run: RunConfig) -> Iterator[Issue]:
 
 def effective(run: RunConfig, vocab_size: int, ranks: int | None = None) -> dict[str, Any]:
     """Return the run file as it acts: gaps filled as the engine fills them, the defaults that act written out."""
-    batch = batch_plan(run.deepspeed, ranks) if ranks else any_batch(run.deepspeed)
+    batch = _batch(run.deepspeed, ranks)
     return run.written_out({**run.as_json(), **effective_config(run, batch, vocab_size, GPU)})
 
 
-def any_batch(ds: DeepSpeedConfig) -> BatchPlan:
-    """Divide the global batch over the number of ranks that the file implies by its gradient accumulation, else one."""
+def _batch(ds: DeepSpeedConfig, ranks: int | None) -> BatchPlan:
+    """Divide the global batch over these ranks, or those that the file implies by its gradient accumulation, or one."""
+    if ranks:
+        return batch_plan(ds, ranks, rank_numbers(ranks, "give --ranks {}"))
     per_pass = ds.train_micro_batch_size_per_gpu * (ds.gradient_accumulation_steps or 1)
     replicas = max(1, ds.train_batch_size // per_pass) if ds.gradient_accumulation_steps else 1
     return batch_plan(ds, replicas * ds.sequence_parallel_size)

@@ -1,11 +1,13 @@
 import contextlib
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import DEBUG_RUN, GOOD, ROOT, RUN_FILES
 
+from megagpt.__main__ import main
 from megagpt.config.batch import batch_plan
 from megagpt.config.deepspeed import DeepSpeedConfig
 from megagpt.config.deepspeed_keys import DEEPSPEED_KEYS, DEEPSPEED_SECTIONS, REFUSED_KEYS
@@ -222,14 +224,60 @@ def test_batch_sizes_that_do_not_multiply_out_name_the_number_to_set():
         batch_plan(ds_config(512, 16, 3), world_size=8)
 
 
-@given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 64), st.integers(1, 10))
-def test_the_number_to_set_is_right(micro, world, total, accumulation):
+@given(
+    st.integers(1, 64),
+    st.integers(1, 64),
+    st.integers(1, 64),
+    st.none() | st.integers(1, 8),
+    st.sampled_from([1, 2, 4]),
+)
+def test_each_number_to_set_is_right(total, micro, ranks, accumulation, sharing):
+    """One message is about the ranks that share samples, and the batch is the next one's."""
+    given = {"total": total, "micro": micro, "accumulation": accumulation, "sharing": sharing}
     try:
-        plan = batch_plan(ds_config(total, micro), world)
+        batch_plan(ds_config(**given), ranks)
     except UserError as error:
-        total = int(str(error).split("set train_batch_size to ")[1].split(",")[0])
-        plan = batch_plan(ds_config(total, micro), world)
-    assert plan.micro_batch * plan.accumulation * plan.world_size == plan.global_batch == total
+        advice = re.findall(r"(?:set|or|start) (?:(\w+) to )?(\d+)", str(error))
+        assert advice
+        for key, number in advice:
+            name = {"": "ranks"} | dict(zip(BATCH_KEYS, given, strict=True))
+            changed = {**given, "ranks": ranks, name[key]: int(number)}
+            now_ranks = changed.pop("ranks")
+            if key == "sequence_parallel_size":
+                assert now_ranks % changed["sharing"] == 0
+            else:
+                plan = batch_plan(ds_config(**changed), now_ranks)
+                assert plan.micro_batch * plan.accumulation * plan.replicas == plan.global_batch
+
+
+BATCH_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "sequence_parallel_size",
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "way"),
+    [
+        ("slurm FILE --dry-run", "--gpus-per-node 2"),
+        ("slurm FILE --dry-run --nodes 64 --gpus-per-node 1", "--nodes 2"),
+        ("slurm FILE --dry-run --nodes 3 train_batch_size=16", "--nodes 1 --gpus-per-node 4"),
+        ("plan FILE --ranks 8", "--ranks 2"),
+        ("lint FILE --ranks 1000000", "--ranks 2"),
+        ("verify-resume FILE --ranks 5", "--ranks 2"),
+        ("verify-resume FILE --then-ranks 5", "--then-ranks 2"),
+    ],
+)
+def test_every_command_that_divides_the_batch_names_the_option_that_helps(tmp_path, capsys, command, way):
+    (tmp_path / "run.json").write_text(json.dumps(GOOD))
+    words = [str(tmp_path / "run.json") if word == "FILE" else word for word in command.split()]
+    assert main(words) == 2
+    said = "".join(capsys.readouterr())
+    assert said.endswith(f", or give {way}\n")
+    if words[0] != "verify-resume":  # which trains
+        assert main([*words, *way.split()]) == 0
 
 
 def test_ranks_that_share_samples_count_as_one():
@@ -238,7 +286,7 @@ def test_ranks_that_share_samples_count_as_one():
     with pytest.raises(UserError, match=r"16 x 2 groups of 4 ranks \(seq.*\) = 32; set train_batch_size to 512"):
         batch_plan(ds_config(500, 16, sharing=4), world_size=8)
     with pytest.raises(
-        UserError, match=r"sequence_parallel_size=4 does not divide the number of ranks, 6; set it to 2"
+        UserError, match=r"sequence_parallel_size=4 does not divide the number of ranks, 6; set seq.* to 2"
     ):
         batch_plan(ds_config(512, 16, sharing=4), world_size=6)
 
