@@ -1,14 +1,20 @@
-"""`megagpt lint RUN.json`: print the mistakes in a run file, and its keys that have no effect."""
+"""`megagpt lint RUN.json`: print the mistakes in a run file, its keys that have no effect, and what is missing here."""
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
+from megagpt.config.batch import batch_plan
 from megagpt.config.extends import file_with, read_run_files
-from megagpt.config.run_file import load_run_config
+from megagpt.config.run_file import RunConfig, load_run_config
+from megagpt.errors import UserError
 from megagpt.lint.linter import Issue, effective, lint_file
 from megagpt.planner.estimate import vocabulary
-from megagpt.terminal import show
+from megagpt.terminal import counted, show
+from megagpt.train.preflight import refused_data
 
 
 def run(args: argparse.Namespace) -> int:
@@ -16,9 +22,10 @@ def run(args: argparse.Namespace) -> int:
     found = lint_file(args.run_file, args.overrides, ranks=args.ranks)
     wrong = any(finding.level == "error" for finding in found)
     shown = None
-    if args.effective and not wrong:
+    if not wrong:
         run = load_run_config(args.run_file, args.overrides)
-        shown = effective(run, vocabulary(run)[0], args.ranks)
+        found = [*found, *not_here(run, args.ranks)]
+        shown = effective(run, vocabulary(run)[0], args.ranks) if args.effective else None
     if args.json:
         rows = [{"level": finding.level, "key": finding.key, "text": finding.text} for finding in found]
         show(json.dumps({"findings": rows} | ({} if shown is None else {"effective": shown})))
@@ -28,6 +35,21 @@ def run(args: argparse.Namespace) -> int:
         if shown is not None:
             show(json.dumps(shown, indent=2))
     return 2 if wrong else 0
+
+
+def not_here(run: RunConfig, ranks: int | None = None) -> Iterator[Issue]:
+    """Warn of data that is not on this machine, or unusable, and of a batch that its GPUs do not divide.
+
+    These are no errors, because the run may be for another machine.
+    """
+    if why := refused_data(run):
+        yield Issue("warning", "megagpt.data", f"training here would be refused: {why}")
+    gpus = torch.cuda.device_count()
+    try:
+        batch_plan(run.deepspeed, ranks or max(1, gpus))
+    except UserError as error:
+        here = f"{counted(gpus, 'GPU')}" if gpus else "no GPU, so one rank"
+        yield Issue("warning", "train_batch_size", f"this machine has {here}: {error}")
 
 
 def _place_of(finding: Issue, args: argparse.Namespace) -> Path:

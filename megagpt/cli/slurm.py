@@ -11,8 +11,9 @@ from megagpt.config.batch import batch_plan
 from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
-from megagpt.terminal import show
+from megagpt.terminal import print_error, show
 from megagpt.train.metrics_file import read_rows
+from megagpt.train.preflight import refused_data
 
 SCRIPT = Path("launch/slurm/pretrain.sbatch")
 # How long before the time limit the signal comes, while the run's metrics do not show how long it needs.
@@ -45,8 +46,8 @@ def batch_script(
     if not SCRIPT.is_file():
         raise UserError(f"{SCRIPT} is not here; go to the checkout's folder, where the job will start too")
     runs = [load_run_config(run_file, overrides)] if sweep is None else list(_swept(run_file, overrides, sweep))
+    warnings = dict.fromkeys(_warnings(runs))
     for run in runs:
-        lint_or_raise(run)
         batch_plan(run.deepspeed, nodes * gpus_per_node, _fewer_gpus(nodes, gpus_per_node))
     options = {
         "nodes": str(nodes),
@@ -61,7 +62,19 @@ def batch_script(
         arguments += ["--sweep", str(sweep)]
     for name in options.keys() & more.keys():
         raise UserError(f"--sbatch {name}={more[name]}: megagpt slurm sets {name}={options[name]} by its own options")
-    return _render(SCRIPT.read_text(encoding="utf-8"), options | dict(more), arguments, container)
+    script = _render(SCRIPT.read_text(encoding="utf-8"), options | dict(more), arguments, container)
+    for warning in warnings:
+        print_error(warning)
+    return script
+
+
+def _warnings(runs: Sequence[RunConfig]) -> Iterator[str]:
+    """Yield what lint warns of, and data that is not here, where the nodes usually read it too. Raises as lint does."""
+    for run in runs:
+        yield from lint_or_raise(run)
+    for run in {run.megagpt.data: run for run in runs}.values():
+        if why := refused_data(run):
+            yield f"warning: training here would be refused: {why}"
 
 
 def _fewer_gpus(nodes: int, gpus_per_node: int) -> Iterator[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -93,7 +94,7 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     how = f"`{builder_command()} build --input PATH --out {typed(path)}`"
     if not path.is_dir():
-        raise UserError(f"there is no dataset folder {path}; make it with {how}")
+        raise UserError(f"there is no dataset folder {path}; {_near(path)}make it with {how}")
     if not file.is_file():
         unfinished = (path / BUILD_DIR).is_dir()
         what = "is an unfinished build" if unfinished else "is not a dataset"
@@ -114,6 +115,16 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{file} is not a manifest that this megagpt can read: {error}") from error
+
+
+def _near(path: Path) -> str:
+    """Name the dataset next to a path that there is none at, if its name is nearly the same."""
+    try:
+        names = [other.name for other in path.parent.iterdir() if (other / MANIFEST).is_file()]
+    except OSError:
+        return ""
+    near = get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return f"did you mean {path.parent / near[0]}? Else " if near else ""
 
 
 def confined(folder: Path, relative: str) -> Path:

@@ -19,6 +19,7 @@ from megagpt.data.training_set import TrainingSet
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import world_size
 from megagpt.distributed.rendezvous import check_equal_on_ranks
+from megagpt.errors import UserError
 from megagpt.train.early_stopping import at_resume
 from megagpt.train_state import TrainState
 
@@ -73,6 +74,18 @@ def prepare(run: RunConfig, *, fresh: bool) -> RunSetup:
         training_set = next_samples(cfg, batch.global_batch, saved, data.train)
         training_set.open_all()  # a damaged shard is found here, and not in the middle of the run
     return RunSetup(run, batch, data, training_set, identity, saved)
+
+
+def refused_data(run: RunConfig) -> str | None:
+    """Return why a new run would refuse its data on this machine, or None; packs no rows, which can take minutes."""
+    cfg = run.megagpt
+    try:
+        data = _open_data(cfg)
+        if PACKING[cfg.packing.kind].plan_rows is None:
+            next_samples(cfg, run.deepspeed.train_batch_size, None, data.train)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _open_data(cfg: MegaGPTConfig) -> OpenedData:

@@ -213,7 +213,7 @@ def test_the_command_prints_findings_and_the_effective_configuration(sound, caps
     monkeypatch.chdir(tmp_path)
     assert main(["lint", str(sound), "--json", "--effective"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["findings"] == []
+    assert [(issue["level"], issue["key"]) for issue in printed["findings"]] == [("warning", "megagpt.data")]
     assert printed["effective"]["gradient_accumulation_steps"] == 2
     assert printed["effective"]["megagpt"]["keep"] == {"last": 2, "every": 0, "best": 1}
     assert main(["lint", str(sound), "zero_optimization.stag=2"]) == 2
