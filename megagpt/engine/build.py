@@ -22,6 +22,7 @@ from megagpt.engine.activation_checkpointing import recompute_hook
 from megagpt.engine.compilation import KERNELS, compile_blocks
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
 from megagpt.engine.optimizer import build_optimizer, clips_itself, decay_groups
+from megagpt.engine.without_compiler import without_compiler
 from megagpt.errors import OwnRankError, UserError
 from megagpt.model.attention import prefer_cudnn
 from megagpt.model.gpt import GPT, Block
@@ -73,7 +74,7 @@ def build_engine(
     prefer_cudnn(device)
     model.recompute = recompute
     groups = decay_groups(model, ds.optimizer.params.weight_decay, cfg.regularization.weight_decay_on)
-    with _refusals_explained():
+    with _refusals_explained(), without_compiler():
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=groups,

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from megagpt.config.deepspeed import DeepSpeedConfig
+from megagpt.engine.without_compiler import step_without_compiler
 
 
 def decay_groups(
@@ -55,6 +56,7 @@ def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, devic
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **adam)
     else:
         optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **adam)
+        step_without_compiler(optimizer)
     if clips_itself(ds):
         clip_before_step(optimizer, ds.gradient_clipping)
     return optimizer

@@ -3,6 +3,9 @@
 import gc
 import json
 import math
+import os
+import subprocess
+import sys
 import traceback
 import warnings
 from pathlib import Path
@@ -10,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from live_bytes import LiveBytes
-from support import debug_run
+from support import ROOT, debug_run, environment
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megagpt.checkpoint.commit import committed
 from megagpt.config.batch import batch_plan
 from megagpt.engine.activation_checkpointing import recompute_hook
 from megagpt.engine.build import build_engine
@@ -318,3 +322,32 @@ def test_the_garbage_collector_leaves_alone_what_lives_as_long_as_the_run(datase
     assert gc.get_freeze_count() > before + 10_000
     session.close(state, "")
     assert gc.get_freeze_count() == 0
+
+
+EVERY_STAGE = """
+import sys
+from pathlib import Path
+import torch
+from megagpt.distributed.process_group import init_process_group
+from megagpt.train.trainer import train
+from support import ROOT, debug_run, environment
+dataset, folder = map(Path, sys.argv[1:])
+device = init_process_group()
+for stage in range(4):
+    for stop in (4, None):  # the second resumes
+        out_dir = folder / f"stage {stage}"
+        run = debug_run(dataset, out_dir, f"zero_optimization.stage={stage}", "megagpt.schedule.max_steps=8")
+        train(run, device, stop_at=stop)
+loaded = [name for name in sys.modules if name.startswith("torch._dynamo")]
+assert not loaded, loaded
+"""
+
+
+@pytest.mark.process
+def test_a_run_that_compiles_nothing_does_not_import_the_compiler(dataset, tmp_path):
+    """It would take half of the processor time of a start."""
+    command = [sys.executable, "-c", EVERY_STAGE, dataset, tmp_path]
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
+    done = subprocess.run(command, env=environment() | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(committed(tmp_path / "stage 3")) == 2
