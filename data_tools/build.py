@@ -69,7 +69,7 @@ def build(
             "all is held out, which leaves nothing to train a tokenizer on; give tokenizer=MODEL or --input"
         )
     check_files(config.decontamination)
-    with _claimed(out) as (folder, scratch):
+    with _claimed(out) as (folder, scratch), _told_to_resume(out):
         with start_workers(config.workers, scheduler, scratch, total_bytes=sum(unit.size for unit in units)) as run_all:
             stages = run_stages(units, sources, splits, config, given, Tasks(scratch, run_all))
         return finish(folder, stages, sources, config)
@@ -97,6 +97,20 @@ def finish(folder: Path, stages: Stages, sources: Sequence[SourceConfig], config
     )
     write_manifest(folder, manifest)
     return report
+
+
+@contextmanager
+def _told_to_resume(out: Path) -> Iterator[None]:
+    """Add to the message of a mistake what is kept, and how to resume."""
+    try:
+        yield
+    except UserError as error:
+        if not any((out / BUILD_DIR).glob("*/*.json")):
+            raise
+        raise UserError(
+            f"{error}\nWhat is done is kept in {out / BUILD_DIR}: run the command again, corrected, to resume, or "
+            f"delete {out} to start over"
+        ) from error
 
 
 @contextmanager

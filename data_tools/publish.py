@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.executor.tasks import Done, file_of
+from data_tools.report.summary import REPORT_PAGE
 from data_tools.stages.pipeline import Stages
 from data_tools.stages.shuffle import PROVENANCE, SHARD
 from data_tools.storage.rejects import REJECTS
@@ -16,7 +17,7 @@ from megagpt.data.manifest import SPLITS
 from megagpt.data.provenance import FOLDER, provenance_path
 from megagpt.data.shard_format import INDEX, REPORT, TOKENIZER_MODEL
 
-REJECTS_DIR, REPORT_PAGE = "rejects", "report.html"
+REJECTS_DIR = "rejects"
 PUBLISHED = (*SPLITS, FOLDER, REJECTS_DIR, TOKENIZER_MODEL, INDEX, REPORT, REPORT_PAGE)
 
 

@@ -87,8 +87,8 @@ def run_on(client: Client, task: Callable[..., Any], arguments: Arguments, what:
                 raise results[done.key]
     except KilledWorker as error:
         raise UserError(
-            f"worker processes died repeatedly while {what}, probably out of memory; finished tasks are kept: set "
-            "workers=1 and run the same command again"
+            f"worker processes died repeatedly while {what}, probably out of memory; run the command again with "
+            "workers=1"
         ) from error
     finally:
         client.cancel([future for future in futures if not future.done()])

@@ -13,7 +13,12 @@ RunAll = Callable[[Callable[..., Any], Arguments, str], list[Any]]
 
 def warn(text: str) -> None:
     """Print a warning at once, above the progress bars."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    note(f"warning: {text}")
+
+
+def note(text: str) -> None:
+    """Print a line on standard error at once, above the progress bars."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def progress(items: Any, total: int, what: str) -> Any:

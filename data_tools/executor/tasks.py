@@ -127,6 +127,5 @@ def _run_one(task: Task, prefix: Path, args: tuple[Any, ...]) -> None:
         if error.errno not in FULL:
             raise
         raise UserError(
-            f"{prefix.parent} cannot be written: {error.strerror}; finished tasks are kept: free disk space and run "
-            "the same command again to resume"
+            f"{prefix.parent} cannot be written: {error.strerror}; free disk space and run the same command again"
         ) from error

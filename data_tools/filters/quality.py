@@ -69,7 +69,7 @@ def gopher_quality(stats: TextStatistics, cfg: GopherQualityConfig) -> str | Non
         rare = [word for word in unusual if not (word.islower() or word.isupper())]
         n_letterless = sum([counts[word] for word in rare if not any(map(str.isalpha, word))])
         if (len(stats.words) - n_letterless) / n_words < cfg.min_alphabetic_words:
-            return f"words with a letter below {cfg.min_alphabetic_words:g}"
+            return f"share of words with a letter below {cfg.min_alphabetic_words:g}"
     if cfg.min_stop_words is not None and sum([word in counts for word in set(cfg.stop_words)]) < cfg.min_stop_words:
         return f"fewer than {cfg.min_stop_words} stop words"
     return None
@@ -87,11 +87,11 @@ def _symbols_and_lines(text: str, n_words: int, cfg: GopherQualityConfig) -> str
     if (limit := cfg.max_bullet_lines) is not None and text.count("-") + text.count("•") > limit * len(lines):
         bullets = sum([line.lstrip().startswith(("•", "-")) for line in lines])
         if bullets / len(lines) > limit:
-            return f"bullet lines above {limit:g}"
+            return f"share of bullet lines above {limit:g}"
     if (limit := cfg.max_ellipsis_lines) is not None and ellipses > limit * len(lines):
         ending = sum([line.rstrip().endswith(("...", "…")) for line in lines])
         if ending / len(lines) > limit:
-            return f"lines that end in an ellipsis above {limit:g}"
+            return f"share of lines that end in an ellipsis above {limit:g}"
     return None
 
 
@@ -188,16 +188,16 @@ def fineweb(stats: TextStatistics, cfg: FineWebConfig) -> str | None:
     if (limit := cfg.min_punctuated_lines) is not None:
         punctuated = sum([line[-1] in TERMINAL_PUNCTUATION for line in lines])
         if punctuated / n < limit:
-            return f"lines with end punctuation below {limit:g}"
+            return f"share of lines with end punctuation below {limit:g}"
     if (limit := cfg.max_short_lines) is not None:
         short = sum([length <= cfg.short_line for length in map(len, lines)])
         if short / n > limit:
-            return f"short lines above {limit:g}"
+            return f"share of short lines above {limit:g}"
     newlines = text.count("\n")
     if (limit := cfg.max_duplicate_line_characters) is not None:
         _, characters = count_duplicates(lines)
         if characters / (len(text) - newlines) > limit:
-            return f"characters in duplicate lines above {limit:g}"
+            return f"share of characters in duplicate lines above {limit:g}"
     if (limit := cfg.max_newlines_per_word) is not None:
         # there are at least as many words, which take longer to find
         n_chunks = len(text.split())

@@ -9,13 +9,15 @@ from data_tools.config import BuildConfig, SourceConfig
 from data_tools.formatting import format_bytes, format_share, shortened
 from data_tools.stages.extract import unreadable_files
 from data_tools.stages.pipeline import Stages
+from data_tools.stages.what_is_left import share_of_bytes
 from megagpt.data.manifest import SPLITS, Split
 from megagpt.data.shard_format import REPORT
 from megagpt.data.tokenizer import Tokenizer
-from megagpt.terminal import builder_command
+from megagpt.terminal import builder_command, counted, typed
 
 PROBE = " two  spaces,\ttab\r\nCaf\u00e9 \u6f22\u5b57 \U0001f600 \u2581 </s> \0"  # text that a tokenizer may lose
 
+REPORT_PAGE = "report.html"
 SHOWN_FILES = 5  # of those that could not be read
 
 Counts = dict[str, int]  # documents, bytes, and tokens where there are any
@@ -140,7 +142,8 @@ def _sum_counts(many: Iterable[dict[str, Counts]]) -> dict[str, Counts]:
             own = total.setdefault(rule, {"documents": 0, "bytes": 0})
             own["documents"] += counts["documents"]
             own["bytes"] += counts["bytes"]
-    return dict(sorted(total.items()))
+    # what took most bytes first
+    return dict(sorted(total.items(), key=lambda item: (-item[1]["bytes"], item[0])))
 
 
 def _histogram(many: Iterable[dict[str, int]]) -> dict[str, int]:
@@ -150,13 +153,17 @@ def _histogram(many: Iterable[dict[str, int]]) -> dict[str, int]:
 
 def summary(report: dict[str, Any], out: Path) -> str:
     """Return what the `build` command prints at its end."""
+    read, kept = sum(source["read"]["bytes"] for source in report["sources"]), report["bytes"]
+    text = f"{format_bytes(kept)} of text" if kept == read else f"{share_of_bytes(kept, read)} kept"
     lines = [
-        f"{report['documents']:,} documents, {format_bytes(report['bytes'])} of text -> {report['tokens']:,} tokens "
+        f"{counted(report['documents'], 'document')}, {text} -> {report['tokens']:,} tokens "
         f"({report['bytes_per_token']:.2f} bytes per token) in {sum(report['seconds'].values()):.1f} s"
     ]
+    if 2 * kept < read:
+        lines.append(f"  less than half is kept: {out / REPORT_PAGE} shows what was left out, with examples")
     for split, count in report["splits"].items():
         if count["documents"]:
-            lines.append(f"  {split:5}  {count['documents']:,} documents, {count['tokens']:,} tokens")
+            lines.append(f"  {split:5}  {counted(count['documents'], 'document')}, {count['tokens']:,} tokens")
     lines += [f"  {note}" for note in report["notes"]]
     for variant in report["variants"][1:]:
         lines.append(f"  variant {variant['id']}: {variant['tokens']:,} tokens, {variant['times_canonical']:.2f} times")
@@ -169,11 +176,14 @@ def summary(report: dict[str, Any], out: Path) -> str:
         lines.append(f"  skipped {skipped['documents']:,}: {reason} (first: {skipped['first']})")
     for how in ("rejected", "dropped"):
         for rule, counts in report[how].items():
-            lines.append(f"  {how} {counts['documents']:,}: {rule} ({format_bytes(counts['bytes'])})")
+            lines.append(
+                f"  {how} {format_bytes(counts['bytes'])} in {counted(counts['documents'], 'document')}: {rule}"
+            )
     if unreadable := list(report["unreadable"].values()):
         n = len(unreadable)
         lines.append(f"  {n:,} {'files' if n > 1 else 'file'} could not be read, or not to the end (exit code 3):")
         lines += [f"    {shortened(why, 500)}" for why in unreadable[:SHOWN_FILES]]
         lines += [f"    and {n - SHOWN_FILES:,} more: {out / REPORT} names all"] if n > SHOWN_FILES else []
-    lines.append(f"{out} is ready; look inside with: {builder_command()} inspect {out} --documents 1")
+    lines.append(f"{out} is ready; {out / REPORT_PAGE} shows what is in it")
+    lines.append(f"look inside with: {builder_command()} inspect {typed(out)} --documents 1")
     return "\n".join(lines)

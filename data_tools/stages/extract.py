@@ -20,6 +20,7 @@ from data_tools.readers.input_file import InputFile, UnreadableFile
 from data_tools.readers.split_names import given_split, names_like_splits
 from data_tools.readers.work_units import WorkUnit, cut_into_units
 from data_tools.stages.select import GIVEN, UnitInput
+from data_tools.stages.what_is_left import add_up, tell_what_rules_took
 from data_tools.storage.document_store import DocumentWriter, open_documents
 from data_tools.storage.rejects import REJECTS, RejectWriter, open_rejects
 from megagpt.atomic_files import sha256_of
@@ -86,6 +87,7 @@ def extract_all(units: Sequence[WorkUnit], sources: Sequence[SourceConfig], stri
         for unit in units
     ]
     extracted = tasks.run(extract, jobs, "reading")
+    tell_what_rules_took(extracted)
     unreadable = unreadable_files(extracted)
     if unreadable and len(unreadable) == len({slice_.file.path for unit in units for slice_ in unit.slices}):
         raise UserError(next(iter(unreadable.values())))
@@ -135,18 +137,17 @@ def describe_units(
 
 def why_nothing_is_left(extracted: Sequence[Done], tokenized: Sequence[Done] = ()) -> str:
     """Return the end of a message, "; skipped: ...", with every reason for dropped documents; may be empty."""
-    reasons: dict[str, str] = {}
-    for why in unreadable_files(extracted).values():
-        reasons.setdefault("unreadable", why)
+    reasons = list(unreadable_files(extracted).values())[:1]
+    skipped: dict[str, list[Any]] = {}
     for done in extracted:
         for reason, (n, first) in done.result["skipped"].items():
-            reasons.setdefault(reason, f"skipped: {n} {reason} (first: {first})")
-        for rule, (n, _) in done.result["rejected"].items():
-            reasons.setdefault(rule, f"rejected: {n} by {rule}")
-    for done in tokenized:
-        for rule, (n, _) in done.result["dropped"].items():
-            reasons.setdefault(rule, f"dropped: {n} {rule}")
-    return "".join(f"; {reason}" for reason in reasons.values())
+            skipped.setdefault(reason, [0, first])[0] += n
+    reasons += [f"skipped: {n:,} {reason} (first: {first})" for reason, (n, first) in skipped.items()]
+    rejected = add_up(done.result["rejected"] for done in extracted)
+    reasons += [f"rejected: {n:,} by {rule}" for rule, (n, _) in rejected.items()]
+    dropped = add_up(done.result["dropped"] for done in tokenized)
+    reasons += [f"dropped: {n:,} {rule}" for rule, (n, _) in dropped.items()]
+    return "".join(f"; {reason}" for reason in reasons)
 
 
 def _code_hashes(rules: RulesConfig) -> dict[str, str]:

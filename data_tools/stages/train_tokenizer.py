@@ -16,6 +16,7 @@ from data_tools.config import MOST_PIECES, TRAINING, TokenizerConfig
 from data_tools.executor.progress import warn
 from data_tools.executor.tasks import Done, Tasks, file_of
 from data_tools.executor.workers import start_workers
+from data_tools.formatting import format_bytes
 from data_tools.stages.extract import (
     describe_units,
     extract_all,
@@ -25,6 +26,7 @@ from data_tools.stages.extract import (
     why_nothing_is_left,
 )
 from data_tools.stages.select import SplitConfig, UnitInput, keyed_hash, select
+from data_tools.stages.what_is_left import Taken, tell_what_copies_took
 from megagpt.atomic_files import write_atomically, written
 from megagpt.data.tokenizer import META_SPACE, Tokenizer
 from megagpt.errors import UserError
@@ -90,6 +92,7 @@ def train_on(
     # twice what is needed, because chunks vary in size, and enough that even a small sample is never empty
     share = max(2 * config.sample_bytes, 64 * CHUNK) / text_bytes
     samples = tasks.run(draw_sample, [(unit, clusters, splits, min(1.0, share)) for unit in units], "sampling")
+    tell_what_copies_took(samples, extracted)
     drawn = [done.prefix for done in samples]
     options = config.model_dump(include=TRAINING)
     if config.tokenizer_type != "unigram":
@@ -136,12 +139,16 @@ def draw_sample(
                 key = keyed_hash(selection.documents[row].doc + f"{piece}:{at}".encode(), splits.seed)
                 if key < limit:
                     file.write(json.dumps([key, text[at : at + CHUNK]]) + "\n")
-    return {}
+    dropped: Taken = {}
+    for row, reason in selection.dropped.items():
+        own = dropped.setdefault(reason, [0, 0])
+        own[0], own[1] = own[0] + 1, own[1] + selection.documents[row].bytes
+    return {"dropped": dropped}
 
 
 def find_unspaced(prefix: Path, samples: Sequence[Path], sample_bytes: int) -> dict[str, Any]:
     """Run as a task: count a sample's characters, those in different long words, and the letters of 99 % of those."""
-    sample = _smallest_keys(samples, sample_bytes)
+    sample, _ = _smallest_keys(samples, sample_bytes)
     long_words = {word for text in sample for word in UNSPACED.findall(text)}
     counts = Counter("".join(long_words))
     unspaced, letters, room = counts.total(), 0, 0.99 * counts.total()
@@ -160,20 +167,20 @@ def train(
     Of long words, at most `most_unspaced` characters are trained on: the rest of them is left out.
     """
     config = TokenizerConfig(**options, seed=seed)
-    sample = _smallest_keys(samples, config.sample_bytes)
+    sample, is_all = _smallest_keys(samples, config.sample_bytes)
     if not sample:
         raise UserError("there is no text to train a tokenizer on: the training split is empty; give more input")
     if most_unspaced is not None:
         sample = _without_long_words(sample, most_unspaced)
-    model_bytes = train_sample(sample, config)
+    model_bytes = train_sample(sample, config, is_all=is_all)
     tokenizer = Tokenizer(model_bytes)
     with written(file_of(prefix, MODEL)) as temporary:
         temporary.write_bytes(model_bytes)
     return {"sample_sha256": hashlib.sha256("\n".join(sample).encode()).hexdigest(), "sha256": tokenizer.sha256}
 
 
-def _smallest_keys(samples: Sequence[Path], n_bytes: int) -> list[str]:
-    """Return the drawn chunks with the smallest keys, n_bytes of them."""
+def _smallest_keys(samples: Sequence[Path], n_bytes: int) -> tuple[list[str], bool]:
+    """Return the drawn chunks with the smallest keys, n_bytes of them, and whether these are all."""
     drawn = sorted((key, text) for file in samples for key, text in _read_chunks(file_of(file, SAMPLE)))
     sample = []
     for _, text in drawn:
@@ -181,7 +188,7 @@ def _smallest_keys(samples: Sequence[Path], n_bytes: int) -> list[str]:
             break
         sample.append(text)
         n_bytes -= len(text.encode())
-    return sample
+    return sample, len(sample) == len(drawn)
 
 
 def _without_long_words(sample: Sequence[str], most: int) -> list[str]:
@@ -201,14 +208,17 @@ def _read_chunks(file: Path) -> Iterator[tuple[int, str]]:
             yield key, text
 
 
-def train_sample(sample: Sequence[str], config: TokenizerConfig) -> bytes:
-    """Return the bytes of a model trained on these texts. Raises UserError, with a vocab_size that works."""
+def train_sample(sample: Sequence[str], config: TokenizerConfig, *, is_all: bool = True) -> bytes:
+    """Return the bytes of a model trained on these texts. Raises UserError, with a vocab_size that works.
+
+    `is_all`: there is no more text, so that a larger sample_bytes would not help.
+    """
     if not any(line.strip("\t") for line in _lines(sample)):
         raise UserError("there is no text to train a tokenizer on; give more input")
     try:
         model_bytes = _train(sample, config.tokenizer_type, config.vocab_size)
     except RuntimeError as error:
-        raise _explain(str(error), sample, config) from error
+        raise _explain(str(error), sample, config, is_all) from error
     # without a piece of its own, the space is encoded as the bytes of U+2581, and decoded to that character
     if not Tokenizer(model_bytes).round_trips(" "):
         raise _too_small(sample, config)
@@ -245,12 +255,15 @@ def _lines(sample: Sequence[str]) -> Iterator[str]:
                 yield line[at : at + LINE]
 
 
-def _explain(message: str, sample: Sequence[str], config: TokenizerConfig) -> UserError:
+def _explain(message: str, sample: Sequence[str], config: TokenizerConfig, is_all: bool) -> UserError:
     """Return SentencePiece's error in terms of our options."""
     if most := re.search(r"Vocabulary size too high.*<= (\d+)", message):
+        size = format_bytes(sum(len(text.encode()) for text in sample))
+        what = "all that there is to train on" if is_all else "the sample to train on"
         return UserError(
-            f"vocab_size={config.vocab_size} is more pieces than this text supports; set vocab_size={most[1]}, "
-            f"the most for tokenizer_type={config.tokenizer_type} here, or give more text or a larger sample_bytes"
+            f"vocab_size={config.vocab_size} is more pieces than {size} of text give, {what}; "
+            f"set vocab_size={most[1]}, the most for tokenizer_type={config.tokenizer_type} here, or give "
+            + ("more text" if is_all else "a larger sample_bytes")
         )
     if re.search(TOO_SMALL, message):
         return _too_small(sample, config)

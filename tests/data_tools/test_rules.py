@@ -108,7 +108,9 @@ def test_the_first_rule_that_rejects_has_the_word():
     assert apply_rules(text, rules(**everything)).rejected_by == "gopher_repetition: the most frequent 2-gram"
     everything["gopher_repetition"] = False
     assert apply_rules(text, rules(**everything)).rejected_by == "c4: fewer than 5 sentences"
-    assert apply_rules(text, rules(fineweb=True)).rejected_by == "fineweb: lines with end punctuation below 0.12"
+    assert (
+        apply_rules(text, rules(fineweb=True)).rejected_by == "fineweb: share of lines with end punctuation below 0.12"
+    )
 
 
 def test_rules_judge_the_cleaned_text():

@@ -71,9 +71,9 @@ def test_the_least_vocabulary_of_characters_holds_the_space() -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("vocab_size=99999999999", r"vocab_size=99999999999: .* less than or equal to 16777216"),
-        ("vocab_size=0", r"vocab_size=0: .* greater than 0"),
-        ("sample_bytes=" + "9" * 17, r"sample_bytes=9+: .* less than or equal to 1000000000000000"),
+        ("vocab_size=99999999999", r"vocab_size=99999999999 is too large; .* at most 16777216"),
+        ("vocab_size=0", r"vocab_size=0 is too small; .* more than 0"),
+        ("sample_bytes=" + "9" * 17, r"sample_bytes=9+ is too large; .* at most 1000000000000000"),
     ],
 )
 def test_a_number_out_of_bounds_is_one_message(
