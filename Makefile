@@ -26,11 +26,10 @@ data/demo/manifest.json: | .venv/runtime
 	python -m data_tools build --config ds_configs/demo_data.json --out data/demo \
 	    --input "$$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 
-# One process, on a GPU if there is one: `megagpt train` is the same program as launch/pretrain.py, which `deepspeed`
-# starts once for each GPU.
+# One process, on a GPU if there is one: the batch of 8 is too small to divide over more.
 demo: .venv/runtime data/demo/manifest.json
 	@echo; echo "2 of 3: train a GPT-2 of 2.2 million parameters for 800 steps, a few minutes on two idle CPU cores"
-	megagpt train ds_configs/demo.json
+	megagpt train ds_configs/demo.json --nproc 1
 	@echo; echo "3 of 3: use the model"
 	megagpt evaluate runs/demo --data data/demo --tokens 200064
 	@echo; echo "Text after 'def ' and 'import '. It looks like Python and makes no sense, because the model is tiny and was"

@@ -324,6 +324,7 @@ LISTENERS = {
     ("megagpt/distributed/process_group.py", "dist.init_process_group"): "ranks on other hosts",
     ("megagpt/cli/doctor_agent.py", "attempt.bind"): "it does not listen",
     ("megagpt/distributed/interfaces.py", "probe.bind"): "it does not listen",
+    ("megagpt/cli/spawn_ranks.py", "probe.bind"): "it does not listen",
     ("megagpt/distributed/interfaces.py", "socket.create_server"): "where gloo will listen, until the ranks have met",
     ("megagpt/distributed/meeting.py", "dist.TCPStore"): "ranks on other hosts",
 }

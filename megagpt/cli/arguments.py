@@ -44,10 +44,16 @@ def command_line() -> argparse.ArgumentParser:
     commands.add_parser("data", help="build, check and show datasets: the same program as python -m data_tools")
     train = commands.add_parser(
         "train",
-        help="train as a run file describes, in this process; the same program as launch/pretrain.py",
+        help="train as a run file describes, on every GPU of this machine; resumes by itself",
         epilog="example: megagpt train ds_configs/debug_cpu.json megagpt.out_dir=runs/mine",
     )
     _add_run_file(train)
+    train.add_argument(
+        "--nproc",
+        type=whole(1, MOST_RANKS_HERE),
+        metavar="N",
+        help="number of ranks, each a process; default: one for each GPU, or one on a machine without any",
+    )
     _add_start(train)
     _before_a_run(commands)
     _on_a_cluster(commands)

@@ -63,7 +63,7 @@ def search(
             done = on_ranks(ranks, __spec__.name, *given, f"megagpt.out_dir={folder}/run")
             if done.returncode == 0:
                 return Used(**json.loads(out.read_text()))
-            if any(f"(exitcode: {code})" in done.stderr for code in (OUT_OF_MEMORY, KILLED)):
+            if done.returncode in (OUT_OF_MEMORY, KILLED):
                 return None
             raise failure_of(done)
 

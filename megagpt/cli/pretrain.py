@@ -1,4 +1,4 @@
-"""Train: the program of launch/pretrain.py and `megagpt train`, which runs on every rank.
+"""Train: the program of launch/pretrain.py, which runs on every rank, and `megagpt train`, which starts the ranks.
 
 Imports stand inside the functions, so that signals are caught before torch is loaded, and --help is fast.
 """
@@ -7,25 +7,53 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
 from megagpt.cli.arguments import training_arguments
+from megagpt.cli.spawn_ranks import train_on_ranks
+from megagpt.distributed.rank_variables import OURS, is_rank
+from megagpt.errors import UserError
 from megagpt.open_files import raise_limit
-from megagpt.terminal import SAVED_AND_WANTS_RESTART, exit_code_of, print_error, show
+from megagpt.terminal import MISTAKE, SAVED_AND_WANTS_RESTART, exit_code_of, print_error, show
 from megagpt.train.preemption import SIGNALS, Preemption
+
+# Seconds that a rank of ours whose connection broke waits to be ended: the rank that failed has told why.
+OUTLIVES_ANOTHER = 30.0
 
 
 def main() -> NoReturn:
     """Train as the command line describes, and end this process with the exit code."""
     raise_limit()
     args = _arguments(None)
-    sys.exit(2 if args is None else run(args))
+    sys.exit(MISTAKE if args is None else run_rank(args))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, then leave the process group; only the end of the process may follow."""
-    code = _pretrain(args)
+    """Run `megagpt train`: on every GPU of this machine, or on `--nproc` ranks; a launcher's rank is one as it is."""
+    if args.sample_report is not None or is_rank(os.environ):
+        return run_rank(args)
+    preemption = _preemption()
+    n_ranks = args.nproc or _gpus()
+    if n_ranks <= 1:
+        return run_rank(args, preemption)
+    if preemption.requested:  # while torch was loaded
+        return SAVED_AND_WANTS_RESTART
+    fresh = ["--fresh"] if args.fresh else []
+    return train_on_ranks(
+        n_ranks, [sys.executable, "-m", "megagpt", "train", str(args.run_file), *fresh, *args.overrides]
+    )
+
+
+def run_rank(args: argparse.Namespace, preemption: Preemption | None = None) -> int:
+    """Train as one rank, then leave the process group; only the end of the process may follow."""
+    try:
+        code = _pretrain(args, preemption)
+    except RuntimeError as error:
+        if OURS in os.environ and "gloo" in str(error):
+            time.sleep(OUTLIVES_ANOTHER)
+        raise
     # When the first rank ends, launchers signal the others, which must still end with their own exit code.
     for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -38,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def pretrain(argv: Sequence[str] | None = None) -> int:
     """Train, and return the exit code: 0 finished, 2 something the user gave is wrong, 75 saved and to be restarted."""
     args = _arguments(argv)
-    return 2 if args is None else _pretrain(args)
+    return MISTAKE if args is None else _pretrain(args)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace | None:
@@ -52,21 +80,29 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace | None:
     return None
 
 
-def _pretrain(args: argparse.Namespace) -> int:
+def _pretrain(args: argparse.Namespace, preemption: Preemption | None = None) -> int:
     """Train, or only report samples. Returns the exit code."""
     if args.sample_report is not None:
         return exit_code_of(lambda: _sample_report(args))
 
-    from megagpt.distributed.launcher import launcher_watch
-
-    # Before torch is loaded, so that no signal is missed.
-    preemption = Preemption(launcher_alive=launcher_watch(), ctrl_c=True)
+    stops = preemption or _preemption()
     from megagpt.distributed.process_group import is_main
 
     # Before there is a process group, RANK tells who prints what all ranks raise.
-    return exit_code_of(
-        lambda: _train(args, preemption), is_main=lambda: is_main() and os.environ.get("RANK", "0") == "0"
-    )
+    return exit_code_of(lambda: _train(args, stops), is_main=lambda: is_main() and os.environ.get("RANK", "0") == "0")
+
+
+def _preemption() -> Preemption:
+    """Catch signals; called before torch is loaded, so that none is missed."""
+    from megagpt.distributed.launcher import launcher_watch
+
+    return Preemption(launcher_alive=launcher_watch(), ctrl_c=True)
+
+
+def _gpus() -> int:
+    from megagpt.distributed.process_group import visible_gpus
+
+    return visible_gpus()
 
 
 def _train(args: argparse.Namespace, preemption: Preemption) -> int:
@@ -81,6 +117,11 @@ def _train(args: argparse.Namespace, preemption: Preemption) -> int:
     from megagpt.engine.precision import with_supported_dtype
 
     place = join_launch()
+    if place.world_size > 1 and getattr(args, "nproc", None):
+        raise UserError(
+            f"--nproc={args.nproc} starts ranks, but this process is one of {place.world_size}, which "
+            f"{place.launcher or 'RANK and WORLD_SIZE'} started; leave --nproc out, or start megagpt train by itself"
+        )
     check_hostfile()
     device = meet()
     if place == Place() and (note := unused_tasks(os.environ)):

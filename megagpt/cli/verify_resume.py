@@ -22,10 +22,12 @@ from megagpt.cli.spawn_ranks import failure_of, on_ranks
 from megagpt.config.batch import batch_plan, rank_numbers
 from megagpt.config.run_file import load_run_config
 from megagpt.distributed.collectives import errors_on_every_rank
+from megagpt.distributed.launcher import launcher_watch
 from megagpt.distributed.process_group import init_process_group, is_main, leave
 from megagpt.engine.precision import with_supported_dtype
 from megagpt.engine.safe_pickle import load_checked
 from megagpt.terminal import exit_code_of, show
+from megagpt.train.preemption import Preemption
 from megagpt.train.trainer import train
 
 # Tolerance of losses, in nats: other ranks add in another order, and 16-bit numbers are rounded.
@@ -163,7 +165,8 @@ def _one_rank(run_file: str, stop_at: str, *overrides: str) -> int:
     device = init_process_group()
     with errors_on_every_rank():
         run = load_run_config(Path(run_file), overrides)
-    train(with_supported_dtype(run, device), device, stop_at=int(stop_at))
+    preemption = Preemption(launcher_alive=launcher_watch())
+    train(with_supported_dtype(run, device), device, stop_at=int(stop_at), preemption=preemption)
     leave()
     return 0
 

@@ -72,8 +72,8 @@ REMOVED = {
     "vocab_size tokenizer tokenizer_name": "the vocabulary is that of the dataset's tokenizer; remove it",
     "device accelerator use_cpu no_cuda": "a GPU is used where there is one, and none where CUDA_VISIBLE_DEVICES is "
     "empty; remove it",
-    "n_gpu num_gpus gpus devices world_size num_nodes backend local_rank": "the launcher decides on the "
-    "ranks; remove it",
+    "n_gpu num_gpus gpus devices world_size num_nodes nproc_per_node nnodes num_processes backend local_rank": ""
+    "`megagpt train` starts one rank for each GPU, or --nproc N of them, and a launcher its own number; remove it",
     "num_workers dataloader_num_workers dataloader_pin_memory pin_memory": "data is read ahead by a thread; remove it",
     "resume resume_from_checkpoint": "a run resumes by itself when megagpt.out_dir holds a checkpoint; remove it",
     "overwrite_output_dir": "remove it, and give --fresh to start again",

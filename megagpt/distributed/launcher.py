@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from megagpt.distributed.rank_variables import OTHER_LAUNCHERS
+from megagpt.distributed.rank_variables import OTHER_LAUNCHERS, OURS
 
 GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL: deepspeed's, torchrun's, and Slurm's if nobody changed KillWait
 
@@ -30,7 +30,7 @@ def launcher_watch() -> Callable[[], bool]:
     It always returns True if a person started this process: such a process may outlive its shell, but a launcher's
     ranks must not outlive the launcher.
     """
-    if not any(name in os.environ for name in LAUNCHERS):
+    if not any(name in os.environ for name in (*LAUNCHERS, OURS)):
         return lambda: True
     links = [(os.getpid(), os.getppid()), *_links_above(os.getppid())]
     # An orphan gets another parent, so the launcher lives as long as every process still has the parent it had.

@@ -120,9 +120,9 @@ def own_device() -> torch.device:
 
     DS_ACCELERATOR=cpu leaves the GPUs alone, here as in DeepSpeed.
     """
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+    place, n_gpus = read_place(os.environ), visible_gpus()
+    if n_gpus == 0:
         return torch.device("cpu")
-    place, n_gpus = read_place(os.environ), torch.cuda.device_count()
     # --gpus-per-task, or a wrapper that sets CUDA_VISIBLE_DEVICES, shows each rank only its own GPU.
     shows_one = n_gpus == 1 and place.launcher in ("srun", "mpirun", "mpiexec")
     local_rank = 0 if shows_one else place.local_rank
@@ -130,10 +130,17 @@ def own_device() -> torch.device:
     if n_ranks > n_gpus:
         raise OwnRankError(
             f"LOCAL_RANK={local_rank}: {n_ranks} ranks need {n_ranks} GPUs, but {socket.gethostname()} shows {n_gpus}; "
-            "lower --num_gpus, the hostfile's slots, --nproc-per-node or --ntasks-per-node"
+            "lower --nproc, --num_gpus, the hostfile's slots, --nproc-per-node or --ntasks-per-node"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def visible_gpus() -> int:
+    """Return the number of GPUs that this process may use: none with DS_ACCELERATOR=cpu."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return 0
+    return torch.cuda.device_count()
 
 
 def rank() -> int:

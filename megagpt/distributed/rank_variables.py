@@ -16,6 +16,7 @@ from megagpt.errors import OwnRankError, UserError
 TORCHS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ONE_RANK = "`unset RANK WORLD_SIZE` trains on one rank, and torchrun or deepspeed set both for several"
 PORT = 29500  # the usual one of torch and deepspeed
+OURS = "MEGAGPT_LAUNCH"  # set by `megagpt train` for the ranks that it starts
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,34 @@ def local_ranks() -> int:
     return read_place(os.environ).local_size
 
 
+def is_rank(environment: Mapping[str, str]) -> bool:
+    """Tell whether a launcher, or torch's variables, make this process one of a run's ranks.
+
+    A shell of `srun --pty`, or the only task of a job, is none. Raises OwnRankError as `read_place`.
+    """
+    given = _given(environment)
+    return "RANK" in given or given.get("WORLD_SIZE", "1") != "1" or read_place(environment).world_size > 1
+
+
+def ranks_variables(rank: int, n_ranks: int, port: int) -> dict[str, str]:
+    """Return the variables that make a process one of n_ranks on this machine."""
+    numbers = {"RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n_ranks}
+    # By address: a host's own name need not resolve.
+    return {name: str(n) for name, n in numbers.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        OURS: "1",
+    }
+
+
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     """Return an environment without what a launcher above this process set, or an earlier launch left over."""
     names = {name for other in OTHER_LAUNCHERS for name in (other.rank, other.size, other.local_rank)}
+    names |= {*TORCHS, OURS}
     return {
         name: value
         for name, value in environment.items()
-        if name not in names and name not in TORCHS and not name.startswith(("PET_", "TORCHELASTIC_", "PMIX_RANK"))
+        if name not in names and not name.startswith(("PET_", "TORCHELASTIC_", "PMIX_RANK"))
     }
 
 
@@ -190,7 +212,7 @@ def _numbered_by_torch(given: Mapping[str, str]) -> Place:
         raise OwnRankError(f"RANK={rank} is not below WORLD_SIZE={world_size}; {ONE_RANK}")
     local_rank = _number(given, "LOCAL_RANK") if "LOCAL_RANK" in given else 0
     sizes = [_number(given, name, at_least=1) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in given]
-    signs = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
+    signs = {OURS: "megagpt train", "TORCHELASTIC_RUN_ID": "torchrun", "CROSS_RANK": "deepspeed"}
     launcher = next((name for sign, name in signs.items() if sign in given), "")
     return Place(rank, world_size, local_rank, next(iter(sizes), 1), launcher)
 

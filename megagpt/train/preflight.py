@@ -1,12 +1,14 @@
 """Check everything that can be checked before a GPU is used: run file against ranks, data, tokenizer, checkpoint."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megagpt.checkpoint.commit import Saved
 from megagpt.checkpoint.identity import Identity, check_identity, identity_of
 from megagpt.checkpoint.run_samples import next_samples
 from megagpt.checkpoint.verification import newest_verified
-from megagpt.config.batch import BatchPlan, batch_plan
+from megagpt.config.batch import BatchPlan, batch_plan, rank_numbers
 from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.data.augmentation import batch_transform
@@ -18,6 +20,7 @@ from megagpt.data.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.data.training_set import TrainingSet
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import world_size
+from megagpt.distributed.rank_variables import OURS
 from megagpt.distributed.rendezvous import check_equal_on_ranks
 from megagpt.errors import UserError
 from megagpt.train.early_stopping import at_resume
@@ -61,7 +64,7 @@ def prepare(run: RunConfig, *, fresh: bool) -> RunSetup:
 
     Collective; raises UserError on every rank.
     """
-    cfg, batch = run.megagpt, batch_plan(run.deepspeed, world_size())
+    cfg, batch = run.megagpt, batch_plan(run.deepspeed, world_size(), _fewer_ranks())
     with errors_on_every_rank():
         data = _open_data(cfg)
     fingerprints = {f"{dataset.path} (fingerprint)": dataset.fingerprint for dataset in (*data.train, data.val)}
@@ -86,6 +89,11 @@ def refused_data(run: RunConfig) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def _fewer_ranks() -> Iterator[tuple[int, str]] | None:
+    """Return the ways to start fewer ranks by `megagpt train`; None below another launcher."""
+    return rank_numbers(world_size(), "give --nproc {}") if OURS in os.environ else None
 
 
 def _open_data(cfg: MegaGPTConfig) -> OpenedData:

@@ -1,13 +1,22 @@
-"""Programs started on several ranks: ending the command ends their ranks."""
+"""Programs started on several ranks: `megagpt train`, and that ending a command ends its ranks."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import psutil
 import pytest
-from support import ROOT, environment
+from support import DEBUG_RUN, ROOT, environment, overrides
+
+from megagpt.checkpoint.commit import committed
+from megagpt.cli.arguments import command_line
+from megagpt.cli.pretrain import _train
+from megagpt.cli.spawn_ranks import LocalRanks, train_on_ranks
+from megagpt.distributed.rank_variables import OURS, is_rank, ranks_variables
+from megagpt.errors import UserError
+from megagpt.train.preemption import Preemption
 
 LAUNCH = "import sys; from megagpt.cli.spawn_ranks import on_ranks; on_ranks(2, 'waiting_rank', sys.argv[1])"
 WAITING_RANK = """
@@ -17,14 +26,117 @@ ready.write(f"{os.getpid()}\\n")
 ready.flush()
 threading.Event().wait()
 """
+FOREVER = ["megagpt.schedule.max_steps=100000", "megagpt.every.save=0", "megagpt.every.eval=0"]
+
+
+def started(dataset, out_dir, *more, **variables) -> tuple[subprocess.Popen[str], list[str]]:
+    """`megagpt train` on two ranks, and its lines up to the first step, if it comes to one."""
+    command = [sys.executable, "-m", "megagpt", "train", DEBUG_RUN, *overrides(dataset, out_dir, *more), "--nproc", "2"]
+    command, pipes = list(map(str, command)), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    launch = subprocess.Popen(command, cwd=ROOT, env=environment() | variables, text=True, **pipes)
+    lines = []
+    for line in launch.stdout:
+        lines.append(line)
+        if line.startswith("step"):
+            break
+    return launch, lines
+
+
+@pytest.mark.process
+def test_ctrl_c_saves_once_and_ranks_whose_launcher_is_killed_save_too(dataset, tmp_path):
+    """Ctrl-C reaches the launcher, which passes it on, and the ranks."""
+    launch, lines = started(dataset, tmp_path / "run", *FOREVER)
+    assert "accumulation 1 x 2 ranks" in "".join(lines)
+    ranks = psutil.Process(launch.pid).children()
+    for process in (launch, *ranks):
+        process.send_signal(signal.SIGINT)
+    out, err = launch.communicate(timeout=120)
+    assert launch.returncode == 75, err
+    assert out.count("(SIGINT) and saved; the same command resumes") == 1
+    assert err.count("Ctrl-C: stopping at the next step") == 1
+    [step_dir] = committed(tmp_path / "run")
+
+    launch, lines = started(dataset, tmp_path / "run", *FOREVER)
+    assert f"resuming from {step_dir}" in "".join(lines)
+    ranks = psutil.Process(launch.pid).children()
+    launch.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+    assert "(launcher has died) and saved" in launch.communicate()[0]
+    assert len(committed(tmp_path / "run")) == 2
+
+
+@pytest.mark.process
+def test_a_rank_that_is_killed_ends_the_others_with_one_message_and_its_code(dataset, tmp_path):
+    launch, _ = started(dataset, tmp_path / "run", *FOREVER)
+    ranks = psutil.Process(launch.pid).children()
+    [killed] = [process for process in ranks if process.environ()["RANK"] == "1"]
+    killed.kill()
+    _, err = launch.communicate(timeout=30)
+    assert launch.returncode == 128 + signal.SIGKILL
+    assert re.fullmatch(r"error: rank 1 was killed \(SIGKILL\), as by the kernel when memory is full.*\n", err)
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in ranks)
+
+
+@pytest.mark.process
+def test_a_mistake_is_printed_once_for_all_ranks(dataset, tmp_path):
+    launch, _ = started(dataset, tmp_path / "run", "megagpt.data.val=nowhere")
+    _, err = launch.communicate(timeout=60)
+    assert (launch.returncode, err.count("error: "), err.count("\n")) == (2, 1, 1), err
+
+
+def test_nproc_is_refused_in_a_launchers_rank(monkeypatch):
+    for name, value in ranks_variables(1, 2, 1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(OURS)
+    args = command_line().parse_args(["train", str(DEBUG_RUN), "--nproc", "3"])
+    with pytest.raises(UserError, match=r"--nproc=3 starts ranks, but this process is one of 2, which RANK and WORLD_"):
+        _train(args, Preemption())
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("number", "torchrun_is_killed"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, True)]
+    ("codes", "expected"),
+    [("0 0", 0), ("0 75", 75), ("3 wait", 3), ("0 1", 1), ("wait -9", 137), ("2 2", 2)],
 )
-def test_ending_the_command_ends_its_ranks(tmp_path, number, torchrun_is_killed):
-    """Ranks without a torchrun are also what one leaves that is told to end while it still starts them."""
+def test_a_launch_ends_with_the_code_of_the_rank_that_failed(tmp_path, codes, expected):
+    """A rank that waits for one that has failed is ended."""
+    rank = (
+        "import os, sys, threading; code = sys.argv[1].split()[int(os.environ['RANK'])]\n"
+        "if code == 'wait': threading.Event().wait()\n"
+        "if code[0] == '-': os.kill(os.getpid(), -int(code))\n"
+        "sys.exit(int(code))"
+    )
+    assert train_on_ranks(2, [sys.executable, "-c", rank, codes]) == expected
+
+
+@pytest.mark.process
+def test_ranks_that_remain_with_their_mistake_are_ended_in_time(monkeypatch):
+    """One that found a mistake ends with 2, and the others are given some seconds to find it too."""
+    monkeypatch.setattr("megagpt.cli.spawn_ranks.FIND_THE_SAME", 0.2)
+    rank = "import os, sys, threading; os.environ['RANK'] == '1' and sys.exit(2); threading.Event().wait()"
+    with LocalRanks(2, [sys.executable, "-c", rank]) as ranks:
+        assert ranks.wait() == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, False),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, True),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}, False),  # srun --pty bash
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}, True),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, True),
+        ({OURS: "1"}, False),
+    ],
+)
+def test_only_a_launchers_rank_starts_no_ranks_of_its_own(variables, expected):
+    assert is_rank(variables) == expected
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ending_the_command_ends_its_ranks(tmp_path, number):
     (tmp_path / "waiting_rank.py").write_text(WAITING_RANK)
     pipe = tmp_path / "ready"
     os.mkfifo(pipe)
@@ -33,15 +145,11 @@ def test_ending_the_command_ends_its_ranks(tmp_path, number, torchrun_is_killed)
     # Opening blocks until a rank has opened the pipe too.
     with pipe.open() as ready:
         ranks = [psutil.Process(int(ready.readline())) for _ in range(2)]
-    below = psutil.Process(command.pid).children(recursive=True)
-    assert set(ranks) <= set(below)
-    if torchrun_is_killed:
-        [torchrun] = psutil.Process(command.pid).children()
-        torchrun.kill()
+    assert set(ranks) == set(psutil.Process(command.pid).children(recursive=True))
     command.send_signal(number)
     assert command.wait(60) in (128 + number, -number)
     # One that has ended and whose parent is gone stays a zombie where process 1 of a container reaps none.
-    left = [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    left = [process for process in ranks if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     for process in left:
         process.kill()
     assert not left
