@@ -157,3 +157,8 @@ class DeepSpeedConfig(Passed):
     def dtype(self) -> Literal["bf16", "fp16", "fp32"]:
         """The dtype of the model's computation."""
         return "bf16" if self.bf16.enabled else "fp16" if self.fp16.enabled else "fp32"
+
+    def uses_cpu_adam(self, device_type: str) -> bool:
+        """Tell whether DeepSpeed's CPUAdam updates the weights of a device, "cpu" or "cuda"; torch's Adam otherwise."""
+        offloads = self.zero_optimization.offload_optimizer.device != "none"
+        return offloads and device_type == "cuda" and not self.optimizer.params.torch_adam

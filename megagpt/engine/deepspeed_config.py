@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from megagpt.config.batch import BatchPlan
 from megagpt.config.mistakes import explain
 from megagpt.config.run_file import RunConfig
-from megagpt.engine.optimizer import adam_on_the_host
 from megagpt.errors import UserError
 from megagpt.model.flops import bucket_elements
 
@@ -49,7 +48,7 @@ def effective_config(run: RunConfig, batch: BatchPlan, vocab_size: int, device: 
 
 def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.device) -> dict[str, Any]:
     """Return the keys that are filled where a run file leaves them out, with the reason for each value."""
-    stage, on_host = run.deepspeed.zero_optimization.stage, adam_on_the_host(run.deepspeed, device)
+    stage, on_host = run.deepspeed.zero_optimization.stage, run.deepspeed.uses_cpu_adam(device.type)
     bucket = bucket_elements(run.megagpt.model, vocab_size, batch.world_size)
     filled: dict[str, Any] = {
         "gradient_accumulation_steps": batch.accumulation,

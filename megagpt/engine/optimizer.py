@@ -52,7 +52,7 @@ def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, devic
     decoupled = ds.optimizer.type == "AdamW" or p.adam_w_mode
     adam: dict[str, Any] = {"lr": p.lr, "betas": p.betas, "eps": p.eps}
     optimizer: Optimizer
-    if adam_on_the_host(ds, device):
+    if ds.uses_cpu_adam(device.type):
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **adam)
     else:
         optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **adam)
@@ -65,9 +65,3 @@ def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, devic
 def clips_itself(ds: DeepSpeedConfig) -> bool:
     """Tell whether the optimizer clips: at ZeRO stage 0 in fp32 DeepSpeed would clip, but does not keep the norm."""
     return ds.zero_optimization.stage == 0 and ds.dtype == "fp32"
-
-
-def adam_on_the_host(ds: DeepSpeedConfig, device: torch.device) -> bool:
-    """Tell whether DeepSpeed's CPUAdam updates the weights of a GPU."""
-    offloads = ds.zero_optimization.offload_optimizer.device != "none"
-    return offloads and device.type == "cuda" and not ds.optimizer.params.torch_adam

@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import GuardsConfig, SpikesConfig
 from megagpt.distributed.collectives import gather_over_ranks
-from megagpt.engine.optimizer import adam_on_the_host
 from megagpt.errors import UserError
 from megagpt.guards.step_window import StepMetrics, mean_loss, norm_tensor
 from megagpt.train_state import Health
@@ -74,7 +73,7 @@ def check_skipping(run: RunConfig, device: torch.device) -> None:
     """Raise UserError where the update of a spike cannot be skipped on the device."""
     if run.megagpt.guards.spikes.action != "skip":
         return
-    if run.deepspeed.fp16.enabled or adam_on_the_host(run.deepspeed, device):
+    if run.deepspeed.fp16.enabled or run.deepspeed.uses_cpu_adam(device.type):
         raise UserError(
             "megagpt.guards.spikes.action='skip' does not work with fp16, and with an offloaded optimizer it needs "
             "optimizer.params.torch_adam; set it to 'log', 'stop' or 'roll back'"

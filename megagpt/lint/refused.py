@@ -36,11 +36,6 @@ def _offload_device(run: RunConfig) -> str:
     return run.deepspeed.zero_optimization.offload_optimizer.device
 
 
-def _on_cpu_adam(run: RunConfig) -> bool:
-    """Tell whether DeepSpeed's CPUAdam updates the weights where there is a GPU."""
-    return _offload_device(run) != "none" and not run.deepspeed.optimizer.params.torch_adam
-
-
 def _bf16_moments(run: RunConfig) -> bool:
     return bool(run.deepspeed_raw.get("bf16", {}).get("bf16_optimizer_states"))
 
@@ -113,13 +108,13 @@ ERRORS = (
     ),
     Refused(
         "bf16.bf16_master_weights_and_grads",
-        lambda run, on: on and not _bf16_moments(run) and not _on_cpu_adam(run),
+        lambda run, on: on and not _bf16_moments(run) and not run.deepspeed.uses_cpu_adam("cuda"),
         "needs Adam's moments in bf16 too, or on the CPU; set bf16.bf16_optimizer_states to true, or "
         'zero_optimization.offload_optimizer to {"device": "cpu"} without optimizer.params.torch_adam',
     ),
     Refused(
         "fp16.fp16_master_weights_and_grads",
-        lambda run, on: on and not _on_cpu_adam(run),
+        lambda run, on: on and not run.deepspeed.uses_cpu_adam("cuda"),
         "needs Adam's moments on the CPU; set zero_optimization.offload_optimizer to "
         '{"device": "cpu"} without optimizer.params.torch_adam',
     ),

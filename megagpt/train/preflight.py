@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 from megagpt.checkpoint.commit import Saved
 from megagpt.checkpoint.identity import Identity, check_identity, identity_of
 from megagpt.checkpoint.run_samples import next_samples
@@ -22,7 +24,9 @@ from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import world_size
 from megagpt.distributed.rank_variables import OURS
 from megagpt.distributed.rendezvous import check_equal_on_ranks
+from megagpt.engine.compilation import compiles
 from megagpt.errors import UserError
+from megagpt.guards.spikes import check_skipping
 from megagpt.train.early_stopping import at_resume
 from megagpt.train_state import TrainState
 
@@ -45,6 +49,7 @@ class RunSetup:
 
     run: RunConfig
     batch: BatchPlan
+    compiled: bool  # the blocks are compiled
     data: OpenedData
     training_set: TrainingSet
     identity: Identity
@@ -59,12 +64,15 @@ class RunSetup:
         return replace(state, stopper=at_resume(state.stopper, self.run.megagpt.early_stopping))
 
 
-def prepare(run: RunConfig, *, fresh: bool) -> RunSetup:
+def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
     """Check everything that a user may have got wrong. `fresh`: start at step 0, whatever out_dir holds.
 
     Collective; raises UserError on every rank.
     """
-    cfg, batch = run.megagpt, batch_plan(run.deepspeed, world_size(), _fewer_ranks())
+    cfg = run.megagpt
+    check_skipping(run, device)
+    compiled = compiles(cfg.compile, device)
+    batch = batch_plan(run.deepspeed, world_size(), _fewer_ranks())
     with errors_on_every_rank():
         data = _open_data(cfg)
     fingerprints = {f"{dataset.path} (fingerprint)": dataset.fingerprint for dataset in (*data.train, data.val)}
@@ -76,7 +84,7 @@ def prepare(run: RunConfig, *, fresh: bool) -> RunSetup:
     with errors_on_every_rank():
         training_set = next_samples(cfg, batch.global_batch, saved, data.train)
         training_set.open_all()  # a damaged shard is found here, and not in the middle of the run
-    return RunSetup(run, batch, data, training_set, identity, saved)
+    return RunSetup(run, batch, compiled, data, training_set, identity, saved)
 
 
 def refused_data(run: RunConfig) -> str | None:

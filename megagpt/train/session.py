@@ -27,11 +27,10 @@ from megagpt.distributed.collectives import errors_on_every_rank, gather_objects
 from megagpt.distributed.launcher import grace_warning
 from megagpt.distributed.process_group import is_main, print_rank0, rank
 from megagpt.engine.build import Engine, before_update, build_engine
-from megagpt.engine.compilation import compiles
 from megagpt.engine.deepspeed_config import effective_config
 from megagpt.errors import OwnRankError, UserError, writing_to
 from megagpt.guards.memory_growth import MemoryWatch, memory_mib
-from megagpt.guards.spikes import UpdateGate, check_skipping, judge_steps
+from megagpt.guards.spikes import UpdateGate, judge_steps
 from megagpt.guards.step_window import StepWindow
 from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
@@ -66,15 +65,13 @@ class Session:
         effective = {**run.as_json(), **config}
         self.record = RunRecord(self.cfg.out_dir, self.cfg.keep, setup.identity, setup.data.tokenizer, effective)
         changes = layout_changes(saved.step_dir, saved.identity, setup.identity, effective) if saved else []
-        check_skipping(run, device)
-        self.compiled = compiles(self.cfg.compile, device)
+        self.gate = UpdateGate(self.cfg.guards.spikes, setup.state.health, device)
         self.engine: Engine = build_engine(
-            run, batch, setup.data.vocab_size, device, config=config, compiled=self.compiled
+            run, batch, setup.data.vocab_size, device, config=config, compiled=setup.compiled
         )
         seed_all(self.cfg.seed + 1 + rank())  # dropout differs from rank to rank
         if saved is not None:
             resume(self.engine, saved, changes, self.cfg.seed)
-        self.gate = UpdateGate(self.cfg.guards.spikes, setup.state.health, device)
         if not self.uses_loss_scale:
             before_update(self.engine, self.gate.before_update)
         self.token_bytes = torch.from_numpy(setup.data.tokenizer.token_bytes()).to(device)
@@ -88,10 +85,9 @@ class Session:
         self.memory_watch = MemoryWatch(self.cfg.guards.memory_growth_mib)
         self.rolled_back: list[int] = []  # the steps that were rolled back to
         self.evaluated = (0, True)  # the step of the last evaluation, and whether its loss was finite
+        print_rank0("\n".join(opening(setup, effective)))
         with errors_on_every_rank():
             self.monitor = self._open_monitor()
-        lines = opening(setup, effective)
-        print_rank0("\n".join(lines))
 
     def _open_monitor(self) -> Monitor:
         """Write the effective run file into the run's folder, and open its monitors."""
@@ -304,7 +300,8 @@ class Session:
         return documents_of(self.setup.training_set, samples[begin : begin + share], self.cfg.out_dir, step)
 
     def _speed(self, tokens_per_sec: float) -> dict[str, float]:
-        return speed(self.setup.run, self.setup.data.vocab_size, tokens_per_sec, self.device, compiled=self.compiled)
+        setup = self.setup
+        return speed(setup.run, setup.data.vocab_size, tokens_per_sec, self.device, compiled=setup.compiled)
 
     def _eta(self, step: int) -> float:
         """Return the seconds to the last step, at the pace of this start."""

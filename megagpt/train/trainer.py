@@ -37,7 +37,7 @@ def train(
     preemption.set_time_limit(run.megagpt.time_limit_minutes)
     with RunLock(run.megagpt.out_dir) as lock:
         fresh = fresh and not is_requeued_start(run.megagpt.out_dir)
-        setup = prepare(run, fresh=fresh)
+        setup = prepare(run, device, fresh=fresh)
         if fresh:
             lock.archive_run(*(dataset.path for dataset in (*setup.data.train, setup.data.val)))
         if setup.state.finished(run.megagpt.schedule.max_steps):
@@ -101,7 +101,7 @@ def train_step(session: Session, batches: Iterator[Batch]) -> StepResult:
             batch.targets,
             label_smoothing=regularization.label_smoothing,
             z_loss=regularization.z_loss,
-            compiled=session.compiled,
+            compiled=session.setup.compiled,
         )
         with session.timer.forward():
             loss = engine(batch.inputs, documents=batch.documents, score=score)

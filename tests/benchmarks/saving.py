@@ -77,7 +77,8 @@ SOURCE, TARGET = torch.ones(2, 2**30, dtype=torch.uint8)  # untouched zeros woul
 def measure(options: list[str], rounds: int) -> dict[str, Any]:
     """Leaves one committed step behind."""
     run = load_run_config(DEBUG_RUN, options)
-    session = Session(prepare(run, fresh=False), init_process_group())
+    device = init_process_group()
+    session = Session(prepare(run, device, fresh=False), device)
     batches, state, out_dir = session.batches(), session.setup.state, run.megagpt.out_dir
     writers = {asynchronous: Writer(asynchronous=asynchronous) for asynchronous in (False, True)}
     names = ("memcpy", "at_once", "stall", "until_committed", "verify", "step", "step_beside")

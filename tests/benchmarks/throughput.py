@@ -173,7 +173,7 @@ def spec_of(name: str, args: argparse.Namespace, folder: Path) -> Spec:
 
 def write_rows(path: Path, spec: Spec, steps: int) -> None:
     """(steps, global batch, T + 1) of the samples that our sampler draws, for the peers."""
-    fill = prepare(run_of(spec), fresh=False).training_set.fill
+    fill = prepare(run_of(spec), torch.device(spec.device), fresh=False).training_set.fill
     rows = np.empty((spec.global_batch, spec.model["seq_len"] + 1), dtype=np.int64)
     out = np.empty((steps, *rows.shape), dtype=np.uint16)
     for step in range(steps):

@@ -249,12 +249,20 @@ def test_fresh_renames_the_folder_and_not_a_link_to_it(dataset, device, tmp_path
     assert list(tmp_path.glob("link.old*")) == []
 
 
-def test_fresh_does_not_rename_what_is_in_use(dataset, device, tmp_path, monkeypatch, capsys):
+def test_fresh_does_not_rename_what_is_in_use_or_in_vain(dataset, device, tmp_path, monkeypatch, capsys):
     inside = tmp_path / "run" / "data"
     shutil.copytree(dataset, inside)
     train(debug_run(inside, tmp_path / "run", *SHORT), device)
     with pytest.raises(UserError, match=rf"--fresh renames .*, but {inside} is in it and in use; give another"):
         train(debug_run(inside, tmp_path / "run", *SHORT), device, fresh=True)
+    # nor before the machine is known to be able to do what the new run asks
+    monkeypatch.setenv("CXX", str(tmp_path / "no compiler"))
+    with pytest.raises(UserError, match=r"megagpt\.compile=true needs a C\+\+ compiler"):
+        train(debug_run(dataset, tmp_path / "run", *SHORT, "megagpt.compile=true"), device, fresh=True)
+    skip = ["fp16.enabled=true", "megagpt.guards.spikes.action=skip"]
+    with pytest.raises(UserError, match=r"spikes\.action='skip' does not work with fp16"):
+        train(debug_run(dataset, tmp_path / "run", *SHORT, *skip), device, fresh=True)
+    assert list(tmp_path.glob("run.old*")) == []
     monkeypatch.chdir(tmp_path / "run")
     assert pretrain([*arguments(dataset, "."), "--fresh"]) == 2
     assert f"--fresh renames megagpt.out_dir=., but {tmp_path / 'run'} is in it and in use" in capsys.readouterr().err

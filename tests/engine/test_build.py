@@ -277,7 +277,7 @@ def test_a_steady_step_reads_nothing_back_but_what_deepspeed_reads_once(dataset,
         sizes = [f"train_batch_size={4 * accumulation}", f"bf16.enabled={json.dumps(dtype == 'bf16')}"]
         sizes += ['megagpt.guards.spikes={"action": "skip", "window": 8}']  # the guard that does most in a step
         run = debug_run(dataset, tmp_path / str(accumulation), f"zero_optimization.stage={stage}", *sizes)
-        session = Session(prepare(run, fresh=False), device)
+        session = Session(prepare(run, device, fresh=False), device)
         batches = session.batches()
         for _ in range(3):  # stage 3 learns the order of modules, and compares it over ranks, in the first ones
             train_step(session, batches)
@@ -298,7 +298,7 @@ def test_a_steady_step_reads_nothing_back_but_what_deepspeed_reads_once(dataset,
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_on_a_gpu_a_steady_step_waits_for_it_in_deepspeed_alone(dataset, device, tmp_path, stage):
     sizes = ["train_batch_size=8", "bf16.enabled=true", f"zero_optimization.stage={stage}"]
-    session = Session(prepare(debug_run(dataset, tmp_path / "run", *sizes), fresh=False), device)
+    session = Session(prepare(debug_run(dataset, tmp_path / "run", *sizes), device, fresh=False), device)
     batches = session.batches()
     for _ in range(3):
         train_step(session, batches)
@@ -314,7 +314,7 @@ def test_on_a_gpu_a_steady_step_waits_for_it_in_deepspeed_alone(dataset, device,
 
 
 def test_the_garbage_collector_leaves_alone_what_lives_as_long_as_the_run(dataset, device, tmp_path):
-    session = Session(prepare(debug_run(dataset, tmp_path / "run"), fresh=False), device)
+    session = Session(prepare(debug_run(dataset, tmp_path / "run"), device, fresh=False), device)
     state, recent = TrainState(), StepWindow()
     recent.add(train_step(session, session.batches()))
     before = gc.get_freeze_count()

@@ -99,7 +99,7 @@ def test_sharing_out_holds_no_second_copy_of_the_state(dataset, device, tmp_path
     """Old files are mapped, and what is read of them goes where it stays: 16 MiB of 150 are allowed beside."""
     size = ['megagpt.model={"n_layer": 4, "n_head": 4, "n_embd": 512, "seq_len": 32}', "megagpt.data.val_tokens=32"]
     train(debug_run(dataset, tmp_path / "run", *options(before, *size)), device, stop_at=1)
-    plan = prepare(debug_run(dataset, tmp_path / "run", *options(after, *size)), fresh=False)
+    plan = prepare(debug_run(dataset, tmp_path / "run", *options(after, *size)), device, fresh=False)
     held, done, original = [], Event(), load.load_reshaped
 
     def sample() -> None:

@@ -60,7 +60,7 @@ def rows_taken() -> Iterator[list[Tensor]]:
 
 def opened(dataset: Path, out_dir: Path, *overrides: str) -> Engine:
     """An engine as a resumed run has it before its first step."""
-    plan = prepare(debug_run(dataset, out_dir, *overrides), fresh=False)
+    plan = prepare(debug_run(dataset, out_dir, *overrides), DEVICE, fresh=False)
     assert plan.saved is not None
     return Session(plan, DEVICE).engine
 
