@@ -1,5 +1,6 @@
 """Write files so that a crash leaves each whole or absent; hash them, and check paths that come from outside."""
 
+import errno
 import hashlib
 import os
 import re
@@ -17,6 +18,18 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     make_durable(temporary, path)
+
+
+def append_whole(path: Path, data: bytes) -> None:
+    """Append all of the data or, if the disk takes no more, nothing."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 @contextmanager

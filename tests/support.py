@@ -39,7 +39,7 @@ GOOD = {  # a run file that nothing is wrong with
     },
 }
 SCALARS = {  # that TensorBoard shows of every run that evaluates, saves and samples
-    *("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"),
+    *("train/loss", "val/loss", "val/best_loss", "val/perplexity", "val/bits_per_byte"),
     *("optim/lr", "optim/grad_norm", "optim/skipped_steps", "data/epoch", "data/wait_seconds_per_step"),
     *("perf/tokens_per_sec", "perf/memory_gib", "perf/seconds_per_step"),
     *("perf/eval_seconds", "perf/save_seconds", "perf/sample_seconds"),

@@ -32,7 +32,7 @@ from megagpt.train.trainer import train
 
 # Tolerance of losses, in nats: other ranks add in another order, and 16-bit numbers are rounded.
 WITHIN = {"fp32": 1e-4, "bf16": 2**-7, "fp16": 2**-7}
-LOSSES = ("train/loss", "val/loss")
+LOSSES = ("train/loss", "val/loss", "val/best_loss")
 # Metrics that follow from losses or weights, and are not compared where those have a tolerance.
 FOLLOW = ("val/perplexity", "val/bits_per_byte", "optim/grad_norm")
 # Metrics that differ between any two runs.

@@ -48,11 +48,11 @@ class ActivationCheckpointingConfig(Strict):
 
 
 class TensorboardConfig(Strict):
-    """TensorBoard's events go to output_path/job_name; without output_path, to out_dir/tensorboard."""
+    """TensorBoard's events go to out_dir, or to a folder of its name in output_path."""
 
     enabled: bool = Field(default=True, description="write curves and samples for TensorBoard")
-    output_path: str = Field(default="", description="folder of the events; empty: megagpt.out_dir")
-    job_name: str = Field(default="tensorboard", description="folder below it")
+    output_path: str = Field(default="", description="other folder for the events, which gets one for each run")
+    job_name: str = Field(default="", description="name of the run's folder there, or of a folder in megagpt.out_dir")
 
 
 class Passed(Checked):

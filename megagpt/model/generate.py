@@ -87,6 +87,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def with_continuation(prompt: str, text: str) -> tuple[str, str]:
+    """Split a completion into prompt and continuation; all is continuation if the tokenizer changed the prompt."""
+    return (prompt, text.removeprefix(prompt)) if text.startswith(prompt) else ("", text)
+
+
 def complete(
     model: GPT,
     tokenizer: Tokenizer,

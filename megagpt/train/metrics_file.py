@@ -4,15 +4,14 @@ A row is {"step", "tokens_seen", "time": seconds since 1970, NAME: value, ...}. 
 numbers under the same names. A name begins with its group: train, val, optim, perf, data or cluster.
 """
 
-import errno
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megagpt.atomic_files import write_atomically
+from megagpt.atomic_files import append_whole, write_atomically
 
 Row = dict[str, Any]
 
@@ -66,19 +65,15 @@ def keep_up_to(metrics_file: Path, step: int) -> list[Row]:
     return rows
 
 
+def new_row(step: int, tokens_seen: int, metrics: Mapping[str, float]) -> Row:
+    """Return the row of metrics that are known now. One that is not finite becomes null, as JSON has no such number."""
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return {"step": step, "tokens_seen": tokens_seen, "time": round(time.time(), 3), **finite}
+
+
 def append_row(metrics_file: Path, row: Row) -> None:
-    """Append a whole row or nothing. A number that is not finite becomes null, as JSON has none."""
-    row = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
-    }
-    with metrics_file.open("ab", buffering=0) as file:
-        line, size = _line(row), file.tell()
-        try:
-            if file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(metrics_file))
-        except OSError:
-            file.truncate(size)
-            raise
+    """Append a whole row or, if the disk takes no more, nothing."""
+    append_whole(metrics_file, _line(row))
 
 
 def _line(row: Row) -> bytes:

@@ -1,30 +1,22 @@
-"""Write metrics for people and machines: a line in the terminal, TensorBoard, metrics.jsonl, DeepSpeed's monitors.
+"""Write metrics for people and machines: a line in the terminal, metrics.jsonl, TensorBoard, trackers.
 
-Only rank 0 writes. DeepSpeed's own TensorBoard writer has no text, no hyperparameters and no purge after a resume,
-so TensorBoard is written here; its CSV, W&B and Comet writers get the same events.
-
-A full disk does not end a run here, because the disk may be free again before the next save. That save stops all ranks
-if it is not.
+Only rank 0 writes. A full disk or a tracker that fails does not end a run here: the disk may be free again before the
+next save, which stops all ranks if it is not, and a later start sends a tracker what it lacks.
 """
 
-import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
-
 from megagpt.checkpoint.commit import best
-from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.distributed.process_group import is_main, print_rank0
 from megagpt.terminal import counted, if_encodable
-from megagpt.train.metrics_file import append_row, keep_up_to, read_rows
+from megagpt.train.metrics_file import append_row, keep_up_to, metrics_of, new_row, read_rows
+from megagpt.train.tensorboard_file import TensorBoardFile
 from megagpt.train_state import TrainState
 
 Events = Callable[[list[tuple[str, float, int]]], None]
@@ -35,19 +27,14 @@ class Monitor:
 
     def __init__(self, run: RunConfig, resumed: TrainState, *, also: Events) -> None:
         self._max_steps = run.megagpt.schedule.max_steps
-        self._also, self._reported = also, False
-        self._writer: SummaryWriter | None = None
+        self._also, self._failed = also, set[str]()
+        self._board: TensorBoardFile | None = None
         if not is_main():
             return
-        out_dir, board = run.megagpt.out_dir, run.deepspeed.tensorboard
-        self._metrics_file = out_dir / "metrics.jsonl"
-        keep_up_to(self._metrics_file, resumed.step)
-        if board.enabled:
-            folder = Path(board.output_path or out_dir) / board.job_name
-            # an earlier attempt may have logged steps that it did not save: TensorBoard drops those
-            self._writer = SummaryWriter(str(folder), purge_step=resumed.step + 1 if resumed.step else 0)
-            if resumed.step == 0:
-                self._write_hyperparameters(run)
+        self._metrics_file = run.megagpt.out_dir / "metrics.jsonl"
+        rows = keep_up_to(self._metrics_file, resumed.step)
+        if run.deepspeed.tensorboard.enabled:
+            self._board = TensorBoardFile(run, resumed.step, rows)
 
     def log(
         self,
@@ -57,21 +44,17 @@ class Monitor:
         eta_seconds: float | None = None,
         waits_for: Sequence[str] = (),
     ) -> None:
-        """Record metrics of the step just finished; TensorBoard groups them by the part of the name before "/".
-
-        `waits_for`: hosts that are stragglers.
-        """
+        """Record metrics of the step just finished. `waits_for`: hosts that are stragglers."""
         if not is_main():
             return
-        with self._reporting_disk_errors():
-            axes = {"step": state.step, "tokens_seen": state.tokens_seen, "time": round(time.time(), 3)}
-            append_row(self._metrics_file, axes | metrics)
-        with self._reporting_disk_errors():
-            if self._writer:
-                for name, value in metrics.items():
-                    self._writer.add_scalar(name, value, state.step)
-                self._writer.flush()
-            self._also([(name, value, state.step) for name, value in metrics.items()])
+        row = new_row(state.step, state.tokens_seen, metrics)
+        with self._continuing_without("metrics.jsonl"):
+            append_row(self._metrics_file, row)
+        with self._continuing_without("TensorBoard"):
+            if self._board:
+                self._board.log(row)
+        with self._continuing_without("the monitor"):
+            self._also([(name, value, state.step) for name, value in metrics_of(row).items()])
         shown = [f"{ON_THE_LINE[name]} {_short(name, value)}" for name, value in metrics.items() if name in ON_THE_LINE]
         if waits_for:
             shown.append(f"waits for {', '.join(waits_for)}")
@@ -80,36 +63,20 @@ class Monitor:
         if shown:
             print_rank0(f"step {state.step:>{len(str(self._max_steps))}}/{self._max_steps} | " + " | ".join(shown))
 
-    def text(self, tag: str, text: str, step: int) -> None:
-        """Show a text in TensorBoard, unformatted."""
-        with self._reporting_disk_errors():
-            if self._writer:
-                self._writer.add_text(tag, "\n".join("    " + line for line in text.split("\n")), step)
-                self._writer.flush()
-
-    def close(self) -> None:
-        """Flush and close TensorBoard's file."""
-        with self._reporting_disk_errors():
-            if self._writer:
-                self._writer.close()
+    def samples(self, samples: Sequence[tuple[str, str]], step: int) -> None:
+        """Show generated texts, each a prompt and its continuation, in TensorBoard."""
+        with self._continuing_without("TensorBoard"):
+            if self._board:
+                self._board.samples(samples, step)
 
     @contextmanager
-    def _reporting_disk_errors(self) -> Iterator[None]:
+    def _continuing_without(self, what: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            if not self._reported:
-                print_rank0(f"metrics cannot be written ({error}); training continues without them")
-            self._reported = True
-
-    def _write_hyperparameters(self, run: RunConfig) -> None:
-        assert self._writer is not None
-        self.text("run_file", json.dumps(run.as_json(), indent=2), 0)
-        values = leaves(run.written_out(run.as_json())).items()
-        flat = {key: value if isinstance(value, str | int | float) else json.dumps(value) for key, value in values}
-        events = self._writer._get_file_writer()  # add_hparams() would start a second run in TensorBoard
-        for summary in hparams(flat, {"val/loss": 0.0}):
-            events.add_summary(summary)
+        except Exception as error:  # of a tracker: any
+            if what not in self._failed:
+                print_rank0(f"metrics cannot be written to {what} ({error}); training continues without them")
+            self._failed.add(what)
 
 
 # The metrics that the terminal shows -> how it names them.

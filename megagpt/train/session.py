@@ -34,7 +34,7 @@ from megagpt.guards.spikes import UpdateGate, judge_steps
 from megagpt.guards.step_window import StepWindow
 from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
-from megagpt.model.generate import complete
+from megagpt.model.generate import complete, with_continuation
 from megagpt.train.early_stopping import after_evaluation, at_resume
 from megagpt.train.evaluate import Evaluation, evaluate
 from megagpt.train.metrics import Stopwatch, log_metrics, speed
@@ -182,7 +182,6 @@ class Session:
             f"{state.samples_seen - 1:,} are skipped"
         )
         self.setup = replace(self.setup, training_set=data, saved=replace(saved, state=back))
-        self.monitor.close()
         with errors_on_every_rank():
             self.monitor = self._open_monitor()
         self.stopwatch = Stopwatch()
@@ -191,14 +190,15 @@ class Session:
     def evaluate(self, state: TrainState) -> TrainState:
         """Measure the validation loss, and count it for early stopping; the same on every rank."""
         result = self._evaluation(state.step)
+        stopper = after_evaluation(state.stopper, result.loss, state.step, self.cfg.early_stopping)
         metrics = {
             "val/loss": result.loss,
+            "val/best_loss": stopper.best,
             "val/perplexity": result.perplexity,
             "val/bits_per_byte": result.bits_per_byte,
             "perf/eval_seconds": self.stopwatch.spent("eval"),
         }
         self.monitor.log(state, metrics)
-        stopper = after_evaluation(state.stopper, result.loss, state.step, self.cfg.early_stopping)
         return replace(state, val_loss=result.loss if math.isfinite(result.loss) else None, stopper=stopper)
 
     def _evaluation(self, step: int) -> Evaluation:
@@ -221,7 +221,8 @@ class Session:
             try:
                 # At stage 3 a forward pass is collective: a rank that stopped alone would leave the others in the next.
                 texts = complete(model, tokenizer, cfg.prompts, cfg, until_ended=False, agree=on_every_rank)
-                self.monitor.text("samples", "\n\n---\n\n".join(texts), state.step)
+                samples = [with_continuation(prompt, text) for prompt, text in zip(cfg.prompts, texts, strict=True)]
+                self.monitor.samples(samples, state.step)
             except UserError as error:
                 print_rank0(f"no samples at step {state.step}: {error}")
         self.monitor.log(state, {"perf/sample_seconds": self.stopwatch.spent("sample")})
@@ -266,7 +267,6 @@ class Session:
         Raises UserError, on every rank, if the last step could not be saved.
         """
         if not saved:
-            self.monitor.close()
             last_finite, broken = state.step - state.health.bad_in_a_row, self.evaluated == (state.step, False)
             raise UserError(
                 f"step {state.step}, the last, was not finite, so it was not saved. "
@@ -275,7 +275,6 @@ class Session:
         if state.stopper.stopped and self.cfg.early_stopping.restore_best:
             best_dir = step_folder(self.cfg.out_dir, state.stopper.best_step)
             restore(self.engine, best_dir, self.record)
-        self.monitor.close()
         gc.unfreeze()
         print_ending(self.cfg, state, reason)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from data_support import shard_bytes, write_texts
+from event_files import board, drawn
 from hosts import Cluster
 from slurm_lab import ENDED, field, job_state, start_slurm, wait_for
 from support import DEBUG_RUN, ROOT, metric, read_json
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megagpt.checkpoint.commit import committed
 from megagpt.data.manifest import BUILD_DIR
@@ -81,11 +81,6 @@ def until_end(cluster: Cluster, job: str) -> str:
 
 def log_of(folder: Path, job: str, name: str = "megagpt") -> str:
     return (folder / f"slurm-{name}-{job}.out").read_text()
-
-
-def drawn(folder: Path, name: str) -> list[int]:
-    board = EventAccumulator(str(folder / OUT_DIR / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return [event.step for event in board.Scalars(name)]
 
 
 def test_the_readmes_command_saves_when_signaled_goes_back_into_the_queue_and_finishes(cluster, dataset, tmp_path):
@@ -201,5 +196,5 @@ def test_a_run_that_is_cut_in_every_way_ends_to_the_bit_as_one_that_is_not(clust
     assert until_end(cluster, again) == "COMPLETED", log_of(cut, again)
     assert metric(cut / OUT_DIR, "train/loss") == metric(straight / OUT_DIR, "train/loss")
     assert metric(cut / OUT_DIR, "val/loss") == metric(straight / OUT_DIR, "val/loss")
-    assert drawn(cut, "train/loss") == list(range(1, 201))
-    assert drawn(cut, "val/loss") == list(range(20, 201, 20))
+    assert list(drawn(board(cut / OUT_DIR), "train/loss")) == list(range(1, 201))
+    assert list(drawn(board(cut / OUT_DIR), "val/loss")) == list(range(20, 201, 20))

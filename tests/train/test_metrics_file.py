@@ -1,8 +1,10 @@
 """metrics.jsonl: rows of older versions have today's names, and a resumed run goes on with whole rows."""
 
 import json
+import math
+import time
 
-from megagpt.train.metrics_file import append_row, keep_up_to, read_rows
+from megagpt.train.metrics_file import append_row, keep_up_to, new_row, read_rows
 from megagpt.train.monitor import validation_losses
 
 OLD = [  # 10 steps, then 2 with an evaluation, then a save alone
@@ -47,8 +49,12 @@ def test_a_resumed_run_renames_its_rows_once(tmp_path):
     once = file.read_bytes()
     assert keep_up_to(file, 12) == read_rows(file) == NEW
     assert file.read_bytes() == once
-    append_row(file, {"step": 14, "perf/seconds_per_step": 1.0, "train/loss": float("inf")})
-    assert read_rows(file) == [*NEW, {"step": 14, "perf/seconds_per_step": 1.0, "train/loss": None}]
+    row = new_row(14, 896, {"perf/seconds_per_step": 1.0, "train/loss": math.inf})
+    assert 0 <= time.time() - row["time"] < 60
+    append_row(file, row)
+    assert read_rows(file)[:-1] == NEW
+    new = {"step": 14, "tokens_seen": 896, "time": row["time"], "perf/seconds_per_step": 1.0, "train/loss": None}
+    assert read_rows(file)[-1] == new
 
 
 def test_steps_of_an_older_and_of_this_version_may_follow_one_another(tmp_path):

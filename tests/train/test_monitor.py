@@ -3,27 +3,14 @@ import resource
 import time
 
 import pytest
+from event_files import board, curves_of, drawn, texts
 from support import SCALARS, debug_run, metric
-from tensorboard.backend.event_processing import plugin_event_accumulator
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from megagpt.train.metrics import Stopwatch
 from megagpt.train.monitor import Monitor, validation_curve
 from megagpt.train.trainer import train
 from megagpt.train_state import TrainState
-
-
-def board(out_dir) -> EventAccumulator:
-    return EventAccumulator(str(out_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def count_of_event_files():
-    """From 0: files of one second are read in the order of their names, in which this process's tenth is before .9."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +27,24 @@ def finished(dataset, device, tmp_path_factory):
 
 def test_tensorboard_holds_the_promised_curves_alone(finished):
     """No MFU among them: a CPU's peak is unknown, and no guess is drawn."""
-    assert set(board(finished).Tags()["scalars"]) == SCALARS
+    shown = board(finished)
+    assert curves_of(shown) == SCALARS | {"by_tokens/train/loss", "by_tokens/val/loss"}
+    assert all(shown.SummaryMetadata(tag).summary_description for tag in curves_of(shown))
 
 
-def test_a_resumed_run_goes_on_with_one_curve(finished):
-    """Steps 11 to 14 were drawn by the first attempt and again by the second."""
-    steps = [event.step for event in board(finished).Scalars("train/loss")]
-    assert steps == list(range(1, 21))
-    assert list(metric(finished, "train/loss")) == list(range(1, 21))
+@pytest.mark.parametrize("forgets", [True, False])
+def test_a_resumed_run_goes_on_with_one_curve(finished, forgets):
+    """Steps 11 to 14 were drawn by the first attempt, which evaluated and sampled at 14, and again by the second."""
+    shown = board(finished, forgets=forgets)
+    tokens_of_a_step = 8 * 64
+    for name, steps in (("train/loss", range(1, 21)), ("val/loss", (10, 20)), ("val/best_loss", (10, 20))):
+        assert list(metric(finished, name)) == list(steps)
+        assert drawn(shown, name) == pytest.approx(metric(finished, name), rel=1e-6)
+        if forgets and name != "val/best_loss":
+            by_tokens = {step * tokens_of_a_step: value for step, value in drawn(shown, name).items()}
+            assert drawn(shown, f"by_tokens/{name}") == by_tokens
+    assert list(texts(shown, "samples")) == [10, 20]
+    assert list(texts(shown, "settings/run_file")) == [0]
 
 
 def test_an_attempt_that_never_saved_leaves_no_second_curve(dataset, device, tmp_path, monkeypatch):
@@ -58,29 +55,24 @@ def test_an_attempt_that_never_saved_leaves_no_second_curve(dataset, device, tmp
         patch.setattr("megagpt.train.session.save_checkpoint", full_disk)
         with pytest.raises(OSError, match="no space"):
             train(debug_run(dataset, tmp_path), device)
-    assert len(board(tmp_path).Scalars("train/loss")) == 10
+    assert len(drawn(board(tmp_path), "train/loss")) == 10
     train(debug_run(dataset, tmp_path), device)
-    assert [event.step for event in board(tmp_path).Scalars("train/loss")] == list(range(1, 21))
-    shown = plugin_event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()  # the server's own reader
-    assert [event.step for event in shown.Tensors("run_file/text_summary")] == [0]
-    assert [event.step for event in shown.Tensors("samples/text_summary")] == [10, 20]
-
-
-def test_tensorboard_and_metrics_file_say_the_same(finished):
-    drawn = {event.step: event.value for event in board(finished).Scalars("val/loss")}
-    assert drawn == pytest.approx(metric(finished, "val/loss"))
+    shown = board(tmp_path)
+    assert list(drawn(shown, "train/loss")) == list(range(1, 21))
+    assert list(texts(shown, "settings/run_file")) == [0]
+    assert list(texts(shown, "samples")) == [10, 20]
 
 
 def test_samples_run_file_and_hyperparameters_can_be_read(finished):
-    events = board(finished)
-    tags = events.Tags()["tensors"]
-    assert {"samples/text_summary", "run_file/text_summary"} <= set(tags)
-    [run_file] = events.Tensors("run_file/text_summary")
-    assert '"n_embd": 64' in run_file.tensor_proto.string_val[0].decode()
-    samples = events.Tensors("samples/text_summary")
-    assert [event.step for event in samples] == [10, 20]
-    assert samples[0].tensor_proto.string_val[0].decode().startswith("    ab\n    c")
-    assert "_hparams_/experiment" in events.summary_metadata
+    """Those of the newest start: its max_steps is 20, the first one's was 14."""
+    shown = board(finished)
+    assert '"n_embd": 64' in texts(shown, "settings/run_file")[0]
+    assert '"max_steps": 20' in texts(shown, "settings/run_file")[0]
+    assert texts(shown, "samples")[10].startswith("**prompt**\n\n    ab\n    c\n\n**continuation**\n\n    ")
+    started = HParamsPluginData.FromString(shown.PluginTagToContent("hparams")["_hparams_/session_start_info"])
+    values = {name: value.number_value for name, value in started.session_start_info.hparams.items()}
+    assert (values["max_steps"], values["n_embd"], values["lr"]) == (20, 64, 0.003)
+    assert 8 <= len(values) <= 15
 
 
 def test_evaluating_saving_and_sampling_are_reported_by_themselves(finished):
@@ -161,7 +153,7 @@ def test_a_disk_that_takes_no_more_costs_numbers_and_not_the_run(dataset, tmp_pa
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(metric(tmp_path, "train/loss")) == [1, 4]
-    assert capsys.readouterr().out.count("metrics cannot be written (") == 1
+    assert capsys.readouterr().out.count("metrics cannot be written to metrics.jsonl (") == 1
 
 
 def test_csv_files_are_in_the_runs_folder_and_count_steps(dataset, device, tmp_path, monkeypatch):
