@@ -115,7 +115,7 @@ def compare_tokenizers(
         tasks = Tasks(Path(folder), run_all)
         common = read_and_compare(units, sources, splits, config, tasks)
         refuse_unreadable(common.extracted)
-        for number, (name, given, options) in enumerate(tqdm(candidates, desc="tokenizers", disable=None)):
+        for number, (name, given, options) in enumerate(tqdm(candidates, desc="tokenizers", disable=None, leave=False)):
             stages = replace(common, variants=[], shards=[])
             # trained on the same sample each time, because drawing it is a task, which is not run twice
             find_tokenizer(stages, options, given, tasks)

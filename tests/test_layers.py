@@ -22,7 +22,8 @@ ORDER = [  # lowest first; a package may import from those of lower lines, and f
     {"megagpt.__main__", "megagpt.train.__main__"},
 ]
 BUILDER_ORDER = [
-    {"data_tools", "data_tools.option_types", "data_tools.formatting", "data_tools.executor"},
+    {"data_tools", "data_tools.option_types", "data_tools.formatting"},
+    {"data_tools.executor"},
     {"data_tools.storage", "data_tools.filters"},
     {"data_tools.dedup"},
     {"data_tools.config"},

@@ -1,21 +1,23 @@
 """Run tasks in Dask's worker processes: on this machine, on a running cluster, or as Slurm jobs."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, KilledWorker, LocalCluster, as_completed
+from distributed import Client, KilledWorker, LocalCluster, as_completed, get_worker
 
-from data_tools.executor.progress import Arguments, progress
+from data_tools.executor.progress import Arguments, Progress, listening
 from megagpt.errors import UserError
 
 CONNECT_SECONDS = 10.0
 SLURM = "slurm"  # the value of --scheduler that starts workers as Slurm jobs
 # without these, glibc returns each array of some MB to the kernel and asks for it again: a third of tokenizing's time
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": 2**26, "MALLOC_TRIM_THRESHOLD_": 2**27}
+REPORT_EVERY = 0.5  # seconds, of a task's progress
 RETRIES = 2  # of a task that failed for a passing reason, such as a hiccup of a network file system
 
 
@@ -76,28 +78,53 @@ def _slurm(n: int) -> Any:
     return cluster
 
 
-def run_on(client: Client, task: Callable[..., Any], arguments: Arguments, what: str) -> list[Any]:
-    """Return the RunAll of a cluster (progress.py). Raises what a task raised, at once, and cancels the others."""
-    futures = [client.submit(_without_retry, task, args, pure=False, retries=RETRIES) for args in arguments]
+def run_on(client: Client, task: Callable[..., Any], arguments: Arguments, progress: Progress) -> list[Any]:
+    """Return the RunAll of a cluster (tasks.py). Raises what a task raised, at once, and cancels the others."""
+    # of this client alone, and of its tasks now: a scheduler may serve others
+    topic = f"data_tools {client.id} {progress.what}"
+    client.subscribe_topic(topic, lambda event: progress.set(*event[1]))
+    futures = [
+        client.submit(_run_in_worker, task, args, topic, number, pure=False, retries=RETRIES)
+        for number, args in enumerate(arguments)
+    ]
+    numbers = {future.key: number for number, future in enumerate(futures)}
     results = {}
     try:
-        for done in progress(as_completed(futures, loop=client.loop), len(futures), what):
-            results[done.key] = done.result()
-            if isinstance(results[done.key], UserError):
-                raise results[done.key]
+        with progress.shown():
+            for done in as_completed(futures, loop=client.loop):
+                results[done.key] = done.result()
+                if isinstance(results[done.key], UserError):
+                    raise results[done.key]
+                progress.finish(numbers[done.key])
     except KilledWorker as error:
         raise UserError(
-            f"worker processes died repeatedly while {what}, probably out of memory; run the command again with "
-            "workers=1"
+            f"worker processes died repeatedly while {progress.what}, probably out of memory; run the command again "
+            "with workers=1"
         ) from error
     finally:
         client.cancel([future for future in futures if not future.done()])
+        client.unsubscribe_topic(topic)
     return [results[future.key] for future in futures]
 
 
-def _without_retry(task: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _run_in_worker(task: Callable[..., Any], args: tuple[Any, ...], topic: str, number: int) -> Any:
     """Return a UserError instead of raising it, because Dask would retry the task, and a user's mistake stays one."""
     try:
-        return task(*args)
+        with listening(_Reports(topic, number)):
+            return task(*args)
     except UserError as error:
         return error
+
+
+class _Reports:
+    """Sends a task's progress to the client now and then. A task that is tried again begins at 0, which it ignores."""
+
+    def __init__(self, topic: str, number: int) -> None:
+        self._topic, self._number, self._done, self._worker = topic, number, 0, get_worker()
+        self._next = time.monotonic() + REPORT_EVERY
+
+    def __call__(self, n: int) -> None:
+        self._done += n
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + REPORT_EVERY
+            self._worker.log_event(self._topic, (self._number, self._done))

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic_core import to_jsonable_python
 
-from data_tools.executor.progress import RunAll
+from data_tools.executor.progress import Arguments, Progress
 from megagpt.atomic_files import written
 from megagpt.errors import UserError
 
@@ -32,6 +32,8 @@ FULL = {ENOSPC, EDQUOT, EFBIG}
 Result = dict[str, Any]  # small, and only of types that JSON has
 Task = Callable[..., Result]
 """task(prefix, *arguments) writes files named by with_suffix(prefix, ...) and returns its result."""
+RunAll = Callable[[Callable[..., Any], Arguments, Progress], list[Any]]
+"""run_all(task, arguments, progress): task(*arguments[i]) for every i, in any order; the results in order."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,28 @@ class Tasks:
     def __init__(self, folder: Path, run_all: RunAll) -> None:
         self.folder, self._run_all, self._made_by = folder, run_all, made_by()
 
-    def run(self, task: Task, arguments: Sequence[tuple[Any, ...]], what: str) -> list[Done]:
+    def run(
+        self,
+        task: Task,
+        arguments: Sequence[tuple[Any, ...]],
+        what: str,
+        sizes: Sequence[int] | None = None,
+        unit: str = "B",
+    ) -> list[Done]:
         """Call task(prefix, *arguments[i]) for every i that is not done yet; returns all of them, in order.
 
-        `what` names the work in the progress bar.
+        `what` names the work in the progress bar; sizes[i] is about what task i advances by, in `unit`.
         """
         stage = self.folder / task.__name__
         stage.mkdir(exist_ok=True)
         prefixes = [stage / self._key(task, args) for args in arguments]
-        waiting = {prefix: args for prefix, args in zip(prefixes, arguments, strict=True) if not _is_done(prefix)}
-        self._run_all(_run_one, [(task, prefix, args) for prefix, args in waiting.items()], what)
+        waiting = {prefix: i for i, prefix in enumerate(prefixes) if not _is_done(prefix)}
+        counted: Sequence[int] = sizes or []
+        if not sum(counted):
+            counted, unit = [1] * len(prefixes), "task"
+        left = [counted[i] for i in waiting.values()]
+        progress = Progress(what, left, unit=unit, already=sum(counted) - sum(left))
+        self._run_all(_run_one, [(task, prefix, arguments[i]) for prefix, i in waiting.items()], progress)
         return [Done(prefix, json.loads(file_of(prefix, ".json").read_bytes())) for prefix in prefixes]
 
     def run_one(self, task: Task, *args: Any, what: str) -> Done:

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_tools.executor.progress import Arguments, RunAll, progress
+from data_tools.executor.progress import Arguments, Progress, listening
+from data_tools.executor.tasks import RunAll
 
 SMALL_BYTES = 2**24  # of input: below it, starting processes takes longer than they save
 
@@ -29,5 +30,11 @@ def start_workers(n: int | None, scheduler: str | None, scratch: Path, *, total_
         yield partial(run_on, client)
 
 
-def _run_here(task: Callable[..., Any], arguments: Arguments, what: str) -> list[Any]:
-    return [task(*args) for args in progress(arguments, len(arguments), what)]
+def _run_here(task: Callable[..., Any], arguments: Arguments, progress: Progress) -> list[Any]:
+    results = []
+    with progress.shown():
+        for number, args in enumerate(arguments):
+            with listening(partial(progress.add, number)):
+                results.append(task(*args))
+            progress.finish(number)
+    return results

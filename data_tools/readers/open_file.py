@@ -13,7 +13,8 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.readers.input_file import InputFile, UnreadableFile
+from data_tools.executor.progress import advance
+from data_tools.readers.input_file import EXPANSION, InputFile, UnreadableFile
 from data_tools.readers.remote_files import open_file_system
 from megagpt.errors import UserError, limit_reached
 from megagpt.git_pointers import MOST_POINTER, pointer_instead_of
@@ -39,11 +40,27 @@ def open_bytes(file: InputFile) -> Iterator[IO[bytes]]:
     """
     with reading(file.path), _open(file) as raw:
         if file.compression in STREAMS:
-            yield io.BufferedReader(_StreamReader(raw, file.compression), 2**20)
+            yield io.BufferedReader(_StreamReader(_CountedReads(raw), file.compression), 2**20)
         elif file.compression:
-            yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), file.compression))
+            yield io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(_CountedReads(raw), "r"), file.compression))
         else:
             yield raw
+
+
+class _CountedReads(io.RawIOBase):
+    """Counts what is read of a compressed file as progress: how much text will be in it is not known."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: "WriteableBuffer") -> int:
+        data = self._raw.read(len(memoryview(target).cast("B")))
+        memoryview(target).cast("B")[: len(data)] = data
+        advance(EXPANSION * len(data))
+        return len(data)
 
 
 @contextmanager
@@ -107,7 +124,7 @@ STREAMS: dict[str, tuple[Callable[[], _Decompressor], bytes]] = {"xz": (_new_xz,
 class _StreamReader(io.RawIOBase):
     """Decompress the streams of a file. Unlike lzma.open, it refuses anything else that follows them."""
 
-    def __init__(self, raw: IO[bytes], codec: str) -> None:
+    def __init__(self, raw: io.RawIOBase, codec: str) -> None:
         self._raw, (self._new, self._padding) = raw, STREAMS[codec]
         self._stream = self._new()
 

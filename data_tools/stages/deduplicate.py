@@ -37,7 +37,8 @@ def find_clusters(
     # whether copies are dropped is decided later: with one value here, both choices share these tasks
     rule = config.model_copy(update={"duplicates": "remove"})
     jobs = [(done.prefix, found, rule, seed) for done, found in zip(extracted, contamination, strict=True)]
-    bands = tasks.run(sign, jobs, "comparing")
+    sizes = [done.result["kept"][1] for done in extracted]
+    bands = tasks.run(sign, jobs, "comparing", sizes)
     listed = tasks.run_one(write_list, [file_of(done.prefix, BANDS).name for done in bands], what="listing")
     documents = sum(done.result["kept"][0] for done in extracted)
     n_ranges = -(-documents // LINK_DOCUMENTS) or 1
@@ -85,7 +86,7 @@ def find_contaminated(extracted: Sequence[Done], config: DecontaminationConfig, 
     states = [(file.path, file.size, file.state) for file in find_files(source)]
     ngrams = tasks.run_one(collect_ngrams, source, config, states, what="reading test sets")
     jobs = [(done.prefix, ngrams.prefix, config) for done in extracted]
-    return [done.prefix for done in tasks.run(mark, jobs, "searching")]
+    return [done.prefix for done in tasks.run(mark, jobs, "searching", [done.result["kept"][1] for done in extracted])]
 
 
 def collect_ngrams(prefix: Path, source: SourceConfig, config: DecontaminationConfig, states: object) -> Result:

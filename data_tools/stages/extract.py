@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.config import SourceConfig
+from data_tools.executor.progress import advance
 from data_tools.executor.tasks import Done, Tasks, file_of
 from data_tools.filters.rules import RulesConfig, apply_rules, check_rules, clean_only, load_custom
 from data_tools.readers.by_format import FORMATS, METADATA, read_slice
@@ -55,6 +56,11 @@ def find_units(
     return cut_into_units(groups, skip_unreadable=not strict)
 
 
+def text_bytes(extracted: Sequence[Done]) -> list[int]:
+    """Return the bytes of text that each unit holds, which later stages read."""
+    return [done.result["kept"][1] for done in extracted]
+
+
 def given_units(units: Sequence[WorkUnit], sources: Sequence[SourceConfig]) -> tuple[int, int, int]:
     """Return the units at which those given as test end, then val, then train: SplitConfig.given."""
     named = {source.name: source for source in sources}
@@ -86,7 +92,7 @@ def extract_all(units: Sequence[WorkUnit], sources: Sequence[SourceConfig], stri
         (unit, named[unit.source], strict, code[unit.source] | _reader_versions(unit, named[unit.source]))
         for unit in units
     ]
-    extracted = tasks.run(extract, jobs, "reading")
+    extracted = tasks.run(extract, jobs, "reading", [unit.size for unit in units])
     tell_what_rules_took(extracted)
     unreadable = unreadable_files(extracted)
     if unreadable and len(unreadable) == len({slice_.file.path for unit in units for slice_ in unit.slices}):
@@ -181,7 +187,9 @@ def extract(prefix: Path, unit: WorkUnit, source: SourceConfig, strict: bool, co
                     elif isinstance(piece, Note):
                         extraction.note(piece)
                     else:
-                        extraction.take(piece, number, slice_.file.path)
+                        size = extraction.take(piece, number, slice_.file.path)
+                        # of a compressed file, open_file.py counts what is read of it
+                        advance(0 if slice_.file.compression else size)
             except UnreadableFile as error:
                 if strict:
                     raise
@@ -220,7 +228,8 @@ class _Extraction:
     def note(self, note: Note) -> None:
         _count(self._notes, note.text, note.where)
 
-    def take(self, piece: DocumentPiece, slice_: int, path: str) -> None:
+    def take(self, piece: DocumentPiece, slice_: int, path: str) -> int:
+        """Write the next piece of a document; returns its bytes."""
         text = self._clean(piece) if self._has_rules else piece.text
         size = len(piece.text) if piece.text.isascii() else len(piece.text.encode())
         self._read[0] += piece.is_first
@@ -228,13 +237,14 @@ class _Extraction:
         if self._rejected_by is not None:
             self._rejects.count(self._rejected_by, piece.is_first, size)
             self._rejects.write(self._rejected_by, text, file=path, position=piece.position)
-            return
+            return size
         if piece.is_first:
             self._texts.begin()
         self._texts.add(text)
         if piece.is_last:
             self._lengths[self._texts.size.bit_length()] += 1
             self._texts.end(slice_, piece.position)
+        return size
 
     def _clean(self, piece: DocumentPiece) -> str:
         """Return the cleaned text. For a document's first piece, also decides whether the document stays."""

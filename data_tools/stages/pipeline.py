@@ -19,7 +19,13 @@ from data_tools.executor.tasks import Done, Tasks, file_of, write_list
 from data_tools.readers.work_units import WorkUnit
 from data_tools.stages.cut_documents import cut_where_few
 from data_tools.stages.deduplicate import find_clusters, find_contaminated
-from data_tools.stages.extract import describe_units, extract_all, given_units, why_nothing_is_left
+from data_tools.stages.extract import (
+    describe_units,
+    extract_all,
+    given_units,
+    text_bytes,
+    why_nothing_is_left,
+)
 from data_tools.stages.lost_text import describe_lost_text, lost_text_of, measure_lost_text, share_to_measure
 from data_tools.stages.select import SplitConfig, UnitInput
 from data_tools.stages.shuffle import PASS_TOKENS, merge_down, write_shard
@@ -125,9 +131,10 @@ def find_tokenizer(stages: Stages, config: BuildConfig, given: Tokenizer | None,
 def _measure_lost_text(stages: Stages, given: Tokenizer, tasks: Tasks) -> dict[str, Any]:
     def measured(share: float) -> dict[str, Any]:
         rest = (stages.clusters, stages.splits, stages.model, given.sha256, share)
-        return lost_text_of(tasks.run(measure_lost_text, [(unit, *rest) for unit in stages.unit_inputs], "measuring"))
+        jobs = [(unit, *rest) for unit in stages.unit_inputs]
+        return lost_text_of(tasks.run(measure_lost_text, jobs, "measuring", text_bytes(stages.extracted)))
 
-    found = measured(share_to_measure(sum(done.result["kept"][1] for done in stages.extracted)))
+    found = measured(share_to_measure(sum(text_bytes(stages.extracted))))
     # where nearly all documents are dropped as copies, nothing of the few others may be drawn
     return found if found["measured"] else measured(1.0)
 
@@ -141,7 +148,7 @@ def tokenize_and_shuffle(stages: Stages, sources: Sequence[SourceConfig], config
                 (unit, stages.clusters, stages.model, tokenizer.sha256, variant, stages.splits)
                 for unit in stages.unit_inputs
             ]
-            stages.variants.append(tasks.run(tokenize, jobs, "tokenizing"))
+            stages.variants.append(tasks.run(tokenize, jobs, "tokenizing", text_bytes(stages.extracted)))
     _check_something_is_left(stages)
     with _timed(stages.seconds, "shuffle"):
         stages.shards = _write_shards(stages, sources, tokenizer, config, tasks)
@@ -201,7 +208,7 @@ def _write_shards(
     stages: Stages, sources: Sequence[SourceConfig], tokenizer: Tokenizer, config: BuildConfig, tasks: Tasks
 ) -> list[tuple[ShardHeader, Done]]:
     """Shuffle into shards; returns (header, finished task) of each, in the order of the index."""
-    headers, jobs = [], []
+    headers, jobs, sizes = [], [], []
     build_id = _sha256_json([config.pipeline(sources), input_sha256(stages), tokenizer.sha256])[:32]
     for split in SPLITS:
         for variant, tokenized in enumerate(stages.variants):
@@ -226,7 +233,8 @@ def _write_shards(
                     )
                 )
                 jobs.append((headers[-1], n_shards, n_passes, listed.prefix))
-    return list(zip(headers, tasks.run(write_shard, jobs, "shuffling"), strict=True))
+                sizes.append(n_tokens // n_shards)
+    return list(zip(headers, tasks.run(write_shard, jobs, "shuffling", sizes, "token"), strict=True))
 
 
 def _token_files(units: Sequence[WorkUnit], tokenized: Sequence[Done], scratch: Path) -> list[TokenFile]:

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_tools.executor.progress import advance
 from data_tools.executor.tasks import Tasks, file_of, read_list, write_list
 from data_tools.storage.arrow_columns import hash_column, new_arrow_file, number_column, string_column
 from data_tools.storage.shard_writer import BATCH_TOKENS, ShardWriter
@@ -59,6 +60,7 @@ def write_shard(prefix: Path, header: ShardHeader, n_shards: int, n_passes: int,
         for rows in sorted_rows(prefix.parents[1], files, _keys(step, n_shards * n_passes), header.split):
             for number, (_, row, slice_, position, n_bytes) in rows:
                 writer.add(row)
+                advance(len(row.tokens))
                 provenance.add(row.doc, row.part, row.source, files[number].inputs[slice_], position, n_bytes)
             # before the maps are released, because the buffered tokens are views of them
             writer.flush()

@@ -23,6 +23,7 @@ from data_tools.stages.extract import (
     find_units,
     given_units,
     refuse_unreadable,
+    text_bytes,
     why_nothing_is_left,
 )
 from data_tools.stages.select import SplitConfig, UnitInput, keyed_hash, select
@@ -86,12 +87,13 @@ def train_on(
     tasks: Tasks,
 ) -> Done:
     """Train on a sample of the training split's documents; the result has the hash of the sample."""
-    text_bytes = sum(done.result["kept"][1] for done in extracted)
-    if not text_bytes:
+    sizes = text_bytes(extracted)
+    if not sum(sizes):
         raise UserError(f"there is no text to train a tokenizer on{why_nothing_is_left(extracted)}; give more input")
     # twice what is needed, because chunks vary in size, and enough that even a small sample is never empty
-    share = max(2 * config.sample_bytes, 64 * CHUNK) / text_bytes
-    samples = tasks.run(draw_sample, [(unit, clusters, splits, min(1.0, share)) for unit in units], "sampling")
+    share = max(2 * config.sample_bytes, 64 * CHUNK) / sum(sizes)
+    jobs = [(unit, clusters, splits, min(1.0, share)) for unit in units]
+    samples = tasks.run(draw_sample, jobs, "sampling", sizes)
     tell_what_copies_took(samples, extracted)
     drawn = [done.prefix for done in samples]
     options = config.model_dump(include=TRAINING)

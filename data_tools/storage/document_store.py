@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from data_tools.executor.progress import advance
 from data_tools.executor.tasks import file_of
 from data_tools.storage.arrow_columns import hash_column, new_arrow_file, number_column, string_column
 from megagpt.data.shard_format import HASH_BYTES
@@ -132,7 +134,10 @@ def read_pieces(prefix: Path) -> Iterator[tuple[int, str]]:
         reader = pa.ipc.open_file(file)
         for i in range(reader.num_record_batches):
             batch = reader.get_batch(i)
-            yield from zip(batch["document"].to_pylist(), batch["text"].to_pylist(), strict=True)
+            sizes = pc.binary_length(batch["text"]).to_pylist()
+            for row, text, size in zip(batch["document"].to_pylist(), batch["text"].to_pylist(), sizes, strict=True):
+                yield row, text
+                advance(size)
 
 
 def read_documents(prefix: Path) -> list[DocumentInfo]:

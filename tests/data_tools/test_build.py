@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ from data_support import all_documents, document, documents_of, run, shard_bytes
 from distributed import LocalCluster
 from support import PROGRAMS, ROOT
 
+import data_tools.executor.dask_cluster
 import data_tools.executor.workers
 import data_tools.readers.document_pieces
 import data_tools.readers.plain_text
@@ -22,6 +24,8 @@ import data_tools.stages.tokenize
 from data_tools.__main__ import COMMANDS
 from data_tools.build import build
 from data_tools.config import BuildConfig
+from data_tools.executor.dask_cluster import connect, run_on
+from data_tools.executor.progress import Progress, advance
 from data_tools.stages.select import SplitConfig, split_of
 from megagpt.data.dataset import open_dataset
 from megagpt.data.manifest import SPLITS
@@ -122,8 +126,25 @@ def test_one_worker_and_two_write_the_same_bytes(tmp_path: Path, monkeypatch: py
     assert open_dataset(tmp_path / "out1").fingerprint == open_dataset(tmp_path / "out2").fingerprint
 
 
+SEEN = threading.Event()
+
+
+class Seen(Progress):
+    def set(self, task: int, done: int) -> None:
+        super().set(task, done)
+        if self.n == 7:
+            SEEN.set()
+
+
+def read_some_and_wait(n: int) -> bool:
+    advance(n)
+    return SEEN.wait(60)
+
+
 @pytest.mark.process
-def test_a_running_scheduler_writes_the_same_bytes(tmp_path: Path, model: Path) -> None:
+def test_a_running_scheduler_writes_the_same_bytes_and_passes_progress_on(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_texts(tmp_path / "in", 20)
     build([tmp_path / "in"], tmp_path / "here", BuildConfig(tokenizer=model))
     cluster = LocalCluster(
@@ -131,6 +152,12 @@ def test_a_running_scheduler_writes_the_same_bytes(tmp_path: Path, model: Path) 
     )
     with cluster:
         build([tmp_path / "in"], tmp_path / "there", BuildConfig(tokenizer=model), cluster.scheduler_address)
+        monkeypatch.setattr(data_tools.executor.dask_cluster, "REPORT_EVERY", 0.0)
+        with connect(1, cluster.scheduler_address, tmp_path) as client:
+            progress = Seen("reading", [10], unit="B")
+            # the task ends when this process has its progress
+            assert run_on(client, read_some_and_wait, [(7,)], progress) == [True]
+    assert progress.n == progress.total
     assert shard_bytes(tmp_path / "here") == shard_bytes(tmp_path / "there")
 
 

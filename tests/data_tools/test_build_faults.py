@@ -179,7 +179,7 @@ def test_what_is_done_is_never_done_again_and_anything_that_changes_a_task_does_
         file_of(prefix, ".txt").write_text(name)
         return {"name": name}
 
-    def run_all(function: Any, arguments: Any, what: str) -> list[Any]:
+    def run_all(function: Any, arguments: Any, progress: Any) -> list[Any]:
         return [function(*args) for args in arguments]
 
     tasks = Tasks(tmp_path, run_all)
