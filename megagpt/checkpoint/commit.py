@@ -38,6 +38,7 @@ class Saved:
     state: TrainState
     mixture: Mixture
     identity: Identity
+    finite: bool = False  # every rank checked its numbers before it saved them; older versions did not tell
     passed_over: tuple[Path, ...] = ()  # newer, damaged steps
 
 
@@ -91,7 +92,8 @@ def read_commit(step_dir: Path) -> Saved:
         )
     try:
         state, mixture = TrainState.from_json(record["state"]), Mixture.from_json(record["mixture"])
-        return Saved(step_dir, state, mixture, Identity(**record["identity"]))
+        identity = Identity(**record["identity"])
+        return Saved(step_dir, state, mixture, identity, finite=record.get("finite") is True)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"checkpoint {step_dir} has an unreadable {COMMIT} ({error!r}); "
@@ -146,9 +148,18 @@ def disk_errors(step_dir: Path) -> Iterator[None]:
         raise UserError(f"checkpoint {step_dir} could not be saved: {error}; the one before it is intact") from error
 
 
-def write_commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: Identity, manifests: list[str]) -> None:
+def write_commit(
+    step_dir: Path,
+    state: TrainState,
+    mixture: Mixture,
+    identity: Identity,
+    manifests: list[str],
+    *,
+    finite: bool = False,
+) -> None:
     """Write the last of a step's files: from here on it counts. `manifests`: the sha256 of each rank's manifest.
 
+    `finite`: every rank has checked its numbers.
     The folders above are synced first: a power cut can undo a folder that was not, with all files in it.
     """
     for made in (step_dir, step_dir.parent, step_dir.parent.parent):
@@ -160,6 +171,7 @@ def write_commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: 
         "mixture": mixture.as_json(),
         "identity": asdict(identity),
         "manifests": manifests,
+        "finite": finite,
     }
     write_atomically(step_dir / COMMIT, json.dumps(record | {"sha256": _digest(record)}, indent=1).encode())
 

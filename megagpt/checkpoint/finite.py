@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagpt.checkpoint.commit import commit_on_record, committed, step_folder
+from megagpt.checkpoint.commit import commit_on_record, committed, read_commit, step_folder
 from megagpt.distributed.collectives import errors_on_every_rank, gather_objects
 from megagpt.distributed.process_group import rank, world_size
 from megagpt.engine.safe_pickle import load_checked, pickles_of
@@ -70,8 +70,11 @@ def what_to_change(out_dir: Path, last_finite: int | None = None) -> str:
 def find_not_finite(step_dir: Path) -> str | None:
     """Return what is not finite in the files of a verified step, or None. Each rank reads a share of them. Collective.
 
-    Raises UserError, on every rank, for a file that safe_pickle.py refuses.
+    Files whose commit tells that they were checked when they were saved are not read again. Raises UserError, on every
+    rank, for a file that safe_pickle.py refuses.
     """
+    if read_commit(step_dir).finite:
+        return None
     with errors_on_every_rank():
         found = not_finite_file(step_dir, rank(), every=world_size())
     return next(filter(None, gather_objects(found)), None)

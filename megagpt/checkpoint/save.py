@@ -110,7 +110,7 @@ def write_state(path: Path, state: Any) -> None:
 def _commit(step_dir: Path, state: TrainState, mixture: Mixture, identity: Identity, manifests: list[str]) -> None:
     if is_main():
         with disk_errors(step_dir):
-            write_commit(step_dir, state, mixture, identity, manifests)
+            write_commit(step_dir, state, mixture, identity, manifests, finite=True)  # refused above if not
         try:
             update_latest_and_best(step_dir.parent.parent, step_dir, state)
         except OSError as error:

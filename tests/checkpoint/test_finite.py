@@ -16,10 +16,12 @@ from support import debug_run, metric
 
 import megagpt
 from megagpt.__main__ import main
-from megagpt.checkpoint import save
+from megagpt.atomic_files import write_atomically
+from megagpt.checkpoint import finite, save
 from megagpt.checkpoint.commit import by_loss, committed, read_commit, write_commit
 from megagpt.checkpoint.finite import find_not_finite, not_finite
 from megagpt.checkpoint.verification import newest_verified
+from megagpt.engine.safe_pickle import pickles_of
 from megagpt.errors import UserError
 from megagpt.train import trainer
 from megagpt.train.monitor import validation_curve
@@ -204,6 +206,7 @@ def poisoned(start, tmp_path, monkeypatch) -> Path:
             state["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["exp_avg_sq"][7] = float("inf")
 
     monkeypatch.setattr(save, "refuse_not_finite", poison)
+    monkeypatch.setattr(save, "write_commit", lambda *args, **_: write_commit(*args))  # it did not tell either
     assert start(4) == ""
     monkeypatch.undo()
     return tmp_path / "run"
@@ -216,6 +219,24 @@ def test_a_start_passes_over_a_saved_step_that_is_not_finite(start, poisoned, tm
     assert (poisoned / "checkpoints/damaged1_step_00000004").is_dir()
     assert start(6, name="straight") == ""
     assert metric(poisoned, "train/loss") == metric(tmp_path / "straight", "train/loss")
+
+
+def test_a_start_reads_what_was_checked_when_it_was_saved_once_to_hash_it(start, tmp_path, monkeypatch):
+    """That takes twice as long for the step of an older megagpt, whose commit tells of no check."""
+    assert start(2) == ""
+    step_dir = committed(tmp_path / "run")[-1]
+    read = []
+    monkeypatch.setattr(finite, "load_checked", lambda path, **_: read.append(path) or {})
+    assert find_not_finite(step_dir) is None
+    assert read == []
+    record = json.loads((step_dir / "COMMIT").read_bytes())
+    saved = read_commit(step_dir)
+    write_commit(step_dir, saved.state, saved.mixture, saved.identity, record["manifests"])
+    assert find_not_finite(step_dir) is None
+    assert read == pickles_of(step_dir)
+    del record["finite"], record["sha256"]
+    write_atomically(step_dir / "COMMIT", json.dumps(record).encode())
+    assert not read_commit(step_dir).finite
 
 
 def test_verifying_names_a_step_that_is_not_finite(poisoned, capsys):

@@ -223,7 +223,7 @@ def test_checkpoints_that_are_gone_do_not_look_like_a_new_run(saved, run_to):
 
 
 def test_a_run_stopped_before_its_first_commit_starts_again_and_says_so(run_to, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(save, "write_commit", lambda *args: (_ for _ in ()).throw(OSError(28, "No space")))
+    monkeypatch.setattr(save, "write_commit", lambda *args, **kw: (_ for _ in ()).throw(OSError(28, "No space")))
     with pytest.raises(UserError, match="could not be saved"):
         run_to("run", 2)
     monkeypatch.undo()
