@@ -96,6 +96,19 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def duration(seconds: float) -> str:
+    """Return a time in the unit that it is read in: "35 ms", "4.2 s", "12 min", "3.5 hours", "16 days"."""
+    units = ((1e-3, "ms", 1.0), (1.0, "s", 120.0), (60.0, "min", 7200.0), (3600.0, "hours", 172_800.0))
+    for size, unit, below in units:
+        if seconds < below:
+            return f"{_rounded(seconds / size)} {unit}"
+    return f"{_rounded(seconds / 86_400)} days"
+
+
+def _rounded(number: float) -> str:
+    return f"{number:.1f}" if number < 10 else f"{number:,.0f}"
+
+
 def on_a_screen(text: str) -> str:
     """Return a message of at most a screen: from a longer one the middle is left out, and the way out at its end stays.
 

@@ -207,9 +207,23 @@ def _add_init(commands: Any) -> None:
     init.add_argument("data", type=user_path, metavar="DATA", help="a dataset made by data_tools")
     init.add_argument("--out", type=user_path, metavar="RUN.jsonc", help="the file to write; default: DATA's name")
     machine = init.add_mutually_exclusive_group()
-    machine.add_argument("--gpu", metavar="NAME", help="H200, A100 40GB, ...; default: this machine's, else its CPU")
+    _add_gpu(init, machine, default="this machine's, else its CPU")
     machine.add_argument("--cpu", action="store_true", help="train on the CPU, also where there is a GPU")
     init.add_argument("--hours", type=decimal(0.001, 1e5), default=1.0, metavar="H", help="to train for; default: 1")
+
+
+def _add_gpu(parser: argparse.ArgumentParser, names: Any, *, default: str) -> None:
+    """Add the options that describe a GPU; `names` is the parser, or the group of options that exclude its name."""
+    names.add_argument("--gpu", metavar="NAME", help=f"H200, A100 40GB, RTX 4090, T4, ...; default: {default}")
+    parser.add_argument(
+        "--gpu-memory",
+        type=decimal(0.1, 1e5),
+        metavar="GIB",
+        help="memory of a GPU that --gpu does not know, or has more or less of",
+    )
+    parser.add_argument(
+        "--tflops", type=decimal(0.001, 1e6), metavar="T", help="its dense 16-bit peak, in TFLOP/s (without sparsity)"
+    )
 
 
 def _add_plan(commands: Any) -> None:
@@ -220,7 +234,7 @@ def _add_plan(commands: Any) -> None:
     )
     _add_run_file(plan)
     plan.add_argument("--ranks", type=whole(1, MOST_RANKS), default=1, help="GPUs in all")
-    plan.add_argument("--gpu", default="H100", metavar="NAME", help="H200, A100 40GB, ...; default: H100")
+    _add_gpu(plan, plan, default="this machine's, else H100")
     plan.add_argument(
         "--network", metavar="NAME|GB/s", help="bandwidth per GPU, each way; default: NVLink up to 8 ranks"
     )

@@ -14,8 +14,8 @@ from megagpt.config.run_file import SECTION
 from megagpt.data.manifest import BUILD_DIR, MANIFEST, Manifest, Split, read_manifest
 from megagpt.data.tokenizer import padded_vocab_size
 from megagpt.errors import UserError
-from megagpt.planner.estimate import EFFICIENCY, FP32_PEAK, GIB, Machine, machine
-from megagpt.planner.gpu_specs import GPUS, Gpu, gpu_named
+from megagpt.planner.estimate import EFFICIENCY, GIB, Machine, machine
+from megagpt.planner.gpu_specs import FP32_PEAK, GPUS, Gpu, gpu_named
 from megagpt.planner.sizing import (
     EPOCHS,
     LARGEST_BATCH,
@@ -27,9 +27,8 @@ from megagpt.planner.sizing import (
     Data,
     choose,
 )
-from megagpt.terminal import builder_command, show, typed
+from megagpt.terminal import builder_command, duration, show, typed
 
-WITHOUT_BF16 = ("V100",)  # GPUs older than Ampere
 MEMORY_SHARE = 0.5  # of a CPU's memory that a run may take
 MATRIX = 768  # rows and columns of the matrices whose product is timed
 
@@ -104,13 +103,16 @@ def _tokens(path: Path, manifest: Manifest, split: Split) -> int:
 
 def _machine(args: argparse.Namespace) -> Machine:
     """Describe the GPU that the command line names, else this machine's, else its CPU. Raises UserError."""
-    if args.gpu:
-        return machine(args.gpu, 1, None)
+    if args.gpu or args.gpu_memory or args.tflops:
+        if args.cpu:
+            raise UserError("--gpu-memory and --tflops describe a GPU; remove them, or --cpu")
+        return machine(args.gpu, 1, None, gib=args.gpu_memory, tflops=args.tflops)
     if not args.cpu and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         if gpu_named(name) is None:
             raise UserError(
-                f"this machine's GPU, {name!r}, is not known; give the most similar of {', '.join(GPUS)} by --gpu"
+                f"this machine's GPU, {name!r}, is not known; give --gpu-memory GIB and --tflops T of its data sheet, "
+                f"or the most similar of {', '.join(GPUS)} by --gpu"
             )
         return machine(name, 1, None)
     memory = psutil.virtual_memory().total * MEMORY_SHARE / GIB
@@ -131,7 +133,7 @@ def _cpu_flops() -> float:
 
 
 def _dtype(on: Machine) -> str:
-    return "fp32" if on.name == "cpu" else "fp16" if on.name.startswith(WITHOUT_BF16) else "bf16"
+    return "fp32" if on.name == "cpu" else "bf16" if on.gpu.bf16 else "fp16"
 
 
 def _reasons(choice: Choice, refused: Choice | None) -> dict[str, list[str]]:
@@ -146,7 +148,7 @@ def _reasons(choice: Choice, refused: Choice | None) -> dict[str, list[str]]:
         model = [f"{choice.params:,} parameters: the smallest model that is offered,", f"though it {choice.against}."]
     if refused:
         model.append(f"The next larger ({refused.params:,} parameters) {refused.against}.")
-    on_cpu = on.name == "cpu"
+    on_cpu, seconds = on.name == "cpu", 3600 * choice.hours
     speed = on.gpu.peak_flops * (FP32_PEAK if on_cpu else 1.0)
     measured = "which matrix products reach on this CPU now" if on_cpu else f"the peak of one {on.name}"
     return {
@@ -160,6 +162,7 @@ def _reasons(choice: Choice, refused: Choice | None) -> dict[str, list[str]]:
             f"{on.gpu.memory_gib:.0f} GiB by `megagpt plan`'s arithmetic"
             + ("." if on_cpu else f"; {MOST_GPUS} GPUs can divide the batch.")
         ],
+        **({"fp16": [f"{on.name} has no bf16."]} if choice.dtype == "fp16" else {}),
         "optimizer": [
             f"{shape.lr:g} is usual for a width of {shape.n_embd}: the smaller a model, the larger its rate."
         ],
@@ -172,8 +175,8 @@ def _reasons(choice: Choice, refused: Choice | None) -> dict[str, list[str]]:
         f"{SECTION}.schedule": [
             f"{choice.steps:,} steps are {choice.tokens:,} tokens: {choice.tokens / choice.params:.1f} a parameter, "
             f"{choice.epochs:.2f} epochs.",
-            f"About {_duration(choice.hours)} at {speed * on.efficiency:.2g} FLOP/s: {EFFICIENCY:.0%} of {speed:.2g}, "
-            f"{measured}.",
+            f"About {duration(seconds) if seconds > 60 else 'a minute or less'} at {speed * on.efficiency:.2g} FLOP/s: "
+            f"{EFFICIENCY:.0%} of {speed:.2g}, {measured}.",
             "Evaluating and saving come on top; other programs on the machine slow training down.",
         ],
         f"{SECTION}.early_stopping": [
@@ -181,11 +184,6 @@ def _reasons(choice: Choice, refused: Choice | None) -> dict[str, list[str]]:
         ],
         f"{SECTION}.every": ["About ten evaluations and four saves, in steps."],
     }
-
-
-def _duration(hours: float) -> str:
-    minutes = round(hours * 60)
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{minutes} minutes" if minutes > 1 else "a minute or less"
 
 
 def _commented(raw: dict[str, Any], reasons: dict[str, list[str]]) -> str:

@@ -3,12 +3,15 @@
 import argparse
 import json
 
+import torch
+
 from megagpt.cli.micro_batch_search import search, search_report
 from megagpt.config.batch import batch_plan, rank_numbers
 from megagpt.config.run_file import load_run_config
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
-from megagpt.planner.estimate import EFFICIENCY, machine, micro_batches, settings, vocabulary
+from megagpt.planner.estimate import EFFICIENCY, machine, micro_batches, settings, vocabulary, without_bf16
+from megagpt.planner.gpu_specs import gpu_named
 from megagpt.planner.report import as_json, plan_report
 from megagpt.terminal import print_error, show
 
@@ -21,17 +24,34 @@ def run(args: argparse.Namespace) -> int:
     for warning in lint_or_raise(run):
         print_error(warning)
     batch_plan(run.deepspeed, args.ranks, rank_numbers(args.ranks, "give --ranks {}"))
-    on = machine(args.gpu, args.ranks, args.network, EFFICIENCY if args.efficiency is None else args.efficiency)
+    on = machine(
+        _gpu(args),
+        args.ranks,
+        args.network,
+        EFFICIENCY if args.efficiency is None else args.efficiency,
+        gib=args.gpu_memory,
+        tflops=args.tflops,
+    )
     vocab = vocabulary(run)
     if args.probe:
         candidates = micro_batches(run, args.ranks)
         tries = search(args.run_file, args.overrides, candidates, vocab[0], ranks=args.ranks, gib=args.memory)
         show(search_report(tries, run))
         return 0
+    already = without_bf16(run, on.gpu)
+    run = run.changed(*already)
     found = list(settings(run, on, vocab[0]))
     tokens = args.tokens or run.megagpt.schedule.max_steps * run.deepspeed.train_batch_size * run.megagpt.seq_len
     if args.json:
         show(json.dumps(as_json(on, vocab, found, tokens)))
     else:
-        show(plan_report(run, on, vocab, found, tokens))
+        show(plan_report(run, on, vocab, found, tokens, already))
     return 0
+
+
+def _gpu(args: argparse.Namespace) -> str | None:
+    """Return the name of the GPU to plan for; None for one that is given by its memory and peak."""
+    if args.gpu or args.gpu_memory or args.tflops:
+        return str(args.gpu) if args.gpu else None
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return gpu_named(here) or "H100"

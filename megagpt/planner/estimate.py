@@ -14,7 +14,7 @@ from megagpt.data.tokenizer import padded_vocab_size
 from megagpt.errors import UserError
 from megagpt.model.flops import flops_per_token, n_params, recompute_flops_per_token
 from megagpt.planner.communication import WIDTH, Traffic, traffic
-from megagpt.planner.gpu_specs import GPUS, Gpu, gpu_named
+from megagpt.planner.gpu_specs import Gpu, gpu_of
 from megagpt.planner.memory import ADAM, Memory, memory
 
 GIB = 2**30
@@ -22,8 +22,6 @@ GPUS_PER_HOST = 8
 VOCABULARY = 50_257  # GPT-2's, where the data is not there to ask
 # FLOP/s that are reached, as a share of the peak; published for GPT-2 on Hopper: 33 to 52 %.
 EFFICIENCY = 0.4
-# The fp32 peak as a share of the 16-bit peak: 19.5 of 312 TFLOP/s on an A100.
-FP32_PEAK = 1 / 16
 # The backward pass's share of a step's FLOPs, without recomputation.
 BACKWARD_SHARE = 2 / 3
 # Gaps between the allocator's blocks, as a share of the tensors' bytes.
@@ -93,15 +91,30 @@ class Setting:
         return self.memory.total + self.spare
 
 
-def machine(gpu: str, ranks: int, network: str | None, efficiency: float = EFFICIENCY) -> Machine:
+def without_bf16(run: RunConfig, gpu: Gpu) -> list[str]:
+    """Return the overrides that train the run in fp16 on a GPU that has no bf16; none where it needs none."""
+    if gpu.bf16 or run.deepspeed.dtype != "bf16":
+        return []
+    stage = ["zero_optimization.stage=1"] if run.deepspeed.zero_optimization.stage == 0 else []
+    return ["bf16.enabled=false", "fp16.enabled=true", *stage]
+
+
+def machine(
+    gpu: str | None,
+    ranks: int,
+    network: str | None,
+    efficiency: float = EFFICIENCY,
+    *,
+    gib: float | None = None,
+    tflops: float | None = None,
+) -> Machine:
     """Describe the machine that the command line names. Raises UserError for an unknown GPU or network.
 
     `network` is a name or GB/s per GPU each way; without it, up to 8 ranks use the GPUs' own links.
     """
-    if (name := gpu_named(gpu)) is None:
-        raise UserError(f"--gpu {gpu!r} is not known; known are {', '.join(GPUS)}")
+    name, specs = gpu_of(gpu, gib, tflops)
     if network is None and ranks <= GPUS_PER_HOST:
-        return Machine(name, GPUS[name], ranks, "the GPUs' own links", GPUS[name].link_gb_s, efficiency)
+        return Machine(name, specs, ranks, "the GPUs' own links", specs.link_gb_s, efficiency)
     network = network or "infiniband-ndr"
     try:
         speed = NETWORKS[network] if network in NETWORKS else float(network)
@@ -112,7 +125,7 @@ def machine(gpu: str, ranks: int, network: str | None, efficiency: float = EFFIC
             f"--network {network!r} is neither GB/s of each GPU nor one of {', '.join(NETWORKS)}; give a name, or "
             "a number from 0.001 to 1e6"
         )
-    return Machine(name, GPUS[name], ranks, network if network in NETWORKS else "network", speed, efficiency)
+    return Machine(name, specs, ranks, network if network in NETWORKS else "network", speed, efficiency)
 
 
 def vocabulary(run: RunConfig) -> tuple[int, str]:
@@ -152,10 +165,13 @@ def setting(run: RunConfig, on: Machine, vocab_size: int, *, current: bool = Fal
 
 
 def settings(run: RunConfig, on: Machine, vocab_size: int) -> Iterator[Setting]:
-    """Estimate the run as it is written, then every stage, offload, policy and micro-batch with its global batch."""
+    """Estimate the run as it is written, then every stage, offload, policy and micro-batch with its global batch.
+
+    fp16 does not train at stage 0 (lint/refused.py).
+    """
     yield setting(run, on, vocab_size, current=True)
     for micro_batch in micro_batches(run, on.ranks):
-        for stage, offload in STAGES:
+        for stage, offload in STAGES[1:] if run.deepspeed.dtype == "fp16" else STAGES:
             for policy in dict.fromkeys((*POLICIES, run.megagpt.recompute.policy)):
                 keys = changes(run, stage, offload, policy, micro_batch)
                 yield replace(setting(run.changed(*keys), on, vocab_size), keys=tuple(keys))
@@ -209,7 +225,7 @@ def _compute_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, on: Mach
         compiled=cfg.compile is not False,
     )
     flops = batch.global_batch * cfg.seq_len * (flops_per_token(model, vocab_size) + (again or 0.0))
-    peak = on.gpu.peak_flops * (FP32_PEAK if run.deepspeed.dtype == "fp32" else 1.0)
+    peak = on.gpu.peak_flops * (on.gpu.fp32_share if run.deepspeed.dtype == "fp32" else 1.0)
     return flops / (on.ranks * peak * on.efficiency)
 
 

@@ -1,16 +1,17 @@
 """Print what `megagpt plan` estimates: a table for people, JSON for programs."""
 
 import shlex
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig
+from megagpt.model.flops import n_params
 from megagpt.planner.estimate import (
     CONTEXT,
     EFFICIENCY,
-    FP32_PEAK,
     FRAGMENTATION,
     GIB,
     HOST_ADAM,
@@ -21,7 +22,7 @@ from megagpt.planner.estimate import (
     Setting,
     fastest,
 )
-from megagpt.planner.memory import PARTS
+from megagpt.terminal import counted, duration
 
 # Keys that change memory or traffic in ways that the arithmetic does not count; a name stands for all that begin so.
 NOT_COUNTED = (
@@ -36,47 +37,67 @@ NOT_COUNTED = (
     "zero_optimization.use_",
 )
 
-HEAD = (
-    "stage",
-    "recompute",
-    "batch",
-    *PARTS,
-    "spare",
-    "total",
-    "host",
-    "fits",
-    "GB sent",
-    "ms/step",
-    "days",
-    "most at",
-)
+WIDTH = 100  # characters of a line
+# Memory that is nearly the same, and times that this model cannot tell apart.
+NEAR, EQUAL_TIME = 1.1, 1.02
+
+STAGE_HEAD = ("stage", "weights", "Adam", "grads", "rest", "total", "host", "fits", "GB sent", "a step", "in all")
+RECOMPUTE_HEAD = ("recompute", "batch", "activations", "total", "host", "GB sent", "a step", "in all", "most at")
 
 
-def plan_report(run: RunConfig, on: Machine, vocab: tuple[int, str], found: Sequence[Setting], tokens: int) -> str:
-    """Return the table: the run file's own setting (the first found), its alternatives, and the fastest that fits."""
+def plan_report(
+    run: RunConfig,
+    on: Machine,
+    vocab: tuple[int, str],
+    found: Sequence[Setting],
+    tokens: int,
+    already: Sequence[str] = (),
+) -> str:
+    """Return the table: the run file's own setting (the first found), its alternatives, and the fastest that fits.
+
+    `already` are the overrides that gave this run.
+    """
     current, best, batch = found[0], fastest(found), run.deepspeed.train_batch_size
-    steps = tokens / (batch * run.megagpt.seq_len)
-    alike = [s for s in found[1:] if (s.micro_batch, s.policy) == (current.micro_batch, current.policy)]
-    stages = [[s for s in (current, *alike) if (s.stage, s.offload) == where][:1] for where in STAGES]
+    cfg, seq_len = run.megagpt.model, run.megagpt.seq_len
+    steps = tokens / (batch * seq_len)
+    alike = [s for s in found if (s.micro_batch, s.policy) == (current.micro_batch, current.policy)]
+    stages = [s for where in STAGES for s in [s for s in alike if (s.stage, s.offload) == where][:1]]
     policies = [_largest(policy, current, found) for policy in dict.fromkeys((*POLICIES, current.policy))]
+    rows = _worth_it([s for s in policies if s is not None])
     lines = [
-        f"{on.ranks} x {on.name} ({on.gpu.memory_gib} GiB), {on.network}: {on.gb_per_s:g} GB/s each way for each GPU",
-        f"{tokens:,} tokens in {steps:,.0f} steps of {batch:,} samples of {run.megagpt.seq_len:,} tokens; vocabulary "
-        f"{vocab[0]:,} ({vocab[1]}); {run.deepspeed.dtype}",
+        f"{n_params(cfg, vocab[0]):,} parameters: {counted(cfg.n_layer, 'layer')}, width {cfg.n_embd:,}; "
+        f"{run.deepspeed.dtype}; vocabulary {vocab[0]:,} ({vocab[1]})",
+        f"{tokens:,} tokens in {counted(round(steps), 'step')} of {counted(batch, 'sample')} of {seq_len:,} tokens",
+        f"{on.ranks} x {on.name} ({on.gpu.memory_gib:g} GiB, {on.gpu.peak_flops / 1e12:,.0f} TFLOP/s), {on.network}: "
+        f"{on.gb_per_s:g} GB/s each way for each GPU",
+        *([f"{on.name} has no bf16: planned in fp16, with {shlex.join(already)}"] if already else []),
         "",
-        "Each stage with the run file's micro-batch and recompute (*: as written), in GiB per GPU:",
-        *_table(HEAD, [_cells(s, steps) for found_here in stages for s in found_here]),
+        f"Stages with micro-batch {current.micro_batch} and recompute {current.policy!r} (*: as written), in GiB per "
+        "GPU; rest: activations, buffers, spare. Stages of nearly the same memory that are no faster are left out:",
+        *_table(STAGE_HEAD, [_stage_cells(s, steps) for s in _worth_it(stages)]),
         "",
         f"The largest micro-batch that fits at stage {current.stage}, by recompute:",
-        *_table(HEAD, [_cells(s, steps) for s in policies if s is not None]),
-        *(["  none"] if not any(policies) else []),
+        *(_table(RECOMPUTE_HEAD, [_recompute_cells(s, steps) for s in rows]) if rows else ["  none"]),
         "",
-        *_verdict(best, current, steps),
+        *_verdict(best, current, steps, already),
         "",
         "Assumed:",
         *(f"  {line}" for line in assumptions(run, on)),
     ]
-    return "\n".join(lines)
+    return "\n".join(wrapped for line in lines for wrapped in _wrapped(line))
+
+
+def _worth_it(settings: Sequence[Setting]) -> list[Setting]:
+    """Return the settings without those that need nearly as much memory as another that is no slower."""
+    kept = [s for s in settings if s.current]
+    for s in settings:
+        if not any(other.fits >= s.fits and _no_worse(other, s) for other in kept):
+            kept.append(s)
+    return [s for s in settings if s in kept]
+
+
+def _no_worse(one: Setting, other: Setting) -> bool:
+    return 1 / NEAR <= one.total / other.total <= NEAR and one.seconds <= EQUAL_TIME * other.seconds
 
 
 def as_json(on: Machine, vocab: tuple[int, str], found: Sequence[Setting], tokens: int) -> dict[str, Any]:
@@ -98,6 +119,7 @@ def as_json(on: Machine, vocab: tuple[int, str], found: Sequence[Setting], token
 def assumptions(run: RunConfig, on: Machine) -> list[str]:
     """Return the plan's assumptions, one a line."""
     lines = [
+        "a GPU: for a CPU, give --probe, which takes real steps, or let `megagpt init DATA --cpu` choose",
         f"compute: model and recomputed FLOPs at {on.efficiency:.0%} of the dense 16-bit peak, "
         f"{on.gpu.peak_flops / 1e12:,.0f} TFLOP/s, for every micro-batch (--efficiency; default {EFFICIENCY:.0%}, "
         "published for GPT-2 on Hopper: 33 to 52 %)",
@@ -109,11 +131,12 @@ def assumptions(run: RunConfig, on: Machine) -> list[str]:
         "activations: those of uncompiled blocks; compiled blocks keep less",
         f"offload: {HOST_LINK / 1e9:.0f} GB/s to the host for each GPU, {HOST_ADAM / 1e9:.0f} GB/s of its memory for "
         "Adam",
-        "not counted: Adam on the GPU, waiting for data, evaluating, saving, compiling in the first step, and the "
-        "GPU's waits when DeepSpeed reads a value back: at stage 0 in 16 bit once per parameter in every step",
+        "not counted: launching kernels, which takes most of a small model's step, Adam on the GPU, waiting for data, "
+        "evaluating, saving, compiling in the first step, and the GPU's waits when DeepSpeed reads a value back: at "
+        "stage 0 in 16 bit once per parameter in every step",
     ]
     if run.deepspeed.dtype == "fp32":
-        lines.append(f"fp32: {FP32_PEAK:.4f} of the 16-bit peak")
+        lines.append(f"fp32: {on.gpu.fp32_share:.4f} of the 16-bit peak")
     zero = run.deepspeed.zero_optimization
     if "nvme" in (zero.offload_optimizer.device, zero.offload_param.device):
         lines.append("nvme: counted as host memory, at its speed")
@@ -122,27 +145,48 @@ def assumptions(run: RunConfig, on: Machine) -> list[str]:
     return lines
 
 
-def _cells(s: Setting, steps: float) -> tuple[str, ...]:
-    sizes = [*(getattr(s.memory, part) for part in PARTS), s.spare, s.total, s.memory.host]
+def _stage_cells(s: Setting, steps: float) -> tuple[str, ...]:
+    states = [s.memory.weights, s.memory.optimizer, s.memory.gradients]
+    where = {"none": "", "optimizer": ", Adam on host", "all": ", all on host"}[s.offload]
     return (
-        f"{'*' if s.current else ' '} {s.stage}{'' if s.offload == 'none' else f', offload {s.offload}'}",
-        s.policy,
-        str(s.micro_batch),
-        *(f"{size / GIB:.2f}" for size in sizes),
+        f"{'*' if s.current else ' '} {s.stage}{where}",
+        *map(_gib, [*states, s.total - sum(states), s.total, s.memory.host]),
         "yes" if s.fits else "no",
         f"{s.traffic.wire / 1e9:.2f}",
-        f"{1e3 * s.seconds:,.1f}",
-        f"{s.seconds * steps / 86_400:,.2f}",
+        duration(s.seconds),
+        duration(s.seconds * steps),
+    )
+
+
+def _recompute_cells(s: Setting, steps: float) -> tuple[str, ...]:
+    return (
+        f"{'*' if s.current else ' '} {s.policy}",
+        str(s.micro_batch),
+        *map(_gib, [s.memory.activations + s.memory.logits, s.total, s.memory.host]),
+        f"{s.traffic.wire / 1e9:.2f}",
+        duration(s.seconds),
+        duration(s.seconds * steps),
         s.memory.when,
     )
 
 
+def _gib(n_bytes: float) -> str:
+    gib = n_bytes / GIB
+    return f"{gib:.2f}" if gib < 10 else f"{gib:,.1f}"
+
+
+def _wrapped(line: str) -> list[str]:
+    """Break a line of prose that is too long; one of a table or a command is not."""
+    if len(line) <= WIDTH:
+        return [line]
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.wrap(line, WIDTH, subsequent_indent=f"{indent}  ", break_on_hyphens=False, break_long_words=False)
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align the columns: the first two to the left, the others to the right."""
+    """Align the columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  ".join(f"{cell:{'<' if i < 2 else '>'}{widths[i]}}" for i, cell in enumerate(row)) for row in (head, *rows)
-    ]
+    return ["  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(row)) for row in (head, *rows)]
 
 
 def _largest(policy: str, current: Setting, found: Sequence[Setting]) -> Setting | None:
@@ -152,13 +196,19 @@ def _largest(policy: str, current: Setting, found: Sequence[Setting]) -> Setting
     return max(like, key=lambda s: s.micro_batch, default=None)
 
 
-def _verdict(best: Setting | None, current: Setting, steps: float) -> list[str]:
+def _verdict(best: Setting | None, current: Setting, steps: float, already: Sequence[str]) -> list[str]:
     if best is None:
         return ["Nothing fits: use more ranks, or GPUs with more memory."]
-    fits = "fits" if current.fits else f"does not fit: {current.total / GIB:.2f} GiB, most at {current.memory.when}"
+    fits = "fits" if current.fits else f"does not fit: {_gib(current.total)} GiB, most at {current.memory.when}"
     return [
         f"The run file as written {fits}.",
-        f"Fastest that fits: stage {best.stage}, {best.total / GIB:.2f} GiB (most at {best.memory.when}), "
-        f"{1e3 * best.seconds:,.1f} ms/step, {best.seconds * steps / 86_400:,.2f} days:",
-        f"  {shlex.join(best.keys)}",
+        f"Fastest that fits: stage {best.stage}, {_gib(best.total)} GiB (most at {best.memory.when}), "
+        f"{duration(best.seconds)} a step, {duration(best.seconds * steps)} in all:",
+        *_command([*already, *best.keys]),
     ]
+
+
+def _command(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line, over several lines of a shell where one would be too long."""
+    line = f"  {shlex.join(words)}"
+    return [line] if len(line) <= WIDTH else " \\\n".join(f"  {shlex.quote(word)}" for word in words).split("\n")

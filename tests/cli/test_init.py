@@ -35,12 +35,13 @@ def test_what_init_writes_passes_lint_without_a_word_and_trains_as_it_is(dataset
     assert "train with `megagpt train noise.jsonc`" in printed.splitlines()[-1]
 
 
-def test_a_gpu_by_name_gives_a_run_for_it(dataset, tmp_path):
+def test_a_gpu_by_name_gives_a_run_for_it(dataset, tmp_path, capsys):
     assert main(["init", str(dataset), "--gpu", "a100 40gb", "--out", "gpu.json5", "--hours", "2"]) == 0
     run = load_run_config(tmp_path / "gpu.json5")
     assert (run.deepspeed.dtype, str(run.megagpt.out_dir)) == ("bf16", "runs/gpu")
     assert main(["init", str(dataset), "--gpu", "V100", "--out", "old.json5"]) == 0
     assert load_run_config(tmp_path / "old.json5").deepspeed.dtype == "fp16"
+    assert "fp16: V100 has no bf16.\n" in capsys.readouterr().out
 
 
 def test_a_line_break_in_the_datas_name_ends_no_comment(dataset, tmp_path):
@@ -67,7 +68,9 @@ def test_an_existing_file_is_not_overwritten(dataset, tmp_path, capsys):
             "my texts is not a dataset; build one from it with `python -m data_tools build --input 'my texts'",
         ),
         (["texts/a.txt"], "texts/a.txt is not a dataset; build one from it with"),
-        (["DATASET", "--gpu", "3060"], "--gpu '3060' is not known; known are B200"),
+        (["DATASET", "--gpu", "1080"], "--gpu '1080' is not known; give --gpu-memory GIB and --tflops T"),
+        (["DATASET", "--tflops", "20"], "--tflops alone describes no GPU; give --gpu-memory too, or --gpu NAME"),
+        (["DATASET", "--cpu", "--tflops", "20"], "describe a GPU; remove them, or --cpu"),
         (["data", "--out", "no/run.json"], "there is no folder no; make it"),
         (["data", "--out", "texts"], "run file texts exists"),
         (["data/train"], "data/train is not a dataset, but data is; give `megagpt init data`"),
@@ -92,7 +95,11 @@ def test_a_mistake_is_one_message_and_leaves_no_file(args, complaint, dataset, t
 
 def test_a_gpu_that_is_not_known_is_named(dataset, monkeypatch, capsys):
     monkeypatch.setattr(init.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(init.torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(init.torch.cuda, "get_device_name", lambda: "Tesla K80")
     assert main(["init", str(dataset)]) == 2
-    assert "this machine's GPU, 'Tesla T4', is not known; give the most similar of B200" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        "this machine's GPU, 'Tesla K80', is not known; give --gpu-memory GIB and --tflops T of its data sheet" in said
+    )
+    assert main(["init", str(dataset), "--gpu-memory", "11", "--tflops", "4", "--out", "k80.jsonc"]) == 0
     assert main(["init", str(dataset), "--cpu"]) == 0

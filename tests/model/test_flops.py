@@ -94,4 +94,4 @@ def test_an_unknown_device_has_no_peak():
     assert gpu_named("NVIDIA A100-SXM4-40GB") == "A100 40GB"
     assert gpu_named("NVIDIA A100-SXM4-80GB") == "A100"
     assert gpu_named("Tesla V100-SXM2-16GB") == "V100 16GB"
-    assert gpu_named("NVIDIA GH200 480GB") is None  # no H200
+    assert gpu_named("NVIDIA GH200 480GB") == "GH200"

@@ -1,7 +1,9 @@
 """`megagpt plan`: its estimates against the memory and traffic of real ranks, and what it prints."""
 
 import json
+import shlex
 from itertools import pairwise
+from pathlib import Path
 
 import processes
 import pytest
@@ -11,9 +13,11 @@ from support import PROGRAMS, ROOT, read_json, torchrun
 from megagpt.__main__ import main
 from megagpt.config.batch import batch_plan
 from megagpt.config.run_file import RunConfig, load_run_config, parse_run
+from megagpt.lint.linter import lint_or_raise
 from megagpt.model.flops import n_params
 from megagpt.planner.communication import Traffic, traffic
 from megagpt.planner.estimate import changes, fastest, machine, setting, settings
+from megagpt.planner.gpu_specs import GPUS, gpu_named
 from megagpt.planner.memory import memory
 
 
@@ -147,7 +151,10 @@ def test_a_key_without_effect_is_a_warning_before_the_plan(capsys):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--gpu", "H300"], "--gpu 'H300' is not known; known are B200, H200"),
+        (["--gpu", "H300"], "--gpu 'H300' is not known; give --gpu-memory GIB and --tflops T of its data sheet"),
+        (["--gpu", "RTX 3080 Laptop GPU"], "is not known; give --gpu-memory GIB and --tflops T"),
+        (["--gpu", "cpu"], "`megagpt plan` counts GPUs alone; for a CPU, give --probe, which takes real steps, or let"),
+        (["--gpu-memory", "24"], "--gpu-memory alone describes no GPU; give --tflops too, or --gpu NAME"),
         (
             ["--network", "carrier-pigeon"],
             "--network 'carrier-pigeon' is neither GB/s of each GPU nor one of infiniband",
@@ -170,3 +177,80 @@ def test_a_key_without_effect_is_a_warning_before_the_plan(capsys):
 def test_what_cannot_be_planned_is_one_message(options, complaint, capsys):
     assert main(["plan", str(ROOT / "ds_configs" / "gpt2_124m.json"), *options]) == 2
     assert complaint in capsys.readouterr().err
+
+
+RUN_FILES = ["gpt2_124m.json", "gpt2_1558m_zero3.json", "gpt2_774m_offload.json", "demo.json"]
+
+
+@pytest.mark.parametrize("options", ["--ranks 8 --gpu H100", "--gpu T4", "--gpu-memory 6 --tflops 12.5", "--ranks 32"])
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_plan_fits_a_terminal_and_begins_with_the_models_size(name, options, capsys):
+    batch = ["train_batch_size=512"] if name == "demo.json" else []  # its own are too few sequences for 64 ranks
+    assert main(["plan", str(ROOT / "ds_configs" / name), *options.split(), *batch]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    run = load_run_config(ROOT / "ds_configs" / name)
+    assert lines[0].startswith(f"{n_params(run.megagpt.model, 50304):,} parameters: ")
+    assert [line for line in lines if len(line) > 100] == []
+    assert not any("0.00 days" in line for line in lines)
+
+
+def test_rows_that_are_nearly_equal_are_left_out(capsys):
+    """A small model needs the same on every stage; a large one does not."""
+    rows = {}
+    for name, ranks in (("demo.json", "1"), ("gpt2_1558m_zero3.json", "64")):
+        assert main(["plan", str(ROOT / "ds_configs" / name), "--ranks", ranks]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        first = next(i for i, line in enumerate(lines) if line.startswith("stage"))
+        rows[name] = [line.split()[:2] for line in lines[first + 1 : lines.index("", first)]]
+    assert rows["demo.json"] == [["*", "1"]]
+    assert [row[0] for row in rows["gpt2_1558m_zero3.json"]] == ["0", "1", "*"]
+
+
+def test_memory_and_peak_say_as_much_as_a_name():
+    run = load_run_config(ROOT / "ds_configs" / "gpt2_124m.json")
+    named, given = machine("RTX 4090", 1, None), machine(None, 1, None, gib=23, tflops=165)
+    assert list(settings(run, named, 50304)) == list(settings(run, given, 50304))
+    larger = machine("RTX 4060 Ti", 1, None, gib=15)
+    assert (larger.gpu.memory_gib, larger.gpu.peak_flops) == (15, 44e12)
+
+
+@pytest.mark.parametrize("gpu", ["T4", "V100", "RTX 2080 Ti"])
+def test_a_gpu_without_bf16_is_planned_in_fp16_by_keys_that_training_takes(gpu, capsys):
+    run_file = str(ROOT / "ds_configs" / "gpt2_124m.json")
+    assert main(["plan", run_file, "--gpu", gpu, "zero_optimization.stage=0"]) == 0
+    text = capsys.readouterr().out
+    assert f"{gpu} has no bf16: planned in fp16, with bf16.enabled=false fp16.enabled=true" in " ".join(text.split())
+    keys = shlex.split(text.partition(" in all:\n")[2].partition("\n\n")[0].replace("\\\n", ""))
+    run = load_run_config(Path(run_file), ["zero_optimization.stage=0", *keys])
+    lint_or_raise(run)
+    assert run.deepspeed.dtype == "fp16"
+    assert setting(run, machine(gpu, 1, None), 50304).fits
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", "RTX 4070 Ti SUPER"),
+        ("NVIDIA GeForce RTX 4070 SUPER", "RTX 4070 SUPER"),
+        ("NVIDIA GeForce RTX 3060", "RTX 3060"),
+        ("RTX4070TiSuper", "RTX 4070 Ti SUPER"),
+        ("rtx3060", "RTX 3060"),
+        ("3060", "RTX 3060"),
+        ("a6000", "RTX A6000"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        ("Tesla T4", "T4"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA GeForce RTX 3080 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 2080 with Max-Q Design", None),
+        ("NVIDIA GeForce GTX 1080 Ti", None),
+        ("rtx", None),
+    ],
+)
+def test_names_of_torch_and_of_people_lead_to_one_gpu(name, known):
+    assert gpu_named(name) == known
+
+
+def test_every_known_gpu_is_found_by_its_own_name():
+    assert [name for name in GPUS if gpu_named(name) != name] == []
+    assert [name for name in GPUS if gpu_named(f"NVIDIA {name.upper()}") != name] == []

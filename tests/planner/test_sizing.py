@@ -6,8 +6,8 @@ from megagpt.config.run_file import SECTION
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint, notes
 from megagpt.model.flops import flops_per_token
-from megagpt.planner.estimate import FP32_PEAK, Machine, machine
-from megagpt.planner.gpu_specs import Gpu
+from megagpt.planner.estimate import Machine, machine
+from megagpt.planner.gpu_specs import FP32_PEAK, Gpu
 from megagpt.planner.sizing import EPOCHS, LARGEST_BATCH, SHAPES, Data, choose
 
 H100 = machine("H100", 1, None)
