@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megagpt.config.batch import batch_plan
+from megagpt.config.batch import batch_plan, rank_numbers
 from megagpt.config.extends import file_with, read_run_files
 from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.errors import UserError
@@ -46,10 +46,11 @@ def not_here(run: RunConfig, ranks: int | None = None) -> Iterator[Issue]:
         yield Issue("warning", "megagpt.data", f"training here would be refused: {why}")
     gpus = torch.cuda.device_count()
     try:
-        batch_plan(run.deepspeed, ranks or max(1, gpus))
+        n_ranks = ranks or max(1, gpus)
+        batch_plan(run.deepspeed, n_ranks, rank_numbers(n_ranks, "train with --nproc {}"))
     except UserError as error:
-        here = f"{counted(gpus, 'GPU')}" if gpus else "no GPU, so one rank"
-        yield Issue("warning", "train_batch_size", f"this machine has {here}: {error}")
+        has = counted(gpus, "GPU") if gpus else "no GPU, so one rank"
+        yield Issue("warning", "train_batch_size", f"this machine has {has}: {error}")
 
 
 def _place_of(finding: Issue, args: argparse.Namespace) -> Path:

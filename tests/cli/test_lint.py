@@ -53,7 +53,7 @@ def test_a_batch_that_this_machines_gpus_do_not_divide_is_a_warning(sound, datas
     monkeypatch.setattr(lint.torch.cuda, "device_count", lambda: 3)
     [found] = issues(capsys, sound, *keys)
     assert found.startswith("warning: this machine has 3 GPUs: train_batch_size=8 is not a multiple of")
-    assert found.endswith("; set train_batch_size to 12, or start 2 ranks")
+    assert found.endswith("; set train_batch_size to 12, or train with --nproc 2")
     assert issues(capsys, sound, *keys, "--ranks", "2") == []
 
 
