@@ -11,7 +11,7 @@ from megagpt.config.batch import BatchPlan
 from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig
 from megagpt.data.dataset import Dataset
-from megagpt.data.packing import packing_identity
+from megagpt.data.packing import PACKING
 from megagpt.errors import UserError
 
 # Fields of Identity that may change between resumes, and their names for people.
@@ -58,6 +58,16 @@ def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Dataset)
         },
         weight_decay_on=cfg.regularization.weight_decay_on,
     )
+
+
+def packing_identity(kind: str, seq_len: int) -> dict[str, int | None]:
+    """Return what a checkpoint records of the packing.
+
+    Samples are drawn by their rows' numbers, and the method and seq_len decide which row has which number. Windows of
+    the stream are drawn by their places in it, so a run may change between kinds that draw those.
+    """
+    # The first key stands in every checkpoint, also in those of runs that pack no rows.
+    return {"best-fit rows of": None} | ({f"{kind} rows of": seq_len} if PACKING[kind].plan_rows else {})
 
 
 def check_identity(step_dir: Path, was: Identity, now: Identity) -> None:

@@ -112,16 +112,6 @@ class Packing:
         return self.plan_rows is not None
 
 
-def packing_identity(kind: str, seq_len: int) -> dict[str, int | None]:
-    """Return what a checkpoint records of the packing, which a resumed run must share.
-
-    Samples are drawn by their rows' numbers, and the method and seq_len decide which row has which number. Windows of
-    the stream are drawn by their places in it, so a run may change between kinds that draw those.
-    """
-    # The first key stands in every checkpoint, also in those of runs that pack no rows.
-    return {"best-fit rows of": None} | ({f"{kind} rows of": seq_len} if PACKING[kind].plan_rows else {})
-
-
 def plan_best_fit(lengths: NDArray[np.int64], seq_len: int) -> RowPlan:
     """Pack the documents of a stream, given their lengths in order. Deterministic; seconds for millions of them."""
     ends = np.cumsum(lengths)

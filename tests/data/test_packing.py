@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from support import debug_run, metric
 
 from megagpt.checkpoint.commit import committed
+from megagpt.checkpoint.identity import packing_identity
 from megagpt.checkpoint.load import packing_of
 from megagpt.checkpoint.run_samples import open_samples
 from megagpt.config.augmentation import GoldfishConfig, PackingConfig
@@ -18,7 +19,7 @@ from megagpt.data.augmentation import GoldfishTokens, goldfish_mask
 from megagpt.data.dataset import open_dataset
 from megagpt.data.loader import document_numbers, open_data, prefetched
 from megagpt.data.loss_mask import IGNORE, split, unmarked
-from megagpt.data.packing import PACKING, PackedRows, Packing, best_fit_decreasing, packing_identity, plan_best_fit
+from megagpt.data.packing import PACKING, PackedRows, Packing, best_fit_decreasing, plan_best_fit
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import next_token_loss
