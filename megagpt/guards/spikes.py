@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from megagpt.config.guards import GuardsConfig, SpikesConfig
 from megagpt.config.run_file import RunConfig
-from megagpt.config.schema import GuardsConfig, SpikesConfig
 from megagpt.distributed.collectives import gather_over_ranks
 from megagpt.errors import UserError
 from megagpt.guards.step_window import StepMetrics, mean_loss, norm_tensor

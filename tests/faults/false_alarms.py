@@ -17,7 +17,7 @@ import torch
 from support import build_dataset, debug_run, metric
 from torch import Tensor
 
-from megagpt.config.schema import SpikesConfig
+from megagpt.config.guards import SpikesConfig
 from megagpt.distributed.process_group import init_process_group
 from megagpt.guards.spikes import is_spike
 from megagpt.train.trainer import train

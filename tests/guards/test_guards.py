@@ -14,7 +14,7 @@ from support import PROGRAMS, debug_run, read_json, torchrun
 
 from megagpt.checkpoint.commit import damage_of, step_folder
 from megagpt.checkpoint.run_samples import open_run
-from megagpt.config.schema import GuardsConfig, SpikesConfig
+from megagpt.config.guards import GuardsConfig, SpikesConfig
 from megagpt.data.mixture import Batches, Mixture
 from megagpt.data.provenance import origins
 from megagpt.errors import UserError
