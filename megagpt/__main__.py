@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("pretrain", "run"),
     "generate": ("generate", "run"),
     "evaluate": ("evaluate", "run"),
+    "export": ("export", "run"),
     "check-hosts": ("doctor", "run_check_hosts"),
     "doctor": ("doctor", "run"),
     "checkpoints": ("checkpoints", "run"),

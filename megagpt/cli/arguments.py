@@ -167,6 +167,21 @@ def _after_a_run(commands: Any) -> None:
     generate.add_argument("--batch", type=whole(1, 1_000_000), default=1, help="texts for each prompt")
     generate.add_argument("--seed", type=whole(-LARGEST, LARGEST), default=0)
 
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint as a Hugging Face folder, and check it with transformers",
+        epilog="example: megagpt export runs/demo my-gpt2 --license apache-2.0",
+    )
+    export.add_argument(
+        "checkpoint",
+        type=user_path,
+        metavar="CKPT",
+        help="a run (its best step), a step's folder, or RUN/checkpoints/latest",
+    )
+    export.add_argument("folder", type=user_path, metavar="DIR", help="a new folder")
+    export.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights")
+    export.add_argument("--license", help="for the model card, as the Hub spells it, such as apache-2.0")
+
     evaluate = commands.add_parser(
         "evaluate",
         help="compute the loss, perplexity and bits per byte of a checkpoint",

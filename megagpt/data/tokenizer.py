@@ -132,6 +132,19 @@ class Tokenizer:
         usual = (i for i in range(self.vocab_size) if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i)))
         return {sp.id_to_piece(i): (i, self._scores[i]) for i in usual}
 
+    def names(self) -> list[str]:
+        """Return the name of each id, as the model spells it: pieces, <0x41> for a byte, and control tokens."""
+        return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
+
+    def control_ids(self) -> list[int]:
+        """Return the ids that stand for no text: control tokens and the unknown token."""
+        sp = self._processor
+        return [i for i in range(self.vocab_size) if sp.is_control(i) or sp.is_unknown(i)]
+
+    def score(self, token: int) -> float:
+        """Return the log probability of a unigram model's piece; of a BPE model's, minus its rank."""
+        return self._scores[token]
+
     def encode_bytes(self, text: str) -> list[int]:
         """Encode a text by byte fallback alone, one token for each UTF-8 byte."""
         ids = self._byte_ids(text)

@@ -1,0 +1,71 @@
+"""The model card of an export (README.md), with the run's curves as a picture."""
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megagpt.checkpoint.commit import read_commit, run_of
+from megagpt.train.metrics_file import read_rows
+
+CURVES = "curves.png"
+
+
+def model_card(step_dir: Path, name: str, license_name: str | None, lines: int, ties: int, *, drawn: bool) -> str:
+    """Return the card in Markdown, with the front matter that the Hub reads."""
+    saved = read_commit(step_dir)
+    front = ["---", *([f"license: {license_name}"] if license_name else []), "library_name: transformers"]
+    front += ["pipeline_tag: text-generation", "tags:", "- megagpt", "- gpt2", "---"]
+    model = saved.identity.model
+    text = [
+        *front,
+        f"# {name}",
+        f"A GPT-2 with {model['n_layer']} layers, {model['n_head']} heads and a width of {model['n_embd']}, trained "
+        f"from scratch by megagpt for {saved.state.step:,} steps, which are "
+        f"{saved.state.tokens_seen:,} tokens.",
+        "## Use",
+        "```python\nfrom transformers import pipeline\n\n"
+        f'generate = pipeline("text-generation", model="{name}")\nprint(generate("The ", max_new_tokens=50))\n```',
+        "## Evaluation",
+        _evaluation(step_dir, saved.state.step),
+        *([f"![Training and validation loss]({CURVES})"] if drawn else []),
+        "## Training",
+        f"`megagpt_run.json` holds all settings. Fingerprint of the validation data: `{saved.identity.data['val']}`; "
+        f"SHA-256 of the SentencePiece tokenizer: `{saved.identity.tokenizer}`.",
+        "## Tokenizer",
+        f"Converted from SentencePiece and compared on {lines:,} lines, odd ones among them: "
+        + (f"{ties} differ, by ties between segmentations of equal probability." if ties else "all have equal ids."),
+        *([] if license_name else ["## License", "Not stated."]),
+    ]
+    return "\n\n".join(["\n".join(text[: len(front)]), *text[len(front) :]]) + "\n"
+
+
+def _evaluation(step_dir: Path, step: int) -> str:
+    rows = [row for row in read_rows(run_of(step_dir) / "metrics.jsonl") if row["step"] == step]
+    values = {name: value for row in rows for name, value in row.items() if name.startswith("val/")}
+    if not values:
+        return "This step was not evaluated in training."
+    table = [f"| {name.removeprefix('val/')} | {value:.4f} |" for name, value in values.items() if value is not None]
+    return "On the validation data, at this step:\n\n| | |\n|---|---|\n" + "\n".join(table)
+
+
+def write_curves(step_dir: Path, folder: Path) -> bool:
+    """Draw the losses up to this step; returns whether there were any."""
+    last = read_commit(step_dir).state.step
+    rows = [row for row in read_rows(run_of(step_dir) / "metrics.jsonl") if row["step"] <= last]
+    curves = {
+        name: [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        for name in ("train/loss", "val/loss")
+    }
+    figure = Figure(figsize=(8, 4.5), dpi=120)
+    axes = figure.subplots()
+    for name, points in curves.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name)
+    if not axes.has_data():
+        return False
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(folder / CURVES)
+    return True

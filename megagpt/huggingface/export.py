@@ -1,0 +1,167 @@
+"""Write a committed step as a Hugging Face folder, which appears once transformers has found equal logits in it."""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from megagpt.checkpoint.load import LoadedModel
+from megagpt.data.dataset import open_dataset
+from megagpt.data.tokenizer import Tokenizer
+from megagpt.errors import UserError
+from megagpt.huggingface.card import model_card, write_curves
+from megagpt.huggingface.fast_tokenizer import fast_tokenizer, write_tokenizer
+from megagpt.huggingface.weights import DTYPES, as_gpt2, gpt2_config, write_weights
+
+TOLERANCE = 1e-4  # of a logit, in fp32
+WINDOWS, LINES = 4, 10_000
+ODD = [  # what tokenizers stumble over: their own names, marks that join or reverse, control characters, ties
+    *("\u2581", "<s>", "</s>", "<unk>", "<0x41>", "\x00", "\r\n", "\t", "\n", " ", "   ", "\u00a0", "\u200d"),
+    *("e\u0301", "\U0001f469\u200d\U0001f680", "\ufeff", "\u202e", "\U0010ffff", "#" * 40, "=" * 37, "0" * 33),
+]
+
+
+class Exported(NamedTuple):
+    """What the comparison with transformers found."""
+
+    largest: float  # difference of a logit
+    lines: int
+    ties: int  # lines that are cut into other tokens of the same probability
+
+
+def export(loaded: LoadedModel, folder: Path, *, dtype: str, license_name: str | None) -> Exported:
+    """Write the folder, which must be new or empty. Raises UserError; nothing is left behind then."""
+    _check_free(folder)
+    tokenizer, cfg = loaded.tokenizer, loaded.model.cfg
+    fast = fast_tokenizer(tokenizer)
+    _round(loaded, dtype)
+    run_file = json.loads((loaded.step_dir / "run.json").read_bytes())
+    dropout = run_file["megagpt"].get("regularization", {}).get("dropout", 0.0)
+    with _in_place_once_whole(folder) as partial:
+        weights = as_gpt2(loaded.model.state_dict(), tokenizer.vocab_size, DTYPES[dtype])
+        write_weights(weights, partial)
+        del weights
+        config = gpt2_config(cfg, tokenizer.vocab_size, tokenizer.eod_id, dropout, dtype)
+        (partial / "config.json").write_text(json.dumps(config, indent=2))
+        ends = {"bos_token_id": tokenizer.eod_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.eod_id}
+        (partial / "generation_config.json").write_text(json.dumps(ends | {"do_sample": True, "top_k": 50}, indent=2))
+        write_tokenizer(fast, tokenizer, cfg.seq_len, partial)
+        shutil.copyfile(loaded.step_dir / "run.json", partial / "megagpt_run.json")
+        found = _compared(loaded, partial, run_file)
+        drawn = write_curves(loaded.step_dir, partial)
+        card = model_card(loaded.step_dir, folder.name, license_name, found.lines, found.ties, drawn=drawn)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    return found
+
+
+def _check_free(folder: Path) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder} exists and is no folder; name another place for the export")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty, and nothing in it is overwritten; name a new folder for the export")
+
+
+@contextmanager
+def _in_place_once_whole(folder: Path) -> Iterator[Path]:
+    """Yield a folder beside `folder` that takes its name at the end; after an error it is removed."""
+    partial = None
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.absolute().parent))
+        yield partial
+        for path in (partial, *partial.iterdir()):  # others could read neither a temporary folder nor safetensors
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+        partial.rename(folder)  # over an empty folder, too
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}; free disk space, or name another place") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o77)
+    os.umask(mask)
+    return mask
+
+
+@torch.no_grad()
+def _round(loaded: LoadedModel, dtype: str) -> None:
+    """Give the model the weights that the folder will have, in fp32, so that logits can be compared."""
+    for weight in loaded.model.parameters():
+        weight.copy_(weight.to(DTYPES[dtype]))
+
+
+def _compared(loaded: LoadedModel, partial: Path, run_file: dict[str, Any]) -> Exported:
+    """Load the folder with transformers in a process of its own. Raises UserError unless it is the same model."""
+    lines = _lines(loaded.tokenizer, run_file)
+    encoded = [ids.tolist() for ids in loaded.tokenizer.encode_batch(lines)]
+    with tempfile.TemporaryDirectory() as name:
+        expected = Path(name)
+        save_file(_windows(loaded), expected / "logits.safetensors")
+        (expected / "lines.json").write_text(json.dumps(list(zip(lines, encoded, strict=True))))
+        command = [sys.executable, "-m", "megagpt.huggingface.check", str(partial), str(expected)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        raise UserError(f"transformers cannot load the export: {done.stderr[-1000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if not found["largest"] <= TOLERANCE or not found["tied"] or found["not_as_written"]:
+        raise UserError(
+            f"transformers loads another model than was exported: a logit differs by {found['largest']:.2g}, where "
+            f"{TOLERANCE:g} is allowed, tied={found['tied']}, tensors {found['not_as_written']}; please report it"
+        )
+    for i, ids in found["differing"]:
+        if not equally_likely(loaded.tokenizer, encoded[i], ids):
+            raise UserError(f"the exported tokenizer cuts {lines[i]!r:.60} into other tokens; please report it")
+    return Exported(found["largest"], len(lines), len(found["differing"]))
+
+
+def equally_likely(tokenizer: Tokenizer, ids: list[int], others: list[int]) -> bool:
+    """Tell whether two segmentations are of one text and of one probability, but for rounding in 32 bits."""
+    if tokenizer.kind != "unigram" or tokenizer.decode(ids) != tokenizer.decode(others):
+        return False
+    one, other = (sum(map(tokenizer.score, part)) for part in (ids, others))
+    return math.isclose(one, other, rel_tol=1e-5)
+
+
+def _windows(loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    """Return windows of random tokens, of all of the model's positions, and the model's logits for them."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (WINDOWS, loaded.model.cfg.seq_len)
+    windows = torch.randint(loaded.tokenizer.vocab_size, shape, generator=generator)
+    with torch.no_grad():
+        logits = [loaded.model(window.unsqueeze(0))[0, :, : loaded.tokenizer.vocab_size] for window in windows]
+    return {"windows": windows, "logits": torch.stack(logits).contiguous()}
+
+
+def _lines(tokenizer: Tokenizer, run_file: dict[str, Any]) -> list[str]:
+    """Return lines of the validation data, if it is still there, and lines of what tokenizers stumble over."""
+    lines = []
+    try:
+        stream = open_dataset(Path(run_file["megagpt"]["data"]["val"])).stream("val")
+        tokens = np.empty(min(stream.n_tokens, 40 * LINES), np.int64)
+        stream.copy(0, tokens)
+        lines = list(islice(tokenizer.decode(tokens).splitlines(keepends=True), LINES // 2))
+    except (UserError, KeyError, OSError):
+        pass  # the data may be gone, or elsewhere
+    rng = random.Random(0)
+    spelled = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    while len(lines) < LINES:
+        parts = rng.choices([*ODD, chr(rng.randrange(1, 0xD800)), chr(rng.randrange(0x10000, 0x110000))], k=3)
+        parts += rng.choices(spelled, k=rng.randrange(20))
+        rng.shuffle(parts)
+        lines.append("".join(parts))
+    return lines
