@@ -4,8 +4,8 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -14,6 +14,11 @@ from megagpt.errors import OwnRankError, UserError, limit_reached, unusable_path
 # Exit codes besides 0: something that the user gave is wrong; EX_TEMPFAIL of sysexits.h; Ctrl-C, 128 + SIGINT.
 MISTAKE, SAVED_AND_WANTS_RESTART, INTERRUPTED = 2, 75, 130
 SCREEN_LINES, SCREEN_CHARACTERS = 20, 1500
+# Colors by their ANSI numbers: of a warning, and of what is good.
+YELLOW, GREEN = 33, 32
+
+Copy = Callable[[str, TextIO], None]
+_copies: list[Copy] = []  # each is called with all that is printed, and where
 
 
 def builder_command() -> str:
@@ -53,14 +58,25 @@ def typed(word: str | Path) -> str:
     return shlex.quote(str(word))
 
 
-def show(text: str, *, end: str = "\n") -> None:
+@contextmanager
+def copied_to(copy: Copy) -> Iterator[None]:
+    """Hand a copy of what is printed inside `with` to a function, which must not raise: the text and its stream."""
+    _copies.append(copy)
+    try:
+        yield
+    finally:
+        _copies.remove(copy)
+
+
+def show(text: str, *, end: str = "\n", color: int | None = None) -> None:
     """Print on standard output, at once. What its reader has no use for, as in `... | head`, is dropped.
 
     Raises UserError if the output cannot be written, as on a full disk.
     """
+    _copy(text + end, sys.stdout)
     escape_unknown_letters()
     try:
-        print(text, end=end, flush=True)
+        print(colored(text, color), end=end, flush=True)
     except BrokenPipeError:
         _drop(sys.stdout)
     except OSError as error:
@@ -70,10 +86,24 @@ def show(text: str, *, end: str = "\n") -> None:
 
 def print_error(text: str) -> None:
     """Print on standard error, at once; nothing happens where it is closed or its reader is gone."""
+    _copy(text + "\n", sys.stderr)
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
         _drop(sys.stderr)
+
+
+def _copy(text: str, stream: TextIO) -> None:
+    for copy in _copies:
+        copy(text, stream)
+
+
+def colored(text: str, color: int | None) -> str:
+    """Return text in a color if standard output is a terminal that has some and NO_COLOR (no-color.org) is unset."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    if color is None or plain or not sys.stdout.isatty():
+        return text
+    return f"\x1b[{color}m{text}\x1b[0m"
 
 
 def escape_unknown_letters() -> None:

@@ -182,6 +182,9 @@ def test_a_run_whose_terminal_is_closed_trains_to_its_end(dataset, tmp_path):
         assert any(line.startswith("step") for line in screen)
     assert process.wait(120) == 0
     assert list(metric(tmp_path / "run", "train/loss"))[-1] == 40
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "\nfinished at step 40\n" in log  # what nobody could read on the terminal
+    assert "\x1b" not in log
 
 
 def test_a_signal_that_nobody_reads_of_stops_nothing(monkeypatch):

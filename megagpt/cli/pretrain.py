@@ -16,8 +16,9 @@ from megagpt.cli.spawn_ranks import train_on_ranks
 from megagpt.distributed.rank_variables import OURS, is_rank
 from megagpt.errors import UserError
 from megagpt.open_files import raise_limit
-from megagpt.terminal import MISTAKE, SAVED_AND_WANTS_RESTART, exit_code_of, print_error, show
+from megagpt.terminal import MISTAKE, SAVED_AND_WANTS_RESTART, YELLOW, exit_code_of, print_error, show
 from megagpt.train.preemption import SIGNALS, Preemption
+from megagpt.train.run_log import RunLog, is_broken_connection
 
 # Seconds that a rank of ours whose connection broke waits to be ended: the rank that failed has told why.
 OUTLIVES_ANOTHER = 30.0
@@ -51,7 +52,7 @@ def run_rank(args: argparse.Namespace, preemption: Preemption | None = None) -> 
     try:
         code = _pretrain(args, preemption)
     except RuntimeError as error:
-        if OURS in os.environ and "gloo" in str(error):
+        if OURS in os.environ and is_broken_connection(error):
             time.sleep(OUTLIVES_ANOTHER)
         raise
     # When the first rank ends, launchers signal the others, which must still end with their own exit code.
@@ -88,8 +89,11 @@ def _pretrain(args: argparse.Namespace, preemption: Preemption | None = None) ->
     stops = preemption or _preemption()
     from megagpt.distributed.process_group import is_main
 
-    # Before there is a process group, RANK tells who prints what all ranks raise.
-    return exit_code_of(lambda: _train(args, stops), is_main=lambda: is_main() and os.environ.get("RANK", "0") == "0")
+    with RunLog() as log:
+        # Before there is a process group, RANK tells who prints what all ranks raise.
+        return exit_code_of(
+            lambda: _train(args, stops, log), is_main=lambda: is_main() and os.environ.get("RANK", "0") == "0"
+        )
 
 
 def _preemption() -> Preemption:
@@ -105,7 +109,7 @@ def _gpus() -> int:
     return visible_gpus()
 
 
-def _train(args: argparse.Namespace, preemption: Preemption) -> int:
+def _train(args: argparse.Namespace, preemption: Preemption, log: RunLog) -> int:
     """Meet the other ranks, check what they were given, and train."""
     from megagpt.config.parsing import leaves
     from megagpt.config.run_file import load_run_config
@@ -140,10 +144,10 @@ def _train(args: argparse.Namespace, preemption: Preemption) -> int:
     with errors_on_every_rank():
         warnings = lint_or_raise(run)
     for warning in warnings:
-        print_rank0(warning)
+        print_rank0(warning, color=YELLOW)
     run = with_supported_dtype(run, device)
     with explained(run, device), deepspeed_explained(run):
-        state = train(run, device, fresh=args.fresh, preemption=preemption)
+        state = train(run, device, fresh=args.fresh, preemption=preemption, log=log)
     return 0 if state.finished(run.megagpt.schedule.max_steps) else SAVED_AND_WANTS_RESTART
 
 

@@ -5,9 +5,11 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from typing import Never
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from megagpt.distributed.rank_variables import Place, join_launch, read_place
 from megagpt.errors import OwnRankError, UserError
@@ -156,9 +158,18 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def print_rank0(text: str) -> None:
+def print_rank0(text: str, *, color: int | None = None) -> None:
     """Print on rank 0 only. A launcher or terminal that is gone, and no longer reads, does not end the run."""
     if not is_main():
         return
     with suppress(UserError):
-        show(text)
+        show(text, color=color)
+
+
+def progress_bar(what: str, *, total: int, unit: str) -> "tqdm[Never]":
+    """Return a bar for what takes longer than a second; it is drawn on rank 0's terminal alone, and removed at its end.
+
+    Use it in a `with` block, and call its `update` for each unit.
+    """
+    # With None, tqdm draws on a terminal alone.
+    return tqdm(total=total, desc=what, unit=unit, delay=1, leave=False, disable=None if is_main() else True)

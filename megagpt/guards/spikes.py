@@ -120,6 +120,8 @@ def judge_steps(
                 f"{what}; the run stops, because megagpt.guards.spikes.action is 'stop'. The last checkpoint is "
                 f"untouched. Documents of this step: {documents(steps.number(i), _worst(steps, i))}"
             )
+        if cfg.spikes.action == "log" and not steps.skipped[i]:
+            what += "; one alone is harmless. Where they are many, lower optimizer.params.lr or gradient_clipping"
         lines.append(what + ("; its update was skipped" if steps.skipped[i] else ""))
     return Verdict(health, bool(spikes) and cfg.spikes.action == "roll back", tuple(lines))
 

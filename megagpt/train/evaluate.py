@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megagpt.data.loader import ValWindows, prefetched, rank_slice
 from megagpt.distributed.collectives import sum_over_ranks
-from megagpt.distributed.process_group import rank, world_size
+from megagpt.distributed.process_group import progress_bar, rank, world_size
 from megagpt.model.loss import token_nats
 
 
@@ -55,12 +55,14 @@ def evaluate(
     shape = (micro_batch, windows.seq_len + 1)
     positions = rank_slice(windows.seq_len, rank(), sequence_parallel_size)
     batches = prefetched(windows.fill, firsts, shape, device, document_end=windows.document_end, positions=positions)
-    for first, (inputs, targets, documents) in zip(firsts, batches, strict=True):
-        nats = model(inputs, documents=documents, score=token_nats(targets))  # (B, T)
-        kept = (first + torch.arange(micro_batch, device=device) < end).unsqueeze(1).expand_as(targets)  # (B, T)
-        totals[0] += (nats.double() * kept).sum()
-        totals[1] += kept.sum()
-        totals[2] += (token_bytes[targets] * kept).sum()
+    with progress_bar("evaluating", total=len(firsts), unit="batch") as bar:
+        for first, (inputs, targets, documents) in zip(firsts, batches, strict=True):
+            nats = model(inputs, documents=documents, score=token_nats(targets))  # (B, T)
+            kept = (first + torch.arange(micro_batch, device=device) < end).unsqueeze(1).expand_as(targets)  # (B, T)
+            totals[0] += (nats.double() * kept).sum()
+            totals[1] += kept.sum()
+            totals[2] += (token_bytes[targets] * kept).sum()
+            bar.update()
     model.train(was_training)
     nats_sum, n_tokens, n_bytes = sum_over_ranks(totals).tolist()
     text_bytes = windows.text_bytes

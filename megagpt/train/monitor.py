@@ -14,7 +14,7 @@ from megagpt.checkpoint.commit import best
 from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.distributed.process_group import is_main, print_rank0
-from megagpt.terminal import counted, if_encodable
+from megagpt.terminal import GREEN, counted, if_encodable
 from megagpt.train.metrics_file import append_row, keep_up_to, metrics_of, new_row, read_rows
 from megagpt.train.tensorboard_file import TensorBoardFile
 from megagpt.train_state import TrainState
@@ -43,8 +43,12 @@ class Monitor:
         *,
         eta_seconds: float | None = None,
         waits_for: Sequence[str] = (),
+        is_best: bool = False,
     ) -> None:
-        """Record metrics of the step just finished. `waits_for`: hosts that are stragglers."""
+        """Record metrics of the step just finished.
+
+        `waits_for`: hosts that are stragglers. `is_best`: no evaluation before was as good.
+        """
         if not is_main():
             return
         row = new_row(state.step, state.tokens_seen, metrics)
@@ -60,8 +64,11 @@ class Monitor:
             shown.append(f"waits for {', '.join(waits_for)}")
         if eta_seconds is not None:
             shown.append(f"eta {timedelta(seconds=round(eta_seconds))}")
+        if is_best:
+            shown.append("best")
         if shown:
-            print_rank0(f"step {state.step:>{len(str(self._max_steps))}}/{self._max_steps} | " + " | ".join(shown))
+            line = f"step {state.step:>{len(str(self._max_steps))}}/{self._max_steps} | " + " | ".join(shown)
+            print_rank0(line, color=GREEN if is_best else None)
 
     def samples(self, samples: Sequence[tuple[str, str]], step: int) -> None:
         """Show generated texts, each a prompt and its continuation, in TensorBoard."""

@@ -1,26 +1,40 @@
 """Describe a run that starts: sizes of model, data and batch, and where it begins or resumes."""
 
 import json
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from megagpt.checkpoint.identity import changed_keys, described
 from megagpt.data.lost_text import changed_prompts, lost_text, token_counts, unknown_share
-from megagpt.terminal import counted
+from megagpt.model.flops import n_params
+from megagpt.planner.sizing import EPOCHS, TOKENS_PER_PARAMETER
+from megagpt.terminal import counted, typed
 from megagpt.train.lr_schedule import jump_of_rate
 from megagpt.train.preflight import RunSetup
+from megagpt.train.run_log import LOG
+
+# A factor from TOKENS_PER_PARAMETER that is far; upwards its square, for small models that are cheap to use.
+FAR = 10
+# A run of fewer steps tries something out, and nobody expects a good model of it.
+TRIAL = 1000
 
 
-def opening(setup: RunSetup, effective: dict[str, Any]) -> list[str]:
+def opening(setup: RunSetup, effective: dict[str, Any], device: torch.device) -> list[str]:
     """Return the lines that a start prints: the sizes of model, data and batch, and where the run begins or resumes."""
     cfg, batch = setup.run.megagpt, setup.batch
     tokens = [f"{dataset.variants('train')[0].tokens:,}" for dataset in setup.training_set.datasets]
     lines = [
-        f"{cfg.out_dir}: {counted(cfg.model.n_layer, 'layer')}, {cfg.model.n_embd} wide, "
-        f"vocabulary {setup.data.vocab_size:,}; "
-        f"{' + '.join(tokens)} training tokens; global batch {batch.global_batch} = micro-batch {batch.micro_batch} "
+        f"{cfg.out_dir}: {n_params(cfg.model, setup.data.vocab_size):,} parameters "
+        f"({counted(cfg.model.n_layer, 'layer')}, {cfg.model.n_embd} wide, vocabulary {setup.data.vocab_size:,}), "
+        f"{setup.run.deepspeed.dtype} on {_device(device, batch.world_size)}",
+        f"  {' + '.join(tokens)} training tokens; global batch {batch.global_batch} = micro-batch {batch.micro_batch} "
         f"x accumulation {batch.accumulation} x "
         + counted(batch.replicas, "rank" if batch.sequence_parallel_size == 1 else "group")
-        + ("" if batch.sequence_parallel_size == 1 else f" of {batch.sequence_parallel_size} ranks")
+        + ("" if batch.sequence_parallel_size == 1 else f" of {batch.sequence_parallel_size} ranks"),
+        _how_much(setup),
+        _where_to_look(setup),
     ]
     lines += setup.training_set.packing()
     lines += _what_the_tokenizer_loses(setup)
@@ -37,6 +51,67 @@ def opening(setup: RunSetup, effective: dict[str, Any]) -> list[str]:
             mixture = setup.training_set.describe(setup.saved.state.samples_seen, cfg.seq_len)
             lines.append(f"  samples from now on: {mixture}")
     return lines
+
+
+def notes(setup: RunSetup) -> list[str]:
+    """Return a line for data that is read many times, and one for a model far too large or small for its tokens."""
+    cfg, epochs, ratio = setup.run.megagpt, _epochs(setup), _tokens_per_parameter(setup)
+    lines = []
+    for dataset, times in zip(setup.training_set.datasets, epochs, strict=True):
+        if times > EPOCHS:
+            lines.append(
+                f"note: {dataset.path} is read {_short(times)} times; after about {EPOCHS} times repeated text teaches "
+                "little more (Muennighoff et al. 2023): add text, or set megagpt.schedule.max_steps="
+                f"{max(1, int(cfg.schedule.max_steps * EPOCHS / times))}"
+            )
+    most = f"about {TOKENS_PER_PARAMETER} make the most of the same computing time (Hoffmann et al. 2022)"
+    if ratio < TOKENS_PER_PARAMETER / FAR and cfg.schedule.max_steps >= TRIAL:
+        lines.append(f"note: {_short(ratio)} tokens per parameter; {most}: a smaller model learns more from these")
+    if ratio > TOKENS_PER_PARAMETER * FAR * FAR:
+        lines.append(f"note: {_short(ratio)} tokens per parameter; {most}: a larger model learns more from these")
+    return lines
+
+
+def _device(device: torch.device, n_ranks: int) -> str:
+    if device.type == "cpu":
+        return "the CPU"
+    name = torch.cuda.get_device_name(device)
+    return name if n_ranks == 1 else f"{n_ranks} x {name}"
+
+
+def _how_much(setup: RunSetup) -> str:
+    cfg, per_step = setup.run.megagpt, setup.batch.global_batch * setup.run.megagpt.seq_len
+    steps = cfg.schedule.max_steps
+    return (
+        f"  {counted(steps, 'step')} of {per_step:,} tokens: {steps * per_step:,} tokens, "
+        f"{' + '.join(map(_short, _epochs(setup)))} epochs, {_short(_tokens_per_parameter(setup))} tokens per parameter"
+    )
+
+
+def _where_to_look(setup: RunSetup) -> str:
+    cfg, board = setup.run.megagpt, setup.run.deepspeed.tensorboard
+    parent = cfg.out_dir.parent
+    # There the run has the name of its folder, next to other runs.
+    logdir = board.output_path or (cfg.out_dir if parent == Path() else parent)
+    command = f"tensorboard --logdir {typed(logdir)}"
+    return f"  log: {cfg.out_dir / LOG}; curves: {command if board.enabled else 'set tensorboard.enabled=true'}"
+
+
+def _epochs(setup: RunSetup) -> list[float]:
+    """Return how often the whole run reads each dataset."""
+    schedule, state = setup.run.megagpt.schedule, setup.state
+    left = max(0, schedule.max_steps - state.step)
+    return setup.training_set.epochs(state.samples_seen + left * setup.batch.global_batch)
+
+
+def _tokens_per_parameter(setup: RunSetup) -> float:
+    cfg = setup.run.megagpt
+    tokens = cfg.schedule.max_steps * setup.batch.global_batch * cfg.seq_len
+    return tokens / n_params(cfg.model, setup.data.vocab_size)
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def _what_the_tokenizer_loses(setup: RunSetup) -> list[str]:

@@ -25,7 +25,7 @@ from megagpt.data.packing import PACKING
 from megagpt.data.provenance import documents_of
 from megagpt.distributed.collectives import errors_on_every_rank, gather_objects, gather_over_ranks, on_every_rank
 from megagpt.distributed.launcher import grace_warning
-from megagpt.distributed.process_group import is_main, print_rank0, rank
+from megagpt.distributed.process_group import is_main, print_rank0, progress_bar, rank
 from megagpt.engine.build import Engine, before_update, build_engine
 from megagpt.engine.deepspeed_config import effective_config
 from megagpt.errors import OwnRankError, UserError, writing_to
@@ -35,12 +35,14 @@ from megagpt.guards.step_window import StepWindow
 from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
 from megagpt.model.generate import complete, with_continuation
+from megagpt.terminal import YELLOW
 from megagpt.train.early_stopping import after_evaluation, at_resume
 from megagpt.train.evaluate import Evaluation, evaluate
 from megagpt.train.metrics import Stopwatch, log_metrics, speed
 from megagpt.train.monitor import Monitor, print_ending
-from megagpt.train.opening import opening
+from megagpt.train.opening import notes, opening
 from megagpt.train.preflight import RunSetup
+from megagpt.train.sample_lines import sample_lines
 from megagpt.train_state import TrainState
 
 MAX_ROLL_BACKS = 3  # to one checkpoint
@@ -85,7 +87,9 @@ class Session:
         self.memory_watch = MemoryWatch(self.cfg.guards.memory_growth_mib)
         self.rolled_back: list[int] = []  # the steps that were rolled back to
         self.evaluated = (0, True)  # the step of the last evaluation, and whether its loss was finite
-        print_rank0("\n".join(opening(setup, effective)))
+        print_rank0("\n".join(opening(setup, effective, device)))
+        for note in notes(setup):
+            print_rank0(note, color=YELLOW)
         with errors_on_every_rank():
             self.monitor = self._open_monitor()
 
@@ -133,7 +137,7 @@ class Session:
         memory, own = gather_over_ranks(torch.cat([memory_mib(self.device), own])).cpu().split(2, dim=1)
         slow = self.stragglers.judge(own, seconds["step"] + seconds["data"], len(steps))
         for line in (*verdict.lines, *self.memory_watch(state.step, memory), *slow):
-            print_rank0(line)
+            print_rank0(line, color=YELLOW)
         n_tokens = len(steps) * self.setup.batch.global_batch * self.cfg.seq_len
         metrics = log_metrics(
             steps,
@@ -198,7 +202,7 @@ class Session:
             "val/bits_per_byte": result.bits_per_byte,
             "perf/eval_seconds": self.stopwatch.spent("eval"),
         }
-        self.monitor.log(state, metrics)
+        self.monitor.log(state, metrics, is_best=stopper.best_step == state.step)
         return replace(state, val_loss=result.loss if math.isfinite(result.loss) else None, stopper=stopper)
 
     def _evaluation(self, step: int) -> Evaluation:
@@ -214,15 +218,23 @@ class Session:
         return result
 
     def show_samples(self, state: TrainState) -> None:
-        """Generate from the run file's prompts, and show the texts in TensorBoard."""
+        """Generate from the run file's prompts, and show the texts."""
         with self.stopwatch.section("sample"), self.watchdog.paused():
             cfg = self.cfg.sample
             model, tokenizer = self.engine.module, self.setup.data.tokenizer
             try:
-                # At stage 3 a forward pass is collective: a rank that stopped alone would leave the others in the next.
-                texts = complete(model, tokenizer, cfg.prompts, cfg, until_ended=False, agree=on_every_rank)
+                with progress_bar("sampling", total=len(cfg.prompts) * cfg.max_tokens, unit="token") as bar:
+
+                    def agree(fine: bool) -> bool:  # is called for each token
+                        bar.update()
+                        # At stage 3 a forward pass is collective: a rank that stopped alone would leave the others in
+                        # the next.
+                        return on_every_rank(fine)
+
+                    texts = complete(model, tokenizer, cfg.prompts, cfg, until_ended=False, agree=agree)
                 samples = [with_continuation(prompt, text) for prompt, text in zip(cfg.prompts, texts, strict=True)]
                 self.monitor.samples(samples, state.step)
+                print_rank0("\n".join(sample_lines(samples, state.step)))
             except UserError as error:
                 print_rank0(f"no samples at step {state.step}: {error}")
         self.monitor.log(state, {"perf/sample_seconds": self.stopwatch.spent("sample")})
@@ -257,7 +269,7 @@ class Session:
         )
         measured = wrote > 0.0 or not self.cfg.save_async  # an asynchronous write has ended
         if measured and not self.grace_warned and (warning := grace_warning(waited, wrote)):
-            print_rank0(warning)
+            print_rank0(warning, color=YELLOW)
             self.grace_warned = True
         return True
 

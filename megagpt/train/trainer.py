@@ -17,6 +17,7 @@ from megagpt.train.lr_schedule import lr_factor
 from megagpt.train.monitor import print_nothing_left
 from megagpt.train.preemption import Preemption
 from megagpt.train.preflight import prepare
+from megagpt.train.run_log import RunLog
 from megagpt.train.session import Session
 from megagpt.train_state import TrainState
 
@@ -28,10 +29,12 @@ def train(
     fresh: bool = False,
     preemption: Preemption | None = None,
     stop_at: int | None = None,
+    log: RunLog | None = None,
 ) -> TrainState:
     """Train until the run is finished, is told to stop, or reaches step `stop_at`; returns the state saved last.
 
-    Collective. Raises UserError for a wrong run file or dataset, and where a guard stops the run.
+    `log` is opened in the run's folder. Collective. Raises UserError for a wrong run file or dataset, and where a guard
+    stops the run.
     """
     preemption = preemption or Preemption()
     preemption.set_time_limit(run.megagpt.time_limit_minutes)
@@ -45,6 +48,8 @@ def train(
             return setup.state
         with recorded_start(run, setup.state.step):
             session = Session(setup, device, launcher_alive=preemption.launcher_alive, before_save=lock.check)
+        if log is not None:
+            log.open(run.megagpt.out_dir)
         return run_steps(session, preemption, stop_at)
 
 

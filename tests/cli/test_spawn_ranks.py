@@ -17,6 +17,7 @@ from megagpt.cli.spawn_ranks import LocalRanks, train_on_ranks
 from megagpt.distributed.rank_variables import OURS, is_rank, ranks_variables
 from megagpt.errors import UserError
 from megagpt.train.preemption import Preemption
+from megagpt.train.run_log import RunLog
 
 LAUNCH = "import sys; from megagpt.cli.spawn_ranks import on_ranks; on_ranks(2, 'waiting_rank', sys.argv[1])"
 WAITING_RANK = """
@@ -91,7 +92,7 @@ def test_nproc_is_refused_in_a_launchers_rank(monkeypatch):
     monkeypatch.delenv(OURS)
     args = command_line().parse_args(["train", str(DEBUG_RUN), "--nproc", "3"])
     with pytest.raises(UserError, match=r"--nproc=3 starts ranks, but this process is one of 2, which RANK and WORLD_"):
-        _train(args, Preemption())
+        _train(args, Preemption(), RunLog())
 
 
 @pytest.mark.process
