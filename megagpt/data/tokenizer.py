@@ -62,6 +62,10 @@ class Tokenizer:
             )
         return cls(model_bytes, name=str(path))
 
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
+        """Pickle as the model's bytes: other processes begin without the cache of segments."""
+        return Tokenizer, (self.model_bytes,)
+
     def encode(self, text: str) -> np.ndarray:
         """Return the token ids as int32, without an end-of-document id."""
         return self.encode_batch([text])[0]

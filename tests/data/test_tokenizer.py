@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -94,6 +95,12 @@ def test_threads_that_share_a_tokenizer_get_the_ids_of_their_texts() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert [tokenizer.decode(ids) for ids in found] == texts
+
+
+def test_a_tokenizer_that_was_used_can_be_sent_to_another_process() -> None:
+    tokenizer = small_tokenizer()
+    ids = tokenizer.encode(document(0))
+    assert pickle.loads(pickle.dumps(tokenizer)).encode(document(0)).tolist() == ids.tolist()
 
 
 def test_ids_worked_out_by_hand() -> None:
