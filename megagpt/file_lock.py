@@ -91,12 +91,16 @@ def _me() -> dict[str, object]:
 
 
 def _holder(path: Path) -> str:
-    """Describe who holds the lock: its host, process and start, as far as the file can be read."""
-    try:
-        found = json.loads(path.read_bytes())
-        return f"process {int(found['pid'])} on host {str(found['host'])[:100]}, since {str(found['since'])[:30]}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "a process that has just started"
+    """Describe who holds the lock: its host, process and start, as far as the file can be read.
+
+    A process that has just taken the lock has yet to replace what the one before it wrote.
+    """
+    for _ in range(20):
+        time.sleep(0.1)
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(path.read_bytes())
+            return f"process {int(found['pid'])} on host {str(found['host'])[:100]}, since {str(found['since'])[:30]}"
+    return "a process that has just started"
 
 
 def _weakness(folder: Path) -> str:

@@ -143,6 +143,19 @@ def test_a_lock_without_a_readable_holder_is_still_one(tmp_path):
         FileLock(tmp_path / LOCK).take()
 
 
+def test_a_holder_that_has_just_begun_is_named(tmp_path):
+    """It locks the file first and writes into it then."""
+    held = FileLock(tmp_path / LOCK)
+    held.take()
+    whole = (tmp_path / LOCK).read_bytes()
+    (tmp_path / LOCK).write_bytes(b"")
+    later = threading.Timer(0.3, (tmp_path / LOCK).write_bytes, [whole])
+    later.start()
+    with pytest.raises(LockHeldError, match=f"process {os.getpid()} on host"):
+        FileLock(tmp_path / LOCK).take()
+    later.join()
+
+
 @pytest.mark.parametrize(
     ("fstype", "options", "alone"),
     [
