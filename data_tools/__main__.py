@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ from data_tools.report.summary import summary
 from data_tools.stages.train_tokenizer import train_tokenizer
 from data_tools.verify import verify
 from megagpt.open_files import raise_limit
-from megagpt.terminal import exit_code_of, show
+from megagpt.terminal import builder_command, exit_code_of, show
 
 INCOMPLETE = 3  # exit code of a build that could not read some of its files
 Output = tuple[str, int]
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         builder_parser().print_help()
         return 0
     args, rest = known_arguments(argv)
+    args.typed_command = f"{builder_command()} {shlex.join(argv)}"
     raise_limit()
     interrupted = INTERRUPTED.get(args.command, "interrupted").format(**vars(args))
     return exit_code_of(lambda: _run(args, overrides_in(args, rest)), interrupted=interrupted)
@@ -41,7 +43,9 @@ def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 def _build(args: argparse.Namespace, overrides: Sequence[str]) -> Output:
     config = load_config(BuildConfig, args.config, _with_strict(args, overrides))
-    report = build(args.input, args.out, config, args.scheduler, val=args.val, test=args.test)
+    report = build(
+        args.input, args.out, config, args.scheduler, val=args.val, test=args.test, command=args.typed_command
+    )
     return summary(report, args.out), INCOMPLETE if report["unreadable"] else 0
 
 

@@ -52,8 +52,11 @@ def build(
     *,
     val: Sequence[str | Path] = (),
     test: Sequence[str | Path] = (),
+    command: str = "",
 ) -> dict[str, Any]:
     """Build a dataset folder from text; returns the report. All documents of `val` and `test` are held out.
+
+    The report tells the `command`, if there is one.
 
     The same input, options and library versions give the same shards, with any number of workers and however often the
     build was interrupted. Raises UserError for a mistake in any of the arguments.
@@ -72,13 +75,15 @@ def build(
     with _claimed(out) as (folder, scratch), _told_to_resume(out):
         with start_workers(config.workers, scheduler, scratch, total_bytes=sum(unit.size for unit in units)) as run_all:
             stages = run_stages(units, sources, splits, config, given, Tasks(scratch, run_all))
-        return finish(folder, stages, sources, config)
+        return finish(folder, stages, sources, config, command)
 
 
-def finish(folder: Path, stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig) -> dict[str, Any]:
+def finish(
+    folder: Path, stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig, command: str = ""
+) -> dict[str, Any]:
     """Make a dataset of what the stages wrote: publish the files, then write the manifest. Returns the report."""
     tokenizer = Tokenizer.load(stages.model)
-    report = make_report(stages, sources, config)
+    report = make_report(stages, sources, config, command)
     other_files, index_sha256 = publish(folder, stages, report)
     manifest = Manifest(
         build_id=stages.shards[0][0].build_id,

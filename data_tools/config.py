@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from data_tools.dedup.decontamination import DecontaminationConfig
 from data_tools.dedup.lsh import DedupConfig
-from data_tools.filters.rules import RulesConfig
+from data_tools.filters.rules import SWITCHES, RulesConfig
 from data_tools.option_types import Names, Paths
 from megagpt.config.mistakes import as_written, explain
 from megagpt.config.parsing import Strict, UserPath, overridden, read_json, unescaped
@@ -238,12 +238,26 @@ def _with_escapes(item: str) -> str:
     return f"{key}={json.dumps(unescaped(value))}"
 
 
+def _without_switches(raw: dict[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Return the overrides without `rules.c4=true` where another sets a threshold of that rule, which switches it on.
+
+    A rule that `raw` switches on becomes a section, for the same reason.
+    """
+    on = {f"rules.{name}": name for name in SWITCHES}
+    changed = on.keys() & {item.partition("=")[0].rpartition(".")[0] for item in overrides}
+    for key in changed:
+        if isinstance(rules := raw.get("rules"), dict) and rules.get(on[key]) is True:
+            rules[on[key]] = {}
+    return [item for item in overrides if item not in {f"{key}=true" for key in changed}]
+
+
 def load_config(model: type[Config], file: Path | None, overrides: Sequence[str]) -> Config:
     """Return the options of a JSON file and then from `key.path=value` pairs, which override it.
 
     Raises UserError with every mistake, each with its dotted key, the value seen and what is right.
     """
-    raw = overridden(read_json(file, what="--config") if file else {}, [_with_escapes(item) for item in overrides])
+    raw = read_json(file, what="--config") if file else {}
+    raw = overridden(raw, [_with_escapes(item) for item in _without_switches(raw, overrides)])
     try:
         return model.model_validate(raw)
     except ValidationError as error:

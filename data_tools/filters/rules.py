@@ -31,6 +31,9 @@ CustomRule = Callable[[str], bool | str | None]
 """A function of the user: False or a reason (str) rejects the text, True or None keeps it."""
 
 
+SWITCHES = ("gopher_quality", "gopher_repetition", "c4", "fineweb")  # rules that `true` switches on as published
+
+
 class RulesConfig(Strict):
     """The rules that are on: in JSON, `true` (its published thresholds) or an object of the thresholds that differ."""
 
@@ -55,7 +58,7 @@ class RulesConfig(Strict):
         description="functions 'package.module:function' of the text: False or a reason rejects, True or None keeps",
     )
 
-    @field_validator("gopher_quality", "gopher_repetition", "c4", "fineweb", mode="before")
+    @field_validator(*SWITCHES, mode="before")
     @classmethod
     def _switch(cls, value: Any) -> Any:
         if isinstance(value, bool):

@@ -100,7 +100,8 @@ def without_middle(text: str, most: int) -> str:
 
 def _svg(what: str, draw: Callable[[Axes], None], series: Series, height: float, left: float) -> str:
     """Draw one plot. The axes are placed by hand, because matplotlib's layouts would draw everything twice."""
-    per_row = 2 if max(map(len, series)) > LEGEND_LETTERS // 3 else 3
+    # each has a mark and a gap, of about 5 letters
+    per_row = max(1, min(len(series), LEGEND_LETTERS // (min(max(map(len, series)), LEGEND_LETTERS // 2) + 5)))
     legend_rows = -(-len(series) // per_row) if len(series) > 1 else 0
     legend = legend_rows * LEGEND_ROW + (0.1 if legend_rows else 0.0)
     total, width = height + legend + AXIS, max(WIDTH, left + MIN_BARS_WIDTH)
@@ -114,7 +115,7 @@ def _svg(what: str, draw: Callable[[Axes], None], series: Series, height: float,
         draw(axes)
         if legend_rows:
             handles, names = axes.get_legend_handles_labels()
-            names = [without_middle(name, LEGEND_LETTERS // per_row) for name in names]
+            names = [without_middle(name, LEGEND_LETTERS // per_row - 5) for name in names]
             figure.legend(handles, names, loc="upper left", ncols=per_row, **LEGEND)
         canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()

@@ -7,6 +7,8 @@ from typing import Any
 
 from data_tools.config import BuildConfig, SourceConfig
 from data_tools.formatting import format_bytes, format_share, shortened
+from data_tools.report.examples import examples_kept, examples_left_out
+from data_tools.report.settings import options_of, settings_of
 from data_tools.stages.extract import unreadable_files
 from data_tools.stages.pipeline import Stages
 from data_tools.stages.what_is_left import share_of_bytes
@@ -23,11 +25,13 @@ SHOWN_FILES = 5  # of those that could not be read
 Counts = dict[str, int]  # documents, bytes, and tokens where there are any
 
 
-def make_report(stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig) -> dict[str, Any]:
-    """Return the content of report.json."""
+def make_report(
+    stages: Stages, sources: Sequence[SourceConfig], config: BuildConfig, command: str = ""
+) -> dict[str, Any]:
+    """Return the content of report.json. `command` is what the user typed."""
     splits = {split: _counts(stages.count(split)) for split in SPLITS}
     total = {name: sum(counts[name] for counts in splits.values()) for name in ("documents", "bytes", "tokens")}
-    own = [_describe_source(stages, number, source.name) for number, source in enumerate(sources)]
+    own = [_describe_source(stages, number, source) for number, source in enumerate(sources)]
     return {
         **total,
         "bytes_per_token": round(total["bytes"] / total["tokens"], 4),
@@ -41,11 +45,13 @@ def make_report(stages: Stages, sources: Sequence[SourceConfig], config: BuildCo
         "lost_text": stages.lost_text,
         "notes": [*_notes(stages, config), *_notes_of_readers(stages)],
         "loses_text": not Tokenizer.load(stages.model).round_trips(PROBE),
+        "settings": settings_of(config, sources, command),
+        "examples": examples_left_out(stages),
         "seconds": {stage: round(spent, 2) for stage, spent in stages.seconds.items()},
     }
 
 
-def _describe_source(stages: Stages, number: int, name: str) -> dict[str, Any]:
+def _describe_source(stages: Stages, number: int, source: SourceConfig) -> dict[str, Any]:
     """Return one source's counts at each stage.
 
     Lengths are counted by powers of two: key 12 is 2,048 to 4,095 bytes.
@@ -56,7 +62,7 @@ def _describe_source(stages: Stages, number: int, name: str) -> dict[str, Any]:
     splits = {split: _counts(stages.count(split, source=number)) for split in SPLITS}
     n_tokens, n_bytes = (sum(counts[unit] for counts in splits.values()) for unit in ("tokens", "bytes"))
     return {
-        "name": name,
+        "name": source.name,
         "files": len({slice_.file.path for i in mine for slice_ in stages.units[i].slices}),
         "unreadable": unreadable_files([stages.extracted[i] for i in mine]),
         "skipped": _merge_skipped(_as_skipped(result["skipped"]) for result in extracted),
@@ -68,6 +74,8 @@ def _describe_source(stages: Stages, number: int, name: str) -> dict[str, Any]:
         "splits": splits,
         "bytes_per_token": round(n_bytes / n_tokens, 4) if n_tokens else None,
         "bytes_log2": _histogram(result["lengths"] for result in extracted),
+        "options": options_of(source),
+        "examples": examples_kept(stages, number),
         "tokens_log2": _histogram(result["tokens_per_document"] for result in tokenized),
     }
 

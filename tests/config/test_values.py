@@ -197,6 +197,19 @@ def test_what_was_meant_is_written_out_and_works_as_typed(typed, meant):
         assert refusal(lambda: load_config(BuildConfig, None, [found[1]]) and None) is None
 
 
+@pytest.mark.parametrize("file", [None, '{"rules": {"c4": true, "fineweb": true}}'])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_rule_that_is_on_takes_thresholds_in_any_order(file, order, tmp_path):
+    path = tmp_path / "build.json" if file else None
+    if path is not None:
+        path.write_text(file)
+    typed = ["rules.c4=true", "rules.c4.min_sentences=1"][::order]
+    rules = load_config(BuildConfig, path, typed).rules
+    assert rules.c4 is not None
+    assert (rules.c4.min_sentences, rules.c4.min_words_per_line) == (1, 3)
+    assert (rules.fineweb is not None) == (file is not None)
+
+
 def options(
     parser: argparse.ArgumentParser, command: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], argparse.Action]]:

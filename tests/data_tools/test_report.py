@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_support import document, small_tokenizer
+from data_support import all_documents, document, small_tokenizer
 from support import DRAW_SVG
 
 from data_tools.build import build
 from data_tools.config import BuildConfig, load_config
 from data_tools.report import plots
 from data_tools.report.html_page import page_of
-from data_tools.report.plots import COLORS
+from data_tools.report.plots import COLORS, bars
 from megagpt.atomic_files import sha256_of
 from megagpt.data.dataset import open_dataset
 from megagpt.data.manifest import SPLITS
 
 NAMED_BADLY = "<script>alert('$1$')<&>.jsonl"
-HEADINGS = ("In and out", "Lengths of documents", "Tokens per byte", "What was left out", "Time")
+HOSTILE = "{ </pre><script>alert(1)</script>\n<b>no</b> \u202esentence"
+HEADINGS = ("In and out", "What was left out", "Examples", "Lengths of documents", "Tokens per byte")
+HEADINGS += ("How it was built", "Time")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +43,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     (folder / "tokenizer.model").write_bytes(small_tokenizer().model_bytes)
     books = [document(i) for i in range(30)] + [document(i) for i in range(6)]
     web = [document(100 + i) for i in range(20)] + ["too short"] * 4
-    for name, texts in (("books.jsonl", books), (NAMED_BADLY, web), ("bad.jsonl", ["{ no sentence"] * 3)):
+    for name, texts in (("books.jsonl", books), (NAMED_BADLY, web), ("bad.jsonl", [HOSTILE] * 3)):
         (folder / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     with (folder / NAMED_BADLY).open("a") as file:
         file.write("{\n[1]\n{\n")
@@ -58,7 +60,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
         },
     }
     (folder / "build.json").write_text(json.dumps(options))
-    report = build([], folder / "out", load_config(BuildConfig, folder / "build.json", []))
+    typed = "data_tools build --input 's3://me:word@b/a.jsonl' 'https://x.org/a.jsonl?X-Amz-Signature=abc' <b>"
+    report = build([], folder / "out", load_config(BuildConfig, folder / "build.json", []), command=typed)
     return folder / "out", report
 
 
@@ -129,7 +132,13 @@ def test_the_page_is_written_and_the_manifest_knows_its_hash(built: tuple[Path, 
 def test_the_tables_hold_the_figures_of_the_report(built: tuple[Path, dict[str, Any]]) -> None:
     _, report = built
     page = Page(page_of(report, "out"))
-    for fact in (f"{report['documents']:,}", f"{report['tokens']:,}", f"{report['bytes_per_token']:.2f}", "13", "3"):
+    for fact in (
+        f"{report['documents']:,}",
+        f"{report['tokens']:,}",
+        f"{report['bytes_per_token']:.2f}",
+        "13 documents",
+        "3",
+    ):
         assert fact in page.words
     for source in report["sources"]:
         splits = [source["splits"][split]["documents"] for split in SPLITS]
@@ -185,6 +194,80 @@ def test_the_page_needs_no_other_file(built: tuple[Path, dict[str, Any]]) -> Non
     assert {name.split(":")[0] for name, _ in outside} <= {"xmlns"}  # names of languages, which nothing fetches
     assert not re.search(r"@import|url\((?!#)", content)
     assert all(f"<h2>{heading}</h2>" in content for heading in HEADINGS)
+
+
+def test_examples_are_documents_that_a_rule_left_out_and_that_stayed(built: tuple[Path, dict[str, Any]]) -> None:
+    out, report = built
+    left_out, kept = report["examples"], {source["name"]: source["examples"] for source in report["sources"]}
+    assert left_out.keys() == report["rejected"].keys() | report["dropped"].keys()
+    [rule] = report["sources"][2]["rejected"]
+    assert [one["text"] for one in left_out[rule]] == [HOSTILE] * 3
+    assert {one["text"] for one in left_out["gopher_quality: fewer than 50 words"]} == {"too short"}
+    copies = [document(i) for i in range(6)]
+    assert all(any(text.startswith(one["text"]) for text in copies) for one in left_out["exact duplicate"])
+    assert {name: len(own) for name, own in kept.items()} == {"books": 3, "<script>": 3, "bad": 0}
+    texts = all_documents(out)
+    assert all(any(text.startswith(one["text"]) for text in texts) for own in kept.values() for one in own)
+    page = page_of(report, "out")
+    # as text, with its line ends; what turns the direction of writing is written out
+    assert "{ &lt;/pre&gt;&lt;script&gt;alert(1)&lt;/script&gt;\n&lt;b&gt;no&lt;/b&gt; \\u202esentence</pre>" in page
+    assert "<script>" not in page
+    assert "Content-Security-Policy" in page
+
+
+def test_the_page_tells_how_it_was_built_and_no_secret(built: tuple[Path, dict[str, Any]]) -> None:
+    _, report = built
+    content = page_of(report, "out")
+    page = Page(content)
+    for row in (
+        ["val_fraction", "0.2"],
+        ["dedup.method", "exact"],
+        ["rules.gopher_quality.min_stop_words", "0"],
+        ["rules.c4.min_sentences", "5"],
+    ):
+        assert row in page.rows
+    # those of a rule that is off, or of another method
+    assert not [row for row in page.rows if row[0] in ("dedup.bands", "rules.fineweb.short_line", "rules.clean.nfc")]
+    assert "s3://b/a.jsonl" in content
+    assert "https://x.org/a.jsonl" in content
+    assert not re.search("word@|Signature|abc'", content)
+    assert "sentencepiece" in content
+    assert f"Built {report['settings']['at']} with megagpt " in content
+
+
+def test_what_took_most_bytes_is_first_and_sources_have_one_order(built: tuple[Path, dict[str, Any]]) -> None:
+    report = copy.deepcopy(built[1])
+    report["sources"].reverse()
+    page = Page(page_of(report, "out"))
+    sizes = {source["name"]: source["read"]["bytes"] for source in report["sources"]}
+    largest_first = sorted(sizes, key=lambda name: -sizes[name])
+    head = next(row for row in page.rows if row[0] == "bytes per document")
+    assert head[1:] == largest_first
+    at = page.rows.index(["bytes", "read", "after rules", "after deduplication", *SPLITS])
+    assert [row[0] for row in page.rows[at + 1 : at + 4]] == largest_first
+    for how in ("rejected", "dropped"):
+        taken = [counts["bytes"] for counts in report[how].values()]
+        assert taken == sorted(taken, reverse=True)
+
+
+def test_a_split_without_documents_has_no_column(built: tuple[Path, dict[str, Any]]) -> None:
+    report = copy.deepcopy(built[1])
+    for counts in (report, *report["sources"]):
+        counts["splits"]["test"] = {"documents": 0, "bytes": 0, "tokens": 0}
+    page = Page(page_of(report, "out"))
+    assert ["bytes", "read", "after rules", "after deduplication", "train", "val"] in page.rows
+    assert "test tokens" not in page.words
+    assert "test" not in page.words
+
+
+def test_a_legend_wraps_only_where_its_names_do_not_fit() -> None:
+    heights = []
+    for names in (["a", "b"], ["cmake", "python", "awscli", "perl", "docs"], ["x" * 40, "y" * 40]):
+        svg = bars("test", ["read"], {name: [1.0] for name in names}, str)
+        found = re.search(r'height="([\d.]+)pt"', svg)
+        assert found is not None
+        heights.append(float(found[1]))
+    assert heights[0] == heights[1] < heights[2]
 
 
 def test_equal_reports_give_equal_pages(built: tuple[Path, dict[str, Any]]) -> None:
