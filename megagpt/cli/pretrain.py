@@ -13,10 +13,10 @@ from typing import NoReturn
 
 from megagpt.cli.arguments import training_arguments
 from megagpt.cli.spawn_ranks import train_on_ranks
-from megagpt.distributed.rank_variables import OURS, is_rank
+from megagpt.distributed.rank_variables import OURS, Place, is_rank, unused_tasks
 from megagpt.errors import UserError
 from megagpt.open_files import raise_limit
-from megagpt.terminal import MISTAKE, SAVED_AND_WANTS_RESTART, YELLOW, exit_code_of, print_error, show
+from megagpt.terminal import MISTAKE, SAVED_AND_WANTS_RESTART, YELLOW, exit_code_of, print_error, show, typed
 from megagpt.train.preemption import SIGNALS, Preemption
 from megagpt.train.run_log import RunLog, is_broken_connection
 
@@ -116,7 +116,7 @@ def _train(args: argparse.Namespace, preemption: Preemption, log: RunLog) -> int
     from megagpt.distributed.collectives import errors_on_every_rank
     from megagpt.distributed.hostfile import check_hostfile
     from megagpt.distributed.process_group import print_rank0
-    from megagpt.distributed.rank_variables import Place, join_launch, unused_tasks
+    from megagpt.distributed.rank_variables import join_launch
     from megagpt.distributed.rendezvous import check_equal_on_ranks, check_shared, meet
     from megagpt.engine.precision import with_supported_dtype
 
@@ -128,7 +128,7 @@ def _train(args: argparse.Namespace, preemption: Preemption, log: RunLog) -> int
         )
     check_hostfile()
     device = meet()
-    if place == Place() and (note := unused_tasks(os.environ)):
+    for note in _unused(args, place):
         print_rank0(note)
     with errors_on_every_rank():
         run = load_run_config(args.run_file, args.overrides)
@@ -149,6 +149,15 @@ def _train(args: argparse.Namespace, preemption: Preemption, log: RunLog) -> int
     with explained(run, device), deepspeed_explained(run):
         state = train(run, device, fresh=args.fresh, preemption=preemption, log=log)
     return 0 if state.finished(run.megagpt.schedule.max_steps) else SAVED_AND_WANTS_RESTART
+
+
+def _unused(args: argparse.Namespace, place: Place) -> list[str]:
+    """Return a note for each kind of resource that a run on one rank leaves unused, without being told to."""
+    if place.world_size > 1 or getattr(args, "nproc", None):
+        return []
+    n_gpus, tasks = _gpus(), unused_tasks(os.environ) if place == Place() else ""
+    gpus = f"note: this run uses one of {n_gpus} GPUs; `megagpt train {typed(args.run_file)}` uses all of them"
+    return [note for note in (gpus if n_gpus > 1 else "", tasks) if note]
 
 
 def _sample_report(args: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from megagpt.guards.memory_growth import peak_memory
 from megagpt.guards.step_window import StepMetrics
 from megagpt.model.flops import flops_per_token, recompute_flops_per_token
 from megagpt.planner.gpu_specs import peak_flops
+from megagpt.terminal import duration
 
 
 class Stopwatch:
@@ -43,6 +44,31 @@ class Stopwatch:
         seconds["step"] = now - self._began - sum(seconds.values())
         self._began, self._seconds = now, {}
         return seconds
+
+
+class Pace:
+    """Tells after two steps how long a run takes, where its next log line is far away."""
+
+    PATIENCE = 60.0  # seconds until that line, in which nobody wonders
+
+    def __init__(self, first: int, last: int, every_log: int) -> None:
+        self._first, self._last, self._every = first, last, every_log
+        self._began = 0.0
+
+    def __call__(self, step: int) -> str:
+        """Return a line after the second step of this start, and otherwise nothing. The first one may compile."""
+        if step == self._first + 1:
+            self._began = time.perf_counter()
+        if step != self._first + 2:
+            return ""
+        seconds, left = time.perf_counter() - self._began, self._last - step
+        until_next = min(left, self._every - step % self._every) if self._every else left
+        if until_next * seconds < self.PATIENCE:
+            return ""
+        return (
+            f"a step takes about {duration(seconds)}: {duration(left * seconds)} for the {left:,} that are left, and "
+            f"{duration(until_next * seconds)} to the next line"
+        )
 
 
 def log_metrics(

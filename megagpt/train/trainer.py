@@ -8,12 +8,14 @@ from megagpt.checkpoint.run_lock import RunLock
 from megagpt.config.run_file import RunConfig
 from megagpt.data.loader import Batch
 from megagpt.distributed.collectives import StopVote
+from megagpt.distributed.process_group import print_rank0
 from megagpt.engine.build import set_lr
 from megagpt.guards.restarts import is_requeued_start, recorded_start
 from megagpt.guards.step_window import StepResult, StepWindow
 from megagpt.guards.weight_check import compare_weights
 from megagpt.model.loss import kept_share, next_token_score
 from megagpt.train.lr_schedule import lr_factor
+from megagpt.train.metrics import Pace
 from megagpt.train.monitor import print_nothing_left
 from megagpt.train.preemption import Preemption
 from megagpt.train.preflight import prepare
@@ -58,6 +60,7 @@ def run_steps(session: Session, preemption: Preemption, stop_at: int | None) -> 
     setup, run, vote = session.setup, session.setup.run, StopVote()
     state, schedule, every = setup.state, run.megagpt.schedule, run.megagpt.every
     batches, window, stop, owed = session.batches(), StepWindow(), False, False
+    pace = Pace(state.step, schedule.max_steps, every.log)
 
     with session.writer, session.watchdog, vote:
         while not (stop or state.finished(schedule.max_steps)):
@@ -67,6 +70,8 @@ def run_steps(session: Session, preemption: Preemption, stop_at: int | None) -> 
             stop = vote(preemption.requested or session.writer.failed) or state.step == stop_at
             done = state.step == schedule.max_steps
             session.watchdog.beat(state.step, ending=stop or done)
+            if line := pace(state.step):
+                print_rank0(line)
             if due(state.step, run.megagpt.guards.compare_every):
                 compare_weights(session.engine.module.named_parameters(), state.step)
 

@@ -12,9 +12,9 @@ from support import DEBUG_RUN, ROOT, environment, overrides
 
 from megagpt.checkpoint.commit import committed
 from megagpt.cli.arguments import command_line
-from megagpt.cli.pretrain import _train
+from megagpt.cli.pretrain import _train, _unused
 from megagpt.cli.spawn_ranks import LocalRanks, train_on_ranks
-from megagpt.distributed.rank_variables import OURS, is_rank, ranks_variables
+from megagpt.distributed.rank_variables import OURS, Place, is_rank, ranks_variables
 from megagpt.errors import UserError
 from megagpt.train.preemption import Preemption
 from megagpt.train.run_log import RunLog
@@ -133,6 +133,15 @@ def test_ranks_that_remain_with_their_mistake_are_ended_in_time(monkeypatch):
 )
 def test_only_a_launchers_rank_starts_no_ranks_of_its_own(variables, expected):
     assert is_rank(variables) == expected
+
+
+@pytest.mark.parametrize(("place", "nproc", "notes"), [(Place(), 0, 1), (Place(), 1, 0), (Place(1, 4), 0, 0)])
+def test_gpus_that_a_run_leaves_unused_are_named(monkeypatch, place, nproc, notes):
+    """As with `python launch/pretrain.py`, which is one rank."""
+    monkeypatch.setattr("megagpt.distributed.process_group.visible_gpus", lambda: 4)
+    args = command_line().parse_args(["train", "my run.json", *(["--nproc", str(nproc)] if nproc else [])])
+    expected = ["note: this run uses one of 4 GPUs; `megagpt train 'my run.json'` uses all of them"] * notes
+    assert _unused(args, place) == expected
 
 
 @pytest.mark.process

@@ -7,6 +7,7 @@ import pytest
 from support import debug_run, metric
 
 from megagpt.distributed.process_group import progress_bar
+from megagpt.train.metrics import Pace
 from megagpt.train.opening import notes
 from megagpt.train.preflight import prepare
 from megagpt.train.sample_lines import sample_lines
@@ -102,3 +103,22 @@ def test_a_bar_is_drawn_on_a_terminal_after_a_second_and_removed(monkeypatch, is
     assert ("evaluating:  25%" in shown) == drawn
     assert not shown.rpartition("\r")[2].strip()
     assert shown.endswith("\r") or not drawn
+
+
+@pytest.mark.parametrize(
+    ("every", "seconds", "expected"),
+    [
+        (10, 8.0, "a step takes about 8.0 s: 2.2 hours for the 998 that are left, and 64 s to the next line"),
+        (10, 7.0, ""),
+        (0, 0.1, "a step takes about 100 ms: 100 s for the 998 that are left, and 100 s to the next line"),
+        (0, 0.01, ""),
+    ],
+)
+def test_the_time_that_a_run_takes_is_told_where_the_first_line_is_far_away(monkeypatch, every, seconds, expected):
+    now = [0.0]
+    monkeypatch.setattr("megagpt.train.metrics.time.perf_counter", lambda: now[0])
+    pace, told = Pace(0, 1000, every), []
+    for step in range(1, 5):
+        now[0] += 500.0 if step == 1 else seconds  # the first step compiles
+        told.append(pace(step))
+    assert told == ["", expected, "", ""]
