@@ -68,6 +68,9 @@ def _load(engine: Engine, saved: Saved, changes: list[str]) -> None:
         load_engine(engine, saved.step_dir)
 
 
+TRIES = 20  # to read a step before its run deletes it
+
+
 class LoadedModel(NamedTuple):
     """A model (fp32, eval mode), and what else its step's folder says."""
 
@@ -82,7 +85,7 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
 
     Raises UserError for a folder without a committed step, and for one that is damaged or not finite.
     """
-    while True:
+    for _ in range(TRIES):
         step_dir = _step_of(path)
         try:
             return _load_step(step_dir, device)
@@ -90,6 +93,10 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
             if (step_dir / COMMIT).is_file():
                 raise
             # The run has deleted this step meanwhile, and has committed newer ones.
+    raise UserError(
+        f"{path} trains, and has deleted {TRIES} steps while they were read, the last {step_dir.name}; give its best "
+        "step, which stays longer, or raise megagpt.keep.last"
+    )
 
 
 def _load_step(step_dir: Path, device: torch.device) -> LoadedModel:
