@@ -8,7 +8,7 @@ import torch
 
 from megagpt.checkpoint.commit import COMMIT, POINTERS, Saved, best, committed, damage_of, pointed, read_commit, run_of
 from megagpt.checkpoint.finite import not_finite
-from megagpt.checkpoint.identity import layout_changes
+from megagpt.checkpoint.identity import Identity, layout_changes
 from megagpt.checkpoint.rng import seed_all, seed_from, set_rng_state
 from megagpt.checkpoint.rotation import quarantine_steps
 from megagpt.checkpoint.save import RunRecord
@@ -100,17 +100,44 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
 
 
 def _load_step(step_dir: Path, device: torch.device) -> LoadedModel:
-    if damage := damage_of(step_dir, 0, every=1):  # reads COMMIT too
-        raise UserError(f"{damage}; restore the file or name another step")
+    weights = finite_weights(step_dir)
     saved = read_commit(step_dir)
     tokenizer = Tokenizer.load(step_dir / "tokenizer.model")
     with torch.random.fork_rng(devices=[]):  # the caller's generator does not notice that weights are drawn first
         model = GPT(ModelConfig(**saved.identity.model), saved.identity.vocab_size)
+    model.load_state_dict(weights)
+    return LoadedModel(model.to(device).eval(), tokenizer, step_dir, packing_of(step_dir))
+
+
+def starting_step(path: Path, identity: Identity) -> Path:
+    """Return the committed step whose weights a new run begins with. Raises UserError if they do not fit its model.
+
+    `path`: as for `load_model`; `identity`: the new run's. The number of positions may differ.
+    """
+    step_dir = _step_of(path)
+    was = read_commit(step_dir).identity
+    for name, value in identity.model.items():
+        if name not in ("seq_len", "attention") and was.model.get(name) != value:
+            raise UserError(
+                f"megagpt.init_from={path}: its model has {name}={was.model.get(name)}, and this run's {value}; set "
+                f"megagpt.model.{name}={was.model.get(name)}"
+            )
+    if was.tokenizer != identity.tokenizer:
+        raise UserError(
+            f"megagpt.init_from={path}: its tokenizer is another one than the data's; build the data with "
+            f"tokenizer={step_dir / 'tokenizer.model'}"
+        )
+    return step_dir
+
+
+def finite_weights(step_dir: Path) -> dict[str, torch.Tensor]:
+    """Return all weights of a committed step, in fp32. Raises UserError if they are damaged or not finite."""
+    if damage := damage_of(step_dir, 0, every=1):
+        raise UserError(f"{damage}; restore the file or name another step")
     weights = consolidated_weights(step_dir)
     if name := not_finite(weights):
         raise UserError(f"checkpoint {step_dir} is not finite ({name}), so its model is of no use; name another step")
-    model.load_state_dict(weights)
-    return LoadedModel(model.to(device).eval(), tokenizer, step_dir, packing_of(step_dir))
+    return weights
 
 
 def packing_of(step_dir: Path) -> PackingConfig:

@@ -52,14 +52,14 @@ class RunLock:
             if is_main():
                 self._check()
 
-    def archive_run(self, *in_use: Path) -> None:
+    def archive_run(self, *in_use: Path | None) -> None:
         """Rename an old run's folder, so that a new run can use its name. Collective; raises UserError.
 
         `in_use`: paths that must not change their names.
         """
         with errors_on_every_rank():
             if is_main():
-                self._archive((Path.cwd(), *in_use))
+                self._archive([Path.cwd(), *filter(None, in_use)])
 
     def _take(self) -> None:
         target = Path(os.path.realpath(self.out_dir))  # a link may name a folder that is still to be made
@@ -96,7 +96,7 @@ class RunLock:
             )
         self._take()
 
-    def _archive(self, in_use: tuple[Path, ...]) -> None:
+    def _archive(self, in_use: list[Path]) -> None:
         target = Path(os.path.realpath(self.out_dir))
         if not ((target / "run.json").is_file() or folder(target).is_dir()):
             return

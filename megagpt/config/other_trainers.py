@@ -19,6 +19,7 @@ NAMES = {
     "wandb.enabled": "report_to wandb_log",
     "wandb.project": "wandb_project",
     "megagpt.out_dir": "output_dir save_dir checkpoint_dir run_name wandb_run_name logging_dir",
+    "megagpt.init_from": "model_name_or_path model_name pretrained",
     "megagpt.seed": "random_seed",
     "megagpt.compile": "torch_compile",
     "megagpt.model.n_layer": "n_layers num_layers num_hidden_layers layers depth",
@@ -63,6 +64,7 @@ NOTES = {
         ("epochs", "n_epochs", "num_epochs", "max_epochs", "num_train_epochs"),
         "It counts updates; an epoch is the training tokens / (train_batch_size x megagpt.model.seq_len) of them.",
     ),
+    "megagpt.init_from": "It is a run's folder, or one of its steps.",
     "megagpt.schedule.shape": 'It is "cosine", "linear", "constant" or "warmup-stable-decay".',
     "megagpt.schedule.min_lr_ratio": "It is a share of optimizer.params.lr.",
     "megagpt.recompute.policy": 'It is "none", "selective", "every_k", "full" or "budget".',
@@ -77,7 +79,6 @@ REMOVED = {
     "num_workers dataloader_num_workers dataloader_pin_memory pin_memory": "data is read ahead by a thread; remove it",
     "resume resume_from_checkpoint": "a run resumes by itself when megagpt.out_dir holds a checkpoint; remove it",
     "overwrite_output_dir": "remove it, and give --fresh to start again",
-    "init_from model_name_or_path model_name pretrained": "a run begins with random weights; remove it",
     "per_device_eval_batch_size eval_batch_size": "validation uses train_micro_batch_size_per_gpu; remove it",
     "bias layer_norm_epsilon activation_function n_inner intermediate_size": "it is as in GPT-2; remove it",
 }

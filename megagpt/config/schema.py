@@ -241,6 +241,10 @@ class MegaGPTConfig(Strict):
 
     out_dir: UserPath = Field(description="the run's folder: checkpoints, metrics, TensorBoard")
     seed: int = Field(default=1234, ge=0, le=LARGEST, description="initial weights and dropout")
+    init_from: UserPath | None = Field(
+        default=None,
+        description="a run (its best step), a step's folder or RUN/checkpoints/latest, whose weights a new run has",
+    )
     model: ModelConfig
     data: DataConfig
     schedule: ScheduleConfig

@@ -1,7 +1,7 @@
 """Build the engine: from a RunConfig to a model wrapped by DeepSpeed."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -37,11 +37,13 @@ def build_engine(
     *,
     config: dict[str, Any] | None = None,
     compiled: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Engine:
     """Build model, optimizer and ZeRO from the run file. Collective; raises UserError for what DeepSpeed refuses.
 
     `config`: DeepSpeed's part of the run file, if `effective_config` has computed it already.
     `compiled`: whether to compile the blocks, the same on every rank (`compilation.compiles` decides).
+    `weights`: what the model begins with in place of random weights; rank 0's, the other ranks give an empty mapping.
     """
     # gloo does all that training needs: without this, a CPU rank compiles a shared-memory operator at its first start.
     # Set as a whole, for DeepSpeed makes the dict when it is first read, and tries the C compiler for that.
@@ -64,6 +66,8 @@ def build_engine(
         deepspeed.zero.Init(config_dict_or_path=config, enabled=ds.zero_optimization.stage == 3),
     ):
         model = GPT(cfg.model, vocab_size, dropout=cfg.regularization.dropout)
+    if weights is not None:
+        copy_weights(model, weights, sharded=ds.zero_optimization.stage == 3)
     if exchange is not None:
         model.shard_positions(exchange, sharing, rank() % sharing)
     if compiled:
@@ -89,6 +93,20 @@ def build_engine(
         engine.basic_optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
     return engine
+
+
+@torch.no_grad()
+def copy_weights(model: GPT, weights: Mapping[str, Tensor], *, sharded: bool) -> None:
+    """Copy rank 0's weights into the model, of as many positions as both have.
+
+    At stage 3 (`sharded`) each rank gets its share here, one weight at a time; below it, DeepSpeed gives the model of
+    rank 0 to all when it is initialized. Collective.
+    """
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sharded):
+            if weights:
+                rows = min(len(parameter), len(weights[name]))
+                parameter[:rows] = weights[name][:rows].to(parameter)
 
 
 @contextmanager

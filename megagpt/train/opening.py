@@ -39,7 +39,8 @@ def opening(setup: RunSetup, effective: dict[str, Any], device: torch.device) ->
     lines += setup.training_set.packing()
     lines += _what_the_tokenizer_loses(setup)
     if setup.saved is None:
-        lines.append(f"no checkpoint in {cfg.out_dir}: starting at step 0")
+        weights = f" with the weights of {setup.start}" if setup.start else ""
+        lines.append(f"no checkpoint in {cfg.out_dir}: starting at step 0{weights}")
     else:
         lines.append(f"resuming from {setup.saved.step_dir}")
         lines += [f"  changed: {line}" for line in described(changed_keys(setup.saved.step_dir, effective))]

@@ -3,11 +3,13 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from megagpt.checkpoint.commit import Saved
 from megagpt.checkpoint.identity import Identity, check_identity, identity_of
+from megagpt.checkpoint.load import starting_step
 from megagpt.checkpoint.run_samples import next_samples
 from megagpt.checkpoint.verification import newest_verified
 from megagpt.config.batch import BatchPlan, batch_plan, rank_numbers
@@ -54,6 +56,7 @@ class RunSetup:
     training_set: TrainingSet
     identity: Identity
     saved: Saved | None  # the step to resume from
+    start: Path | None = None  # the step of another run that a new run takes its weights from
 
     @property
     def state(self) -> TrainState:
@@ -82,9 +85,10 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
     if saved is not None:
         check_identity(saved.step_dir, saved.identity, identity)
     with errors_on_every_rank():
+        start = starting_step(cfg.init_from, identity) if cfg.init_from and saved is None else None
         training_set = next_samples(cfg, batch.global_batch, saved, data.train)
         training_set.open_all()  # a damaged shard is found here, and not in the middle of the run
-    return RunSetup(run, batch, compiled, data, training_set, identity, saved)
+    return RunSetup(run, batch, compiled, data, training_set, identity, saved, start)
 
 
 def refused_data(run: RunConfig) -> str | None:

@@ -44,7 +44,7 @@ def train(
         fresh = fresh and not is_requeued_start(run.megagpt.out_dir)
         setup = prepare(run, device, fresh=fresh)
         if fresh:
-            lock.archive_run(*(dataset.path for dataset in (*setup.data.train, setup.data.val)))
+            lock.archive_run(*(dataset.path for dataset in (*setup.data.train, setup.data.val)), setup.start)
         if setup.state.finished(run.megagpt.schedule.max_steps):
             print_nothing_left(run.megagpt, setup.state)
             return setup.state

@@ -81,6 +81,20 @@ def straight_and_cut(dataset: Path, folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def weights_of_another_run(dataset: Path, folder: Path) -> dict[str, float]:
+    """The largest difference of a weight from the run that it began with, after a step without a rate."""
+    once = ["megagpt.schedule.max_steps=1", "megagpt.schedule.warmup_steps=0"]
+    train(dataset, folder / "first", *once, "optimizer.params.lr=0.01")
+    given, found = newest_weights(folder / "first"), {}
+    for stage in range(4):
+        out_dir = folder / f"stage{stage}"
+        more = [f"megagpt.init_from={folder / 'first'}", f"zero_optimization.stage={stage}", "megagpt.seed=7"]
+        train(dataset, out_dir, *once, "optimizer.params.lr=1e-12", *more)
+        weights = newest_weights(out_dir)
+        found[f"stage{stage}"] = max((weights[name] - given[name]).abs().max().item() for name in given)
+    return found
+
+
 OVERFIT = [
     "zero_optimization.stage=1",
     "optimizer.params.lr=0.001",
@@ -275,6 +289,7 @@ SCENARIOS = [
     losses_of_every_stage,
     stopped_by_a_signal_to_one_rank,
     straight_and_cut,
+    weights_of_another_run,
     overfitting,
     a_full_disk_on_one_rank,
     a_signal_during_a_save,

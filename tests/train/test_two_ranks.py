@@ -43,6 +43,11 @@ def test_every_zero_stage_on_two_ranks_equals_stage_1_on_one(two_ranks, one_rank
     equal_losses(two_ranks["losses_of_every_stage"][0][f"stage{stage}"], one_rank)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_run_on_two_ranks_begins_with_another_runs_weights(two_ranks, stage):
+    assert two_ranks["weights_of_another_run"][0][f"stage{stage}"] < 1e-6
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_bucket_smaller_than_a_parameter_changes_no_loss(two_ranks, one_rank, stage):
     equal_losses(two_ranks["losses_of_every_stage"][0][f"bucket{stage}"], one_rank)
