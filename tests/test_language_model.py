@@ -119,7 +119,10 @@ def test_loading_draws_nothing_from_the_callers_generator_and_16_bits_are_close(
 
 def test_a_folder_that_is_no_run_is_named_with_what_there_is(run, dataset, tmp_path):
     steps = run / "checkpoints"
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "config.json").write_text("{}")
     for path, message in {
+        tmp_path / "exported": "exported is a Hugging Face folder, which transformers",
         tmp_path / "nowhere": f"{tmp_path}/nowhere does not exist; give a run's folder, one of its checkpoints/step_*",
         tmp_path: f"{tmp_path} holds no committed checkpoint; give a run's folder",
         dataset: f"{dataset} is a dataset; give a run's folder",

@@ -165,6 +165,8 @@ def _no_step(path: Path) -> str:
     ways = "give a run's folder, one of its checkpoints/step_*, or its checkpoints/latest"
     if (path / MANIFEST).is_file():
         return f"{path} is a dataset; {ways}"
+    if (path / "config.json").is_file():
+        return f"{path} is a Hugging Face folder, which transformers.AutoModelForCausalLM loads; {ways}"
     wrong = "holds no committed checkpoint" if path.exists() else "does not exist"
     if steps := [step_dir.name for step_dir in committed(run_of(path))]:
         ways = f"{run_of(path)} has the steps {', '.join(steps[-5:])}"
