@@ -14,7 +14,7 @@ import pyarrow as pa
 import sentencepiece
 
 from data_tools.config import BuildConfig, SourceConfig
-from data_tools.executor.progress import warn
+from data_tools.executor.progress import warn, watched
 from data_tools.executor.tasks import Tasks
 from data_tools.executor.workers import start_workers
 from data_tools.publish import publish
@@ -63,7 +63,8 @@ def build(
     """
     given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     sources = config.with_inputs(list(map(str, inputs)), val=list(map(str, val)), test=list(map(str, test)))
-    units = find_units(sources, leave_out=out, strict=config.strict)
+    with watched("looking at the first record of each file"):
+        units = find_units(sources, leave_out=out, strict=config.strict)
     splits = plan_splits(units, sources, config)
     if warning := warn_of_names(units, sources):
         warn(warning)
@@ -75,7 +76,8 @@ def build(
     with _claimed(out) as (folder, scratch), _told_to_resume(out):
         with start_workers(config.workers, scheduler, scratch, total_bytes=sum(unit.size for unit in units)) as run_all:
             stages = run_stages(units, sources, splits, config, given, Tasks(scratch, run_all))
-        return finish(folder, stages, sources, config, command)
+        with watched("writing the dataset and its report"):
+            return finish(folder, stages, sources, config, command)
 
 
 def finish(
@@ -106,16 +108,18 @@ def finish(
 
 @contextmanager
 def _told_to_resume(out: Path) -> Iterator[None]:
-    """Add to the message of a mistake what is kept, and how to resume."""
+    """Add to the message of an error what is kept, and how to resume."""
+    how = f"What is done is kept in {out / BUILD_DIR}: run the command again, corrected, to resume, or delete {out}"
+    how += " to start over"
     try:
         yield
-    except UserError as error:
+    except Exception as error:
         if not any((out / BUILD_DIR).glob("*/*.json")):
             raise
-        raise UserError(
-            f"{error}\nWhat is done is kept in {out / BUILD_DIR}: run the command again, corrected, to resume, or "
-            f"delete {out} to start over"
-        ) from error
+        if isinstance(error, UserError):
+            raise UserError(f"{error}\n{how}") from error
+        error.add_note(how)
+        raise
 
 
 @contextmanager

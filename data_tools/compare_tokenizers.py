@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from data_tools.build import finish
 from data_tools.config import BuildConfig, SourceConfig
+from data_tools.executor.progress import watched
 from data_tools.executor.tasks import Tasks
 from data_tools.executor.workers import start_workers
 from data_tools.readers.document_pieces import PIECE_CHARACTERS
@@ -101,7 +102,8 @@ def compare_tokenizers(
     ]
     candidates += [(kind, None, config.model_copy(update={"tokenizer_type": kind})) for kind in dict.fromkeys(kinds)]
     sources = config.with_inputs(list(inputs), val=val, test=test)
-    units = find_units(sources, strict=config.strict)
+    with watched("looking at the first record of each file"):
+        units = find_units(sources, strict=config.strict)
     splits = plan_splits(units, sources, config)
     if not splits.trains(len(units)):
         raise UserError("all is held out, which leaves nothing to train on; give --input, or smaller fractions")
@@ -121,11 +123,13 @@ def compare_tokenizers(
             find_tokenizer(stages, options, given, tasks)
             tokenizer = Tokenizer.load(stages.model)
             row: dict[str, Any] = {"tokenizer": name, "type": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
-            row |= _measure_all(stages, sources, tokenizer, tasks.folder, config.seed)
+            with watched(f"measuring {name}"):
+                row |= _measure_all(stages, sources, tokenizer, tasks.folder, config.seed)
             if steps:
                 tokenize_and_shuffle(stages, sources, options, tasks)
                 run = Path(folder, f"run-{number}")
-                known = _bits_per_byte(name, run, stages, sources, options, steps)
+                with watched(f"training a small model with {name}"):
+                    known = _bits_per_byte(name, run, stages, sources, options, steps)
                 row["bits_per_byte"] = known + LOST_BITS * (row["lost_share"] or 0.0)
             rows.append(row | {"sample_sha256": stages.sample_sha256})
     return sorted(rows, key=lambda row: (row.get("bits_per_byte", 0.0), bool(row["lost_share"])))

@@ -195,6 +195,13 @@ class BuildConfig(TokenizerConfig):
             )
         return self
 
+    @field_validator("tokenizer")
+    @classmethod
+    def _is_no_type(cls, path: Path | None) -> Path | None:
+        if path is not None and str(path) in ("unigram", "bpe", "char") and not path.exists():
+            raise ValueError(f"tokenizer={path} is not a file; write tokenizer_type={path} to train one of this type")
+        return path
+
     @model_validator(mode="after")
     def _a_given_tokenizer_is_not_trained(self) -> "BuildConfig":
         idle = TRAINING & self.model_fields_set

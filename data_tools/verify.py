@@ -2,13 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from tqdm import tqdm
 
+from data_tools.executor.progress import Progress, advance, listening, watched
 from data_tools.formatting import format_bytes
 from megagpt.atomic_files import sha256_of
 from megagpt.data.dataset import Dataset, open_dataset
@@ -22,10 +23,15 @@ IndexRow = dict[str, Any]
 def verify(folder: Path) -> str:
     """Return one line about the intact dataset. Raises UserError with every finding about a damaged one."""
     dataset = open_dataset(folder)  # checks manifest, index, tokenizer.model, and each shard's size
-    findings = [*_check_other_files(dataset), *_check_tokenizer(dataset)]
+    with watched("verifying provenance and rejects"):
+        findings = [*_check_other_files(dataset), *_check_tokenizer(dataset)]
     shards = list(_shards(dataset))
-    for shard in tqdm(shards, desc="verifying", unit="shard", delay=2, disable=None):
-        findings += _check_shard(dataset, shard)
+    progress = Progress("verifying", [shard.info.bytes for shard in shards], unit="B")
+    with progress.shown():
+        for number, shard in enumerate(shards):
+            with listening(partial(progress.add, number)):
+                findings += _check_shard(dataset, shard)
+            progress.finish(number)
     if findings:
         advice = "restore the damaged files or build the dataset again"
         raise UserError("\n".join([f"{folder} is damaged:", *findings, advice]))
@@ -74,6 +80,7 @@ def _check_shard(dataset: Dataset, shard: Shard) -> list[str]:
         reader = dataset.open_shard(shard.split, shard.variant, shard.number)
         for row in shard.rows:
             batch = read_batch(reader, row["batch"], path)
+            advance(batch.nbytes)
             where = f"{path}: record batch {row['batch']} (tokens from {row['tok0']:,} of {shard.split})"
             findings += [f"{where} {problem}" for problem in _check_batch(batch, row, dataset)]
             documents += int(np.count_nonzero(batch["part"].to_numpy() == 0))

@@ -7,7 +7,7 @@ passes it on (dask_cluster.py). A thread draws, so that the bar moves while this
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from threading import Event, Thread
 from time import monotonic
@@ -91,6 +91,11 @@ class Progress:
         if self.unit == "B":
             counts = (format_bytes(self.n), format_bytes(self.total))
         return f"{self.what}: {100 * self.n // self.total}% ({counts[0]} of {counts[1]})"
+
+
+def watched(what: str) -> AbstractContextManager[None]:
+    """Show how long work runs that reports nothing."""
+    return Progress(what, [1]).shown()
 
 
 def _draw(progress: Progress, over: Event) -> None:

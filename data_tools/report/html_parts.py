@@ -21,7 +21,7 @@ svg { max-width: 100%; height: auto } svg text { font-family: system-ui, sans-se
 th, td { padding: .15rem .5rem; text-align: right; border-bottom: 1px solid #e5e5e5; white-space: nowrap }
 th { vertical-align: bottom; white-space: normal; max-width: 9rem; overflow-wrap: break-word }
 tr > .name { text-align: left; white-space: normal; overflow-wrap: anywhere }
-tr > .name { min-width: 5rem } tr.total { font-weight: 600 }
+tr > .name { min-width: 5rem } tr > .name + .name { min-width: 11rem } tr.total { font-weight: 600 }
 details { margin: .3rem 0 } summary { cursor: pointer; overflow-wrap: anywhere }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; border-left: 3px solid #ccc;
   margin: .4rem 0; padding: .4rem .7rem; font-size: 13px; line-height: 1.4 }

@@ -13,7 +13,7 @@ from typing import Any
 import sentencepiece
 
 from data_tools.config import MOST_PIECES, TRAINING, TokenizerConfig
-from data_tools.executor.progress import warn
+from data_tools.executor.progress import warn, watched
 from data_tools.executor.tasks import Done, Tasks, file_of
 from data_tools.executor.workers import start_workers
 from data_tools.formatting import format_bytes
@@ -60,7 +60,8 @@ def train_tokenizer(
         why = "is a folder; name a file" if out.is_dir() else "is in a folder that does not exist; make it first"
         raise UserError(f"--out {out} {why}")
     sources = config.with_inputs(inputs)
-    units = find_units(sources, strict=config.strict)
+    with watched("looking at the first record of each file"):
+        units = find_units(sources, strict=config.strict)
     with (
         TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch,
         start_workers(

@@ -130,6 +130,8 @@ def _keys_instead(root: type[BaseModel], loc: tuple[int | str, ...], dotted: str
         return ""
     keys = [f"{dotted}.{name}" for name in section.model_fields]
     listed = ", ".join(keys[:MOST_KEYS]) + (", ..." if len(keys) > MOST_KEYS else "")
+    if isinstance(value, str) and value in section.model_fields and _takes(section, value, True):
+        return f"; write {dotted}.{value}=true"
     if outer is not None and isinstance(loc[-1], str) and _takes(outer, loc[-1], True):
         return f"; write {dotted}=true, or set a key of it: {listed}"
     # Many keys take any text, so a word says nothing of which is meant, but a path does.

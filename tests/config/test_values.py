@@ -177,6 +177,8 @@ def test_no_option_of_the_builder_answers_in_the_words_of_pydantic(key):
         ("decontamination=test/set.jsonl", "write decontamination.files=test/set.jsonl"),
         ("rules.gopher_quality=20", "write rules.gopher_quality=true, or set a key of it: rules.gopher_quality.min_w"),
         ("rules.gopher_quality=yes", "write rules.gopher_quality=true, or set"),
+        ("rules=c4", "write rules.c4=true"),
+        ("tokenizer=bpe", "write tokenizer_type=bpe"),
         ("rules.language=en", "set a key of it: rules.language.model, rules.language.keep, rules.language.min_score"),
         ("rules.gopher_quality.min_alpha=0.5", "did you mean 'rules.gopher_quality.min_alphabetic_words'?"),
         ("rules.fineweb.min_words=3", "did you mean 'rules.gopher_quality.min_words'?"),
