@@ -55,6 +55,23 @@ class TensorboardConfig(Strict):
     job_name: str = Field(default="", description="name of the run's folder there, or of a folder in megagpt.out_dir")
 
 
+class WandbConfig(Strict):
+    """Weights & Biases gets the metrics, by steps; needs the package wandb."""
+
+    enabled: bool = Field(default=False, description="send metrics to Weights & Biases")
+    project: str = Field(default="megagpt", description="project of the run there")
+    group: str | None = Field(default=None, description="group of runs there")
+    team: str | None = Field(default=None, description="team or user there; null: yours")
+
+
+class CsvConfig(Strict):
+    """A CSV file for each metric, in megagpt.out_dir/csv, or in a folder of the run's name in output_path."""
+
+    enabled: bool = Field(default=False, description="write CSV files")
+    output_path: str = Field(default="", description="other folder for the files, which gets one for each run")
+    job_name: str = Field(default="", description="name of the run's folder there, or of a folder in megagpt.out_dir")
+
+
 class Passed(Checked):
     """A section of which only the keys below decide something here; DeepSpeed gets and checks all of it."""
 
@@ -152,6 +169,8 @@ class DeepSpeedConfig(Passed):
     zero_optimization: ZeroConfig = ZeroConfig()
     activation_checkpointing: ActivationCheckpointingConfig = ActivationCheckpointingConfig()
     tensorboard: TensorboardConfig = TensorboardConfig()
+    wandb: WandbConfig = WandbConfig()
+    csv_monitor: CsvConfig = CsvConfig()
 
     @property
     def dtype(self) -> Literal["bf16", "fp16", "fp32"]:

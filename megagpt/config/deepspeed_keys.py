@@ -75,7 +75,6 @@ DESCRIPTIONS = {
     "aio": "asynchronous reads and writes of what is offloaded to NVMe",
     "comet": "Comet gets the metrics; needs the package comet_ml",
     "comms_logger": "log each collective with its size and time",
-    "csv_monitor": "one CSV file for each metric, in megagpt.out_dir/csv",
     "data_types": "types of buffers and of accumulated gradients",
     "dataloader_drop_last": "without effect: megagpt brings its own loader",
     "disable_allgather": "without effect: DeepSpeed never uses it",
@@ -91,7 +90,6 @@ DESCRIPTIONS = {
     "torch_autocast": "compute in 16 bit by torch.autocast, with fp32 weights",
     "vocabulary_size": "without effect: the vocabulary is the tokenizer's",
     "wall_clock_breakdown": "print the time of forward, backward and step",
-    "wandb": "Weights & Biases gets the metrics; needs the package wandb",
     "zero_allow_untested_optimizer": "without effect: Adam is tested",
     "zero_force_ds_cpu_optimizer": "with offload: only DeepSpeed's CPUAdam",
 }

@@ -121,6 +121,13 @@ class RegularizationConfig(Strict):
     z_loss: float = Field(default=0.0, ge=0.0, le=1e6, description="weight of the squared log partition function")
 
 
+class MlflowConfig(Strict):
+    """MLflow gets the metrics, by steps; needs the package mlflow. MLFLOW_TRACKING_URI names the server."""
+
+    enabled: bool = Field(default=False, description="send metrics to MLflow")
+    experiment: str = Field(default="megagpt", min_length=1, description="experiment of the run there")
+
+
 class EarlyStoppingConfig(Strict):
     """Stop when the validation loss has not fallen by min_delta for `patience` evaluations in a row."""
 
@@ -250,6 +257,7 @@ class MegaGPTConfig(Strict):
     schedule: ScheduleConfig
     regularization: RegularizationConfig = RegularizationConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    mlflow: MlflowConfig = MlflowConfig()
     every: EveryConfig = EveryConfig()
     keep: KeepConfig = KeepConfig()
     save_async: bool = Field(

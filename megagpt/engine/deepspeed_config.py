@@ -14,8 +14,8 @@ from megagpt.config.run_file import RunConfig
 from megagpt.errors import UserError
 from megagpt.model.flops import bucket_elements
 
-# Sections that DeepSpeed does not get: optimizer.py, activation_checkpointing.py and train/monitor.py act on them.
-KEPT_FROM_DEEPSPEED = {"optimizer", "activation_checkpointing", "tensorboard"}
+# Sections that DeepSpeed does not get: optimizer.py, activation_checkpointing.py and train/ act on them.
+KEPT_FROM_DEEPSPEED = {"optimizer", "activation_checkpointing", "tensorboard", "wandb", "csv_monitor"}
 
 
 def check_deepspeed_keys(config: dict[str, Any]) -> None:
@@ -55,10 +55,6 @@ def _filled(run: RunConfig, batch: BatchPlan, vocab_size: int, device: torch.dev
         "timers.throughput.enabled": False,  # else the device is synchronized at every forward and step
         "steps_per_print": None,  # our monitor prints
     }
-    if (run.deepspeed_raw.get("csv_monitor") or {}).get("enabled"):
-        # DeepSpeed's DeepSpeedJobName/ would be made in the working folder.
-        filled["csv_monitor.output_path"] = str(run.megagpt.out_dir)
-        filled["csv_monitor.job_name"] = "csv"
     if (run.deepspeed_raw.get("comet") or {}).get("enabled"):
         filled["comet.samples_log_interval"] = 1  # events are numbered by steps here
     if run.deepspeed.bf16.enabled:

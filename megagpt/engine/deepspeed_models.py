@@ -1,7 +1,7 @@
 """DeepSpeed's own knowledge of its configuration: the models of its typed sections, and the keys that it removed."""
 
 from deepspeed.comm.config import CommsLoggerConfig
-from deepspeed.monitor.config import CometConfig, CSVConfig, WandbConfig
+from deepspeed.monitor.config import CometConfig
 from deepspeed.runtime import config
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -14,10 +14,8 @@ SECTION_MODELS: dict[str, type[BaseModel]] = {
     "bf16": DeepSpeedBF16Config,
     "comet": CometConfig,
     "comms_logger": CommsLoggerConfig,
-    "csv_monitor": CSVConfig,
     "fp16": DeepSpeedFP16Config,
     "timers.throughput": DeepSpeedThroughputTimerConfig,
-    "wandb": WandbConfig,
     "zero_optimization": DeepSpeedZeroConfig,
 }
 

@@ -131,7 +131,7 @@ ERRORS = (
             lambda run, on, package=package: on and find_spec(package) is None,  # type: ignore[misc]
             f"needs the package {package}, which is not installed here; pip install {package}, or remove the section",
         )
-        for section, package in {"wandb": "wandb", "comet": "comet_ml"}.items()
+        for section, package in {"wandb": "wandb", "comet": "comet_ml", "megagpt.mlflow": "mlflow"}.items()
     ),
     Refused(
         "steps_per_print",

@@ -17,6 +17,7 @@ from megagpt.distributed.process_group import is_main, print_rank0
 from megagpt.terminal import GREEN, counted, if_encodable
 from megagpt.train.metrics_file import append_row, keep_up_to, metrics_of, new_row, read_rows
 from megagpt.train.tensorboard_file import TensorBoardFile
+from megagpt.train.trackers import CsvFiles, Feed, open_feeds
 from megagpt.train_state import TrainState
 
 Events = Callable[[list[tuple[str, float, int]]], None]
@@ -29,10 +30,17 @@ class Monitor:
         self._max_steps = run.megagpt.schedule.max_steps
         self._also, self._failed = also, set[str]()
         self._board: TensorBoardFile | None = None
+        self._csv: CsvFiles | None = None
+        self._feeds: list[Feed] = []
         if not is_main():
             return
         self._metrics_file = run.megagpt.out_dir / "metrics.jsonl"
+        logged = read_rows(self._metrics_file)
+        # first, as a tracker may refuse the run file
+        self._feeds = open_feeds(run, [row for row in logged if row["step"] <= resumed.step], logged)
         rows = keep_up_to(self._metrics_file, resumed.step)
+        if run.deepspeed.csv_monitor.enabled:
+            self._csv = CsvFiles(run, rows)
         if run.deepspeed.tensorboard.enabled:
             self._board = TensorBoardFile(run, resumed.step, rows)
 
@@ -57,7 +65,12 @@ class Monitor:
         with self._continuing_without("TensorBoard"):
             if self._board:
                 self._board.log(row)
-        with self._continuing_without("the monitor"):
+        with self._continuing_without("CSV files"):
+            if self._csv:
+                self._csv.log(row)
+        for feed in self._feeds:
+            feed.log(row)
+        with self._continuing_without("Comet"):
             self._also([(name, value, state.step) for name, value in metrics_of(row).items()])
         shown = [f"{ON_THE_LINE[name]} {_short(name, value)}" for name, value in metrics.items() if name in ON_THE_LINE]
         if waits_for:
@@ -75,6 +88,11 @@ class Monitor:
         with self._continuing_without("TensorBoard"):
             if self._board:
                 self._board.samples(samples, step)
+
+    def close(self) -> None:
+        """Send trackers what they have not taken yet."""
+        for feed in self._feeds:
+            feed.close()
 
     @contextmanager
     def _continuing_without(self, what: str) -> Iterator[None]:

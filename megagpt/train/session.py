@@ -101,13 +101,13 @@ class Session:
             self.monitor = self._open_monitor()
 
     def _open_monitor(self) -> Monitor:
-        """Write the effective run file into the run's folder, and open its monitors."""
+        """Open the run's monitors, and write the effective run file into its folder."""
         out_dir = self.cfg.out_dir
         with writing_to(out_dir):
+            monitor = Monitor(self.setup.run, self.setup.state, also=self.engine.monitor.write_events)
             if is_main():
-                out_dir.mkdir(parents=True, exist_ok=True)
                 write_atomically(out_dir / "run.json", json.dumps(self.record.effective, indent=1).encode())
-            return Monitor(self.setup.run, self.setup.state, also=self.engine.monitor.write_events)
+            return monitor
 
     def batches(self) -> Iterator[Batch]:
         """Yield this rank's micro-batches without end, from the position of the setup's state."""
@@ -193,6 +193,7 @@ class Session:
             f"{state.samples_seen - 1:,} are skipped"
         )
         self.setup = replace(self.setup, training_set=data, saved=replace(saved, state=back))
+        self.monitor.close()
         with errors_on_every_rank():
             self.monitor = self._open_monitor()
         self.stopwatch = Stopwatch()

@@ -52,7 +52,10 @@ def train(
             session = Session(setup, device, launcher_alive=preemption.launcher_alive, before_save=lock.check)
         if log is not None:
             log.open(run.megagpt.out_dir)
-        return run_steps(session, preemption, stop_at)
+        try:
+            return run_steps(session, preemption, stop_at)
+        finally:
+            session.monitor.close()
 
 
 def run_steps(session: Session, preemption: Preemption, stop_at: int | None) -> TrainState:

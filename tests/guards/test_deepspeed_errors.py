@@ -53,23 +53,24 @@ def test_an_error_of_any_type_at_the_start_is_one_message_and_leaves_nothing(dat
 
 
 def test_a_monitor_whose_package_is_missing_is_one_message(dataset, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    arguments = overrides(dataset, tmp_path / "run", *SHORT, "wandb.enabled=true")
-    assert pretrain(["--deepspeed_config", str(DEBUG_RUN), *arguments]) == 2
-    message = capsys.readouterr().err
-    assert message == (
-        "error: wandb.enabled=true needs the package wandb, which is not installed here; pip install wandb, or remove "
-        "the section\n"
-    )
-    assert not (tmp_path / "run").exists()
-    assert main(["lint", str(DEBUG_RUN), *arguments]) == 2
-    assert "pip install wandb" in capsys.readouterr().out
+    for section, package in (("wandb", "wandb"), ("comet", "comet_ml"), ("megagpt.mlflow", "mlflow")):
+        monkeypatch.setitem(sys.modules, package, None)
+        arguments = overrides(dataset, tmp_path / "run", *SHORT, f"{section}.enabled=true")
+        assert pretrain(["--deepspeed_config", str(DEBUG_RUN), *arguments]) == 2
+        message = capsys.readouterr().err
+        assert message == (
+            f"error: {section}.enabled=true needs the package {package}, which is not installed here; pip install "
+            f"{package}, or remove the section\n"
+        )
+        assert not (tmp_path / "run").exists()
+        assert main(["lint", str(DEBUG_RUN), *arguments]) == 2
+        assert f"pip install {package}" in capsys.readouterr().out
 
 
 def test_what_one_host_alone_may_lack_is_told_by_the_rank_that_lacks_it(dataset, device, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "comet_ml", None)
     with pytest.raises(OwnRankError, match="cannot start with this run file: ModuleNotFoundError: "):
-        started(dataset, device, tmp_path / "run", "wandb.enabled=true")
+        started(dataset, device, tmp_path / "run", "comet.enabled=true")
 
 
 def test_our_own_errors_under_deepspeeds_forward_keep_their_traceback(dataset, device, tmp_path, monkeypatch):
@@ -96,9 +97,9 @@ def test_a_full_disk_under_deepspeed_is_not_due_to_the_run_file(dataset, tmp_pat
 @pytest.mark.skipif(not _has_compiler(), reason="no C++ compiler or no Python headers")
 def test_a_refused_start_that_would_compile_leaves_nothing(dataset, device, tmp_path, monkeypatch):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "comet_ml", None)
     with pytest.raises(UserError, match="ModuleNotFoundError"):
-        started(dataset, device, tmp_path / "run", "wandb.enabled=true", "megagpt.compile=true")
+        started(dataset, device, tmp_path / "run", "comet.enabled=true", "megagpt.compile=true")
     assert not (tmp_path / "run").exists()
 
 

@@ -154,15 +154,3 @@ def test_a_disk_that_takes_no_more_costs_numbers_and_not_the_run(dataset, tmp_pa
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(metric(tmp_path, "train/loss")) == [1, 4]
     assert capsys.readouterr().out.count("metrics cannot be written to metrics.jsonl (") == 1
-
-
-def test_csv_files_are_in_the_runs_folder_and_count_steps(dataset, device, tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    options = ["csv_monitor.enabled=true", 'megagpt.schedule={"max_steps": 2}', "megagpt.data.val_tokens=128"]
-    train(debug_run(dataset, tmp_path / "run", *options, "megagpt.every.sample=0"), device)
-    assert not list((tmp_path / "here").iterdir())
-    rows = (tmp_path / "run" / "csv" / "train_loss.csv").read_text().split()
-    assert [row.partition(",")[0] for row in rows] == ["step", "1", "2"]
-    assert [float(row.partition(",")[2]) for row in rows[1:]] == list(metric(tmp_path / "run", "train/loss").values())
-    assert not list((tmp_path / "run" / "csv").glob("Train*"))  # DeepSpeed's own events, by samples

@@ -1,0 +1,267 @@
+"""Each number reaches a tracker once, over killed starts, outages and copies of a run's folder.
+
+`Ledger` is a service of the tests' own, which can be slow or down; the real ones are tested where they are installed.
+"""
+
+import csv
+import json
+import shutil
+import threading
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from support import debug_run, metric
+
+from megagpt.errors import UserError
+from megagpt.train import trackers
+from megagpt.train.metrics_file import append_row, keep_up_to, new_row, read_rows
+from megagpt.train.trackers import open_feeds
+from megagpt.train.trainer import train
+
+needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed (pip install wandb)")
+needs_mlflow = pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed (pip install mlflow)")
+TOKENS = 64  # of a step
+
+
+class Ledger:
+    """Remembers what it gets: run -> name -> steps. While `down` it takes nothing; while not `open` it waits."""
+
+    name, only_forward = "the ledger", False
+    runs: ClassVar[dict[str, dict[str, list[int]]]] = {}
+    down, open = False, threading.Event()
+
+    def __init__(self, run, run_id):
+        if self.down:
+            raise ConnectionError("the ledger is closed")
+        self.id = run_id or f"run{len(self.runs)}"
+        self.runs.setdefault(self.id, {})
+
+    def send(self, rows):
+        self.open.wait(60)
+        if self.down:
+            raise ConnectionError("the ledger is closed")
+        for row, values in rows:
+            for name in values:
+                self.runs[self.id].setdefault(name, []).append(row["step"])
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def ledger(monkeypatch):
+    monkeypatch.setitem(trackers.TRACKERS, "mlflow", Ledger)
+    monkeypatch.setattr(Ledger, "runs", {})
+    monkeypatch.setattr(Ledger, "down", False)
+    Ledger.open.set()
+    return Ledger
+
+
+@pytest.fixture
+def run(dataset, tmp_path):
+    (tmp_path / "run").mkdir()
+    return debug_run(dataset, tmp_path / "run", "megagpt.mlflow.enabled=true")
+
+
+class Start:
+    """What a start of a run does: it resumes from a step, logs each later one, and evaluates every fifth."""
+
+    def __init__(self, run, step: int) -> None:
+        self.file = run.megagpt.out_dir / "metrics.jsonl"
+        logged = read_rows(self.file)
+        [self.feed] = open_feeds(run, [row for row in logged if row["step"] <= step], logged) or [None]
+        keep_up_to(self.file, step)
+
+    def log(self, steps, *, evaluates: bool = True) -> None:
+        for step in steps:
+            self.row(step, {"train/loss": 1.0})
+            if evaluates and step % 5 == 0:
+                self.row(step, {"val/loss": 2.0})
+
+    def row(self, step: int, metrics: dict[str, float]) -> None:
+        row = new_row(step, TOKENS * step, metrics)
+        append_row(self.file, row)
+        if self.feed:
+            self.feed.log(row)
+
+
+def killed(start: Start) -> None:
+    """End a start after its rows were sent, and without its last words."""
+    record, start.feed._record.write = start.feed._record, lambda *, exact: None
+    start.feed.close()
+    assert record.id
+
+
+def test_steps_that_come_again_after_a_kill_are_sent_once(ledger, run):
+    first = Start(run, 0)
+    first.log(range(1, 14))
+    first.row(14, {"train/loss": 1.0})
+    first.row(15, {"train/loss": 1.0})  # and it was killed while it evaluated
+    killed(first)
+    for kill in (12, 15, 20):
+        start = Start(run, 10)
+        start.log(range(11, kill + 1))
+        killed(start)
+    assert ledger.runs == {
+        "run0": {
+            "train/loss": list(range(1, 21)),
+            "tokens_seen": list(range(1, 21)),
+            "val/loss": [5, 10, 15, 20],
+        }
+    }
+
+
+def test_what_a_service_did_not_take_is_sent_when_it_is_back(ledger, run, capsys):
+    start = Start(run, 0)
+    start.log(range(1, 6))
+    while not ledger.runs["run0"].get("val/loss"):
+        pass
+    ledger.down = True
+    start.log(range(6, 9))
+    start.feed.close()
+    assert "metrics cannot be sent to the ledger (the ledger is closed); they are sent later" in capsys.readouterr().out
+    start = Start(run, 8)  # the service refuses the run that it knows: training goes on without it
+    assert start.feed is None
+    start.log(range(9, 11))
+    assert "the ledger cannot be used (the ledger is closed); training continues without it" in capsys.readouterr().out
+    ledger.down = False
+    start = Start(run, 10)
+    start.log([11])
+    start.feed.close()
+    assert ledger.runs["run0"]["train/loss"] == list(range(1, 12))
+    assert ledger.runs["run0"]["val/loss"] == [5, 10]
+
+
+def test_a_service_that_is_back_in_the_same_start_gets_all(ledger, run, capsys):
+    start = Start(run, 0)
+    ledger.down = True
+    start.log([1, 2])
+    while "sent later" not in capsys.readouterr().out:
+        pass
+    ledger.down = False
+    start.log([3])
+    start.feed.close()
+    assert ledger.runs["run0"]["train/loss"] == [1, 2, 3]
+    assert capsys.readouterr().out == "the ledger takes metrics again\n"
+
+
+def test_a_tracker_that_is_switched_on_later_gets_the_run_from_its_beginning(ledger, run):
+    for row in (new_row(step, TOKENS * step, {"train/loss": 1.0}) for step in range(1, 9)):
+        append_row(run.megagpt.out_dir / "metrics.jsonl", row)
+    start = Start(run, 6)
+    start.log([7])
+    start.feed.close()
+    assert ledger.runs["run0"]["train/loss"] == list(range(1, 8))
+
+
+def test_a_copy_of_a_runs_folder_is_another_run(ledger, run, dataset, tmp_path):
+    start = Start(run, 0)
+    start.log([1, 2])
+    start.feed.close()
+    shutil.copytree(run.megagpt.out_dir, tmp_path / "copy")
+    start = Start(debug_run(dataset, tmp_path / "copy", "megagpt.mlflow.enabled=true"), 2)
+    start.log([3])
+    start.feed.close()
+    assert ledger.runs["run0"]["train/loss"] == [1, 2]
+    assert ledger.runs["run1"]["train/loss"] == [1, 2, 3]
+
+
+def test_a_slow_service_delays_no_step_and_the_end_for_a_limited_time(ledger, run, capsys, monkeypatch):
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.01)
+    ledger.open.clear()
+    start = Start(run, 0)
+    start.log(range(1, 4))  # returns
+    start.feed.close()
+    assert "the ledger did not take the last metrics in 0 s" in capsys.readouterr().out
+    ledger.open.set()
+    start.feed._thread.join()
+    assert ledger.runs["run0"]["train/loss"] == [1, 2, 3]
+
+
+def test_a_new_run_that_its_tracker_refuses_is_one_message(ledger, run):
+    ledger.down = True
+    with pytest.raises(UserError) as refused:
+        Start(run, 0)
+    assert str(refused.value) == (
+        "megagpt.mlflow.enabled=true: the ledger cannot be used (the ledger is closed); fix that, or set "
+        "megagpt.mlflow.enabled=false"
+    )
+    assert not list(run.megagpt.out_dir.iterdir())
+
+
+def test_csv_files_hold_what_metrics_jsonl_holds_over_resumes(dataset, device, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    options = ["csv_monitor.enabled=true", "megagpt.data.val_tokens=128", "megagpt.every.sample=0"]
+    short = 'megagpt.schedule={"max_steps": 3}'
+    train(debug_run(dataset, tmp_path / "run", *options, short, "megagpt.every.save=2"), device)
+    (tmp_path / "run" / "checkpoints" / "step_00000003" / "COMMIT").unlink()  # as if the save had been cut off
+    train(debug_run(dataset, tmp_path / "run", *options, short), device)
+    assert not list((tmp_path / "here").iterdir())
+    for name in ("train/loss", "val/loss", "perf/save_seconds"):
+        head, *rows = csv.reader((tmp_path / "run" / "csv" / f"{name.replace('/', '_')}.csv").open())
+        assert head == ["step", name, "tokens_seen"]
+        assert {int(step): float(value) for step, value, _ in rows} == metric(tmp_path / "run", name)
+        assert [int(tokens) for *_, tokens in rows] == [8 * 64 * int(step) for step, *_ in rows]
+
+
+def offline_rows(folder: Path) -> list[dict[str, float]]:
+    """The rows of history in the file of an offline run: a log of LevelDB's format, with a head of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    [file] = folder.glob("*.wandb")
+    data, at, parts, rows = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if at % 32768 > 32768 - 7:
+            at += 32768 - at % 32768
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts = (b"" if kind in (1, 2) else parts) + data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            items = Record.FromString(parts).history.item
+            rows += [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}]
+    return [row for row in rows if row]
+
+
+@needs_wandb
+@pytest.mark.process
+def test_weights_and_biases_has_our_steps_once_over_a_resume(dataset, device, tmp_path, monkeypatch):
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_API_KEY", "planted" * 6)):
+        monkeypatch.setenv(name, value)
+    options = ["wandb.enabled=true", "megagpt.data.val_tokens=128", "megagpt.every.sample=0", "megagpt.every.save=2"]
+    short = 'megagpt.schedule={"max_steps": %d}'
+    out_dir = tmp_path / "run"
+    train(debug_run(dataset, out_dir, *options, short % 3), device)
+    (out_dir / "checkpoints" / "step_00000003" / "COMMIT").unlink()
+    train(debug_run(dataset, out_dir, *options, short % 5), device)
+    folders = sorted((out_dir / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1  # one run
+    rows = [row for folder in folders for row in offline_rows(folder)]
+    assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5]
+    for row in rows[:2] + rows[3:]:  # the third is the first start's
+        assert row["train/loss"] == metric(out_dir, "train/loss")[row["_step"]]
+        assert row["tokens_seen"] == 8 * 64 * row["_step"]
+    files = [path.read_bytes() for path in out_dir.rglob("*") if path.is_file()]
+    assert not any(b"planted" in content for content in files)
+
+
+@needs_mlflow
+def test_mlflow_has_our_steps_once_over_a_resume(dataset, device, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    options = ["megagpt.mlflow.enabled=true", "megagpt.data.val_tokens=128", "megagpt.every.sample=0"]
+    out_dir = tmp_path / "run"
+    short = 'megagpt.schedule={"max_steps": %d}'
+    train(debug_run(dataset, out_dir, *options, short % 3, "megagpt.every.save=2"), device)
+    (out_dir / "checkpoints" / "step_00000003" / "COMMIT").unlink()
+    train(debug_run(dataset, out_dir, *options, short % 5), device)
+    client = MlflowClient()
+    [found] = client.search_runs([client.get_experiment_by_name("megagpt").experiment_id])
+    assert (found.info.run_name, found.info.status, found.data.params["n_embd"]) == ("run", "FINISHED", "64")
+    for name in ("train/loss", "tokens_seen"):
+        assert [point.step for point in client.get_metric_history(found.info.run_id, name)] == [1, 2, 3, 4, 5]
