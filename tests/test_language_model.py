@@ -195,12 +195,15 @@ def test_a_wrong_option_of_generate_is_named(model, options, message):
         model.generate(**({"max_tokens": 2} | options))
 
 
-def test_text_longer_than_the_models_positions(model):
+def test_text_longer_than_the_models_positions(run, model, capsys):
     with pytest.raises(UserError, match=r"the text is 78 tokens, .* and the model has 64 positions; .*`score`"):
         model.logits(TEXT * 7)
     assert model.logits([5] * T).shape[0] == T
     with pytest.warns(UserWarning, match=r"is 77 tokens, and the model has 64 positions: it reads the end"):
         assert model.generate(TEXT * 7, max_tokens=1).startswith(TEXT * 7)
+    capsys.readouterr()
+    assert main(["generate", str(run), "--prompt", TEXT * 7, "--max-tokens", "1"]) == 0
+    assert "warning: the prompt 'abcdef ghi" in capsys.readouterr().err
 
 
 def test_output_that_is_not_finite_is_no_number(model, run):
