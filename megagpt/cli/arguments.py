@@ -290,4 +290,6 @@ def _add_run_file(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change single keys of the run file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="change single keys of the run file"
+    )

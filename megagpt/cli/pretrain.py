@@ -121,11 +121,7 @@ def _train(args: argparse.Namespace, preemption: Preemption, log: RunLog) -> int
     from megagpt.engine.precision import with_supported_dtype
 
     place = join_launch()
-    if place.world_size > 1 and getattr(args, "nproc", None):
-        raise UserError(
-            f"--nproc={args.nproc} starts ranks, but this process is one of {place.world_size}, which "
-            f"{place.launcher or 'RANK and WORLD_SIZE'} started; leave --nproc out, or start megagpt train by itself"
-        )
+    _check_nproc(args, place)
     check_hostfile()
     device = meet()
     for note in _unused(args, place):
@@ -149,6 +145,17 @@ def _train(args: argparse.Namespace, preemption: Preemption, log: RunLog) -> int
     with explained(run, device), deepspeed_explained(run):
         state = train(run, device, fresh=args.fresh, preemption=preemption, log=log)
     return 0 if state.finished(run.megagpt.schedule.max_steps) else SAVED_AND_WANTS_RESTART
+
+
+def _check_nproc(args: argparse.Namespace, place: Place) -> None:
+    """Refuse to ignore --nproc in a process that is a rank already. It is none where the ranks are still to start."""
+    nproc = getattr(args, "nproc", None)
+    if nproc and not nproc == place.world_size == 1:
+        raise UserError(
+            f"--nproc={nproc} starts ranks, but this process is already rank {place.rank} of {place.world_size} by "
+            f"{place.launcher or 'RANK and WORLD_SIZE'}; leave --nproc out, or start megagpt train by itself "
+            "(`unset RANK WORLD_SIZE`)"
+        )
 
 
 def _unused(args: argparse.Namespace, place: Place) -> list[str]:

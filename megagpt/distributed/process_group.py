@@ -1,6 +1,7 @@
 """The process group, and each rank's number, device and output. All of it works without a group too."""
 
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -171,5 +172,7 @@ def progress_bar(what: str, *, total: int, unit: str) -> "tqdm[Never]":
 
     Use it in a `with` block, and call its `update` for each unit.
     """
-    # With None, tqdm draws on a terminal alone.
-    return tqdm(total=total, desc=what, unit=unit, delay=1, leave=False, disable=None if is_main() else True)
+    disabled = None if is_main() else True  # with None, tqdm draws on a terminal alone
+    # In a terminal without a size, as in some containers, tqdm itself draws nothing.
+    columns, rows = shutil.get_terminal_size()
+    return tqdm(total=total, desc=what, unit=unit, delay=1, leave=False, disable=disabled, ncols=columns, nrows=rows)

@@ -22,10 +22,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megagpt.distributed.collectives import errors_on_every_rank
-from megagpt.distributed.process_group import is_main, rank, world_size
+from megagpt.distributed.process_group import progress_bar, rank, world_size
 from megagpt.engine.build import Engine
 from megagpt.engine.optimizer import decay_groups
 from megagpt.engine.safe_pickle import check_pickles, load_checked, pickles_of
@@ -89,8 +88,10 @@ def load_reshaped(
     own = _own_tensors(engine, sizes, adam_step)
     with errors_on_every_rank():
         copies = _copies(own, old, step_dir)
-    for to, value in tqdm(copies, desc="resharding", unit="slice", delay=2, disable=None if is_main() else True):
-        to.copy_(value)
+    with progress_bar("resharding", total=len(copies), unit="slice") as bar:
+        for to, value in copies:
+            to.copy_(value)
+            bar.update()
     engine.global_steps, engine.global_samples = step, samples_seen
     if stage in (1, 2):
         engine.optimizer.update_lp_params()

@@ -12,12 +12,10 @@ from support import DEBUG_RUN, ROOT, environment, overrides
 
 from megagpt.checkpoint.commit import committed
 from megagpt.cli.arguments import command_line
-from megagpt.cli.pretrain import _train, _unused
+from megagpt.cli.pretrain import _check_nproc, _unused
 from megagpt.cli.spawn_ranks import LocalRanks, train_on_ranks
-from megagpt.distributed.rank_variables import OURS, Place, is_rank, ranks_variables
+from megagpt.distributed.rank_variables import OURS, Place, is_rank
 from megagpt.errors import UserError
-from megagpt.train.preemption import Preemption
-from megagpt.train.run_log import RunLog
 
 LAUNCH = "import sys; from megagpt.cli.spawn_ranks import on_ranks; on_ranks(2, 'waiting_rank', sys.argv[1])"
 WAITING_RANK = """
@@ -86,13 +84,13 @@ def test_a_mistake_is_printed_once_for_all_ranks(dataset, tmp_path):
     assert (launch.returncode, err.count("error: "), err.count("\n")) == (2, 1, 1), err
 
 
-def test_nproc_is_refused_in_a_launchers_rank(monkeypatch):
-    for name, value in ranks_variables(1, 2, 1).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv(OURS)
+def test_nproc_is_refused_in_a_launchers_rank():
+    """Also where an earlier launch left variables of one rank over, by which it would train on one."""
     args = command_line().parse_args(["train", str(DEBUG_RUN), "--nproc", "3"])
-    with pytest.raises(UserError, match=r"--nproc=3 starts ranks, but this process is one of 2, which RANK and WORLD_"):
-        _train(args, Preemption(), RunLog())
+    for place, by in ((Place(1, 2, launcher="srun"), "1 of 2 by srun"), (Place(), "0 of 1 by RANK and WORLD_SIZE")):
+        with pytest.raises(UserError, match=f"--nproc=3 starts ranks, but this process is already rank {by}"):
+            _check_nproc(args, place)
+    _check_nproc(command_line().parse_args(["train", str(DEBUG_RUN), "--nproc", "1"]), Place())
 
 
 @pytest.mark.process
