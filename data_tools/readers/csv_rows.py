@@ -13,6 +13,7 @@ from data_tools.readers.fields import check_column
 from data_tools.readers.input_file import FileSlice, UnreadableFile
 from data_tools.readers.open_file import open_bytes
 
+SEP_LINE = re.compile(r'"?sep=([,;|\t])"?[\r\n]*')
 MAX_FIELD = 2**27  # characters
 SEPARATORS = {"csv": ",;\t|", "tsv": "\t"}  # tried in this order: spreadsheets write semicolons where 1,5 is a number
 DOES_NOT_FIT = "a row with more or fewer fields than the header"
@@ -34,6 +35,8 @@ def read_csv(slice_: FileSlice, source: SourceConfig) -> Pieces:
             rest = lines(decoded(itertools.chain([head], blocks(raw)), encoding_of(head, source.encoding)))
             first_line = next((line for line in rest if not line.isspace()), "")
             separator = _separator(first_line, slice_.file.kind, field)
+            if given := SEP_LINE.fullmatch(first_line):  # for Excel alone, above the names of the columns
+                separator, first_line = given[1], next(rest, "")
             rows = _rows(itertools.chain([first_line], rest), separator, path)
             header = _stripped(next(rows, []), path, field)
             check_column(path, header, field)

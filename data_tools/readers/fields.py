@@ -7,6 +7,7 @@ from data_tools.config import ChatTemplate, SourceConfig
 from data_tools.formatting import listed
 from data_tools.readers.document_pieces import Pieces, SkippedRecord, pieces_of
 from data_tools.readers.input_file import UnreadableFile
+from megagpt.terminal import typed
 
 MISSING = object()
 TEMPLATES: dict[ChatTemplate, str] = {
@@ -14,6 +15,8 @@ TEMPLATES: dict[ChatTemplate, str] = {
     "llama3": "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>",
     "plain": "{role}: {content}\n\n",
 }
+# names under which published datasets have their text
+USUAL = "text content raw_content page_content body document article code messages conversations".split()
 CHAT_VERSION = 2  # raise it when a chat is written out in another way
 NOT_WRITTEN = ("tool_calls", "function_call", "refusal", "audio")  # what a message may have beside its content
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
@@ -27,7 +30,7 @@ def read_record(record: dict[str, Any], source: SourceConfig, position: int, whe
     field, template = source.text_field, source.chat_template
     value = field_at(record, field)
     if value is MISSING:
-        reason, way_out = f"no field {field!r}", f"it has {listed(_paths(record))}; set text_field=NAME"
+        reason, way_out = f"no field {field!r}", f"it has {listed(_paths(record))}; {_set_field(_paths(record), field)}"
     elif _is_chat(value) and not template:
         reason = f"a list of chat messages as {field!r}"
         way_out = f"set chat_template=NAME; known are {', '.join(TEMPLATES)}"
@@ -69,7 +72,14 @@ def check_column(path: str, columns: Sequence[str], field: str) -> None:
     if (n := columns.count(field)) > 1:
         raise UnreadableFile(f"{path} has {n} columns {field!r}; rename all but one")
     if not n:
-        raise UnreadableFile(f"{path} has no column {field!r}; it has {listed(columns)}; set text_field=NAME")
+        raise UnreadableFile(f"{path} has no column {field!r}; it has {listed(columns)}; {_set_field(columns, field)}")
+
+
+def _set_field(names: Sequence[str], field: str) -> str:
+    """Return the option to give, with the name that is likely meant, if there is one."""
+    likely = [name for usual in (field.casefold(), *USUAL) for name in names if name.casefold() == usual]
+    found = next(iter(likely or (names if len(names) == 1 and len(names[0]) < 40 else [])), "")
+    return f"set {typed(f'text_field={found}')}" if found else "set text_field=NAME, one of these"
 
 
 def splits_of(path: str) -> Iterator[tuple[str, str]]:

@@ -91,13 +91,13 @@ BAD_INPUT = {
     ),
     "other field": (
         bad_bytes("a.jsonl", b'{"content": "x", "id": 1}\n' + LINE),
-        r"a\.jsonl:1 has no field 'text'; it has content, id; set text_field=NAME",
+        r"a\.jsonl:1 has no field 'text'; it has content, id; set text_field=content",
     ),
     "only bad lines": (bad_bytes("a.jsonl", b"{\n"), r"no text to train.*skipped: 1 bad JSON \(first: .*a\.jsonl:1\)"),
     "not gzip": (bad_bytes("a.jsonl.gz", b"hello"), r"cannot read .*a\.jsonl\.gz"),
     "cut gzip": (bad_bytes("a.jsonl.gz", gzip.compress(LINE * 99)[:-9]), r"cannot read .*a\.jsonl\.gz: .*[Tt]runcated"),
     "not Parquet": (bad_bytes("a.parquet", b"hello"), r"a\.parquet is not a Parquet file"),
-    "other column": (other_column, r"a\.parquet has no column 'text'; it has content, url; set text_field=NAME"),
+    "other column": (other_column, r"a\.parquet has no column 'text'; it has content, url; set text_field=content"),
     "numbers as text": (numbers_as_text, r"a\.parquet: column 'text' is not text"),
     "no such input": (
         lambda folder: ["--input", folder / "no", "--out", folder / "out"],

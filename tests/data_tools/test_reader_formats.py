@@ -98,12 +98,15 @@ def test_streams_of_xz_may_be_padded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"id,content\n1,x\n", r"a\.csv has no column 'text'; it has id, content; set text_field=NAME"),
+        ("a.csv", b"id,content\n1,x\n", r"a\.csv has no column 'text'; it has id, content; set text_field=content"),
+        ("a.csv", b"id,Text\n1,x\n", r"it has id, Text; set text_field=Text"),
+        ("a.csv", b"id,his words\n1,x\n", r"it has id, his words; set text_field=NAME, one of these"),
+        ("a.jsonl", b'{"the text": "x"}\n', r"no field 'text'; it has the text; set 'text_field=the text'"),
         ("a.csv", b"id,text\n1,caf\xe9\n", r"a\.csv is not UTF-8 \(byte 0xe9 at offset 13\)"),
         ("a.json", b'[{"text": "x"}, {"text": ]', r"a\.json: bad JSON at character 16"),
         ("a.json", b'[{"text": "x"}] [{"text": "y"}]', r"a\.json: bad JSON at character 16"),
         ("a.json", b'[{"text": "x"}, ', r"a\.json is truncated: it ends within its array"),
-        ("a.json", b'[{"content": "x"}]', r"record 0 has no field 'text'; it has content; set text_field=NAME"),
+        ("a.json", b'[{"content": "x"}]', r"record 0 has no field 'text'; it has content; set text_field=content"),
         ("a.arrow", b"hello", r"a\.arrow is not an Arrow file or stream"),
         ("a.parquet.gz", b"hello", r"a parquet file is read in parts, so it cannot be compressed as a whole"),
         ("a.txt", FRENCH.encode("utf-16"), r"not UTF-8 \(its byte-order mark is that of UTF-16\); set encoding=utf-16"),

@@ -123,6 +123,12 @@ def test_the_separator_of_a_csv_file_is_that_of_its_header(separator: str, tmp_p
     assert texts_of(read_all(tmp_path / "a.csv")) == ["one, two"]
 
 
+@pytest.mark.parametrize("line", ["sep=;", '"sep=;"', "sep=;\r"])
+def test_the_line_that_excel_reads_the_separator_from_is_no_header(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"{line}\nid;text\n1;a, b\n2;c\n")
+    assert texts_of(read_all(tmp_path / "a.csv")) == ["a, b", "c"]
+
+
 def test_blanks_around_the_names_of_columns_do_not_count(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id; text\n1; one\n")
     assert texts_of(read_all(tmp_path / "a.csv")) == [" one"]

@@ -106,7 +106,7 @@ def test_what_the_first_record_shows_is_told_before_any_work_starts(
     (folder / "good.jsonl").write_bytes(jsonl(GOOD))
     inputs = sorted(folder.iterdir()) if named else [folder]
     assert run("build", "--input", *inputs, "--out", tmp_path / "out", "strict=true", *OPTIONS) == 2
-    assert "0.jsonl:1 has no field 'text'; it has content; set text_field=NAME" in capsys.readouterr().err
+    assert "0.jsonl:1 has no field 'text'; it has content; set text_field=content" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert run("build", "--input", *inputs, "--out", tmp_path / "out", *OPTIONS) == (2 if named else 3)
     said = capsys.readouterr().err
