@@ -16,7 +16,10 @@ TEMPLATES: dict[ChatTemplate, str] = {
     "plain": "{role}: {content}\n\n",
 }
 # names under which published datasets have their text
-USUAL = "text content raw_content page_content body document article code messages conversations".split()
+USUAL = (
+    *("text", "content", "raw_content", "page_content", "body", "document", "article", "code"),
+    *("messages", "conversations"),  # of chats
+)
 CHAT_VERSION = 2  # raise it when a chat is written out in another way
 NOT_WRITTEN = ("tool_calls", "function_call", "refusal", "audio")  # what a message may have beside its content
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
