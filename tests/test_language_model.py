@@ -55,7 +55,7 @@ def test_it_generates_what_the_command_prints(run, model, capsys, options):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     capsys.readouterr()
     assert main(["generate", str(run), "--prompt", "abc", "--max-tokens", "70", *flags]) == 0
-    assert model.generate("abc", max_tokens=70, **options) + "\n---\n" == capsys.readouterr().out
+    assert model.generate("abc", max_tokens=70, **options) + "\n" == capsys.readouterr().out
 
 
 def test_it_scores_as_the_command_evaluates(run, model, dataset, capsys):

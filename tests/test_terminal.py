@@ -84,7 +84,12 @@ def test_a_command_whose_reader_is_gone_ends_quietly_with_its_own_code(
         with output_to(gone, monkeypatch):
             assert call(command, dataset, trained) == code
         gone.flush()  # as Python does at its end: what was buffered must not fail again
-    assert capfd.readouterr().err == ""
+    assert complaints(capfd.readouterr().err) == ""
+
+
+def complaints(said: str) -> str:
+    """What a command printed on standard error, without the line in which `generate` tells its settings."""
+    return "".join(line for line in said.splitlines(keepends=True) if " on cpu: at most 2 tokens, " not in line)
 
 
 @pytest.mark.parametrize(("command", "code"), COMMANDS)
@@ -96,7 +101,7 @@ def test_a_result_that_cannot_be_written_is_one_message(trained, dataset, capfd,
         with output_to(full, monkeypatch):
             assert call(command, dataset, trained) == 2
         full.flush()
-    said = capfd.readouterr().err
+    said = complaints(capfd.readouterr().err)
     assert said == "error: standard output cannot be written: No space left on device; redirect it to another place\n"
 
 

@@ -12,6 +12,7 @@ Nothing here communicates with other ranks: save.py and verification.py do.
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -39,6 +40,7 @@ class Saved:
     mixture: Mixture
     identity: Identity
     finite: bool = False  # every rank checked its numbers before it saved them; older versions did not tell
+    saved_at: int | None = None  # seconds since 1970; older versions did not tell
     passed_over: tuple[Path, ...] = ()  # newer, damaged steps
 
 
@@ -93,7 +95,8 @@ def read_commit(step_dir: Path) -> Saved:
     try:
         state, mixture = TrainState.from_json(record["state"]), Mixture.from_json(record["mixture"])
         identity = Identity(**record["identity"])
-        return Saved(step_dir, state, mixture, identity, finite=record.get("finite") is True)
+        saved_at = record.get("saved_at")
+        return Saved(step_dir, state, mixture, identity, finite=record.get("finite") is True, saved_at=saved_at)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"checkpoint {step_dir} has an unreadable {COMMIT} ({error!r}); "
@@ -172,6 +175,7 @@ def write_commit(
         "identity": asdict(identity),
         "manifests": manifests,
         "finite": finite,
+        "saved_at": round(time.time()),
     }
     write_atomically(step_dir / COMMIT, json.dumps(record | {"sha256": _digest(record)}, indent=1).encode())
 

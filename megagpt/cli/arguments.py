@@ -27,6 +27,7 @@ def training_arguments() -> argparse.ArgumentParser:
         type=user_path,
         default=Path("ds_configs/gpt2_124m.json"),
         metavar="RUN.json",
+        help="the run file; default: %(default)s",
     )
     _add_start(parser)
     _add_local_rank(parser)
@@ -70,7 +71,11 @@ def _before_a_run(commands: Any) -> None:
         epilog="example: megagpt lint ds_configs/gpt2_124m.json --ranks 8 zero_optimization.stage=2",
     )
     _add_run_file(lint)
-    lint.add_argument("--ranks", type=whole(1, MOST_RANKS), help="number of GPUs to check the batch arithmetic for")
+    lint.add_argument(
+        "--ranks",
+        type=whole(1, MOST_RANKS),
+        help="number of GPUs to check the batch arithmetic for; default: this machine's",
+    )
     lint.add_argument("--json", action="store_true", help="one JSON object instead of text")
     lint.add_argument("--effective", action="store_true", help="print the run file with all defaults written out")
 
@@ -84,10 +89,13 @@ def _before_a_run(commands: Any) -> None:
         "--ranks", type=whole(1, MOST_RANKS_HERE), default=1, help="number of processes on this machine; default: 1"
     )
     resume.add_argument(
-        "--then-ranks", type=whole(1, MOST_RANKS_HERE), metavar="N", help="number of ranks to resume with"
+        "--then-ranks",
+        type=whole(1, MOST_RANKS_HERE),
+        metavar="N",
+        help="number of ranks to resume with; default: --ranks",
     )
     resume.add_argument(
-        "--then", action="append", default=[], metavar="key.path=value", help="change a key on resuming"
+        "--then", action="append", default=[], metavar="key.path=value", help="change a key on resuming; default: none"
     )
     resume.add_argument(
         "--steps", type=whole(2), default=4, help="steps of each run; one is stopped half-way; default: 4"
@@ -101,20 +109,29 @@ def _on_a_cluster(commands: Any) -> None:
         epilog="example: megagpt slurm ds_configs/gpt2_124m.json --nodes 4 --time 12:00:00 --partition gpu --dry-run",
     )
     _add_run_file(slurm)
-    slurm.add_argument("--nodes", type=whole(1, MOST_RANKS), default=1)
+    slurm.add_argument("--nodes", type=whole(1, MOST_RANKS), default=1, metavar="N", help="hosts; default: 1")
     slurm.add_argument(
         "--gpus-per-node", type=whole(1, MOST_RANKS_HERE), default=8, metavar="N", help="one rank each; default: 8"
     )
     slurm.add_argument("--time", default="24:00:00", help="time limit of each start, as for sbatch; default: 24:00:00")
-    slurm.add_argument("--partition", metavar="NAME")
-    slurm.add_argument("--account", metavar="NAME")
+    slurm.add_argument("--partition", metavar="NAME", help="default: the cluster's")
+    slurm.add_argument("--account", metavar="NAME", help="default: the user's")
     slurm.add_argument(
-        "--sbatch", action="append", default=[], metavar="NAME=VALUE", help="another option of sbatch, such as qos=high"
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another option of sbatch, such as qos=high; may be given several times; default: none",
     )
     slurm.add_argument(
-        "--sweep", type=user_path, metavar="FILE", help="submit an array, one task for each line of overrides"
+        "--sweep",
+        type=user_path,
+        metavar="FILE",
+        help="submit an array, one task for each line of overrides; default: one task",
     )
-    slurm.add_argument("--container", metavar="WORDS", help='put before python: "apptainer exec --nv image.sif"')
+    slurm.add_argument(
+        "--container", metavar="WORDS", help='put before python: "apptainer exec --nv image.sif"; default: nothing'
+    )
     slurm.add_argument("--fresh", action="store_true", help="start at step 0; an old run in megagpt.out_dir is renamed")
     slurm.add_argument("--dry-run", action="store_true", help="print the script instead of submitting it")
 
@@ -160,12 +177,15 @@ def _after_a_run(commands: Any) -> None:
         action="append",
         help=r"\n, \t are read as in JSON, \\ as a backslash; may be given several times; default: a new document",
     )
-    generate.add_argument("--max-tokens", type=whole(1), default=128)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    generate.add_argument("--top-k", type=whole(0), default=50, help="0: the whole vocabulary")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--batch", type=whole(1, 1_000_000), default=1, help="texts for each prompt")
-    generate.add_argument("--seed", type=whole(-LARGEST, LARGEST), default=0)
+    for option, kind, default, text in (
+        ("--max-tokens", whole(1), 128, "tokens to generate at most"),
+        ("--temperature", float, 0.8, "0: always the likeliest token"),
+        ("--top-k", whole(0), 50, "draw from that many of the likeliest tokens; 0: the whole vocabulary"),
+        ("--top-p", float, 1.0, "draw from the likeliest tokens of this total probability"),
+        ("--batch", whole(1, 1_000_000), 1, "texts for each prompt"),
+        ("--seed", whole(-LARGEST, LARGEST), 0, "the same seed gives the same texts"),
+    ):
+        generate.add_argument(option, type=kind, default=default, metavar="N", help=f"{text}; default: %(default)s")
 
     export = commands.add_parser(
         "export",
@@ -185,7 +205,7 @@ def _after_a_run(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="compute the loss, perplexity and bits per byte of a checkpoint",
-        epilog="example: megagpt evaluate runs/demo --data data/demo --split val",
+        epilog="example: megagpt evaluate runs/demo --data data/demo --split test",
     )
     evaluate.add_argument(
         "checkpoint",
@@ -193,10 +213,20 @@ def _after_a_run(commands: Any) -> None:
         metavar="CKPT",
         help="a run (its best step), a step's folder, or RUN/checkpoints/latest",
     )
-    evaluate.add_argument("--data", type=user_path, required=True, metavar="DIR", help="a dataset made by data_tools")
-    evaluate.add_argument("--split", choices=("train", "val", "test"), default="val")
+    evaluate.add_argument(
+        "--data", type=user_path, metavar="DIR", help="a dataset made by data_tools; default: the one of the run"
+    )
+    evaluate.add_argument(
+        "--split", choices=("train", "val", "test"), default="val", help="part of the dataset; default: %(default)s"
+    )
     evaluate.add_argument("--tokens", type=whole(1), help="number of tokens, from the split's start; default: all")
-    evaluate.add_argument("--micro-batch", type=whole(1, 1_000_000), default=8)
+    evaluate.add_argument(
+        "--micro-batch",
+        type=whole(1, 1_000_000),
+        default=8,
+        metavar="N",
+        help="samples at a time; default: 8",
+    )
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
     checkpoints = commands.add_parser(
@@ -234,10 +264,13 @@ def _add_gpu(parser: argparse.ArgumentParser, names: Any, *, default: str) -> No
         "--gpu-memory",
         type=decimal(0.1, 1e5),
         metavar="GIB",
-        help="memory of a GPU that --gpu does not know, or has more or less of",
+        help="memory of a GPU that --gpu does not know; default: the named one's",
     )
     parser.add_argument(
-        "--tflops", type=decimal(0.001, 1e6), metavar="T", help="its dense 16-bit peak, in TFLOP/s (without sparsity)"
+        "--tflops",
+        type=decimal(0.001, 1e6),
+        metavar="T",
+        help="its dense 16-bit peak in TFLOP/s, without sparsity; default: the named one's",
     )
 
 
@@ -248,10 +281,12 @@ def _add_plan(commands: Any) -> None:
         epilog="example: megagpt plan ds_configs/gpt2_1558m.json --ranks 64 --gpu H100 --network infiniband-ndr",
     )
     _add_run_file(plan)
-    plan.add_argument("--ranks", type=whole(1, MOST_RANKS), default=1, help="GPUs in all")
+    plan.add_argument("--ranks", type=whole(1, MOST_RANKS), default=1, help="GPUs in all; default: 1")
     _add_gpu(plan, plan, default="this machine's, else H100")
     plan.add_argument(
-        "--network", metavar="NAME|GB/s", help="bandwidth per GPU, each way; default: NVLink up to 8 ranks"
+        "--network",
+        metavar="NAME|GB/s",
+        help="bandwidth per GPU, each way; default: the GPUs' own links up to 8 ranks, else infiniband-ndr",
     )
     plan.add_argument(
         "--tokens", type=whole(1), help="number to train on; default: megagpt.schedule.max_steps global batches"
@@ -260,7 +295,7 @@ def _add_plan(commands: Any) -> None:
         "--efficiency",
         type=decimal(0.001, 1.0),
         metavar="SHARE",
-        help="FLOP/s that are reached, as a share of the peak",
+        help="FLOP/s that are reached, as a share of the peak; default: 0.4",
     )
     plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
     plan.add_argument("--probe", action="store_true", help="find the largest micro-batch by real steps on this machine")
@@ -280,7 +315,7 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
         "--sample-report",
         type=whole(1, 10**15),
         metavar="N",
-        help="print which data the next N samples read, then exit",
+        help="print which data the next N samples read, and do not train; default: train",
     )
 
 

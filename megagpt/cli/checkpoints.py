@@ -19,6 +19,7 @@ class Listed:
     step_dir: Path
     step: int
     saved_at: datetime
+    of_file: bool  # saved_at is the file's time, which copying changes: an older megagpt recorded none
     n_bytes: int
     stage: int
     dtype: str
@@ -42,7 +43,7 @@ def listed(out_dir: Path, *, hashes: bool) -> list[Listed]:
 
 def _listed(step_dir: Path, hashes: bool) -> Listed:
     """Read one step's commit record and check its files."""
-    saved_at = datetime.fromtimestamp((step_dir / COMMIT).stat().st_mtime).astimezone()
+    file_time = datetime.fromtimestamp((step_dir / COMMIT).stat().st_mtime).astimezone()
     n_bytes = sum(path.stat().st_size for path in step_dir.iterdir() if path.is_file())
     try:
         # Rank 0's files, and COMMIT.
@@ -51,7 +52,7 @@ def _listed(step_dir: Path, hashes: bool) -> Listed:
         saved = read_commit(step_dir)
     except UserError as error:
         step = int(step_dir.name.removeprefix("step_"))
-        return Listed(step_dir, step, saved_at, n_bytes, -1, "?", 0, None, str(error))
+        return Listed(step_dir, step, file_time, True, n_bytes, -1, "?", 0, None, str(error))
     what, ranks = saved.identity, saved.identity.world_size
     # The other ranks' files.
     damage = damage_of(step_dir, 1, every=1, hashes=hashes) or (not_finite_file(step_dir) if hashes else None)
@@ -60,7 +61,8 @@ def _listed(step_dir: Path, hashes: bool) -> Listed:
     return Listed(
         step_dir,
         saved.state.step,
-        saved_at,
+        file_time if saved.saved_at is None else datetime.fromtimestamp(saved.saved_at).astimezone(),
+        saved.saved_at is None,
         n_bytes,
         what.zero_stage,
         what.dtype,
@@ -86,6 +88,7 @@ def checkpoint_table(out_dir: Path, *, hashes: bool) -> tuple[str, bool]:
         *(f"{name}: damaged, is not used" for name in quarantined),
         *(f"{name}: not committed, is not used" for name in uncommitted),
         *_rule_of_best(rows, best_dir),
+        *([OF_FILE] if any(row.of_file for row in rows) else []),
         f"{complete} of {counted(len(rows), 'committed step')} {how}",
     ]
     return "\n".join(lines), complete > 0
@@ -101,7 +104,8 @@ def _rule_of_best(rows: list[Listed], best_dir: Path | None) -> list[str]:
     return ["best: no later val/loss was lower by megagpt.early_stopping.min_delta"]
 
 
-HEAD = f"{'step':>10}  {'saved at':<19}  {'size':>9}  {'stage':>5}  {'dtype':<5}  {'ranks':>5}  {'val/loss':>8}  state"
+OF_FILE = "*: time of the file, which copying changes; the step records none"
+HEAD = f"{'step':>10}  {'saved at':<20}  {'size':>9}  {'stage':>5}  {'dtype':<5}  {'ranks':>5}  {'val/loss':>8}  state"
 
 
 def _line(row: Listed, *, hashes: bool, is_best: bool) -> str:
@@ -109,7 +113,7 @@ def _line(row: Listed, *, hashes: bool, is_best: bool) -> str:
     loss = "-" if row.val_loss is None else f"{row.val_loss:.4f}"
     state = row.damage or ("verified" if hashes else "sizes match")
     return (
-        f"{row.step:>10}  {row.saved_at:%Y-%m-%d %H:%M:%S}  {_size(row.n_bytes):>9}  "
+        f"{row.step:>10}  {row.saved_at:%Y-%m-%d %H:%M:%S}{'*' if row.of_file else ' '}  {_size(row.n_bytes):>9}  "
         f"{row.stage if known else '?':>5}  {row.dtype:<5}  {row.ranks if known else '?':>5}  {loss:>8}  "
         f"{state}{' (best)' if is_best else ''}"
     )

@@ -1,12 +1,13 @@
-"""`megagpt evaluate CKPT --data DIR`: compute the loss, perplexity and bits per byte of a checkpoint."""
+"""`megagpt evaluate CKPT [--data DIR]`: compute the loss, perplexity and bits per byte of a checkpoint."""
 
 import argparse
 import json
+from pathlib import Path
 
 import torch
 
 from megagpt.checkpoint.load import load_model
-from megagpt.data.dataset import open_dataset
+from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.loader import ValWindows
 from megagpt.data.lost_text import lost_text, token_counts, unknown_share
 from megagpt.data.packing import PACKING
@@ -19,11 +20,12 @@ from megagpt.train.evaluate import evaluate, unigram_entropy
 def run(args: argparse.Namespace) -> int:
     """Evaluate a checkpoint on a dataset's split, and print the result as text or JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dataset = open_dataset(args.data)
+    given = open_dataset(args.data) if args.data else None
     model, tokenizer, step_dir, packing = load_model(args.checkpoint, device)
+    dataset = given or _of_the_run(step_dir, args.split)
     if dataset.manifest.tokenizer.sha256 != tokenizer.sha256:
         raise UserError(
-            f"dataset {args.data} was made with another tokenizer than {step_dir} was trained with; build it again "
+            f"dataset {dataset.path} was made with another tokenizer than {step_dir} was trained with; build it again "
             f"with tokenizer={step_dir / 'tokenizer.model'}"
         )
     document_end = tokenizer.eod_id if PACKING[packing.kind].masked else None
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         show(json.dumps(row))
     else:
         show(
-            f"{step_dir} on {result.tokens:,} tokens of {args.data} ({args.split}):\n"
+            f"{step_dir} on {result.tokens:,} tokens of {dataset.path} ({args.split}):\n"
             f"  loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
             f"{result.bits_per_byte:.4f} bits per byte\n"
             f"  guessing by token frequency alone would give {row['unigram_entropy']:.4f} nats per token"
@@ -63,3 +65,12 @@ def run(args: argparse.Namespace) -> int:
         if windows.text_bytes and not windows.text_bytes.by_row:
             show("  the bytes are estimated by the split's mean, because an older data_tools stored none")
     return 0
+
+
+def _of_the_run(step_dir: Path, split: str) -> Dataset:
+    """Open the dataset that a step's run validated on, or trained on for its train split. Raises UserError."""
+    data = json.loads((step_dir / "run.json").read_bytes())["megagpt"]["data"]
+    path = Path(data["train"][0]["path"] if split == "train" else data["val"])
+    if not path.is_dir():
+        raise UserError(f"the run of {step_dir} read {path}, which is not here; give its place by --data DIR")
+    return open_dataset(path)

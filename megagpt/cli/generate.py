@@ -1,4 +1,7 @@
-"""`megagpt generate CKPT`: generate text from a checkpoint."""
+"""`megagpt generate CKPT`: generate text from a checkpoint.
+
+Standard output has the texts alone; the step and the settings go to standard error.
+"""
 
 import argparse
 
@@ -33,12 +36,19 @@ def run(args: argparse.Namespace) -> int:
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise UserError(f"--prompt {prompt[:40]!r} holds bytes that are not UTF-8; type it in a UTF-8 terminal")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, *_ = load_model(args.checkpoint, device)
+    model, tokenizer, step_dir, _ = load_model(args.checkpoint, device)
     _check_memory(args.batch, model.cfg, tokenizer.vocab_size, device)
     for line in changed_prompts(tokenizer, cfg.prompts, model.cfg.seq_len):
         print_error(f"warning: {line}")
-    for text in complete(model, tokenizer, cfg.prompts, cfg, batch=args.batch, seed=args.seed):
-        show(text, end="\n---\n")
+    print_error(
+        f"{step_dir} on {device.type}: at most {cfg.max_tokens:,} tokens, temperature {cfg.temperature:g}, "
+        f"top-k {cfg.top_k}, top-p {cfg.top_p:g}, seed {args.seed}"
+    )
+    between = ""
+    for prompt in cfg.prompts:
+        for text in complete(model, tokenizer, [prompt], cfg, batch=args.batch, seed=args.seed):
+            show(f"{between}{text}")
+            between = "---\n"
     return 0
 
 

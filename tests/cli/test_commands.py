@@ -1,5 +1,6 @@
 """The `megagpt` command itself: its help, its version, and the builder behind `megagpt data`."""
 
+import argparse
 import sys
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 import megagpt
 from data_tools.__main__ import main as builder
 from megagpt.__main__ import COMMANDS, main
+from megagpt.cli.arguments import command_line, training_arguments
+from megagpt.planner.estimate import EFFICIENCY
 
 
 def test_without_arguments_it_prints_its_help_with_all_commands(capsys):
@@ -42,3 +45,27 @@ def test_data_without_the_builders_packages_names_the_command_that_installs_them
     printed = capsys.readouterr().err
     assert printed.startswith("error: megagpt data needs the package data_tools.build, ")
     assert "pip install 'megagpt[data]'" in printed
+
+
+def options(parser, command=""):
+    """Every option that takes a value: (command, its action)."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from options(below, name)
+        elif action.option_strings and action.nargs != 0 and action.help != argparse.SUPPRESS:
+            yield command, action
+
+
+def test_the_help_tells_the_default_of_every_option():
+    found = {
+        (command, action.option_strings[0]): action
+        for command, action in [*options(command_line()), *options(training_arguments(), "pretrain")]
+    }
+    assert len(found) > 30
+    told = {key: (action.help or "") % vars(action) for key, action in found.items()}
+    assert [key for key, text in told.items() if "default: " not in text] == []
+    for key, action in found.items():
+        if isinstance(action.default, int | float):
+            assert told[key].endswith((f"default: {action.default}", f"default: {action.default:g}"))
+    assert told["plan", "--efficiency"].endswith(f"default: {EFFICIENCY}")

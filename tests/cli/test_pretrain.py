@@ -374,17 +374,22 @@ def test_generate_prints_texts_that_begin_with_the_prompt(trained, capsys):
     capsys.readouterr()
     assert main(command) == 0
     first = capsys.readouterr().out
-    texts = first.split("\n---\n")
-    assert texts[2:] == [""]
-    assert all(text.startswith("a\nb") for text in texts[:2])
+    texts = first.removesuffix("\n").split("\n---\n")
+    assert len(texts) == 2
+    assert all(text.startswith("a\nb") for text in texts)
     assert main(command) == 0
-    assert capsys.readouterr().out == first
+    again = capsys.readouterr()
+    assert again.out == first
+    head = f"{committed(trained)[-1]} on cpu: at most 5 tokens, temperature 0.8, top-k 50, top-p 1, seed 1\n"
+    assert again.err == head  # not among the texts, which may be piped
 
 
 def test_evaluate_agrees_with_the_run(trained, dataset, capsys):
     capsys.readouterr()
     assert main(["evaluate", str(trained), "--data", str(dataset), "--tokens", "2048"]) == 0
     out = capsys.readouterr().out
+    assert main(["evaluate", str(trained), "--tokens", "2048"]) == 0  # the run's own data
+    assert capsys.readouterr().out == out
     printed = float(re.search(r"loss (\d+\.\d+) nats", out)[1])
     assert printed == pytest.approx(metric(trained, "val/loss")[20], abs=1e-4)
     entropy = float(re.search(r"would give (\d+\.\d+) nats", out)[1])
