@@ -199,8 +199,8 @@ def _after_a_run(commands: Any) -> None:
         help="a run (its best step), a step's folder, or RUN/checkpoints/latest",
     )
     export.add_argument("folder", type=user_path, metavar="DIR", help="a new folder")
-    export.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights")
-    export.add_argument("--license", help="for the model card, as the Hub spells it, such as apache-2.0")
+    export.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights; default: fp32")
+    export.add_argument("--license", metavar="NAME", help="for the model card, such as apache-2.0; default: none")
 
     evaluate = commands.add_parser(
         "evaluate",
