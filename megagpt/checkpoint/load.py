@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 import torch
 
-from megagpt.checkpoint.commit import COMMIT, POINTERS, Saved, best, committed, damage_of, pointed, read_commit, run_of
+from megagpt.checkpoint.commit import COMMIT, Saved, damage_of, read_commit
 from megagpt.checkpoint.finite import not_finite
-from megagpt.checkpoint.identity import Identity, layout_changes
+from megagpt.checkpoint.identity import layout_changes
+from megagpt.checkpoint.named_step import step_of
 from megagpt.checkpoint.rng import seed_all, seed_from, set_rng_state
 from megagpt.checkpoint.rotation import quarantine_steps
 from megagpt.checkpoint.save import RunRecord
 from megagpt.checkpoint.verification import find_damage
 from megagpt.config.augmentation import PackingConfig
 from megagpt.config.schema import ModelConfig
-from megagpt.data.manifest import MANIFEST
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import is_main, print_rank0, rank, world_size
@@ -86,7 +86,7 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
     Raises UserError for a folder without a committed step, and for one that is damaged or not finite.
     """
     for _ in range(TRIES):
-        step_dir = _step_of(path)
+        step_dir = step_of(path)
         try:
             return _load_step(step_dir, device)
         except Exception:  # DeepSpeed and torch raise many kinds for a file that is missing
@@ -109,27 +109,6 @@ def _load_step(step_dir: Path, device: torch.device) -> LoadedModel:
     return LoadedModel(model.to(device).eval(), tokenizer, step_dir, packing_of(step_dir))
 
 
-def starting_step(path: Path, identity: Identity) -> Path:
-    """Return the committed step whose weights a new run begins with. Raises UserError if they do not fit its model.
-
-    `path`: as for `load_model`; `identity`: the new run's. The number of positions may differ.
-    """
-    step_dir = _step_of(path)
-    was = read_commit(step_dir).identity
-    for name, value in identity.model.items():
-        if name not in ("seq_len", "attention") and was.model.get(name) != value:
-            raise UserError(
-                f"megagpt.init_from={path}: its model has {name}={was.model.get(name)}, and this run's {value}; set "
-                f"megagpt.model.{name}={was.model.get(name)}"
-            )
-    if was.tokenizer != identity.tokenizer:
-        raise UserError(
-            f"megagpt.init_from={path}: its tokenizer is another one than the data's; build the data with "
-            f"tokenizer={step_dir / 'tokenizer.model'}"
-        )
-    return step_dir
-
-
 def finite_weights(step_dir: Path) -> dict[str, torch.Tensor]:
     """Return all weights of a committed step, in fp32. Raises UserError if they are damaged or not finite."""
     if damage := damage_of(step_dir, 0, every=1):
@@ -140,34 +119,13 @@ def finite_weights(step_dir: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def starting_weights(step_dir: Path) -> dict[str, torch.Tensor]:
+    """Return a step's weights on rank 0, and none on the others. Collective; raises UserError on every rank."""
+    with errors_on_every_rank():
+        return finite_weights(step_dir) if is_main() else {}
+
+
 def packing_of(step_dir: Path) -> PackingConfig:
     """Return how a step's run packed its documents: evaluation must mask attention alike."""
     section = json.loads((step_dir / "run.json").read_bytes())["megagpt"]
     return PackingConfig(**section.get("packing", {}))  # a step of an older megagpt has none
-
-
-def _step_of(path: Path) -> Path:
-    """Return the committed step that a user means: a step, `best` or `latest` of a run, or a run's best step."""
-    if (path / COMMIT).is_file():
-        return path
-    if path.name in POINTERS and not path.is_dir():
-        run = run_of(path)
-        step_dir = pointed(run, path.name)
-    else:
-        run = path.parent if path.name == "checkpoints" else path
-        step_dir = best(run) or next(reversed(committed(run)), None)
-    if step_dir is None:
-        raise UserError(_no_step(path))
-    return step_dir
-
-
-def _no_step(path: Path) -> str:
-    ways = "give a run's folder, one of its checkpoints/step_*, or its checkpoints/latest"
-    if (path / MANIFEST).is_file():
-        return f"{path} is a dataset; {ways}"
-    if (path / "config.json").is_file():
-        return f"{path} is a Hugging Face folder, which transformers.AutoModelForCausalLM loads; {ways}"
-    wrong = "holds no committed checkpoint" if path.exists() else "does not exist"
-    if steps := [step_dir.name for step_dir in committed(run_of(path))]:
-        ways = f"{run_of(path)} has the steps {', '.join(steps[-5:])}"
-    return f"{path} {wrong}; {ways}"

@@ -9,7 +9,7 @@ import torch
 
 from megagpt.checkpoint.commit import Saved
 from megagpt.checkpoint.identity import Identity, check_identity, identity_of
-from megagpt.checkpoint.load import starting_step
+from megagpt.checkpoint.named_step import starting_step
 from megagpt.checkpoint.run_samples import next_samples
 from megagpt.checkpoint.verification import newest_verified
 from megagpt.config.batch import BatchPlan, batch_plan, rank_numbers

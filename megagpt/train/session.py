@@ -6,7 +6,6 @@ import math
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,7 @@ from megagpt.checkpoint.async_writer import Writer
 from megagpt.checkpoint.commit import step_folder
 from megagpt.checkpoint.finite import what_to_change
 from megagpt.checkpoint.identity import layout_changes
-from megagpt.checkpoint.load import finite_weights, restore, resume
+from megagpt.checkpoint.load import restore, resume, starting_weights
 from megagpt.checkpoint.rng import seed_all
 from megagpt.checkpoint.rotation import retract
 from megagpt.checkpoint.save import RunRecord
@@ -76,7 +75,7 @@ class Session:
             device,
             config=config,
             compiled=setup.compiled,
-            weights=_weights_of(setup.start),
+            weights=None if setup.start is None else starting_weights(setup.start),
         )
         seed_all(self.cfg.seed + 1 + rank())  # dropout differs from rank to rank
         if saved is not None:
@@ -325,9 +324,3 @@ class Session:
     def _eta(self, step: int) -> float:
         """Return the seconds to the last step, at the pace of this start."""
         return (self.cfg.schedule.max_steps - step) * self.stopwatch.total() / (step - self.setup.state.step)
-
-
-def _weights_of(step_dir: Path | None) -> dict[str, torch.Tensor] | None:
-    """Return a step's weights on rank 0, and nothing on the others. Collective."""
-    with errors_on_every_rank():
-        return None if step_dir is None else finite_weights(step_dir) if is_main() else {}

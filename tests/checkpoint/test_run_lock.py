@@ -318,7 +318,7 @@ def test_a_step_that_is_deleted_while_it_is_read_is_replaced_by_another(steps, m
     (steps / "checkpoints" / "best").unlink()
     assert megagpt.load(steps).step_dir == two
     with monkeypatch.context() as patch:  # a reader that is slower than every save
-        patch.setattr(load, "_step_of", lambda path: steps / "checkpoints" / "step_00000009")
+        patch.setattr(load, "step_of", lambda path: steps / "checkpoints" / "step_00000009")
         with pytest.raises(UserError, match="has deleted 20 steps while they were read, the last step_00000009; give"):
             megagpt.load(steps)
     monkeypatch.setattr(checkpoints, "damage_of", deleting)

@@ -1,0 +1,56 @@
+"""Find the step that a user names: a run's folder, one step's, or a pointer."""
+
+from pathlib import Path
+
+from megagpt.checkpoint.commit import COMMIT, POINTERS, best, committed, pointed, read_commit, run_of
+from megagpt.checkpoint.identity import Identity
+from megagpt.data.manifest import MANIFEST
+from megagpt.errors import UserError
+
+
+def step_of(path: Path) -> Path:
+    """Return the committed step that a user means: a step, `best` or `latest` of a run, or a run's best step."""
+    if (path / COMMIT).is_file():
+        return path
+    if path.name in POINTERS and not path.is_dir():
+        run = run_of(path)
+        step_dir = pointed(run, path.name)
+    else:
+        run = path.parent if path.name == "checkpoints" else path
+        step_dir = best(run) or next(reversed(committed(run)), None)
+    if step_dir is None:
+        raise UserError(_no_step(path))
+    return step_dir
+
+
+def _no_step(path: Path) -> str:
+    ways = "give a run's folder, one of its checkpoints/step_*, or its checkpoints/latest"
+    if (path / MANIFEST).is_file():
+        return f"{path} is a dataset; {ways}"
+    if (path / "config.json").is_file():
+        return f"{path} is a Hugging Face folder, which transformers.AutoModelForCausalLM loads; {ways}"
+    wrong = "holds no committed checkpoint" if path.exists() else "does not exist"
+    if steps := [step_dir.name for step_dir in committed(run_of(path))]:
+        ways = f"{run_of(path)} has the steps {', '.join(steps[-5:])}"
+    return f"{path} {wrong}; {ways}"
+
+
+def starting_step(path: Path, identity: Identity) -> Path:
+    """Return the committed step whose weights a new run begins with. Raises UserError if they do not fit its model.
+
+    `path`: as for `step_of`; `identity`: the new run's. The number of positions may differ.
+    """
+    step_dir = step_of(path)
+    was = read_commit(step_dir).identity
+    for name, value in identity.model.items():
+        if name not in ("seq_len", "attention") and was.model.get(name) != value:
+            raise UserError(
+                f"megagpt.init_from={path}: its model has {name}={was.model.get(name)}, and this run's {value}; set "
+                f"megagpt.model.{name}={was.model.get(name)}"
+            )
+    if was.tokenizer != identity.tokenizer:
+        raise UserError(
+            f"megagpt.init_from={path}: its tokenizer is another one than the data's; build the data with "
+            f"tokenizer={step_dir / 'tokenizer.model'}"
+        )
+    return step_dir
