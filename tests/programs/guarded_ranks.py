@@ -75,8 +75,8 @@ class Faulty:
             resume(engine, *args)
             self.loaded.append(digest(engine))
 
-        trainer.train_step, trainer.next_token_score, session.print_rank0 = step, score, self.said.append
-        session.resume = load
+        trainer.train_step, trainer.next_token_score, session.resume = step, score, load
+        session.print_rank0 = lambda text, **_: self.said.append(text)
         return self
 
     def __exit__(self, *_: object) -> None:
