@@ -78,6 +78,7 @@ REMOVED = {
     "`megagpt train` starts one rank for each GPU, or --nproc N of them, and a launcher its own number; remove it",
     "num_workers dataloader_num_workers dataloader_pin_memory pin_memory": "data is read ahead by a thread; remove it",
     "resume resume_from_checkpoint": "a run resumes by itself when megagpt.out_dir holds a checkpoint; remove it",
+    "deepspeed deepspeed_config": "DeepSpeed's keys stand in the run file itself; write them into it",
     "overwrite_output_dir": "remove it, and give --fresh to start again",
     "per_device_eval_batch_size eval_batch_size": "validation uses train_micro_batch_size_per_gpu; remove it",
     "bias layer_norm_epsilon activation_function n_inner intermediate_size": "it is as in GPT-2; remove it",

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, fie
 from pydantic_core import PydanticCustomError
 
 from megagpt.config.mistakes import as_written, is_quoted, kinds_of, shortened
+from megagpt.config.not_json import near, not_a_file, way_out
 from megagpt.errors import UserError
 from megagpt.options import LARGEST
 from megagpt.user_paths import local_path
@@ -69,8 +70,12 @@ def read_json(path: Path, *, what: str = "run file") -> dict[str, Any]:
         raw = _json_or_json5(path.read_text(encoding="utf-8-sig"), path)
     except FileNotFoundError:
         examples = "; examples are in ds_configs/" if what == "run file" else ""
-        raise UserError(f"{what} {path} does not exist{examples}") from None
-    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path} does not exist{near(path) or examples}") from None
+    except IsADirectoryError:
+        raise UserError(f"{what} {path} cannot be read: {not_a_file(path)}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{what} {path} cannot be read: it is not UTF-8 text; save it as that") from None
+    except OSError as error:
         raise UserError(f"{what} {path} cannot be read: {error}") from None
     except NotJson as error:
         raise UserError(str(error)) from None
@@ -103,7 +108,8 @@ def _json_or_json5(text: str, path: Path) -> Any:
             # The text of an error of ours, which json5 raises again as its own.
             raise UserError(str(error)) from None
         line, what, column = found.groups()
-        raise NotJson(f"{path}, line {line}, column {column}: not JSON: {as_written(what)[1:-1]}") from None
+        way = way_out(text, path.suffix, int(line), int(column))
+        raise NotJson(f"{path}, line {line}, column {column}: not JSON: {as_written(what)[1:-1]}{way}") from None
 
 
 def _json(text: str) -> Any:

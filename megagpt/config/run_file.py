@@ -149,7 +149,7 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
         for key in sorted(_keys_of(raw, name, known) - known):
             raise UserError(f"{where}: {unknown_key(f'{name}.{key}', known, KEYS)}")
     if not isinstance(raw.get(SECTION), dict):
-        raise UserError(f'{where}: no "{SECTION}" section; see ds_configs/README.md')
+        raise UserError(f"{where}: {no_own_section(raw)}")
     # The run file is copied into run.json, checkpoints and TensorBoard.
     if "api_key" in _keys_of(raw, "comet", ("enabled",)):
         raise UserError(f"{where}: comet.api_key is a secret; set COMET_API_KEY in the environment instead")
@@ -157,14 +157,25 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
         raise UserError(f"{where}: {found}")
 
 
+def no_own_section(raw: dict[str, Any]) -> str:
+    """Return a message about a run file without our section, as one that was written for DeepSpeed alone."""
+    if SECTION in raw:
+        return no_section(SECTION, raw[SECTION], ())
+    return f'no "{SECTION}" section; `megagpt init DATA` writes a run file, and ds_configs/README.md lists its keys'
+
+
 def auto_values(raw: dict[str, Any]) -> dict[str, str]:
     """Return a message for each key with the value "auto", which Hugging Face's Trainer fills in."""
     return {
-        dotted: f'{dotted} is "auto"; write the number, because megagpt does not fill it in'
+        dotted: f'{dotted} is "auto"; write {_kind(dotted)}, because megagpt does not fill it in'
         + ("" if dotted in REQUIRED else ", or remove the key for its default")
         for dotted, value in leaves(raw).items()
-        if value == "auto" and not dotted.startswith(f"{SECTION}.sample.")
+        if value == "auto" and dotted.split(".")[0] not in REFUSED_KEYS and not dotted.startswith(f"{SECTION}.sample.")
     }
+
+
+def _kind(dotted: str) -> str:
+    return "true or false" if dotted.endswith(".enabled") else "the number"
 
 
 def _expand_paths(raw: dict[str, Any], where: str) -> None:

@@ -30,7 +30,7 @@ from megagpt.config.mistakes import (
     without_consequences,
 )
 from megagpt.config.parsing import dotted_items, overridden
-from megagpt.config.run_file import KEYS, SECTION, RunConfig, auto_values, parse_run
+from megagpt.config.run_file import KEYS, SECTION, RunConfig, auto_values, no_own_section, parse_run
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.engine.activation_checkpointing import refuse_what_cannot_act
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
@@ -138,7 +138,7 @@ def _all_errors(raw: dict[str, Any]) -> Iterator[Issue]:
     yield from _deepspeed_errors(ours)
     for model, given, section in ((DeepSpeedConfig, ours, ""), (MegaGPTConfig, raw.get(SECTION), SECTION)):
         if not isinstance(given, dict):
-            yield Issue("error", section, f'"{section}" is not a section {{...}}; see ds_configs/README.md')
+            yield Issue("error", section, no_own_section(raw))
             continue
         yield from _refused_by(model, given, section)
 

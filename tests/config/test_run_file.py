@@ -336,7 +336,8 @@ def test_auto_is_answered_by_lint_as_by_training(tmp_path):
         with pytest.raises(UserError) as caught:
             parse_run(GOOD, [f"{key}=auto"])
         assert str(caught.value) == f"run file: {issue.text}"
-        assert issue.text.startswith(f'{key} is "auto"; write the number')
+        value = "true or false" if key.endswith("enabled") else "the number"
+        assert issue.text.startswith(f'{key} is "auto"; write {value}, ')
         assert issue.text.endswith("or remove the key for its default") == (
             key in ("gradient_clipping", "bf16.enabled")
         )
