@@ -23,7 +23,7 @@ def draw_losses(metrics_file: Path, picture: Path) -> None:
     """Training and validation loss of one run over its steps."""
     rows = read_rows(metrics_file)
     figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-    axes.plot(*curve(rows, "train/loss"), color="#4c72b0", label="train/loss, mean of 20 steps")
+    axes.plot(*curve(rows, "train/loss"), color="#4c72b0", label="train/loss, mean of 50 steps")
     axes.plot(*curve(rows, "val/loss"), color="#c44e52", marker="o", label="val/loss")
     axes.set(xlabel="step", ylabel="nats per token", title="make demo: 2.2 million parameters, two CPU cores")
     axes.grid(alpha=0.3)

@@ -274,9 +274,10 @@ def test_a_secret_of_the_environment_is_written_nowhere(dataset, tmp_path, optio
     assert not any(b"planted-" in content for content in written)
 
 
-def test_a_secret_in_a_run_file_is_refused_without_being_repeated(dataset, tmp_path):
-    with pytest.raises(UserError, match="COMET_API_KEY") as refused:
-        debug_run(dataset, tmp_path, "comet.api_key=planted")
+@pytest.mark.parametrize("section", ["comet", "wandb"])
+def test_a_secret_in_a_run_file_is_refused_without_being_repeated(dataset, tmp_path, section):
+    with pytest.raises(UserError, match=f"{section.upper()}_API_KEY") as refused:
+        debug_run(dataset, tmp_path, f"{section}.api_key=planted")
     assert "planted" not in str(refused.value)
 
 

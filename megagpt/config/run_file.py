@@ -151,8 +151,10 @@ def _check_keys(raw: dict[str, Any], where: str) -> None:
     if not isinstance(raw.get(SECTION), dict):
         raise UserError(f"{where}: {no_own_section(raw)}")
     # The run file is copied into run.json, checkpoints and TensorBoard.
-    if "api_key" in _keys_of(raw, "comet", ("enabled",)):
-        raise UserError(f"{where}: comet.api_key is a secret; set COMET_API_KEY in the environment instead")
+    for section in ("comet", "wandb"):
+        if "api_key" in _keys_of(raw, section, ("enabled",)):
+            variable = f"{section.upper()}_API_KEY"
+            raise UserError(f"{where}: {section}.api_key is a secret; set {variable} in the environment instead")
     if found := "; ".join(auto_values(raw).values()):
         raise UserError(f"{where}: {found}")
 
