@@ -24,7 +24,9 @@ from megagpt.user_paths import user_path, user_url_or_path
 # What people type who know other tools -> what it is here.
 OTHER_NAMES = {
     **dict.fromkeys(("i", "in", "inputs", "data", "files", "input_dir", "input_files", "train"), "--input"),
-    **dict.fromkeys(("o", "output", "outdir", "out_dir", "output_dir", "output_prefix", "output_path"), "--out"),
+    **dict.fromkeys(
+        ("o", "output", "model_prefix", "outdir", "out_dir", "output_dir", "output_prefix", "output_path"), "--out"
+    ),
     **dict.fromkeys(("c", "cfg", "options"), "--config"),
     **dict.fromkeys(("j", "jobs", "num_workers", "n_workers", "processes", "num_proc"), "workers"),
     **dict.fromkeys(("vocab", "vocabulary"), "vocab_size"),
@@ -231,12 +233,16 @@ def overrides_in(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:
         if rest:
             args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return []
+    options, keys = args.parser._option_string_actions.keys(), typed_keys(args.model)
     items = [item for item in rest if item != "--"]
     overrides = []
     while items:
         item = items.pop(0)
-        if item.startswith("-") or "=" not in item.strip("="):
-            raise UserError(_what_was_meant(item, items, args.model, set(args.parser._option_string_actions)))
+        has_blank = item.endswith("=") and items[:1] and not items[0].startswith("-") and "=" not in items[0]
+        key = item.partition("=")[0]
+        is_option = key not in keys and f"--{key}" in options
+        if item.startswith(("-", "=")) or "=" not in item or has_blank or is_option:
+            raise UserError(_what_was_meant(item, items, args.model, options))
         overrides.append(item)
     if "out" in args and args.out is None:
         raise UserError(f"--out is missing; give what to write, as in {args.parser.prog} --input PATH --out PATH")
@@ -246,12 +252,13 @@ def overrides_in(args: argparse.Namespace, rest: Sequence[str]) -> list[str]:
 def _what_was_meant(item: str, following: Sequence[str], model: type[InputConfig], options: Collection[str]) -> str:
     """Return a message about an argument that is neither an option nor key=value, with the one that was meant."""
     keys = typed_keys(model)
-    if not item.startswith("-") and item not in keys and (Path(item).exists() or {"/", "*", "."} & set(item)):
+    is_name = item.startswith("-") or "=" in item or item in keys
+    if not is_name and (Path(item).exists() or {"/", "*", "."} & set(item)):
         return f"{item} is no option; paths to read go after --input: --input {item}"
-    typed, _, value = item.strip("-").partition("=")
+    typed, _, value = item.lstrip("-").partition("=")
     name = typed.replace("-", "_")
     if name not in keys:
-        name = OTHER_NAMES.get(name, name)
+        name = f"--{name}" if f"--{name}" in options else OTHER_NAMES.get(name, name)
     if not value and following:
         value = next((word for word in following if word != "=" and not word.startswith("-")), "")
     if name in options:

@@ -12,6 +12,7 @@ from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.manifest import Split
 from megagpt.data.provenance import origins
 from megagpt.data.training_set import TrainingSet
+from megagpt.terminal import counted
 
 
 def inspect(folder: Path, *, split: Split = "train", documents: int = 0, as_json: bool = False) -> str:
@@ -62,13 +63,13 @@ def _describe(dataset: Dataset) -> str:
     ]
     for source in manifest.sources:
         lines.append(
-            f"  source       {source.name}: {source.files:,} files, {source.documents:,} documents, "
+            f"  source       {source.name}: {counted(source.files, 'file')}, {counted(source.documents, 'document')}, "
             f"{format_bytes(source.bytes)} of text"
         )
     for name, split in manifest.splits.items():
         shards = split.variants[0].shards
         lines.append(
-            f"  {name:12} {split.documents:,} documents, {split.tokens:,} tokens as {manifest.dtype} in "
-            f"{len(shards)} shards ({format_bytes(sum(shard.bytes for shard in shards))})"
+            f"  {name:12} {counted(split.documents, 'document')}, {split.tokens:,} tokens as {manifest.dtype} in "
+            f"{counted(len(shards), 'shard')} ({format_bytes(sum(shard.bytes for shard in shards))})"
         )
     return "\n".join(lines)

@@ -30,6 +30,10 @@ OUT = "--input in --out out "
         (OUT + "--frobnicate", "there is no option --frobnicate; options are key=value, see --help"),
         (OUT + "vocab_size 8000", "write vocab_size=8000 and not vocab_size"),
         (OUT + "vocab_size = 8000", "write vocab_size=8000 and not vocab_size"),
+        (OUT + "vocab_size= 8000", "write vocab_size=8000 and not vocab_size="),
+        (OUT + "val=some/where", "there is no val=some/where; write --val some/where"),
+        ("input=in --out out", "there is no input=in; write --input in"),
+        (OUT + "--model_prefix m", "there is no --model_prefix; write --out m"),
         (OUT + "strict", "write strict=true and not strict"),
         (OUT + "dedup.method near", "write dedup.method=near and not dedup.method"),
         ("--input in --output out", "there is no --output; write --out out"),
@@ -57,6 +61,15 @@ def test_what_other_programs_would_take_is_one_message_with_the_right_words(
     if found := re.search(r"write (\S+=\S+)", said):
         load_config(BuildConfig, None, [found[1].replace("x.model", str(tmp_path))])
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_an_empty_value_is_a_value(tmp_path: Path) -> None:
+    write_text(tmp_path / "in.txt", "some text " * 40)
+    paths = ("--input", tmp_path / "in.txt", "--out", tmp_path / "out")
+    assert (
+        run("build", *paths, "split_text_at=", "vocab_size=268", "val_fraction=0", "strict=true", "chat_template=null")
+        == 0
+    )
 
 
 def test_each_default_in_the_help_is_the_default_as_typed(capsys: pytest.CaptureFixture[str]) -> None:
