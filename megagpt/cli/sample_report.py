@@ -17,7 +17,7 @@ def sample_report(run: RunConfig, n: int, *, fresh: bool = False) -> str:
     if saved and saved.mixture.seed != cfg.data.seed:
         raise UserError(
             f"checkpoint {saved.step_dir} was saved with megagpt.data.seed={saved.mixture.seed}, and this run has "
-            f"{cfg.data.seed}; set it to {saved.mixture.seed}, or give --fresh to see a new run's samples"
+            f"{cfg.data.seed}; set megagpt.data.seed to {saved.mixture.seed}, or give --fresh for a new run's samples"
         )
     data = open_samples(cfg, run.deepspeed.train_batch_size, saved)
     state = saved.state if saved else TrainState()

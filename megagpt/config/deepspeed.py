@@ -139,8 +139,8 @@ class ZeroConfig(Passed):
     def _parameters_are_offloaded_at_stage_3(self) -> Self:
         if self.offload_param.device != "none" and self.stage != 3:
             raise ValueError(
-                f"zero_optimization.offload_param has no effect at zero_optimization.stage={self.stage}; set the stage "
-                "to 3, or remove it"
+                f"zero_optimization.offload_param has no effect at zero_optimization.stage={self.stage}; set "
+                "zero_optimization.stage to 3, or remove it"
             )
         return self
 

@@ -64,7 +64,8 @@ class RunConfig:
             if n % P:
                 raise ValueError(
                     f"sequence_parallel_size={P} does not divide {name}={n}, but {P} ranks share heads and "
-                    f"positions evenly; set it to {max(p for p in range(1, P) if common % p == 0)}, or change {name}"
+                    "positions evenly; set sequence_parallel_size to "
+                    f"{max(p for p in range(1, P) if common % p == 0)}, or change {name}"
                 )
 
     def as_json(self) -> dict[str, Any]:

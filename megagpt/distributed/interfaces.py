@@ -21,7 +21,7 @@ def gloo_address() -> str:
             return address
         raise UserError(
             f"{GLOO}={name}, but {socket.gethostname()} has no such interface with an address, only "
-            f"{', '.join(interfaces())}; set it to one that all hosts have, in ~/.deepspeed_env"
+            f"{', '.join(interfaces())}; set {GLOO} to one that all hosts have, in ~/.deepspeed_env"
         )
     try:
         found = socket.getaddrinfo(socket.gethostname(), 0, type=socket.SOCK_STREAM)

@@ -61,7 +61,7 @@ def check_shared(folder: Path) -> None:
     if blind := sorted({host for host, sees in seen if not sees}):
         raise UserError(
             f"megagpt.out_dir={folder} is not shared: what {seen[0][0]} writes there is not seen on "
-            f"{', '.join(blind)}; set it to a folder of a file system that all hosts have"
+            f"{', '.join(blind)}; set megagpt.out_dir to a folder of a file system that all hosts have"
         )
 
 

@@ -61,11 +61,11 @@ def refuse_what_cannot_act(cfg: MegaGPTConfig, ds: DeepSpeedConfig, device: torc
     if recompute.policy == "budget" and not compiled:
         raise UserError(
             "megagpt.recompute.policy='budget' acts in the compiler, and blocks are not compiled here; set "
-            "megagpt.compile to true, or the policy to 'selective'"
+            "megagpt.compile to true, or megagpt.recompute.policy to 'selective'"
         )
     if recompute.policy == "budget" and cfg.regularization.dropout > 0.0:  # torch 2.13 on a CPU: a gradient 18 % off
         raise UserError(
             f"megagpt.recompute.policy='budget' with megagpt.regularization.dropout={cfg.regularization.dropout}: the "
-            "compiler may draw other masks in backward, and gradients would be wrong; set the policy to 'selective' or "
-            "the dropout to 0"
+            "compiler may draw other masks in backward, and gradients would be wrong; set megagpt.recompute.policy to "
+            "'selective', or megagpt.regularization.dropout to 0"
         )

@@ -35,7 +35,7 @@ def compiles(asked: bool | None, device: torch.device) -> bool:
     if asked and not able:
         raise UserError(
             "megagpt.compile=true needs a C++ compiler (g++, or what CXX names) and Python's headers on every machine; "
-            "install g++ and python3-dev, or set it to false"
+            "install g++ and python3-dev, or set megagpt.compile to false"
         )
     if asked is None and device.type == "cuda" and not able:
         print_rank0(

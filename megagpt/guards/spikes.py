@@ -76,7 +76,7 @@ def check_skipping(run: RunConfig, device: torch.device) -> None:
     if run.deepspeed.fp16.enabled or run.deepspeed.uses_cpu_adam(device.type):
         raise UserError(
             "megagpt.guards.spikes.action='skip' does not work with fp16, and with an offloaded optimizer it needs "
-            "optimizer.params.torch_adam; set it to 'log', 'stop' or 'roll back'"
+            "optimizer.params.torch_adam; set megagpt.guards.spikes.action to 'log', 'stop' or 'roll back'"
         )
 
 

@@ -227,7 +227,9 @@ def _switched_off(run: RunConfig) -> Iterator[Issue]:
     for name, section in deepspeed_sections().items():
         given = _section_at(run.deepspeed_raw, name) if name else {}
         if given and "enabled" not in given and section.defaults.get("enabled") is False:
-            yield Issue("warning", name, f"{name} has no effect: {name}.enabled is false unless set; set it to true")
+            yield Issue(
+                "warning", name, f"{name} has no effect: {name}.enabled is false unless set; set {name}.enabled to true"
+            )
 
 
 def _idle(run: RunConfig) -> Iterator[Issue]:

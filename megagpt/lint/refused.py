@@ -95,7 +95,7 @@ ERRORS = (
     Refused(
         "bf16.bf16_optimizer_states",
         lambda run, on: on and not run.deepspeed_raw["bf16"].get("bf16_master_weights_and_grads"),
-        "needs bf16.bf16_master_weights_and_grads; set that to true, or remove this",
+        "needs bf16.bf16_master_weights_and_grads; set bf16.bf16_master_weights_and_grads to true, or remove this",
     ),
     Refused(
         "bf16.bf16_optimizer_states",

@@ -90,12 +90,12 @@ WITHOUT_EFFECT = (
     Acts(
         _zero("offload_optimizer.?*"),
         lambda run: _offload(run).device != "none",
-        'offload_optimizer.device is "none"; set it to "cpu" or remove the section',
+        'its device is "none"; set zero_optimization.offload_optimizer.device to "cpu" or remove the section',
     ),
     Acts(
         _zero("offload_param.?*"),
         lambda run: run.deepspeed.zero_optimization.offload_param.device != "none",
-        'offload_param.device is "none"; set it to "cpu" or remove the section',
+        'its device is "none"; set zero_optimization.offload_param.device to "cpu" or remove the section',
     ),
     Acts(
         _zero(*(f"offload_optimizer.{key}" for key in ("nvme_path", "buffer_count", "pipeline_*", "fast_init"))),

@@ -297,7 +297,10 @@ def test_ranks_that_share_samples_count_as_one():
 )
 def test_heads_and_positions_are_shared_evenly(key, value, way_out):
     heads = ["megagpt.model.n_embd=48", "megagpt.model.n_head=8", "megagpt.model.seq_len=64"]
-    with pytest.raises(UserError, match=rf"size=4 does not divide megagpt.{key}={value}, .* set it to {way_out}, or"):
+    with pytest.raises(
+        UserError,
+        match=rf"size=4 does not divide megagpt.{key}={value}, .* set sequence_parallel_size to {way_out}, or",
+    ):
         parse_run(GOOD, [*heads, "sequence_parallel_size=4", f"megagpt.{key}={value}"])
 
 
