@@ -9,8 +9,8 @@ from import_graph import circles, floors, import_graph, modules, package_of
 ROOT = Path(__file__).parents[1]
 ORDER = [  # lowest first; a package may import from those of lower lines, and from no other of its own line
     {"megagpt", "megagpt.errors", "megagpt.atomic_files", "megagpt.file_lock", "megagpt.open_files"},
-    {"megagpt.terminal", "megagpt.user_paths", "megagpt.git_pointers"},
-    {"megagpt.options"},
+    {"megagpt.terminal", "megagpt.user_paths", "megagpt.git_pointers", "megagpt.html_parts"},
+    {"megagpt.options", "megagpt.svg_plots"},
     {"megagpt.config", "megagpt.distributed"},
     {"megagpt.train_state", "megagpt.data"},
     {"megagpt.model"},
@@ -38,7 +38,7 @@ BUILDER_ORDER = [
 ]
 # what the builder uses of megagpt: none of it imports torch (data_tools/test_arrow_columns.py looks at a real build)
 OF_MEGAGPT = {"errors", "atomic_files", "file_lock", "terminal", "options", "user_paths", "open_files"}
-OF_MEGAGPT |= {"git_pointers"}
+OF_MEGAGPT |= {"git_pointers", "html_parts", "svg_plots"}
 OF_MEGAGPT |= {"config.mistakes", "config.parsing", "checkpoint.run_samples", "distributed.rank_variables"}
 OF_MEGAGPT |= {f"data.{name}" for name in ("manifest", "shard_format", "dataset", "tokenizer", "provenance")}
 OF_MEGAGPT |= {"data.segment_cache", "data.training_set"}

@@ -1,14 +1,17 @@
 """The report of a build as one HTML page without external files: plots, tables of the same figures, and examples.
 
 Sources are in the same order everywhere, the largest first, and rows of tables by what matters most in them. Names and
-texts may contain anything; html_parts.py escapes them.
+texts may contain anything; megagpt/html_parts.py escapes them.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from data_tools.formatting import format_bytes, format_share
-from data_tools.report.html_parts import (
+from data_tools.report.plots import Series, bars, columns
+from data_tools.stages.what_is_left import share_of_bytes
+from megagpt.data.manifest import SPLITS, Split
+from megagpt.html_parts import (
     Cell,
     facts,
     figure,
@@ -19,10 +22,9 @@ from data_tools.report.html_parts import (
     section,
     side_by_side,
     table,
+    without_middle,
 )
-from data_tools.report.plots import COLORS, Series, bars, columns, without_middle
-from data_tools.stages.what_is_left import share_of_bytes
-from megagpt.data.manifest import SPLITS, Split
+from megagpt.svg_plots import COLORS
 
 MOST_RULES = 30  # in a plot; the table shows all
 RULE, LATER = "by a rule", "afterwards"

@@ -1,43 +1,18 @@
-"""Draw bar plots with matplotlib as SVG for an HTML page. Equal numbers give equal SVG; labels remain text."""
+"""Draw the bar plots of a build's page."""
 
-import io
-import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-COLORS = (  # Okabe and Ito's palette, which colorblind people can tell apart, and gray
-    *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442"),
-    "#999999",
-)
+from megagpt.html_parts import without_middle
+from megagpt.svg_plots import COLORS, LEGEND, LEGEND_ROW, LETTER, svg
+
 # all lengths are in inches
 WIDTH, MIN_BARS_WIDTH = 6.0, 3.6  # of a plot, and at least of its part with the bars
-ROW, COLUMNS_HEIGHT, LEGEND_ROW, AXIS = 0.27, 2.1, 0.22, 0.5
-LETTER = 0.074  # width of a letter, roughly
+ROW, COLUMNS_HEIGHT, AXIS = 0.27, 2.1, 0.5
 LABEL_LETTERS, LEGEND_LETTERS = 58, 78  # limits of a label, and of a row of the legend
-STYLE: dict[Any, object] = {  # Any: matplotlib's own type of the keys is a Literal of hundreds
-    "font.size": 9,
-    "text.parse_math": False,  # a file's name may contain a dollar sign
-    "svg.fonttype": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "xtick.color": "#888888",
-    "xtick.labelcolor": "#333333",
-    "ytick.color": "#888888",
-    "ytick.labelcolor": "#333333",
-}
-LEGEND = {"frameon": False, "handlelength": 1.0, "handleheight": 1.0}
-
 Series = Mapping[str, Sequence[float]]
 """Stacked bars: the name of each color -> its value in each bar."""
 Format = Callable[[float], str]
@@ -87,17 +62,6 @@ def columns(what: str, edges: Sequence[str], series: Series) -> str:
     return _svg(what, draw, series, COLUMNS_HEIGHT, left=0.7)
 
 
-def printable(text: str) -> str:
-    """Text with unprintable characters, among them those that change the writing direction, as escape sequences."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def without_middle(text: str, most: int) -> str:
-    """Printable text of at most `most` characters; a longer one loses its middle."""
-    text = printable(text)
-    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
-
-
 def _svg(what: str, draw: Callable[[Axes], None], series: Series, height: float, left: float) -> str:
     """Draw one plot. The axes are placed by hand, because matplotlib's layouts would draw everything twice."""
     # each has a mark and a gap, of about 5 letters
@@ -105,20 +69,13 @@ def _svg(what: str, draw: Callable[[Axes], None], series: Series, height: float,
     legend_rows = -(-len(series) // per_row) if len(series) > 1 else 0
     legend = legend_rows * LEGEND_ROW + (0.1 if legend_rows else 0.0)
     total, width = height + legend + AXIS, max(WIDTH, left + MIN_BARS_WIDTH)
-    buffer = io.StringIO()
-    with rc_context(STYLE | {"svg.hashsalt": what}), warnings.catch_warnings():
-        # matplotlib warns of characters that its font lacks; the browser has them
-        warnings.filterwarnings("ignore", message="Glyph")
-        figure = Figure(figsize=(width, total))
-        canvas = FigureCanvasSVG(figure)
+
+    def draw_on(figure: Figure) -> None:
         axes = figure.add_axes((left / width, (AXIS - 0.1) / total, (width - left - 0.3) / width, height / total))
         draw(axes)
         if legend_rows:
             handles, names = axes.get_legend_handles_labels()
             names = [without_middle(name, LEGEND_LETTERS // per_row - 5) for name in names]
             figure.legend(handles, names, loc="upper left", ncols=per_row, **LEGEND)
-        canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = buffer.getvalue()
-    # these ids are the same in every plot, and a page may contain an id only once
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])
-    return svg.replace("<svg ", '<svg role="img" ', 1)
+
+    return svg(what, width, total, draw_on)

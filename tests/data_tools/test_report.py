@@ -17,10 +17,11 @@ from data_tools.build import build
 from data_tools.config import BuildConfig, load_config
 from data_tools.report import plots
 from data_tools.report.html_page import page_of
-from data_tools.report.plots import COLORS, bars
+from data_tools.report.plots import bars
 from megagpt.atomic_files import sha256_of
 from megagpt.data.dataset import open_dataset
 from megagpt.data.manifest import SPLITS
+from megagpt.svg_plots import COLORS
 
 NAMED_BADLY = "<script>alert('$1$')<&>.jsonl"
 HOSTILE = "{ </pre><script>alert(1)</script>\n<b>no</b> \u202esentence"

@@ -1,9 +1,7 @@
-"""The parts of an HTML page: sections, figures, tables and examples. Every text in them is escaped."""
+"""The parts of an HTML page without external files: sections, figures, tables, examples. Every text is escaped."""
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
-
-from data_tools.report.plots import printable
 
 Cell = str | int | float | None
 STYLE = """
@@ -26,6 +24,10 @@ details { margin: .3rem 0 } summary { cursor: pointer; overflow-wrap: anywhere }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; border-left: 3px solid #ccc;
   margin: .4rem 0; padding: .4rem .7rem; font-size: 13px; line-height: 1.4 }
 @media (max-width: 40rem) { th, td { padding: .15rem .3rem; font-size: 13px } dd { font-size: 1.2rem } }
+@media screen and (prefers-color-scheme: dark) {
+  body { background: #16181c; color: #ddd } h2 { border-color: #555 } th, td { border-color: #3a3a3a }
+  .note, dt { color: #aaa } .warning { color: #ff8a80 } pre { background: #22252a; border-color: #555 }
+  svg { filter: invert(.9) hue-rotate(180deg) } }
 @media print { body { margin: 0; font-size: 11px } .scroll { overflow: visible } tr { break-inside: avoid }
   h2 { break-after: avoid } th, td { padding: .1rem .4rem } }
 """
@@ -33,11 +35,12 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; borde
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def page(title: str, parts: Iterable[str]) -> str:
-    """Return an HTML page that needs no other file."""
+def page(title: str, parts: Iterable[str], *, generator: str | None = None) -> str:
+    """Return an HTML page that needs no other file. `generator` names the program that wrote it."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        + (f'<meta name="generator" content="{text(generator)}">\n' if generator else "")
+        + f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{text(title)}: report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{text(title)}</h1>\n{''.join(parts)}</body>\n</html>\n"
@@ -46,6 +49,17 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 def text(shown: str) -> str:
     return html.escape(printable(shown))
+
+
+def printable(text: str) -> str:
+    """Text with unprintable characters, among them those that change the writing direction, as escape sequences."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def without_middle(text: str, most: int) -> str:
+    """Printable text of at most `most` characters; a longer one loses its middle."""
+    text = printable(text)
+    return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
 
 
 def section(title: str, *parts: str) -> str:
