@@ -2,18 +2,22 @@
 
 A row is {"step", "tokens_seen", "time": seconds since 1970, NAME: value, ...}. TensorBoard and trackers show the same
 numbers under the same names. A name begins with its group: train, val, optim, perf, data or cluster.
+
+The texts that a run generates are in samples.jsonl, one in each row: {"step", "time", "prompt", "continuation"}.
 """
 
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megagpt.atomic_files import append_whole, write_atomically
 
 Row = dict[str, Any]
+# Names of files in a run's folder.
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 # The names of rows that an older megagpt wrote -> today's.
 RENAMED = {
@@ -74,6 +78,13 @@ def new_row(step: int, tokens_seen: int, metrics: Mapping[str, float]) -> Row:
 def append_row(metrics_file: Path, row: Row) -> None:
     """Append a whole row or, if the disk takes no more, nothing."""
     append_whole(metrics_file, _line(row))
+
+
+def append_samples(samples_file: Path, samples: Sequence[tuple[str, str]], step: int) -> None:
+    """Append generated texts, each a prompt and its continuation; all of them or, if the disk takes no more, none."""
+    at = {"step": step, "time": round(time.time(), 3)}
+    rows = [at | {"prompt": prompt, "continuation": continuation} for prompt, continuation in samples]
+    append_whole(samples_file, b"".join(map(_line, rows)))
 
 
 def _line(row: Row) -> bytes:

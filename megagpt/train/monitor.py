@@ -15,7 +15,16 @@ from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.distributed.process_group import is_main, print_rank0
 from megagpt.terminal import GREEN, counted, if_encodable
-from megagpt.train.metrics_file import append_row, keep_up_to, metrics_of, new_row, read_rows
+from megagpt.train.metrics_file import (
+    METRICS,
+    SAMPLES,
+    append_row,
+    append_samples,
+    keep_up_to,
+    metrics_of,
+    new_row,
+    read_rows,
+)
 from megagpt.train.tensorboard_file import TensorBoardFile
 from megagpt.train.trackers import CsvFiles, Feed, open_feeds
 from megagpt.train_state import TrainState
@@ -34,11 +43,12 @@ class Monitor:
         self._feeds: list[Feed] = []
         if not is_main():
             return
-        self._metrics_file = run.megagpt.out_dir / "metrics.jsonl"
+        self._metrics_file, self._samples_file = run.megagpt.out_dir / METRICS, run.megagpt.out_dir / SAMPLES
         logged = read_rows(self._metrics_file)
         # first, as a tracker may refuse the run file
         self._feeds = open_feeds(run, [row for row in logged if row["step"] <= resumed.step], logged)
         rows = keep_up_to(self._metrics_file, resumed.step)
+        keep_up_to(self._samples_file, resumed.step)
         if run.deepspeed.csv_monitor.enabled:
             self._csv = CsvFiles(run, rows)
         if run.deepspeed.tensorboard.enabled:
@@ -84,7 +94,11 @@ class Monitor:
             print_rank0(line, color=GREEN if is_best else None)
 
     def samples(self, samples: Sequence[tuple[str, str]], step: int) -> None:
-        """Show generated texts, each a prompt and its continuation, in TensorBoard."""
+        """Record generated texts, each a prompt and its continuation, in samples.jsonl and TensorBoard."""
+        if not is_main():
+            return
+        with self._continuing_without(SAMPLES):
+            append_samples(self._samples_file, samples, step)
         with self._continuing_without("TensorBoard"):
             if self._board:
                 self._board.samples(samples, step)

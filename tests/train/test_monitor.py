@@ -8,6 +8,7 @@ from support import SCALARS, debug_run, metric
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from megagpt.train.metrics import Stopwatch
+from megagpt.train.metrics_file import read_rows
 from megagpt.train.monitor import Monitor, validation_curve
 from megagpt.train.trainer import train
 from megagpt.train_state import TrainState
@@ -75,6 +76,14 @@ def test_samples_run_file_and_hyperparameters_can_be_read(finished):
     assert 8 <= len(values) <= 15
 
 
+def test_samples_can_be_read_by_a_program_once_for_each_step(finished):
+    rows = read_rows(finished / "samples.jsonl")
+    assert [(row["step"], row["prompt"]) for row in rows] == [(10, "ab\nc"), (20, "ab\nc")]
+    shown = texts(board(finished), "samples")
+    indented = {row["step"]: row["continuation"].replace("\n", "\n    ") for row in rows}
+    assert all(shown[step].endswith(f"**continuation**\n\n    {text}") for step, text in indented.items())
+
+
 def test_evaluating_saving_and_sampling_are_reported_by_themselves(finished):
     """Each in its own row, the save that ends a run too."""
     assert set(metric(finished, "perf/eval_seconds")) == set(metric(finished, "val/loss"))
@@ -95,8 +104,11 @@ def test_a_row_that_was_cut_in_half_is_dropped(dataset, tmp_path):
     run = debug_run(dataset, tmp_path, "tensorboard.enabled=false")
     whole = b'{"step": 1, "val/loss": 2.0}\n{"step": 2, "val/loss": 1.5}\n{"step": 3, "val/loss": 1.0}\n{"step": 2'
     (tmp_path / "metrics.jsonl").write_bytes(whole)
+    rows = b'{"step": 2, "continuation": "a"}\n{"step": 3, "continuation": "b"}\n{"step": 4, "contin'
+    (tmp_path / "samples.jsonl").write_bytes(rows)
     Monitor(run, TrainState(step=2), also=lambda events: None)
     assert metric(tmp_path, "val/loss") == {1: 2.0, 2: 1.5}
+    assert (tmp_path / "samples.jsonl").read_bytes() == b'{"step": 2, "continuation": "a"}\n'
 
 
 def test_other_writers_get_the_same_numbers(dataset, tmp_path):
