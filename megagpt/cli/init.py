@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from megagpt.config.mistakes import shortened
+from megagpt.config.parsing import read_json
 from megagpt.config.run_file import SECTION
 from megagpt.data.manifest import BUILD_DIR, MANIFEST, Manifest, Split, read_manifest
 from megagpt.data.tokenizer import padded_vocab_size
@@ -73,6 +74,11 @@ def _check_free(out: Path) -> None:
 def _data(path: Path) -> Data:
     """Read what is needed of the dataset. Raises UserError if it is none, or has no training or validation split."""
     if path.exists() and not _is_dataset(path):
+        if _is_run_file(path):
+            raise UserError(
+                f"{path} is a run file, which `megagpt init` writes; give the folder of a dataset, or train with "
+                f"`megagpt train {typed(path)}`"
+            )
         below = sorted(path.iterdir()) if path.is_dir() else []
         if near := [str(other) for other in (*below, *path.parents) if _is_dataset(other)]:
             raise UserError(
@@ -85,6 +91,15 @@ def _data(path: Path) -> Data:
     manifest = read_manifest(path)
     train, val = _tokens(path, manifest, "train"), _tokens(path, manifest, "val")
     return Data(str(path), train, val, padded_vocab_size(manifest.tokenizer.vocab_size))
+
+
+def _is_run_file(path: Path) -> bool:
+    if not (path.is_file() and path.suffix in (".json", ".jsonc", ".json5")):
+        return False
+    try:
+        return SECTION in read_json(path)
+    except UserError:
+        return False
 
 
 def _is_dataset(path: Path) -> bool:

@@ -123,7 +123,7 @@ REFUSED_KEYS = {
     "hybrid_engine": "it is for RLHF; remove it",
     "managed_gradient_accumulation": "the training loop relies on DeepSpeed's default; remove it",
     "pipeline": _DATA_PARALLEL,
-    "scheduler": "the learning rate comes from megagpt.schedule",
+    "scheduler": "the learning rate comes from megagpt.schedule; remove it",
     "seq_parallel_communication_data_type": "gradients are reduced over all ranks alike; see communication_data_type",
     "tensor_parallel": _DATA_PARALLEL,
     "use_data_before_expert_parallelism": _DATA_PARALLEL,

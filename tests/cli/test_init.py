@@ -68,6 +68,7 @@ def test_an_existing_file_is_not_overwritten(dataset, tmp_path, capsys):
             "my texts is not a dataset; build one from it with `python -m data_tools build --input 'my texts'",
         ),
         (["texts/a.txt"], "texts/a.txt is not a dataset; build one from it with"),
+        (["texts/run.json"], "texts/run.json is a run file, which `megagpt init` writes; give the folder of a dataset"),
         (["DATASET", "--gpu", "1080"], "--gpu '1080' is not known; give --gpu-memory GIB and --tflops T"),
         (["DATASET", "--tflops", "20"], "--tflops alone describes no GPU; give --gpu-memory too, or --gpu NAME"),
         (["DATASET", "--cpu", "--tflops", "20"], "describe a GPU; remove them, or --cpu"),
@@ -82,6 +83,7 @@ def test_an_existing_file_is_not_overwritten(dataset, tmp_path, capsys):
 def test_a_mistake_is_one_message_and_leaves_no_file(args, complaint, dataset, tmp_path, capsys):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("a")
+    (tmp_path / "texts" / "run.json").write_text('{"megagpt": {}}')
     (tmp_path / "my texts").mkdir()
     tokenizer = small_tokenizer()
     write_dataset(tmp_path / "data", [np.append(tokenizer.encode(document(0)), tokenizer.eod_id)])
