@@ -24,6 +24,7 @@ from megagpt.distributed.process_group import print_rank0
 from megagpt.errors import UserError
 from megagpt.train.metrics_file import Row, metrics_of
 from megagpt.train.tensorboard_file import hyperparameters
+from megagpt.train.wandb_file import last_offline_step
 
 RECORD = "tracker.json"
 CLOSE_SECONDS = 20.0  # to send what is left at the end
@@ -31,11 +32,11 @@ Values = dict[str, float]
 
 
 class Tracker(Protocol):
-    """A service that keeps runs. `only_forward`: it takes no step before its last one."""
+    """A service that keeps runs. `taken`: the last step that it has, for one that takes none before it."""
 
     name: ClassVar[str]
-    only_forward: ClassVar[bool]
     id: str
+    taken: int | None
 
     def send(self, rows: Sequence[tuple[Row, Values]]) -> None:
         """Add the values of each row."""
@@ -47,7 +48,7 @@ class Tracker(Protocol):
 class WeightsAndBiases:
     """A run of Weights & Biases; its steps are ours."""
 
-    name, only_forward = "Weights & Biases", True
+    name = "Weights & Biases"
 
     def __init__(self, run: RunConfig, run_id: str | None) -> None:
         wandb, cfg, out_dir = import_module("wandb"), run.deepspeed.wandb, run.megagpt.out_dir
@@ -68,6 +69,9 @@ class WeightsAndBiases:
             settings=wandb.Settings(console="off", disable_git=True, save_code=False),
         )
         self.id = str(self._run.id)
+        self.taken = self._run.starting_step - 1
+        if self._run.offline and run_id is not None:
+            self.taken = last_offline_step(out_dir / "wandb", run_id)
 
     def send(self, rows: Sequence[tuple[Row, Values]]) -> None:
         """Add the values of each row."""
@@ -82,7 +86,7 @@ class WeightsAndBiases:
 class MLflow:
     """A run of MLflow, on the server that MLFLOW_TRACKING_URI names, else in a database next to the run's folder."""
 
-    name, only_forward = "MLflow", False
+    name, taken = "MLflow", None
 
     def __init__(self, run: RunConfig, run_id: str | None) -> None:
         # else a start would wait for minutes for a server that is not there
@@ -125,8 +129,6 @@ class Feed:
 
     def __init__(self, tracker: Tracker, record: "Record", rows: Iterable[Row]) -> None:
         self._tracker, self._record = tracker, record
-        # the last step that earlier starts sent, whatever the metric
-        self._floor = max(record.sent.values(), default=0) if tracker.only_forward else 0
         self._queue: SimpleQueue[Row | None] = SimpleQueue()
         for row in rows:
             self._queue.put(row)
@@ -156,7 +158,7 @@ class Feed:
             ended = None in new
             try:
                 sent = dict(record.sent)
-                tracker.send([(row, values) for row in waiting if (values := _unsent(row, sent, self._floor))])
+                tracker.send([(row, values) for row in waiting if (values := _unsent(row, sent))])
                 waiting, record.sent = [], sent
                 if failing:
                     print_rank0(f"{tracker.name} takes metrics again")
@@ -228,6 +230,8 @@ def open_feeds(run: RunConfig, rows: Sequence[Row], logged: Sequence[Row]) -> li
             record.write(exact=True)
             continue
         record.id = tracker.id
+        if tracker.taken is not None:
+            record.sent = dict.fromkeys(last, tracker.taken)
         record.write(exact=False)
         feeds.append(Feed(tracker, record, rows))
     return feeds
@@ -272,11 +276,11 @@ def _csv(lines: Iterable[Sequence[Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _unsent(row: Row, sent: dict[str, int], floor: int) -> Values:
+def _unsent(row: Row, sent: dict[str, int]) -> Values:
     """Return the values of a row that were not sent before, and note that they are."""
     values = {"tokens_seen": row["tokens_seen"], **metrics_of(row)}
     step: int = row["step"]
-    new = {name: value for name, value in values.items() if step > max(floor, sent.get(name, 0))}
+    new = {name: value for name, value in values.items() if step > sent.get(name, 0)}
     sent.update(dict.fromkeys(new, step))
     return new
 
