@@ -9,6 +9,7 @@ import threading
 from bisect import bisect_left
 from importlib.util import find_spec
 from pathlib import Path
+from queue import SimpleQueue
 from typing import ClassVar
 
 import pytest
@@ -31,7 +32,8 @@ class Ledger:
 
     name, taken = "the ledger", None
     runs: ClassVar[dict[str, dict[str, list[int]]]] = {}
-    down, open = False, threading.Event()
+    down, open, refused = False, threading.Event(), threading.Event()
+    took: SimpleQueue[str] = SimpleQueue()
 
     def __init__(self, run, run_id):
         if self.down:
@@ -42,10 +44,12 @@ class Ledger:
     def send(self, rows):
         self.open.wait(60)
         if self.down:
+            self.refused.set()
             raise ConnectionError("the ledger is closed")
         for row, values in rows:
             for name in values:
                 self.runs[self.id].setdefault(name, []).append(row["step"])
+                self.took.put(name)
 
     def close(self):
         pass
@@ -56,7 +60,9 @@ def ledger(monkeypatch):
     monkeypatch.setitem(trackers.TRACKERS, "mlflow", Ledger)
     monkeypatch.setattr(Ledger, "runs", {})
     monkeypatch.setattr(Ledger, "down", False)
+    monkeypatch.setattr(Ledger, "took", SimpleQueue())
     Ledger.open.set()
+    Ledger.refused.clear()
     return Ledger
 
 
@@ -117,7 +123,7 @@ def test_steps_that_come_again_after_a_kill_are_sent_once(ledger, run):
 def test_what_a_service_did_not_take_is_sent_when_it_is_back(ledger, run, capsys):
     start = Start(run, 0)
     start.log(range(1, 6))
-    while not ledger.runs["run0"].get("val/loss"):
+    while ledger.took.get(timeout=60) != "val/loss":
         pass
     ledger.down = True
     start.log(range(6, 9))
@@ -139,13 +145,13 @@ def test_a_service_that_is_back_in_the_same_start_gets_all(ledger, run, capsys):
     start = Start(run, 0)
     ledger.down = True
     start.log([1, 2])
-    while "sent later" not in capsys.readouterr().out:
-        pass
+    assert ledger.refused.wait(60)
     ledger.down = False
     start.log([3])
     start.feed.close()
     assert ledger.runs["run0"]["train/loss"] == [1, 2, 3]
-    assert capsys.readouterr().out == "the ledger takes metrics again\n"
+    told = "metrics cannot be sent to the ledger (the ledger is closed); they are sent later\n"
+    assert capsys.readouterr().out == told + "the ledger takes metrics again\n"
 
 
 def test_a_tracker_that_is_switched_on_later_gets_the_run_from_its_beginning(ledger, run):
