@@ -23,7 +23,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # The data is built from files that every machine has: the Python standard library.
 data/demo/manifest.json: | .venv/runtime
 	@echo; echo "1 of 3: build a dataset from the source files of Python's standard library"
-	python -m data_tools build --config ds_configs/demo_data.json --out data/demo \
+	@python -m data_tools build --config ds_configs/demo_data.json --out data/demo \
 	    --input "$$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 
 # One process, on a GPU if there is one: the batch of 8 is too small to divide over more.
@@ -31,16 +31,14 @@ demo: .venv/runtime data/demo/manifest.json
 	@echo; echo "2 of 3: train a GPT-2 of 2.2 million parameters for 800 steps, a few minutes on two idle CPU cores"
 	megagpt train ds_configs/demo.json --nproc 1
 	@echo; echo "3 of 3: use the model"
-	megagpt evaluate runs/demo --data data/demo --tokens 200064
-	@echo; echo "Text after 'def ' and 'import '. It looks like Python and makes no sense, because the model is tiny and was"
-	@echo "trained for a few minutes."
-	megagpt generate runs/demo --prompt "def " --prompt "import " --max-tokens 100
+	megagpt evaluate runs/demo --tokens 200064
+	@echo "Its text looks like Python and makes no sense: the model is tiny, and was trained for a few minutes."
+	megagpt generate runs/demo --prompt "import " --max-tokens 30
 	@printf '%s\n' "" "Next, your own text, a folder of files, after 'source .venv/bin/activate':" \
 	    "  python -m data_tools build --input my_texts/ --out data/mine vocab_size=2048 val_fraction=0.05" \
 	    "  megagpt init data/mine --hours 0.2   # writes mine.jsonc: a run file for this data and machine, for 12 minutes" \
 	    "  megagpt train mine.jsonc" \
-	    "  megagpt generate runs/mine --prompt 'The '" \
-	    "  tensorboard --logdir runs        # the curves, also of this demo, at http://localhost:6006" ""
+	    "  megagpt generate runs/mine --prompt 'The '"
 
 # A process of tests for each core (at most four), the longest first; tests that share something run in one of them.
 PYTEST := python -m pytest -n auto --dist loadscope --no-loadscope-reorder
