@@ -118,7 +118,7 @@ def _tokens(path: Path, manifest: Manifest, split: Split) -> int:
 
 def _machine(args: argparse.Namespace) -> Machine:
     """Describe the GPU that the command line names, else this machine's, else its CPU. Raises UserError."""
-    if args.gpu or args.gpu_memory or args.tflops:
+    if args.gpu is not None or args.gpu_memory or args.tflops:
         if args.cpu:
             raise UserError("--gpu-memory and --tflops describe a GPU; remove them, or --cpu")
         return machine(args.gpu, 1, None, gib=args.gpu_memory, tflops=args.tflops)

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _gpu(args: argparse.Namespace) -> str | None:
     """Return the name of the GPU to plan for; None for one that is given by its memory and peak."""
-    if args.gpu or args.gpu_memory or args.tflops:
-        return str(args.gpu) if args.gpu else None
+    if args.gpu is not None or args.gpu_memory or args.tflops:
+        return None if args.gpu is None else str(args.gpu)
     here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return gpu_named(here) or "H100"

@@ -64,13 +64,14 @@ COMMANDS: dict[str, list[str]] = {
     "inspect run": [*DATA_TOOLS, "inspect", "{run}", "--step", "1"],
 }
 OPTIONS = {  # command -> options that take a value
-    "plan": ["--ranks", "--gpu", "--network", "--tokens", "--efficiency"],
+    "plan": ["--ranks", "--gpu", "--gpu-memory", "--tflops", "--network", "--tokens", "--efficiency"],
     "probe": ["--memory", "--ranks"],
-    "init": ["--gpu", "--hours"],
+    "init": ["--gpu", "--gpu-memory", "--tflops", "--hours"],
     "verify-resume": ["--then", "--then-ranks", "--steps"],
     "lint": ["--ranks"],
     "slurm": ["--nodes", "--gpus-per-node", "--time", "--partition", "--sbatch", "--sweep", "--container"],
     "generate": ["--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--batch", "--seed"],
+    "export": ["--dtype", "--license"],
     "evaluate": ["--split", "--tokens", "--micro-batch"],
     "samples": ["--sample-report"],
     "build": ["--config", "--scheduler"],
