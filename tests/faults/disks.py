@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import lab
+import psutil
 from judge import RECOVERED, STUCK, WRONG, Case, Outcome, last_lines, started_again
 from strike import InSave
 from systems import STEPS, Megagpt, System
@@ -26,11 +27,20 @@ def disk(folder: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
+        unmount(folder, keep=0)
 
 
 def read_only(folder: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    """Cover the disk by itself, read-only: one on which a file is open for writing cannot be mounted again as such."""
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+
+
+def unmount(folder: Path, *, keep: int) -> None:
+    """Unmount all that lies on a folder but the lowest `keep`."""
+    mounted = [partition.mountpoint for partition in psutil.disk_partitions(all=True)].count(str(folder))
+    for _ in range(mounted - keep):
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def leave(folder: Path, n_bytes: int) -> None:
@@ -41,7 +51,7 @@ def leave(folder: Path, n_bytes: int) -> None:
 
 
 def make_room(folder: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
+    unmount(folder, keep=1)
     (folder / "filler").unlink(missing_ok=True)
 
 
