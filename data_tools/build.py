@@ -21,7 +21,7 @@ from data_tools.publish import publish
 from data_tools.report.summary import make_report
 from data_tools.stages.deduplicate import check_files
 from data_tools.stages.extract import find_units, warn_of_names
-from data_tools.stages.pipeline import KINDS, Stages, input_sha256, plan_splits, run_stages
+from data_tools.stages.pipeline import KINDS, Stages, input_sha256, plan_splits, run_stages, variant_configs
 from megagpt.atomic_files import sha256_of
 from megagpt.data.manifest import (
     BUILD_DIR,
@@ -62,6 +62,8 @@ def build(
     build was interrupted. Raises UserError for a mistake in any of the arguments.
     """
     given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
+    if given is not None:
+        variant_configs(given, config)  # refused now, and not after hours of reading
     sources = config.with_inputs(list(map(str, inputs)), val=list(map(str, val)), test=list(map(str, test)))
     with watched("looking at the first record of each file"):
         units = find_units(sources, leave_out=out, strict=config.strict)

@@ -176,7 +176,9 @@ class SubwordConfig(Strict):
 class BuildConfig(TokenizerConfig):
     """The `build` command's options."""
 
-    tokenizer: UserPath | None = Field(default=None, description="a model to use instead of training one")
+    tokenizer: UserPath | None = Field(
+        default=None, description="a SentencePiece model or tokenizer.json to use, none is trained"
+    )
     dedup: DedupConfig = DedupConfig()
     decontamination: DecontaminationConfig = DecontaminationConfig()
     subword: SubwordConfig = SubwordConfig()

@@ -37,6 +37,7 @@ from megagpt.data.manifest import SPLITS, Split
 from megagpt.data.shard_format import ShardHeader, token_dtype
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
+from megagpt.terminal import builder_command
 
 ALPHA = {"unigram": 0.3, "bpe": 0.1}  # of subword variants, where the user gives none
 KINDS: dict[str, Literal["unigram-sampling", "bpe-dropout"]] = {"unigram": "unigram-sampling", "bpe": "bpe-dropout"}
@@ -143,7 +144,7 @@ def tokenize_and_shuffle(stages: Stages, sources: Sequence[SourceConfig], config
     """Run the stages from tokenization on. Raises UserError if the training split is empty."""
     tokenizer = Tokenizer.load(stages.model)
     with _timed(stages.seconds, "tokenize"):
-        for variant in _variant_configs(tokenizer, config):
+        for variant in variant_configs(tokenizer, config):
             jobs = [
                 (unit, stages.clusters, stages.model, tokenizer.sha256, variant, stages.splits)
                 for unit in stages.unit_inputs
@@ -183,11 +184,19 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = time.monotonic() - start
 
 
-def _variant_configs(tokenizer: Tokenizer, config: BuildConfig) -> list[VariantConfig]:
-    """Return the canonical tokenization, and the sampled ones that the user asks for."""
+def variant_configs(tokenizer: Tokenizer, config: BuildConfig) -> list[VariantConfig]:
+    """Return the canonical tokenization, and the sampled ones that the user asks for.
+
+    Raises UserError for a tokenizer that none can be sampled of.
+    """
     if config.subword.variants and tokenizer.kind not in ALPHA:
         raise UserError(
             f"subword.variants has no effect with a {tokenizer.kind} tokenizer; remove it, or train unigram or bpe"
+        )
+    if config.subword.variants and not tokenizer.is_exact_in_parts:
+        raise UserError(
+            "subword.variants needs a tokenizer that encodes the words of a text as it encodes the whole; this one "
+            f"adds a dummy prefix or has no byte fallback: train one with `{builder_command()} train-tokenizer`"
         )
     alpha = config.subword.alpha or ALPHA.get(tokenizer.kind, 0.0)
     drawn = [VariantConfig(number=n, alpha=alpha, seed=config.seed) for n in range(1, config.subword.variants + 1)]

@@ -18,9 +18,8 @@ from itertools import accumulate, chain
 import numpy as np
 
 from data_tools.stages.select import keyed_hash
-from megagpt.data.tokenizer import META_SPACE, Tokenizer
-from megagpt.errors import UserError
-from megagpt.terminal import builder_command
+from megagpt.data.sentencepiece_model import META_SPACE
+from megagpt.data.tokenizer import Tokenizer
 
 CANDIDATES = 16
 WORD = re.compile(r"[\n\t]| *[^ \n\t]{1,48}| +")  # longer words are cut
@@ -28,14 +27,9 @@ CACHED_WORDS = 500_000
 
 
 class SubwordSampler:
-    """Samples tokenizations. Raises UserError for a tokenizer that does not tokenize each word on its own."""
+    """Samples tokenizations of a tokenizer that encodes each word as it does in a text (`is_exact_in_parts`)."""
 
     def __init__(self, tokenizer: Tokenizer, alpha: float, seed: int) -> None:
-        if not tokenizer.is_exact_in_parts:
-            raise UserError(
-                "subword.variants needs a tokenizer that encodes the words of a text as it encodes the whole; this one "
-                f"adds a dummy prefix or has no byte fallback: train one with `{builder_command()} train-tokenizer`"
-            )
         self._tokenizer, self._alpha, self._seed = tokenizer, alpha, seed
         self._candidates = _UnigramCandidates if tokenizer.kind == "unigram" else _BpeCandidates
         self._draw = self._candidates(tokenizer, alpha, seed)

@@ -29,7 +29,8 @@ from data_tools.stages.extract import (
 from data_tools.stages.select import SplitConfig, UnitInput, keyed_hash, select
 from data_tools.stages.what_is_left import Taken, tell_what_copies_took
 from megagpt.atomic_files import write_atomically, written
-from megagpt.data.tokenizer import META_SPACE, Tokenizer
+from megagpt.data.sentencepiece_model import META_SPACE
+from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 
 CHUNK = 2**14  # characters: long documents are sampled in chunks, so that one book cannot fill the sample

@@ -24,8 +24,9 @@ def token_counts(windows: ValWindows) -> Tensor:
 
 def unknown_share(counts: Tensor, tokenizer: Tokenizer) -> float:
     """Return the share of unknown tokens, which stand for text that the tokenizer cannot spell."""
-    known = len(counts) <= tokenizer.unknown_id
-    return 0.0 if known else (counts[tokenizer.unknown_id] / counts.sum()).item()
+    if tokenizer.unknown_id is None or len(counts) <= tokenizer.unknown_id:
+        return 0.0
+    return (counts[tokenizer.unknown_id] / counts.sum()).item()
 
 
 def lost_text(unknown: float, tokenizer: Tokenizer) -> str:

@@ -1,5 +1,6 @@
-"""Our SentencePiece tokenizer as one of Hugging Face's `tokenizers`: the same ids, but for ties of unigram's scores.
+"""The tokenizer.json of an export: the one that the data was built with, or our SentencePiece model converted.
 
+The conversion gives the same ids, but for ties of unigram's scores.
 Two segmentations of equal probability differ by the last bit of a sum, which SentencePiece takes in 32 bits and
 `tokenizers` in 64.
 """
@@ -11,10 +12,22 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from megagpt.data.tokenizer import META_SPACE, Tokenizer
+from megagpt.data.sentencepiece_model import META_SPACE
+from megagpt.data.tokenizer import Tokenizer
+from megagpt.data.tokenizer_json import without_additions
 from megagpt.errors import UserError
 
 NEVER = -1e4  # the score of what text must not be matched with: control tokens, and bytes by their names
+
+
+def exported_json(tokenizer: Tokenizer) -> str:
+    """Return the tokenizer.json to export. Raises UserError for a SentencePiece model that cannot be converted.
+
+    One that was given is returned as it is, unless it adds tokens to a text or cuts it, which training did not see.
+    """
+    if tokenizer.tokenizer_json is None:
+        return str(fast_tokenizer(tokenizer).to_str(pretty=True))
+    return without_additions(tokenizer.tokenizer_json)
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
@@ -40,7 +53,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     else:
         vocab = {name: i for i, name in enumerate(names)}
         merges = _merges(pieces) if tokenizer.kind == "bpe" else []
-        unknown = names[tokenizer.unknown_id]
+        unknown = names[tokenizer.sentencepiece.unknown_id]
         fast.model = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     # SentencePiece cuts the text at these first, which it calls user-defined symbols.
@@ -59,17 +72,18 @@ def _merges(pieces: dict[str, float]) -> list[tuple[str, str]]:
     return [pair for _, pair in sorted(ranked, key=lambda entry: entry[0])]
 
 
-def write_tokenizer(fast: tokenizers.Tokenizer, tokenizer: Tokenizer, seq_len: int, folder: Path) -> None:
+def write_tokenizer(tokenizer_json: str, tokenizer: Tokenizer, seq_len: int, folder: Path) -> None:
     """Write what AutoTokenizer reads."""
-    fast.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     names = tokenizer.names()
     end = names[tokenizer.eod_id]
+    unknown = {} if tokenizer.unknown_id is None else {"unk_token": names[tokenizer.unknown_id]}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": seq_len,
         "bos_token": end,
         "eos_token": end,
-        "unk_token": names[tokenizer.unknown_id],
+        **unknown,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
     }
