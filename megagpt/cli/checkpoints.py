@@ -81,7 +81,7 @@ def checkpoint_table(out_dir: Path, *, hashes: bool) -> tuple[str, bool]:
     quarantined = [path.name for path in sorted(folder(out_dir).glob("damaged*_step_*"))]
     uncommitted = [path.name for path in sorted(folder(out_dir).glob("step_*")) if not (path / COMMIT).is_file()]
     complete = sum(row.damage is None for row in rows)
-    how = "verify" if hashes else "have all their files (--verify hashes them)"
+    how = "verified" if hashes else "with all files (--verify hashes them)"
     lines = [
         HEAD,
         *(_line(row, hashes=hashes, is_best=row.step_dir == best_dir) for row in rows),
@@ -89,7 +89,7 @@ def checkpoint_table(out_dir: Path, *, hashes: bool) -> tuple[str, bool]:
         *(f"{name}: not committed, is not used" for name in uncommitted),
         *_rule_of_best(rows, best_dir),
         *([OF_FILE] if any(row.of_file for row in rows) else []),
-        f"{complete} of {counted(len(rows), 'committed step')} {how}",
+        f"{counted(len(rows), 'committed step')}, {complete} {how}",
     ]
     return "\n".join(lines), complete > 0
 

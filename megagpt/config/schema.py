@@ -100,11 +100,14 @@ class ScheduleConfig(Strict):
                 "effect on the other shapes"
             )
         if self.warmup_steps + (self.decay_steps or 0) > self.curve_steps:
-            raise ValueError(
-                f"megagpt.schedule.warmup_steps={self.warmup_steps} + megagpt.schedule.decay_steps="
-                f"{self.decay_steps or 0} exceed megagpt.schedule.{'end_step' if self.end_step else 'max_steps'}="
-                f"{self.curve_steps}; lower the first two"
+            last = f"megagpt.schedule.{'end_step' if self.end_step else 'max_steps'}={self.curve_steps}"
+            parts = f"megagpt.schedule.warmup_steps={self.warmup_steps}"
+            if self.decay_steps:
+                parts += f" and megagpt.schedule.decay_steps={self.decay_steps} together"
+            way_out = (
+                "lower them" if self.decay_steps else f"set megagpt.schedule.warmup_steps={self.curve_steps // 10}"
             )
+            raise ValueError(f"{parts} exceed {last}, the last step; {way_out}")
         return self
 
 

@@ -200,11 +200,13 @@ def _verdict(best: Setting | None, current: Setting, steps: float, already: Sequ
     if best is None:
         return ["Nothing fits: use more ranks, or GPUs with more memory."]
     fits = "fits" if current.fits else f"does not fit: {_gib(current.total)} GiB, most at {current.memory.when}"
+    if not (words := [*already, *best.keys]):
+        return [f"The run file as written {fits}, and nothing that fits is faster."]
     return [
         f"The run file as written {fits}.",
         f"Fastest that fits: stage {best.stage}, {_gib(best.total)} GiB (most at {best.memory.when}), "
         f"{duration(best.seconds)} a step, {duration(best.seconds * steps)} in all:",
-        *_command([*already, *best.keys]),
+        *_command(words),
     ]
 
 

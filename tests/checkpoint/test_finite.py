@@ -243,7 +243,7 @@ def test_verifying_names_a_step_that_is_not_finite(poisoned, capsys):
     assert main(["checkpoints", str(poisoned), "--verify"]) == 0
     printed = capsys.readouterr().out
     assert "optim_states.pt is not finite: " in printed
-    assert "1 of 2 committed steps verify" in printed
+    assert "2 committed steps, 1 verified" in printed
 
 
 def test_a_step_saved_among_steps_that_were_not_finite_is_used_only_if_there_is_no_other(start, tmp_path, capsys):

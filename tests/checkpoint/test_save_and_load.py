@@ -410,17 +410,17 @@ def test_the_list_of_checkpoints_names_what_is_wrong_and_counts_only_whole_steps
     out = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in out[1:-2]] == ["4", "6"]
     assert all(line.split()[5:8] == ["1", "fp32", "1"] for line in out[1:-2])
-    assert out[-2:] == ["best: the lowest val/loss of these steps", "2 of 2 committed steps verify"]
+    assert out[-2:] == ["best: the lowest val/loss of these steps", "2 committed steps, 2 verified"]
 
     older, newer = committed(saved)
     victim = newer / "rng.0.json"
     victim.write_bytes(bytes([victim.read_bytes()[0] ^ 1]) + victim.read_bytes()[1:])
     assert main(["checkpoints", str(saved)]) == 0
-    assert "2 of 2 committed steps have all their files" in capsys.readouterr().out
+    assert "2 committed steps, 2 with all files" in capsys.readouterr().out
     assert main(["checkpoints", str(saved), "--verify"]) == 0
     out = capsys.readouterr().out
     assert f"{victim} is damaged" in out
-    assert "1 of 2 committed steps verify" in out
+    assert "2 committed steps, 1 verified" in out
 
     (older / COMMIT).write_text("{}")
     (saved / "checkpoints" / "step_00000099").mkdir()
@@ -428,7 +428,7 @@ def test_the_list_of_checkpoints_names_what_is_wrong_and_counts_only_whole_steps
     out = capsys.readouterr().out
     assert f"{older / COMMIT} was changed" in out
     assert "step_00000099: not committed" in out
-    assert "0 of 2" in out
+    assert "0 verified" in out
     assert main(["checkpoints", str(saved.parent)]) == 2
     assert "holds no checkpoints" in capsys.readouterr().err
 

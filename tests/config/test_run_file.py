@@ -72,7 +72,10 @@ def test_our_section_is_split_off_and_the_rest_is_as_written():
         (["megagpt.schedule.max_steps=0"], "megagpt.schedule.max_steps=0"),
         (["megagpt.schedule.shape=cosin"], "megagpt.schedule.shape='cosin'"),
         (["megagpt.schedule.decay_steps=3"], "megagpt.schedule.decay_steps=3 with megagpt.schedule.shape='cosine'"),
-        (["megagpt.schedule.warmup_steps=9"], "megagpt.schedule.decay_steps=0 exceed megagpt.schedule.max_steps=5"),
+        (
+            ["megagpt.schedule.warmup_steps=9"],
+            "exceed megagpt.schedule.max_steps=5, the last step; set megagpt.schedule.warmup_steps=0",
+        ),
         (["megagpt.recompute.policy=every_k"], "megagpt.recompute.k=null with megagpt.recompute.policy='every_k'"),
         (["megagpt.recompute.k=2"], "megagpt.recompute.k=2 with megagpt.recompute.policy='none'"),
         (["megagpt.recompute.policy=budget"], "megagpt.recompute.budget=null with megagpt.recompute.policy='budget'"),
