@@ -170,7 +170,7 @@ def disks() -> Iterator[Case]:
         for room in (0, 8 << 10, 64 << 10):
             run = partial(on_disk, partial(full, room), "could not be saved", stage)
             yield Case("E", f"disk with {room} bytes left, stage {stage}", run, baseline=room > 0)
-        run = partial(on_disk, partial(full_in_save, "COMMIT", "after", 0), "could not be saved", stage)
+        run = partial(on_disk, partial(full_in_save, "COMMIT", "after", 0), "could not be updated", stage)
         yield Case("E", f"disk full after COMMIT, stage {stage}", run)
         run = partial(goes_on, partial(full_in_save, "rotation", "before", 32 << 10), (), "", stage)
         yield Case("E", f"disk full at the rotation, stage {stage}", run)
