@@ -21,6 +21,7 @@ COMMANDS = {
     "check-hosts": ("doctor", "run_check_hosts"),
     "doctor": ("doctor", "run"),
     "checkpoints": ("checkpoints", "run"),
+    "report": ("report", "run"),
     "lint": ("lint", "run"),
     "plan": ("plan", "run"),
     "slurm": ("slurm", "run"),

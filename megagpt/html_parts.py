@@ -13,7 +13,7 @@ dl { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; margin: 1rem 0 } dt { co
 dd { margin: 0; font-size: 1.5rem; font-variant-numeric: tabular-nums }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem 2rem }
 .plots > * { min-width: 0 }
-figure { margin: .5rem 0; break-inside: avoid } figcaption { font-weight: 600 }
+figure { margin: .5rem 0; break-inside: avoid } figcaption { font-weight: 600; overflow-wrap: anywhere }
 svg { max-width: 100%; height: auto } svg text { font-family: system-ui, sans-serif !important }
 .scroll { overflow-x: auto } table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums }
 th, td { padding: .15rem .5rem; text-align: right; border-bottom: 1px solid #e5e5e5; white-space: nowrap }

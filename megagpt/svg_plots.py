@@ -10,6 +10,8 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from megagpt.html_parts import printable
+
 COLORS = (  # Okabe and Ito's palette, which colorblind people can tell apart, and gray
     *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442"),
     "#999999",
@@ -37,7 +39,7 @@ LEGEND: dict[str, Any] = {"frameon": False, "handlelength": 1.0, "handleheight":
 def svg(what: str, width: float, height: float, draw: Callable[[Figure], None]) -> str:
     """Return what `draw` draws on a figure of this size. `what` identifies the plot in ids."""
     buffer = io.StringIO()
-    with rc_context(STYLE | {"svg.hashsalt": what}), warnings.catch_warnings():
+    with rc_context(STYLE | {"svg.hashsalt": printable(what)}), warnings.catch_warnings():
         # matplotlib warns of characters that its font lacks; the browser has them
         warnings.filterwarnings("ignore", message="Glyph")
         figure = Figure(figsize=(width, height))

@@ -17,7 +17,7 @@ ORDER = [  # lowest first; a package may import from those of lower lines, and f
     {"megagpt.engine", "megagpt.planner"},
     {"megagpt.checkpoint", "megagpt.guards", "megagpt.lint"},
     {"megagpt.train"},
-    {"megagpt.language_model", "megagpt.huggingface"},
+    {"megagpt.language_model", "megagpt.huggingface", "megagpt.report"},
     {"megagpt.cli"},
     {"megagpt.__main__", "megagpt.train.__main__"},
 ]

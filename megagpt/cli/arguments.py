@@ -237,6 +237,19 @@ def _after_a_run(commands: Any) -> None:
     checkpoints.add_argument("run_dir", type=user_path, metavar="RUN", help="a run's folder, its megagpt.out_dir")
     checkpoints.add_argument("--verify", action="store_true", help="hash every file instead of comparing sizes")
 
+    report = commands.add_parser(
+        "report",
+        help="write an HTML page about one or several runs: curves, samples, data, how their run files differ",
+        epilog="example: megagpt report runs/a runs/b --out a_and_b.html",
+    )
+    report.add_argument("runs", type=user_path, nargs="+", metavar="RUN", help="a run's folder, its megagpt.out_dir")
+    report.add_argument(
+        "--out",
+        type=user_path,
+        metavar="FILE.html",
+        help="the page to write; default: RUN/report.html, or of several runs report.html here",
+    )
+
 
 def _add_local_rank(parser: argparse.ArgumentParser) -> None:
     """Take what deepspeed and `python -m torch.distributed.launch` add; the environment tells the same."""

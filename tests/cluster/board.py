@@ -4,7 +4,8 @@ import json
 import re
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,12 +39,7 @@ class Board:
     def __init__(self, runs: Path, profile: Path) -> None:
         with ExitStack() as stack:
             self._url = _serve(runs, stack)
-            options = webdriver.ChromeOptions()
-            for flag in (*FLAGS, f"--user-data-dir={profile}"):
-                options.add_argument(flag)
-            options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-            self._driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
-            stack.callback(self._driver.quit)
+            self._driver = stack.enter_context(browser(profile))
             # else lines end where they leave the range that most of their points are in
             self._driver.get(f"{self._url}data/environment")
             self._driver.execute_script("localStorage.setItem('_ignoreYOutliers', 'false')")
@@ -90,6 +86,20 @@ class Board:
     def screenshot(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         assert self._driver.save_screenshot(str(file))
+
+
+@contextmanager
+def browser(profile: Path) -> Iterator[webdriver.Chrome]:
+    """A headless browser with an empty profile."""
+    options = webdriver.ChromeOptions()
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
+    try:
+        yield driver
+    finally:
+        driver.quit()
 
 
 def _serve(runs: Path, stack: ExitStack) -> str:

@@ -292,7 +292,14 @@ def test_a_number_that_is_taken_works_and_another_is_one_message(trained, datase
 TAKE_PATHS = [
     *("generate PATH", "evaluate PATH --data DATA", "evaluate RUN --data PATH", "checkpoints PATH", "lint PATH"),
     *("plan FILE megagpt.data.train.0.path=PATH", "plan PATH", "slurm FILE --sweep PATH", "check-hosts PATH"),
-    *("inspect PATH", "inspect PATH --step 1", "verify PATH"),
+    *(
+        "inspect PATH",
+        "inspect PATH --step 1",
+        "verify PATH",
+        "report PATH",
+        "report RUN PATH",
+        "report RUN --out PATH",
+    ),
 ]
 
 

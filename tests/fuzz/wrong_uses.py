@@ -47,6 +47,7 @@ COMMANDS: dict[str, list[str]] = {
     "generate": [*MEGAGPT, "generate", "{run}", "--max-tokens", "3"],
     "evaluate": [*MEGAGPT, "evaluate", "{run}", "--data", "{dataset}", "--tokens", "64"],
     "export": [*MEGAGPT, "export", "{run}", "{out}"],
+    "report": [*MEGAGPT, "report", "{run}", "--out", "{out}.html"],
     "samples": [*MEGAGPT, "train", "{run_file}", "megagpt.data.train.0.path={dataset}", "--sample-report", "3"],
     "build": [*DATA_TOOLS, "build", "--input", "{text}", "--out", "{out}", "vocab_size=300", "workers=1"],
     "splits": [

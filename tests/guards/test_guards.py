@@ -21,6 +21,7 @@ from megagpt.errors import UserError
 from megagpt.guards.memory_growth import WINDOW, MemoryWatch
 from megagpt.guards.spikes import after_steps, check_skipping, extended, is_spike
 from megagpt.guards.step_window import StepMetrics
+from megagpt.report.run_record import RollBack, read_log
 from megagpt.train_state import Health, TrainState
 
 
@@ -133,12 +134,14 @@ def test_a_cut_before_a_spike_changes_nothing(found):
     assert cut["state"] == straight["state"]
 
 
-def test_a_spike_rolls_the_run_back_past_its_data(folder, found):
+def test_a_spike_rolls_the_run_back_past_its_data(folder, found, tmp_path):
     """Seen when step 16 is logged; step 12 is saved. Steps 13 to 20 take the samples after those of step 16."""
     run = found["rolled_back"]["straight"]
     [line] = [line for line in run["said"] if line.startswith("rolled back")]
     assert line.startswith("rolled back from step 16 to ")
     assert line.endswith("step_00000012; samples 96 to 127 are skipped")
+    (tmp_path / "train.log").write_text(line + "\n")
+    assert read_log(tmp_path / "train.log")[1] == [RollBack(16, 12)]  # as megagpt report marks it
     assert len(run["weights"]) == 16 + 8
     assert run["loaded"] == [run["weights"][11]]
     assert run["weights"][16] != run["weights"][12]

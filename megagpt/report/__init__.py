@@ -1,0 +1,1 @@
+"""The report on runs as one HTML page, for `megagpt report`."""
