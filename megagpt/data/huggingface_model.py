@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ class HuggingFaceModel:
     """A model that encodes and decodes. Raises UserError for a file that cannot be used."""
 
     def __init__(self, model_bytes: bytes, name: str) -> None:
+        self._name = name
         self._file, self._fast = _read(model_bytes, name)
         file = self._file
         self.kind, self.normalizer, self.normalizes = file.kind, file.normalizer, file.normalizes
@@ -29,12 +31,14 @@ class HuggingFaceModel:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids (int32) of each text. Raises TypeError for text with a lone surrogate."""
-        found = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _failures_told(self._name):
+            found = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
     def aligned(self, text: str) -> Iterator[tuple[str, bytes]]:
         """Yield (part of the text, what its tokens stand for), in order; tokens that share a character are one part."""
-        found = self._fast.encode(text, add_special_tokens=False)
+        with _failures_told(self._name):
+            found = self._fast.encode(text, add_special_tokens=False)
         covered, end, kept = 0, 0, b""  # where the part begins and ends, and what its tokens stand for
         for number, (token, (begin, after)) in enumerate(zip(found.ids, found.offsets, strict=True)):
             if begin >= end and end > covered:
@@ -81,11 +85,28 @@ def _read(model_bytes: bytes, name: str) -> tuple[TokenizerJson, Any]:
         raise UserError(f"{name} needs the package tokenizers; install with pip install 'tokenizers>=0.20'")
     os.environ.setdefault(SETTING, "false")
     try:
-        fast = import_module("tokenizers").Tokenizer.from_str(file.usable())
-    except Exception as error:  # the package raises no other
-        raise UserError(f"{name} is no tokenizer that the package tokenizers reads: {error}; fetch it again") from error
+        usable = file.usable()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{name} is damaged: its vocabulary or merges are no pieces ({error}); fetch it again"
+        ) from error
+    with _failures_told(name):
+        fast = import_module("tokenizers").Tokenizer.from_str(usable)
     fast.encode_special_tokens = True  # a control token's name in a text is text
     moved = [content for content, i in file.matched.items() if fast.token_to_id(content) != i]
     if moved:
         raise UserError(f"{name} is damaged: the added token {moved[0]!r} does not have the id it says; fetch it again")
     return file, fast
+
+
+@contextmanager
+def _failures_told(name: str) -> Iterator[None]:
+    """Turn an error of the package, which is a bare Exception or a panic in Rust, into a UserError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(
+            f"the package tokenizers fails with {name}: {error}; fetch it again, or give another"
+        ) from error

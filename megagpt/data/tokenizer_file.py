@@ -20,6 +20,7 @@ USUAL_ENDS = (  # of a document, in the vocabularies of known models
     *("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|eos|>", "<|endofdocument|>"),
     "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )
+OTHER_ROLES = ("unk", "pad", "bos", "mask", "<s>", "cls")  # in the names of special tokens
 SHOWN = 8  # names in a message
 MADE_FOR_READING = "made for models that read text and not for those that write it; give a BPE or Unigram tokenizer"
 
@@ -49,7 +50,7 @@ def parsed(content: bytes, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is damaged: it is not whole JSON ({error}); restore it or fetch it again") from error
     if not isinstance(found, dict):
-        raise UserError(f"{name} is no tokenizer: its JSON is no object; give a tokenizer.json")
+        raise UserError(f"{name} is damaged: its JSON is no object; restore it or fetch it again")
     return found
 
 
@@ -77,29 +78,49 @@ def kind_of(model: dict[str, Any]) -> str:
 
 
 def _end_of_document(spec: dict[str, Any], path: Path) -> str:
-    added = {str(token.get("content")): token for token in spec.get("added_tokens") or []}
+    added = added_tokens(spec, str(path))
     config = path.parent / TOKENIZER_CONFIG
     if config.is_file():
         named = parsed(config.read_bytes(), str(config)).get("eos_token")
         named = named.get("content") if isinstance(named, dict) else named
         if named:
             if named not in added and named not in vocabulary(spec["model"], str(path)):
-                raise UserError(f"{config}: eos_token={named!r} is no token of {path}; {_named(added, config)}")
+                raise UserError(f"{config}: eos_token={named!r} is no token of {path}; {_way_out(added, config)}")
             return str(named)
     usual = [name for name in USUAL_ENDS if name in added]
     if len(usual) == 1:
         return usual[0]
     why = f"has {' and '.join(usual)}" if usual else "has no token of a usual name for that"
-    raise UserError(f"which token of {path} ends a document is not plain: it {why}; {_named(added, config)}")
+    raise UserError(f"which token of {path} ends a document is not plain: it {why}; {_way_out(added, config)}")
 
 
-def _named(added: dict[str, Any], config: Path) -> str:
+def _way_out(added: dict[str, dict[str, Any]], config: Path) -> str:
+    """Return how to name the end of a document: usual names come first, and those of other roles last."""
     special = [name for name, token in added.items() if token.get("special")]
+    special.sort(key=lambda name: (name not in USUAL_ENDS, any(role in name.lower() for role in OTHER_ROLES)))
     if not special:
         return f"it has no special tokens at all; add one such as <|endoftext|>, and name it as eos_token in {config}"
     more = f" and {len(special) - SHOWN} more" if len(special) > SHOWN else ""
+    those = f"one of {', '.join(special[:SHOWN])}{more}"
+    if config.is_file():
+        return f"set eos_token there to {those}"
     line = json.dumps({"eos_token": special[0]}, ensure_ascii=False)
-    return f"name one of {', '.join(special[:SHOWN])}{more}, for example by: echo {typed(line)} > {typed(config)}"
+    return f"name {those}, for example by: echo {typed(line)} > {typed(config)}"
+
+
+def added_tokens(spec: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """Return content -> added token. Raises UserError for a damaged section."""
+    found = spec.get("added_tokens") or []
+    if not isinstance(found, list) or not all(map(_is_added_token, found)):
+        raise UserError(f"{name} is damaged: an added token has no content or no id; fetch it again")
+    return {token["content"]: token for token in found}
+
+
+def _is_added_token(token: Any) -> bool:
+    if not isinstance(token, dict):
+        return False
+    content, number = token.get("content"), token.get("id")
+    return isinstance(content, str) and content != "" and isinstance(number, int) and number >= 0
 
 
 def vocabulary(model: dict[str, Any], name: str) -> dict[str, int]:

@@ -11,6 +11,7 @@ from megagpt.data.tokenizer_file import (
     FORMAT,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
+    added_tokens,
     check_is_tokenizer,
     kind_of,
     parsed,
@@ -20,7 +21,8 @@ from megagpt.errors import UserError
 
 MOST_IDS = 2**24
 OFF = ("truncation", "padding", "post_processor")  # sections that cut a text or add tokens
-KEEPS_TEXT = ("ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts")  # pre-tokenizers
+# Pre-tokenizers that drop nothing; UnicodeScripts drops spaces at the beginning.
+KEEPS_TEXT = ("ByteLevel", "Split", "Digits", "Punctuation")
 
 
 class TokenizerJson:
@@ -34,7 +36,7 @@ class TokenizerJson:
         self.text, self._name, self._spec = text, name, parsed(text.encode(), name)
         check_is_tokenizer(self._spec, name)
         self._model: dict[str, Any] = self._spec["model"]
-        self._vocab, self._added = vocabulary(self._model, name), _added_tokens(self._spec, name)
+        self._vocab, self._added = vocabulary(self._model, name), added_tokens(self._spec, name)
         self.kind = f"Hugging Face {kind_of(self._model)}"
         self._normalizers = list(_steps(self._spec.get("normalizer")))
         self._pre_tokenizers = list(_steps(self._spec.get("pre_tokenizer")))
@@ -81,9 +83,8 @@ class TokenizerJson:
     @cached_property
     def control_ids(self) -> list[int]:
         """Return the ids that stand for no text: special tokens, the unknown token, and ids without a token."""
-        special = {token["id"] for token in self._added.values()} - set(self.matched.values())
         unused = {i for i, piece in enumerate(self.names) if not piece}
-        return sorted(special | unused | {self.eod_id} | (set() if self.unknown_id is None else {self.unknown_id}))
+        return sorted(self._special_ids | unused | (set() if self.unknown_id is None else {self.unknown_id}))
 
     @cached_property
     def texts(self) -> list[bytes]:
@@ -104,7 +105,8 @@ class TokenizerJson:
     @cached_property
     def spells_all(self) -> bool:
         """Tell whether there is a token for each byte, so that nothing is unknown."""
-        alone = [p for p in self._vocab if self._is_byte(p) or (self.is_byte_level and len(p) == 1)]
+        texts = [piece for piece, i in self._vocab.items() if i not in self._special_ids]
+        alone = [piece for piece in texts if self._is_byte(piece) or (self.is_byte_level and len(piece) == 1)]
         return len({self._text_of(piece) for piece in alone}) == 256
 
     @cached_property
@@ -122,9 +124,9 @@ class TokenizerJson:
         Others spell spaces as U+2581, so that both come back as a space.
         """
         return (
-            self.is_byte_level
-            and self.spells_all
+            self.spells_all
             and not self.has_dummy_prefix
+            and [step["type"] for step in (*self._normalizers, *self._pre_tokenizers)].count("ByteLevel") == 1
             and all(step["type"] == "ByteLevel" for step in self._normalizers)
             and all(step["type"] in KEEPS_TEXT and step.get("behavior") != "Removed" for step in self._pre_tokenizers)
             and all(map(self._keeps_text, self.matched))
@@ -156,6 +158,10 @@ class TokenizerJson:
     @property
     def _is_unigram(self) -> bool:
         return kind_of(self._model) == "Unigram"
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        return {token["id"] for token in self._added.values()} - set(self.matched.values()) | {self.eod_id}
 
     @cached_property
     def _spells_spaces(self) -> bool:
@@ -203,14 +209,6 @@ class TokenizerJson:
             )
 
 
-def _added_tokens(spec: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
-    """Return content -> added token."""
-    found = spec.get("added_tokens") or []
-    if not all(isinstance(t.get("content"), str) and t["content"] and isinstance(t.get("id"), int) for t in found):
-        raise UserError(f"{name} is damaged: an added token has no content or no id; fetch it again")
-    return {token["content"]: token for token in found}
-
-
 def _steps(section: Any) -> Iterator[dict[str, Any]]:
     """Yield the normalizers or pre-tokenizers of a section, those of a sequence one after the other."""
     if not isinstance(section, dict):
@@ -220,7 +218,7 @@ def _steps(section: Any) -> Iterator[dict[str, Any]]:
         for step in inner:
             yield from _steps(step)
     else:
-        yield {"type": "unknown"} | section
+        yield section | {"type": str(section.get("type"))}
 
 
 def _only_spells(normalizer: dict[str, Any]) -> bool:
