@@ -36,6 +36,11 @@ STYLE: dict[Any, object] = {  # Any: matplotlib's own type of the keys is a Lite
 LEGEND: dict[str, Any] = {"frameon": False, "handlelength": 1.0, "handleheight": 1.0}
 
 
+def legend_label(name: str) -> str:
+    """Return a name as a legend shows it: matplotlib leaves out one that begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
+
+
 def svg(what: str, width: float, height: float, draw: Callable[[Figure], None]) -> str:
     """Return what `draw` draws on a figure of this size. `what` identifies the plot in ids."""
     buffer = io.StringIO()

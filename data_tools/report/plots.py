@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from megagpt.html_parts import without_middle
-from megagpt.svg_plots import COLORS, LEGEND, LEGEND_ROW, LETTER, svg
+from megagpt.svg_plots import COLORS, LEGEND, LEGEND_ROW, LETTER, legend_label, svg
 
 # all lengths are in inches
 WIDTH, MIN_BARS_WIDTH = 6.0, 3.6  # of a plot, and at least of its part with the bars
@@ -28,7 +28,7 @@ def bars(what: str, labels: Sequence[str], series: Series, shown: Format) -> str
         places = range(len(labels))
         ends = [0.0] * len(labels)
         for (name, values), color in zip(series.items(), COLORS, strict=False):
-            axes.barh(places, values, left=ends, height=0.72, color=color, label=name)
+            axes.barh(places, values, left=ends, height=0.72, color=color, label=legend_label(name))
             ends = [end + value for end, value in zip(ends, values, strict=True)]
         for place, end in zip(places, ends, strict=True):
             axes.annotate(shown(end), (end, place), (3, 0), textcoords="offset points", va="center", color="#333333")
@@ -50,7 +50,16 @@ def columns(what: str, edges: Sequence[str], series: Series) -> str:
     def draw(axes: Axes) -> None:
         ends = [0.0] * n
         for (name, values), color in zip(series.items(), COLORS, strict=False):
-            axes.bar(range(n), values, bottom=ends, width=1, align="edge", color=color, edgecolor="white", label=name)
+            axes.bar(
+                range(n),
+                values,
+                bottom=ends,
+                width=1,
+                align="edge",
+                color=color,
+                edgecolor="white",
+                label=legend_label(name),
+            )
             ends = [end + value for end, value in zip(ends, values, strict=True)]
         every = -(-len(edges) // 9)
         axes.set_xticks(range(0, len(edges), every), edges[::every])

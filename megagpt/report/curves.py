@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from megagpt.html_parts import without_middle
 from megagpt.report.run_record import RunReport
-from megagpt.svg_plots import COLORS, LEGEND, LEGEND_ROW, LETTER, svg
+from megagpt.svg_plots import COLORS, LEGEND, LEGEND_ROW, LETTER, legend_label, svg
 
 WIDTH, HEIGHT = 5.0, 2.4  # of a plot and of its axes, in inches
 LEFT, RIGHT, BELOW, ABOVE = 0.62, 0.12, 0.45, 0.12
@@ -90,7 +90,7 @@ def thinned(drawn: list[Point]) -> list[Point]:
 
 def plot(what: str, curves: Sequence[Curve], marked: Sequence[Marks], x_label: str) -> str:
     """Return the SVG of curves with a legend above them. `what` identifies the plot in ids."""
-    labels = [_legend_label(curve.label) for curve in curves if curve.label]
+    labels = [legend_label(without_middle(curve.label, LABEL_LETTERS)) for curve in curves if curve.label]
     per_row = max(1, int(WIDTH / LETTER) // (max(map(len, labels)) + 5))
     legend = -(-len(labels) // per_row) * LEGEND_ROW + 0.1 if len(labels) > 1 else 0.0
     total = HEIGHT + BELOW + ABOVE + legend
@@ -155,8 +155,3 @@ def short_number(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.4g}{unit}"
     return f"{value:.4g}"
-
-
-def _legend_label(label: str) -> str:
-    """Return a label that fits; matplotlib hides one that begins with an underscore."""
-    return (" " if label.startswith("_") else "") + without_middle(label, LABEL_LETTERS)

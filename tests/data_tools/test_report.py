@@ -271,6 +271,11 @@ def test_a_legend_wraps_only_where_its_names_do_not_fit() -> None:
     assert heights[0] == heights[1] < heights[2]
 
 
+def test_a_source_whose_name_begins_with_an_underscore_is_in_the_legend() -> None:
+    svg = bars("test", ["read"], {"_web": [1.0], "books": [1.0]}, str)
+    assert {"_web", "books"} <= {name.strip() for name in re.findall(r"<text[^>]*>([^<]*)</text>", svg)}
+
+
 def test_equal_reports_give_equal_pages(built: tuple[Path, dict[str, Any]]) -> None:
     content = page_of(built[1], "out")
     assert page_of(json.loads(json.dumps(built[1])), "out") == content
