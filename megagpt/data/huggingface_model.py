@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megagpt.data.segment_cache import SegmentEncoder, cuts_before_spaces
 from megagpt.data.tokenizer_json import TokenizerJson
 from megagpt.errors import UserError
 
@@ -28,12 +29,18 @@ class HuggingFaceModel:
         self.tokenizer_json: str = file.text
         self.vocab_size, self.eod_id, self.unknown_id = len(file.names), file.eod_id, file.unknown_id
         self.is_lossless = self.is_exact_in_parts = file.is_lossless
+        self._segments = SegmentEncoder(cuts_before_spaces(), self._encode_lists) if file.splits_as_gpt2 else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids (int32) of each text. Raises TypeError for text with a lone surrogate."""
+        """Return the ids (int32) of each text. Raises an error other than UserError for text with a lone surrogate."""
+        if self._segments is None:
+            return [np.array(ids, np.int32) for ids in self._encode_lists(texts)]
+        return self._segments.encode_batch([text.encode() for text in texts])
+
+    def _encode_lists(self, texts: Sequence[str]) -> list[list[int]]:
         with _failures_told(self._name):
             found = self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in found]
+        return [encoding.ids for encoding in found]
 
     def aligned(self, text: str) -> Iterator[tuple[str, bytes]]:
         """Yield (part of the text, what its tokens stand for), in order; tokens that share a character are one part."""

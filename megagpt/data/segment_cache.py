@@ -1,8 +1,7 @@
-"""A cache for tokenizing: texts are cut where no piece can reach across, and each distinct segment is tokenized once.
+"""A cache for tokenizing: texts are cut where no token can reach across, and each distinct segment is tokenized once.
 
-Two neighboring bytes that no piece of the vocabulary holds side by side lie in two tokens, whatever the model prefers,
-and what is best (unigram) or merged first (BPE) on one side does not depend on the other. Most segments of a text were
-seen before.
+Most segments of a text were seen before. Where it is exact to cut depends on the tokenizer: cuts_between_pieces and
+cuts_before_spaces say so.
 """
 
 import threading
@@ -19,13 +18,8 @@ BETWEEN = b"\xff"  # occurs in no UTF-8
 class SegmentEncoder:
     """Encodes whole texts from the token ids of their segments, which `encode` tokenizes one by one."""
 
-    def __init__(self, pieces: Iterable[bytes], encode: Callable[[list[str]], list[list[int]]]) -> None:
-        """`pieces` is all that a token can stand for, except single characters that the model has no piece for."""
-        # separable[a, b]: no piece holds byte b right after byte a, so that a text may be cut between them.
-        codes = np.frombuffer(BETWEEN.join(pieces), np.uint8)
-        separable = np.ones((256, 256), bool)
-        separable[codes[:-1], codes[1:]] = False
-        separable[:, 0x80:0xC0] = False  # UTF-8's continuation bytes: never within a character
+    def __init__(self, separable: np.ndarray, encode: Callable[[list[str]], list[list[int]]]) -> None:
+        """separable[a, b] tells whether a text may be cut between the bytes a and b: bool, (256, 256)."""
         self._separable = separable.ravel()
         self._encode = encode
         self._lock = threading.Lock()  # of all that follows: threads of a user's program may share a model
@@ -87,6 +81,33 @@ class SegmentEncoder:
     def _forget(self) -> None:
         self._known = {}
         self._begins = self._lengths = self._ids = np.empty(0, np.int32)
+
+
+def cuts_between_pieces(pieces: Iterable[bytes]) -> np.ndarray:
+    """Return where a text may be cut whose tokens are `pieces`, or single characters that the model has no piece for.
+
+    Two neighboring bytes that no piece holds side by side lie in two tokens, whatever the model prefers, and what is
+    best (unigram) or merged first (BPE) on one side does not depend on the other.
+    """
+    codes = np.frombuffer(BETWEEN.join(pieces), np.uint8)
+    separable = np.ones((256, 256), bool)
+    separable[codes[:-1], codes[1:]] = False
+    separable[:, 0x80:0xC0] = False  # UTF-8's continuation bytes: never within a character
+    return separable
+
+
+def cuts_before_spaces() -> np.ndarray:
+    r"""Return where a text may be cut that GPT-2's pattern splits into words, which are tokenized one by one.
+
+        's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+
+    No alternative has white space after another character, so a word always ends before white space. The words after
+    that depend on no character before it, because the pattern looks ahead only; and it looks ahead after white space
+    only, so those before it do not depend on what follows.
+    """
+    separable = np.zeros((256, 256), bool)
+    separable[0x21:0x7F, [*b"\t\n\v\f\r "]] = True
+    return separable
 
 
 def _distinct(data: bytes, begins: np.ndarray) -> pa.DictionaryArray:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import sentencepiece
 
-from megagpt.data.segment_cache import SegmentEncoder
+from megagpt.data.segment_cache import SegmentEncoder, cuts_between_pieces
 from megagpt.errors import UserError
 from megagpt.terminal import builder_command
 
@@ -54,7 +54,8 @@ class SentencePieceModel:
         """The cache of encoded segments; None if a segment's ids may depend on the text around it."""
         if not (self._keeps_text and self.is_exact_in_parts and self.kind in ("unigram", "bpe", "char")):
             return None
-        return SegmentEncoder((piece.replace(META_SPACE, " ").encode() for piece in self.pieces()), self._encode_lists)
+        pieces = (piece.replace(META_SPACE, " ").encode() for piece in self.pieces())
+        return SegmentEncoder(cuts_between_pieces(pieces), self._encode_lists)
 
     @property
     def is_exact_in_parts(self) -> bool:

@@ -132,6 +132,13 @@ class TokenizerJson:
             and all(map(self._keeps_text, self.matched))
         )
 
+    @property
+    def splits_as_gpt2(self) -> bool:
+        """Tell whether GPT-2's pattern alone decides into which words a text is split."""
+        steps = [*self._normalizers, *self._pre_tokenizers]
+        alone = [step["type"] for step in steps] == ["ByteLevel"] and steps == self._pre_tokenizers
+        return alone and not self.has_dummy_prefix and bool(steps[0].get("use_regex", True)) and not self.matched
+
     def usable(self) -> str:
         """Return the JSON for the `tokenizers` package: no text gives a control token, and all ids are always alike.
 

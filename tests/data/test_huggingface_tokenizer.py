@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tokenizers_of_others import json_of, of_the_package, write_json
 from data_tools.__main__ import main
 from megagpt.data import huggingface_model
 from megagpt.data.tokenizer import Tokenizer
+from megagpt.data.tokenizer_json import LETTERS
 from megagpt.errors import UserError
 
 KINDS = ("gpt2", "llama", "unigram")
@@ -36,6 +38,7 @@ TRAPS = [
     ),
     *("\ufeff", "\ufffd", "e\u0301", "\U0001f469\u200d\U0001f680", "\u4e2d\u6587", "\x85", "\u2028", "1234", "the cat"),
 ]
+ORDERED = "as'1!\u00e9 \n\u00a0\u3000\x1c\x85"
 ENDS = {"gpt2": 0, "llama": 2, "unigram": 1}
 trapped_text = st.lists(st.one_of(st.sampled_from(TRAPS), st.text(st.characters(exclude_categories=["Cs"])))).map(
     "".join
@@ -65,6 +68,40 @@ def test_ids_are_the_packages_own(files: dict[str, Path], kind: str) -> None:
     assert tokenizer.eod_id == ENDS[kind] == own.token_to_id(tokenizer.names()[tokenizer.eod_id])
 
 
+def test_segments_have_the_ids_of_the_whole_text_for_every_order_of_letters(tmp_path: Path) -> None:
+    """GPT-2's pattern looks at letters, numbers, the apostrophe, white space (not all of it ASCII), and the rest.
+
+    Any two bytes of them are merged wherever the pattern leaves them in one word.
+    """
+    letters = [letter for letter, byte in LETTERS.items() if byte in {bytes([one]) for one in ORDERED.encode()}]
+    merges = [list(pair) for pair in product(letters, repeat=2)]
+    vocab = [*LETTERS, *map("".join, merges), "<|endoftext|>"]
+    model = json_of("gpt2")["model"] | {"vocab": {piece: i for i, piece in enumerate(vocab)}, "merges": merges}
+    end = json_of("gpt2")["added_tokens"][0] | {"id": len(vocab) - 1}
+    path = write_json(tmp_path, "gpt2", model=model, added_tokens=[end])
+    tokenizer, own = Tokenizer.load(path), of_the_package(path)
+    assert tokenizer._model._segments is not None  # type: ignore[union-attr]
+    texts = list(map("".join, product(ORDERED, repeat=4)))
+    texts += [f"the {text} cat" for text in texts[::7]]
+    expected = [encoding.ids for encoding in own.encode_batch_fast(texts, add_special_tokens=False)]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+    ],
+)
+def test_no_segments_are_cut_of_another_pattern(tmp_path: Path, changes: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.load(path := write_json(tmp_path, "gpt2", **changes))
+    assert tokenizer._model._segments is None  # type: ignore[union-attr]
+    expected = [encoding.ids for encoding in of_the_package(path).encode_batch(hostile_lines(300))]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(hostile_lines(300))] == expected
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=100, deadline=None)
 @given(text=trapped_text)
@@ -89,7 +126,9 @@ def test_a_tokenizer_with_byte_fallback_loses_its_own_sign_of_a_space_alone(file
     tokenizer, n = Tokenizer.load(files["llama"]), text.count("\u2581")
     assert not tokenizer.is_lossless
     assert tokenizer.decode(tokenizer.encode(text)) == text.replace("\u2581", " ")
-    assert tokenizer.lost(text).total() == 3 * n
+    lost = tokenizer.lost(text).total()  # in a token that also has a space, that is between them
+    assert lost >= 3 * n
+    assert (lost > 0) == (n > 0)
 
 
 def test_bytes_by_hand() -> None:
