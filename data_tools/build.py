@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import sentencepiece
 
 from data_tools.config import BuildConfig, SourceConfig
 from data_tools.executor.progress import warn, watched
@@ -87,12 +87,13 @@ def finish(
 ) -> dict[str, Any]:
     """Make a dataset of what the stages wrote: publish the files, then write the manifest. Returns the report."""
     tokenizer = Tokenizer.load(stages.model)
+    library = "sentencepiece" if tokenizer.tokenizer_json is None else "tokenizers"
     report = make_report(stages, sources, config, command)
     other_files, index_sha256 = publish(folder, stages, report)
     manifest = Manifest(
         build_id=stages.shards[0][0].build_id,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        tool=f"data_tools with pyarrow {pa.__version__}, sentencepiece {sentencepiece.__version__}",
+        tool=f"data_tools with pyarrow {pa.__version__}, {library} {version(library)}",
         tokenizer=_describe_tokenizer(tokenizer, stages.sample_sha256),
         dtype=token_dtype(tokenizer.vocab_size),
         splits=_describe_splits(stages, tokenizer),

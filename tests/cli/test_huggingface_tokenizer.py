@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from data_support import write_texts
 from support import debug_run, metric
@@ -51,6 +52,7 @@ def test_documents_have_the_ids_of_the_package_and_their_end(run: tuple[Path, Pa
     found = [ids.tolist() for split in ("train", "val") for ids in dataset.stream(split).documents()]
     assert sorted(found) == sorted([*own.encode(text).ids, 0] for text in texts)
     assert " is whole: " in verify(data)
+    assert f"tokenizers {tokenizers.__version__}" in dataset.manifest.tool
     assert json.loads((data / "report.json").read_text())["loses_text"] is False
 
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from tokenizers_of_others import json_of, of_the_package, write_json
 
 from data_tools.__main__ import main
+from megagpt.config.augmentation import AugmentConfig
 from megagpt.data import huggingface_model
+from megagpt.data.augmentation import sentinels
 from megagpt.data.tokenizer import Tokenizer
 from megagpt.data.tokenizer_json import LETTERS
 from megagpt.errors import UserError
@@ -195,6 +197,18 @@ def test_the_end_of_a_document_is_that_of_the_config_beside_it(tmp_path: Path) -
     assert (again.eod_id, again.sha256) == (1, tokenizer.sha256)
     assert again.sha256 != Tokenizer.load(path).sha256  # data of another end is never mixed with it
     assert pickle.loads(pickle.dumps(again)).encode("the cat").tolist() == tokenizer.encode("the cat").tolist()
+
+
+def test_special_tokens_can_be_named_as_sentinels(tmp_path: Path) -> None:
+    spec, pieces = json_of("gpt2"), ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+    first, end = len(spec["model"]["vocab"]), spec["added_tokens"][0]
+    more = [end | {"id": first + i, "content": piece} for i, piece in enumerate(pieces)]
+    tokenizer = Tokenizer.load(write_json(tmp_path, "gpt2", added_tokens=[end, *more]))
+    fim = AugmentConfig(fim={"rate": 1.0, "pieces": pieces})
+    assert sentinels(fim, tokenizer, 384) == ([first, first + 1, first + 2], [])
+    assert not set(tokenizer.encode("".join(pieces)).tolist()) & {first, first + 1, first + 2}
+    with pytest.raises(UserError, match=r"'<\|endoftext\|>' is the end of a document; name another piece"):
+        sentinels(AugmentConfig(fim={"rate": 1.0, "pieces": ["<|endoftext|>", *pieces[1:]]}), tokenizer, 384)
 
 
 def test_ids_without_a_token_stand_for_nothing(tmp_path: Path) -> None:
