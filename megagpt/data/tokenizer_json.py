@@ -90,8 +90,9 @@ class TokenizerJson:
     def texts(self) -> list[bytes]:
         """Return what each id stands for: bytes of UTF-8."""
         texts = [self._text_of(piece) for piece in self.names]
-        for content, i in self.matched.items():
-            texts[i] = content.encode()
+        if self.is_byte_level:  # added tokens are spelled as the text is
+            for content, i in self.matched.items():
+                texts[i] = content.encode()
         for i in self.control_ids:
             texts[i] = b""
         return texts

@@ -162,6 +162,21 @@ def test_bytes_by_hand() -> None:
     assert dict(tokenizer.lost("aba")) == {"b": 1}
 
 
+def test_an_added_token_of_spaces_is_spaces(tmp_path: Path) -> None:
+    """As Gemma's: the model gives its id for two spaces, and the search before it for two times their sign."""
+    spec = json_of("llama")
+    vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    number = vocab.setdefault("\u2581\u2581", len(vocab))
+    spec["model"]["merges"] = [["\u2581", "\u2581"], *(pair for pair in merges if pair != ["\u2581", "\u2581"])]
+    spec["added_tokens"].append(spec["added_tokens"][0] | {"id": number, "content": "\u2581\u2581", "special": False})
+    tokenizer = Tokenizer.load(write_json(tmp_path, "llama", **spec))
+    ids = tokenizer.encode("q  q")
+    assert number in ids
+    assert tokenizer.decode(ids) == "q  q"
+    assert tokenizer.token_bytes()[number] == 2
+    assert dict(tokenizer.lost("a\u2581\u2581 the")) == {"\u2581\u2581": 6}
+
+
 def test_lost_text_by_hand(files: dict[str, Path]) -> None:
     tokenizer = Tokenizer.load(files["unigram"])
     assert dict(tokenizer.lost("the \u0416\u0416 cat")) == {"\u0416\u0416": 4}
