@@ -7,6 +7,7 @@ Datasets and checkpoints keep both in one file, so that their hash is that of al
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,26 +79,29 @@ def kind_of(model: dict[str, Any]) -> str:
 
 
 def _end_of_document(spec: dict[str, Any], path: Path) -> str:
-    added = added_tokens(spec, str(path))
+    added, vocab = added_tokens(spec, str(path)), vocabulary(spec["model"], str(path))
     config = path.parent / TOKENIZER_CONFIG
+    special = [name for name, token in added.items() if token.get("special")]
+    way_out = _way_out(special or [name for name in USUAL_ENDS if name in vocab], config)
     if config.is_file():
         named = parsed(config.read_bytes(), str(config)).get("eos_token")
         named = named.get("content") if isinstance(named, dict) else named
         if named:
-            if named not in added and named not in vocabulary(spec["model"], str(path)):
-                raise UserError(f"{config}: eos_token={named!r} is no token of {path}; {_way_out(added, config)}")
+            if named not in added and named not in vocab:
+                raise UserError(f"{config}: eos_token={named!r} is no token of {path}; {way_out}")
             return str(named)
     usual = [name for name in USUAL_ENDS if name in added]
     if len(usual) == 1:
         return usual[0]
     why = f"has {' and '.join(usual)}" if usual else "has no token of a usual name for that"
-    raise UserError(f"which token of {path} ends a document is not plain: it {why}; {_way_out(added, config)}")
+    raise UserError(f"which token of {path} ends a document is not plain: it {why}; {way_out}")
 
 
-def _way_out(added: dict[str, dict[str, Any]], config: Path) -> str:
+def _way_out(special: Sequence[str], config: Path) -> str:
     """Return how to name the end of a document: usual names come first, and those of other roles last."""
-    special = [name for name, token in added.items() if token.get("special")]
-    special.sort(key=lambda name: (name not in USUAL_ENDS, any(role in name.lower() for role in OTHER_ROLES)))
+    special = sorted(
+        special, key=lambda name: (name not in USUAL_ENDS, any(role in name.lower() for role in OTHER_ROLES))
+    )
     if not special:
         return f"it has no special tokens at all; add one such as <|endoftext|>, and name it as eos_token in {config}"
     more = f" and {len(special) - SHOWN} more" if len(special) > SHOWN else ""

@@ -226,6 +226,15 @@ def test_special_tokens_can_be_named_as_sentinels(tmp_path: Path) -> None:
         sentinels(AugmentConfig(fim={"rate": 1.0, "pieces": ["<|endoftext|>", *pieces[1:]]}), tokenizer, 384)
 
 
+def test_the_end_may_be_a_piece_that_is_no_special_token(tmp_path: Path) -> None:
+    """As in what ByteLevelBPETokenizer saves of vocab.json and merges.txt."""
+    path = write_json(tmp_path, "gpt2", added_tokens=[])
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    tokenizer = Tokenizer.load(path)
+    assert (tokenizer.eod_id, tokenizer.control_ids()) == (0, [0])
+    assert tokenizer.decode(tokenizer.encode("a<|endoftext|>")) == "a<|endoftext|>"
+
+
 def test_ids_without_a_token_stand_for_nothing(tmp_path: Path) -> None:
     spec = json_of("gpt2")
     spec["model"]["vocab"] = {piece: i if i < 300 else i + 70_000 for piece, i in spec["model"]["vocab"].items()}
@@ -245,6 +254,7 @@ def special(*names: str) -> list[dict[str, Any]]:
     return [{"id": i, "content": name, "special": True} for i, name in enumerate(names)]
 
 
+NO_END = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0]]}
 WRONG: dict[str, tuple[Any, str]] = {
     "cut off": (lambda: json.dumps(json_of("gpt2"))[:500], r"is damaged: it is not whole JSON .*fetch it again"),
     "vocab.json": (lambda: {"a": 0, "b": 1}, r"is a vocabulary alone; give the tokenizer\.json"),
@@ -253,7 +263,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "CLIP": (lambda: changed("gpt2", end_of_word_suffix="</w>"), r"loses the spaces between words"),
     "no end": (lambda: json_of("gpt2") | {"added_tokens": special("<bos>")}, r"echo '\{\"eos_token\": \"<bos>\"\}' > "),
     "two ends": (lambda: json_of("gpt2") | {"added_tokens": special("</s>", "<eos>")}, r"it has </s> and <eos>; name"),
-    "no special tokens": (lambda: json_of("gpt2") | {"added_tokens": []}, r"has no special tokens at all"),
+    "no special tokens": (
+        lambda: json_of("unigram") | {"added_tokens": [], "model": NO_END},
+        r"no special tokens at all",
+    ),
+    "end is not special": (lambda: json_of("gpt2") | {"added_tokens": []}, r"name one of <\|endoftext\|>, for example"),
     "no vocabulary": (lambda: changed("gpt2", vocab=3), r"its vocabulary is no list of pieces"),
     "two of one id": (lambda: changed("gpt2", vocab={"a": 0, "b": 0}, merges=[]), r"both have id 0"),
     "huge ids": (lambda: changed("gpt2", vocab={"a": 10**12}, merges=[]), r"ids are not within"),
