@@ -29,6 +29,8 @@ def _no_step(path: Path) -> str:
         return f"{path} is a dataset; {ways}"
     if (path / "config.json").is_file():
         return f"{path} is a Hugging Face folder, which transformers.AutoModelForCausalLM loads; {ways}"
+    if path.is_file() and ".json" in path.suffix:
+        return f"{path} is a file, perhaps a run file; give the folder of its run, which its megagpt.out_dir names"
     wrong = "holds no committed checkpoint" if path.exists() else "does not exist"
     if steps := [step_dir.name for step_dir in committed(run_of(path))]:
         ways = f"{run_of(path)} has the steps {', '.join(steps[-5:])}"

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     reasons = _reasons(choice, refused)
     text = _commented(choice.as_raw(out_dir), reasons)
     # A path as Python writes it has no line break, which would end the comment.
-    head = f"// Written by megagpt init for {data.path!r} and one {on.name}. Change what you like.\n"
+    device = "CPU" if on.name == "cpu" else on.name
+    head = f"// Written by megagpt init for {data.path!r} and one {device}. Change what you like.\n"
     try:
         with out.open("x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(head + text)
@@ -168,9 +169,9 @@ def _reasons(choice: Choice, refused: Choice | None) -> dict[str, list[str]]:
     measured = "which matrix products reach on this CPU now" if on_cpu else f"the peak of one {on.name}"
     return {
         "train_batch_size": [
-            f"Sequences a step: {choice.tokens_per_step:,} tokens. A power of two that makes about {STEPS:,} steps, at "
-            f"least {SMALLEST_BATCH} sequences,",
-            f"at most {LARGEST_BATCH:,} tokens.",
+            f"Sequences a step: {choice.tokens_per_step:,} tokens. A power of two that makes about {STEPS:,} steps, "
+            f"but at least {SMALLEST_BATCH} sequences,",
+            f"and at most {LARGEST_BATCH:,} tokens.",
         ],
         "train_micro_batch_size_per_gpu": [
             f"Sequences at a time: about {choice.estimate.total / GIB:.1f} GiB of memory of "

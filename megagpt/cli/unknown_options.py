@@ -9,6 +9,12 @@ from megagpt.config.mistakes import as_written, meant_keys, shortened
 from megagpt.config.other_trainers import NOTES, OUR_KEY, WITHOUT_KEY
 from megagpt.config.run_file import KEYS, SECTION
 
+# Options of other programs that generate text -> ours.
+OUR_OPTION = {
+    **dict.fromkeys(("start", "p", "text", "input"), "--prompt"),
+    **dict.fromkeys(("num_samples", "num_return_sequences", "n"), "--batch"),
+    **dict.fromkeys(("max_new_tokens", "max_length", "length"), "--max-tokens"),
+}
 # What a parsed command line holds besides options.
 NO_OPTIONS = {"command", "run_file", "overrides", "checkpoint", "run_dir", "local_rank"}
 
@@ -22,7 +28,9 @@ def no_option(args: argparse.Namespace, rest: Sequence[str], program: str) -> st
     if not word.startswith("-"):
         return f"there is nothing to do with {as_written(word)}; see `{program} --help`"
     name, has_value, value = word.lstrip("-").partition("=")
-    said = f"there is no option {shortened(f'--{name}')}"
+    said = f"there is no option {shortened(word.partition('=')[0])}"
+    if ours := OUR_OPTION.get(name.replace("-", "_")):
+        return f"{said}; did you mean {ours}?" if ours in _options(args) else f"{said}; see `{program} --help`"
     if near := get_close_matches(f"--{name}", sorted(_options(args)), n=1, cutoff=0.8):
         return f"{said}; did you mean {near[0]}?"
     name = name.replace("-", "_")

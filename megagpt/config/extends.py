@@ -10,6 +10,7 @@ from megagpt.config.parsing import dotted_items, read_json
 from megagpt.errors import UserError
 from megagpt.user_paths import local_path
 
+MANIFEST_KEYS = {"build_id", "splits", "tokenizer"}  # of a dataset, whose manifest some take for a run file
 EXTENDS = "extends"
 
 
@@ -26,6 +27,8 @@ def read_run_files(path: Path) -> list[RunFile]:
     found: list[RunFile] = []
     while True:
         own = read_json(path)
+        if own.keys() >= MANIFEST_KEYS:
+            raise UserError(f"{path}: it is a dataset's manifest; `megagpt init DATA` writes a run file for it")
         has_base, base = EXTENDS in own, own.pop(EXTENDS, None)
         found.append(RunFile(path, own))
         if not has_base:

@@ -28,6 +28,10 @@ def way_out(text: str, suffix: str, line: int, column: int) -> str:
         return "; write numbers without _"
     if not text.lstrip().startswith(("{", "[", "/")):
         return "; JSON begins with {, and names stand in quotation marks"
+    # A name or value in quotation marks follows a comma, unless it comes first or is a value.
+    written = re.sub(r"//[^\n]*", "", "\n".join([*text.split("\n")[: line - 1], shown[: max(0, column - 1)]])).rstrip()
+    if after.startswith('"') and written and written[-1] not in "{[,:":
+        return f"; a comma may be missing at the end of line {1 + written.count(chr(10))}"
     missing = text.count("{") - text.count("}")
     return f"; {'}' * min(missing, 9)} may be missing at the end" if not after.strip() and missing > 0 else ""
 
@@ -36,6 +40,8 @@ def not_a_file(path: Path) -> str:
     """Return the end of a message about a folder in the place of a file: the file in it that is meant."""
     if (path / "run.json").is_file():
         return f"it is a run's folder; give {typed(path / 'run.json')}"
+    if (path / "manifest.json").is_file():
+        return f"it is a dataset; `megagpt init {typed(path)}` writes a run file for it"
     found = sorted(other.name for other in path.glob("*.json*"))
     return f"it is a folder; give a file in it{f', such as {typed(path / found[0])}' if found else ''}"
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -78,7 +78,7 @@ def build_engine(
     prefer_cudnn(device)
     model.recompute = recompute
     groups = decay_groups(model, ds.optimizer.params.weight_decay, cfg.regularization.weight_decay_on)
-    with _refusals_explained(), without_compiler():
+    with _refusals_explained(), nullcontext() if compiled else without_compiler():
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=groups,

@@ -27,7 +27,11 @@ EXCLUDING: tuple[ModuleType | type, ...] = (
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """Build an engine inside this, and neither building nor running it imports torch's compiler."""
+    """Build an engine inside this, and neither building nor running it imports torch's compiler.
+
+    What is set on the classes of EXCLUDING stays in this process, where a later engine may compile: none of its graphs
+    calls them.
+    """
     wraps_in = torch._disable_dynamo.__code__.co_filename
     for place in EXCLUDING:
         for wrapper in vars(place).values():

@@ -1,28 +1,37 @@
 """The model card of an export (README.md), with the run's curves as a picture."""
 
+import json
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megagpt.checkpoint.commit import read_commit, run_of
+from megagpt.checkpoint.load import packing_of
+from megagpt.data.packing import PACKING
 from megagpt.train.metrics_file import read_rows
 
 CURVES = "curves.png"
+MASKED = (
+    "In training, attention stayed within each document. `transformers` has no such mask, so give it one document at a "
+    "time."
+)
 
 
 def model_card(step_dir: Path, name: str, license_name: str | None, lines: int, ties: int, *, drawn: bool) -> str:
     """Return the card in Markdown, with the front matter that the Hub reads."""
     saved = read_commit(step_dir)
+    section = json.loads((step_dir / "run.json").read_bytes())["megagpt"]
     front = ["---", *([f"license: {license_name}"] if license_name else []), "library_name: transformers"]
     front += ["pipeline_tag: text-generation", "tags:", "- megagpt", "- gpt2", "---"]
     model = saved.identity.model
     text = [
         *front,
         f"# {name}",
-        f"A GPT-2 with {model['n_layer']} layers, {model['n_head']} heads and a width of {model['n_embd']}, trained "
-        f"from scratch by megagpt for {saved.state.step:,} steps, which are "
-        f"{saved.state.tokens_seen:,} tokens.",
+        f"A GPT-2 with {model['n_layer']} layers, {model['n_head']} heads and a width of {model['n_embd']}, trained by "
+        f"megagpt for {saved.state.step:,} steps, which are {saved.state.tokens_seen:,} tokens, from "
+        + ("the weights of another run." if section.get("init_from") else "random weights."),
+        *([MASKED] if PACKING[packing_of(step_dir).kind].masked else []),
         "## Use",
         "```python\nfrom transformers import pipeline\n\n"
         f'generate = pipeline("text-generation", model="{name}")\nprint(generate("The ", max_new_tokens=50))\n```',

@@ -21,6 +21,11 @@ FILES = {  # name -> (contents, how the message ends)
     "e.json": (f"# mine\n{TEXT}", "write comments with // instead of #"),
     "f.json": (TEXT.replace('"max_steps": 5', '"max_steps": 1_000'), "write numbers without _"),
     "g.json": (TEXT[:-2], "}} may be missing at the end"),
+    "n.json": (TEXT.replace("8, ", "8 // sequences, \n", 1), "a comma may be missing at the end of line 1"),
+    "o.json": (
+        json.dumps({"build_id": "a", "splits": {}, "tokenizer": {}, "pipeline": {}}),
+        "it is a dataset's manifest; `megagpt init DATA` writes a run file for it",
+    ),
     "h.json": (TEXT.replace('"train_batch_size"', "\u201ctrain_batch_size\u201d"), 'write straight quotation marks, "'),
     "i.json": ("", "not JSON: the file is empty"),
     "j.json": (TEXT.encode("utf-16"), "it is not UTF-8 text; save it as that"),
@@ -85,6 +90,9 @@ def test_a_folder_is_answered_by_the_file_in_it(tmp_path):
         load_run_config(tmp_path)
     with pytest.raises(UserError, match=rf"run file {tmp_path}/mien.json does not exist; did you mean {tmp_path}/mine"):
         load_run_config(tmp_path / "mien.json")
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=f"it is a dataset; `megagpt init {tmp_path}` writes a run file for it"):
+        load_run_config(tmp_path)
     with pytest.raises(UserError, match="does not exist; examples are in ds_configs/"):
         load_run_config(tmp_path / "other.json")
 

@@ -93,6 +93,8 @@ def test_a_key_that_is_typed_as_an_option_is_answered_by_the_words_to_type(good,
             ["lint", "FILE", "--vocab_size=7"],
             "no option --vocab_size: the vocabulary is that of the dataset's tokenizer",
         ),
+        (["generate", "x", "--max_new_tokens=4"], "no option --max_new_tokens; did you mean --max-tokens?"),
+        (["generate", "x", "-p", "def "], "no option -p; did you mean --prompt?"),
         (["lint", "FILE", "--zzz"], "no option --zzz; see `megagpt lint --help`"),
     ],
 )

@@ -75,6 +75,20 @@ def test_what_is_there_is_not_overwritten(run, tmp_path, capsys, made, complaint
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("out", "more", "complaint"),
+    [
+        (".", [], "the current folder cannot be exported into"),
+        ("new", ["--license", "mit\ntags: x"], "is no name of a license"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_written(run, tmp_path, monkeypatch, capsys, out, more, complaint):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(run), out, *more]) == 2
+    assert complaint in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_error_is_one_message(run, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["export", str(run), str(tmp_path / "file" / "out")]) == 2
