@@ -4,9 +4,12 @@ Commands that only read a run take no lock.
 """
 
 import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Self
 
 from megagpt.checkpoint.commit import folder
@@ -52,14 +55,28 @@ class RunLock:
             if is_main():
                 self._check()
 
-    def archive_run(self, *in_use: Path | None) -> None:
-        """Rename an old run's folder, so that a new run can use its name. Collective; raises UserError.
+    @contextmanager
+    def archived_run(self, *in_use: Path | None) -> Iterator[None]:
+        """Rename an old run's folder, so that a new run can use its name; rename it back if the `with` block fails.
 
-        `in_use`: paths that must not change their names.
+        Both folders are locked until the block ends. `in_use`: paths that must not change their names. Collective;
+        raises UserError.
         """
-        with errors_on_every_rank():
-            if is_main():
-                self._archive([Path.cwd(), *filter(None, in_use)])
+        archive, old_lock = None, self._lock
+        try:
+            with errors_on_every_rank():
+                if is_main():
+                    archive = self._archive([Path.cwd(), *filter(None, in_use)])
+                    if archive:
+                        self._lock = FileLock(self.out_dir / LOCK)
+                        self._take()
+            yield
+        except Exception:
+            if archive:
+                self._bring_back(archive, old_lock)
+            raise
+        if archive:
+            old_lock.release()
 
     def _take(self) -> None:
         target = Path(os.path.realpath(self.out_dir))  # a link may name a folder that is still to be made
@@ -96,10 +113,11 @@ class RunLock:
             )
         self._take()
 
-    def _archive(self, in_use: list[Path]) -> None:
+    def _archive(self, in_use: list[Path]) -> Path | None:
+        """Return what an old run's folder is called now; None if there is no old run."""
         target = Path(os.path.realpath(self.out_dir))
         if not ((target / "run.json").is_file() or folder(target).is_dir()):
-            return
+            return None
         for path in in_use:
             if Path(os.path.realpath(path)).is_relative_to(target):
                 raise UserError(
@@ -113,5 +131,24 @@ class RunLock:
         except OSError as error:
             raise UserError(f"--fresh cannot rename {target}: {error}; give another megagpt.out_dir") from error
         print_rank0(f"the old run is now {archive}")
-        self._lock.release()
-        self._take()
+        return archive
+
+    def _bring_back(self, archive: Path, old_lock: FileLock) -> None:
+        """Give the old run its name back, and delete what the new start left there."""
+        target = Path(os.path.realpath(self.out_dir))
+        refused = None
+        try:
+            if self._lock.is_held():  # else another start was faster, or there is no folder yet
+                refused = Path(mkdtemp(prefix=f"{target.name}.refused_", dir=target.parent))
+                target.rename(refused)
+            archive.rename(target)
+        except OSError as error:
+            print_rank0(f"the old run stays {archive}: {error}")
+            old_lock.release()
+        else:
+            self._lock.release()
+            self._lock, self._made = old_lock, []
+            print_rank0(f"this start did not succeed, so the old run is {target} again")
+        finally:
+            if refused:
+                shutil.rmtree(refused, ignore_errors=True)

@@ -39,12 +39,9 @@ def run(args: argparse.Namespace) -> int:
     n_ranks = args.nproc or _gpus()
     if n_ranks <= 1:
         return run_rank(args, preemption)
-    if preemption.requested:  # while torch was loaded
-        return SAVED_AND_WANTS_RESTART
     fresh = ["--fresh"] if args.fresh else []
-    return train_on_ranks(
-        n_ranks, [sys.executable, "-m", "megagpt", "train", str(args.run_file), *fresh, *args.overrides]
-    )
+    command = [sys.executable, "-m", "megagpt", "train", str(args.run_file), *fresh, *args.overrides]
+    return train_on_ranks(n_ranks, command, stopped=lambda: preemption.requested)
 
 
 def run_rank(args: argparse.Namespace, preemption: Preemption | None = None) -> int:

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from tempfile import TemporaryFile
@@ -28,35 +28,41 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class LocalRanks:
-    """The ranks of one launch, each a process. Use it in a `with` block; the ranks that then still run are killed."""
+    """The ranks of one launch, each a process. Use it in a `with` block; the ranks that then still run are killed.
+
+    `blocked`: signals that wait, in each rank, until it unblocks them, as train.preemption does.
+    """
 
     def __init__(
-        self, n_ranks: int, command: Sequence[str], *, output: IO[str] | None = None, errors: IO[str] | None = None
+        self,
+        n_ranks: int,
+        command: Sequence[str],
+        *,
+        output: IO[str] | None = None,
+        errors: IO[str] | None = None,
+        blocked: Collection[signal.Signals] = (),
     ) -> None:
         self._n_ranks, self._command, self._output, self._errors = n_ranks, command, output, errors
+        self._blocked, self._signals = blocked, list[int]()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ended: SimpleQueue[tuple[int, int]] = SimpleQueue()  # (rank, exit code), in the order of their ends
 
     def __enter__(self) -> Self:
-        environment, port = without_launcher(os.environ), free_port()
-        for rank in range(self._n_ranks):
-            own = environment | ranks_variables(rank, self._n_ranks, port)
-            try:
-                process = subprocess.Popen(self._command, env=own, stdout=self._output, stderr=self._errors)
-            except OSError as error:
-                self._kill()
-                raise UserError(
-                    f"rank {rank} of {self._n_ranks} cannot be started: {error}; start fewer ranks"
-                ) from error
-            self._processes.append(process)
-            Thread(target=self._watch, args=(rank, process), daemon=True).start()
+        port = free_port()
+        try:
+            for rank in range(self._n_ranks):
+                self._start(rank, port)
+        except BaseException:  # also a signal that ends this command: __exit__ is not called
+            self._kill()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._kill()
 
     def signal(self, number: int) -> None:
-        """Send a signal to every rank that runs."""
+        """Send a signal to every rank that runs, and to those that are still to be started."""
+        self._signals.append(number)
         for process in self._processes:
             process.send_signal(number)
 
@@ -79,6 +85,20 @@ class LocalRanks:
                 until = time.monotonic() + (FIND_THE_SAME if code == MISTAKE else 0.0)
         return first
 
+    def _start(self, rank: int, port: int) -> None:
+        own = without_launcher(os.environ) | ranks_variables(rank, self._n_ranks, port)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)  # which the new process inherits
+        try:
+            process = subprocess.Popen(self._command, env=own, stdout=self._output, stderr=self._errors)
+            self._processes.append(process)
+        except OSError as error:
+            raise UserError(f"rank {rank} of {self._n_ranks} cannot be started: {error}; start fewer ranks") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        Thread(target=self._watch, args=(rank, process), daemon=True).start()
+        for number in self._signals:  # that came before it was started; a second one changes nothing
+            process.send_signal(number)
+
     def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
         self._ended.put((rank, process.wait()))
 
@@ -89,13 +109,18 @@ class LocalRanks:
             process.wait()
 
 
-def train_on_ranks(n_ranks: int, command: Sequence[str]) -> int:
+def train_on_ranks(n_ranks: int, command: Sequence[str], *, stopped: Callable[[], bool] = lambda: False) -> int:
     """Run a training command on n_ranks until they end; return the exit code of the first that failed.
 
-    SIGTERM, Ctrl-C and SIGUSR1 are passed on, upon which the ranks save and end with 75.
+    SIGTERM, Ctrl-C and SIGUSR1 are passed on, upon which the ranks save and end with 75; a rank that still starts gets
+    them once it listens. `stopped`: whether one came before.
     """
-    with LocalRanks(n_ranks, command) as ranks, _passing_on(ranks):
-        rank, code = ranks.wait()
+    ranks = LocalRanks(n_ranks, command, blocked=FORWARDED)
+    with _passing_on(ranks):  # before the first rank starts, so that no signal is lost
+        if stopped():
+            return SAVED_AND_WANTS_RESTART
+        with ranks:
+            rank, code = ranks.wait()
     if code in (0, MISTAKE, SAVED_AND_WANTS_RESTART):
         return code
     print_error(

@@ -35,6 +35,8 @@ WITHIN = {"fp32": 1e-4, "bf16": 2**-7, "fp16": 2**-7}
 LOSSES = ("train/loss", "val/loss", "val/best_loss")
 # Metrics that follow from losses or weights, and are not compared where those have a tolerance.
 FOLLOW = ("val/perplexity", "val/bits_per_byte", "optim/grad_norm")
+# Where a run sends its metrics besides its folder: a test adds no runs to the user's.
+TRACKERS = ("tensorboard", "wandb", "csv_monitor", "comet", "megagpt.mlflow")
 # Metrics that differ between any two runs.
 WALL_CLOCK = ("time", "perf/", "data/wait_seconds_per_step", "cluster/")
 
@@ -51,9 +53,9 @@ def verify_resume(
 ) -> tuple[list[str], str]:
     """Compare `steps` steps straight with the same steps resumed in the middle; return (differences, the criterion).
 
-    The run file is the user's, with its schedule; only out_dir, the intervals and the retention are replaced. If the
-    second half has other ranks or other keys (`then`), dropout is off, because every rank draws its own. Raises
-    UserError if a part fails.
+    The run file is the user's, with its schedule; only out_dir, the intervals and the retention are replaced, and
+    trackers are off. If the second half has other ranks or other keys (`then`), dropout is off, because every rank
+    draws its own. Raises UserError if a part fails.
     """
     out_dir, straight = folder / "run", folder / "straight"
     reshaped = then_ranks != ranks or bool(then)
@@ -63,6 +65,7 @@ def verify_resume(
         'megagpt.every={"log": 1, "eval": 1, "save": 0}',
         'megagpt.keep={"last": 2}',
         "megagpt.early_stopping.restore_best=false",
+        *(f"{tracker}.enabled=false" for tracker in TRACKERS),
         *(["megagpt.regularization.dropout=0.0"] if reshaped else []),
     ]
     _launch(run_file, ours, ranks, stop_at=steps)

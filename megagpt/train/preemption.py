@@ -31,6 +31,8 @@ class Preemption:
             signal.signal(signal.SIGINT, self._remember)
         for number in SIGNALS:
             signal.signal(number, self._remember)
+        # `megagpt train` starts ranks with these blocked, so that one that comes before they listen waits until now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*SIGNALS, signal.SIGINT})
 
     def set_time_limit(self, minutes: float | None) -> None:
         """Stop when this process is `minutes` old; known only once the run file is read."""

@@ -1,6 +1,7 @@
 """The training loop. Read `run_steps` first; everything that it calls is one hop away, most of it in session.py."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 
@@ -43,12 +44,11 @@ def train(
     with RunLock(run.megagpt.out_dir) as lock:
         fresh = fresh and not is_requeued_start(run.megagpt.out_dir)
         setup = prepare(run, device, fresh=fresh)
-        if fresh:
-            lock.archive_run(*(dataset.path for dataset in (*setup.data.train, setup.data.val)), setup.start)
         if setup.state.finished(run.megagpt.schedule.max_steps):
             print_nothing_left(run.megagpt, setup.state)
             return setup.state
-        with recorded_start(run, setup.state.step):
+        in_use = (*(dataset.path for dataset in (*setup.data.train, setup.data.val)), setup.start)
+        with lock.archived_run(*in_use) if fresh else nullcontext(), recorded_start(run, setup.state.step):
             session = Session(setup, device, launcher_alive=preemption.launcher_alive, before_save=lock.check)
         if log is not None:
             log.open(run.megagpt.out_dir)

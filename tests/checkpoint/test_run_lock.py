@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,61 @@ def test_fresh_does_not_rename_what_is_in_use_or_in_vain(dataset, device, tmp_pa
     assert pretrain([*arguments(dataset, "."), "--fresh"]) == 2
     assert f"--fresh renames megagpt.out_dir=., but {tmp_path / 'run'} is in it and in use" in capsys.readouterr().err
     assert committed(tmp_path / "run")
+
+
+def test_fresh_gives_the_old_run_its_name_back_if_the_new_one_cannot_start(dataset, device, tmp_path, monkeypatch):
+    """Building the model, reading its first weights and opening trackers come after the renaming."""
+    out_dir, pretrained = tmp_path / "run", tmp_path / "pretrained"
+    train(debug_run(dataset, out_dir, *SHORT), device)
+    shutil.copytree(out_dir, pretrained)
+    [weights] = committed(pretrained)[-1].glob("mp_rank_00_model_states.pt")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "too short for a key")
+    mistakes = {
+        f"megagpt.init_from={pretrained}": "is damaged",
+        "tensorboard.output_path=/proc/nope": "/proc/nope",
+        "csv_monitor.enabled=true csv_monitor.output_path=/proc/nope": "/proc/nope",
+        **({"wandb.enabled=true": "Weights & Biases"} if find_spec("wandb") else {}),
+    }
+    before = contents(tmp_path)
+    for mistake, message in mistakes.items():
+        with pytest.raises(UserError, match=message):
+            train(debug_run(dataset, out_dir, *SHORT, *mistake.split()), device, fresh=True)
+        assert contents(tmp_path) == before, mistake
+    # its lock is the old run's, and free
+    assert train(debug_run(dataset, out_dir, *SHORT, "megagpt.schedule.max_steps=6"), device).step == 6
+    train(debug_run(dataset, out_dir, *SHORT), device, fresh=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pretrained", "run", "run.old1"]
+
+
+def test_an_old_run_is_locked_while_it_may_get_its_name_back(dataset, device, tmp_path):
+    train(debug_run(dataset, tmp_path / "run", *SHORT), device)
+    lock = RunLock(tmp_path / "run")
+    with pytest.raises(UserError, match="no key"), lock, lock.archived_run():  # noqa: PT012
+        for name in ("run", "run.old1"):
+            with pytest.raises(LockHeldError):
+                FileLock(tmp_path / name / LOCK).take()
+        raise UserError("no key")
+    assert committed(tmp_path / "run")
+    with lock:
+        with lock.archived_run():
+            pass
+        FileLock(tmp_path / "run.old1" / LOCK).take()
+        with pytest.raises(LockHeldError):
+            FileLock(tmp_path / "run" / LOCK).take()
+    # another start was faster: it keeps the name
+    with pytest.raises(UserError, match="no key"), lock, lock.archived_run():  # noqa: PT012
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+        raise UserError("no key")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the locks; every folder."""
+    files = {path for path in folder.rglob("*") if path.name != LOCK}
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in files}
 
 
 @pytest.fixture

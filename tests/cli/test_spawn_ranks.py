@@ -110,6 +110,33 @@ def test_a_launch_ends_with_the_code_of_the_rank_that_failed(tmp_path, codes, ex
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_that_comes_while_the_ranks_start_stops_each_of_them(monkeypatch, number):
+    """Also one that does not listen yet: Python itself takes longer to start than all before it."""
+    rank = (
+        "import os, signal, socket, sys; from megagpt.train.preemption import Preemption\n"
+        "told, tells = socket.socketpair(); tells.setblocking(False); told.settimeout(20)\n"
+        "signal.set_wakeup_fd(tells.fileno()); stop = Preemption(ctrl_c=True)\n"
+        "stop.requested or told.recv(1); sys.exit(75 if stop.requested else 1)"
+    )
+
+    def signalled(self, rank, port):
+        if rank == 1:
+            os.kill(os.getpid(), number)
+        start(self, rank, port)
+
+    start = LocalRanks._start
+    monkeypatch.setattr(LocalRanks, "_start", signalled)
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        assert train_on_ranks(2, [sys.executable, "-c", rank]) == 75
+
+
+def test_a_signal_that_came_before_the_ranks_starts_none():
+    assert train_on_ranks(2, ["no such program"], stopped=lambda: True) == 75
+
+
+@pytest.mark.process
 def test_ranks_that_remain_with_their_mistake_are_ended_in_time(monkeypatch):
     """One that found a mistake ends with 2, and the others are given some seconds to find it too."""
     monkeypatch.setattr("megagpt.cli.spawn_ranks.FIND_THE_SAME", 0.2)

@@ -17,7 +17,9 @@ ROUGH = [
 
 @pytest.mark.process
 def test_a_run_on_two_ranks_resumes_bit_for_bit(dataset, tmp_path, capsys):
-    options = overrides(dataset, tmp_path / "unused", *ROUGH)
+    trackers = [f"tensorboard.output_path={tmp_path / 'unused'}", "csv_monitor.enabled=true", "wandb.enabled=true"]
+    trackers += [f"csv_monitor.output_path={tmp_path / 'unused'}", "megagpt.mlflow.enabled=true"]
+    options = overrides(dataset, tmp_path / "unused", *ROUGH, *trackers)
     assert main(["verify-resume", str(DEBUG_RUN), "--ranks", "2", *options]) == 0, capsys.readouterr().out
     assert capsys.readouterr().out == ("4 steps straight and cut after 2, on 2 rank(s): the same to the last bit\n")
     assert not (tmp_path / "unused").exists()
