@@ -15,6 +15,7 @@ from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.distributed.process_group import is_main, print_rank0
 from megagpt.terminal import GREEN, counted, if_encodable
+from megagpt.train.csv_files import CsvFiles
 from megagpt.train.metrics_file import (
     METRICS,
     SAMPLES,
@@ -26,7 +27,7 @@ from megagpt.train.metrics_file import (
     read_rows,
 )
 from megagpt.train.tensorboard_file import TensorBoardFile
-from megagpt.train.trackers import CsvFiles, Feed, open_feeds
+from megagpt.train.trackers import Feed, Outcome, close_feeds, open_feeds
 from megagpt.train_state import TrainState
 
 Events = Callable[[list[tuple[str, float, int]]], None]
@@ -47,12 +48,20 @@ class Monitor:
         logged = read_rows(self._metrics_file)
         # first, as a tracker may refuse the run file
         self._feeds = open_feeds(run, [row for row in logged if row["step"] <= resumed.step], logged)
-        rows = keep_up_to(self._metrics_file, resumed.step)
-        keep_up_to(self._samples_file, resumed.step)
+        try:
+            self._open_files(run, resumed.step)
+        except BaseException:
+            self.close("failed")
+            raise
+
+    def _open_files(self, run: RunConfig, step: int) -> None:
+        """Open the files of this start, `step` being the one that it resumes from."""
+        rows = keep_up_to(self._metrics_file, step)
+        keep_up_to(self._samples_file, step)
         if run.deepspeed.csv_monitor.enabled:
             self._csv = CsvFiles(run, rows)
         if run.deepspeed.tensorboard.enabled:
-            self._board = TensorBoardFile(run, resumed.step, rows)
+            self._board = TensorBoardFile(run, step, rows)
 
     def log(
         self,
@@ -103,10 +112,9 @@ class Monitor:
             if self._board:
                 self._board.samples(samples, step)
 
-    def close(self) -> None:
-        """Send trackers what they have not taken yet."""
-        for feed in self._feeds:
-            feed.close()
+    def close(self, outcome: Outcome) -> None:
+        """Send trackers what they have not taken yet, and how this start ended."""
+        close_feeds(self._feeds, outcome)
 
     @contextmanager
     def _continuing_without(self, what: str) -> Iterator[None]:

@@ -192,9 +192,10 @@ class Session:
             f"{state.samples_seen - 1:,} are skipped"
         )
         self.setup = replace(self.setup, training_set=data, saved=replace(saved, state=back))
-        self.monitor.close()
-        with errors_on_every_rank():
-            self.monitor = self._open_monitor()
+        with self.watchdog.paused():  # as trackers may be slow
+            self.monitor.close("stopped")
+            with errors_on_every_rank():
+                self.monitor = self._open_monitor()
         self.stopwatch = Stopwatch()
         return back, self.batches()
 

@@ -1,24 +1,22 @@
-"""Send a run's metrics to trackers: Weights & Biases, MLflow, CSV files.
+"""Send a run's metrics to trackers: Weights & Biases, MLflow.
 
-A run is one run there, over all its starts. tracker.json in its folder holds that run's id and the last step that was
-sent of each metric, because these services delete nothing: what an earlier attempt sent is not sent again, and what
-could not be sent is sent later, from metrics.jsonl.
+A run is one run there, over all its starts; tracker.json in its folder holds that run's id. These services delete
+nothing, so what an earlier attempt sent is not sent again, and what could not be sent is sent later, from
+metrics.jsonl. The service itself tells what it has, after a start that was killed or a request that failed.
 """
 
-import csv
 import json
 import os
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
-from io import StringIO
-from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
-from megagpt.atomic_files import append_whole, write_atomically
+from megagpt.atomic_files import write_atomically
 from megagpt.config.run_file import RunConfig
 from megagpt.distributed.process_group import print_rank0
 from megagpt.errors import UserError
@@ -27,21 +25,26 @@ from megagpt.train.tensorboard_file import hyperparameters
 from megagpt.train.wandb_file import last_offline_step
 
 RECORD = "tracker.json"
-CLOSE_SECONDS = 20.0  # to send what is left at the end
+# To send what is left at the end, to all trackers together: a launcher kills this rank 30 s after another has ended.
+CLOSE_SECONDS = 15.0
+ROWS_AT_A_TIME = 100
 Values = dict[str, float]
+Outcome = Literal["finished", "stopped", "failed"]  # "stopped": another start continues the run
 
 
 class Tracker(Protocol):
-    """A service that keeps runs. `taken`: the last step that it has, for one that takes none before it."""
+    """A service that keeps runs."""
 
     name: ClassVar[str]
     id: str
-    taken: int | None
+
+    def taken(self, names: Iterable[str]) -> dict[str, int] | None:
+        """Return the last step of each metric that the service has; None if it cannot tell."""
 
     def send(self, rows: Sequence[tuple[Row, Values]]) -> None:
         """Add the values of each row."""
 
-    def close(self) -> None:
+    def close(self, outcome: Outcome) -> None:
         """End the run, until a later start continues it."""
 
 
@@ -68,25 +71,33 @@ class WeightsAndBiases:
             # A git remote's address may hold a password.
             settings=wandb.Settings(console="off", disable_git=True, save_code=False),
         )
-        self.id = str(self._run.id)
-        self.taken = self._run.starting_step - 1
+        self.id, self._teardown = str(self._run.id), wandb.teardown
+        self._last_step: int | None = self._run.starting_step - 1
         if self._run.offline and run_id is not None:
-            self.taken = last_offline_step(out_dir / "wandb", run_id)
+            self._last_step = last_offline_step(out_dir / "wandb", run_id)
+
+    def taken(self, names: Iterable[str]) -> dict[str, int] | None:
+        """Return the last step that the run had when it was opened: it takes none before it, of any metric."""
+        return None if self._last_step is None else dict.fromkeys(names, self._last_step)
 
     def send(self, rows: Sequence[tuple[Row, Values]]) -> None:
         """Add the values of each row."""
         for row, values in rows:
             self._run.log(values, step=row["step"])
 
-    def close(self) -> None:
+    def close(self, outcome: Outcome) -> None:
         """Wait until all is sent."""
-        self._run.finish()
+        if outcome == "stopped":
+            self._run.mark_preempting()
+        self._run.finish(exit_code=0 if outcome == "finished" else 1)
+        self._teardown()  # `finish` may return before an offline run's file is written, which the next start reads
 
 
 class MLflow:
     """A run of MLflow, on the server that MLFLOW_TRACKING_URI names, else in a database next to the run's folder."""
 
-    name, taken = "MLflow", None
+    name = "MLflow"
+    STATUS: ClassVar[dict[Outcome, str]] = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
     def __init__(self, run: RunConfig, run_id: str | None) -> None:
         # else a start would wait for minutes for a server that is not there
@@ -109,6 +120,10 @@ class MLflow:
         settings = [self._entities.Param(key, str(value)) for key, value in hyperparameters(run).items()]
         self._client.log_batch(self.id, params=settings)
 
+    def taken(self, names: Iterable[str]) -> dict[str, int] | None:
+        """Return the last step of each metric that the run has."""
+        return {metric.key: metric.step for metric in self._client.get_run(self.id).data.to_proto().metrics}
+
     def send(self, rows: Sequence[tuple[Row, Values]]) -> None:
         """Add the values of each row."""
         points = [
@@ -119,9 +134,9 @@ class MLflow:
         for begin in range(0, len(points), 1000):  # the most that it takes at a time
             self._client.log_batch(self.id, metrics=points[begin : begin + 1000])
 
-    def close(self) -> None:
+    def close(self, outcome: Outcome) -> None:
         """Mark the run as ended."""
-        self._client.set_terminated(self.id)
+        self._client.set_terminated(self.id, self.STATUS[outcome])
 
 
 class Feed:
@@ -129,6 +144,7 @@ class Feed:
 
     def __init__(self, tracker: Tracker, record: "Record", rows: Iterable[Row]) -> None:
         self._tracker, self._record = tracker, record
+        self._outcome: Outcome = "finished"
         self._queue: SimpleQueue[Row | None] = SimpleQueue()
         for row in rows:
             self._queue.put(row)
@@ -139,12 +155,19 @@ class Feed:
         """Send a row soon."""
         self._queue.put(row)
 
-    def close(self) -> None:
-        """Send what is left, within CLOSE_SECONDS."""
+    def end(self, outcome: Outcome) -> None:
+        """Send what is left, and close the tracker."""
+        self._outcome = outcome
         self._queue.put(None)
-        self._thread.join(CLOSE_SECONDS)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until the tracker is closed."""
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            print_rank0(f"{self._tracker.name} did not take the last metrics in {CLOSE_SECONDS:.0f} s")
+            print_rank0(
+                f"{self._tracker.name} did not take the last metrics in {CLOSE_SECONDS:.0f} s; a start that trains "
+                "further sends them from metrics.jsonl"
+            )
 
     def _send_all(self) -> None:
         tracker, record = self._tracker, self._record
@@ -157,40 +180,43 @@ class Feed:
             waiting += [row for row in new if row is not None]
             ended = None in new
             try:
-                sent = dict(record.sent)
-                tracker.send([(row, values) for row in waiting if (values := _unsent(row, sent))])
-                waiting, record.sent = [], sent
+                if failing:  # the request that failed may have arrived, or a part of it
+                    record.add(tracker.taken(record.sent) or {})
+                while waiting:
+                    sent = dict(record.sent)
+                    tracker.send([(row, values) for row in waiting[:ROWS_AT_A_TIME] if (values := _unsent(row, sent))])
+                    del waiting[:ROWS_AT_A_TIME]
+                    record.sent = sent
+                    record.write()
                 if failing:
                     print_rank0(f"{tracker.name} takes metrics again")
-                    record.write(exact=False)
                 failing = False
                 if ended:
-                    tracker.close()
+                    tracker.close(self._outcome)
             except Exception as error:  # of any kind: no tracker may end a run
                 if not failing:
                     print_rank0(f"metrics cannot be sent to {tracker.name} ({_short(error)}); they are sent later")
-                    record.write(exact=True)
                 failing = True
-        record.write(exact=True)
 
 
 class Record:
     """What tracker.json says of one tracker: the run's id there, and the last step that was sent of each metric."""
 
-    def __init__(self, run: RunConfig, key: str, logged: Mapping[str, int]) -> None:
-        """`logged`: the last step of each metric that earlier starts logged, whether or not it was saved."""
+    def __init__(self, run: RunConfig, key: str) -> None:
         self._file, self._key = run.megagpt.out_dir / RECORD, key
         self._folder = str(run.megagpt.out_dir.resolve())
         found = self._all().get(key, {})
         known = found.get("folder") == self._folder  # a copy of the run's folder is another run
         self.id: str | None = found["id"] if known else None
         self.sent: dict[str, int] = dict(found["sent"]) if known else {}
-        if known and not found["exact"]:  # that start was killed
-            self.sent = {name: max(self.sent.get(name, 0), logged.get(name, 0)) for name in {*self.sent, *logged}}
 
-    def write(self, *, exact: bool) -> None:
-        """Write the record. `exact`: no more is being sent than it says."""
-        mine = {"id": self.id, "folder": self._folder, "sent": self.sent, "exact": exact}
+    def add(self, taken: Mapping[str, int]) -> None:
+        """Note that a tracker has each metric up to a step."""
+        self.sent |= {name: max(step, self.sent.get(name, 0)) for name, step in taken.items()}
+
+    def write(self) -> None:
+        """Write the record."""
+        mine = {"id": self.id, "folder": self._folder, "sent": self.sent}
         with suppress(OSError), _ONE_AT_A_TIME:
             write_atomically(self._file, json.dumps(self._all() | {self._key: mine}).encode())
 
@@ -213,67 +239,37 @@ def open_feeds(run: RunConfig, rows: Sequence[Row], logged: Sequence[Row]) -> li
     trains on without it.
     """
     is_on = {"wandb": run.deepspeed.wandb.enabled, "mlflow": run.megagpt.mlflow.enabled}
-    last = {name: row["step"] for row in logged for name in ("tokens_seen", *metrics_of(row))}
-    feeds = []
+    names = {name for row in logged for name in ("tokens_seen", *metrics_of(row))}
+    feeds: list[Feed] = []
     for key, kind in TRACKERS.items():
         if not is_on[key] or (key == "wandb" and os.environ.get("WANDB_MODE") == "disabled"):
             continue
-        record = Record(run, key, last)
+        record = Record(run, key)
         try:
             tracker: Tracker = kind(run, record.id)
+            if (taken := tracker.taken(names)) is not None:
+                record.sent = taken
         except Exception as error:
             section = "wandb" if key == "wandb" else "megagpt.mlflow"
             why = f"{section}.enabled=true: {kind.name} cannot be used ({_short(error)})"
             if record.id is None:
+                close_feeds(feeds, "failed")
                 raise UserError(f"{why}; fix that, or set {section}.enabled=false") from error
             print_rank0(f"{why}; training continues without it")
-            record.write(exact=True)
             continue
         record.id = tracker.id
-        if tracker.taken is not None:
-            record.sent = dict.fromkeys(last, tracker.taken)
-        record.write(exact=False)
+        record.write()
         feeds.append(Feed(tracker, record, rows))
     return feeds
 
 
-class CsvFiles:
-    """A CSV file for each metric: step, value, tokens. Each start writes them from metrics.jsonl, and adds to them."""
-
-    def __init__(self, run: RunConfig, rows: Iterable[Row]) -> None:
-        cfg, out_dir = run.deepspeed.csv_monitor, run.megagpt.out_dir
-        default = out_dir.resolve().name if cfg.output_path else "csv"
-        self._folder = Path(cfg.output_path or out_dir) / (cfg.job_name or default)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        lines: dict[str, list[list[Any]]] = {}
-        for row in rows:
-            for name, value in metrics_of(row).items():
-                lines.setdefault(name, [self._head(name)]).append([row["step"], value, row["tokens_seen"]])
-        for name, found in lines.items():
-            write_atomically(self._file(name), _csv(found))
-        self._begun = set(lines)
-
-    def log(self, row: Row) -> None:
-        """Add a row's metrics to their files."""
-        for name, value in metrics_of(row).items():
-            line = [row["step"], value, row["tokens_seen"]]
-            if name in self._begun:
-                append_whole(self._file(name), _csv([line]))
-            else:
-                write_atomically(self._file(name), _csv([self._head(name), line]))
-                self._begun.add(name)
-
-    def _head(self, name: str) -> list[str]:
-        return ["step", name, "tokens_seen"]
-
-    def _file(self, name: str) -> Path:
-        return self._folder / f"{name.replace('/', '_')}.csv"
-
-
-def _csv(lines: Iterable[Sequence[Any]]) -> bytes:
-    text = StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue().encode()
+def close_feeds(feeds: Iterable[Feed], outcome: Outcome) -> None:
+    """Send what is left and close the trackers, within CLOSE_SECONDS for all of them."""
+    deadline = time.monotonic() + CLOSE_SECONDS
+    for feed in feeds:
+        feed.end(outcome)
+    for feed in feeds:
+        feed.wait(max(0.0, deadline - time.monotonic()))
 
 
 def _unsent(row: Row, sent: dict[str, int]) -> Values:

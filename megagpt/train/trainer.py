@@ -22,6 +22,7 @@ from megagpt.train.preemption import Preemption
 from megagpt.train.preflight import prepare
 from megagpt.train.run_log import RunLog
 from megagpt.train.session import Session
+from megagpt.train.trackers import Outcome
 from megagpt.train_state import TrainState
 
 
@@ -50,12 +51,15 @@ def train(
         in_use = (*(dataset.path for dataset in (*setup.data.train, setup.data.val)), setup.start)
         with lock.archived_run(*in_use) if fresh else nullcontext(), recorded_start(run, setup.state.step):
             session = Session(setup, device, launcher_alive=preemption.launcher_alive, before_save=lock.check)
-        if log is not None:
-            log.open(run.megagpt.out_dir)
+        outcome: Outcome = "failed"
         try:
-            return run_steps(session, preemption, stop_at)
+            if log is not None:
+                log.open(run.megagpt.out_dir)
+            state = run_steps(session, preemption, stop_at)
+            outcome = "finished" if state.finished(run.megagpt.schedule.max_steps) else "stopped"
+            return state
         finally:
-            session.monitor.close()
+            session.monitor.close(outcome)
 
 
 def run_steps(session: Session, preemption: Preemption, stop_at: int | None) -> TrainState:

@@ -4,8 +4,10 @@
 """
 
 import csv
+import json
 import shutil
 import threading
+import time
 from bisect import bisect_left
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,9 +20,11 @@ from support import debug_run, metric
 from megagpt.errors import UserError
 from megagpt.train import trackers
 from megagpt.train.metrics_file import append_row, keep_up_to, new_row, read_rows
-from megagpt.train.trackers import open_feeds
+from megagpt.train.monitor import Monitor
+from megagpt.train.trackers import close_feeds, open_feeds
 from megagpt.train.trainer import train
 from megagpt.train.wandb_file import offline_rows
+from megagpt.train_state import TrainState
 
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed (pip install wandb)")
 needs_mlflow = pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed (pip install mlflow)")
@@ -28,12 +32,17 @@ TOKENS = 64  # of a step
 
 
 class Ledger:
-    """Remembers what it gets: run -> name -> steps. While `down` it takes nothing; while not `open` it waits."""
+    """Remembers what it gets: run -> name -> steps. While `down` it takes nothing; while not `open` it waits.
 
-    name, taken = "the ledger", None
+    The next request loses its answer after `loses_answer_after` values.
+    """
+
+    name = "the ledger"
     runs: ClassVar[dict[str, dict[str, list[int]]]] = {}
-    down, open, refused = False, threading.Event(), threading.Event()
+    down, open, asked, refused = False, threading.Event(), threading.Event(), threading.Event()
     took: SimpleQueue[str] = SimpleQueue()
+    loses_answer_after: ClassVar[list[int]] = []
+    outcomes: ClassVar[list[str]] = []
 
     def __init__(self, run, run_id):
         if self.down:
@@ -42,17 +51,27 @@ class Ledger:
         self.runs.setdefault(self.id, {})
 
     def send(self, rows):
+        self.asked.set()
         self.open.wait(60)
         if self.down:
             self.refused.set()
             raise ConnectionError("the ledger is closed")
-        for row, values in rows:
-            for name in values:
-                self.runs[self.id].setdefault(name, []).append(row["step"])
-                self.took.put(name)
+        values = [(row["step"], name) for row, values in rows for name in values]
+        taken = self.loses_answer_after.pop() if self.loses_answer_after else None
+        for step, name in values[:taken]:
+            self.runs[self.id].setdefault(name, []).append(step)
+            self.took.put(name)
+        if taken is not None:
+            self.refused.set()
+            raise ConnectionError("the ledger is closed")
 
-    def close(self):
-        pass
+    def taken(self, names):
+        if self.down:
+            raise ConnectionError("the ledger is closed")
+        return {name: max(steps) for name, steps in self.runs[self.id].items()}
+
+    def close(self, outcome):
+        self.outcomes.append(outcome)
 
 
 @pytest.fixture
@@ -61,6 +80,7 @@ def ledger(monkeypatch):
     monkeypatch.setattr(Ledger, "runs", {})
     monkeypatch.setattr(Ledger, "down", False)
     monkeypatch.setattr(Ledger, "took", SimpleQueue())
+    monkeypatch.setattr(Ledger, "outcomes", [])
     Ledger.open.set()
     Ledger.refused.clear()
     return Ledger
@@ -96,9 +116,8 @@ class Start:
 
 def killed(start: Start) -> None:
     """End a start after its rows were sent, and without its last words."""
-    record, start.feed._record.write = start.feed._record, lambda *, exact: None
-    start.feed.close()
-    assert record.id
+    start.feed._record.write = lambda: None
+    close_feeds([start.feed], "finished")
 
 
 def test_steps_that_come_again_after_a_kill_are_sent_once(ledger, run):
@@ -127,7 +146,7 @@ def test_what_a_service_did_not_take_is_sent_when_it_is_back(ledger, run, capsys
         pass
     ledger.down = True
     start.log(range(6, 9))
-    start.feed.close()
+    close_feeds([start.feed], "finished")
     assert "metrics cannot be sent to the ledger (the ledger is closed); they are sent later" in capsys.readouterr().out
     start = Start(run, 8)  # the service refuses the run that it knows: training goes on without it
     assert start.feed is None
@@ -136,7 +155,7 @@ def test_what_a_service_did_not_take_is_sent_when_it_is_back(ledger, run, capsys
     ledger.down = False
     start = Start(run, 10)
     start.log([11])
-    start.feed.close()
+    close_feeds([start.feed], "finished")
     assert ledger.runs["run0"]["train/loss"] == list(range(1, 12))
     assert ledger.runs["run0"]["val/loss"] == [5, 10]
 
@@ -148,10 +167,69 @@ def test_a_service_that_is_back_in_the_same_start_gets_all(ledger, run, capsys):
     assert ledger.refused.wait(60)
     ledger.down = False
     start.log([3])
-    start.feed.close()
+    close_feeds([start.feed], "finished")
     assert ledger.runs["run0"]["train/loss"] == [1, 2, 3]
     told = "metrics cannot be sent to the ledger (the ledger is closed); they are sent later\n"
     assert capsys.readouterr().out == told + "the ledger takes metrics again\n"
+
+
+@pytest.mark.parametrize("values", [0, 201, 400])
+def test_a_request_that_fails_half_way_or_loses_its_answer_sends_no_step_twice(ledger, run, values, capsys):
+    for step in range(1, 301):
+        append_row(run.megagpt.out_dir / "metrics.jsonl", new_row(step, TOKENS * step, {"train/loss": 1.0}))
+    ledger.loses_answer_after.append(values)
+    start = Start(run, 300)
+    assert ledger.refused.wait(60)
+    start.log([301])
+    close_feeds([start.feed], "finished")
+    assert ledger.runs["run0"] == {name: list(range(1, 302)) for name in ("tokens_seen", "train/loss")}
+    assert "the ledger takes metrics again" in capsys.readouterr().out
+
+
+def test_what_a_start_was_still_sending_at_its_end_is_sent_by_the_next(ledger, run, monkeypatch):
+    stuck = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(trackers, "CLOSE_SECONDS", 0.01)
+        patch.setattr(ledger, "open", stuck)
+        patch.setattr(ledger, "asked", threading.Event())
+        first = Start(run, 0)
+        first.log(range(1, 11))
+        assert ledger.asked.wait(60)
+        close_feeds([first.feed], "stopped")
+    second = Start(run, 10)
+    second.log([11])
+    close_feeds([second.feed], "finished")
+    assert ledger.runs["run0"]["train/loss"] == list(range(1, 12))
+    ledger.down = True  # so that the first takes its end
+    stuck.set()
+    first.feed._thread.join()
+
+
+def test_the_trackers_of_a_run_share_the_time_to_close(ledger, run, monkeypatch):
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.2)
+    ledger.open.clear()
+    feeds = [Start(run, 0).feed for _ in range(5)]
+    for feed in feeds:
+        feed.log(new_row(1, TOKENS, {"train/loss": 1.0}))
+    began = time.monotonic()
+    close_feeds(feeds, "finished")
+    assert 0.2 <= time.monotonic() - began < 0.6
+    ledger.open.set()
+    for feed in feeds:
+        feed._thread.join()
+
+
+def test_a_long_run_is_sent_in_parts_that_are_noted_one_by_one(ledger, run, monkeypatch):
+    parts, send = SimpleQueue(), ledger.send
+    monkeypatch.setattr(ledger, "send", lambda self, rows: (parts.put(len(rows)), send(self, rows)))
+    for step in range(1, 251):
+        append_row(run.megagpt.out_dir / "metrics.jsonl", new_row(step, TOKENS * step, {"train/loss": 1.0}))
+    noted = []
+    monkeypatch.setattr(trackers.Record, "write", lambda self: noted.append(self.sent.get("train/loss")))
+    start = Start(run, 250)
+    close_feeds([start.feed], "finished")
+    assert noted == [None, 100, 200, 250]
+    assert [parts.get() for _ in range(3)] == [100, 100, 50]
 
 
 def test_a_tracker_that_is_switched_on_later_gets_the_run_from_its_beginning(ledger, run):
@@ -159,18 +237,18 @@ def test_a_tracker_that_is_switched_on_later_gets_the_run_from_its_beginning(led
         append_row(run.megagpt.out_dir / "metrics.jsonl", row)
     start = Start(run, 6)
     start.log([7])
-    start.feed.close()
+    close_feeds([start.feed], "finished")
     assert ledger.runs["run0"]["train/loss"] == list(range(1, 8))
 
 
 def test_a_copy_of_a_runs_folder_is_another_run(ledger, run, dataset, tmp_path):
     start = Start(run, 0)
     start.log([1, 2])
-    start.feed.close()
+    close_feeds([start.feed], "finished")
     shutil.copytree(run.megagpt.out_dir, tmp_path / "copy")
     start = Start(debug_run(dataset, tmp_path / "copy", "megagpt.mlflow.enabled=true"), 2)
     start.log([3])
-    start.feed.close()
+    close_feeds([start.feed], "finished")
     assert ledger.runs["run0"]["train/loss"] == [1, 2]
     assert ledger.runs["run1"]["train/loss"] == [1, 2, 3]
 
@@ -180,7 +258,7 @@ def test_a_slow_service_delays_no_step_and_the_end_for_a_limited_time(ledger, ru
     ledger.open.clear()
     start = Start(run, 0)
     start.log(range(1, 4))  # returns
-    start.feed.close()
+    close_feeds([start.feed], "finished")
     assert "the ledger did not take the last metrics in 0 s" in capsys.readouterr().out
     ledger.open.set()
     start.feed._thread.join()
@@ -196,6 +274,38 @@ def test_a_new_run_that_its_tracker_refuses_is_one_message(ledger, run):
         "megagpt.mlflow.enabled=false"
     )
     assert not list(run.megagpt.out_dir.iterdir())
+
+
+def test_a_tracker_that_refuses_closes_those_that_were_open(ledger, run, dataset, monkeypatch):
+    both = debug_run(dataset, run.megagpt.out_dir, "megagpt.mlflow.enabled=true", "wandb.enabled=true")
+
+    class Closed(Ledger):
+        down = True
+
+    monkeypatch.setattr(trackers, "TRACKERS", {"mlflow": Ledger, "wandb": Closed})
+    with pytest.raises(UserError, match=r"^wandb\.enabled=true: the ledger cannot be used"):
+        open_feeds(both, [], [])
+    assert ledger.outcomes == ["failed"]
+
+
+def test_a_monitor_that_cannot_open_its_files_closes_its_trackers(ledger, run, dataset, tmp_path):
+    (tmp_path / "file").touch()
+    options = ("megagpt.mlflow.enabled=true", f"tensorboard.output_path={tmp_path}/file")
+    with pytest.raises((UserError, OSError), match="Not a directory"):
+        Monitor(debug_run(dataset, run.megagpt.out_dir, *options), TrainState(), also=lambda events: None)
+    assert ledger.outcomes == ["failed"]
+
+
+def test_a_tracker_is_told_how_a_start_ended(ledger, dataset, device, tmp_path, monkeypatch):
+    options = ["megagpt.mlflow.enabled=true", "megagpt.data.val_tokens=128", "megagpt.every.sample=0"]
+    run = debug_run(dataset, tmp_path / "run", *options, 'megagpt.schedule={"max_steps": 2}')
+    train(run, device, stop_at=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("megagpt.train.session.save_checkpoint", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(run, device)
+    train(run, device)
+    assert ledger.outcomes == ["stopped", "failed", "finished"]
 
 
 def test_csv_files_hold_what_metrics_jsonl_holds_over_resumes(dataset, device, tmp_path, monkeypatch):
@@ -263,12 +373,19 @@ def test_mlflow_has_our_steps_once_over_a_resume(dataset, device, tmp_path, monk
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     options = ["megagpt.mlflow.enabled=true", "megagpt.data.val_tokens=128", "megagpt.every.sample=0"]
     out_dir = tmp_path / "run"
-    short = 'megagpt.schedule={"max_steps": %d}'
-    train(debug_run(dataset, out_dir, *options, short % 3, "megagpt.every.save=2"), device)
-    (out_dir / "checkpoints" / "step_00000003" / "COMMIT").unlink()
-    train(debug_run(dataset, out_dir, *options, short % 5), device)
+    run = debug_run(dataset, out_dir, *options, 'megagpt.schedule={"max_steps": 5}', "megagpt.every.save=2")
+    train(run, device, stop_at=3)
     client = MlflowClient()
     [found] = client.search_runs([client.get_experiment_by_name("megagpt").experiment_id])
+    assert found.info.status == "KILLED"
+    (out_dir / "checkpoints" / "step_00000003" / "COMMIT").unlink()
+    # as a start that was killed left it
+    record = {"id": found.info.run_id, "folder": str(out_dir), "sent": {}, "exact": False}
+    (out_dir / "tracker.json").write_text(json.dumps({"mlflow": record}))
+    append_row(out_dir / "metrics.jsonl", new_row(2, 8 * TOKENS * 2, {"val/loss": 6.0}))  # which it had not sent
+    train(run, device)
+    [found] = client.search_runs([client.get_experiment_by_name("megagpt").experiment_id])
     assert (found.info.run_name, found.info.status, found.data.params["n_embd"]) == ("run", "FINISHED", "64")
+    assert [point.step for point in client.get_metric_history(found.info.run_id, "val/loss")] == [2, 5]
     for name in ("train/loss", "tokens_seen"):
         assert [point.step for point in client.get_metric_history(found.info.run_id, name)] == [1, 2, 3, 4, 5]
