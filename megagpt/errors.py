@@ -24,16 +24,15 @@ def raised_on_every_rank(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def writing_to(out_dir: Path) -> Iterator[None]:
-    """Turn an OSError while writing to a run's folder into a UserError that names the folder."""
+def writing_to(folder: Path | str, key: str = "megagpt.out_dir") -> Iterator[None]:
+    """Turn an OSError while writing to a run's folder, or to another one that a key names, into a UserError."""
     try:
         yield
     except OSError as error:
         if limit := limit_reached(error):
             raise limit from error
         raise UserError(
-            f"megagpt.out_dir={out_dir} cannot be written: {error}; free disk space, allow writing there, or "
-            "set another folder"
+            f"{key}={folder} cannot be written: {error}; free disk space, allow writing there, or set another folder"
         ) from error
 
 

@@ -14,6 +14,7 @@ from megagpt.checkpoint.commit import best
 from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.distributed.process_group import is_main, print_rank0
+from megagpt.errors import writing_to
 from megagpt.terminal import GREEN, counted, if_encodable
 from megagpt.train.csv_files import CsvFiles
 from megagpt.train.metrics_file import (
@@ -58,10 +59,13 @@ class Monitor:
         """Open the files of this start, `step` being the one that it resumes from."""
         rows = keep_up_to(self._metrics_file, step)
         keep_up_to(self._samples_file, step)
-        if run.deepspeed.csv_monitor.enabled:
-            self._csv = CsvFiles(run, rows)
-        if run.deepspeed.tensorboard.enabled:
-            self._board = TensorBoardFile(run, step, rows)
+        csv, board, out_dir = run.deepspeed.csv_monitor, run.deepspeed.tensorboard, run.megagpt.out_dir
+        if csv.enabled:
+            with writing_to(*_folder_key("csv_monitor", csv.output_path, csv.job_name, out_dir)):
+                self._csv = CsvFiles(run, rows)
+        if board.enabled:
+            with writing_to(*_folder_key("tensorboard", board.output_path, board.job_name, out_dir)):
+                self._board = TensorBoardFile(run, step, rows)
 
     def log(
         self,
@@ -124,6 +128,13 @@ class Monitor:
             if what not in self._failed:
                 print_rank0(f"metrics cannot be written to {what} ({error}); training continues without them")
             self._failed.add(what)
+
+
+def _folder_key(section: str, output_path: str, job_name: str, out_dir: Path) -> tuple[Path | str, str]:
+    """Return the value and the name of the key that decides where a section's files are."""
+    if output_path:
+        return output_path, f"{section}.output_path"
+    return (job_name, f"{section}.job_name") if job_name else (out_dir, "megagpt.out_dir")
 
 
 # The metrics that the terminal shows -> how it names them.

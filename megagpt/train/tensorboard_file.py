@@ -95,10 +95,15 @@ class TensorBoardFile:
         self._file = folder / f"{PREFIX}{_after_all(folder):017.6f}.{socket.gethostname()}.{os.getpid()}"
         self._described: set[str] = set()
         first, description = step + 1, folder / DESCRIPTION
-        # There is none in a run of an older megagpt, whose names were others, or where TensorBoard was off.
+        # There is none in a run of an older megagpt, whose names were others, or where TensorBoard was always off.
         redrawn = [] if description.exists() else rows
         if folder.resolve().is_relative_to(run.megagpt.out_dir.resolve()):  # else other runs may write there too
-            for file in sorted(folder.glob(f"{PREFIX}*")):
+            files = sorted(folder.glob(f"{PREFIX}*"))
+            # Where it was off for some starts, or a disk was full, all is drawn again: TensorBoard joins the points of
+            # a curve in the order of the files.
+            if not _points(rows) <= {point for file in files for point in _drawn(file)}:
+                redrawn = rows
+            for file in files:
                 _keep_up_to(file, step, max((row["tokens_seen"] for row in rows), default=0), redrawn)
         events = [Event(wall_time=time.time(), file_version=VERSION)]
         events += [Event(wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START))]
@@ -165,7 +170,7 @@ def events_folder(run: RunConfig, *, resumed: bool) -> Path:
 
 def _keep_up_to(file: Path, step: int, tokens: int, redrawn: Sequence[Row]) -> None:
     """Drop events after `step` from an event file, by tokens those after `tokens`, and points that are drawn again."""
-    again = {(name, row["step"]) for row in redrawn for name in row}
+    again = _points(redrawn) | {(name, row["step"]) for row in redrawn for name in row}
 
     def is_kept(event: Event) -> bool:
         tag = event.summary.value[0].tag if event.summary.value else ""
@@ -176,6 +181,21 @@ def _keep_up_to(file: Path, step: int, tokens: int, redrawn: Sequence[Row]) -> N
     after = b"".join(record for record, event in _parsed(before) if is_kept(event) or event.HasField("session_log"))
     if after != before:
         write_atomically(file, after)
+
+
+def _points(rows: Iterable[Row]) -> set[tuple[str, int]]:
+    """Return the tag and the step of each point of rows, by steps and by tokens."""
+    points = set()
+    for row in rows:
+        names = metrics_of(row)
+        points |= {(name, row["step"]) for name in names}
+        points |= {(BY_TOKENS + name, row["tokens_seen"]) for name in DRAWN_BY_TOKENS if name in names}
+    return points
+
+
+def _drawn(file: Path) -> Iterator[tuple[str, int]]:
+    """Yield the tag and the step of each point in an event file."""
+    return ((value.tag, event.step) for _, event in _parsed(file.read_bytes()) for value in event.summary.value)
 
 
 def _parsed(records: bytes) -> Iterator[tuple[bytes, Event]]:

@@ -8,9 +8,10 @@ import time
 
 import pytest
 from event_files import board, curves_of, drawn, texts
-from support import debug_run
+from support import debug_run, metric
 from torch.utils.tensorboard import SummaryWriter
 
+from megagpt.errors import UserError
 from megagpt.train.metrics_file import new_row
 from megagpt.train.monitor import Monitor
 from megagpt.train.tensorboard_file import PREFIX, TensorBoardFile, events_folder
@@ -70,6 +71,40 @@ def test_tensorboard_that_is_switched_on_later_draws_the_run_from_its_beginning(
         first.log(TrainState(step=step, tokens_seen=64 * step), {"train/loss": 1.0 / step})
     monitor(debug_run(dataset, tmp_path / "run"), 2)
     assert drawn(board(tmp_path / "run"), "train/loss") == {1: 1.0, 2: 0.5}
+
+
+@pytest.mark.parametrize("forgets", [True, False])
+def test_tensorboard_that_was_off_for_a_start_has_no_hole_and_no_point_twice(dataset, tmp_path, forgets):
+    for start, on in ((0, "true"), (5, "false"), (10, "true"), (15, "true")):
+        watched = monitor(debug_run(dataset, tmp_path / "run", f"tensorboard.enabled={on}"), start)
+        for step in range(start + 1, start + 6):
+            watched.log(TrainState(step=step, tokens_seen=64 * step), {"train/loss": 1.0 / step})
+        watched.samples([("a", "b")], start + 5)
+    shown = board(tmp_path / "run", forgets=forgets)
+    losses = {step: pytest.approx(1.0 / step) for step in range(1, 21)}
+    assert drawn(shown, "train/loss") == losses
+    assert list(drawn(shown, "train/loss")) == list(losses)
+    if forgets:
+        assert drawn(shown, "by_tokens/train/loss") == {64 * step: loss for step, loss in losses.items()}
+    assert list(texts(shown, "samples")) == [5, 15, 20]
+
+
+@pytest.mark.parametrize("section", ["tensorboard", "csv_monitor"])
+def test_a_folder_of_curves_that_cannot_be_made_is_reported_by_its_key(dataset, tmp_path, section):
+    (tmp_path / "file").touch()
+    run = debug_run(dataset, tmp_path / "run", f"{section}.enabled=true", f"{section}.output_path={tmp_path}/file")
+    with pytest.raises(UserError) as refused:
+        monitor(run, 0)
+    folder = tmp_path / "file" / "run"
+    assert str(refused.value) == (
+        f"{section}.output_path={tmp_path}/file cannot be written: [Errno 20] Not a directory: '{folder}'; free disk "
+        "space, allow writing there, or set another folder"
+    )
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "name").touch()
+    run = debug_run(dataset, tmp_path / "run", f"{section}.enabled=true", f"{section}.job_name=name")
+    with pytest.raises(UserError, match=rf"^{section}\.job_name=name cannot be written: .*File exists"):
+        monitor(run, 0)
 
 
 def test_the_description_comes_first_and_a_host_whose_clock_is_behind_comes_last(dataset, tmp_path):
@@ -141,6 +176,8 @@ def test_a_disk_that_takes_no_more_costs_points_and_not_the_run(dataset, tmp_pat
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(drawn(board(tmp_path), "val/perplexity")) == [1, 4]
     assert capsys.readouterr().out.count("metrics cannot be written to TensorBoard (") == 1
+    monitor(debug_run(dataset, tmp_path), 4)  # the next start draws what metrics.jsonl, a smaller file, could take
+    assert list(drawn(board(tmp_path), "val/perplexity")) == list(metric(tmp_path, "val/perplexity")) == [1, 2, 4]
 
 
 def test_a_metric_that_is_not_finite_is_left_out(dataset, tmp_path):
