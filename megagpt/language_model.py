@@ -83,7 +83,7 @@ class LanguageModel:
         """
         if not isinstance(prompt, str):
             raise UserError(f"prompt={prompt!r:.40} is a {type(prompt).__name__}; give text, a str")
-        if not isinstance(seed, int) or abs(seed) > LARGEST:
+        if type(seed) is not int or abs(seed) > LARGEST:
             raise UserError(f"seed={seed!r} is no whole number of up to 63 bits; give another")
         settings = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         try:

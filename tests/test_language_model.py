@@ -127,7 +127,7 @@ def test_a_folder_that_is_no_run_is_named_with_what_there_is(run, dataset, tmp_p
         tmp_path: f"{tmp_path} holds no committed checkpoint; give a run's folder",
         dataset: f"{dataset} is a dataset; give a run's folder",
         steps / "step_00000003": "does not exist; .* has the steps step_00000002, step_00000004$",
-        run / "run.json": "run.json holds no committed checkpoint; .* has the steps ",
+        run / "run.json": "run.json is a file, perhaps a run file; give the folder of its run",
         "s3://bucket/run": "is a URL",
         "x" * 300: "cannot be used: File name too long",
     }.items():
@@ -188,6 +188,7 @@ def test_what_is_no_text_is_refused(model, text, message):
         ({"top_p": "all"}, "top_p='all' is not a number"),
         ({"seed": 10**30}, "seed=1000"),
         ({"seed": None}, "seed=None"),
+        ({"seed": True}, "seed=True is no whole number"),
     ],
 )
 def test_a_wrong_option_of_generate_is_named(model, options, message):

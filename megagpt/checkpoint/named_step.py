@@ -1,15 +1,18 @@
 """Find the step that a user names: a run's folder, one step's, or a pointer."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megagpt.checkpoint.commit import COMMIT, POINTERS, best, committed, pointed, read_commit, run_of
-from megagpt.checkpoint.identity import Identity
 from megagpt.data.manifest import MANIFEST
 from megagpt.errors import UserError
 
 
 def step_of(path: Path) -> Path:
     """Return the committed step that a user means: a step, `best` or `latest` of a run, or a run's best step."""
+    if ".." in path.parts or path.name == "" or str(path) in POINTERS:
+        path = path.resolve()  # typed below the run's folder, whose name the path lacks
     if (path / COMMIT).is_file():
         return path
     if path.name in POINTERS and not path.is_dir():
@@ -37,20 +40,21 @@ def _no_step(path: Path) -> str:
     return f"{path} {wrong}; {ways}"
 
 
-def starting_step(path: Path, identity: Identity) -> Path:
+def starting_step(path: Path, model: Mapping[str, Any], tokenizer: str | None) -> Path:
     """Return the committed step whose weights a new run begins with. Raises UserError if they do not fit its model.
 
-    `path`: as for `step_of`; `identity`: the new run's. The number of positions may differ.
+    `path`: as for `step_of`; `model` and `tokenizer` (its sha256, None if it is not known): the new run's, as in its
+    identity. The number of positions may differ.
     """
     step_dir = step_of(path)
     was = read_commit(step_dir).identity
-    for name, value in identity.model.items():
+    for name, value in model.items():
         if name not in ("seq_len", "attention") and was.model.get(name) != value:
             raise UserError(
                 f"megagpt.init_from={path}: its model has {name}={was.model.get(name)}, and this run's {value}; set "
                 f"megagpt.model.{name}={was.model.get(name)}"
             )
-    if was.tokenizer != identity.tokenizer:
+    if tokenizer not in (None, was.tokenizer):
         raise UserError(
             f"megagpt.init_from={path}: its tokenizer is another one than the data's; build the data with "
             f"tokenizer={step_dir / 'tokenizer.model'}"

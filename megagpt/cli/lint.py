@@ -14,7 +14,7 @@ from megagpt.errors import UserError
 from megagpt.lint.linter import Issue, effective, lint_file
 from megagpt.planner.estimate import vocabulary
 from megagpt.terminal import counted, show
-from megagpt.train.preflight import refused_data
+from megagpt.train.preflight import refused_data, refused_start
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,12 +38,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def not_here(run: RunConfig, ranks: int | None = None) -> Iterator[Issue]:
-    """Warn of data that is not on this machine, or unusable, and of a batch that its GPUs do not divide.
+    """Warn of data or weights that are not on this machine, or unusable, and of a batch that its GPUs do not divide.
 
     These are no errors, because the run may be for another machine.
     """
     if why := refused_data(run):
         yield Issue("warning", "megagpt.data", f"training here would be refused: {why}")
+    if why := refused_start(run):
+        yield Issue("warning", "megagpt.init_from", f"training here would be refused: {why}")
     gpus = torch.cuda.device_count()
     try:
         n_ranks = ranks or max(1, gpus)

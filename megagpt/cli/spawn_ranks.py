@@ -21,9 +21,11 @@ from typing import IO, Self
 from megagpt.distributed.rank_variables import ranks_variables, without_launcher
 from megagpt.errors import UserError
 from megagpt.terminal import MISTAKE, SAVED_AND_WANTS_RESTART, print_error
+from megagpt.train.run_log import typed_command
 
 # Seconds in which ranks end that found the same mistake as the first one: rank 0 prints it for all.
 FIND_THE_SAME = 10.0
+LONGEST_COMMAND = 10_000  # characters of it that ranks are told; Linux takes 128 KiB in a variable
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -86,7 +88,8 @@ class LocalRanks:
         return first
 
     def _start(self, rank: int, port: int) -> None:
-        own = without_launcher(os.environ) | ranks_variables(rank, self._n_ranks, port)
+        command = typed_command()[:LONGEST_COMMAND]
+        own = without_launcher(os.environ) | ranks_variables(rank, self._n_ranks, port, command=command)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)  # which the new process inherits
         try:
             process = subprocess.Popen(self._command, env=own, stdout=self._output, stderr=self._errors)

@@ -15,6 +15,7 @@ OUR_OPTION = {
     **dict.fromkeys(("num_samples", "num_return_sequences", "n"), "--batch"),
     **dict.fromkeys(("max_new_tokens", "max_length", "length"), "--max-tokens"),
 }
+OFF = ("false", "0", "no", "off")
 # What a parsed command line holds besides options.
 NO_OPTIONS = {"command", "run_file", "overrides", "checkpoint", "run_dir", "local_rank"}
 
@@ -42,8 +43,15 @@ def no_option(args: argparse.Namespace, rest: Sequence[str], program: str) -> st
         following = [*rest[at + 1 :], *args.overrides]
         value = next((other for other in following if "=" not in other and not other.startswith("-")), "VALUE")
     note = NOTES.get(name, NOTES.get(_keys(name)[0])) if name in OUR_KEY else None
-    typed = " or ".join(f"{key}={'VALUE' if note else shortened(value)}" for key in _keys(name))
+    typed = " or ".join(_as_typed(key, "VALUE" if note else shortened(value)) for key in _keys(name))
     return f"{said}; keys of the run file are typed without dashes: {typed}{f'. {note}' if note else ''}"
+
+
+def _as_typed(key: str, value: str) -> str:
+    """Return the word that sets a key; one that switches a section on or off, or sets a key in it, for a section."""
+    if f"{key}.enabled" in KEYS:
+        return f"{key}.enabled={'false' if value.lower() in OFF else 'true'}"
+    return f"{key}.KEY={value}" if any(other.startswith(f"{key}.") for other in KEYS) else f"{key}={value}"
 
 
 def _options(args: argparse.Namespace) -> list[str]:

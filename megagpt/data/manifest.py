@@ -92,20 +92,24 @@ class Manifest(Strict):
 def read_manifest(path: Path) -> Manifest:
     """Read the manifest of a finished dataset. Raises UserError if there is none, or it was edited or damaged."""
     file = path / MANIFEST
-    how = f"`{builder_command()} build --input PATH --out {typed(path)}`"
+    build = f"{builder_command()} build --input"
+    how = f"`{build} PATH --out {typed(path)}`"
     if not path.is_dir():
         raise UserError(f"there is no dataset folder {path}; {_near(path)}make it with {how}")
     if not file.is_file():
         unfinished = (path / BUILD_DIR).is_dir()
-        what = "is an unfinished build" if unfinished else "is not a dataset"
-        raise UserError(f"{path} {what}: it has no {MANIFEST}; {'run again' if unfinished else 'make one with'} {how}")
+        if unfinished:
+            raise UserError(f"{path} is an unfinished build: it has no {MANIFEST}; run again {how}")
+        if any(path.iterdir()):  # which no build writes to: it may be the text
+            how = f"`{build} {typed(path)} --out {typed(_next_to(path))}`"
+        raise UserError(f"{path} is not a dataset: it has no {MANIFEST}; make one with {how}")
     try:
         content = file.read_bytes()
         raw = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}); restore it or build the dataset again") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise UserError(f"{file} is not the manifest of a megagpt dataset; make one with {how}")
+        raise UserError(f"{file} is not the manifest of a megagpt dataset; give another folder")
     if raw.get("version") != VERSION:
         raise UserError(f"{file} has format version {raw.get('version')}, and this megagpt reads {VERSION}")
     # Compare the bytes too: a key given twice, for one, would leave the parsed manifest and its hash as they were.
@@ -115,6 +119,11 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         raise UserError(f"{file} is not a manifest that this megagpt can read: {error}") from error
+
+
+def _next_to(path: Path) -> Path:
+    """Name a folder for the dataset of the text in a folder."""
+    return path / ".." / "dataset" if path.name in ("", "..") else path.with_name(f"{path.name}_dataset")
 
 
 def _near(path: Path) -> str:

@@ -16,7 +16,7 @@ from megagpt.errors import OwnRankError, UserError
 TORCHS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ONE_RANK = "`unset RANK WORLD_SIZE` trains on one rank, and torchrun or deepspeed set both for several"
 PORT = 29500  # the usual one of torch and deepspeed
-OURS = "MEGAGPT_LAUNCH"  # set by `megagpt train` for the ranks that it starts
+OURS = "MEGAGPT_LAUNCH"  # set by `megagpt train` for the ranks that it starts: the command that a user typed
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ def is_rank(environment: Mapping[str, str]) -> bool:
     return "RANK" in given or given.get("WORLD_SIZE", "1") != "1" or read_place(environment).world_size > 1
 
 
-def ranks_variables(rank: int, n_ranks: int, port: int) -> dict[str, str]:
-    """Return the variables that make a process one of n_ranks on this machine."""
+def ranks_variables(rank: int, n_ranks: int, port: int, *, command: str) -> dict[str, str]:
+    """Return the variables that make a process one of n_ranks on this machine. `command`: what the user typed."""
     numbers = {"RANK": rank, "WORLD_SIZE": n_ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n_ranks}
     # By address: a host's own name need not resolve.
     return {name: str(n) for name, n in numbers.items()} | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        OURS: "1",
+        OURS: command,
     }
 
 

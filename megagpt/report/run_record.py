@@ -12,6 +12,7 @@ from typing import Any
 from megagpt.checkpoint.commit import COMMIT, Saved, best, newest_record, run_of
 from megagpt.data.manifest import MANIFEST
 from megagpt.errors import UserError
+from megagpt.file_lock import LOCK
 from megagpt.terminal import typed
 from megagpt.train.metrics_file import METRICS, SAMPLES, Row, read_rows
 from megagpt.train.run_log import LOG
@@ -131,8 +132,11 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 def _is_run(path: Path) -> bool:
-    """Tell whether a run logged here, or has just begun; a checkpoint has a run file, too."""
-    return (path / METRICS).is_file() or ((path / SETTINGS).is_file() and not (path / COMMIT).is_file())
+    """Tell whether a run logged here, or has just begun. A checkpoint, or a user's own folder, has a run file, too."""
+    if (path / METRICS).is_file():
+        return True
+    began = any((path / name).exists() for name in ("starts.json", LOCK, "checkpoints"))
+    return began and (path / SETTINGS).is_file() and not (path / COMMIT).is_file()
 
 
 def _no_run(path: Path) -> str:

@@ -1,11 +1,13 @@
 """Describe a run that starts: sizes of model, data and batch, and where it begins or resumes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megagpt.checkpoint.commit import read_commit
 from megagpt.checkpoint.identity import changed_keys, described
 from megagpt.data.lost_text import changed_prompts, lost_text, token_counts, unknown_share
 from megagpt.model.flops import n_params
@@ -55,9 +57,11 @@ def opening(setup: RunSetup, effective: dict[str, Any], device: torch.device) ->
 
 
 def notes(setup: RunSetup) -> list[str]:
-    """Return a line for data that is read many times, and one for a model far too large or small for its tokens."""
+    """Return a line for data that is read many times, for a model far too large or small for its tokens, and for more
+    positions than it begins with.
+    """
     cfg, epochs, ratio = setup.run.megagpt, _epochs(setup), _tokens_per_parameter(setup)
-    lines = []
+    lines = _positions_without_weights(setup)
     for dataset, times in zip(setup.training_set.datasets, epochs, strict=True):
         if times > EPOCHS:
             lines.append(
@@ -71,6 +75,16 @@ def notes(setup: RunSetup) -> list[str]:
     if ratio > TOKENS_PER_PARAMETER * FAR * FAR:
         lines.append(f"note: {_short(ratio)} tokens per parameter; {most}: a larger model learns more from these")
     return lines
+
+
+def _positions_without_weights(setup: RunSetup) -> list[str]:
+    given = read_commit(setup.start).identity.model["seq_len"] if setup.start else math.inf
+    if setup.run.megagpt.seq_len <= given:
+        return []
+    return [
+        f"note: the model of {setup.start} has {given:,} positions, and this run's {setup.run.megagpt.seq_len:,}: the "
+        "embeddings of those after them begin at random"
+    ]
 
 
 def _device(device: torch.device, n_ranks: int) -> str:

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from megagpt.checkpoint.commit import Saved
+from megagpt.checkpoint.commit import Saved, committed
 from megagpt.checkpoint.identity import Identity, check_identity, identity_of
 from megagpt.checkpoint.named_step import starting_step
 from megagpt.checkpoint.run_samples import next_samples
@@ -85,7 +86,9 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
     if saved is not None:
         check_identity(saved.step_dir, saved.identity, identity)
     with errors_on_every_rank():
-        start = starting_step(cfg.init_from, identity) if cfg.init_from and saved is None else None
+        start = None
+        if cfg.init_from and saved is None:
+            start = starting_step(cfg.init_from, identity.model, identity.tokenizer)
         training_set = next_samples(cfg, batch.global_batch, saved, data.train)
         training_set.open_all()  # a damaged shard is found here, and not in the middle of the run
     return RunSetup(run, batch, compiled, data, training_set, identity, saved, start)
@@ -98,6 +101,24 @@ def refused_data(run: RunConfig) -> str | None:
         data = _open_data(cfg)
         if PACKING[cfg.packing.kind].plan_rows is None:
             next_samples(cfg, run.deepspeed.train_batch_size, None, data.train)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def refused_start(run: RunConfig) -> str | None:
+    """Return why a new run would refuse the weights that megagpt.init_from names on this machine, or None.
+
+    The files of the weights are not read, and a run that resumes needs none.
+    """
+    cfg = run.megagpt
+    if cfg.init_from is None or committed(cfg.out_dir):
+        return None
+    tokenizer = None
+    with suppress(UserError):  # which `refused_data` returns
+        tokenizer = _open_data(cfg).val.manifest.tokenizer.sha256
+    try:
+        starting_step(cfg.init_from, cfg.model.model_dump(), tokenizer)
     except UserError as error:
         return str(error)
     return None

@@ -15,6 +15,7 @@ from typing import Self, TextIO
 
 from megagpt import __version__
 from megagpt.atomic_files import append_whole
+from megagpt.distributed.rank_variables import OURS
 from megagpt.terminal import copied_to, print_error
 
 LOG = "train.log"  # the name of the file in a run's folder
@@ -74,9 +75,14 @@ def is_broken_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
-def _header() -> str:
+def typed_command() -> str:
+    """Return this process's command as a user types it; a header's, in a rank that `megagpt train` started, is its."""
     program = Path(sys.argv[0]).name
-    command = shlex.join(["megagpt" if program == "__main__.py" else program, *sys.argv[1:]])
+    return shlex.join(["megagpt" if program == "__main__.py" else program, *sys.argv[1:]])
+
+
+def _header() -> str:
+    command = os.environ.get(OURS) or typed_command()
     ranks = os.environ.get("WORLD_SIZE", "1")
     began = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     who = f"megagpt {__version__} on {socket.gethostname()}, process {os.getpid()}, WORLD_SIZE={ranks}"

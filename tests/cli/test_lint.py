@@ -48,6 +48,23 @@ def test_data_that_training_would_refuse_is_a_warning_with_trainings_words(sound
     assert issues(capsys, sound, *overrides(dataset, tmp_path / "run"), "megagpt.sample.max_tokens=128") == []
 
 
+def test_weights_that_a_start_would_refuse_are_a_warning(sound, dataset, device, tmp_path, capsys):
+    """As the data; not where a run resumes, which needs them no more."""
+    keys = [*overrides(dataset, tmp_path / "run"), "megagpt.sample.max_tokens=128"]
+    short = ["megagpt.schedule.max_steps=1", "megagpt.schedule.warmup_steps=0", "megagpt.every.eval=0"]
+    assert pretrain(["--deepspeed_config", sound, *keys, *short]) == 0, capsys.readouterr().err
+    keys[2] = f"megagpt.out_dir={tmp_path / 'new'}"
+    capsys.readouterr()
+    narrow = f"megagpt.init_from={tmp_path / 'run'}"
+    wrong = {("megagpt.init_from=/nope",): "/nope does not exist", (narrow, "megagpt.model.n_embd=64"): "has n_embd=32"}
+    for more, text in wrong.items():
+        [found] = issues(capsys, sound, *keys, *more)
+        assert found.startswith("warning: training here would be refused: ")
+        assert text in found
+    assert issues(capsys, sound, *keys, narrow) == []
+    assert issues(capsys, sound, *keys, "megagpt.init_from=/nope", f"megagpt.out_dir={tmp_path / 'run'}") == []
+
+
 def test_a_batch_that_this_machines_gpus_do_not_divide_is_a_warning(sound, dataset, tmp_path, capsys, monkeypatch):
     keys = [*overrides(dataset, tmp_path), "megagpt.sample.max_tokens=128"]
     monkeypatch.setattr(lint.torch.cuda, "device_count", lambda: 3)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from megagpt.cli.pretrain import _check_nproc, _unused
 from megagpt.cli.spawn_ranks import LocalRanks, train_on_ranks
 from megagpt.distributed.rank_variables import OURS, Place, is_rank
 from megagpt.errors import UserError
+from megagpt.train.run_log import LOG
 
 LAUNCH = "import sys; from megagpt.cli.spawn_ranks import on_ranks; on_ranks(2, 'waiting_rank', sys.argv[1])"
 WAITING_RANK = """
@@ -57,6 +59,10 @@ def test_ctrl_c_saves_once_and_ranks_whose_launcher_is_killed_save_too(dataset, 
 
     launch, lines = started(dataset, tmp_path / "run", *FOREVER)
     assert f"resuming from {step_dir}" in "".join(lines)
+    # the header has what was typed, and not what the ranks were given
+    typed = ["megagpt", *map(str, launch.args[3:])]
+    headers = [line for line in (tmp_path / "run" / LOG).read_text().splitlines() if line.startswith("--- ")]
+    assert [f": {shlex.join(typed)} (megagpt " in line for line in headers] == [True, True]
     ranks = psutil.Process(launch.pid).children()
     launch.kill()
     _, alive = psutil.wait_procs(ranks, timeout=60)

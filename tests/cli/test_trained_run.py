@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from support import DEBUG_RUN, overrides
 
 from megagpt.__main__ import main
 from megagpt.checkpoint.commit import COMMIT, _digest, committed
+from megagpt.checkpoint.named_step import step_of
 from megagpt.cli.pretrain import pretrain
 
 
@@ -21,6 +23,20 @@ def trained(dataset, device, tmp_path_factory):
     steps = ["megagpt.schedule.max_steps=2", "megagpt.schedule.warmup_steps=0"]
     assert pretrain(["--deepspeed_config", str(DEBUG_RUN), *overrides(data, folder / "run", *steps)]) == 0
     return folder
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("run/checkpoints", ["latest", "best", ".", "step_00000002"]),
+        ("run", ["checkpoints", ".", "checkpoints/latest"]),
+        ("run/checkpoints/step_00000002", [".", "..", "../latest", "../.."]),
+    ],
+)
+def test_a_step_is_found_by_the_name_that_it_has_in_the_folder_one_is_in(trained, monkeypatch, folder, words):
+    monkeypatch.chdir(trained / folder)
+    for word in words:
+        assert step_of(Path(word)).resolve() == committed(trained / "run")[-1], word
 
 
 def test_a_copied_run_tells_when_it_was_saved_and_an_older_one_that_it_does_not_know(trained, tmp_path, capsys):

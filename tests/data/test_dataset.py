@@ -254,7 +254,10 @@ def another_tokenizer(folder: Path) -> None:
 
 REFUSED_AT_OPEN = {
     "no folder": (shutil.rmtree, r"no dataset folder .*make it with `python -m data_tools build"),
-    "no dataset": (remove("manifest.json"), r"is not a dataset: it has no manifest\.json; make one with"),
+    "no dataset": (
+        remove("manifest.json"),
+        r"is not a dataset: it has no manifest\.json; make one with .* --input (.*) --out \1_dataset`",
+    ),
     "unfinished": (unfinish, r"is an unfinished build.*run again `python -m data_tools build"),
     "manifest edited": (
         replace_text("manifest.json", '"documents": 40', '"documents": 41'),

@@ -281,9 +281,14 @@ def test_what_is_no_run_is_answered_by_what_to_give(run, dataset, tmp_path, caps
     empty.mkdir()
     broken.mkdir()
     (broken / "run.json").write_text('{"a')
+    (broken / "starts.json").write_text("{}")
+    users = tmp_path / "users"  # where a user keeps run files, and no run was
+    shutil.copytree(DEBUG_RUN.parent, users)
+    shutil.copy(DEBUG_RUN, users / "run.json")
     for given, told in (
         (tmp_path / "nowhere", "there is no run "),
         (empty, "is no run: it has no metrics.jsonl; give a run's folder"),
+        (users, "is no run: it has no metrics.jsonl; give a run's folder"),
         (dataset, "is a dataset, and no run"),
         (DEBUG_RUN, "is a file, and no run"),
         (run.parent, f"give the runs in it: megagpt report {run}"),

@@ -37,7 +37,8 @@ def test_a_new_run_has_the_weights_and_begins_at_step_0(pretrained, dataset, dev
         torch.testing.assert_close(after[name], weight, rtol=0.0, atol=1e-6, msg=name)
 
 
-def test_positions_may_be_more_or_fewer(pretrained, dataset, device, tmp_path):
+def test_positions_may_be_more_or_fewer(pretrained, dataset, device, tmp_path, capsys):
+    """Those without weights of the first run begin at random, which a note tells."""
     before = consolidated_weights(best(pretrained))["wpe.weight"]
     for n in (48, 96):
         more = [*ONE, f"megagpt.init_from={pretrained}", f"megagpt.model.seq_len={n}"]
@@ -46,6 +47,8 @@ def test_positions_may_be_more_or_fewer(pretrained, dataset, device, tmp_path):
         after = consolidated_weights(step_dir)["wpe.weight"]
         assert len(after) == n
         torch.testing.assert_close(after[:64], before[:n], rtol=0.0, atol=1e-6)
+        note = f"note: the model of {best(pretrained)} has 64 positions, and this run's {n}: "
+        assert (note in capsys.readouterr().out) == (n == 96)
 
 
 def test_a_run_that_resumes_does_not_look_there(pretrained, dataset, device, tmp_path):
