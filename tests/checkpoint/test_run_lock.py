@@ -283,6 +283,7 @@ def test_fresh_does_not_rename_what_is_in_use_or_in_vain(dataset, device, tmp_pa
     assert committed(tmp_path / "run")
 
 
+@pytest.mark.process
 def test_fresh_gives_the_old_run_its_name_back_if_the_new_one_cannot_start(dataset, device, tmp_path, monkeypatch):
     """Building the model, reading its first weights and opening trackers come after the renaming."""
     out_dir, pretrained = tmp_path / "run", tmp_path / "pretrained"
