@@ -4,11 +4,13 @@ Imports stand inside the functions, so that signals are caught before torch is l
 """
 
 import argparse
+import atexit
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from megagpt.cli.arguments import training_arguments
@@ -58,7 +60,18 @@ def run_rank(args: argparse.Namespace, preemption: Preemption | None = None) -> 
     from megagpt.distributed.process_group import leave
 
     leave()
+    if is_rank(os.environ):
+        _end_at_once(code)
     return code
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End this process without tearing Python down: a thread of gloo's may then abort it, and replace its exit code."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # there may be none, or nobody who reads it
+            stream.flush()
+    os._exit(code)
 
 
 def pretrain(argv: Sequence[str] | None = None) -> int:

@@ -189,6 +189,7 @@ def test_ending_the_command_ends_its_ranks(tmp_path, number):
     assert set(ranks) == set(psutil.Process(command.pid).children(recursive=True))
     command.send_signal(number)
     assert command.wait(60) in (128 + number, -number)
+    psutil.wait_procs(ranks, timeout=10)  # killed a moment ago, they may still be running
     # One that has ended and whose parent is gone stays a zombie where process 1 of a container reaps none.
     left = [process for process in ranks if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     for process in left:
