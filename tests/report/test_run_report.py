@@ -205,6 +205,7 @@ def test_a_run_that_has_just_begun_or_never_validated_or_is_older_has_a_page(tmp
     begun = tmp_path / "begun"
     begun.mkdir()
     (begun / "run.json").write_text('{"megagpt": {"schedule": {"max_steps": 9}}}')
+    (begun / "lock").touch()  # as of every run
     old = [{"step": 3, "tokens_seen": 30, "loss/train": 2.5, "grad_norm": 1.0}]
     write_rows(tmp_path / "old" / "metrics.jsonl", old)
     page = page_about(begun, tmp_path / "old")
