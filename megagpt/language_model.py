@@ -122,7 +122,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device that the model is on."""
         return self.model.wte.weight.device
 
     def __repr__(self) -> str:

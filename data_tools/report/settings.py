@@ -1,4 +1,4 @@
-"""How a dataset was built, for its report: options, versions and the command, without what is secret in a URL."""
+"""Describe how a dataset was built, for its report: options, versions and the command, without the secrets of URLs."""
 
 import json
 import re

@@ -12,7 +12,7 @@ from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
 from megagpt.terminal import print_error, show
-from megagpt.train.metrics_file import read_rows
+from megagpt.train.metrics_file import METRICS, read_rows
 from megagpt.train.preflight import refused_data
 
 SCRIPT = Path("launch/slurm/pretrain.sbatch")
@@ -139,7 +139,7 @@ def lead_seconds(runs: Sequence[RunConfig], limit: int) -> int:
 def _slowest(run: RunConfig) -> float:
     """Return the seconds from a signal to the end of the save, by the run's metrics.jsonl; 0 if it has none."""
     slowest = dict.fromkeys(BEFORE_THE_END, 0.0)
-    for row in read_rows(run.megagpt.out_dir / "metrics.jsonl"):
+    for row in read_rows(run.megagpt.out_dir / METRICS):
         slowest = {name: max(seconds, row.get(name, 0.0)) for name, seconds in slowest.items()}
     return sum(times * slowest[name] for name, times in BEFORE_THE_END.items())
 

@@ -1,4 +1,4 @@
-"""What a Hugging Face tokenizer.json says: what each token stands for, and what must be switched off to encode text."""
+"""Read a Hugging Face tokenizer.json: what each token stands for, and what must be switched off to encode text."""
 
 import json
 import re
@@ -26,7 +26,7 @@ KEEPS_TEXT = ("ByteLevel", "Split", "Digits", "Punctuation")
 
 
 class TokenizerJson:
-    """What a tokenizer.json says, of the bytes that with_end_of_document returns. Raises UserError."""
+    """Reads a tokenizer.json from the bytes that with_end_of_document returns. Raises UserError."""
 
     def __init__(self, content: bytes, name: str) -> None:
         kept = parsed(content, name)

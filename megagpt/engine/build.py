@@ -56,24 +56,20 @@ def build_engine(
     if clips_itself(ds):
         config = {**config, "gradient_clipping": 0.0}
     check_deepspeed_keys(config)
-    sharing = batch.sequence_parallel_size
+    sharing, sharded = batch.sequence_parallel_size, ds.zero_optimization.stage == 3
     exchange = all_to_all(sharing) if sharing > 1 else None
     recompute = recompute_hook(cfg, ds, device, compiled=compiled)
-    inside = recompute_inside(cfg.recompute, cfg.regularization.dropout)
     torch.manual_seed(cfg.seed)  # the same weights on every rank
-    with (
-        _refusals_explained(),
-        deepspeed.zero.Init(config_dict_or_path=config, enabled=ds.zero_optimization.stage == 3),
-    ):
+    with _refusals_explained(), deepspeed.zero.Init(config_dict_or_path=config, enabled=sharded):
         model = GPT(cfg.model, vocab_size, dropout=cfg.regularization.dropout)
     if weights is not None:
-        copy_weights(model, weights, sharded=ds.zero_optimization.stage == 3)
+        copy_weights(model, weights, sharded=sharded)
     if exchange is not None:
         model.shard_positions(exchange, sharing, rank() % sharing)
     if compiled:
         set_memory_budget(cfg.recompute)
-        compile_blocks(model, cfg.out_dir / KERNELS, inside)
-        if ds.zero_optimization.stage == 3:
+        compile_blocks(model, cfg.out_dir / KERNELS, recompute_inside(cfg.recompute, cfg.regularization.dropout))
+        if sharded:
             deepspeed.utils.set_z3_leaf_modules(model, [Block])  # hooks inside a block would break its graph
     prefer_cudnn(device)
     model.recompute = recompute

@@ -7,9 +7,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megagpt.checkpoint.commit import read_commit, run_of
-from megagpt.checkpoint.load import packing_of
+from megagpt.checkpoint.load import LoadedModel
 from megagpt.data.packing import PACKING
-from megagpt.train.metrics_file import read_rows
+from megagpt.train.metrics_file import METRICS, read_rows
 
 CURVES = "curves.png"
 MASKED = (
@@ -18,8 +18,9 @@ MASKED = (
 )
 
 
-def model_card(step_dir: Path, name: str, license_name: str | None, lines: int, ties: int, *, drawn: bool) -> str:
+def model_card(loaded: LoadedModel, name: str, license_name: str | None, lines: int, ties: int, *, drawn: bool) -> str:
     """Return the card in Markdown, with the front matter that the Hub reads."""
+    step_dir, given = loaded.step_dir, loaded.tokenizer.tokenizer_json is not None
     saved = read_commit(step_dir)
     section = json.loads((step_dir / "run.json").read_bytes())["megagpt"]
     front = ["---", *([f"license: {license_name}"] if license_name else []), "library_name: transformers"]
@@ -31,7 +32,7 @@ def model_card(step_dir: Path, name: str, license_name: str | None, lines: int, 
         f"A GPT-2 with {model['n_layer']} layers, {model['n_head']} heads and a width of {model['n_embd']}, trained by "
         f"megagpt for {saved.state.step:,} steps, which are {saved.state.tokens_seen:,} tokens, from "
         + ("the weights of another run." if section.get("init_from") else "random weights."),
-        *([MASKED] if PACKING[packing_of(step_dir).kind].masked else []),
+        *([MASKED] if PACKING[loaded.packing.kind].masked else []),
         "## Use",
         "```python\nfrom transformers import pipeline\n\n"
         f'generate = pipeline("text-generation", model="{name}")\nprint(generate("The ", max_new_tokens=50))\n```',
@@ -40,9 +41,10 @@ def model_card(step_dir: Path, name: str, license_name: str | None, lines: int, 
         *([f"![Training and validation loss]({CURVES})"] if drawn else []),
         "## Training",
         f"`megagpt_run.json` holds all settings. Fingerprint of the validation data: `{saved.identity.data['val']}`; "
-        f"SHA-256 of the SentencePiece tokenizer: `{saved.identity.tokenizer}`.",
+        f"SHA-256 of the tokenizer: `{saved.identity.tokenizer}`.",
         "## Tokenizer",
-        f"Converted from SentencePiece and compared on {lines:,} lines, odd ones among them: "
+        ("The one that the data was built with," if given else "Converted from SentencePiece and")
+        + f" compared on {lines:,} lines, odd ones among them: "
         + (f"{ties} differ, by ties between segmentations of equal probability." if ties else "all have equal ids."),
         *([] if license_name else ["## License", "Not stated."]),
     ]
@@ -50,7 +52,7 @@ def model_card(step_dir: Path, name: str, license_name: str | None, lines: int, 
 
 
 def _evaluation(step_dir: Path, step: int) -> str:
-    rows = [row for row in read_rows(run_of(step_dir) / "metrics.jsonl") if row["step"] == step]
+    rows = [row for row in read_rows(run_of(step_dir) / METRICS) if row["step"] == step]
     values = {name: value for row in rows for name, value in row.items() if name.startswith("val/")}
     if not values:
         return "This step was not evaluated in training."
@@ -61,7 +63,7 @@ def _evaluation(step_dir: Path, step: int) -> str:
 def write_curves(step_dir: Path, folder: Path) -> bool:
     """Draw the losses up to this step; returns whether there were any."""
     last = read_commit(step_dir).state.step
-    rows = [row for row in read_rows(run_of(step_dir) / "metrics.jsonl") if row["step"] <= last]
+    rows = [row for row in read_rows(run_of(step_dir) / METRICS) if row["step"] <= last]
     curves = {
         name: [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         for name in ("train/loss", "val/loss")

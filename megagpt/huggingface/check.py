@@ -30,9 +30,8 @@ def compare(folder: Path, expected: Path) -> dict[str, object]:
             found = model.eval()(input_ids=window.unsqueeze(0)).logits[0]
             largest = max(largest, (found - logits).abs().max().item()) if found.shape == logits.shape else float("inf")
     lines = json.loads((expected / "lines.json").read_text())
-    found_ids = AutoTokenizer.from_pretrained(folder)([text for text, _ in lines], add_special_tokens=False)[
-        "input_ids"
-    ]
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    found_ids = tokenizer([text for text, _ in lines], add_special_tokens=False)["input_ids"]
     differing = [[i, ids] for i, (ids, (_, wanted)) in enumerate(zip(found_ids, lines, strict=True)) if ids != wanted]
     return {
         "largest": largest,

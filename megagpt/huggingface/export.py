@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ ODD = [  # what tokenizers stumble over: their own names, marks that join or rev
 
 
 class Exported(NamedTuple):
-    """What the comparison with transformers found."""
+    """Holds what the comparison with transformers found."""
 
     largest: float  # difference of a logit
     lines: int
@@ -67,10 +67,11 @@ def export(loaded: LoadedModel, folder: Path, *, dtype: str, license_name: str |
         (partial / "generation_config.json").write_text(json.dumps(ends | {"do_sample": True, "top_k": 50}, indent=2))
         write_tokenizer(tokenizer_json, tokenizer, cfg.seq_len, partial)
         public = {key: value for key, value in run_file.items() if key not in PRIVATE}
+        public["megagpt"] = {key: value for key, value in run_file["megagpt"].items() if key != "mlflow"}
         (partial / "megagpt_run.json").write_text(json.dumps(public, indent=1))
         found = _compared(loaded, partial, run_file)
         drawn = write_curves(loaded.step_dir, partial)
-        card = model_card(loaded.step_dir, folder.name, license_name, found.lines, found.ties, drawn=drawn)
+        card = model_card(loaded, folder.name, license_name, found.lines, found.ties, drawn=drawn)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return found
 
@@ -161,13 +162,11 @@ def _windows(loaded: LoadedModel) -> dict[str, torch.Tensor]:
 def _lines(tokenizer: Tokenizer, run_file: dict[str, Any]) -> list[str]:
     """Return lines of the validation data, if it is still there, and lines of what tokenizers stumble over."""
     lines = []
-    try:
+    with suppress(UserError, KeyError, OSError):  # the data may be gone, or elsewhere
         stream = open_dataset(Path(run_file["megagpt"]["data"]["val"])).stream("val")
         tokens = np.empty(min(stream.n_tokens, 40 * LINES), np.int64)
         stream.copy(0, tokens)
         lines = list(islice(tokenizer.decode(tokens).splitlines(keepends=True), LINES // 2))
-    except (UserError, KeyError, OSError):
-        pass  # the data may be gone, or elsewhere
     rng = random.Random(0)
     spelled = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     while len(lines) < LINES:

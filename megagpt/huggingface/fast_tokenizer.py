@@ -87,4 +87,4 @@ def write_tokenizer(tokenizer_json: str, tokenizer: Tokenizer, seq_len: int, fol
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))

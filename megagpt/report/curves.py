@@ -38,7 +38,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Marks:
-    """What happened in a run at some places of the x axis."""
+    """Holds the places of the x axis at which a run was saved, resumed and rolled back."""
 
     color: str
     saves: list[float] = field(default_factory=list)

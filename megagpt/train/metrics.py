@@ -116,3 +116,23 @@ def speed(
     )
     flops, share = flops_per_token(model, vocab_size), tokens_per_sec / (peak * world_size())
     return found | {"perf/mfu": flops * share} | ({} if again is None else {"perf/hfu": (flops + again) * share})
+
+
+def hyperparameters(run: RunConfig) -> dict[str, float | str]:
+    """Return the settings by which runs are compared."""
+    cfg, adam = run.megagpt, run.deepspeed.optimizer.params
+    return {
+        "lr": adam.lr,
+        "global_batch": run.deepspeed.train_batch_size,
+        "n_layer": cfg.model.n_layer,
+        "n_embd": cfg.model.n_embd,
+        "max_steps": cfg.schedule.max_steps,
+        "seq_len": cfg.seq_len,
+        "n_head": cfg.model.n_head,
+        "warmup_steps": cfg.schedule.warmup_steps,
+        "schedule": cfg.schedule.shape,
+        "weight_decay": adam.weight_decay,
+        "dropout": cfg.regularization.dropout,
+        "dtype": run.deepspeed.dtype,
+        "seed": cfg.seed,
+    }

@@ -83,7 +83,7 @@ class Monitor:
         if not is_main():
             return
         row = new_row(state.step, state.tokens_seen, metrics)
-        with self._continuing_without("metrics.jsonl"):
+        with self._continuing_without(METRICS):
             append_row(self._metrics_file, row)
         with self._continuing_without("TensorBoard"):
             if self._board:
@@ -163,7 +163,7 @@ def print_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> Non
         why = f"stopped at step {state.step} ({reason or 'asked by another rank'}) and saved; the same command resumes"
     lines = [why]
     if stopper.best_step:
-        metrics_file = cfg.out_dir / "metrics.jsonl"
+        metrics_file = cfg.out_dir / METRICS
         lines = [validation_curve(metrics_file), why, _best_loss(cfg, state, validation_losses(metrics_file))]
     print_rank0("\n".join([*lines, *_best_checkpoint(cfg)]))
 

@@ -23,9 +23,9 @@ from megagpt.checkpoint.verification import newest_verified
 from megagpt.data.loader import Batch, prefetched, rank_samples, rank_slice
 from megagpt.data.packing import PACKING
 from megagpt.data.provenance import documents_of
-from megagpt.distributed.collectives import errors_on_every_rank, gather_objects, gather_over_ranks, on_every_rank
+from megagpt.distributed.collectives import errors_on_every_rank, gather_objects, gather_over_ranks
 from megagpt.distributed.launcher import grace_warning
-from megagpt.distributed.process_group import is_main, print_rank0, progress_bar, rank
+from megagpt.distributed.process_group import is_main, print_rank0, rank
 from megagpt.engine.build import Engine, before_update, build_engine
 from megagpt.engine.deepspeed_config import effective_config
 from megagpt.errors import OwnRankError, UserError, writing_to
@@ -34,7 +34,6 @@ from megagpt.guards.spikes import UpdateGate, judge_steps
 from megagpt.guards.step_window import StepWindow
 from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
-from megagpt.model.generate import complete, with_continuation
 from megagpt.terminal import YELLOW
 from megagpt.train.early_stopping import after_evaluation, at_resume
 from megagpt.train.evaluate import Evaluation, evaluate
@@ -42,7 +41,7 @@ from megagpt.train.metrics import Stopwatch, log_metrics, speed
 from megagpt.train.monitor import Monitor, print_ending
 from megagpt.train.opening import notes, opening
 from megagpt.train.preflight import RunSetup
-from megagpt.train.sample_lines import sample_lines
+from megagpt.train.samples import generated_samples, sample_lines
 from megagpt.train_state import TrainState
 
 MAX_ROLL_BACKS = 3  # to one checkpoint
@@ -228,19 +227,8 @@ class Session:
     def show_samples(self, state: TrainState) -> None:
         """Generate from the run file's prompts, and show the texts."""
         with self.stopwatch.section("sample"), self.watchdog.paused():
-            cfg = self.cfg.sample
-            model, tokenizer = self.engine.module, self.setup.data.tokenizer
             try:
-                with progress_bar("sampling", total=len(cfg.prompts) * cfg.max_tokens, unit="token") as bar:
-
-                    def agree(fine: bool) -> bool:  # is called for each token
-                        bar.update()
-                        # At stage 3 a forward pass is collective: a rank that stopped alone would leave the others in
-                        # the next.
-                        return on_every_rank(fine)
-
-                    texts = complete(model, tokenizer, cfg.prompts, cfg, until_ended=False, agree=agree)
-                samples = [with_continuation(prompt, text) for prompt, text in zip(cfg.prompts, texts, strict=True)]
+                samples = generated_samples(self.engine.module, self.setup.data.tokenizer, self.cfg.sample)
                 self.monitor.samples(samples, state.step)
                 print_rank0("\n".join(sample_lines(samples, state.step)))
             except UserError as error:

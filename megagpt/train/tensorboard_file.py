@@ -28,6 +28,7 @@ from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 
 from megagpt.atomic_files import append_whole, write_atomically
 from megagpt.config.run_file import RunConfig
+from megagpt.train.metrics import hyperparameters
 from megagpt.train.metrics_file import RENAMED, Row, metrics_of
 
 PREFIX = "events.out.tfevents."
@@ -246,26 +247,6 @@ def _columns(values: Mapping[str, float | str]) -> Summary:
     plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=data.SerializeToString())
     metadata = SummaryMetadata(plugin_data=plugin)
     return Summary(value=[Summary.Value(tag="_hparams_/experiment", metadata=metadata)])
-
-
-def hyperparameters(run: RunConfig) -> dict[str, float | str]:
-    """Return the settings by which runs are compared."""
-    cfg, adam = run.megagpt, run.deepspeed.optimizer.params
-    return {
-        "lr": adam.lr,
-        "global_batch": run.deepspeed.train_batch_size,
-        "n_layer": cfg.model.n_layer,
-        "n_embd": cfg.model.n_embd,
-        "max_steps": cfg.schedule.max_steps,
-        "seq_len": cfg.seq_len,
-        "n_head": cfg.model.n_head,
-        "warmup_steps": cfg.schedule.warmup_steps,
-        "schedule": cfg.schedule.shape,
-        "weight_decay": adam.weight_decay,
-        "dropout": cfg.regularization.dropout,
-        "dtype": run.deepspeed.dtype,
-        "seed": cfg.seed,
-    }
 
 
 def _verbatim(words: str) -> str:

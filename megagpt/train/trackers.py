@@ -20,8 +20,8 @@ from megagpt.atomic_files import write_atomically
 from megagpt.config.run_file import RunConfig
 from megagpt.distributed.process_group import print_rank0
 from megagpt.errors import UserError
+from megagpt.train.metrics import hyperparameters
 from megagpt.train.metrics_file import Row, metrics_of
-from megagpt.train.tensorboard_file import hyperparameters
 from megagpt.train.wandb_file import last_offline_step
 
 RECORD = "tracker.json"
@@ -200,7 +200,7 @@ class Feed:
 
 
 class Record:
-    """What tracker.json says of one tracker: the run's id there, and the last step that was sent of each metric."""
+    """Holds what tracker.json says of one tracker: the run's id there, and the last step sent of each metric."""
 
     def __init__(self, run: RunConfig, key: str) -> None:
         self._file, self._key = run.megagpt.out_dir / RECORD, key

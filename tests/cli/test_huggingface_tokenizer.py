@@ -95,6 +95,7 @@ def test_the_tokenizer_is_exported_as_it_is(
     folder, data, _ = run
     monkeypatch.setattr(exporting, "LINES", 2000)  # all 10,000 take seconds
     assert main(["export", str(folder), str(tmp_path / "out")]) == 0
+    assert "The one that the data was built with, compared on" in (tmp_path / "out" / "README.md").read_text()
     assert "2,000 of 2,000 lines have the same token ids" in capsys.readouterr().out
     original = data.parent / "model" / "tokenizer.json"
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == original.read_bytes()

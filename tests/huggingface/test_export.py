@@ -46,6 +46,10 @@ def test_transformers_loads_the_export(run, tmp_path, capsys):
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     card = (tmp_path / "a b" / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n")
+    assert "Converted from SentencePiece and compared on 10,000 lines" in card
+    published = json.loads((tmp_path / "a b" / "megagpt_run.json").read_text())
+    assert published["megagpt"]["model"]["n_layer"] == 2
+    assert not {"wandb", "tensorboard", "mlflow"} & {*published, *published["megagpt"]}
     assert "| loss | " in card
     assert (tmp_path / "a b" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {stat.S_IMODE(path.stat().st_mode) & 0o444 for path in (tmp_path / "a b").iterdir()} == {0o444}

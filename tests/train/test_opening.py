@@ -11,7 +11,7 @@ from megagpt.distributed.process_group import progress_bar
 from megagpt.train.metrics import Pace
 from megagpt.train.opening import notes
 from megagpt.train.preflight import prepare
-from megagpt.train.sample_lines import sample_lines
+from megagpt.train.samples import sample_lines
 from megagpt.train.trainer import train
 
 LONG = "megagpt.schedule.max_steps"
