@@ -95,8 +95,8 @@ def _holder(path: Path) -> str:
 
     A process that has just taken the lock has yet to replace what the one before it wrote.
     """
-    for _ in range(20):
-        time.sleep(0.1)
+    for _ in range(50):
+        time.sleep(0.02)
         with suppress(OSError, ValueError, KeyError, TypeError):
             found = json.loads(path.read_bytes())
             return f"process {int(found['pid'])} on host {str(found['host'])[:100]}, since {str(found['since'])[:30]}"
