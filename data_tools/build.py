@@ -37,9 +37,9 @@ from megagpt.data.manifest import (
     write_manifest,
 )
 from megagpt.data.shard_format import REPORT, TOKENIZER_MODEL, token_dtype
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.file_lock import FileLock, LockHeldError
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 LOCK = "megagpt.lock"  # in BUILD_DIR: by it we recognize an unfinished build, whose files may be deleted
 

@@ -29,9 +29,9 @@ from data_tools.readers.document_pieces import PIECE_CHARACTERS
 from data_tools.stages.extract import find_units, refuse_unreadable
 from data_tools.stages.pipeline import Stages, find_tokenizer, plan_splits, read_and_compare, tokenize_and_shuffle
 from data_tools.stages.select import keyed_hash, select, selected_texts
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.distributed.rank_variables import without_launcher
 from megagpt.errors import UserError
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 Kind = Literal["unigram", "bpe", "char"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from megagpt.train.metrics_file import read_rows
+from megagpt.metrics.metrics_file import read_rows
 
 HERE = Path(__file__).parent
 

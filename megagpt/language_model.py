@@ -20,12 +20,12 @@ from megagpt.config.schema import GenerationConfig
 from megagpt.data.loader import document_numbers
 from megagpt.data.lost_text import changed_prompts, misspelt
 from megagpt.data.packing import PACKING
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError, unusable_path
 from megagpt.model.generate import complete
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import token_nats
 from megagpt.options import LARGEST
+from megagpt.tokenizer.tokenizer import Tokenizer
 from megagpt.train.evaluate import Evaluation
 from megagpt.user_paths import local_path
 

@@ -21,7 +21,7 @@ from data_tools.storage.shard_writer import ShardRow, ShardWriter, write_index
 from megagpt.data.dataset import open_dataset
 from megagpt.data.manifest import SPLITS, Manifest, Split, SplitInfo, TokenizerInfo, Variant, write_manifest
 from megagpt.data.shard_format import INDEX, TOKENIZER_MODEL, ShardHeader, token_dtype
-from megagpt.data.tokenizer import Tokenizer
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "models", "that", "learn", "to", "read", "def", "return", "self"]
 VOCAB_SIZE = 300  # of the small tokenizers: 256 bytes, the special pieces, and a few of their own

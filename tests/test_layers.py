@@ -11,11 +11,12 @@ ORDER = [  # lowest first; a package may import from those of lower lines, and f
     {"megagpt", "megagpt.errors", "megagpt.atomic_files", "megagpt.file_lock", "megagpt.open_files"},
     {"megagpt.terminal", "megagpt.user_paths", "megagpt.git_pointers", "megagpt.html_parts"},
     {"megagpt.options", "megagpt.svg_plots"},
-    {"megagpt.config", "megagpt.distributed"},
+    {"megagpt.config", "megagpt.distributed", "megagpt.tokenizer"},
     {"megagpt.train_state", "megagpt.data"},
     {"megagpt.model"},
     {"megagpt.engine", "megagpt.planner"},
     {"megagpt.checkpoint", "megagpt.guards", "megagpt.lint"},
+    {"megagpt.metrics"},
     {"megagpt.train"},
     {"megagpt.language_model", "megagpt.huggingface", "megagpt.report"},
     {"megagpt.cli"},
@@ -40,8 +41,8 @@ BUILDER_ORDER = [
 OF_MEGAGPT = {"errors", "atomic_files", "file_lock", "terminal", "options", "user_paths", "open_files"}
 OF_MEGAGPT |= {"git_pointers", "html_parts", "svg_plots"}
 OF_MEGAGPT |= {"config.mistakes", "config.parsing", "checkpoint.run_samples", "distributed.rank_variables"}
-OF_MEGAGPT |= {f"data.{name}" for name in ("manifest", "shard_format", "dataset", "tokenizer", "provenance")}
-OF_MEGAGPT |= {"data.segment_cache", "data.sentencepiece_model", "data.training_set"}
+OF_MEGAGPT |= {f"data.{name}" for name in ("manifest", "shard_format", "dataset", "provenance")}
+OF_MEGAGPT |= {"tokenizer.segment_cache", "tokenizer.sentencepiece_model", "tokenizer.tokenizer", "data.training_set"}
 FILES = modules(ROOT)
 IMPORTS = import_graph(ROOT)
 LOADED_LATER = IMPORTS.pop("megagpt")  # by `megagpt.load` when it is called, so that nothing waits for it

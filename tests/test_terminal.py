@@ -118,7 +118,7 @@ def test_nothing_is_said_at_the_end_of_a_process_whose_reader_is_gone(dataset, t
 
 def test_json_is_json_in_every_encoding(dataset, trained, monkeypatch):
     """A letter that a terminal lacks would be escaped as `\\xe9`, which is no JSON."""
-    monkeypatch.setattr("megagpt.data.tokenizer.Tokenizer.decode", lambda self, ids: "caf\xe9 \U0001f600 \udcff")
+    monkeypatch.setattr("megagpt.tokenizer.tokenizer.Tokenizer.decode", lambda self, ids: "caf\xe9 \U0001f600 \udcff")
     raw = io.BytesIO()
     with output_to(io.TextIOWrapper(raw, encoding="latin-1"), monkeypatch):
         assert call("data_tools inspect DATA --documents 1 --json", dataset, trained) == 0

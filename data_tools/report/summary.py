@@ -14,8 +14,8 @@ from data_tools.stages.pipeline import Stages
 from data_tools.stages.what_is_left import share_of_bytes
 from megagpt.data.manifest import SPLITS, Split
 from megagpt.data.shard_format import REPORT
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.terminal import builder_command, counted, typed
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 PROBE = " two  spaces,\ttab\r\nCaf\u00e9 \u6f22\u5b57 \U0001f600 \u2581 </s> \0"  # text that a tokenizer may lose
 

@@ -8,7 +8,7 @@ from typing import Any
 from data_tools.executor.tasks import Done
 from data_tools.formatting import format_bytes, format_share
 from data_tools.stages.select import SplitConfig, UnitInput, keyed_hash, select, selected_texts
-from megagpt.data.tokenizer import Tokenizer
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 MEASURED_BYTES = 2**23
 SECTION = 2**14  # characters

@@ -35,9 +35,9 @@ from data_tools.storage.token_files import TokenFile
 from megagpt.atomic_files import write_atomically
 from megagpt.data.manifest import SPLITS, Split
 from megagpt.data.shard_format import ShardHeader, token_dtype
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.terminal import builder_command
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 ALPHA = {"unigram": 0.3, "bpe": 0.1}  # of subword variants, where the user gives none
 KINDS: dict[str, Literal["unigram-sampling", "bpe-dropout"]] = {"unigram": "unigram-sampling", "bpe": "bpe-dropout"}

@@ -18,8 +18,8 @@ from itertools import accumulate, chain
 import numpy as np
 
 from data_tools.stages.select import keyed_hash
-from megagpt.data.sentencepiece_model import META_SPACE
-from megagpt.data.tokenizer import Tokenizer
+from megagpt.tokenizer.sentencepiece_model import META_SPACE
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 CANDIDATES = 16
 WORD = re.compile(r"[\n\t]| *[^ \n\t]{1,48}| +")  # longer words are cut

@@ -25,7 +25,7 @@ from data_tools.storage.shard_writer import ShardRow, narrow
 from data_tools.storage.token_files import KeyedRow, token_batch, token_file_schema
 from megagpt.config.parsing import Strict
 from megagpt.data.manifest import SPLITS, Split
-from megagpt.data.tokenizer import Tokenizer
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 FILE_TOKENS = 2**25  # a token file is written when this many tokens are in memory
 

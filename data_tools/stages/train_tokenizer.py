@@ -29,9 +29,9 @@ from data_tools.stages.extract import (
 from data_tools.stages.select import SplitConfig, UnitInput, keyed_hash, select
 from data_tools.stages.what_is_left import Taken, tell_what_copies_took
 from megagpt.atomic_files import write_atomically, written
-from megagpt.data.sentencepiece_model import META_SPACE
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
+from megagpt.tokenizer.sentencepiece_model import META_SPACE
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 CHUNK = 2**14  # characters: long documents are sampled in chunks, so that one book cannot fill the sample
 LINE = 1000  # characters: SentencePiece drops lines of more than 4192 bytes, so longer ones are cut

@@ -16,7 +16,6 @@ from megagpt.checkpoint.save import RunRecord
 from megagpt.checkpoint.verification import find_damage
 from megagpt.config.augmentation import PackingConfig
 from megagpt.config.schema import ModelConfig
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import is_main, print_rank0, rank, world_size
 from megagpt.engine.build import Engine
@@ -24,6 +23,7 @@ from megagpt.engine.reshard import SavedShape, load_reshaped
 from megagpt.engine.state_files import consolidated_weights, load_engine
 from megagpt.errors import UserError, writing_to
 from megagpt.model.gpt import GPT
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 
 def resume(engine: Engine, saved: Saved, changes: list[str], seed: int) -> None:

@@ -25,12 +25,12 @@ from megagpt.checkpoint.rng import rng_state
 from megagpt.checkpoint.rotation import remove, rotate
 from megagpt.config.schema import KeepConfig
 from megagpt.data.mixture import Mixture
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.distributed.collectives import errors_on_every_rank, gather_objects
 from megagpt.distributed.process_group import is_main, rank
 from megagpt.engine.build import Engine
 from megagpt.engine.state_files import files_to_save
 from megagpt.errors import UserError
+from megagpt.tokenizer.tokenizer import Tokenizer
 from megagpt.train_state import TrainState
 
 

@@ -13,7 +13,6 @@ from megagpt.config.mistakes import shortened
 from megagpt.config.parsing import read_json
 from megagpt.config.run_file import SECTION
 from megagpt.data.manifest import BUILD_DIR, MANIFEST, Manifest, Split, read_manifest
-from megagpt.data.tokenizer import padded_vocab_size
 from megagpt.errors import UserError
 from megagpt.planner.estimate import EFFICIENCY, GIB, Machine, machine
 from megagpt.planner.gpu_specs import FP32_PEAK, GPUS, Gpu, gpu_named
@@ -29,6 +28,7 @@ from megagpt.planner.sizing import (
     choose,
 )
 from megagpt.terminal import builder_command, duration, show, typed
+from megagpt.tokenizer.tokenizer import padded_vocab_size
 
 MEMORY_SHARE = 0.5  # of a CPU's memory that a run may take
 MATRIX = 768  # rows and columns of the matrices whose product is timed

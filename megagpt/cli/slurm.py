@@ -11,8 +11,8 @@ from megagpt.config.batch import batch_plan
 from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
+from megagpt.metrics.metrics_file import METRICS, read_rows
 from megagpt.terminal import print_error, show
-from megagpt.train.metrics_file import METRICS, read_rows
 from megagpt.train.preflight import refused_data
 
 SCRIPT = Path("launch/slurm/pretrain.sbatch")

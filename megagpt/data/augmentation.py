@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from megagpt.config.augmentation import AugmentConfig, GoldfishConfig, PackingConfig, SpanCorruptionConfig
 from megagpt.data.loss_mask import BatchTransform, Row, Tokens, split, unmarked
 from megagpt.data.packing import PACKING
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, as in Knuth's multiplicative hashing
 FIM_SENTINELS = 3  # prefix, suffix, middle

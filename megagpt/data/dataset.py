@@ -29,8 +29,8 @@ from megagpt.data.shard_format import (
     numbers,
     read_batch,
 )
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 MAPPED_SHARDS = 2**14  # of a stream, at most: a process may have 65,530 memory maps on most hosts
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megagpt.data.loader import ValWindows, prefetched
-from megagpt.data.tokenizer import Tokenizer, common_length
+from megagpt.tokenizer.tokenizer import Tokenizer, common_length
 
 UNKNOWN = "<unk>"
 SHOWN = 40  # characters of a text, in a message

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from megagpt.checkpoint.commit import read_commit, run_of
 from megagpt.checkpoint.load import LoadedModel
 from megagpt.data.packing import PACKING
-from megagpt.train.metrics_file import METRICS, read_rows
+from megagpt.metrics.metrics_file import METRICS, read_rows
 
 CURVES = "curves.png"
 MASKED = (

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 
 from megagpt.checkpoint.load import LoadedModel
 from megagpt.data.dataset import open_dataset
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.huggingface.card import model_card, write_curves
 from megagpt.huggingface.fast_tokenizer import exported_json, write_tokenizer
 from megagpt.huggingface.weights import DTYPES, as_gpt2, gpt2_config, write_weights
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 # Of a logit in fp32, where none is above 10; the rounding of larger ones is larger.
 TOLERANCE = 1e-4

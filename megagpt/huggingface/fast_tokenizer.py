@@ -12,10 +12,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
-from megagpt.data.sentencepiece_model import META_SPACE
-from megagpt.data.tokenizer import Tokenizer
-from megagpt.data.tokenizer_json import without_additions
 from megagpt.errors import UserError
+from megagpt.tokenizer.sentencepiece_model import META_SPACE
+from megagpt.tokenizer.tokenizer import Tokenizer
+from megagpt.tokenizer.tokenizer_json import without_additions
 
 NEVER = -1e4  # the score of what text must not be matched with: control tokens, and bytes by their names
 

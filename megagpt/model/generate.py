@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.config.schema import GenerationConfig
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 
 def pick(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:

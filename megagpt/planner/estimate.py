@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from megagpt.config.batch import BatchPlan, batch_plan
 from megagpt.config.run_file import RunConfig
 from megagpt.data.manifest import read_manifest
-from megagpt.data.tokenizer import padded_vocab_size
 from megagpt.errors import UserError
 from megagpt.model.flops import flops_per_token, n_params, recompute_flops_per_token
 from megagpt.planner.communication import WIDTH, Traffic, traffic
 from megagpt.planner.gpu_specs import Gpu, gpu_of
 from megagpt.planner.memory import ADAM, Memory, memory
+from megagpt.tokenizer.tokenizer import padded_vocab_size
 
 GIB = 2**30
 GPUS_PER_HOST = 8

@@ -13,8 +13,8 @@ from megagpt.checkpoint.commit import COMMIT, Saved, best, newest_record, run_of
 from megagpt.data.manifest import MANIFEST
 from megagpt.errors import UserError
 from megagpt.file_lock import LOCK
+from megagpt.metrics.metrics_file import METRICS, SAMPLES, Row, read_rows
 from megagpt.terminal import typed
-from megagpt.train.metrics_file import METRICS, SAMPLES, Row, read_rows
 from megagpt.train.run_log import LOG
 
 SETTINGS = "run.json"

@@ -15,9 +15,8 @@ from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.distributed.process_group import is_main, print_rank0
 from megagpt.errors import writing_to
-from megagpt.terminal import GREEN, counted, if_encodable
-from megagpt.train.csv_files import CsvFiles
-from megagpt.train.metrics_file import (
+from megagpt.metrics.csv_files import CsvFiles
+from megagpt.metrics.metrics_file import (
     METRICS,
     SAMPLES,
     append_row,
@@ -27,8 +26,9 @@ from megagpt.train.metrics_file import (
     new_row,
     read_rows,
 )
-from megagpt.train.tensorboard_file import TensorBoardFile
-from megagpt.train.trackers import Feed, Outcome, close_feeds, open_feeds
+from megagpt.metrics.tensorboard_file import TensorBoardFile
+from megagpt.metrics.trackers import Feed, Outcome, close_feeds, open_feeds
+from megagpt.terminal import GREEN, counted, if_encodable
 from megagpt.train_state import TrainState
 
 Events = Callable[[list[tuple[str, float, int]]], None]

@@ -21,7 +21,6 @@ from megagpt.data.dataset import Dataset
 from megagpt.data.loader import ValWindows, open_data
 from megagpt.data.loss_mask import BatchTransform
 from megagpt.data.packing import PACKING
-from megagpt.data.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.data.training_set import TrainingSet
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import world_size
@@ -30,6 +29,7 @@ from megagpt.distributed.rendezvous import check_equal_on_ranks
 from megagpt.engine.compilation import compiles
 from megagpt.errors import UserError
 from megagpt.guards.spikes import check_skipping
+from megagpt.tokenizer.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.train.early_stopping import at_resume
 from megagpt.train_state import TrainState
 

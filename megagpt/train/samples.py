@@ -4,13 +4,13 @@ import shutil
 from collections.abc import Sequence
 
 from megagpt.config.schema import GenerationConfig
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.distributed.collectives import on_every_rank
 from megagpt.distributed.process_group import progress_bar
 from megagpt.html_parts import printable
 from megagpt.model.generate import complete, with_continuation
 from megagpt.model.gpt import GPT
 from megagpt.terminal import counted
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 TEXTS, LINES = 3, 4  # of each step, of each text
 NO_TERMINAL = (100, 24)

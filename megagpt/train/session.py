@@ -34,10 +34,10 @@ from megagpt.guards.spikes import UpdateGate, judge_steps
 from megagpt.guards.step_window import StepWindow
 from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
+from megagpt.metrics.step_metrics import Stopwatch, log_metrics, speed
 from megagpt.terminal import YELLOW
 from megagpt.train.early_stopping import after_evaluation, at_resume
 from megagpt.train.evaluate import Evaluation, evaluate
-from megagpt.train.metrics import Stopwatch, log_metrics, speed
 from megagpt.train.monitor import Monitor, print_ending
 from megagpt.train.opening import notes, opening
 from megagpt.train.preflight import RunSetup

@@ -14,15 +14,15 @@ from megagpt.engine.build import set_lr
 from megagpt.guards.restarts import is_requeued_start, recorded_start
 from megagpt.guards.step_window import StepResult, StepWindow
 from megagpt.guards.weight_check import compare_weights
+from megagpt.metrics.step_metrics import Pace
+from megagpt.metrics.trackers import Outcome
 from megagpt.model.loss import kept_share, next_token_score
 from megagpt.train.lr_schedule import lr_factor
-from megagpt.train.metrics import Pace
 from megagpt.train.monitor import print_nothing_left
 from megagpt.train.preemption import Preemption
 from megagpt.train.preflight import prepare
 from megagpt.train.run_log import RunLog
 from megagpt.train.session import Session
-from megagpt.train.trackers import Outcome
 from megagpt.train_state import TrainState
 
 

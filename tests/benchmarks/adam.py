@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from megagpt.config.schema import ModelConfig
-from megagpt.data.tokenizer import padded_vocab_size
 from megagpt.model.flops import n_params
+from megagpt.tokenizer.tokenizer import padded_vocab_size
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "torch fused (ours)": lambda groups, **given: AdamW(groups, fused=True, **given),

@@ -25,11 +25,11 @@ from megagpt.config.schema import DataConfig, MegaGPTConfig, ModelConfig
 from megagpt.data.augmentation import batch_transform
 from megagpt.data.dataset import TokenStream, open_dataset
 from megagpt.data.loader import ValWindows, open_data, prefetched, rank_samples
-from megagpt.data.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.engine.optimizer import decay_groups
 from megagpt.model.generate import generate
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import kept_share, next_token_loss
+from megagpt.tokenizer.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.train.evaluate import evaluate
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from data_support import small_tokenizer, write_dataset
 
-from megagpt.data.tokenizer import Tokenizer
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 
 @cache

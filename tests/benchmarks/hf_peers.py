@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from turns import BETAS, CLIP, LR, WEIGHT_DECAY, Spec, Turns, our_model
 
-from megagpt.data.tokenizer import padded_vocab_size
 from megagpt.distributed.process_group import world_size
+from megagpt.tokenizer.tokenizer import padded_vocab_size
 
 
 def hf_model(spec: Spec) -> nn.Module:

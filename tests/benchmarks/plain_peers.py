@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from turns import BETAS, CLIP, LR, WEIGHT_DECAY, Spec, Turns, my_rows, our_model
 
 from megagpt.config.schema import ModelConfig
-from megagpt.data.tokenizer import padded_vocab_size
 from megagpt.distributed.process_group import world_size
 from megagpt.engine.compilation import compile_blocks, compiles
 from megagpt.engine.optimizer import decay_groups
 from megagpt.model.attention import prefer_cudnn
 from megagpt.model.loss import next_token_score
+from megagpt.tokenizer.tokenizer import padded_vocab_size
 
 
 def loop(

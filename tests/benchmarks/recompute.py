@@ -26,12 +26,12 @@ from throughput import say
 from throughput_table import SIZES, commit, hardware
 
 from megagpt.config.schema import ModelConfig, RecomputeConfig
-from megagpt.data.tokenizer import padded_vocab_size
 from megagpt.engine.compilation import compile_blocks
 from megagpt.model.attention import prefer_cudnn
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import next_token_score
 from megagpt.model.recompute import recompute_blocks, recompute_inside, set_memory_budget
+from megagpt.tokenizer.tokenizer import padded_vocab_size
 
 POLICIES: list[dict[str, Any]] = [
     {"policy": "none"},

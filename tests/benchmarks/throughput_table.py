@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from megagpt.config.schema import ModelConfig
-from megagpt.data.tokenizer import padded_vocab_size
 from megagpt.model.flops import causal_flops_per_token, flops_per_token
 from megagpt.planner.gpu_specs import peak_flops
+from megagpt.tokenizer.tokenizer import padded_vocab_size
 
 HERE = Path(__file__).parent
 SIZES = {  # n_layer, n_head, n_embd

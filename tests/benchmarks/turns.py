@@ -15,10 +15,10 @@ from torch import Tensor
 
 from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.config.schema import ModelConfig
-from megagpt.data.tokenizer import padded_vocab_size
 from megagpt.distributed.process_group import rank, world_size
 from megagpt.guards.memory_growth import peak_memory
 from megagpt.model.gpt import GPT
+from megagpt.tokenizer.tokenizer import padded_vocab_size
 
 RUN_FILE = Path(__file__).parents[2] / "ds_configs" / "gpt2_124m.json"
 SEED, LR, BETAS, WEIGHT_DECAY, CLIP = 1234, 3e-4, (0.9, 0.95), 0.1, 1.0

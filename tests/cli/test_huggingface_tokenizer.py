@@ -18,9 +18,9 @@ from data_tools.config import BuildConfig
 from data_tools.verify import verify
 from megagpt.__main__ import main
 from megagpt.data.dataset import open_dataset
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.huggingface import export as exporting
 from megagpt.huggingface.fast_tokenizer import exported_json, write_tokenizer
+from megagpt.tokenizer.tokenizer import Tokenizer
 from megagpt.train.trainer import train
 
 STEPS = ("megagpt.schedule.max_steps=2", "megagpt.schedule.warmup_steps=1", "megagpt.every.eval=2")

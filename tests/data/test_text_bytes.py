@@ -19,9 +19,9 @@ from megagpt.data.loader import ValWindows
 from megagpt.data.lost_text import lost_text, token_counts, unknown_share
 from megagpt.data.provenance import BYTES, origins
 from megagpt.data.text_bytes import text_bytes
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
+from megagpt.tokenizer.tokenizer import Tokenizer
 from megagpt.train.evaluate import evaluate
 
 UNKNOWN = "\u4f60\u597d " * 40  # letters that lossy_tokenizer has no piece for

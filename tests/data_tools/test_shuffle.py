@@ -16,7 +16,7 @@ import data_tools.storage.token_files
 from data_tools.build import build
 from data_tools.config import BuildConfig
 from megagpt.atomic_files import sha256_of
-from megagpt.data.tokenizer import Tokenizer
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from data_tools.config import TokenizerConfig
 from data_tools.stages.train_tokenizer import _without_long_words, train_sample
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 KINDS = ("unigram", "bpe", "char")
 TEXTS = {

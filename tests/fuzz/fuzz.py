@@ -32,10 +32,10 @@ with atheris.instrument_imports(include=["data_tools", "megagpt", "pickletools"]
     from megagpt.data.dataset import open_dataset
     from megagpt.data.manifest import read_manifest, write_manifest
     from megagpt.data.shard_format import INDEX
-    from megagpt.data.tokenizer import Tokenizer
     from megagpt.distributed.hostfile import check_hosts, check_settings
     from megagpt.engine.safe_pickle import check_pickles
     from megagpt.errors import UserError
+    from megagpt.tokenizer.tokenizer import Tokenizer
 
 
 def build_config(file: Path) -> None:

@@ -15,12 +15,12 @@ from support import debug_run
 
 from megagpt.__main__ import main
 from megagpt.checkpoint.load import load_model
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
 from megagpt.huggingface import export as exporting
 from megagpt.huggingface.export import ODD, equally_likely, export
 from megagpt.huggingface.fast_tokenizer import fast_tokenizer
 from megagpt.huggingface.weights import as_gpt2, write_weights
+from megagpt.tokenizer.tokenizer import Tokenizer
 from megagpt.train.trainer import train
 
 KINDS = ["unigram", "bpe", "char"]

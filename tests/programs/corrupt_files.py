@@ -23,8 +23,8 @@ from megagpt.atomic_files import sha256_of
 from megagpt.checkpoint.commit import best, committed, damage_of, newest_record
 from megagpt.cli.checkpoints import checkpoint_table
 from megagpt.data.dataset import open_dataset
-from megagpt.data.tokenizer import Tokenizer
 from megagpt.errors import UserError
+from megagpt.tokenizer.tokenizer import Tokenizer
 
 
 def flip(content: bytearray, rng: random.Random) -> None:

@@ -7,8 +7,8 @@ from event_files import board, curves_of, drawn, texts
 from support import SCALARS, debug_run, metric
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from megagpt.train.metrics import Stopwatch
-from megagpt.train.metrics_file import read_rows
+from megagpt.metrics.metrics_file import read_rows
+from megagpt.metrics.step_metrics import Stopwatch
 from megagpt.train.monitor import Monitor, validation_curve
 from megagpt.train.trainer import train
 from megagpt.train_state import TrainState
@@ -131,7 +131,7 @@ def test_the_log_line_is_for_people(dataset, tmp_path, capsys):
 
 def test_a_stopwatch_claims_every_second_once(monkeypatch):
     now = iter([0.0, 1.0, 3.0, 4.0, 9.0, 10.0])
-    monkeypatch.setattr("megagpt.train.metrics.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("megagpt.metrics.step_metrics.time.perf_counter", lambda: next(now))
     watch = Stopwatch()  # 0
     with watch.section("data"):  # 1 to 3
         pass

@@ -8,7 +8,7 @@ import pytest
 from support import debug_run, metric
 
 from megagpt.distributed.process_group import progress_bar
-from megagpt.train.metrics import Pace
+from megagpt.metrics.step_metrics import Pace
 from megagpt.train.opening import notes
 from megagpt.train.preflight import prepare
 from megagpt.train.samples import sample_lines
@@ -117,7 +117,7 @@ def test_a_bar_is_drawn_on_a_terminal_after_a_second_and_removed(monkeypatch, is
 )
 def test_the_time_that_a_run_takes_is_told_where_the_first_line_is_far_away(monkeypatch, every, seconds, expected):
     now = [0.0]
-    monkeypatch.setattr("megagpt.train.metrics.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("megagpt.metrics.step_metrics.time.perf_counter", lambda: now[0])
     pace, told = Pace(0, 1000, every), []
     for step in range(1, 5):
         now[0] += 500.0 if step == 1 else seconds  # the first step compiles

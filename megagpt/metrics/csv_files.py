@@ -8,7 +8,7 @@ from typing import Any
 
 from megagpt.atomic_files import append_whole, write_atomically
 from megagpt.config.run_file import RunConfig
-from megagpt.train.metrics_file import Row, metrics_of
+from megagpt.metrics.metrics_file import Row, metrics_of
 
 
 class CsvFiles:

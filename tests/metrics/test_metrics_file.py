@@ -4,7 +4,7 @@ import json
 import math
 import time
 
-from megagpt.train.metrics_file import append_row, keep_up_to, new_row, read_rows
+from megagpt.metrics.metrics_file import append_row, keep_up_to, new_row, read_rows
 from megagpt.train.monitor import validation_losses
 
 OLD = [  # 10 steps, then 2 with an evaluation, then a save alone

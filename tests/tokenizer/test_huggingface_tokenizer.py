@@ -14,11 +14,11 @@ from tokenizers_of_others import json_of, of_the_package, write_json
 
 from data_tools.__main__ import main
 from megagpt.config.augmentation import AugmentConfig
-from megagpt.data import huggingface_model
 from megagpt.data.augmentation import sentinels
-from megagpt.data.tokenizer import Tokenizer
-from megagpt.data.tokenizer_json import LETTERS
 from megagpt.errors import UserError
+from megagpt.tokenizer import huggingface_model
+from megagpt.tokenizer.tokenizer import Tokenizer
+from megagpt.tokenizer.tokenizer_json import LETTERS
 
 KINDS = ("gpt2", "llama", "unigram")
 TRAPS = [

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from megagpt.data.sentencepiece_model import META_SPACE
-from megagpt.data.tokenizer_file import (
+from megagpt.errors import UserError
+from megagpt.tokenizer.sentencepiece_model import META_SPACE
+from megagpt.tokenizer.tokenizer_file import (
     FORMAT,
     TOKENIZER_CONFIG,
     TOKENIZER_JSON,
@@ -17,7 +18,6 @@ from megagpt.data.tokenizer_file import (
     parsed,
     vocabulary,
 )
-from megagpt.errors import UserError
 
 MOST_IDS = 2**24
 OFF = ("truncation", "padding", "post_processor")  # sections that cut a text or add tokens

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megagpt.data.huggingface_model import HuggingFaceModel
-from megagpt.data.sentencepiece_model import SentencePieceModel
-from megagpt.data.tokenizer_file import TOKENIZER_JSON, is_json, with_end_of_document
 from megagpt.errors import UserError
 from megagpt.git_pointers import pointer_instead_of
 from megagpt.terminal import builder_command
+from megagpt.tokenizer.huggingface_model import HuggingFaceModel
+from megagpt.tokenizer.sentencepiece_model import SentencePieceModel
+from megagpt.tokenizer.tokenizer_file import TOKENIZER_JSON, is_json, with_end_of_document
 
 
 class Tokenizer:

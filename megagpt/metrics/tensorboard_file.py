@@ -28,8 +28,8 @@ from torch.utils.tensorboard.summary import custom_scalars, hparams, text
 
 from megagpt.atomic_files import append_whole, write_atomically
 from megagpt.config.run_file import RunConfig
-from megagpt.train.metrics import hyperparameters
-from megagpt.train.metrics_file import RENAMED, Row, metrics_of
+from megagpt.metrics.metrics_file import RENAMED, Row, metrics_of
+from megagpt.metrics.step_metrics import hyperparameters
 
 PREFIX = "events.out.tfevents."
 DESCRIPTION = f"{PREFIX}0000000000.run"

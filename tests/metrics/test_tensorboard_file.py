@@ -12,9 +12,9 @@ from support import debug_run, metric
 from torch.utils.tensorboard import SummaryWriter
 
 from megagpt.errors import UserError
-from megagpt.train.metrics_file import new_row
+from megagpt.metrics.metrics_file import new_row
+from megagpt.metrics.tensorboard_file import PREFIX, TensorBoardFile, events_folder
 from megagpt.train.monitor import Monitor
-from megagpt.train.tensorboard_file import PREFIX, TensorBoardFile, events_folder
 from megagpt.train_state import TrainState
 
 

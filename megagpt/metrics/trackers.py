@@ -20,9 +20,9 @@ from megagpt.atomic_files import write_atomically
 from megagpt.config.run_file import RunConfig
 from megagpt.distributed.process_group import print_rank0
 from megagpt.errors import UserError
-from megagpt.train.metrics import hyperparameters
-from megagpt.train.metrics_file import Row, metrics_of
-from megagpt.train.wandb_file import last_offline_step
+from megagpt.metrics.metrics_file import Row, metrics_of
+from megagpt.metrics.step_metrics import hyperparameters
+from megagpt.metrics.wandb_file import last_offline_step
 
 RECORD = "tracker.json"
 # To send what is left at the end, to all trackers together: a launcher kills this rank 30 s after another has ended.

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import sentencepiece
 
-from megagpt.data.segment_cache import SegmentEncoder, cuts_between_pieces
 from megagpt.errors import UserError
 from megagpt.terminal import builder_command
+from megagpt.tokenizer.segment_cache import SegmentEncoder, cuts_between_pieces
 
 KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}  # TrainerSpec.ModelType
 LOG_ERRORS_ONLY = 2

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.data.segment_cache import SegmentEncoder, cuts_before_spaces
-from megagpt.data.tokenizer_json import TokenizerJson
 from megagpt.errors import UserError
+from megagpt.tokenizer.segment_cache import SegmentEncoder, cuts_before_spaces
+from megagpt.tokenizer.tokenizer_json import TokenizerJson
 
 # Builds have a process for each core already, and a pool of threads does not survive a fork.
 SETTING = "TOKENIZERS_PARALLELISM"

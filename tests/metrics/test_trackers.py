@@ -18,12 +18,12 @@ import pytest
 from support import debug_run, metric
 
 from megagpt.errors import UserError
-from megagpt.train import trackers
-from megagpt.train.metrics_file import append_row, keep_up_to, new_row, read_rows
+from megagpt.metrics import trackers
+from megagpt.metrics.metrics_file import append_row, keep_up_to, new_row, read_rows
+from megagpt.metrics.trackers import close_feeds, open_feeds
+from megagpt.metrics.wandb_file import offline_rows
 from megagpt.train.monitor import Monitor
-from megagpt.train.trackers import close_feeds, open_feeds
 from megagpt.train.trainer import train
-from megagpt.train.wandb_file import offline_rows
 from megagpt.train_state import TrainState
 
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed (pip install wandb)")

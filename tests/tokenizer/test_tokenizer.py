@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from data_tools.config import TokenizerConfig
 from data_tools.stages.train_tokenizer import train_sample
-from megagpt.data.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.errors import UserError
+from megagpt.tokenizer.tokenizer import Tokenizer, padded_vocab_size
 
 KINDS = ("unigram", "bpe", "char")
 TRAPS = [
@@ -77,7 +77,7 @@ def test_segments_are_as_likely_as_what_sentencepiece_makes_of_the_whole_text(te
 
 
 def test_a_text_has_its_ids_whatever_was_encoded_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megagpt.data.segment_cache.REMEMBERED_SEGMENTS", 20)
+    monkeypatch.setattr("megagpt.tokenizer.segment_cache.REMEMBERED_SEGMENTS", 20)
     model = small_tokenizer().model_bytes
     texts = [document(i) for i in range(20)]
     one_by_one = [Tokenizer(model).encode(text).tolist() for text in texts]

@@ -1,0 +1,94 @@
+"""The command-line arguments of the `megagpt` commands that use what a run has saved."""
+
+import argparse
+from typing import Any
+
+from megagpt.options import LARGEST, whole
+from megagpt.user_paths import user_path
+
+
+def after_a_run(commands: Any) -> None:
+    """Add the commands that use a run's checkpoints and curves."""
+    _add_generate(commands)
+    _add_export(commands)
+    _add_evaluate(commands)
+    checkpoints = commands.add_parser(
+        "checkpoints",
+        help="list the checkpoints of a run and whether they are complete; exit code 2 if none is",
+        epilog="example: megagpt checkpoints runs/demo --verify",
+    )
+    checkpoints.add_argument("run_dir", type=user_path, metavar="RUN", help="a run's folder, its megagpt.out_dir")
+    checkpoints.add_argument("--verify", action="store_true", help="hash every file instead of comparing sizes")
+
+    report = commands.add_parser(
+        "report",
+        help="write an HTML page about one or several runs: curves, samples, data, how their run files differ",
+        epilog="example: megagpt report runs/a runs/b --out a_and_b.html",
+    )
+    report.add_argument("runs", type=user_path, nargs="+", metavar="RUN", help="a run's folder, its megagpt.out_dir")
+    report.add_argument(
+        "--out",
+        type=user_path,
+        metavar="FILE.html",
+        help="the page to write; default: RUN/report.html, or of several runs report.html here",
+    )
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="generate text from a checkpoint",
+        epilog='example: megagpt generate runs/demo --prompt "def main(" --max-tokens 100 --batch 3',
+    )
+    _add_checkpoint(generate)
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        help=r"\n, \t are read as in JSON, \\ as a backslash; may be given several times; default: a new document",
+    )
+    for option, kind, default, text in (
+        ("--max-tokens", whole(1), 128, "tokens to generate at most"),
+        ("--temperature", float, 0.8, "0: always the likeliest token"),
+        ("--top-k", whole(0), 50, "draw from that many of the likeliest tokens; 0: the whole vocabulary"),
+        ("--top-p", float, 1.0, "draw from the likeliest tokens of this total probability"),
+        ("--batch", whole(1, 1_000_000), 1, "texts for each prompt"),
+        ("--seed", whole(-LARGEST, LARGEST), 0, "the same seed gives the same texts"),
+    ):
+        generate.add_argument(option, type=kind, default=default, metavar="N", help=f"{text}; default: %(default)s")
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint as a Hugging Face folder, and check it with transformers",
+        epilog="example: megagpt export runs/demo my-gpt2 --license apache-2.0",
+    )
+    _add_checkpoint(export)
+    export.add_argument("folder", type=user_path, metavar="DIR", help="a new folder")
+    export.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights; default: fp32")
+    export.add_argument("--license", metavar="NAME", help="for the model card, such as apache-2.0; default: none")
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="compute the loss, perplexity and bits per byte of a checkpoint",
+        epilog="example: megagpt evaluate runs/demo --data data/demo --split test",
+    )
+    _add_checkpoint(evaluate)
+    evaluate.add_argument(
+        "--data", type=user_path, metavar="DIR", help="a dataset made by data_tools; default: the one of the run"
+    )
+    evaluate.add_argument(
+        "--split", choices=("train", "val", "test"), default="val", help="part of the dataset; default: %(default)s"
+    )
+    evaluate.add_argument("--tokens", type=whole(1), help="number of tokens, from the split's start; default: all")
+    evaluate.add_argument(
+        "--micro-batch", type=whole(1, 1_000_000), default=8, metavar="N", help="samples at a time; default: 8"
+    )
+    evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    where = "a run (its best step), a step's folder, or RUN/checkpoints/latest"
+    parser.add_argument("checkpoint", type=user_path, metavar="CKPT", help=where)

@@ -1,0 +1,1 @@
+"""Tokenizers: SentencePiece models and Hugging Face tokenizer.json files behind one interface."""
