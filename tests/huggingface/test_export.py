@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support import debug_run
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from megagpt.__main__ import main
 from megagpt.checkpoint.load import load_model
+from megagpt.config.schema import ModelConfig
 from megagpt.errors import UserError
 from megagpt.huggingface import export as exporting
 from megagpt.huggingface.export import ODD, equally_likely, export
 from megagpt.huggingface.fast_tokenizer import fast_tokenizer
-from megagpt.huggingface.weights import as_gpt2, write_weights
+from megagpt.huggingface.weights import as_gpt2, gpt2_config, write_weights
+from megagpt.model.gpt import GPT
 from megagpt.tokenizer.tokenizer import Tokenizer
 from megagpt.train.trainer import train
 
@@ -117,6 +120,27 @@ def test_matrices_are_transposed_and_the_padding_is_gone(run):
     assert torch.equal(weights["transformer.h.1.mlp.c_fc.weight"], model.h[1].mlp.c_fc.weight.T)
     assert torch.equal(weights["transformer.wte.weight"], model.wte.weight[:300])
     assert len(weights) == len(model.state_dict()) - 1
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "vocab_size", "n_embd", "n_head"),
+    [(8, 1, 16, 1), (64, 257, 48, 3), (129, 1000, 64, 8), (32, 50_257, 32, 2), (2048, 383, 32, 1)],
+)
+def test_logits_are_those_of_transformers_for_every_shape(seq_len, vocab_size, n_embd, n_head):
+    """Without a file between them: the mapping of names and the configuration alone, over the whole context."""
+    cfg = ModelConfig(n_layer=2, n_head=n_head, n_embd=n_embd, seq_len=seq_len)
+    torch.manual_seed(0)
+    model = GPT(cfg, -(-vocab_size // 128) * 128).eval()
+    for weight in model.parameters():  # biases and LayerNorms that are 0 and 1 would hide an exchange
+        torch.nn.init.normal_(weight, std=0.2)
+    config = GPT2Config(**gpt2_config(cfg, vocab_size, 0, 0.0, "fp32"))
+    theirs = GPT2LMHeadModel(config).eval()
+    theirs.load_state_dict(as_gpt2(model.state_dict(), vocab_size, torch.float32), strict=False)
+    tokens = torch.randint(vocab_size, (1, seq_len))
+    with torch.no_grad():
+        ours, expected = model(tokens)[..., :vocab_size], theirs(tokens).logits
+    assert ours.shape == expected.shape
+    assert torch.allclose(ours, expected, rtol=0, atol=1e-5 * max(10.0, expected.abs().max().item()))
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -58,10 +58,11 @@ def hostile_lines(n: int) -> list[str]:
     return ["".join(rng.choices(letters, k=rng.randrange(20))) for _ in range(n)]
 
 
+@pytest.mark.parametrize("n", [3000, pytest.param(100_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_the_packages_own(files: dict[str, Path], kind: str) -> None:
+def test_ids_are_the_packages_own(files: dict[str, Path], kind: str, n: int) -> None:
     tokenizer, own = Tokenizer.load(files[kind]), of_the_package(files[kind])
-    lines = hostile_lines(3000)
+    lines = hostile_lines(n)
     if kind == "unigram":  # which the package reads as control tokens
         lines = [line for line in lines if "</s>" not in line and "<unk>" not in line]
     expected = [encoding.ids for encoding in own.encode_batch(lines, add_special_tokens=False)]

@@ -9,6 +9,7 @@ import torch
 from resume_matrix import COVERING, LAST
 from support import PROGRAMS, debug_run, metric, scenarios, torchrun
 
+from megagpt.__main__ import main
 from megagpt.data.loader import open_data
 from megagpt.distributed.process_group import own_device
 from megagpt.errors import OwnRankError
@@ -28,7 +29,8 @@ def equal_losses(found: dict, expected: dict) -> None:
 @pytest.fixture(scope="module")
 @processes.start_here
 def two_ranks(dataset, tmp_path_factory) -> dict[str, list[Any]]:
-    return scenarios("two_ranks.py", dataset, tmp_path_factory.mktemp("two_ranks"))
+    folder = tmp_path_factory.mktemp("two_ranks")
+    return scenarios("two_ranks.py", dataset, folder) | {"folder": [folder]}
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,15 @@ def test_every_zero_stage_on_two_ranks_equals_stage_1_on_one(two_ranks, one_rank
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_run_on_two_ranks_begins_with_another_runs_weights(two_ranks, stage):
     assert two_ranks["weights_of_another_run"][0][f"stage{stage}"] < 1e-6
+
+
+def test_a_run_at_stage_3_on_two_ranks_is_exported_to_transformers(two_ranks, tmp_path, capsys):
+    """The command itself compares 10,000 lines, and logits to within 1e-4, before the folder appears."""
+    run = two_ranks["folder"][0] / "losses_of_every_stage" / "stage3"
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert "10,000 of 10,000 lines have the same token ids" in capsys.readouterr().out
+    with (tmp_path / "out" / "model.safetensors").open("rb") as file:
+        assert b'"transformer.h.1.mlp.c_proj.weight":{"dtype":"F32","shape":[256,64]' in file.read(10_000)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
