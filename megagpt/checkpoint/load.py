@@ -103,9 +103,10 @@ def _load_step(step_dir: Path, device: torch.device) -> LoadedModel:
     weights = finite_weights(step_dir)
     saved = read_commit(step_dir)
     tokenizer = Tokenizer.load(step_dir / "tokenizer.model")
-    with torch.random.fork_rng(devices=[]):  # the caller's generator does not notice that weights are drawn first
+    with torch.device("meta"):  # no weights are drawn only to be replaced, and memory holds the weights once
         model = GPT(ModelConfig(**saved.identity.model), saved.identity.vocab_size)
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
+    model.tie_output()
     return LoadedModel(model.to(device).eval(), tokenizer, step_dir, packing_of(step_dir))
 
 

@@ -58,9 +58,7 @@ def export(loaded: LoadedModel, folder: Path, *, dtype: str, license_name: str |
     run_file = json.loads((loaded.step_dir / "run.json").read_bytes())
     dropout = run_file["megagpt"].get("regularization", {}).get("dropout", 0.0)
     with _in_place_once_whole(folder) as partial:
-        weights = as_gpt2(loaded.model.state_dict(), tokenizer.vocab_size, DTYPES[dtype])
-        write_weights(weights, partial)
-        del weights
+        write_weights(as_gpt2(loaded.model.state_dict(), tokenizer.vocab_size), partial, DTYPES[dtype])
         config = gpt2_config(cfg, tokenizer.vocab_size, tokenizer.eod_id, dropout, dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2))
         ends = {"bos_token_id": tokenizer.eod_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.eod_id}

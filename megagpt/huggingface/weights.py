@@ -19,14 +19,16 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
 
 
-def as_gpt2(weights: dict[str, Tensor], vocab_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return GPT2LMHeadModel's tensors: the tied output head once, and no rows that only pad the vocabulary."""
+def as_gpt2(weights: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+    """Return GPT2LMHeadModel's tensors: the tied output head once, and no rows that only pad the vocabulary.
+
+    They are views of the given ones: nothing is copied.
+    """
     named = {}
     for name, weight in weights.items():
         if name != HEAD:
             weight = weight[:vocab_size] if name == EMBEDDING else weight
-            weight = weight.T if name.endswith(TRANSPOSED) else weight
-            named[f"transformer.{name}"] = weight.to(dtype).contiguous()
+            named[f"transformer.{name}"] = weight.T if name.endswith(TRANSPOSED) else weight
     return named
 
 
@@ -56,24 +58,25 @@ def gpt2_config(cfg: ModelConfig, vocab_size: int, eod_id: int, dropout: float, 
     }
 
 
-def write_weights(named: dict[str, Tensor], folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write one file, or several with their index where all together are larger than shard_bytes."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in named.items():
-        if size + tensor.nbytes > shard_bytes and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
+def write_weights(
+    named: dict[str, Tensor], folder: Path, dtype: torch.dtype, *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write one file, or several with their index where all together are larger than shard_bytes.
+
+    Memory holds a copy of one file's tensors at a time.
+    """
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in named.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(map(sizes.__getitem__, shards[-1])) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in named.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        files = ["model.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        save_file({name: named[name].to(dtype).contiguous() for name in names}, folder / file, {"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -49,7 +49,8 @@ class OutputHead(Linear):
 @torch.no_grad()
 def draw_normal(weight: Tensor, std: float) -> None:
     """Draw on the CPU in fp32, whatever the weight's device and type, so that all ZeRO stages start with the same."""
-    weight.copy_(torch.normal(0.0, std, weight.shape, device="cpu"))
+    if not weight.is_meta:  # those only stand for weights that are loaded
+        weight.copy_(torch.normal(0.0, std, weight.shape, device="cpu"))
 
 
 class KeyValueCache:
@@ -146,9 +147,13 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(cfg, dropout) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = OutputHead(cfg.n_embd, vocab_size, bias=False)
-        self.lm_head.weight = self.wte.weight  # tied (Press and Wolf 2017)
+        self.tie_output()
         self.recompute: Recompute = keep_activations
         self.sequence_rank = 0  # with sequence parallelism the tokens are positions sequence_rank * T and up
+
+    def tie_output(self) -> None:
+        """Make the output head's weight the token embedding (Press and Wolf 2017)."""
+        self.lm_head.weight = self.wte.weight
 
     def forward(
         self,

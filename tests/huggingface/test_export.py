@@ -104,8 +104,8 @@ def test_a_disk_error_is_one_message(run, tmp_path, capsys):
 
 def test_several_files_hold_what_one_does(run, tmp_path):
     model = load_model(run, torch.device("cpu")).model
-    weights = as_gpt2(model.state_dict(), 300, torch.float32)
-    write_weights(weights, tmp_path, shard_bytes=50_000)
+    weights = as_gpt2(model.state_dict(), 300)
+    write_weights(weights, tmp_path, torch.float32, shard_bytes=50_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights.values())
     assert len(set(index["weight_map"].values())) > 3
@@ -116,7 +116,7 @@ def test_several_files_hold_what_one_does(run, tmp_path):
 
 def test_matrices_are_transposed_and_the_padding_is_gone(run):
     model = load_model(run, torch.device("cpu")).model
-    weights = as_gpt2(model.state_dict(), 300, torch.float32)
+    weights = as_gpt2(model.state_dict(), 300)
     assert torch.equal(weights["transformer.h.1.mlp.c_fc.weight"], model.h[1].mlp.c_fc.weight.T)
     assert torch.equal(weights["transformer.wte.weight"], model.wte.weight[:300])
     assert len(weights) == len(model.state_dict()) - 1
@@ -135,7 +135,7 @@ def test_logits_are_those_of_transformers_for_every_shape(seq_len, vocab_size, n
         torch.nn.init.normal_(weight, std=0.2)
     config = GPT2Config(**gpt2_config(cfg, vocab_size, 0, 0.0, "fp32"))
     theirs = GPT2LMHeadModel(config).eval()
-    theirs.load_state_dict(as_gpt2(model.state_dict(), vocab_size, torch.float32), strict=False)
+    theirs.load_state_dict(as_gpt2(model.state_dict(), vocab_size), strict=False)
     tokens = torch.randint(vocab_size, (1, seq_len))
     with torch.no_grad():
         ours, expected = model(tokens)[..., :vocab_size], theirs(tokens).logits
