@@ -13,14 +13,16 @@ from data_support import small_tokenizer, write_dataset
 
 from megagpt.tokenizer.tokenizer import Tokenizer
 
+LETTERS = str.maketrans("0123456789", "auchfmslod")
+
 
 @cache
 def wide_tokenizer(vocab_size: int) -> Tokenizer:
-    """The small tokenizer with pieces added that no text contains."""
+    """The small tokenizer with pieces added that no text contains, of letters that it has."""
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(small_tokenizer().model_bytes)
     for i in range(len(model.pieces), vocab_size):
-        model.pieces.add(piece=f"<{i}>", score=-20.0)
+        model.pieces.add(piece="tt" + f"{i:06}".translate(LETTERS), score=-20.0)
     model.trainer_spec.vocab_size = len(model.pieces)
     return Tokenizer(model.SerializeToString())
 
