@@ -26,12 +26,12 @@ from megagpt.model.gpt import GPT
 from megagpt.tokenizer.tokenizer import Tokenizer
 
 
-def resume(engine: Engine, saved: Saved, changes: list[str], seed: int) -> None:
+def resume(engine: Engine, saved: Saved, record: RunRecord, seed: int) -> None:
     """Load weights, moments and this rank's RNG state. Collective.
 
-    `changes`: what identity.layout_changes found. With another number of ranks the generators are reseeded.
+    `record` is of the run that resumes. With another number of ranks the generators are reseeded.
     """
-    _load(engine, saved, changes)
+    _load(engine, saved, record)
     if saved.identity.world_size == world_size():
         set_rng_state(json.loads((saved.step_dir / f"rng.{rank()}.json").read_bytes()))
     else:
@@ -46,14 +46,13 @@ def restore(engine: Engine, step_dir: Path, record: RunRecord) -> None:
     """Load the weights of a step that this run saved, if it is undamaged. Collective."""
     damage = find_damage(step_dir)
     if damage is None:
-        saved = read_commit(step_dir)
-        _load(engine, saved, layout_changes(step_dir, saved.identity, record.identity, record.effective))
+        _load(engine, read_commit(step_dir), record)
     else:
         print_rank0(f"checkpoint {step_dir} is damaged ({damage}); the run keeps its last weights instead of its best")
 
 
-def _load(engine: Engine, saved: Saved, changes: list[str]) -> None:
-    if changes:
+def _load(engine: Engine, saved: Saved, record: RunRecord) -> None:
+    if changes := layout_changes(saved.step_dir, saved.identity, record.identity, record.effective):
         print_rank0(f"resharding weights and optimizer state of checkpoint {saved.step_dir} ({', '.join(changes)})")
         was, state = saved.identity, saved.state
         load_reshaped(

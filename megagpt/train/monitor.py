@@ -172,7 +172,7 @@ def print_nothing_left(cfg: MegaGPTConfig, state: TrainState) -> None:
     """Print that a run was finished before this start, and the key that makes it train further."""
     if not is_main():
         return
-    step, last = state.step, cfg.schedule.max_steps
+    named, step, last = _best_checkpoint(cfg), state.step, cfg.schedule.max_steps
     if step >= last:
         why = f"already finished at step {step}, and megagpt.schedule.max_steps={last}; "
         way_out = "raise megagpt.schedule.max_steps to train further"
@@ -180,7 +180,7 @@ def print_nothing_left(cfg: MegaGPTConfig, state: TrainState) -> None:
         why = f"already stopped early at step {step}: {_no_improvement(cfg, state)}; "
         way_out = f"set megagpt.early_stopping.patience to more than {state.stopper.bad_evals}, or to 0 for no early "
         way_out += "stopping, to train further"
-    print_rank0("\n".join([why + way_out, *_best_checkpoint(cfg)]))
+    print_rank0("\n".join([why + way_out, *named]))
 
 
 def _no_improvement(cfg: MegaGPTConfig, state: TrainState) -> str:

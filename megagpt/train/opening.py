@@ -3,16 +3,16 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megagpt.checkpoint.commit import read_commit
 from megagpt.checkpoint.identity import changed_keys, described
 from megagpt.data.lost_text import changed_prompts, lost_text, token_counts, unknown_share
+from megagpt.distributed.process_group import print_rank0
 from megagpt.model.flops import n_params
 from megagpt.planner.sizing import EPOCHS, TOKENS_PER_PARAMETER
-from megagpt.terminal import counted, typed
+from megagpt.terminal import YELLOW, counted, typed
 from megagpt.train.lr_schedule import jump_of_rate
 from megagpt.train.preflight import RunSetup
 from megagpt.train.run_log import LOG
@@ -23,8 +23,8 @@ FAR = 10
 TRIAL = 1000
 
 
-def opening(setup: RunSetup, effective: dict[str, Any], device: torch.device) -> list[str]:
-    """Return the lines that a start prints: the sizes of model, data and batch, and where the run begins or resumes."""
+def print_opening(setup: RunSetup, device: torch.device) -> None:
+    """Print the sizes of model, data and batch, where the run begins or resumes, and notes on them."""
     cfg, batch = setup.run.megagpt, setup.batch
     tokens = [f"{dataset.variants('train')[0].tokens:,}" for dataset in setup.training_set.datasets]
     lines = [
@@ -39,13 +39,12 @@ def opening(setup: RunSetup, effective: dict[str, Any], device: torch.device) ->
         _where_to_look(setup),
     ]
     lines += setup.training_set.packing()
-    lines += _what_the_tokenizer_loses(setup)
     if setup.saved is None:
         weights = f" with the weights of {setup.start}" if setup.start else ""
         lines.append(f"no checkpoint in {cfg.out_dir}: starting at step 0{weights}")
     else:
-        lines.append(f"resuming from {setup.saved.step_dir}")
-        lines += [f"  changed: {line}" for line in described(changed_keys(setup.saved.step_dir, effective))]
+        changes = changed_keys(setup.saved.step_dir, setup.record.effective)
+        lines += [f"resuming from {setup.saved.step_dir}", *(f"  changed: {line}" for line in described(changes))]
         saved_run = json.loads((setup.saved.step_dir / "run.json").read_bytes())
         peak, step = setup.run.deepspeed.optimizer.params.lr, setup.saved.state.step
         if jump := jump_of_rate(saved_run, step, peak, cfg.schedule):
@@ -53,15 +52,17 @@ def opening(setup: RunSetup, effective: dict[str, Any], device: torch.device) ->
         if setup.training_set.mixture.segments != setup.saved.mixture.segments:
             mixture = setup.training_set.describe(setup.saved.state.samples_seen, cfg.seq_len)
             lines.append(f"  samples from now on: {mixture}")
-    return lines
+    print_rank0("\n".join(lines))
+    for note in notes(setup):
+        print_rank0(note, color=YELLOW)
 
 
 def notes(setup: RunSetup) -> list[str]:
-    """Return a line for data that is read many times, for a model far too large or small for its tokens, and for more
-    positions than it begins with.
+    """Return a line for data that is read many times, for a model far too large or small for its tokens, for more
+    positions than it begins with, and for text that the tokenizer loses.
     """
     cfg, epochs, ratio = setup.run.megagpt, _epochs(setup), _tokens_per_parameter(setup)
-    lines = _positions_without_weights(setup)
+    lines = [*_what_the_tokenizer_loses(setup), *_positions_without_weights(setup)]
     for dataset, times in zip(setup.training_set.datasets, epochs, strict=True):
         if times > EPOCHS:
             lines.append(
@@ -134,6 +135,6 @@ def _what_the_tokenizer_loses(setup: RunSetup) -> list[str]:
     tokenizer, cfg = setup.data.tokenizer, setup.run.megagpt
     if tokenizer.is_lossless:
         return []
-    unknown = unknown_share(token_counts(setup.data.val_windows), tokenizer)
+    lost = lost_text(unknown_share(token_counts(setup.data.val_windows), tokenizer), tokenizer)
     changed = changed_prompts(tokenizer, cfg.sample.prompts) if cfg.every.sample else []
-    return [line for line in (lost_text(unknown, tokenizer), *changed) if line]
+    return [line for line in (lost, *changed) if line]

@@ -5,13 +5,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megagpt.checkpoint.commit import Saved, committed
-from megagpt.checkpoint.identity import Identity, check_identity, identity_of
+from megagpt.checkpoint.identity import check_identity, identity_of, layout_changes
 from megagpt.checkpoint.named_step import starting_step
 from megagpt.checkpoint.run_samples import next_samples
+from megagpt.checkpoint.save import RunRecord
 from megagpt.checkpoint.verification import newest_verified
 from megagpt.config.batch import BatchPlan, batch_plan, rank_numbers
 from megagpt.config.run_file import RunConfig
@@ -27,6 +29,7 @@ from megagpt.distributed.process_group import world_size
 from megagpt.distributed.rank_variables import OURS
 from megagpt.distributed.rendezvous import check_equal_on_ranks
 from megagpt.engine.compilation import compiles
+from megagpt.engine.deepspeed_config import effective_config
 from megagpt.errors import UserError
 from megagpt.guards.spikes import check_skipping
 from megagpt.tokenizer.tokenizer import Tokenizer, padded_vocab_size
@@ -55,7 +58,8 @@ class RunSetup:
     compiled: bool  # the blocks are compiled
     data: OpenedData
     training_set: TrainingSet
-    identity: Identity
+    deepspeed_config: dict[str, Any]  # what DeepSpeed gets
+    record: RunRecord
     saved: Saved | None  # the step to resume from
     start: Path | None = None  # the step of another run that a new run takes its weights from
 
@@ -82,16 +86,19 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
     fingerprints = {f"{dataset.path} (fingerprint)": dataset.fingerprint for dataset in (*data.train, data.val)}
     check_equal_on_ranks(fingerprints, "let all hosts see the same dataset, or copies of it")
     identity = identity_of(run, batch, data.vocab_size, val=data.val)
+    config = effective_config(run, batch, data.vocab_size, device)
+    record = RunRecord(cfg.out_dir, cfg.keep, identity, data.tokenizer, {**run.as_json(), **config})
     saved = None if fresh else newest_verified(cfg.out_dir)
     if saved is not None:
         check_identity(saved.step_dir, saved.identity, identity)
+        layout_changes(saved.step_dir, saved.identity, identity, record.effective)  # refuses what cannot be resharded
     with errors_on_every_rank():
         start = None
         if cfg.init_from and saved is None:
             start = starting_step(cfg.init_from, identity.model, identity.tokenizer)
         training_set = next_samples(cfg, batch.global_batch, saved, data.train)
         training_set.open_all()  # a damaged shard is found here, and not in the middle of the run
-    return RunSetup(run, batch, compiled, data, training_set, identity, saved, start)
+    return RunSetup(run, batch, compiled, data, training_set, config, record, saved, start)
 
 
 def refused_data(run: RunConfig) -> str | None:

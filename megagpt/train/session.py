@@ -13,11 +13,9 @@ from megagpt.atomic_files import write_atomically
 from megagpt.checkpoint.async_writer import Writer
 from megagpt.checkpoint.commit import step_folder
 from megagpt.checkpoint.finite import what_to_change
-from megagpt.checkpoint.identity import layout_changes
 from megagpt.checkpoint.load import restore, resume, starting_weights
 from megagpt.checkpoint.rng import seed_all
 from megagpt.checkpoint.rotation import retract
-from megagpt.checkpoint.save import RunRecord
 from megagpt.checkpoint.save import save as save_checkpoint
 from megagpt.checkpoint.verification import newest_verified
 from megagpt.data.loader import Batch, prefetched, rank_samples, rank_slice
@@ -27,7 +25,6 @@ from megagpt.distributed.collectives import errors_on_every_rank, gather_objects
 from megagpt.distributed.launcher import grace_warning
 from megagpt.distributed.process_group import is_main, print_rank0, rank
 from megagpt.engine.build import Engine, before_update, build_engine
-from megagpt.engine.deepspeed_config import effective_config
 from megagpt.errors import OwnRankError, UserError, writing_to
 from megagpt.guards.memory_growth import MemoryWatch, memory_mib
 from megagpt.guards.spikes import UpdateGate, judge_steps
@@ -39,7 +36,7 @@ from megagpt.terminal import YELLOW
 from megagpt.train.early_stopping import after_evaluation, at_resume
 from megagpt.train.evaluate import Evaluation, evaluate
 from megagpt.train.monitor import Monitor, print_ending
-from megagpt.train.opening import notes, opening
+from megagpt.train.opening import print_opening
 from megagpt.train.preflight import RunSetup
 from megagpt.train.samples import generated_samples, sample_lines
 from megagpt.train_state import TrainState
@@ -62,23 +59,19 @@ class Session:
         self.setup, self.device, self.cfg, self.before_save = setup, device, run.megagpt, before_save
         # DeepSpeed itself skips updates that its loss scale made infinite.
         self.uses_loss_scale = run.deepspeed.fp16.enabled
-        config = effective_config(run, batch, setup.data.vocab_size, device)
-        effective = {**run.as_json(), **config}
-        self.record = RunRecord(self.cfg.out_dir, self.cfg.keep, setup.identity, setup.data.tokenizer, effective)
-        changes = layout_changes(saved.step_dir, saved.identity, setup.identity, effective) if saved else []
         self.gate = UpdateGate(self.cfg.guards.spikes, setup.state.health, device)
         self.engine: Engine = build_engine(
             run,
             batch,
             setup.data.vocab_size,
             device,
-            config=config,
+            config=setup.deepspeed_config,
             compiled=setup.compiled,
             weights=None if setup.start is None else starting_weights(setup.start),
         )
         seed_all(self.cfg.seed + 1 + rank())  # dropout differs from rank to rank
         if saved is not None:
-            resume(self.engine, saved, changes, self.cfg.seed)
+            resume(self.engine, saved, setup.record, self.cfg.seed)
         if not self.uses_loss_scale:
             before_update(self.engine, self.gate.before_update)
         self.token_bytes = torch.from_numpy(setup.data.tokenizer.token_bytes()).to(device)
@@ -92,9 +85,7 @@ class Session:
         self.memory_watch = MemoryWatch(self.cfg.guards.memory_growth_mib)
         self.rolled_back: list[int] = []  # the steps that were rolled back to
         self.evaluated = (0, True)  # the step of the last evaluation, and whether its loss was finite
-        print_rank0("\n".join(opening(setup, effective, device)))
-        for note in notes(setup):
-            print_rank0(note, color=YELLOW)
+        print_opening(setup, device)
         with errors_on_every_rank():
             self.monitor = self._open_monitor()
 
@@ -104,7 +95,7 @@ class Session:
         with writing_to(out_dir):
             monitor = Monitor(self.setup.run, self.setup.state, also=self.engine.monitor.write_events)
             if is_main():
-                write_atomically(out_dir / "run.json", json.dumps(self.record.effective, indent=1).encode())
+                write_atomically(out_dir / "run.json", json.dumps(self.setup.record.effective, indent=1).encode())
             return monitor
 
     def batches(self) -> Iterator[Batch]:
@@ -178,8 +169,7 @@ class Session:
                     )
                     + "; lower optimizer.params.lr or gradient_clipping, or set megagpt.guards.spikes.action"
                 )
-            changes = layout_changes(saved.step_dir, saved.identity, self.setup.identity, self.record.effective)
-            resume(self.engine, saved, changes, self.cfg.seed)
+            resume(self.engine, saved, self.setup.record, self.cfg.seed)
         self.rolled_back.append(saved.state.step)
         self.evaluated = (0, True)  # its step comes again, with other weights
         data = self.setup.training_set.jumped(step=saved.state.step, sample=state.samples_seen)
@@ -258,7 +248,7 @@ class Session:
             return False
         with self.stopwatch.section("save"), self.watchdog.paused():
             self.before_save()
-            save_checkpoint(self.engine, state, self.setup.training_set.mixture, self.record, self.writer)
+            save_checkpoint(self.engine, state, self.setup.training_set.mixture, self.setup.record, self.writer)
         waited, wrote = self.stopwatch.spent("save"), self.writer.seconds  # `wrote`: of the save before this one
         self.monitor.log(
             state, {"perf/save_seconds": waited} | ({"perf/write_seconds": wrote} if self.cfg.save_async else {})
@@ -282,7 +272,7 @@ class Session:
             )
         if state.stopper.stopped and self.cfg.early_stopping.restore_best:
             best_dir = step_folder(self.cfg.out_dir, state.stopper.best_step)
-            restore(self.engine, best_dir, self.record)
+            restore(self.engine, best_dir, self.setup.record)
         gc.unfreeze()
         print_ending(self.cfg, state, reason)
 

@@ -36,7 +36,7 @@ def trained(dataset: Path, device: torch.device, tmp_path_factory: pytest.TempPa
     run = debug_run(dataset, out_dir, *options, "megagpt.data.val_tokens=null", "megagpt.every.log=1")
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
-        patch.setattr("megagpt.train.session.print_rank0", lambda text, **_: said.append(text))
+        patch.setattr("megagpt.train.opening.print_rank0", lambda text, **_: said.append(text))
         train(run, device)
     return out_dir, "\n".join(said)
 
