@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": ("generate", "run"),
     "evaluate": ("evaluate", "run"),
     "export": ("export", "run"),
+    "import": ("import_model", "run"),
     "check-hosts": ("doctor", "run_check_hosts"),
     "doctor": ("doctor", "run"),
     "checkpoints": ("checkpoints", "run"),

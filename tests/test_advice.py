@@ -19,7 +19,7 @@ from megagpt.lint.linter import lint_file
 
 MESSAGES = [(path, line, text) for path in FILES for line, text in texts(path)]
 OF_DEEPSPEED = {f"{section}.{key}" for section, model in SECTION_MODELS.items() for key in model.model_fields}
-# Options that messages name of torchrun, deepspeed, Slurm, apptainer and TensorBoard.
+# Options that messages name of torchrun, deepspeed, Slurm, apptainer, TensorBoard and hf.
 OTHERS = {
     "--nproc-per-node",
     "--num_gpus",
@@ -29,6 +29,7 @@ OTHERS = {
     "--nv",
     "--logdir",
     "--signal",
+    "--local-dir",
 }
 BUILD_KEYS = typed_keys(BuildConfig)
 

@@ -122,7 +122,7 @@ def test_a_folder_that_is_no_run_is_named_with_what_there_is(run, dataset, tmp_p
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "config.json").write_text("{}")
     for path, message in {
-        tmp_path / "exported": "exported is a Hugging Face folder, which transformers",
+        tmp_path / "exported": "exported is a Hugging Face folder; make one that megagpt reads by: megagpt import",
         tmp_path / "nowhere": f"{tmp_path}/nowhere does not exist; give a run's folder, one of its checkpoints/step_*",
         tmp_path: f"{tmp_path} holds no committed checkpoint; give a run's folder",
         dataset: f"{dataset} is a dataset; give a run's folder",

@@ -9,7 +9,7 @@ from import_graph import circles, floors, import_graph, modules, package_of
 ROOT = Path(__file__).parents[1]
 ORDER = [  # lowest first; a package may import from those of lower lines, and from no other of its own line
     {"megagpt", "megagpt.errors", "megagpt.atomic_files", "megagpt.file_lock", "megagpt.open_files"},
-    {"megagpt.terminal", "megagpt.user_paths", "megagpt.git_pointers", "megagpt.html_parts"},
+    {"megagpt.terminal", "megagpt.user_paths", "megagpt.git_pointers", "megagpt.html_parts", "megagpt.new_folder"},
     {"megagpt.options", "megagpt.svg_plots"},
     {"megagpt.config", "megagpt.distributed", "megagpt.tokenizer"},
     {"megagpt.train_state", "megagpt.data"},

@@ -125,14 +125,13 @@ def write_rank_manifest(step_dir: Path, rank: int) -> str:
     """Sync this rank's files to disk and list their sizes and hashes; returns the sha256 of the list."""
     listed = {}
     manifest = step_dir / f"manifest.{rank}.json"
-    with disk_errors(step_dir):
-        for path in sorted(step_dir.iterdir()):
-            if path.name.startswith("manifest.") or _owner(path.name) != rank:
-                continue  # another rank may be writing its own manifest right now
-            fsync(path)
-            listed[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        write_atomically(manifest, json.dumps(listed, indent=1).encode())
-        return sha256_of(manifest)
+    for path in sorted(step_dir.iterdir()):
+        if path.name.startswith("manifest.") or _owner(path.name) != rank:
+            continue  # another rank may be writing its own manifest right now
+        fsync(path)
+        listed[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    write_atomically(manifest, json.dumps(listed, indent=1).encode())
+    return sha256_of(manifest)
 
 
 def _owner(name: str) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from megagpt.checkpoint.commit import COMMIT, POINTERS, best, committed, pointed, read_commit, run_of
 from megagpt.data.manifest import MANIFEST
 from megagpt.errors import UserError
+from megagpt.terminal import typed
 
 
 def step_of(path: Path) -> Path:
@@ -31,7 +32,9 @@ def _no_step(path: Path) -> str:
     if (path / MANIFEST).is_file():
         return f"{path} is a dataset; {ways}"
     if (path / "config.json").is_file():
-        return f"{path} is a Hugging Face folder, which transformers.AutoModelForCausalLM loads; {ways}"
+        return (
+            f"{path} is a Hugging Face folder; make one that megagpt reads by: megagpt import {typed(path)} NEW_FOLDER"
+        )
     if path.is_file() and ".json" in path.suffix:
         return f"{path} is a file, perhaps a run file; give the folder of its run, which its megagpt.out_dir names"
     wrong = "holds no committed checkpoint" if path.exists() else "does not exist"
@@ -48,15 +51,23 @@ def starting_step(path: Path, model: Mapping[str, Any], tokenizer: str | None) -
     """
     step_dir = step_of(path)
     was = read_commit(step_dir).identity
-    for name, value in model.items():
-        if name not in ("seq_len", "attention") and was.model.get(name) != value:
-            raise UserError(
-                f"megagpt.init_from={path}: its model has {name}={was.model.get(name)}, and this run's {value}; set "
-                f"megagpt.model.{name}={was.model.get(name)}"
-            )
+    other = [name for name in model if name not in ("seq_len", "attention") and was.model.get(name) != model[name]]
+    if other:
+        its, ours = (", ".join(f"{name}={sizes.get(name)}" for name in other) for sizes in (was.model, model))
+        keys = " ".join(f"megagpt.model.{name}={was.model.get(name)}" for name in other)
+        raise UserError(f"megagpt.init_from={path}: its model has {its}, and this run's {ours}; set {keys}")
     if tokenizer not in (None, was.tokenizer):
         raise UserError(
             f"megagpt.init_from={path}: its tokenizer is another one than the data's; build the data with "
-            f"tokenizer={step_dir / 'tokenizer.model'}"
+            f"tokenizer={typed(step_dir / 'tokenizer.model')}"
         )
     return step_dir
+
+
+def check_is_no_step(out_dir: Path) -> None:
+    """Raise UserError for a run's folder that is a step's or one of weights: what is named by it would be that step."""
+    if (out_dir / COMMIT).is_file():
+        raise UserError(
+            f"megagpt.out_dir={out_dir} is one step's folder and not a run's; give another, and "
+            f"megagpt.init_from={typed(out_dir)} to begin with its weights"
+        )

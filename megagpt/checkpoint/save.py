@@ -67,7 +67,7 @@ def save(engine: Engine, state: TrainState, mixture: Mixture, record: RunRecord,
             _make_room(step_dir)
         with errors_on_every_rank(group):
             write_files(step_dir, files)
-        with errors_on_every_rank(group):
+        with errors_on_every_rank(group), disk_errors(step_dir):
             manifest = write_rank_manifest(step_dir, rank())
         manifests = gather_objects(manifest, group)
         with errors_on_every_rank(group):

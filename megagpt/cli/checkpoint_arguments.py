@@ -11,6 +11,7 @@ def after_a_run(commands: Any) -> None:
     """Add the commands that use a run's checkpoints and curves."""
     _add_generate(commands)
     _add_export(commands)
+    _add_import(commands)
     _add_evaluate(commands)
     checkpoints = commands.add_parser(
         "checkpoints",
@@ -67,6 +68,19 @@ def _add_export(commands: Any) -> None:
     export.add_argument("folder", type=user_path, metavar="DIR", help="a new folder")
     export.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights; default: fp32")
     export.add_argument("--license", metavar="NAME", help="for the model card, such as apache-2.0; default: none")
+
+
+def _add_import(commands: Any) -> None:
+    imports = commands.add_parser(
+        "import",
+        help="read a Hugging Face folder of a GPT-2, to train it further: a folder for megagpt.init_from",
+        epilog="example: megagpt import my-gpt2 runs/my-gpt2",
+    )
+    imports.add_argument("source", type=user_path, metavar="DIR", help="a folder with config.json and weights")
+    imports.add_argument("folder", type=user_path, metavar="OUT", help="a new folder")
+    imports.add_argument(
+        "--allow-pickle", action="store_true", help="read pytorch_model.bin; only its tensors are loaded"
+    )
 
 
 def _add_evaluate(commands: Any) -> None:

@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _of_the_run(step_dir: Path, split: str) -> Dataset:
     """Open the dataset that a step's run validated on, or trained on for its train split. Raises UserError."""
-    data = json.loads((step_dir / "run.json").read_bytes())["megagpt"]["data"]
+    data = json.loads((step_dir / "run.json").read_bytes())["megagpt"].get("data")
+    if data is None:
+        raise UserError(f"the model of {step_dir} was imported, and no data with it; give a dataset by --data DIR")
     path = Path(data["train"][0]["path"] if split == "train" else data["val"])
     if not path.is_dir():
         raise UserError(f"the run of {step_dir} read {path}, which is not here; give its place by --data DIR")

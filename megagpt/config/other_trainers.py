@@ -64,7 +64,7 @@ NOTES = {
         ("epochs", "n_epochs", "num_epochs", "max_epochs", "num_train_epochs"),
         "It counts updates; an epoch is the training tokens / (train_batch_size x megagpt.model.seq_len) of them.",
     ),
-    "megagpt.init_from": "It is a run's folder, or one of its steps.",
+    "megagpt.init_from": "It is a run's folder, one of its steps, or what `megagpt import` made.",
     "megagpt.schedule.shape": 'It is "cosine", "linear", "constant" or "warmup-stable-decay".',
     "megagpt.schedule.min_lr_ratio": "It is a share of optimizer.params.lr.",
     "megagpt.recompute.policy": 'It is "none", "selective", "every_k", "full" or "budget".',

@@ -6,8 +6,9 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megagpt.checkpoint.commit import read_commit, run_of
+from megagpt.checkpoint.commit import Saved, read_commit, run_of
 from megagpt.checkpoint.load import LoadedModel
+from megagpt.checkpoint.weights_folder import origin_of
 from megagpt.data.packing import PACKING
 from megagpt.metrics.metrics_file import METRICS, read_rows
 
@@ -16,6 +17,12 @@ MASKED = (
     "In training, attention stayed within each document. `transformers` has no such mask, so give it one document at a "
     "time."
 )
+
+
+ORIGINS = {  # of a folder of weights
+    "import": "imported from a Hugging Face folder, and not trained since",
+    "average": "whose weights are the average of several steps of a training by megagpt",
+}
 
 
 def model_card(loaded: LoadedModel, name: str, license_name: str | None, lines: int, ties: int, *, drawn: bool) -> str:
@@ -29,19 +36,20 @@ def model_card(loaded: LoadedModel, name: str, license_name: str | None, lines: 
     text = [
         *front,
         f"# {name}",
-        f"A GPT-2 with {model['n_layer']} layers, {model['n_head']} heads and a width of {model['n_embd']}, trained by "
-        f"megagpt for {saved.state.step:,} steps, which are {saved.state.tokens_seen:,} tokens, from "
-        + ("the weights of another run." if section.get("init_from") else "random weights."),
+        f"A GPT-2 with {model['n_layer']} layers, {model['n_head']} heads and a width of {model['n_embd']}, "
+        + _history(saved, from_others=section.get("init_from") is not None)
+        + ".",
         *([MASKED] if PACKING[loaded.packing.kind].masked else []),
         "## Use",
         "```python\nfrom transformers import pipeline\n\n"
         f'generate = pipeline("text-generation", model="{name}")\nprint(generate("The ", max_new_tokens=50))\n```',
         "## Evaluation",
-        _evaluation(step_dir, saved.state.step),
+        _evaluation(saved),
         *([f"![Training and validation loss]({CURVES})"] if drawn else []),
         "## Training",
-        f"`megagpt_run.json` holds all settings. Fingerprint of the validation data: `{saved.identity.data['val']}`; "
-        f"SHA-256 of the tokenizer: `{saved.identity.tokenizer}`.",
+        "`megagpt_run.json` holds all settings. "
+        + (f"Fingerprint of the validation data: `{saved.identity.data['val']}`; " if saved.identity.data else "")
+        + f"SHA-256 of the tokenizer: `{saved.identity.tokenizer}`.",
         "## Tokenizer",
         ("The one that the data was built with," if given else "Converted from SentencePiece and")
         + f" compared on {lines:,} lines, odd ones among them: "
@@ -51,17 +59,30 @@ def model_card(loaded: LoadedModel, name: str, license_name: str | None, lines: 
     return "\n\n".join(["\n".join(text[: len(front)]), *text[len(front) :]]) + "\n"
 
 
-def _evaluation(step_dir: Path, step: int) -> str:
-    rows = [row for row in read_rows(run_of(step_dir) / METRICS) if row["step"] == step]
-    values = {name: value for row in rows for name, value in row.items() if name.startswith("val/")}
+def _history(saved: Saved, *, from_others: bool) -> str:
+    if origin := origin_of(saved.step_dir):
+        return ORIGINS[origin]
+    begun = "the weights of another model" if from_others else "random weights"
+    return (
+        f"trained by megagpt for {saved.state.step:,} steps, which are {saved.state.tokens_seen:,} tokens, from {begun}"
+    )
+
+
+def _evaluation(saved: Saved) -> str:
+    values: dict[str, float | None] = {"val/loss": saved.state.val_loss} if saved.state.val_loss is not None else {}
+    if origin_of(saved.step_dir) is None:
+        rows = [row for row in read_rows(run_of(saved.step_dir) / METRICS) if row["step"] == saved.state.step]
+        values = {name: value for row in rows for name, value in row.items() if name.startswith("val/")}
     if not values:
-        return "This step was not evaluated in training."
+        return "It was not evaluated in training."
     table = [f"| {name.removeprefix('val/')} | {value:.4f} |" for name, value in values.items() if value is not None]
     return "On the validation data, at this step:\n\n| | |\n|---|---|\n" + "\n".join(table)
 
 
 def write_curves(step_dir: Path, folder: Path) -> bool:
     """Draw the losses up to this step; returns whether there were any."""
+    if origin_of(step_dir) is not None:
+        return False
     last = read_commit(step_dir).state.step
     rows = [row for row in read_rows(run_of(step_dir) / METRICS) if row["step"] <= last]
     curves = {

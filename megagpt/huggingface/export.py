@@ -2,15 +2,12 @@
 
 import json
 import math
-import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +22,7 @@ from megagpt.errors import UserError
 from megagpt.huggingface.card import model_card, write_curves
 from megagpt.huggingface.fast_tokenizer import exported_json, write_tokenizer
 from megagpt.huggingface.weights import DTYPES, as_gpt2, gpt2_config, write_weights
+from megagpt.new_folder import check_free, new_folder
 from megagpt.tokenizer.tokenizer import Tokenizer
 
 # Of a logit in fp32, where none is above 10; the rounding of larger ones is larger.
@@ -49,7 +47,7 @@ class Exported(NamedTuple):
 
 def export(loaded: LoadedModel, folder: Path, *, dtype: str, license_name: str | None) -> Exported:
     """Write the folder, which must be new or empty. Raises UserError; nothing is left behind then."""
-    _check_free(folder)
+    check_free(folder)
     if license_name is not None and not LICENSE.fullmatch(license_name):
         raise UserError(f"--license {license_name!r:.60} is no name of a license; give one such as apache-2.0")
     tokenizer, cfg = loaded.tokenizer, loaded.model.cfg
@@ -57,7 +55,7 @@ def export(loaded: LoadedModel, folder: Path, *, dtype: str, license_name: str |
     _round(loaded, dtype)
     run_file = json.loads((loaded.step_dir / "run.json").read_bytes())
     dropout = run_file["megagpt"].get("regularization", {}).get("dropout", 0.0)
-    with _in_place_once_whole(folder) as partial:
+    with new_folder(folder) as partial:
         write_weights(as_gpt2(loaded.model.state_dict(), tokenizer.vocab_size), partial, DTYPES[dtype])
         config = gpt2_config(cfg, tokenizer.vocab_size, tokenizer.eod_id, dropout, dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2))
@@ -72,39 +70,6 @@ def export(loaded: LoadedModel, folder: Path, *, dtype: str, license_name: str |
         card = model_card(loaded, folder.name, license_name, found.lines, found.ties, drawn=drawn)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return found
-
-
-def _check_free(folder: Path) -> None:
-    if os.path.realpath(folder) == os.getcwd():
-        raise UserError("the current folder cannot be exported into; name a new folder for the export")
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"{folder} exists and is no folder; name another place for the export")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty, and nothing in it is overwritten; name a new folder for the export")
-
-
-@contextmanager
-def _in_place_once_whole(folder: Path) -> Iterator[Path]:
-    """Yield a folder beside `folder` that takes its name at the end; after an error it is removed."""
-    partial = None
-    try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.absolute().parent))
-        yield partial
-        for path in (partial, *partial.iterdir()):  # others could read neither a temporary folder nor safetensors
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
-        partial.rename(folder)  # over an empty folder, too
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}; free disk space, or name another place") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o77)
-    os.umask(mask)
-    return mask
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 
 from megagpt.checkpoint.commit import Saved, committed
 from megagpt.checkpoint.identity import check_identity, identity_of, layout_changes
-from megagpt.checkpoint.named_step import starting_step
+from megagpt.checkpoint.named_step import check_is_no_step, starting_step
 from megagpt.checkpoint.run_samples import next_samples
 from megagpt.checkpoint.save import RunRecord
 from megagpt.checkpoint.verification import newest_verified
@@ -82,6 +82,7 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
     compiled = compiles(cfg.compile, device)
     batch = batch_plan(run.deepspeed, world_size(), _fewer_ranks())
     with errors_on_every_rank():
+        check_is_no_step(cfg.out_dir)
         data = _open_data(cfg)
     fingerprints = {f"{dataset.path} (fingerprint)": dataset.fingerprint for dataset in (*data.train, data.val)}
     check_equal_on_ranks(fingerprints, "let all hosts see the same dataset, or copies of it")

@@ -58,7 +58,9 @@ def enlarge(step_dir: Path, cfg: ModelConfig) -> int:
     saved = read_commit(step_dir)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in GPT(cfg, saved.identity.vocab_size).named_parameters()}
-    groups = [{name: shape for name, shape in shapes.items() if (len(shape) > 1) is decayed} for decayed in (True, False)]
+    groups = [
+        {name: shape for name, shape in shapes.items() if (len(shape) > 1) is decayed} for decayed in (True, False)
+    ]
     masters = [torch.randn(sum(shape.numel() for shape in group.values())).mul_(0.02) for group in groups]
     model_file, optimizer_file = (next(step_dir.glob(f"*{kind}_states.pt")) for kind in ("model", "optim"))
     model: dict[str, Any] = torch.load(model_file, weights_only=False)

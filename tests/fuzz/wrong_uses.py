@@ -14,11 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from support import DEBUG_RUN, ROOT, build_dataset, environment, write_corpus
 
 from data_tools.config import BuildConfig
+from megagpt.checkpoint.load import load_model
 from megagpt.config.parsing import dotted_items
 from megagpt.config.run_file import load_run_config
+from megagpt.huggingface.fast_tokenizer import exported_json, write_tokenizer
+from megagpt.huggingface.weights import as_gpt2, gpt2_config, write_weights
 
 # Of docs/architecture.md: finished, a mistake, built without some files, saved and to be started again, Ctrl-C.
 CODES = {0, 2, 3, 75, 130}
@@ -47,6 +51,7 @@ COMMANDS: dict[str, list[str]] = {
     "generate": [*MEGAGPT, "generate", "{run}", "--max-tokens", "3"],
     "evaluate": [*MEGAGPT, "evaluate", "{run}", "--data", "{dataset}", "--tokens", "64"],
     "export": [*MEGAGPT, "export", "{run}", "{out}"],
+    "import": [*MEGAGPT, "import", "{model}", "{out}"],
     "report": [*MEGAGPT, "report", "{run}", "--out", "{out}.html"],
     "samples": [*MEGAGPT, "train", "{run_file}", "megagpt.data.train.0.path={dataset}", "--sample-report", "3"],
     "build": [*DATA_TOOLS, "build", "--input", "{text}", "--out", "{out}", "vocab_size=300", "workers=1"],
@@ -200,10 +205,22 @@ def world(folder: Path) -> dict[str, str]:
     started = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, check=False)
     assert started.returncode == 0, started.stderr
     (folder / "hosts").write_text("localhost slots=1\n")
+    write_model(folder / "run", folder / "model")
     text = write_corpus(folder / "text.jsonl", 60)
     held_out = write_corpus(folder / "held_out.jsonl", 10, seed=1)
     paths = {"dataset": dataset, "run": folder / "run", "run_file": run_file, "hosts": folder / "hosts"}
-    return {name: str(path) for name, path in {**paths, "text": text, "held_out": held_out}.items()}
+    paths |= {"model": folder / "model", "text": text, "held_out": held_out}
+    return {name: str(path) for name, path in paths.items()}
+
+
+def write_model(run: Path, folder: Path) -> None:
+    """Write a run's model as a Hugging Face folder, as `megagpt export` does but for the check of it."""
+    model, tokenizer, *_ = load_model(run, torch.device("cpu"))
+    folder.mkdir()
+    write_weights(as_gpt2(model.state_dict(), tokenizer.vocab_size), folder, torch.float32)
+    config = gpt2_config(model.cfg, tokenizer.vocab_size, tokenizer.eod_id, 0.0, "fp32")
+    (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(exported_json(tokenizer), tokenizer, model.cfg.seq_len, folder)
 
 
 def draw(rng: random.Random, whole: dict[str, str], folder: Path) -> Case:

@@ -85,7 +85,7 @@ def test_what_is_there_is_not_overwritten(run, tmp_path, capsys, made, complaint
 @pytest.mark.parametrize(
     ("out", "more", "complaint"),
     [
-        (".", [], "the current folder cannot be exported into"),
+        (".", [], "is the current folder, which cannot be replaced"),
         ("new", ["--license", "mit\ntags: x"], "is no name of a license"),
     ],
 )

@@ -1,0 +1,72 @@
+"""Make a folder to begin from out of a Hugging Face folder of a GPT-2, with its weights, shape and tokenizer."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megagpt.checkpoint.weights_folder import write_weights_folder
+from megagpt.config.schema import ModelConfig
+from megagpt.huggingface.read_config import read_config
+from megagpt.huggingface.read_tokenizer import read_tokenizer
+from megagpt.huggingface.read_weights import read_weights
+from megagpt.huggingface.weights import EMBEDDING, HEAD
+from megagpt.new_folder import check_free
+from megagpt.tokenizer.tokenizer import Tokenizer, padded_vocab_size
+from megagpt.train_state import TrainState
+
+
+class Imported(NamedTuple):
+    """Holds what was imported."""
+
+    model: ModelConfig
+    tokenizer: Tokenizer
+    notes: list[str]
+
+
+def import_gpt2(source: Path, folder: Path, *, pickles: bool) -> Imported:
+    """Write `folder`, which must be new or empty. Raises UserError; nothing is left behind then."""
+    check_free(folder)
+    model, n_rows, eos_id = read_config(source)
+    tokenizer = read_tokenizer(source, n_rows)
+    weights = read_weights(source, model, n_rows, pickles=pickles)
+    vocab_size = padded_vocab_size(tokenizer.vocab_size)
+    weights[EMBEDDING] = weights[HEAD] = padded(weights[EMBEDDING], vocab_size)
+    shape = model.model_dump()
+    write_weights_folder(
+        folder,
+        weights,
+        tokenizer,
+        model=shape,
+        vocab_size=vocab_size,
+        run_file={"megagpt": {"model": shape}},
+        kind="import",
+        sources={"folder": str(source.absolute())},
+        state=TrainState(),
+    )
+    return Imported(model, tokenizer, _notes(tokenizer, n_rows, vocab_size, eos_id))
+
+
+def padded(embedding: Tensor, n_rows: int) -> Tensor:
+    """Return the embedding with n_rows rows. Those that it lacks are the mean of its own (Hewitt 2021).
+
+    The output head is the same matrix, so their logits are the mean of the others': of n tokens, k more such rows raise
+    no loss by more than log(1 + k / n) nats. Rows of zeros would have the logit 0, and those of GPT-2 are near -100.
+    """
+    own = embedding[:n_rows]
+    mean = own.mean(0, keepdim=True, dtype=torch.float32).to(own.dtype)
+    return torch.cat([own, mean.expand(n_rows - len(own), -1)])
+
+
+def _notes(tokenizer: Tokenizer, n_rows: int, vocab_size: int, eos_id: int | None) -> list[str]:
+    notes = []
+    if n_rows > vocab_size:
+        notes.append(f"note: {n_rows - vocab_size:,} embeddings, which no token of its tokenizer has, are left out")
+    if eos_id not in (None, tokenizer.eod_id) and eos_id < tokenizer.vocab_size:
+        names = tokenizer.names()
+        notes.append(
+            f"note: config.json names token {eos_id} ({names[eos_id]}) as the end of a text, and the tokenizer "
+            f"{tokenizer.eod_id} ({names[tokenizer.eod_id]}), which is used"
+        )
+    return notes
