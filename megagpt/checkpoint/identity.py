@@ -10,6 +10,7 @@ from typing import Any, Literal
 from megagpt.config.batch import BatchPlan
 from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig
+from megagpt.config.schema import MegaGPTConfig
 from megagpt.data.dataset import Dataset
 from megagpt.data.packing import PACKING
 from megagpt.errors import UserError
@@ -21,6 +22,8 @@ SHAPE = {
     "offload_optimizer": "optimizer offload",
     "dtype": "dtype",
 }
+# The key of `Identity.data` with the validation sets that do not decide.
+OTHERS = "other val"
 # Keys of the run file that change how DeepSpeed lays out its state.
 LAYOUT = re.compile(r"(zero_optimization|data_types|bf16|fp16)\..*|optimizer\.(type|params\.torch_adam)")
 
@@ -40,8 +43,8 @@ class Identity:
     weight_decay_on: Literal["matrices", "all"]  # decides which parameters share an optimizer group
 
 
-def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Dataset) -> Identity:
-    """Return the identity of a run on the ranks there are now. `vocab_size` is padded."""
+def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Mapping[str, Dataset]) -> Identity:
+    """Return the identity of a run on the ranks there are now. `vocab_size` is padded, `val` the validation sets."""
     cfg, ds = run.megagpt, run.deepspeed
     return Identity(
         world_size=batch.world_size,
@@ -50,14 +53,29 @@ def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Dataset)
         dtype=ds.dtype,
         model=cfg.model.model_dump(),
         vocab_size=vocab_size,
-        tokenizer=val.manifest.tokenizer.sha256,
+        tokenizer=next(iter(val.values())).manifest.tokenizer.sha256,
         data={
             "seed": cfg.data.seed,
-            "val": val.fingerprint,
+            **_validation_data(cfg, val),
             **packing_identity(cfg.packing.kind, cfg.seq_len),
         },
         weight_decay_on=cfg.regularization.weight_decay_on,
     )
+
+
+def _validation_data(cfg: MegaGPTConfig, val: Mapping[str, Dataset]) -> dict[str, Any]:
+    """Return what a checkpoint records of the validation data: what val/loss is measured on, and the other sets.
+
+    Losses on other data are not compared with the best one. Sets that do not decide may come and go.
+    """
+    deciding = {name: val[name].fingerprint for name in cfg.deciding_sets}
+    weights = {name: one.weight for name, one in cfg.deciding_sets.items() if one.weight is not None}
+    others = {name: dataset.fingerprint for name, dataset in val.items() if name not in deciding}
+    return {
+        "val": deciding if len(deciding) > 1 else next(iter(deciding.values())),
+        **({"val weights": weights} if weights and len(deciding) > 1 else {}),
+        **({OTHERS: others} if others else {}),
+    }
 
 
 def packing_identity(kind: str, seq_len: int) -> dict[str, int | None]:
@@ -72,9 +90,18 @@ def packing_identity(kind: str, seq_len: int) -> dict[str, int | None]:
 
 def check_identity(step_dir: Path, was: Identity, now: Identity) -> None:
     """Raise UserError naming a difference between the run that saved a step and this one that must not be."""
+    decided, decides = ({key: one.data.get(key) for key in ("val", "val weights")} for one in (was, now))
+    if decided != decides:
+        raise UserError(
+            f"checkpoint {step_dir}: val/loss was measured on {_listed(decided)}, and now it would be on "
+            f"{_listed(decides)}, so that no step could be compared with the best; set megagpt.data.val and "
+            f"megagpt.early_stopping.monitor as in {step_dir / 'run.json'}, or give another megagpt.out_dir for a new "
+            "run"
+        )
+    of_before = asdict(was)
     for name, value in asdict(now).items():
-        if getattr(was, name) != value and name not in SHAPE:
-            before, after = _difference(getattr(was, name), value)
+        before, after = _difference(of_before[name], value)
+        if before != after and name not in SHAPE:
             raise UserError(
                 f"checkpoint {step_dir} was saved with {name} {before}, and this run has {after}; start it as it was, "
                 "or give another megagpt.out_dir for a new run"
@@ -116,9 +143,18 @@ def described(changes: Mapping[str, tuple[Any, Any]], keys: re.Pattern[str] = re
     return [f"{key}: {before} -> {now}" for key, (before, now) in changes.items() if keys.fullmatch(key)]
 
 
+def _listed(decides: Mapping[str, Any]) -> str:
+    """Name the data that val/loss is measured on, by the beginnings of fingerprints."""
+    val, weights = decides["val"], decides["val weights"] or {}
+    if not isinstance(val, dict):
+        return f"the data {val!s:.12}"
+    parts = [f"{name} ({data:.12}" + (f", weight {weights[name]:g})" if weights else ")") for name, data in val.items()]
+    return "the mean of " + ", ".join(parts)
+
+
 def _difference(before: Any, after: Any) -> tuple[Any, Any]:
     """Reduce two sections to the keys that differ."""
     if not (isinstance(before, dict) and isinstance(after, dict)):
         return before, after
-    keys = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]
+    keys = [key for key in before.keys() | after.keys() if key != OTHERS and before.get(key) != after.get(key)]
     return {k: before.get(k) for k in sorted(keys)}, {k: after.get(k) for k in sorted(keys)}

@@ -225,7 +225,7 @@ def _compiler_findings(machine: dict[str, str]) -> Iterator[Finding]:
 def _data_findings(run: RunConfig, fingerprints: dict[str, str]) -> Iterator[Finding]:
     """Check that the datasets can be read, and add their fingerprints."""
     cfg = run.megagpt.data
-    for path in dict.fromkeys([*(one.path for one in cfg.train), cfg.val]):
+    for path in dict.fromkeys(cfg.folders):
         try:
             fingerprints[f"{path} (fingerprint)"] = read_manifest(path).fingerprint
         except UserError as error:

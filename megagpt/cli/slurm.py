@@ -72,7 +72,7 @@ def _warnings(runs: Sequence[RunConfig]) -> Iterator[str]:
     """Yield what lint warns of, and data that is not here, where the nodes usually read it too. Raises as lint does."""
     for run in runs:
         yield from lint_or_raise(run)
-    for run in {run.megagpt.data: run for run in runs}.values():
+    for run in {run.megagpt.data.model_dump_json(): run for run in runs}.values():
         if why := refused_data(run):
             yield f"warning: training here would be refused: {why}"
 

@@ -26,6 +26,7 @@ from megagpt.distributed.launcher import launcher_watch
 from megagpt.distributed.process_group import init_process_group, is_main, leave
 from megagpt.engine.precision import with_supported_dtype
 from megagpt.engine.safe_pickle import load_checked
+from megagpt.metrics.metrics_file import LOSS_OF_SET
 from megagpt.terminal import exit_code_of, show
 from megagpt.train.preemption import Preemption
 from megagpt.train.trainer import train
@@ -98,9 +99,10 @@ def _metrics_that_differ(straight: Path, cut: Path, within: float) -> Iterator[s
     expected, found = ({(r["step"], k): v for r in _rows(run) for k, v in r.items()} for run in (straight, cut))
     for step, name in sorted(expected.keys() | found.keys()):
         before, after = expected.get((step, name), math.nan), found.get((step, name), math.nan)
-        if name.startswith(WALL_CLOCK) or before == after or (within and name in FOLLOW):
+        if name.startswith(WALL_CLOCK) or before == after or (within and name.startswith(FOLLOW)):
             continue
-        if None in (before, after) or not (name in LOSSES and abs(before - after) <= within):
+        is_loss = name in LOSSES or name.startswith(LOSS_OF_SET)
+        if None in (before, after) or not (is_loss and abs(before - after) <= within):
             yield f"{name} at step {step}: {before} straight, {after} resumed"
 
 

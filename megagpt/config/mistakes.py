@@ -37,8 +37,9 @@ def mistakes(
         dotted = ".".join(map(str, (section, *detail["loc"]) if section else detail["loc"]))
         if detail["type"] == "extra_forbidden":
             known = _keys_at(root, detail["loc"][:-1])
+            keys = typed_keys(root, section) if elsewhere is None else elsewhere
             typed = only_key(dotted, detail["input"])
-            yield dotted, unknown_key(typed, known, typed_keys(root, section) if elsewhere is None else elsewhere)
+            yield dotted, unknown_key(typed if meant_keys(typed, known, keys) else dotted, known, keys)
         elif detail["type"] == "missing":
             yield dotted, MISSING.format(dotted)
         elif detail["type"] in ("value_error", "assertion_error"):
@@ -90,6 +91,7 @@ def without_consequences(found: Iterable[tuple[str, str]]) -> list[tuple[str, st
 IS_NOT = {
     "tuple_type": "a list [...]",
     "path_type": "a path",
+    "validation_sets": 'a path, and no sets by name such as {"web": {"path": "data/web"}}',
     "string_type": "a text",
     "string_too_short": "a text of a letter or more",
     "string_unicode": "Unicode text",
@@ -202,12 +204,19 @@ def _named_in(annotation: Any) -> Iterator[Any]:
 
 
 def _model_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """Return the section at this location of pydantic's, where a number is an index of a list; None if it is none."""
+    """Return the section at this location of pydantic's; None if it is none.
+
+    A number is an index of a list, and the part after a field of a dict is a name of the user's.
+    """
     found: type[BaseModel] | None = model
+    is_name = False
     for part in loc:
-        if isinstance(part, str):
+        if isinstance(part, str) and not is_name:
             info = found.model_fields.get(part) if found else None
             found = next(models_in(info.annotation), None) if info else None
+            is_name = info is not None and get_origin(info.annotation) is dict
+        else:
+            is_name = False
     return found
 
 
@@ -225,7 +234,10 @@ def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 @cache
 def typed_keys(root: type[BaseModel], section: str = "") -> frozenset[str]:
-    """Return every dotted key of a model and of the sections in it, as on a command line, except those within lists."""
+    """Return every dotted key of a model and of the sections in it, as on a command line.
+
+    Those within lists, and within sections that a user names, are left out.
+    """
     return frozenset(_typed_keys(root, section))
 
 
@@ -233,7 +245,7 @@ def _typed_keys(root: type[BaseModel], section: str) -> Iterator[str]:
     for name, info in root.model_fields.items():
         dotted = f"{section}.{name}" if section else name
         yield dotted
-        if not any(get_origin(kind) is tuple for kind in kinds_of(root, name)):
+        if not any(get_origin(kind) in (tuple, dict) for kind in kinds_of(root, name)):
             for model in models_in(info.annotation):
                 yield from _typed_keys(model, dotted)
 

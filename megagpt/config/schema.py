@@ -3,14 +3,16 @@
 `run_file.py` turns a JSON file into a `RunConfig`. Code that gets one of these models does not check it again.
 """
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from megagpt.config.augmentation import AugmentConfig, PackingConfig
 from megagpt.config.guards import GuardsConfig
-from megagpt.config.mistakes import as_written
+from megagpt.config.mistakes import as_written, did_you_mean
 from megagpt.config.parsing import Strict, UserPath
+from megagpt.config.validation_sets import ValidationSetConfig, ValidationSets
 from megagpt.options import LARGEST, MANY
 
 # Bounds beyond what anybody trains with, and within what 64-bit arithmetic and a list can hold.
@@ -59,12 +61,33 @@ class DataConfig(Strict):
     """The datasets for training and validation."""
 
     train: tuple[WeightedDataset, ...] = Field(min_length=1, description="the datasets to train on, mixed by weight")
-    val: UserPath = Field(description="the dataset whose validation split is measured")
-    val_tokens: int | None = Field(default=None, gt=0, le=LARGEST, description="tokens to validate on; null: all")
+    val: ValidationSets = Field(
+        description="the dataset whose validation split is measured, or several by name: "
+        '{"web": {"path": "data/web"}, ...}'
+    )
+    val_tokens: int | None = Field(
+        default=None, gt=0, le=LARGEST, description="tokens to validate on, of each dataset; null: all"
+    )
     seed: int = Field(default=1234, ge=0, le=LARGEST, description="order of the training samples")
     seq_len: int | None = Field(
         default=None, gt=0, le=LONGEST, description="tokens per training example; null: megagpt.model.seq_len"
     )
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of all datasets."""
+        return [*(one.path for one in self.train), *(one.path for one in self.val.values())]
+
+    @model_validator(mode="after")
+    def _all_or_no_validation_set_has_a_weight(self) -> Self:
+        if lacking := [name for name, one in self.val.items() if one.weight is None]:
+            given = [f"megagpt.data.val.{name}.weight" for name in self.val if name not in lacking]
+            if given:
+                raise ValueError(
+                    f"{given[0]} is set and megagpt.data.val.{lacking[0]}.weight is not; give every set a weight, or "
+                    "none for a mean over tokens"
+                )
+        return self
 
 
 class ScheduleConfig(Strict):
@@ -134,8 +157,10 @@ class MlflowConfig(Strict):
 class EarlyStoppingConfig(Strict):
     """Stop when the validation loss has not fallen by min_delta for `patience` evaluations in a row."""
 
-    monitor: Literal["val/loss", "loss/val"] = Field(
-        default="val/loss", description="what decides; loss/val is its former name"
+    monitor: str = Field(
+        default="val/loss",
+        description="what decides: val/loss is then the mean over all validation sets, or with val/loss/NAME that of "
+        "one; loss/val is a former name",
     )
     patience: int = Field(
         default=0,
@@ -151,6 +176,11 @@ class EarlyStoppingConfig(Strict):
     )
     min_steps: int = Field(default=0, ge=0, le=MANY, description="evaluations before this step use no patience")
     restore_best: bool = Field(default=True, description="save at every improvement and end with the best weights")
+
+    @field_validator("monitor")
+    @classmethod
+    def _by_todays_name(cls, monitor: str) -> str:
+        return "val/loss" if monitor == "loss/val" else monitor
 
 
 class EveryConfig(Strict):
@@ -294,6 +324,21 @@ class MegaGPTConfig(Strict):
                 "megagpt.every.save"
             )
         return self
+
+    @model_validator(mode="after")
+    def _what_decides_is_measured(self) -> Self:
+        if not self.deciding_sets:
+            monitor = self.early_stopping.monitor
+            known = ["val/loss", *(f"val/loss/{name}" for name in self.data.val if name)]
+            meant = did_you_mean(monitor if "/" in monitor else f"val/loss/{monitor}", known)
+            raise ValueError(f"megagpt.early_stopping.monitor={as_written(monitor)} is not measured{meant}")
+        return self
+
+    @property
+    def deciding_sets(self) -> dict[str, ValidationSetConfig]:
+        """The validation sets that val/loss, and so the best step, is measured on: all, or the one that decides."""
+        decides = self.early_stopping.monitor
+        return {name: one for name, one in self.data.val.items() if decides in ("val/loss", f"val/loss/{name}")}
 
     @property
     def seq_len(self) -> int:

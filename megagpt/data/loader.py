@@ -5,6 +5,7 @@ Shapes: B micro_batch, T seq_len.
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megagpt.config.batch import BatchPlan
 from megagpt.config.schema import DataConfig
+from megagpt.config.validation_sets import ValidationSetConfig
 from megagpt.data.dataset import Dataset, TokenStream
 from megagpt.data.loss_mask import BatchTransform, Fill, Row
 from megagpt.data.text_bytes import TextBytes, text_bytes
@@ -57,8 +59,8 @@ class ValWindows:
             else:
                 way_out = shorter if option.startswith("megagpt.") else ""  # `evaluate` has a trained model's seq_len
             raise UserError(
-                f"too little validation data for {asked}: {stream.n_tokens:,} tokens are {available} windows of "
-                f"{seq_len}; {way_out}build the data with a larger val_fraction"
+                f"too little validation data in {stream.dataset.path} for {asked}: {stream.n_tokens:,} tokens are "
+                f"{available} windows of {seq_len}; {way_out}build the data with a larger val_fraction"
             )
         self._stream, self.seq_len, self.document_end = stream, seq_len, document_end
         self.n_windows = wanted
@@ -80,20 +82,47 @@ class ValWindows:
         return text_bytes(self._stream, 1, self.n_windows * self.seq_len + 1)
 
 
-def open_data(cfg: DataConfig, seq_len: int, *, masked: bool = False) -> tuple[ValWindows, list[Dataset]]:
-    """Open the validation windows, of the model's whole seq_len, and all datasets: training's first, validation's last.
+@dataclass(frozen=True)
+class ValidationSet:
+    """A dataset and those of its windows that are measured."""
+
+    dataset: Dataset
+    windows: ValWindows
+
+
+def open_data(cfg: DataConfig, seq_len: int, *, masked: bool = False) -> tuple[dict[str, ValidationSet], list[Dataset]]:
+    """Open the validation sets, in windows of the model's whole seq_len, and the training datasets.
 
     Whatever the packing, these are windows of the plain stream; `masked` keeps attention within documents there too.
-    Raises UserError for a missing, unfinished or damaged dataset, too little data, or two tokenizers.
+    Raises UserError for a missing, unfinished or damaged dataset, too little data, two tokenizers, or a validation set
+    that is given twice.
     """
-    datasets = open_datasets([*(d.path for d in cfg.train), cfg.val])
-    val = datasets[-1].stream("val")
+    paths = [*(d.path for d in cfg.train), *(one.path for one in cfg.val.values())]
+    datasets = open_datasets(paths)
+    train, val = datasets[: len(cfg.train)], datasets[len(cfg.train) :]
+    sets: dict[str, ValidationSet] = {}
+    for (name, one), dataset in zip(cfg.val.items(), val, strict=True):
+        if twin := next((other for other in sets if sets[other].dataset.fingerprint == dataset.fingerprint), None):
+            raise UserError(f"megagpt.data.val has one dataset twice, as {twin} and as {name}: {one.path}; remove one")
+        sets[name] = ValidationSet(dataset, _val_windows(name, one, cfg, dataset, seq_len, masked=masked))
+    return sets, train
+
+
+def _val_windows(
+    name: str, one: ValidationSetConfig, cfg: DataConfig, dataset: Dataset, seq_len: int, *, masked: bool
+) -> ValWindows:
+    stream = dataset.stream("val")
     # A shard of another build fails here, and not on one rank in the middle of a run.
-    val.open_all()
-    document_end = datasets[-1].eod_id if masked else None
-    windows = ValWindows(val, seq_len, cfg.val_tokens, document_end=document_end)
+    stream.open_all()
+    windows = ValWindows(
+        stream,
+        seq_len,
+        one.tokens or cfg.val_tokens,
+        document_end=dataset.eod_id if masked else None,
+        option=f"megagpt.data.val.{name}.tokens=" if name else "megagpt.data.val_tokens=",
+    )
     _ = windows.text_bytes  # read here, so that a damaged file fails now and not at the first evaluation
-    return windows, datasets
+    return windows
 
 
 def rank_samples(batch: BatchPlan, rank: int, first: int) -> Iterator[int]:

@@ -148,6 +148,16 @@ WITHOUT_EFFECT = (
         "megagpt.early_stopping.patience is 0, so nothing stops early; set it or remove this",
     ),
     Acts(
+        ("megagpt.data.val.*.weight",),
+        lambda run: len(run.megagpt.deciding_sets) > 1,
+        "val/loss is that of one set, and no mean; remove it",
+    ),
+    Acts(
+        ("megagpt.data.val_tokens",),
+        lambda run: any(one.tokens is None for one in run.megagpt.data.val.values()),
+        "each validation set has tokens; remove one",
+    ),
+    Acts(
         ("megagpt.sample.*",),
         lambda run: run.megagpt.every.sample > 0,
         "megagpt.every.sample is 0, so no text is generated; set it or remove this",

@@ -42,6 +42,8 @@ RENAMED = {
 }
 # Those that were sums over the steps since the row before.
 SUMS = ("seconds/step", "seconds/data")
+# The names of each named validation set's losses begin so.
+LOSS_OF_SET = "val/loss/"
 # What a row holds besides metrics.
 AXES = ("step", "tokens_seen", "time")
 

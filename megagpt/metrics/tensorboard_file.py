@@ -9,6 +9,7 @@ the files, and by an event that tells a TensorBoard which has read them already 
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,13 +39,13 @@ SCALARS = SummaryMetadata.PluginData(plugin_name="scalars")
 SHOWN_FIRST = ("global_batch", "lr", "max_steps", "n_embd", "n_layer")
 # The metrics that are drawn a second time, by tokens: the "step" of the tag by_tokens/NAME is a number of tokens. This
 # group comes first, because TensorBoard sorts the groups and unfolds only the first ones.
-DRAWN_BY_TOKENS = ("train/loss", "val/loss")
+DRAWN_BY_TOKENS = re.compile("train/loss|val/loss(/.*)?")
 BY_TOKENS = "by_tokens/"
 
 # What TensorBoard tells of a card.
 DESCRIPTIONS = {
     "train/loss": "nats per token, mean over the steps since the point before",
-    "val/loss": "nats per token, of the validation set",
+    "val/loss": "nats per token, of the validation set; of several the mean, or the one that decides",
     "val/best_loss": "nats per token: the lowest val/loss up to here, of the best checkpoint",
     "val/perplexity": "e to the val/loss",
     "val/bits_per_byte": "val/loss in bits per byte of text: comparable between tokenizers that lose no text",
@@ -63,13 +64,21 @@ DESCRIPTIONS = {
     "perf/save_seconds": "seconds for which training waits for a save",
     "perf/write_seconds": "seconds of an asynchronous save's write, in the background",
 }
+DESCRIPTIONS_OF_SETS = {
+    "loss": "nats per token",
+    "perplexity": "e to the loss",
+    "bits_per_byte": "loss in bits per byte of text",
+}
 CLUSTER = "over the ranks, seconds of a step in forward passes or in waiting for data, or the rank that takes longest"
 
 # The charts of the tab Custom Scalars; the tags are regular expressions.
 LAYOUT = {
     "loss": {
-        "training and validation loss": ["Multiline", ["^train/loss$", "^val/loss$"]],
-        "training and validation loss by tokens": ["Multiline", ["^by_tokens/train/loss$", "^by_tokens/val/loss$"]],
+        "training and validation loss": ["Multiline", ["^train/loss$", "^val/loss(/.*)?$"]],
+        "training and validation loss by tokens": [
+            "Multiline",
+            ["^by_tokens/train/loss$", "^by_tokens/val/loss(/.*)?$"],
+        ],
     },
     "optimizer": {
         "learning rate": ["Multiline", ["^optim/lr$"]],
@@ -133,7 +142,7 @@ class TensorBoardFile:
         for name, value in metrics_of(row).items():
             if by_step:
                 events.append(Event(wall_time=wall_time, step=row["step"], summary=self._scalar(name, value)))
-            if name in DRAWN_BY_TOKENS:
+            if DRAWN_BY_TOKENS.fullmatch(name):
                 summary = self._scalar(BY_TOKENS + name, value)
                 events.append(Event(wall_time=wall_time, step=row["tokens_seen"], summary=summary))
         return events
@@ -142,7 +151,7 @@ class TensorBoardFile:
         """Return a point; a tag's first one in a file describes it."""
         metadata = None
         if tag not in self._described:
-            about = CLUSTER if tag.startswith("cluster/") else DESCRIPTIONS.get(tag.removeprefix(BY_TOKENS), "")
+            about = _about(tag.removeprefix(BY_TOKENS))
             about += "; the horizontal axis counts tokens" * tag.startswith(BY_TOKENS)
             metadata = SummaryMetadata(plugin_data=SCALARS, display_name=tag, summary_description=about)
             self._described.add(tag)
@@ -151,6 +160,17 @@ class TensorBoardFile:
 
     def _append(self, events: Iterable[Event]) -> None:
         append_whole(self._file, _records(events))
+
+
+def _about(name: str) -> str:
+    """Describe a metric."""
+    if name.startswith("cluster/"):
+        return CLUSTER
+    group, _, measured = name.partition("/")
+    kind, _, of_set = measured.partition("/")
+    if group == "val" and of_set:
+        return f"{DESCRIPTIONS_OF_SETS[kind]}, of the validation set {of_set}"
+    return DESCRIPTIONS.get(name, "")
 
 
 def events_folder(run: RunConfig, *, resumed: bool) -> Path:
@@ -190,7 +210,7 @@ def _points(rows: Iterable[Row]) -> set[tuple[str, int]]:
     for row in rows:
         names = metrics_of(row)
         points |= {(name, row["step"]) for name in names}
-        points |= {(BY_TOKENS + name, row["tokens_seen"]) for name in DRAWN_BY_TOKENS if name in names}
+        points |= {(BY_TOKENS + name, row["tokens_seen"]) for name in names if DRAWN_BY_TOKENS.fullmatch(name)}
     return points
 
 

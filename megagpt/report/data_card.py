@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megagpt.config.parsing import leaves
 from megagpt.data.manifest import SPLITS, Manifest, read_manifest
 from megagpt.errors import UserError
 from megagpt.html_parts import Cell, note, section, table
@@ -37,8 +38,8 @@ def _was_another(run: RunReport, manifest: Manifest) -> bool:
     """Tell whether the newest checkpoint knows none of the run's datasets by this fingerprint."""
     if run.newest is None:
         return False
-    known = {source.fingerprint for source in run.newest.mixture.sources} | {run.newest.identity.data.get("val")}
-    return manifest.fingerprint not in known
+    known = {source.fingerprint for source in run.newest.mixture.sources}
+    return manifest.fingerprint not in known | set(leaves(run.newest.identity.data).values())
 
 
 def _card(title: str, manifest: Manifest) -> str:

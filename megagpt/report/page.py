@@ -24,6 +24,7 @@ from megagpt.html_parts import (
     table,
     without_middle,
 )
+from megagpt.metrics.metrics_file import LOSS_OF_SET
 from megagpt.report.curves import Curve, Marks, Point, color_of, marks, plot, points, short_number, thinned
 from megagpt.report.data_card import data_card
 from megagpt.report.run_record import RunReport
@@ -97,7 +98,7 @@ def _warnings(runs: Sequence[RunReport]) -> list[str]:
     for run in runs:
         if not run.rows:
             lines.append(f"{run.name} has logged nothing yet.")
-        for name in [*LOSSES, *OTHERS]:
+        for name in [*LOSSES, *_losses_of_sets(run), *OTHERS]:
             broken = [int(step) for step, value in points(run, name, by_tokens=False) if math.isnan(value)]
             if broken:
                 lines.append(f"{run.name}: {name} was not finite at {_steps(broken)}.")
@@ -141,14 +142,21 @@ def _losses(runs: Sequence[RunReport]) -> str:
 
 
 def _loss_curves(run: RunReport, index: int, by_tokens: bool, is_one_of_many: bool) -> list[Curve]:
-    """Return train/loss and val/loss: of one run in two colors, of many in the run's own."""
+    """Return train/loss and val/loss: of one run in colors of theirs, and of each named set; of many in the run's."""
     curves: list[Curve] = []
-    for i, name in enumerate(LOSSES):
+    for i, name in enumerate(LOSSES if is_one_of_many else [*LOSSES, *_losses_of_sets(run)]):
         color, style = color_of(index if is_one_of_many else i)
         label = name if not is_one_of_many else "" if curves else run.name
         if drawn := points(run, name, by_tokens=by_tokens):
-            curves.append(Curve(label, drawn, color, style, is_sparse=name == "val/loss", is_pale=name == "train/loss"))
+            curves.append(
+                Curve(label, drawn, color, style, is_sparse=name != "train/loss", is_pale=name == "train/loss")
+            )
     return curves
+
+
+def _losses_of_sets(run: RunReport) -> list[str]:
+    """Return the names of the losses of each named validation set."""
+    return list(dict.fromkeys(name for row in run.rows for name in row if name.startswith(LOSS_OF_SET)))
 
 
 def _figure(caption: str, curves: Sequence[Curve], runs: Sequence[RunReport], by_tokens: bool) -> str:

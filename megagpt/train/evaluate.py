@@ -4,6 +4,7 @@ Shapes: B micro_batch, T seq_len.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,28 @@ class Evaluation:
     def bits_per_byte(self) -> float:
         """Loss per byte of text: comparable between tokenizers that lose no text."""
         return self.loss * self.tokens / (self.bytes * math.log(2)) if self.bytes else math.nan
+
+
+def mean_of(found: Sequence[Evaluation], weights: Sequence[float] = ()) -> Evaluation:
+    """Return the mean over the tokens of several sets, or with weights as if each had its share of them."""
+    if len(found) == 1:
+        return found[0]
+    weights = weights or [one.tokens for one in found]
+    shares = [weight / sum(weights) for weight in weights]
+    tokens = sum(one.tokens for one in found)
+    per_token = sum(share * one.bytes / one.tokens for share, one in zip(shares, found, strict=True))
+    loss = sum(share * one.loss for share, one in zip(shares, found, strict=True))
+    return Evaluation(loss, tokens, round(tokens * per_token))
+
+
+def metrics_of_sets(found: Mapping[str, Evaluation]) -> dict[str, float]:
+    """Return the metrics of each validation set that has a name."""
+    named = {name: one for name, one in found.items() if name}
+    return {
+        **{f"val/loss/{name}": one.loss for name, one in named.items()},
+        **{f"val/perplexity/{name}": one.perplexity for name, one in named.items()},
+        **{f"val/bits_per_byte/{name}": one.bits_per_byte for name, one in named.items()},
+    }
 
 
 @torch.no_grad()

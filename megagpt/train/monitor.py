@@ -17,6 +17,7 @@ from megagpt.distributed.process_group import is_main, print_rank0
 from megagpt.errors import writing_to
 from megagpt.metrics.csv_files import CsvFiles
 from megagpt.metrics.metrics_file import (
+    LOSS_OF_SET,
     METRICS,
     SAMPLES,
     append_row,
@@ -95,7 +96,8 @@ class Monitor:
             feed.log(row)
         with self._continuing_without("Comet"):
             self._also([(name, value, state.step) for name, value in metrics_of(row).items()])
-        shown = [f"{ON_THE_LINE[name]} {_short(name, value)}" for name, value in metrics.items() if name in ON_THE_LINE]
+        named = ON_THE_LINE | {name: name for name in metrics if name.startswith(LOSS_OF_SET)}
+        shown = [f"{named[name]} {_short(name, value)}" for name, value in metrics.items() if name in named]
         if waits_for:
             shown.append(f"waits for {', '.join(waits_for)}")
         if eta_seconds is not None:
@@ -164,7 +166,11 @@ def print_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> Non
     lines = [why]
     if stopper.best_step:
         metrics_file = cfg.out_dir / METRICS
-        lines = [validation_curve(metrics_file), why, _best_loss(cfg, state, validation_losses(metrics_file))]
+        lines = [
+            validation_curve(metrics_file, cfg.early_stopping.monitor),
+            why,
+            _best_loss(cfg, state, validation_losses(metrics_file)),
+        ]
     print_rank0("\n".join([*lines, *_best_checkpoint(cfg)]))
 
 
@@ -187,15 +193,15 @@ def _no_improvement(cfg: MegaGPTConfig, state: TrainState) -> str:
     stopper, by = state.stopper, cfg.early_stopping.min_delta
     lower = f"lower by megagpt.early_stopping.min_delta={by:g} than" if by else "lower than"
     return (
-        f"for {counted(stopper.bad_evals, 'evaluation')} val/loss was not {lower} the {stopper.best:.4f} of step "
-        f"{stopper.best_step}"
+        f"for {counted(stopper.bad_evals, 'evaluation')} {cfg.early_stopping.monitor} was not {lower} the "
+        f"{stopper.best:.4f} of step {stopper.best_step}"
     )
 
 
 def _best_loss(cfg: MegaGPTConfig, state: TrainState, losses: dict[int, float | None]) -> str:
     """Name the step that counts as best, and the rule if it is not that of the lowest loss."""
     stopper = state.stopper
-    line = f"best val/loss {stopper.best:.4f} at step {stopper.best_step}"
+    line = f"best {cfg.early_stopping.monitor} {stopper.best:.4f} at step {stopper.best_step}"
     finite = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
     lowest = min(finite, key=lambda step: finite[step], default=None)
     if lowest is None or finite[lowest] >= stopper.best:
@@ -215,8 +221,8 @@ def validation_losses(metrics_file: Path) -> dict[int, float | None]:
     return {row["step"]: row["val/loss"] for row in read_rows(metrics_file) if "val/loss" in row}
 
 
-def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str:
-    """Draw the run's validation losses as bars, for the terminal."""
+def validation_curve(metrics_file: Path, name: str = "val/loss", width: int = 40, rows: int = 12) -> str:
+    """Draw the run's validation losses as bars, for the terminal, under the name of what decides."""
     losses = validation_losses(metrics_file)
     if not losses:
         return "    no validation losses in metrics.jsonl"
@@ -232,7 +238,7 @@ def validation_curve(metrics_file: Path, width: int = 40, rows: int = 12) -> str
             lines.append(f"  {step:>8} {loss:8.4f} {bar}")
         else:
             lines.append(f"  {step:>8} not finite")
-    return "    step val/loss\n" + "\n".join(lines)
+    return f"    step {name}\n" + "\n".join(lines)
 
 
 def _short(name: str, value: float) -> str:

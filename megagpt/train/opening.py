@@ -135,6 +135,7 @@ def _what_the_tokenizer_loses(setup: RunSetup) -> list[str]:
     tokenizer, cfg = setup.data.tokenizer, setup.run.megagpt
     if tokenizer.is_lossless:
         return []
-    lost = lost_text(unknown_share(token_counts(setup.data.val_windows), tokenizer), tokenizer)
+    unknown = max(unknown_share(token_counts(one.windows), tokenizer) for one in setup.data.val.values())
+    lost = lost_text(unknown, tokenizer)
     changed = changed_prompts(tokenizer, cfg.sample.prompts) if cfg.every.sample else []
     return [line for line in (lost, *changed) if line]

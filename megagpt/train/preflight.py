@@ -20,7 +20,7 @@ from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.data.augmentation import batch_transform
 from megagpt.data.dataset import Dataset
-from megagpt.data.loader import ValWindows, open_data
+from megagpt.data.loader import ValidationSet, open_data
 from megagpt.data.loss_mask import BatchTransform
 from megagpt.data.packing import PACKING
 from megagpt.data.training_set import TrainingSet
@@ -42,11 +42,15 @@ class OpenedData:
     """The opened datasets of a run, with tokenizer and batch transform."""
 
     train: list[Dataset]
-    val: Dataset
-    val_windows: ValWindows
+    val: dict[str, ValidationSet]  # by their names in the run file
     tokenizer: Tokenizer
     vocab_size: int  # padded
     transform: BatchTransform | None  # augmentation and loss mask of the training rows
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of all datasets."""
+        return [dataset.path for dataset in (*self.train, *(one.dataset for one in self.val.values()))]
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,10 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
     with errors_on_every_rank():
         check_is_no_step(cfg.out_dir)
         data = _open_data(cfg)
-    fingerprints = {f"{dataset.path} (fingerprint)": dataset.fingerprint for dataset in (*data.train, data.val)}
+    val = {name: one.dataset for name, one in data.val.items()}
+    fingerprints = {f"{dataset.path} (fingerprint)": dataset.fingerprint for dataset in (*data.train, *val.values())}
     check_equal_on_ranks(fingerprints, "let all hosts see the same dataset, or copies of it")
-    identity = identity_of(run, batch, data.vocab_size, val=data.val)
+    identity = identity_of(run, batch, data.vocab_size, val)
     config = effective_config(run, batch, data.vocab_size, device)
     record = RunRecord(cfg.out_dir, cfg.keep, identity, data.tokenizer, {**run.as_json(), **config})
     saved = None if fresh else newest_verified(cfg.out_dir)
@@ -124,7 +129,7 @@ def refused_start(run: RunConfig) -> str | None:
         return None
     tokenizer = None
     with suppress(UserError):  # which `refused_data` returns
-        tokenizer = _open_data(cfg).val.manifest.tokenizer.sha256
+        tokenizer = _open_data(cfg).tokenizer.sha256
     try:
         starting_step(cfg.init_from, cfg.model.model_dump(), tokenizer)
     except UserError as error:
@@ -138,8 +143,8 @@ def _fewer_ranks() -> Iterator[tuple[int, str]] | None:
 
 
 def _open_data(cfg: MegaGPTConfig) -> OpenedData:
-    val_windows, (*train, val) = open_data(cfg.data, cfg.model.seq_len, masked=PACKING[cfg.packing.kind].masked)
+    val, train = open_data(cfg.data, cfg.model.seq_len, masked=PACKING[cfg.packing.kind].masked)
     tokenizer = train[0].tokenizer()
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
     transform = batch_transform(cfg.augment, cfg.packing, tokenizer, vocab_size, cfg.data.seed)
-    return OpenedData(train, val, val_windows, tokenizer, vocab_size, transform)
+    return OpenedData(train, val, tokenizer, vocab_size, transform)

@@ -34,7 +34,7 @@ from megagpt.guards.watchdog import Watchdog
 from megagpt.metrics.step_metrics import Stopwatch, log_metrics, speed
 from megagpt.terminal import YELLOW
 from megagpt.train.early_stopping import after_evaluation, at_resume
-from megagpt.train.evaluate import Evaluation, evaluate
+from megagpt.train.evaluate import Evaluation, evaluate, mean_of, metrics_of_sets
 from megagpt.train.monitor import Monitor, print_ending
 from megagpt.train.opening import print_opening
 from megagpt.train.preflight import RunSetup
@@ -189,30 +189,38 @@ class Session:
         return back, self.batches()
 
     def evaluate(self, state: TrainState) -> TrainState:
-        """Measure the validation loss, and count it for early stopping; the same on every rank."""
-        result = self._evaluation(state.step)
-        stopper = after_evaluation(state.stopper, result.loss, state.step, self.cfg.early_stopping)
+        """Measure the validation sets, and count the loss that decides for early stopping; the same on every rank."""
+        found = self._evaluations(state.step)
+        deciding = self.cfg.deciding_sets
+        weights = [one.weight for one in deciding.values() if one.weight is not None]
+        decides = mean_of([found[name] for name in deciding], weights)
+        stopper = after_evaluation(state.stopper, decides.loss, state.step, self.cfg.early_stopping)
         metrics = {
-            "val/loss": result.loss,
+            "val/loss": decides.loss,
             "val/best_loss": stopper.best,
-            "val/perplexity": result.perplexity,
-            "val/bits_per_byte": result.bits_per_byte,
+            "val/perplexity": decides.perplexity,
+            "val/bits_per_byte": decides.bits_per_byte,
+            **metrics_of_sets(found),
             "perf/eval_seconds": self.stopwatch.spent("eval"),
         }
         self.monitor.log(state, metrics, is_best=stopper.best_step == state.step)
-        return replace(state, val_loss=result.loss if math.isfinite(result.loss) else None, stopper=stopper)
+        return replace(state, val_loss=decides.loss if math.isfinite(decides.loss) else None, stopper=stopper)
 
-    def _evaluation(self, step: int) -> Evaluation:
+    def _evaluations(self, step: int) -> dict[str, Evaluation]:
+        """Measure each validation set. A step is saved only if all are finite: one that is not may be the weights'."""
         with self.stopwatch.section("eval"), self.watchdog.paused():
-            result = evaluate(
-                self.engine,
-                self.setup.data.val_windows,
-                self.token_bytes,
-                micro_batch=self.setup.batch.micro_batch,
-                sequence_parallel_size=self.setup.batch.sequence_parallel_size,
-            )
-        self.evaluated = step, math.isfinite(result.loss)
-        return result
+            found = {
+                name: evaluate(
+                    self.engine,
+                    one.windows,
+                    self.token_bytes,
+                    micro_batch=self.setup.batch.micro_batch,
+                    sequence_parallel_size=self.setup.batch.sequence_parallel_size,
+                )
+                for name, one in self.setup.data.val.items()
+            }
+        self.evaluated = step, all(math.isfinite(one.loss) for one in found.values())
+        return found
 
     def show_samples(self, state: TrainState) -> None:
         """Generate from the run file's prompts, and show the texts."""
@@ -238,7 +246,7 @@ class Session:
         """
         if state.health.bad_in_a_row and (last or self.is_new_best(state)):
             if self.evaluated[0] != state.step:
-                self._evaluation(state.step)
+                self._evaluations(state.step)
             # as after a finite step: what is saved can be resumed from
             state = replace(state, health=replace(state.health, bad_in_a_row=0))
         if state.health.bad_in_a_row or self.evaluated == (state.step, False):

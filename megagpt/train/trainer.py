@@ -48,8 +48,10 @@ def train(
         if setup.state.finished(run.megagpt.schedule.max_steps):
             print_nothing_left(run.megagpt, setup.state)
             return setup.state
-        in_use = (*(dataset.path for dataset in (*setup.data.train, setup.data.val)), setup.start)
-        with lock.archived_run(*in_use) if fresh else nullcontext(), recorded_start(run, setup.state.step):
+        with (
+            lock.archived_run(*setup.data.folders, setup.start) if fresh else nullcontext(),
+            recorded_start(run, setup.state.step),
+        ):
             session = Session(setup, device, launcher_alive=preemption.launcher_alive, before_save=lock.check)
         outcome: Outcome = "failed"
         try:

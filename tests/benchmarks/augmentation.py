@@ -103,7 +103,8 @@ def trained(data: Path, augment: AugmentConfig, seed: int, n_steps: int, lr: flo
         augment=augment,
     )
     samples = open_samples(run, BATCH, None)
-    windows, [dataset, _] = open_data(run.data, MODEL.seq_len)
+    sets, [dataset] = open_data(run.data, MODEL.seq_len)
+    windows = sets[""].windows
     tokenizer = dataset.tokenizer()
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
     transform = batch_transform(augment, run.packing, tokenizer, vocab_size, seed)

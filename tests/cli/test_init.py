@@ -48,7 +48,7 @@ def test_a_line_break_in_the_datas_name_ends_no_comment(dataset, tmp_path):
     strange = tmp_path / 'a\n{"b": 1} \u2028 \udce9'
     strange.symlink_to(dataset)
     assert main(["init", str(strange), "--cpu", "--out", "run.jsonc"]) == 0
-    assert load_run_config(tmp_path / "run.jsonc").megagpt.data.val == strange
+    assert load_run_config(tmp_path / "run.jsonc").megagpt.data.val[""].path == strange
 
 
 def test_an_existing_file_is_not_overwritten(dataset, tmp_path, capsys):

@@ -69,7 +69,7 @@ def test_what_is_not_set_is_one_message(text, complaint):
 def test_all_paths_of_a_run_file_are_expanded():
     run = parse_run(GOOD, ["megagpt.out_dir=$SCRATCH/run", "megagpt.data.train.0.path=~/d", "megagpt.data.val=~/d"])
     cfg = run.megagpt
-    assert [str(path) for path in (cfg.out_dir, cfg.data.train[0].path, cfg.data.val)] == [
+    assert [str(path) for path in (cfg.out_dir, cfg.data.train[0].path, cfg.data.val[""].path)] == [
         "/scratch/me/run",
         "/home/me/d",
         "/home/me/d",

@@ -294,7 +294,7 @@ def test_a_change_that_would_renumber_the_rows_is_refused(dataset, device, tmp_p
 
 def test_validation_windows_are_plain_with_attention_masked_as_in_training(dataset):
     plain, masked = (
-        open_data(DataConfig(train=[{"path": dataset}], val=dataset), SEQ_LEN, masked=masked)[0]
+        open_data(DataConfig(train=[{"path": dataset}], val=dataset), SEQ_LEN, masked=masked)[0][""].windows
         for masked in (False, True)
     )
     assert (plain.document_end, masked.document_end) == (None, open_dataset(dataset).eod_id)

@@ -21,6 +21,7 @@ from support import debug_run, metric, run_scenarios
 
 from megagpt.checkpoint import save
 from megagpt.checkpoint.commit import best, committed
+from megagpt.config.run_file import RunConfig
 from megagpt.data.loader import open_data
 from megagpt.data.training_set import TrainingSet
 from megagpt.distributed.collectives import StopVote
@@ -187,14 +188,24 @@ def a_mistake_that_one_rank_alone_sees(dataset: Path, folder: Path) -> str:
     return "nothing raised"
 
 
-def validation_loss(dataset: Path, folder: Path) -> dict[str, float]:
-    """Five windows over two ranks, micro-batch 2: the second rank gets fewer windows than it has rows."""
-    run = debug_run(dataset, folder, "megagpt.data.val_tokens=320")
-    windows, datasets = open_data(run.megagpt.data, run.megagpt.model.seq_len)
+def validation_loss(dataset: Path, folder: Path) -> list[dict[str, float]]:
+    """Five windows over two ranks, micro-batch 2: the second rank gets fewer windows than it has rows.
+
+    And one window: the second rank has none.
+    """
+    found = []
+    for tokens in (320, 64):
+        run = debug_run(dataset, folder, f"megagpt.data.val_tokens={tokens}")
+        found.append(_validation_loss(run))
+    return found
+
+
+def _validation_loss(run: RunConfig) -> dict[str, float]:
+    sets, datasets = open_data(run.megagpt.data, run.megagpt.model.seq_len)
     torch.manual_seed(0)
     model = GPT(run.megagpt.model, 384)
     token_bytes = torch.from_numpy(datasets[0].tokenizer().token_bytes())
-    return asdict(evaluate(model, windows, token_bytes, micro_batch=2))
+    return asdict(evaluate(model, sets[""].windows, token_bytes, micro_batch=2))
 
 
 def a_rank_late_with_its_data(dataset: Path, folder: Path) -> str:

@@ -196,13 +196,14 @@ def test_a_vote_to_stop_reaches_every_rank_at_the_same_boundary(two_ranks):
     assert two_ranks["votes"] == [[False, False, False, True, True, True]] * 2
 
 
-def test_validation_loss_is_weighted_by_token_whatever_the_ranks(two_ranks, dataset, tmp_path):
-    run = debug_run(dataset, tmp_path, "megagpt.data.val_tokens=320")
-    windows, datasets = open_data(run.megagpt.data, run.megagpt.model.seq_len)
+@pytest.mark.parametrize(("which", "tokens"), [(0, 320), (1, 64)])  # one window: the second rank has none
+def test_validation_loss_is_weighted_by_token_whatever_the_ranks(two_ranks, dataset, tmp_path, which, tokens):
+    run = debug_run(dataset, tmp_path, f"megagpt.data.val_tokens={tokens}")
+    sets, datasets = open_data(run.megagpt.data, run.megagpt.model.seq_len)
     torch.manual_seed(0)
     model = GPT(run.megagpt.model, 384)
     token_bytes = torch.from_numpy(datasets[0].tokenizer().token_bytes())
-    expected = evaluate(model, windows, token_bytes, micro_batch=5)
-    for found in two_ranks["validation_loss"]:
-        assert (found["tokens"], found["bytes"]) == (320, expected.bytes)
+    expected = evaluate(model, sets[""].windows, token_bytes, micro_batch=5)
+    for found in (ranks[which] for ranks in two_ranks["validation_loss"]):
+        assert (found["tokens"], found["bytes"]) == (tokens, expected.bytes)
         assert found["loss"] == pytest.approx(expected.loss, rel=1e-6)

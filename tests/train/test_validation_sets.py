@@ -1,0 +1,151 @@
+"""Runs with several validation sets: their numbers, which of them decides, and what a resume may change."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support import build_dataset, curves, debug_run, write_corpus
+
+from data_tools.build import build
+from data_tools.config import BuildConfig
+from megagpt.checkpoint.commit import best, committed, read_commit
+from megagpt.checkpoint.load import load_model
+from megagpt.data.dataset import open_dataset
+from megagpt.data.loader import ValWindows
+from megagpt.errors import UserError
+from megagpt.train.evaluate import Evaluation, evaluate, mean_of
+from megagpt.train.trainer import train
+
+FEW = ["megagpt.schedule.max_steps=4", 'megagpt.every={"log": 4, "eval": 2, "save": 2}', "megagpt.data.val_tokens=512"]
+
+
+@pytest.fixture(scope="module")
+def other(dataset, tmp_path_factory) -> Path:
+    """A dataset of other text with the tokenizer of `dataset`."""
+    folder = tmp_path_factory.mktemp("other")
+    corpus = write_corpus(folder / "corpus.jsonl", 60, seed=1)
+    build([corpus], folder / "data", BuildConfig(tokenizer=dataset / "tokenizer.model", val_fraction=0.5, workers=1))
+    return folder / "data"
+
+
+def sets(dataset: Path, other: Path, **more: float) -> str:
+    """All tokens of one set are used, and one window of the other."""
+    named = {"web": {"path": str(dataset)} | more, "code": {"path": str(other), "tokens": 64} | more}
+    return f"megagpt.data.val={json.dumps(named)}"
+
+
+@pytest.fixture(scope="module")
+def run(dataset, other, device, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sets") / "run"
+    train(debug_run(dataset, folder, *FEW, sets(dataset, other)), device)
+    return folder
+
+
+def test_each_set_is_measured_as_alone_and_val_loss_is_their_mean_over_tokens(run, dataset, other):
+    model, tokenizer, _, _ = load_model(run / "checkpoints" / "latest", torch.device("cpu"))
+    token_bytes = torch.from_numpy(tokenizer.token_bytes())
+    found, alone = curves(run), {}
+    for name, path, tokens in (("web", dataset, 512), ("code", other, 64)):
+        windows = ValWindows(open_dataset(path).stream("val"), 64, tokens)
+        alone[name] = evaluate(model, windows, token_bytes, micro_batch=4)
+        assert found[f"val/loss/{name}"][4] == pytest.approx(alone[name].loss, rel=1e-6)
+        assert found[f"val/perplexity/{name}"][4] == pytest.approx(alone[name].perplexity, rel=1e-5)
+        assert found[f"val/bits_per_byte/{name}"][4] == pytest.approx(alone[name].bits_per_byte, rel=1e-6)
+    nats = sum(one.loss * one.tokens for one in alone.values())
+    assert found["val/loss"][4] == pytest.approx(nats / (512 + 64), rel=1e-6)
+    n_bytes = sum(one.bytes for one in alone.values())
+    assert found["val/bits_per_byte"][4] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+    assert read_commit(committed(run)[-1]).state.val_loss == found["val/loss"][4]
+
+
+def test_a_set_that_decides_makes_the_run_that_has_it_alone(run, dataset, other, device, tmp_path):
+    """And its checkpoints resume with other sets beside it, but with no other one that decides."""
+    folder = tmp_path / "run"
+    train(debug_run(dataset, folder, *FEW), device, stop_at=2)
+    decides = "megagpt.early_stopping.monitor=val/loss/web"
+    train(debug_run(dataset, folder, *FEW, sets(dataset, other), decides), device)
+    found, mean = curves(folder), curves(run)
+    assert found["val/loss"] == {2: mean["val/loss/web"][2], 4: mean["val/loss/web"][4]}
+    assert found["val/loss/code"] == {4: mean["val/loss/code"][4]}
+    for change in (
+        [sets(dataset, other)],
+        [sets(dataset, other), decides[:-3] + "code"],
+        [f"megagpt.data.val={other}"],
+    ):
+        with pytest.raises(UserError, match=r"val/loss was measured on the data \w{12}, and now .* megagpt\.out_dir"):
+            train(debug_run(dataset, folder, *FEW, "megagpt.schedule.max_steps=6", *change), device)
+    train(debug_run(dataset, folder, *FEW, "megagpt.schedule.max_steps=6"), device)
+    assert set(curves(folder)["val/loss/code"]) == {4}
+
+
+def test_a_mean_is_compared_with_none_of_other_sets_or_weights(run, dataset, other, device, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    longer = [*FEW, "megagpt.schedule.max_steps=6"]
+    with pytest.raises(
+        UserError, match=r"measured on the mean of web \(\w{12}\), code \(\w{12}\), and now it would be"
+    ):
+        train(debug_run(dataset, folder, *longer), device)
+    with pytest.raises(UserError, match=r"on the mean of web \(\w{12}, weight 2\), code \(\w{12}, weight 2\), so that"):
+        train(debug_run(dataset, folder, *longer, sets(dataset, other, weight=2.0)), device)
+    backwards = json.dumps({"code": {"path": str(other), "tokens": 64}, "web": {"path": str(dataset)}})
+    train(debug_run(dataset, folder, *longer, f"megagpt.data.val={backwards}"), device)  # their order is nothing
+    assert set(curves(folder)["val/loss"]) == {2, 4, 6}
+
+
+def test_a_run_stops_early_on_the_set_that_decides(run, dataset, other, device, tmp_path, capsys):
+    options = [*FEW, sets(dataset, other), 'megagpt.every={"log": 4, "eval": 1, "save": 0}']
+    stopping = '{"monitor": "val/loss/code", "patience": 1, "min_delta": 100}'
+    state = train(debug_run(dataset, tmp_path / "run", *options, f"megagpt.early_stopping={stopping}"), device)
+    out = capsys.readouterr().out
+    assert "stopped early at step 2: for 1 evaluation val/loss/code was not lower by megagpt.early_stopping.min_" in out
+    assert "best val/loss/code " in out
+    assert "    step val/loss/code\n" in out
+    found = curves(tmp_path / "run")
+    assert state.stopper.best == found["val/loss/code"][1] == found["val/loss"][1] == found["val/best_loss"][2]
+    assert best(tmp_path / "run").name == "step_00000001"
+
+
+def test_sets_are_refused_before_anything_is_built(dataset, other, device, tmp_path):
+    def refused(value: dict, *more: str) -> str:
+        with pytest.raises(UserError) as error:
+            train(debug_run(dataset, tmp_path / "run", f"megagpt.data.val={json.dumps(value)}", *more), device)
+        return str(error.value)
+
+    missing, strange = tmp_path / "nowhere", build_dataset(tmp_path / "strange", n_documents=40, seed=7)
+    web, code = {"path": str(dataset)}, {"path": str(other)}
+    twice = "megagpt.data.val has one dataset twice, as web and as again: "
+    assert refused({"web": web, "again": web}).startswith(twice)
+    assert refused({"web": web, "code": {"path": str(missing)}}) == refused({"code": {"path": str(missing)}})
+    assert "tokenized with another model" in refused({"web": web, "code": {"path": str(strange)}})
+    small = refused({"web": web, "code": code | {"tokens": 10**6}})
+    windows = (open_dataset(other).stream("val").n_tokens - 1) // 64
+    assert f"too little validation data in {other} for megagpt.data.val.code.tokens=1000000" in small
+    assert f"give megagpt.data.val.code.tokens={windows * 64}, or" in small
+    empty = build([write_corpus(tmp_path / "all.jsonl", 5)], tmp_path / "all", whole(dataset)) and tmp_path / "all"
+    assert f"dataset {empty} has no documents in its 'val' split" in refused(
+        {"web": web, "empty": {"path": str(empty)}}
+    )
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def whole(dataset: Path) -> BuildConfig:
+    return BuildConfig(tokenizer=dataset / "tokenizer.model", val_fraction=0.0, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "loss", "bits"),
+    [
+        ([], (2.0 * 30 + 5.0 * 10) / 40, (2.0 * 30 + 5.0 * 10) / math.log(2) / (90 + 20)),
+        ([1.0, 1.0], 3.5, 3.5 / math.log(2) / ((3 + 2) / 2)),  # each token of the first has 3 bytes, of the second 2
+        ([30.0, 10.0], 2.75, 110 / math.log(2) / 110),
+    ],
+)
+def test_the_mean_of_sets_by_hand(weights, loss, bits):
+    mean = mean_of([Evaluation(2.0, 30, 90), Evaluation(5.0, 10, 20)], weights)
+    assert (mean.loss, mean.tokens) == (loss, 40)
+    assert mean.bits_per_byte == pytest.approx(bits)
+    assert math.isnan(mean_of([Evaluation(math.nan, 30, 90), Evaluation(5.0, 10, 20)]).loss)
