@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from megagpt.checkpoint.load import load_model
+from megagpt.config.validation_sets import folders_of_sets
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.loader import ValWindows
 from megagpt.data.lost_text import lost_text, token_counts, unknown_share
 from megagpt.data.packing import PACKING
 from megagpt.errors import UserError
 from megagpt.guards.out_of_memory import is_out_of_memory
-from megagpt.terminal import show
+from megagpt.terminal import show, typed
 from megagpt.train.evaluate import evaluate, unigram_entropy
 
 
@@ -72,7 +73,11 @@ def _of_the_run(step_dir: Path, split: str) -> Dataset:
     data = json.loads((step_dir / "run.json").read_bytes())["megagpt"].get("data")
     if data is None:
         raise UserError(f"the model of {step_dir} was imported, and no data with it; give a dataset by --data DIR")
-    path = Path(data["train"][0]["path"] if split == "train" else data["val"])
+    sets = folders_of_sets(data["val"])
+    if split != "train" and len(sets) > 1:
+        listed = ", ".join(f"--data {typed(path)}" for path in sets.values())
+        raise UserError(f"the run of {step_dir} has {len(sets)} validation sets; give one of {listed}")
+    path = Path(data["train"][0]["path"]) if split == "train" else next(iter(sets.values()))
     if not path.is_dir():
         raise UserError(f"the run of {step_dir} read {path}, which is not here; give its place by --data DIR")
     return open_dataset(path)
