@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 	@touch $@
 
 .venv/installed: .venv/runtime pyproject.toml
-	@echo "Installing into .venv what the tests need as well: pytest, mypy, ruff, moto, selenium and others, about 0.7 GB."
+	@echo "Installing into .venv what the tests need as well: pytest, mypy, ruff, moto, selenium and others, about 0.9 GB."
 	$(BIN)/python -m pip install -e ".[dev]"
 	@touch $@
 

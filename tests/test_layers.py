@@ -16,7 +16,7 @@ ORDER = [  # lowest first; a package may import from those of lower lines, and f
     {"megagpt.model"},
     {"megagpt.engine", "megagpt.planner"},
     {"megagpt.checkpoint", "megagpt.guards", "megagpt.lint"},
-    {"megagpt.metrics"},
+    {"megagpt.metrics", "megagpt.evaluation"},
     {"megagpt.train"},
     {"megagpt.language_model", "megagpt.huggingface", "megagpt.report"},
     {"megagpt.cli"},

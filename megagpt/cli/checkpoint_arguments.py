@@ -86,7 +86,7 @@ def _add_import(commands: Any) -> None:
 def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate",
-        help="compute the loss, perplexity and bits per byte of a checkpoint",
+        help="compute the loss, perplexity and bits per byte of a checkpoint, or run tasks of lm-evaluation-harness",
         epilog="example: megagpt evaluate runs/demo --data data/demo --split test",
     )
     _add_checkpoint(evaluate)
@@ -99,6 +99,15 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--tokens", type=whole(1), help="number of tokens, from the split's start; default: all")
     evaluate.add_argument(
         "--micro-batch", type=whole(1, 1_000_000), default=8, metavar="N", help="samples at a time; default: 8"
+    )
+    evaluate.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="NAME_OR_DIR",
+        help="run these tasks of lm-evaluation-harness instead: by name, YAML file, or folder of them; default: none",
+    )
+    evaluate.add_argument(
+        "--limit", type=whole(1), metavar="N", help="documents of each task, its first ones; default: all"
     )
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
 

@@ -1,4 +1,7 @@
-"""`megagpt evaluate CKPT [--data DIR]`: compute the loss, perplexity and bits per byte of a checkpoint."""
+"""`megagpt evaluate CKPT [--data DIR]`: compute the loss, perplexity and bits per byte of a checkpoint.
+
+With --tasks another measure of the model takes the place of these: evaluate_tasks.py.
+"""
 
 import argparse
 import json
@@ -7,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megagpt.checkpoint.load import load_model
+from megagpt.cli.evaluate_tasks import evaluate_tasks
 from megagpt.config.validation_sets import folders_of_sets
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.loader import ValWindows
@@ -19,7 +23,17 @@ from megagpt.train.evaluate import evaluate, unigram_entropy
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate a checkpoint on a dataset's split, and print the result as text or JSON."""
+    """Measure what the options ask for, and print it as text or JSON. Raises UserError."""
+    if args.limit and not args.tasks:
+        raise UserError(f"--limit {args.limit} is for --tasks; give --tokens N for the first tokens of a dataset")
+    if not args.tasks:
+        return _evaluate_on_data(args)
+    if given := [option for option in ("data", "tokens") if getattr(args, option) is not None]:
+        raise UserError(f"--{given[0]} has no effect on --tasks, which have data of their own; remove it")
+    return evaluate_tasks(args)
+
+
+def _evaluate_on_data(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     given = open_dataset(args.data) if args.data else None
     model, tokenizer, step_dir, packing = load_model(args.checkpoint, device)

@@ -57,6 +57,24 @@ def token_nats(targets: Tensor) -> Score:
     return score
 
 
+def target_scores(targets: Tensor, vocab_size: int) -> Score:
+    """Return a score (2, B, T): each target's log probability, and 1 where no other token is likelier.
+
+    The ids that pad the vocabulary have no part in it, as in an export and in generation.
+    """
+
+    def score(x: Tensor, weight: Tensor) -> Tensor:
+        n = chunks(targets.numel(), weight.size(0))
+        found = []
+        for some, wanted in zip(x.flatten(0, 1).chunk(n), targets.flatten().chunk(n), strict=True):
+            logits = F.linear(some, weight)[:, :vocab_size].float()  # (N, vocab_size)
+            log_p = -F.cross_entropy(logits, wanted, reduction="none")
+            found.append(torch.stack([log_p, (logits.argmax(-1) == wanted).float()]))
+        return torch.cat(found, 1).view(2, *targets.shape)
+
+    return score
+
+
 def chunks(n_tokens: int, vocab_size: int) -> int:
     """Return into how many chunks the tokens are cut, limited by memory and by what fp16 can add up."""
     return max(math.ceil(4 * n_tokens * vocab_size / CHUNK_BYTES), math.ceil(n_tokens / CHUNK_TOKENS))

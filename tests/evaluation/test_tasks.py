@@ -1,0 +1,179 @@
+"""`megagpt evaluate --tasks` gives the numbers of the export by the harness's own `hf` model; mistakes are named."""
+
+import json
+import random
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import debug_run
+from task_files import CHOICE, GENERATED, write_tasks
+
+from megagpt.__main__ import main
+from megagpt.checkpoint.load import load_model
+from megagpt.errors import UserError
+from megagpt.evaluation import tasks as running
+from megagpt.evaluation.tasks import Tasks, _results, open_tasks, run_tasks
+from megagpt.huggingface import export as exporting
+from megagpt.huggingface.export import Exported
+from megagpt.train.trainer import train
+
+pytest.importorskip("lm_eval", reason="lm-eval, of the extra `tasks`, is not installed")
+
+
+@pytest.fixture(scope="module")
+def run(dataset, device, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(debug_run(dataset, folder, "megagpt.schedule.max_steps=4", "megagpt.schedule.warmup_steps=0"), device)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(dataset, tmp_path_factory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("given") / "tasks", dataset.with_suffix(".jsonl"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory) -> None:
+    cache = tmp_path_factory.getbasetemp() / "datasets_cache"
+    monkeypatch.setattr(import_module("datasets").config, "HF_DATASETS_CACHE", str(cache))
+
+
+def answers(tasks: Tasks) -> dict[str, list[Any]]:
+    """What the model answered to each request of each task."""
+    return {
+        name: [one.resps[0] for one in sorted(task.instances, key=lambda one: (one.doc_id, one.idx))]
+        for name, task in tasks.loaded["tasks"].items()
+    }
+
+
+def test_hf_on_the_export_gives_the_same_answers(run, folder, tmp_path, monkeypatch):
+    """Each log probability, each greedy token, each text, in batches of 1 and of 8; also of contexts that are cut."""
+    evaluator, huggingface = import_module("lm_eval.evaluator"), import_module("lm_eval.models.huggingface")
+    monkeypatch.setattr(exporting, "_compared", lambda *_: Exported(0.0, 0, 0))  # test_export.py starts that process
+    exporting.export(load_model(run, torch.device("cpu")), tmp_path / "out", dtype="fp32", license_name=None)
+    tasks, (model, tokenizer, *_) = open_tasks([str(folder)]), load_model(run, torch.device("cpu"))
+    contexts = [len(tokenizer.encode(one["question"])) for one in tasks.loaded["tasks"]["tiny_choice"].eval_docs]
+    assert min(contexts) == 0
+    assert max(contexts) > model.cfg.seq_len
+    found = []
+    for micro_batch in (1, 8):
+        numbers = run_tasks(tasks, model, tokenizer, micro_batch=micro_batch).metrics
+        found.append((numbers, answers(tasks)))
+        theirs = huggingface.HFLM(str(tmp_path / "out"), dtype="float32", batch_size=micro_batch, device="cpu")
+        by_hf = evaluator.evaluate(theirs, tasks.loaded, bootstrap_iters=0, log_samples=False)
+        found.append((_results(by_hf, 0).metrics, answers(tasks)))
+    (numbers, own), *others = found
+    assert any(is_greedy for _, is_greedy in own["tiny_choice"])
+    for metrics, answered in others:
+        # a logit differs by some 1e-6, so a mean of nats does, and its exponential relatively: of words of 6 letters
+        assert metrics == {task: pytest.approx(numbers[task], rel=1e-4) for task in numbers}
+        assert answered["tiny_generated"] == own["tiny_generated"]
+        for task in ("tiny_choice", "tiny_texts"):
+            assert np.allclose(answered[task], own[task], rtol=1e-5, atol=1e-5)
+
+
+def test_the_table_and_json_have_every_task(run, folder, capsys):
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--tasks", f"{folder}/choice.yaml,{folder}/texts.yaml", "--limit", "5"]) == 0
+    table = capsys.readouterr().out
+    assert "\n  tiny_choice          5  acc              higher" in table
+    assert main(["evaluate", str(run), "--tasks", str(folder), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["documents"] == {"tiny_choice": 24, "tiny_generated": 24, "tiny_texts": 24}
+    assert row["tasks"].keys() == row["documents"].keys()
+    # a mean of zeros and ones, with its standard error
+    share = row["tasks"]["tiny_choice"]["acc"]
+    assert row["standard_errors"]["tiny_choice"]["acc"] == pytest.approx((share * (1 - share) / 23) ** 0.5)
+
+
+def test_tasks_leave_the_generators_as_they_were(run, folder):
+    tasks, (model, tokenizer, *_) = open_tasks([str(folder / "choice.yaml")]), load_model(run, torch.device("cpu"))
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    run_tasks(tasks, model, tokenizer, micro_batch=8, limit=2)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+EMPTY_ANSWER = json.dumps({"question": "a", "choices": ["", "b"], "gold": 0})
+MISTAKES = {
+    "empty": ({}, "is a folder without a task, which is a file NAME.yaml; name another folder"),
+    "yml": ({"a.yml": CHOICE}, "a.yml to a.yaml"),
+    "broken": ({"a.yaml": "task: a\n dataset_path: [json\n"}, "a.yaml cannot be read as a task: ScannerError"),
+    "misspelt": ({"a.yaml": CHOICE.replace("task:", "tasks:")}, "a.yaml has no key task"),
+    "no_data": ({"a.yaml": CHOICE}, "a.yaml reads choice.jsonl, which is neither next to it nor in the current folder"),
+    "no_documents": ({"a.yaml": CHOICE, "choice.jsonl": ""}, "task tiny_choice has no documents"),
+    "no_function": (
+        {"a.yaml": CHOICE.replace('"{{question}}"', "!function given.text")},
+        "a.yaml cannot be read as a task: ImportError: Cannot import module 'given'",
+    ),
+    "no_column": (
+        {"a.yaml": CHOICE.replace("{{question}}", "{{asked}}"), "choice.jsonl": '{"question": "a"}\n'},
+        "task tiny_choice cannot be opened: UndefinedError: 'asked' is undefined",
+    ),
+    "too_long": (
+        {
+            "a.yaml": GENERATED.replace("max_gen_toks: 12", "max_gen_toks: 64"),
+            "choice.jsonl": '{"question": "a", "choices": ["a"], "gold": 0}\n',
+        },
+        "a task generates up to 64 tokens, and the model has 64 positions",
+    ),
+    "long_answer": (
+        {"a.yaml": CHOICE, "choice.jsonl": json.dumps({"question": "a", "choices": ["ab", "ab" * 40], "gold": 0})},
+        "tokens, and the model scores 1 to 64, its positions; change the task",
+    ),
+    "no_answer": (
+        {"a.yaml": CHOICE + 'target_delimiter: ""\n', "choice.jsonl": EMPTY_ANSWER},
+        "task tiny_choice has no documents, or one with an empty answer",
+    ),
+    "network": (
+        {"a.yaml": CHOICE.replace("dataset_path: json", "dataset_path: nobody/nothing").replace(
+            "dataset_kwargs: {data_files: {test: choice.jsonl}}\n", ""
+        )},
+        "is not on this machine, and nothing is downloaded unasked",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_folder_of_tasks_is_one_message(run, tmp_path, capsys, monkeypatch, mistake):
+    # as in a process that has not imported these before; `datasets` reads the first one's
+    monkeypatch.setattr(import_module("huggingface_hub.constants"), "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(import_module("datasets").config, "HF_HUB_OFFLINE", True)
+    files, complaint = MISTAKES[mistake]
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--tasks", str(tmp_path)]) == 2
+    written = capsys.readouterr()
+    assert complaint in written.err
+    assert len(written.err.splitlines()) == 1
+    assert written.out == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        # reading all of the package's tasks takes seconds
+        pytest.param(["--tasks", "hellaswg"], "did you mean hellaswag?", marks=pytest.mark.long),
+        (["--tasks", ""], "--tasks names no task"),
+        (["--tasks", "x", "--tokens", "5"], "--tokens has no effect on --tasks"),
+        (["--limit", "5"], "--limit 5 is for --tasks"),
+    ],
+)
+def test_a_wrong_option_is_one_message(run, capsys, options, complaint):
+    assert main(["evaluate", str(run), *options]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_task_named_twice_is_refused(folder):
+    with pytest.raises(UserError, match="names the task tiny_choice twice; name it once"):
+        open_tasks([str(folder), str(folder / "choice.yaml")])
+
+
+def test_the_package_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(running, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package lm-eval; install with pip install -e '\.\[tasks\]'"):
+        open_tasks(["hellaswag"])
