@@ -41,7 +41,8 @@ demo: .venv/runtime data/demo/manifest.json
 	    "  megagpt generate runs/mine --prompt 'The '"
 
 # A process of tests for each core (at most four), the longest first; tests that share something run in one of them.
-PYTEST := python -m pytest -n auto --dist loadscope --no-loadscope-reorder
+# Each compiles only what has changed, also where a container's image says that nothing compiled is to be kept.
+PYTEST := PYTHONDONTWRITEBYTECODE= python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 test: .venv/installed
 	$(PYTEST) -m "not long"

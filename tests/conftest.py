@@ -12,7 +12,7 @@ import processes
 import pytest
 import torch
 from hypothesis import settings
-from support import build_dataset, build_noise, leave_old_objects_alone, leave_plots_blank
+from support import build_dataset, build_noise, leave_old_objects_alone, leave_plots_blank, leave_writes_in_memory
 from xdist.scheduler import LoadScopeScheduling
 
 from megagpt.distributed.process_group import init_process_group
@@ -23,6 +23,7 @@ if "MEGAGPT_TEST_GPU" not in os.environ:  # ranks that share a machine, and numb
     os.environ |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 leave_old_objects_alone()
 leave_plots_blank()
+leave_writes_in_memory()
 processes.watch()
 
 # Files whose tests one worker runs: what they share is made once and takes long, or they wait more than they compute,

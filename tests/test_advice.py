@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from lint.test_linter import MISTAKES, SOUND
@@ -17,7 +18,6 @@ from megagpt.config.run_file import KEYS
 from megagpt.engine.deepspeed_models import SECTION_MODELS
 from megagpt.lint.linter import lint_file
 
-MESSAGES = [(path, line, text) for path in FILES for line, text in texts(path)]
 OF_DEEPSPEED = {f"{section}.{key}" for section, model in SECTION_MODELS.items() for key in model.model_fields}
 # Options that messages name of torchrun, deepspeed, Slurm, apptainer, TensorBoard and hf.
 OTHERS = {
@@ -34,6 +34,11 @@ OTHERS = {
 BUILD_KEYS = typed_keys(BuildConfig)
 
 
+@pytest.fixture(scope="module")
+def messages() -> list[tuple[Path, int, str]]:
+    return [(path, line, text) for path in FILES for line, text in texts(path)]
+
+
 def options(parser: argparse.ArgumentParser) -> set[str]:
     found = set()
     for action in parser._actions:
@@ -44,30 +49,30 @@ def options(parser: argparse.ArgumentParser) -> set[str]:
     return found
 
 
-def test_a_key_that_a_message_sets_is_written_in_full():
+def test_a_key_that_a_message_sets_is_written_in_full(messages):
     """No "it" and no last name alone: what stands there is copied. Environment variables are in capitals."""
     wrong = []
-    for path, line, text in MESSAGES:
+    for path, line, text in messages:
         for name in re.findall(r"\bset (?:the )?([\w.]+) to\b(?! at (?:most|least))", text.replace("{} {}", "at most")):
             if not (name in KEYS | BUILD_KEYS | OF_DEEPSPEED or name.isupper()):
                 wrong.append((str(path.relative_to(ROOT)), line, name))
     assert wrong == []
 
 
-def test_an_option_that_a_message_names_is_one_that_there_is():
+def test_an_option_that_a_message_names_is_one_that_there_is(messages):
     known = options(command_line()) | options(training_arguments()) | options(builder_parser()) | OTHERS
     wrong = []
-    for path, line, text in MESSAGES:
+    for path, line, text in messages:
         for name in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
             if name not in known and name != "--vocab_size":  # a mistake that a message quotes
                 wrong.append((str(path.relative_to(ROOT)), line, name))
     assert wrong == []
 
 
-def test_a_command_in_a_message_is_one_that_its_parser_takes(capsys):
+def test_a_command_in_a_message_is_one_that_its_parser_takes(messages, capsys):
     parsers = {"megagpt": command_line(), "python -m data_tools": builder_parser(), "{}": builder_parser()}
     tried, wrong = 0, []
-    for path, line, text in MESSAGES:
+    for path, line, text in messages:
         for command in re.findall(r"`((?:megagpt|python -m data_tools|\{\}) [a-z][\w-]* [^`]*)`", text):
             program = next(program for program in parsers if command.startswith(f"{program} "))
             words = shlex.split(command.removeprefix(program).replace("...", "").replace("{}", "1"))

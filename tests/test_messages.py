@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,22 +20,24 @@ FILES = sorted(path for side in KEYS for path in (ROOT / side).rglob("*.py"))
 RULES = {"gopher_quality", "gopher_repetition"}  # names that reports have, too
 
 
+@cache
 def endings(keys: frozenset[str]) -> set[str]:
     """What is left of a key without its first sections, if nobody could take that for a word of English."""
     cut = {".".join(key.split(".")[i:]) for key in keys for i in range(1, key.count(".") + 1)}
     return {key for key in cut - keys - RULES if "." in key or "_" in key}
 
 
-def texts(path: Path) -> Iterator[tuple[int, str]]:
+def texts(path: Path) -> list[tuple[int, str]]:
     """Each string of a file that has a blank and is no docstring; an f-string with its values as `{}`."""
-    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(ast.parse(path.read_text())))
     skipped: set[int] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Expr):  # a docstring, of a constant too
             skipped.add(id(node.value))
         elif isinstance(node, ast.JoinedStr):
             skipped |= {id(part) for part in node.values}
-    for node in ast.walk(tree):
+    found = []
+    for node in nodes:
         if id(node) in skipped:
             continue
         if isinstance(node, ast.JoinedStr):
@@ -43,7 +45,8 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
         else:
             text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
         if " " in text.strip():
-            yield node.lineno, text
+            found.append((node.lineno, text))
+    return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -57,7 +60,7 @@ def test_every_message_names_a_key_with_its_whole_path(path):
 def test_a_bare_key_in_a_message_would_be_found(tmp_path):
     path = tmp_path / "code.py"
     path.write_text('"""Says that val_tokens is fine here."""\nraise ValueError(f"too few; set val_tokens to {64}")\n')
-    assert list(texts(path)) == [(2, "too few; set val_tokens to {}")]
+    assert texts(path) == [(2, "too few; set val_tokens to {}")]
     assert "val_tokens" in endings(KEYS["megagpt"])
     assert "seed" not in endings(KEYS["megagpt"])
 

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from gpu_suite import PROGRAMS, ROWS, Clock, render
-from hf_peers import hf_model
 from plain_gpt2 import PlainGPT2
 from support import ROOT, environment
 from throughput import parse, spec_of
@@ -43,6 +42,8 @@ def setting(*more: str):
 
 
 def test_all_models_have_the_same_initial_loss(tmp_path):
+    from hf_peers import hf_model
+
     spec = spec_of("ours", setting(), tmp_path)
     rows = torch.randint(3, 300, (2, 33), generator=torch.Generator().manual_seed(0))
     x, y = rows[:, :-1], rows[:, 1:]

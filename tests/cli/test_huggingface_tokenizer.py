@@ -9,7 +9,6 @@ import torch
 from data_support import write_texts
 from support import debug_run, metric
 from tokenizers_of_others import of_the_package, write_json
-from transformers import AutoTokenizer
 
 import megagpt
 from data_tools.__main__ import main as data_tools
@@ -123,6 +122,7 @@ def test_bytes_are_counted_by_row_where_tokens_do_not_have_those_of_the_text(
 
 def test_an_export_adds_no_token_that_training_has_not_seen(tmp_path: Path) -> None:
     """Llama's file puts <s> before a text; what transformers loads of an export does not."""
+    from transformers import AutoTokenizer
 
     tokenizer = Tokenizer.load(write_json(tmp_path, "llama"))
     (tmp_path / "out").mkdir()

@@ -38,7 +38,7 @@ changes = st.lists(
             "weights": st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=3, max_size=3).filter(any),
             "seq_len": st.sampled_from([1, 7, 8, 16, 20, 60]),
             "global_batch": st.integers(1, 12),
-            "steps": st.integers(0, 30),
+            "steps": st.integers(0, 12),
         }
     ),
     min_size=1,

@@ -9,7 +9,6 @@ import processes
 import pytest
 import torch
 from support import debug_run, metric
-from torch._dynamo.utils import counters
 
 from megagpt.config.batch import batch_plan
 from megagpt.config.schema import ModelConfig
@@ -76,6 +75,8 @@ def test_what_compiled_blocks_compute_again_changes_nothing(
 
 
 def test_one_compilation_serves_all_blocks(cache, dataset, device, tmp_path):
+    from torch._dynamo.utils import counters
+
     torch.compiler.reset()
     counters.clear()
     losses_and_names(dataset, device, tmp_path, "megagpt.model.n_layer=4", COMPILED)
