@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("pretrain", "run"),
     "generate": ("generate", "run"),
     "evaluate": ("evaluate", "run"),
+    "average": ("average", "run"),
     "export": ("export", "run"),
     "import": ("import_model", "run"),
     "check-hosts": ("doctor", "run_check_hosts"),

@@ -36,11 +36,13 @@ def write_weights_folder(
 ) -> None:
     """Write the folder, which must be new or empty. Raises UserError; nothing is left behind then.
 
-    `model` is the run file's section, `vocab_size` is padded; `sources` tells what the weights were made from.
+    `weights` are without the output head, which is tied; `model` is a run file's section, and `vocab_size` is padded;
+    `sources` tells what the weights were made from.
     """
     identity = Identity(1, 0, "none", "fp32", dict(model), vocab_size, tokenizer.sha256, {}, "matrices")
     with new_folder(folder) as partial:
-        write_state(partial / "mp_rank_00_model_states.pt", {"module": dict(weights)})
+        module = {**weights, "lm_head.weight": weights["wte.weight"]}
+        write_state(partial / "mp_rank_00_model_states.pt", {"module": module})
         (partial / "run.json").write_text(json.dumps({**run_file, ORIGIN: {"kind": kind, **sources}}, indent=1))
         (partial / "tokenizer.model").write_bytes(tokenizer.model_bytes)
         write_commit(partial, state, Mixture(0), identity, [write_rank_manifest(partial, 0)], finite=True)

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from megagpt.options import LARGEST, whole
+from megagpt.options import LARGEST, decimal, whole
 from megagpt.user_paths import user_path
 
 
@@ -13,6 +13,7 @@ def after_a_run(commands: Any) -> None:
     _add_export(commands)
     _add_import(commands)
     _add_evaluate(commands)
+    _add_average(commands)
     checkpoints = commands.add_parser(
         "checkpoints",
         help="list the checkpoints of a run and whether they are complete; exit code 2 if none is",
@@ -90,16 +91,7 @@ def _add_evaluate(commands: Any) -> None:
         epilog="example: megagpt evaluate runs/demo --data data/demo --split test",
     )
     _add_checkpoint(evaluate)
-    evaluate.add_argument(
-        "--data", type=user_path, metavar="DIR", help="a dataset made by data_tools; default: the one of the run"
-    )
-    evaluate.add_argument(
-        "--split", choices=("train", "val", "test"), default="val", help="part of the dataset; default: %(default)s"
-    )
-    evaluate.add_argument("--tokens", type=whole(1), help="number of tokens, from the split's start; default: all")
-    evaluate.add_argument(
-        "--micro-batch", type=whole(1, 1_000_000), default=8, metavar="N", help="samples at a time; default: 8"
-    )
+    _add_data(evaluate)
     evaluate.add_argument(
         "--tasks",
         nargs="+",
@@ -110,6 +102,51 @@ def _add_evaluate(commands: Any) -> None:
         "--limit", type=whole(1), metavar="N", help="documents of each task, its first ones; default: all"
     )
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
+def _add_average(commands: Any) -> None:
+    average = commands.add_parser(
+        "average",
+        help="average the weights of several steps, and compute the loss of each and of the average",
+        epilog="example: megagpt average runs/demo/checkpoints/step_00000300 runs/demo/checkpoints/latest averaged",
+    )
+    average.add_argument(
+        "steps",
+        type=user_path,
+        nargs="+",
+        metavar="STEP",
+        help="a step's folder, or a run (its best step); two or more",
+    )
+    average.add_argument("folder", type=user_path, metavar="OUT", help="a new folder")
+    average.add_argument(
+        "--weights",
+        type=_weight,
+        nargs="+",
+        metavar="W",
+        help="one for each STEP, relative to their sum, after OUT; default: equal ones",
+    )
+    _add_data(average)
+
+
+def _weight(text: str) -> float:
+    try:
+        return decimal(1e-6, 1e6)(text)
+    except argparse.ArgumentTypeError as error:  # perhaps a step that follows --weights
+        raise argparse.ArgumentTypeError(f"{error}; give --weights last, with a number for each STEP") from None
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what a checkpoint is evaluated on."""
+    parser.add_argument(
+        "--data", type=user_path, metavar="DIR", help="a dataset made by data_tools; default: the one of the run"
+    )
+    parser.add_argument(
+        "--split", choices=("train", "val", "test"), default="val", help="part of the dataset; default: %(default)s"
+    )
+    parser.add_argument("--tokens", type=whole(1), help="number of tokens, from the split's start; default: all")
+    parser.add_argument(
+        "--micro-batch", type=whole(1, 1_000_000), default=8, metavar="N", help="samples at a time; default: 8"
+    )
 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import torch
 
-from megagpt.checkpoint.load import load_model
+from megagpt.checkpoint.load import LoadedModel, load_model
 from megagpt.cli.evaluate_tasks import evaluate_tasks
 from megagpt.config.validation_sets import folders_of_sets
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.loader import ValWindows
 from megagpt.data.lost_text import lost_text, token_counts, unknown_share
+from megagpt.data.manifest import Split
 from megagpt.data.packing import PACKING
 from megagpt.errors import UserError
 from megagpt.guards.out_of_memory import is_out_of_memory
 from megagpt.terminal import show, typed
-from megagpt.train.evaluate import evaluate, unigram_entropy
+from megagpt.train.evaluate import Evaluation, evaluate, unigram_entropy
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,24 +37,11 @@ def run(args: argparse.Namespace) -> int:
 def _evaluate_on_data(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     given = open_dataset(args.data) if args.data else None
-    model, tokenizer, step_dir, packing = load_model(args.checkpoint, device)
-    dataset = given or _of_the_run(step_dir, args.split)
-    if dataset.manifest.tokenizer.sha256 != tokenizer.sha256:
-        raise UserError(
-            f"dataset {dataset.path} was made with another tokenizer than {step_dir} was trained with; build it again "
-            f"with tokenizer={step_dir / 'tokenizer.model'}"
-        )
-    document_end = tokenizer.eod_id if PACKING[packing.kind].masked else None
-    windows = ValWindows(
-        dataset.stream(args.split), model.cfg.seq_len, args.tokens, document_end=document_end, option="--tokens "
-    )
-    token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
-    try:
-        result = evaluate(model, windows, token_bytes, micro_batch=min(args.micro_batch, len(windows)))
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"--micro-batch {args.micro_batch} does not fit into memory; give a smaller one") from error
+    loaded = load_model(args.checkpoint, device)
+    tokenizer, step_dir = loaded.tokenizer, loaded.step_dir
+    dataset = given or dataset_of_run(step_dir, args.split)
+    windows = windows_of(dataset, loaded, args.split, args.tokens)
+    result = evaluation(loaded, windows, args.micro_batch)
     counts = token_counts(windows)
     unknown = unknown_share(counts, tokenizer)
     row = {
@@ -82,7 +70,31 @@ def _evaluate_on_data(args: argparse.Namespace) -> int:
     return 0
 
 
-def _of_the_run(step_dir: Path, split: str) -> Dataset:
+def windows_of(dataset: Dataset, loaded: LoadedModel, split: Split, tokens: int | None) -> ValWindows:
+    """Return the windows that a model is evaluated on. Raises UserError, also for a dataset of another tokenizer."""
+    model, tokenizer, step_dir, packing = loaded
+    if dataset.manifest.tokenizer.sha256 != tokenizer.sha256:
+        raise UserError(
+            f"dataset {dataset.path} was made with another tokenizer than {step_dir} was trained with; build it again "
+            f"with tokenizer={step_dir / 'tokenizer.model'}"
+        )
+    document_end = tokenizer.eod_id if PACKING[packing.kind].masked else None
+    stream = dataset.stream(split)
+    return ValWindows(stream, model.cfg.seq_len, tokens, document_end=document_end, option="--tokens ")
+
+
+def evaluation(loaded: LoadedModel, windows: ValWindows, micro_batch: int) -> Evaluation:
+    """Evaluate a model on its device. Raises UserError if --micro-batch does not fit into memory."""
+    token_bytes = torch.from_numpy(loaded.tokenizer.token_bytes()).to(loaded.model.wte.weight.device)
+    try:
+        return evaluate(loaded.model, windows, token_bytes, micro_batch=min(micro_batch, len(windows)))
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"--micro-batch {micro_batch} does not fit into memory; give a smaller one") from error
+
+
+def dataset_of_run(step_dir: Path, split: str) -> Dataset:
     """Open the dataset that a step's run validated on, or trained on for its train split. Raises UserError."""
     data = json.loads((step_dir / "run.json").read_bytes())["megagpt"].get("data")
     if data is None:

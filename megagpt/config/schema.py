@@ -283,8 +283,8 @@ class MegaGPTConfig(Strict):
     seed: int = Field(default=1234, ge=0, le=LARGEST, description="initial weights and dropout")
     init_from: UserPath | None = Field(
         default=None,
-        description="a run (its best step), a step's folder, RUN/checkpoints/latest or what `megagpt import` made, "
-        "whose weights a new run begins with",
+        description="a run (its best step), a step's folder, RUN/checkpoints/latest or what `megagpt import` or "
+        "`average` made, whose weights a new run begins with",
     )
     model: ModelConfig
     data: DataConfig

@@ -11,7 +11,7 @@ from megagpt.config.schema import ModelConfig
 from megagpt.huggingface.read_config import read_config
 from megagpt.huggingface.read_tokenizer import read_tokenizer
 from megagpt.huggingface.read_weights import read_weights
-from megagpt.huggingface.weights import EMBEDDING, HEAD
+from megagpt.huggingface.weights import EMBEDDING
 from megagpt.new_folder import check_free
 from megagpt.tokenizer.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.train_state import TrainState
@@ -32,7 +32,7 @@ def import_gpt2(source: Path, folder: Path, *, pickles: bool) -> Imported:
     tokenizer = read_tokenizer(source, n_rows)
     weights = read_weights(source, model, n_rows, pickles=pickles)
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
-    weights[EMBEDDING] = weights[HEAD] = padded(weights[EMBEDDING], vocab_size)
+    weights[EMBEDDING] = padded(weights[EMBEDDING], vocab_size)
     shape = model.model_dump()
     write_weights_folder(
         folder,

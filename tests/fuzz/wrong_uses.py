@@ -52,6 +52,7 @@ COMMANDS: dict[str, list[str]] = {
     "evaluate": [*MEGAGPT, "evaluate", "{run}", "--data", "{dataset}", "--tokens", "64"],
     "export": [*MEGAGPT, "export", "{run}", "{out}"],
     "import": [*MEGAGPT, "import", "{model}", "{out}"],
+    "average": [*MEGAGPT, "average", "{run}", "{step}", "{out}", "--tokens", "64"],
     "report": [*MEGAGPT, "report", "{run}", "--out", "{out}.html"],
     "samples": [*MEGAGPT, "train", "{run_file}", "megagpt.data.train.0.path={dataset}", "--sample-report", "3"],
     "build": [*DATA_TOOLS, "build", "--input", "{text}", "--out", "{out}", "vocab_size=300", "workers=1"],
@@ -79,6 +80,7 @@ OPTIONS = {  # command -> options that take a value
     "generate": ["--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--batch", "--seed"],
     "export": ["--dtype", "--license"],
     "evaluate": ["--split", "--tokens", "--micro-batch"],
+    "average": ["--split", "--tokens", "--micro-batch", "--data", "--weights"],
     "samples": ["--sample-report"],
     "build": ["--config", "--scheduler"],
     "splits": ["--val", "--test", "--config"],
@@ -195,7 +197,7 @@ class Case:
 def world(folder: Path) -> dict[str, str]:
     """Make what the commands use: a text, a dataset, a run with a checkpoint, a run file, a hostfile."""
     dataset = build_dataset(folder / "dataset", n_documents=80)
-    few = {"megagpt.schedule.max_steps": 4, "megagpt.sample.max_tokens": 4}
+    few = {"megagpt.schedule.max_steps": 4, "megagpt.every.save": 2, "megagpt.sample.max_tokens": 4}
     named = {"megagpt.data.train.0.path": str(dataset), "megagpt.data.val": str(dataset)}
     run = {**few, **named, "megagpt.out_dir": str(folder / "run")}
     run_file = folder / "run.json"
@@ -209,7 +211,8 @@ def world(folder: Path) -> dict[str, str]:
     text = write_corpus(folder / "text.jsonl", 60)
     held_out = write_corpus(folder / "held_out.jsonl", 10, seed=1)
     paths = {"dataset": dataset, "run": folder / "run", "run_file": run_file, "hosts": folder / "hosts"}
-    paths |= {"model": folder / "model", "text": text, "held_out": held_out}
+    paths |= {"step": folder / "run" / "checkpoints" / "step_00000002", "model": folder / "model"}
+    paths |= {"text": text, "held_out": held_out}
     return {name: str(path) for name, path in paths.items()}
 
 

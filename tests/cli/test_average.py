@@ -1,0 +1,123 @@
+"""`megagpt average`: the weighted mean of several steps, which all that reads a step reads, and its losses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support import debug_run
+
+from megagpt.__main__ import main
+from megagpt.checkpoint.commit import best, committed, read_commit
+from megagpt.checkpoint.load import load_model
+from megagpt.engine.state_files import consolidated_weights
+from megagpt.train.trainer import train
+
+FEW = ["megagpt.schedule.max_steps=6", "megagpt.schedule.warmup_steps=0", "optimizer.params.lr=0.01"]
+FEW += ['megagpt.every={"save": 2, "eval": 0}', "megagpt.keep.last=3"]
+
+
+@pytest.fixture(scope="module")
+def run(dataset, device, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    (folder.parent / "data").symlink_to(dataset)
+    train(debug_run(folder.parent / "data", folder, *FEW), device)
+    assert len(committed(folder)) == 3
+    return folder
+
+
+def loss_of(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> float:
+    capsys.readouterr()
+    assert main(["evaluate", str(checkpoint), "--tokens", "640", "--json"]) == 0
+    return float(json.loads(capsys.readouterr().out)["loss"])
+
+
+@pytest.mark.parametrize(("weights", "shares"), [((), (1 / 3, 1 / 3, 1 / 3)), (("5", "3", "2"), (0.5, 0.3, 0.2))])
+def test_the_average_is_the_mean_of_the_master_weights_and_its_loss_is_printed(run, tmp_path, capsys, weights, shares):
+    steps, out = committed(run), tmp_path / "out"
+    command = ["average", *map(str, steps), str(out), "--tokens", "640", *(["--weights", *weights] if weights else [])]
+    assert main(command) == 0
+    printed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:5]]
+    of_steps, found = [consolidated_weights(step_dir) for step_dir in steps], consolidated_weights(out)
+    for name, weight in found.items():
+        mean = sum(share * one[name].double() for share, one in zip(shares, of_steps, strict=True))
+        torch.testing.assert_close(weight.double(), mean, rtol=1e-6, atol=1e-7)
+    losses = [loss_of(checkpoint, capsys) for checkpoint in (*steps, out)]
+    assert printed == [[f"{loss:.4f}", f"{share:.3f}"] for loss, share in zip(losses, (*shares, 1.0), strict=True)]
+    assert read_commit(out).state.val_loss == pytest.approx(losses[-1], abs=1e-6)
+    assert read_commit(out).state.step == 6
+
+
+def test_what_reads_a_step_reads_the_average(run, dataset, device, tmp_path, capsys):
+    steps = committed(run)
+    assert main(["average", str(steps[0]), str(run), str(tmp_path / "out")]) == 0
+    assert f"{steps[2]} alone has a lower loss" in capsys.readouterr().out
+    assert main(["generate", str(tmp_path / "out"), "--max-tokens", "3"]) == 0
+    more = ["megagpt.schedule.max_steps=1", "megagpt.schedule.warmup_steps=0", "optimizer.params.lr=1e-12"]
+    train(debug_run(dataset, tmp_path / "new", *more, f"megagpt.init_from={tmp_path / 'out'}"), device)
+    new, given = load_model(tmp_path / "new", device).model, load_model(tmp_path / "out", device).model
+    for one, two in zip(new.parameters(), given.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0.0, atol=1e-6)
+
+
+def test_without_the_data_the_average_is_made_and_a_line_tells_why_there_is_no_loss(run, tmp_path, capsys):
+    steps, data = committed(run), run.parent / "data"
+    data.rename(run.parent / "moved")
+    try:
+        assert main(["average", str(steps[0]), str(steps[1]), str(tmp_path / "out")]) == 0
+    finally:
+        (run.parent / "moved").rename(data)
+    out = capsys.readouterr().out
+    assert f"not evaluated: the run of {steps[1]} read {data}, which is not here; give its place by --data DIR" in out
+    assert read_commit(tmp_path / "out").state.val_loss is None
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (["{first}", "out"], "nothing to average: give two steps or more, and after them a new folder"),
+        (["{run}", "{last}", "out"], "is named twice; name each step once, and give it more weight by --weights"),
+        (["{first}", "{last}", "{run}"], "is one more step, and nothing is written over it; name a new folder"),
+        (["{first}", "{last}", "."], "is the current folder, which cannot be replaced"),
+        (["{first}", "nowhere", "out"], "nowhere does not exist; give a run's folder"),
+        (["{first}", "{last}", "out", "--weights", "1", "2", "3"], "--weights has 3 numbers for 2 steps"),
+        (["{first}", "{last}", "out", "--data", "{run}"], "{run} is not a dataset"),
+    ],
+)
+def test_what_cannot_be_averaged_is_one_message(run, tmp_path, monkeypatch, capsys, given, complaint):
+    monkeypatch.chdir(tmp_path)
+    places = {"run": run, "first": committed(run)[0], "last": best(run)}
+    assert main(["average", *(word.format(**places) for word in given)]) == 2
+    assert complaint.format(**places) in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "complaint"),
+    [
+        ("COMMIT", '"n_head": 2', '"n_head": 4', "has n_head=4, and {first} 2; give steps of models of one shape"),
+        (
+            "COMMIT",
+            '"tokenizer": "',
+            '"tokenizer": "0',
+            "has another tokenizer than {first}; give steps of models with",
+        ),
+        ("run.json", '"concatenate"', '"best-fit"', "differ in whether attention stays within documents"),
+    ],
+)
+def test_steps_of_unlike_models_are_not_averaged(run, tmp_path, capsys, file, before, after, complaint):
+    first, step_dir = committed(run)[0], tmp_path / "step"
+    shutil.copytree(committed(run)[1], step_dir)
+    content = (step_dir / file).read_text()
+    assert before in content
+    (step_dir / file).write_text(content.replace(before, after))
+    assert main(["average", str(first), str(step_dir), str(tmp_path / "out")]) == 2
+    assert complaint.format(first=first) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_swallow_the_steps_are_told_to_come_last(run, capsys):
+    with pytest.raises(SystemExit):
+        main(["average", "--weights", "1", "2", str(run), str(run), "out"])
+    assert "give --weights last, with a number for each STEP" in capsys.readouterr().err
