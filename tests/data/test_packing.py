@@ -275,12 +275,12 @@ def test_another_method_is_one_entry(monkeypatch):
 def test_masked_training_learns_and_recomputing_changes_nothing(dataset, device, tmp_path, kind):
     packing = f"megagpt.packing.kind={kind}"
     recompute = 'megagpt.recompute={"policy": "full", "kind": "%s"}'
-    for name, more in (("plain", []), ("torch", [recompute % "torch"]), ("deepspeed", [recompute % "deepspeed"])):
-        train(debug_run(dataset, tmp_path / name, packing, *more), device)
+    train(debug_run(dataset, tmp_path / "plain", packing), device)
     losses = metric(tmp_path / "plain", "train/loss")
     assert losses[20] < losses[1] - 0.5
-    assert metric(tmp_path / "torch", "train/loss") == losses
-    assert metric(tmp_path / "deepspeed", "train/loss") == losses
+    for kind_of in ("torch", "deepspeed"):
+        train(debug_run(dataset, tmp_path / kind_of, packing, recompute % kind_of), device, stop_at=6)
+        assert metric(tmp_path / kind_of, "train/loss") == {step: losses[step] for step in range(1, 7)}
     assert packing_of(committed(tmp_path / "plain")[-1]).kind == kind
 
 
