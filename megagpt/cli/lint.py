@@ -14,7 +14,7 @@ from megagpt.errors import UserError
 from megagpt.lint.linter import Issue, effective, lint_file
 from megagpt.planner.estimate import vocabulary
 from megagpt.terminal import counted, show
-from megagpt.train.preflight import refused_data, refused_start
+from megagpt.train.preflight import refused_data, refused_start, refused_tasks
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,6 +46,8 @@ def not_here(run: RunConfig, ranks: int | None = None) -> Iterator[Issue]:
         yield Issue("warning", "megagpt.data", f"training here would be refused: {why}")
     if why := refused_start(run):
         yield Issue("warning", "megagpt.init_from", f"training here would be refused: {why}")
+    if why := refused_tasks(run.megagpt):
+        yield Issue("warning", "megagpt.tasks", f"training here would be refused: {why}")
     gpus = torch.cuda.device_count()
     try:
         n_ranks = ranks or max(1, gpus)

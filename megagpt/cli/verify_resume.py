@@ -26,6 +26,7 @@ from megagpt.distributed.launcher import launcher_watch
 from megagpt.distributed.process_group import init_process_group, is_main, leave
 from megagpt.engine.precision import with_supported_dtype
 from megagpt.engine.safe_pickle import load_checked
+from megagpt.evaluation.tasks import TASKS
 from megagpt.metrics.metrics_file import LOSS_OF_SET
 from megagpt.terminal import exit_code_of, show
 from megagpt.train.preemption import Preemption
@@ -35,7 +36,7 @@ from megagpt.train.trainer import train
 WITHIN = {"fp32": 1e-4, "bf16": 2**-7, "fp16": 2**-7}
 LOSSES = ("train/loss", "val/loss", "val/best_loss")
 # Metrics that follow from losses or weights, and are not compared where those have a tolerance.
-FOLLOW = ("val/perplexity", "val/bits_per_byte", "optim/grad_norm")
+FOLLOW = ("val/perplexity", "val/bits_per_byte", "optim/grad_norm", TASKS)
 # Where a run sends its metrics besides its folder: a test adds no runs to the user's.
 TRACKERS = ("tensorboard", "wandb", "csv_monitor", "comet", "megagpt.mlflow")
 # Metrics that differ between any two runs.

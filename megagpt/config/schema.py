@@ -190,6 +190,7 @@ class EveryConfig(Strict):
     eval: int = Field(default=250, ge=0, le=MANY, description="steps between validations")
     save: int = Field(default=1000, ge=0, le=MANY, description="steps between checkpoints")
     sample: int = Field(default=0, ge=0, le=MANY, description="steps between generated texts")
+    tasks: int = Field(default=0, ge=0, le=MANY, description="steps between runs of megagpt.tasks")
 
 
 class KeepConfig(Strict):
@@ -298,6 +299,9 @@ class MegaGPTConfig(Strict):
         default=False, description="write checkpoints while training continues, from a copy of the state in host memory"
     )
     sample: GenerationConfig = GenerationConfig()
+    tasks: tuple[str, ...] = Field(
+        default=(), description="tasks of lm-evaluation-harness for every.tasks: names, YAML files, folders of them"
+    )
     recompute: RecomputeConfig = RecomputeConfig()
     compile: bool | None = Field(default=None, description="torch.compile for each block; null: only on CUDA")
     augment: AugmentConfig = AugmentConfig()
@@ -322,6 +326,15 @@ class MegaGPTConfig(Strict):
                 f"megagpt.keep.every={kept} is not a multiple of megagpt.every.save={saved}, so those steps are not "
                 f"saved; set megagpt.keep.every to {max(saved, kept - kept % saved) if saved else 0}, or change "
                 "megagpt.every.save"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_are_named(self) -> Self:
+        if self.every.tasks and not self.tasks:
+            raise ValueError(
+                f"megagpt.every.tasks={self.every.tasks} with megagpt.tasks=[], which names none; set megagpt.tasks "
+                'to a list such as ["my_tasks/"], or remove megagpt.every.tasks'
             )
         return self
 

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 from megagpt.errors import UserError
+from megagpt.guards.out_of_memory import is_out_of_memory
 from megagpt.model.gpt import GPT
 from megagpt.tokenizer.tokenizer import Tokenizer
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")  # read when the packages are imported
+TASKS = "tasks/"  # begins the names of metrics in a run
 SEED = 1234  # of the few-shot examples, as in the package
 RESAMPLINGS = 1000  # for the standard error of a metric that has no formula
 
@@ -32,6 +35,13 @@ class Tasks(NamedTuple):
     names: list[str]
     loaded: dict[str, Any]
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return a hash of each task's documents, which must be equal on all ranks."""
+        return {
+            name: xxhash.xxh3_128_hexdigest(repr(list(task.eval_docs)).encode())
+            for name, task in self.loaded["tasks"].items()
+        }
+
 
 class TaskResults(NamedTuple):
     """What a model reached: metrics by task (or group), and what one must know to read them."""
@@ -41,6 +51,10 @@ class TaskResults(NamedTuple):
     documents: dict[str, int]
     higher_is_better: dict[str, dict[str, bool | None]]
     unspelt: int  # texts that the tokenizer cannot spell
+
+    def as_metrics(self) -> dict[str, float]:
+        """Return the metrics by the names that a run's have."""
+        return {f"{TASKS}{task}/{name}": value for task, named in self.metrics.items() for name, value in named.items()}
 
 
 def open_tasks(names: Sequence[str], option: str = "--tasks ") -> Tasks:
@@ -75,6 +89,8 @@ def _specs(name: str, option: str) -> Sequence[str | dict[str, Any]]:
     if path.is_file():
         return [_read_yaml(path, option, functions=True)]
     if not path.is_dir():
+        if "/" in name or path.suffix in (".yaml", ".yml"):  # no name of the package's
+            raise UserError(f"{option}{name} is no {'file' if path.suffix else 'folder'}; correct the path")
         return [name]
     files = sorted(path.rglob("*.yaml"))
     if not files:
@@ -180,9 +196,9 @@ def run_tasks(
                 bootstrap_iters=RESAMPLINGS if with_errors else 0,
                 log_samples=False,
             )
-        except UserError:
-            raise
         except Exception as error:  # of what a task's own functions do
+            if isinstance(error, UserError) or is_out_of_memory(error):
+                raise
             raise UserError(f"the tasks {', '.join(tasks.names)} cannot be run: {_first_lines(error)}") from error
     return _results(found, len(lm.unspelt))
 

@@ -163,6 +163,11 @@ WITHOUT_EFFECT = (
         "megagpt.every.sample is 0, so no text is generated; set it or remove this",
     ),
     Acts(
+        ("megagpt.tasks",),
+        lambda run: run.megagpt.every.tasks > 0,
+        "megagpt.every.tasks is 0, so no task is run; set it or remove this",
+    ),
+    Acts(
         ("megagpt.sample.top_k", "megagpt.sample.top_p"),
         lambda run: run.megagpt.sample.temperature > 0,
         "temperature 0 always takes the likeliest token; remove it or raise the temperature",

@@ -1,7 +1,8 @@
 """Read and write metrics.jsonl, in which every logged number of a run is kept: one row of JSON for each time.
 
 A row is {"step", "tokens_seen", "time": seconds since 1970, NAME: value, ...}. TensorBoard and trackers show the same
-numbers under the same names. A name begins with its group: train, val, optim, perf, data or cluster.
+numbers under the same names. A name begins with its group: train, val, optim, perf, data, cluster or
+tasks.
 
 The texts that a run generates are in samples.jsonl, one in each row: {"step", "time", "prompt", "continuation"}.
 """

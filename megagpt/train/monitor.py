@@ -15,6 +15,7 @@ from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.distributed.process_group import is_main, print_rank0
 from megagpt.errors import writing_to
+from megagpt.evaluation.tasks import TASKS
 from megagpt.metrics.csv_files import CsvFiles
 from megagpt.metrics.metrics_file import (
     LOSS_OF_SET,
@@ -97,6 +98,7 @@ class Monitor:
         with self._continuing_without("Comet"):
             self._also([(name, value, state.step) for name, value in metrics_of(row).items()])
         named = ON_THE_LINE | {name: name for name in metrics if name.startswith(LOSS_OF_SET)}
+        named |= {name: name for name in [name for name in metrics if name.startswith(TASKS)][:MOST_TASKS]}
         shown = [f"{named[name]} {_short(name, value)}" for name, value in metrics.items() if name in named]
         if waits_for:
             shown.append(f"waits for {', '.join(waits_for)}")
@@ -138,6 +140,8 @@ def _folder_key(section: str, output_path: str, job_name: str, out_dir: Path) ->
         return output_path, f"{section}.output_path"
     return (job_name, f"{section}.job_name") if job_name else (out_dir, "megagpt.out_dir")
 
+
+MOST_TASKS = 6  # metrics of tasks on a line
 
 # The metrics that the terminal shows -> how it names them.
 ON_THE_LINE = {

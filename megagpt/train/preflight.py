@@ -31,6 +31,7 @@ from megagpt.distributed.rendezvous import check_equal_on_ranks
 from megagpt.engine.compilation import compiles
 from megagpt.engine.deepspeed_config import effective_config
 from megagpt.errors import UserError
+from megagpt.evaluation.tasks import Tasks, open_tasks
 from megagpt.guards.spikes import check_skipping
 from megagpt.tokenizer.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.train.early_stopping import at_resume
@@ -66,6 +67,7 @@ class RunSetup:
     record: RunRecord
     saved: Saved | None  # the step to resume from
     start: Path | None = None  # the step of another run that a new run takes its weights from
+    tasks: Tasks | None = None  # of lm-evaluation-harness
 
     @property
     def state(self) -> TrainState:
@@ -88,8 +90,10 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
     with errors_on_every_rank():
         check_is_no_step(cfg.out_dir)
         data = _open_data(cfg)
+        tasks = _open_tasks(cfg)
     val = {name: one.dataset for name, one in data.val.items()}
     fingerprints = {f"{dataset.path} (fingerprint)": dataset.fingerprint for dataset in (*data.train, *val.values())}
+    fingerprints |= {f"task {name}": documents for name, documents in (tasks.fingerprints() if tasks else {}).items()}
     check_equal_on_ranks(fingerprints, "let all hosts see the same dataset, or copies of it")
     identity = identity_of(run, batch, data.vocab_size, val)
     config = effective_config(run, batch, data.vocab_size, device)
@@ -104,7 +108,7 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
             start = starting_step(cfg.init_from, identity.model, identity.tokenizer)
         training_set = next_samples(cfg, batch.global_batch, saved, data.train)
         training_set.open_all()  # a damaged shard is found here, and not in the middle of the run
-    return RunSetup(run, batch, compiled, data, training_set, config, record, saved, start)
+    return RunSetup(run, batch, compiled, data, training_set, config, record, saved, start, tasks)
 
 
 def refused_data(run: RunConfig) -> str | None:
@@ -137,9 +141,22 @@ def refused_start(run: RunConfig) -> str | None:
     return None
 
 
+def refused_tasks(cfg: MegaGPTConfig) -> str | None:
+    """Return why a run would refuse its tasks on this machine, or None."""
+    try:
+        _open_tasks(cfg)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def _fewer_ranks() -> Iterator[tuple[int, str]] | None:
     """Return the ways to start fewer ranks by `megagpt train`; None below another launcher."""
     return rank_numbers(world_size(), "give --nproc {}") if OURS in os.environ else None
+
+
+def _open_tasks(cfg: MegaGPTConfig) -> Tasks | None:
+    return open_tasks(cfg.tasks, "megagpt.tasks: ") if cfg.every.tasks else None
 
 
 def _open_data(cfg: MegaGPTConfig) -> OpenedData:

@@ -26,6 +26,7 @@ from megagpt.distributed.launcher import grace_warning
 from megagpt.distributed.process_group import is_main, print_rank0, rank
 from megagpt.engine.build import Engine, before_update, build_engine
 from megagpt.errors import OwnRankError, UserError, writing_to
+from megagpt.evaluation.tasks import run_tasks
 from megagpt.guards.memory_growth import MemoryWatch, memory_mib
 from megagpt.guards.spikes import UpdateGate, judge_steps
 from megagpt.guards.step_window import StepWindow
@@ -232,6 +233,19 @@ class Session:
             except UserError as error:
                 print_rank0(f"no samples at step {state.step}: {error}")
         self.monitor.log(state, {"perf/sample_seconds": self.stopwatch.spent("sample")})
+
+    def run_tasks(self, state: TrainState) -> None:
+        """Run the run file's tasks, and log their metrics."""
+        assert self.setup.tasks is not None, "every.tasks is set"
+        metrics: dict[str, float] = {}
+        with self.stopwatch.section("tasks"), self.watchdog.paused():
+            try:
+                model, micro_batch = self.engine.module, self.setup.batch.micro_batch
+                found = run_tasks(self.setup.tasks, model, self.setup.data.tokenizer, micro_batch=micro_batch)
+                metrics = found.as_metrics()
+            except UserError as error:
+                print_rank0(f"no results of tasks at step {state.step}: {error}", color=YELLOW)
+        self.monitor.log(state, metrics | {"perf/tasks_seconds": self.stopwatch.spent("tasks")})
 
     def is_new_best(self, state: TrainState) -> bool:
         """Tell whether early stopping will want this step's weights back."""

@@ -84,7 +84,7 @@ def run_steps(session: Session, preemption: Preemption, stop_at: int | None) -> 
             if due(state.step, run.megagpt.guards.compare_every):
                 compare_weights(session.engine.module.named_parameters(), state.step)
 
-            cadences = (every.log, every.eval, every.save, every.sample)
+            cadences = (every.log, every.eval, every.save, every.sample, every.tasks)
             if stop or done or owed or any(due(state.step, n) for n in cadences):
                 state, roll_back = session.log(state, window)
                 window = StepWindow()
@@ -95,6 +95,8 @@ def run_steps(session: Session, preemption: Preemption, stop_at: int | None) -> 
                 state = session.evaluate(state)
             if due(state.step, every.sample):
                 session.show_samples(state)
+            if due(state.step, every.tasks):
+                session.run_tasks(state)
             last = stop or state.finished(schedule.max_steps)
             owed = owed or last or due(state.step, every.save)
             if owed or session.is_new_best(state):

@@ -3,13 +3,15 @@
 import json
 import random
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support import debug_run
+from event_files import board, curves_of
+from support import DEBUG_RUN, curves, debug_run, overrides
 from task_files import CHOICE, GENERATED, write_tasks
 
 from megagpt.__main__ import main
@@ -21,7 +23,7 @@ from megagpt.huggingface import export as exporting
 from megagpt.huggingface.export import Exported
 from megagpt.train.trainer import train
 
-pytest.importorskip("lm_eval", reason="lm-eval, of the extra `tasks`, is not installed")
+pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval, of the extra `tasks`, is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,53 @@ def test_tasks_leave_the_generators_as_they_were(run, folder):
 
 
 EMPTY_ANSWER = json.dumps({"question": "a", "choices": ["", "b"], "gold": 0})
+
+
+def test_a_run_with_tasks_is_the_run_without_them_and_resumes_with_the_same_numbers(dataset, folder, device, tmp_path):
+    """Its losses are the same to the last bit, and its tasks' metrics are in every file."""
+    options = ["megagpt.schedule.max_steps=4", "megagpt.schedule.warmup_steps=0", "csv_monitor.enabled=true"]
+    options += ["megagpt.regularization.dropout=0.1", "megagpt.every.save=2"]
+    train(debug_run(dataset, tmp_path / "without", *options), device)
+    options += ["megagpt.every.tasks=2", f'megagpt.tasks=["{folder}"]']
+    train(debug_run(dataset, tmp_path / "straight", *options), device)
+    for stop_at in (2, None):
+        train(debug_run(dataset, tmp_path / "cut", *options), device, stop_at=stop_at)
+    without, straight, cut = (curves(tmp_path / name) for name in ("without", "straight", "cut"))
+    for name in ("train/loss", "val/loss", "optim/grad_norm"):
+        assert without[name] == straight[name] == cut[name]
+    tasks = {name for name in straight if name.startswith("tasks/")}
+    assert {name: straight[name] for name in tasks} == {name: cut[name] for name in tasks}
+    assert "tasks/tiny_choice/acc" in tasks
+    assert {tuple(straight[name]) for name in tasks} == {(2, 4)}
+    assert "tasks/tiny_choice/acc" in curves_of(board(tmp_path / "cut"))
+    assert (tmp_path / "cut" / "csv" / "tasks_tiny_choice_acc.csv").is_file()
+
+
+def test_a_task_that_breaks_ends_no_run(dataset, folder, device, tmp_path, capsys):
+    (tmp_path / "given.py").write_text("def judged(doc, results):\n    return {'acc': 1 / doc['gold']}\n")
+    settings = (
+        CHOICE.replace("choice.jsonl", str(folder / "choice.jsonl")) + "process_results: !function given.judged\n"
+    )
+    (tmp_path / "a.yaml").write_text(settings)
+    options = ["megagpt.schedule.max_steps=1", "megagpt.schedule.warmup_steps=0", "megagpt.every.tasks=1"]
+    train(debug_run(dataset, tmp_path / "run", *options, f'megagpt.tasks=["{tmp_path}/a.yaml"]'), device)
+    told = capsys.readouterr().out
+    assert "no results of tasks at step 1: the tasks tiny_choice cannot be run: ZeroDivisionError" in told
+    assert "finished at step 1" in told
+
+
+def test_lint_and_training_tell_of_tasks_that_are_not_there(dataset, device, tmp_path, capsys):
+    options = [*overrides(dataset, tmp_path / "run"), "megagpt.every.tasks=2", 'megagpt.tasks=["no/such.yaml"]']
+    assert main(["lint", str(DEBUG_RUN), *options]) == 0
+    assert "megagpt.tasks: no/such.yaml is no file; correct the path" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"megagpt\.tasks: no/such\.yaml is no file"):
+        train(debug_run(dataset, tmp_path / "run", *options[-2:]), device)
+    assert main(["lint", str(DEBUG_RUN), *options[:-1]]) == 2
+    assert "names none; set megagpt.tasks" in capsys.readouterr().out
+    assert main(["lint", str(DEBUG_RUN), *options[:-2], options[-1]]) == 0
+    assert "has no effect: megagpt.every.tasks is 0" in capsys.readouterr().out
+
+
 MISTAKES = {
     "empty": ({}, "is a folder without a task, which is a file NAME.yaml; name another folder"),
     "yml": ({"a.yml": CHOICE}, "a.yml to a.yaml"),

@@ -12,19 +12,21 @@ import threading
 import time
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from resume_matrix import COVERING, what_a_cut_changes, without_generators
-from support import debug_run, metric, run_scenarios
+from support import curves, debug_run, metric, run_scenarios
+from task_files import write_tasks
 
 from megagpt.checkpoint import save
 from megagpt.checkpoint.commit import best, committed
 from megagpt.config.run_file import RunConfig
 from megagpt.data.loader import open_data
 from megagpt.data.training_set import TrainingSet
-from megagpt.distributed.collectives import StopVote
+from megagpt.distributed.collectives import StopVote, gather_objects
 from megagpt.distributed.process_group import init_process_group, rank
 from megagpt.engine.build import Engine
 from megagpt.engine.state_files import consolidated_weights
@@ -178,6 +180,21 @@ def a_signal_during_a_save(dataset: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
+def tasks_while_training(dataset: Path, folder: Path) -> dict[str, dict[int, float]]:
+    """At stage 3, stopped after the first run of the tasks and resumed; more ranks than the last batch has rows."""
+    if find_spec("lm_eval") is None:
+        return {}
+    tasks = folder.parent / "tasks"
+    if rank() == 0:
+        write_tasks(tasks, dataset.with_suffix(".jsonl"), documents=9)
+    gather_objects(None)
+    options = ["zero_optimization.stage=3", "megagpt.schedule.max_steps=4", "megagpt.schedule.warmup_steps=0"]
+    options += ['megagpt.every={"log": 2, "save": 2, "tasks": 2}', f'megagpt.tasks=["{tasks}"]']
+    for stop_at in (2, None):
+        trainer.train(debug_run(dataset, folder / "run", *options), DEVICE, stop_at=stop_at)
+    return {name: curve for name, curve in curves(folder / "run").items() if name.startswith("tasks/")}
+
+
 def a_mistake_that_one_rank_alone_sees(dataset: Path, folder: Path) -> str:
     try:
         with session.errors_on_every_rank():
@@ -304,6 +321,7 @@ SCENARIOS = [
     overfitting,
     a_full_disk_on_one_rank,
     a_signal_during_a_save,
+    tasks_while_training,
     a_mistake_that_one_rank_alone_sees,
     validation_loss,
     a_rank_late_with_its_data,

@@ -10,9 +10,11 @@ from resume_matrix import COVERING, LAST
 from support import PROGRAMS, debug_run, metric, scenarios, torchrun
 
 from megagpt.__main__ import main
+from megagpt.checkpoint.load import load_model
 from megagpt.data.loader import open_data
 from megagpt.distributed.process_group import own_device
 from megagpt.errors import OwnRankError
+from megagpt.evaluation.tasks import open_tasks, run_tasks
 from megagpt.model.gpt import GPT
 from megagpt.train.evaluate import evaluate
 from megagpt.train.trainer import train
@@ -165,6 +167,20 @@ def test_a_signal_during_a_save_beside_training_lets_it_end_and_commits_one_step
         assert found["stopped at"] == 8  # the vote cast after step 7 is read after step 8
         assert found["committed"] == ["step_00000005", "step_00000008"]
         assert found["then"] == 20
+
+
+def test_tasks_on_two_ranks_while_training_give_what_one_rank_gives_of_the_checkpoint(two_ranks):
+    pytest.importorskip("lm_eval", reason="lm-eval, of the extra `tasks`, is not installed")
+    one, other = two_ranks["tasks_while_training"]
+    assert one == other
+    assert {name.split("/")[1] for name in one} == {"tiny_choice", "tiny_texts", "tiny_generated"}
+    folder = two_ranks["folder"][0]
+    tasks, run = open_tasks([str(folder / "tasks")]), folder / "tasks_while_training" / "run"
+    for step in (2, 4):
+        model, tokenizer, *_ = load_model(run / f"checkpoints/step_{step:08}", own_device())
+        found = run_tasks(tasks, model, tokenizer, micro_batch=5).as_metrics()
+        # other batches: an exponential of some nats for each letter of a word
+        assert {name: curve[str(step)] for name, curve in one.items()} == pytest.approx(found, rel=1e-4)
 
 
 def test_a_mistake_that_one_rank_sees_is_raised_on_all(two_ranks):
