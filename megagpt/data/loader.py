@@ -126,15 +126,20 @@ def _val_windows(
 
 
 def rank_samples(batch: BatchPlan, rank: int, first: int) -> Iterator[int]:
-    """Yield the first sample of each of this rank's micro-batches, without end, from the global batch at `first` on.
+    """Yield the first sample of each of this rank's micro-batches, without end, from the global batch at `first` on."""
+    for begin in count(first, batch.global_batch):
+        yield from range(begin, begin + batch.global_batch)[rank_share(batch, rank)][:: batch.micro_batch]
+
+
+def rank_share(batch: BatchPlan, rank: int) -> slice:
+    """Return the slice of a global batch that this rank reads.
 
     A global batch is the same set of samples on any number of ranks. Each data-parallel rank takes a contiguous share
     of it; the ranks of a sequence-parallel group take the same one.
     """
     share = batch.global_batch // batch.replicas
-    for step in count():
-        begin = first + step * batch.global_batch + rank // batch.sequence_parallel_size * share
-        yield from range(begin, begin + share, batch.micro_batch)
+    begin = rank // batch.sequence_parallel_size * share
+    return slice(begin, begin + share)
 
 
 def rank_slice(T: int, rank: int, sequence_parallel_size: int) -> slice:

@@ -62,7 +62,7 @@ def notes(setup: RunSetup) -> list[str]:
     positions than it begins with, and for text that the tokenizer loses.
     """
     cfg, epochs, ratio = setup.run.megagpt, _epochs(setup), _tokens_per_parameter(setup)
-    lines = [*_what_the_tokenizer_loses(setup), *_positions_without_weights(setup)]
+    lines = [*_positions_without_weights(setup), *_what_the_tokenizer_loses(setup)]
     for dataset, times in zip(setup.training_set.datasets, epochs, strict=True):
         if times > EPOCHS:
             lines.append(

@@ -18,7 +18,7 @@ from megagpt.checkpoint.rng import seed_all
 from megagpt.checkpoint.rotation import retract
 from megagpt.checkpoint.save import save as save_checkpoint
 from megagpt.checkpoint.verification import newest_verified
-from megagpt.data.loader import Batch, prefetched, rank_samples, rank_slice
+from megagpt.data.loader import Batch, prefetched, rank_samples, rank_share, rank_slice
 from megagpt.data.packing import PACKING
 from megagpt.data.provenance import documents_of
 from megagpt.distributed.collectives import errors_on_every_rank, gather_objects, gather_over_ranks
@@ -313,10 +313,8 @@ class Session:
 
     def _documents(self, step: int, r: int) -> str:
         """Name the first documents that rank r read in a step, and where they came from."""
-        batch, samples = self.setup.batch, self.setup.training_set.mixture.samples_of(step)
-        share = batch.global_batch // batch.replicas
-        begin = r // batch.sequence_parallel_size * share
-        return documents_of(self.setup.training_set, samples[begin : begin + share], self.cfg.out_dir, step)
+        samples = self.setup.training_set.mixture.samples_of(step)[rank_share(self.setup.batch, r)]
+        return documents_of(self.setup.training_set, samples, self.cfg.out_dir, step)
 
     def _speed(self, tokens_per_sec: float) -> dict[str, float]:
         setup = self.setup
