@@ -13,7 +13,7 @@ from megagpt.checkpoint.commit import COMMIT, read_commit
 from megagpt.checkpoint.commit import folder as checkpoints
 from megagpt.checkpoint.load import LoadedModel, load_model
 from megagpt.checkpoint.weights_folder import write_weights_folder
-from megagpt.cli.evaluate import dataset_of_run, evaluation, windows_of
+from megagpt.cli.evaluate_data import dataset_of_run, evaluation, windows_of
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.errors import UserError
 from megagpt.new_folder import check_free
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         if dataset is None:
             return math.nan
         windows = windows_of(dataset, loaded, args.split, args.tokens)
-        return evaluation(loaded, windows, args.micro_batch).loss
+        return evaluation(loaded, windows, args.micro_batch)[0].loss
 
     show(f"{'loss':>8}  {'weight':>6}")
     for step_dir, share in zip(steps, shares, strict=True):

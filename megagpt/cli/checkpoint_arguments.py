@@ -91,7 +91,15 @@ def _add_evaluate(commands: Any) -> None:
         epilog="example: megagpt evaluate runs/demo --data data/demo --split test",
     )
     _add_checkpoint(evaluate)
-    _add_data(evaluate)
+    evaluate.add_argument(
+        "--data",
+        type=user_path,
+        action="append",
+        metavar="DIR_OR_NAME",
+        help="a dataset made by data_tools, or a validation set of the run by its name; may be given several times; "
+        "default: all of the run's",
+    )
+    _add_part_of_data(evaluate)
     evaluate.add_argument(
         "--tasks",
         nargs="+",
@@ -125,7 +133,10 @@ def _add_average(commands: Any) -> None:
         metavar="W",
         help="one for each STEP, relative to their sum, after OUT; default: equal ones",
     )
-    _add_data(average)
+    average.add_argument(
+        "--data", type=user_path, metavar="DIR", help="a dataset made by data_tools; default: the one of the run"
+    )
+    _add_part_of_data(average)
 
 
 def _weight(text: str) -> float:
@@ -135,11 +146,8 @@ def _weight(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{error}; give --weights last, with a number for each STEP") from None
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what a checkpoint is evaluated on."""
-    parser.add_argument(
-        "--data", type=user_path, metavar="DIR", help="a dataset made by data_tools; default: the one of the run"
-    )
+def _add_part_of_data(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say on which part of a dataset a checkpoint is evaluated."""
     parser.add_argument(
         "--split", choices=("train", "val", "test"), default="val", help="part of the dataset; default: %(default)s"
     )

@@ -177,6 +177,11 @@ class TokenStream:
         batches = [numbers(self._record_batch(i).column("tokens").offsets)[1:] for i in range(len(self._tok0))]
         return np.concatenate([tok0 + ends for tok0, ends in zip(self._tok0, batches, strict=True)])
 
+    def row_sources(self) -> np.ndarray:
+        """Return the source of each row, int64, as a place in the manifest's `sources`. Reads no token."""
+        batches = [numbers(self._record_batch(i).column("source")) for i in range(len(self._tok0))]
+        return np.concatenate(batches).astype(np.int64)
+
     def rows_of(self, start: int, length: int) -> range:
         """Return the rows that hold the `length` tokens from `start` on."""
         return range(self._row_at(start), self._row_at(start + length - 1) + 1)

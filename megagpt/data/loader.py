@@ -62,14 +62,14 @@ class ValWindows:
                 f"too little validation data in {stream.dataset.path} for {asked}: {stream.n_tokens:,} tokens are "
                 f"{available} windows of {seq_len}; {way_out}build the data with a larger val_fraction"
             )
-        self._stream, self.seq_len, self.document_end = stream, seq_len, document_end
+        self.stream, self.seq_len, self.document_end = stream, seq_len, document_end
         self.n_windows = wanted
 
     def fill(self, first: int, rows: Row) -> None:
         """Rows past the last window repeat the first one; evaluate() gives them no weight."""
         for i, row in enumerate(rows):
             window = first + i if first + i < self.n_windows else 0
-            self._stream.copy(window * self.seq_len, row)
+            self.stream.copy(window * self.seq_len, row)
 
     def __len__(self) -> int:
         return self.n_windows
@@ -77,9 +77,9 @@ class ValWindows:
     @cached_property
     def text_bytes(self) -> TextBytes | None:
         """Return the bytes of text of all targets; None if the tokenizer loses none: then the tokens have as many."""
-        if self._stream.dataset.tokenizer().is_lossless:
+        if self.stream.dataset.tokenizer().is_lossless:
             return None
-        return text_bytes(self._stream, 1, self.n_windows * self.seq_len + 1)
+        return text_bytes(self.stream, 1, self.n_windows * self.seq_len + 1)
 
 
 @dataclass(frozen=True)

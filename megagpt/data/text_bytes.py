@@ -36,6 +36,17 @@ def text_bytes(stream: TokenStream, first: int, last: int) -> TextBytes:
     return TextBytes(round(end - begin), by_row=True)
 
 
+def text_bytes_by_source(stream: TokenStream, first: int, last: int) -> np.ndarray:
+    """Return the bytes of text of each source's tokens from `first` up to `last`, exclusive, as text_bytes counts."""
+    sources, ends, n_bytes = stream.row_sources(), stream.row_ends(), _row_bytes(stream)
+    lengths = np.diff(ends, prepend=0)
+    inside = np.clip(np.minimum(ends, last) - np.maximum(ends - lengths, first), 0, None)
+    if n_bytes is None:
+        split = stream.dataset.manifest.splits[stream.split]
+        n_bytes = split.bytes * lengths / split.tokens
+    return np.bincount(sources, weights=n_bytes * inside / lengths, minlength=len(stream.dataset.manifest.sources))
+
+
 def _row_bytes(stream: TokenStream) -> np.ndarray | None:
     """Return the bytes of each row of the canonical tokenization, in order; None where they are not stored."""
     dataset = stream.dataset

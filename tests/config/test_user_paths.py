@@ -102,7 +102,7 @@ def test_all_paths_of_a_build_are_expanded(tmp_path):
 
 def test_paths_on_the_command_line_are_expanded():
     args = command_line().parse_args(["evaluate", "~/run", "--data", "$SCRATCH/d"])
-    assert (str(args.checkpoint), str(args.data)) == ("/home/me/run", "/scratch/me/d")
+    assert (str(args.checkpoint), str(*args.data)) == ("/home/me/run", "/scratch/me/d")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.loader import ValWindows
 from megagpt.data.lost_text import lost_text, token_counts, unknown_share
 from megagpt.data.provenance import BYTES, origins
-from megagpt.data.text_bytes import text_bytes
+from megagpt.data.text_bytes import text_bytes, text_bytes_by_source
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.tokenizer.tokenizer import Tokenizer
@@ -61,6 +61,25 @@ def test_a_row_that_is_cut_counts_in_proportion(lossy: Dataset) -> None:
     size = text_bytes(stream, 0, first).bytes
     assert text_bytes(stream, 0, first // 2).bytes == pytest.approx(size * (first // 2) / first, abs=0.5)
     assert text_bytes(stream, first // 2, first).bytes == pytest.approx(size - size * (first // 2) / first, abs=0.5)
+
+
+def test_the_bytes_of_each_source_are_those_of_its_files(tmp_path: Path) -> None:
+    for name, n_words in (("one", 40), ("two", 80)):
+        write_texts(tmp_path / name, 12, n_words)
+    (tmp_path / "two" / "wide.txt").write_text(WIDE, encoding="utf-8")
+    (tmp_path / "x.model").write_bytes(lossy_tokenizer().model_bytes)
+    options = BuildConfig(tokenizer=tmp_path / "x.model", val_fraction=0.5, shard_tokens=500)
+    build([tmp_path / "one", tmp_path / "two"], tmp_path / "out", options)
+    stream = open_dataset(tmp_path / "out").stream("val")
+    expected = {"one": 0, "two": 0}
+    for origin in origins(stream.dataset, "val", range(stream.n_rows)):
+        expected[origin.source] += Path(origin.file).stat().st_size
+    assert min(expected.values()) > 0
+    assert text_bytes_by_source(stream, 0, stream.n_tokens).tolist() == pytest.approx(list(expected.values()))
+    third = stream.n_tokens // 3
+    parts = [text_bytes_by_source(stream, *part) for part in ((0, third), (third, stream.n_tokens))]
+    assert sum(parts).tolist() == pytest.approx(list(expected.values()))
+    assert parts[0].sum() == pytest.approx(text_bytes(stream, 0, third).bytes, abs=0.5)
 
 
 def test_the_pieces_of_a_lossless_tokenizer_have_the_bytes_of_the_text(tmp_path: Path) -> None:

@@ -5,16 +5,19 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support import build_dataset, curves, debug_run, write_corpus
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
+from megagpt.__main__ import main
 from megagpt.checkpoint.commit import best, committed, read_commit
 from megagpt.checkpoint.load import load_model
 from megagpt.data.dataset import open_dataset
 from megagpt.data.loader import ValWindows
+from megagpt.data.provenance import origins
 from megagpt.errors import UserError
 from megagpt.train.evaluate import Evaluation, evaluate, mean_of
 from megagpt.train.trainer import train
@@ -59,6 +62,67 @@ def test_each_set_is_measured_as_alone_and_val_loss_is_their_mean_over_tokens(ru
     n_bytes = sum(one.bytes for one in alone.values())
     assert found["val/bits_per_byte"][4] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
     assert read_commit(committed(run)[-1]).state.val_loss == found["val/loss"][4]
+
+
+def evaluated(capsys, *args: object) -> dict:
+    capsys.readouterr()
+    assert main(["evaluate", *map(str, args), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_evaluate_measures_the_sets_of_the_run_also_by_name(run, dataset, other, capsys):
+    found = evaluated(capsys, run, "--tokens", 64)
+    assert list(found["sets"]) == ["web", "code"]
+    assert found["sets"]["code"]["loss"] == pytest.approx(curves(run)["val/loss/code"][4], rel=1e-6)
+    assert found["mean"]["loss"] == pytest.approx(sum(one["loss"] for one in found["sets"].values()) / 2)
+    named = {"checkpoint": found["checkpoint"]} | found["sets"]["code"]
+    assert named.pop("data") == str(other)
+    assert evaluated(capsys, run, "--tokens", 64, "--data", "code") == named
+    assert evaluated(capsys, run, "--tokens", 64, "--data", other) == named
+    table = "  code ({})  {:.4f}  {:>10.2f}".format(other, *(named[key] for key in ("loss", "perplexity")))
+    assert main(["evaluate", str(run), "--tokens", "64"]) == 0
+    assert table in capsys.readouterr().out
+    for data, told in (
+        (["cod"], "--data cod is no dataset, nor a validation set of the run, which has web, code"),
+        (["web", dataset], f"--data web and --data {dataset} are one dataset; remove one"),
+    ):
+        given = [part for one in data for part in ("--data", str(one))]
+        assert main(["evaluate", str(run), *given]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_a_name_that_is_another_dataset_here_is_refused(run, other, capsys, tmp_path, monkeypatch):
+    shutil.copytree(other, tmp_path / "web")
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(run), "--data", "web"]) == 2
+    told = "--data web is a dataset here and another one of the run"
+    assert f"give {tmp_path / 'web'} or " in (err := capsys.readouterr().err)
+    assert told in err
+
+
+def test_each_source_of_a_dataset_has_the_loss_of_its_tokens(run, dataset, capsys, tmp_path):
+    corpora = [write_corpus(tmp_path / f"{name}.jsonl", n, seed=n) for name, n in (("one", 30), ("two", 20))]
+    build(corpora, tmp_path / "both", BuildConfig(tokenizer=dataset / "tokenizer.model", val_fraction=0.5, workers=1))
+    found = evaluated(capsys, run, "--data", tmp_path / "both")
+    model = load_model(run, torch.device("cpu")).model
+    stream = open_dataset(tmp_path / "both").stream("val")
+    tokens = np.empty(stream.n_tokens, np.int64)
+    stream.copy(0, tokens)
+    n_windows = (len(tokens) - 1) // 64
+    nats: dict[str, list[float]] = {"one.jsonl": [], "two.jsonl": []}
+    for begin in range(0, n_windows * 64, 64):
+        window = torch.from_numpy(tokens[begin : begin + 65]).unsqueeze(0)
+        losses = torch.nn.functional.cross_entropy(model(window[:, :-1])[0], window[0, 1:], reduction="none")
+        rows = [stream.rows_of(begin + 1 + t, 1)[0] for t in range(64)]
+        for origin, loss in zip(origins(stream.dataset, "val", rows), losses.tolist(), strict=True):
+            nats[origin.source].append(loss)
+    for name, one in found["sources"].items():
+        assert one["tokens"] == len(nats[name])
+        assert one["loss"] == pytest.approx(sum(nats[name]) / len(nats[name]), rel=1e-5)
+    assert sum(one["bytes"] for one in found["sources"].values()) == found["bytes"]
+    assert sum(one["loss"] * one["tokens"] for one in found["sources"].values()) == pytest.approx(
+        found["loss"] * found["tokens"]
+    )
 
 
 def test_a_set_that_decides_makes_the_run_that_has_it_alone(run, dataset, other, device, tmp_path):
