@@ -300,7 +300,8 @@ class MegaGPTConfig(Strict):
     )
     sample: GenerationConfig = GenerationConfig()
     tasks: tuple[str, ...] = Field(
-        default=(), description="tasks of lm-evaluation-harness for every.tasks: names, YAML files, folders of them"
+        default=(),
+        description="tasks of lm-evaluation-harness for megagpt.every.tasks: names, YAML files, folders of them",
     )
     recompute: RecomputeConfig = RecomputeConfig()
     compile: bool | None = Field(default=None, description="torch.compile for each block; null: only on CUDA")

@@ -236,7 +236,7 @@ class Session:
 
     def run_tasks(self, state: TrainState) -> None:
         """Run the run file's tasks, and log their metrics."""
-        assert self.setup.tasks is not None, "every.tasks is set"
+        assert self.setup.tasks is not None, "megagpt.every.tasks is set"
         metrics: dict[str, float] = {}
         with self.stopwatch.section("tasks"), self.watchdog.paused():
             try:
