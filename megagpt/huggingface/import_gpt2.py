@@ -27,10 +27,11 @@ class Imported(NamedTuple):
 
 def import_gpt2(source: Path, folder: Path, *, pickles: bool) -> Imported:
     """Write `folder`, which must be new or empty. Raises UserError; nothing is left behind then."""
+    config = read_config(source)
     check_free(folder)
-    model, n_rows, eos_id = read_config(source)
+    model, n_rows = config.model, config.vocab_size
     tokenizer = read_tokenizer(source, n_rows)
-    weights = read_weights(source, model, n_rows, pickles=pickles)
+    weights = read_weights(source, model, n_rows, tied=config.tied, pickles=pickles)
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
     weights[EMBEDDING] = padded(weights[EMBEDDING], vocab_size)
     shape = model.model_dump()
@@ -45,7 +46,7 @@ def import_gpt2(source: Path, folder: Path, *, pickles: bool) -> Imported:
         sources={"folder": str(source.absolute())},
         state=TrainState(),
     )
-    return Imported(model, tokenizer, _notes(tokenizer, n_rows, vocab_size, eos_id))
+    return Imported(model, tokenizer, _notes(tokenizer, n_rows, vocab_size, config.eos_id))
 
 
 def padded(embedding: Tensor, n_rows: int) -> Tensor:

@@ -40,6 +40,7 @@ class GPT2Folder(NamedTuple):
     model: ModelConfig
     vocab_size: int  # rows of the embeddings
     eos_id: int | None
+    tied: bool  # the output head is the embeddings
 
 
 def read_config(source: Path) -> GPT2Folder:
@@ -62,7 +63,8 @@ def read_config(source: Path) -> GPT2Folder:
     rows, eos_id = config.get("vocab_size", 50257), config.get("eos_token_id")
     if type(rows) is not int or rows < 1:
         raise UserError(f"{source / CONFIG}: vocab_size={rows!r:.60} is no number of tokens; fetch the file again")
-    return GPT2Folder(model, rows, eos_id if type(eos_id) is int else None)
+    tied = config.get("tie_word_embeddings", True) is not False
+    return GPT2Folder(model, rows, eos_id if type(eos_id) is int else None, tied)
 
 
 def _parsed(source: Path) -> dict[str, Any]:

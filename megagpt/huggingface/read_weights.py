@@ -29,11 +29,12 @@ NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SHOWN = 4  # names in a message
 
 
-def read_weights(source: Path, cfg: ModelConfig, n_rows: int, *, pickles: bool) -> dict[str, Tensor]:
+def read_weights(source: Path, cfg: ModelConfig, n_rows: int, *, tied: bool, pickles: bool) -> dict[str, Tensor]:
     """Return our model's tensors, in the type they are stored in, but for the output head, which is the embedding.
 
-    `n_rows`: of the embedding of tokens; `pickles`: these may be read. Raises UserError for tensors that are missing,
-    too many, of another shape, not finite, or an output head of its own.
+    `n_rows`: of the embedding of tokens; `tied`: config.json says that the output head may be missing; `pickles` may be
+    read. Raises UserError for tensors that are missing, too many, of another shape, not finite, or an output head of
+    its own.
     """
     expected, found, surplus = gpt2_shapes(cfg, n_rows), {}, []
     for path in _weight_files(source, pickles):
@@ -51,7 +52,7 @@ def read_weights(source: Path, cfg: ModelConfig, n_rows: int, *, pickles: bool) 
     head = found.pop(HEAD, None)
     if head is not None:
         found.setdefault(EMBEDDING, head)  # tied weights may be stored under either name
-    missing = [name for name in expected if name not in found and name != HEAD]
+    missing = [name for name in expected if name not in found and (name != HEAD or not (tied or head is not None))]
     if missing or surplus:
         raise UserError(_other_tensors(source, missing, surplus))
     if head is not None and not torch.equal(head, found[EMBEDDING]):

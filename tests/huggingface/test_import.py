@@ -168,6 +168,28 @@ def test_rows_that_pad_the_vocabulary_take_no_more_than_their_share():
     assert torch.equal(padded(embedding, 128), embedding[:128])
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        (
+            "merges.txt",
+            lambda text: "".join(text.splitlines(keepends=True)[:40]),
+            r"merges.txt is cut off: none of its ",
+        ),
+        ("merges.txt", lambda text: text[:300], "transformers cannot read the tokenizer"),
+        ("vocab.json", lambda text: text[:300], "transformers cannot read the tokenizer"),
+        ("vocab.json", lambda text: "version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+    ],
+)
+def test_damaged_files_of_an_old_tokenizer_are_named(copy, tmp_path, capsys, name, content, complaint):
+    """Merges that are cut at the end of a line would be another tokenizer."""
+    as_of_2019(gpt2(), copy)
+    (copy / name).write_text(content((copy / name).read_text()))
+    assert main(["import", str(copy), str(tmp_path / "out")]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def changed_config(**changes: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -215,6 +237,7 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     (changed_config(n_layer=1), "has transformer.h.1.attn.c_attn.bias, transformer.h.1.attn.c_attn.weight, .* 8 more"),
     (changed_config(n_layer=3), "lacks h.2.attn.c_attn.weight, h.2.attn.c_attn.bias, .* and 8 more"),
     (changed_config(n_positions=128), r"wpe.weight has shape \(64, 32\), and by config.json it has \(128, 32\)"),
+    (changed_config(tie_word_embeddings=False), "lacks lm_head.weight; fetch the folder again"),
     (cut("config.json", 40), "config.json is damaged: it is not whole JSON"),
     (
         lambda folder: (folder / "config.json").unlink(),
