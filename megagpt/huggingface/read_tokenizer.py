@@ -76,4 +76,6 @@ def _not_made(model: dict[str, Any]) -> str | None:
     """Return a piece that begins with a space, as no special token does, and that no merge makes."""
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
     made = {"".join(pair) for pair in pairs}
-    return next((piece for piece in model["vocab"] if piece.startswith(SPACE) and len(piece) > 1 and piece not in made), None)
+    return next(
+        (piece for piece in model["vocab"] if piece.startswith(SPACE) and len(piece) > 1 and piece not in made), None
+    )

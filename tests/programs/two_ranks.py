@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from resume_matrix import COVERING, what_a_cut_changes, without_generators
-from support import curves, debug_run, metric, run_scenarios
+from support import curves, debug_run, metric, read_json, run_scenarios
 from task_files import write_tasks
 
 from megagpt.checkpoint import save
@@ -96,6 +96,16 @@ def weights_of_another_run(dataset: Path, folder: Path) -> dict[str, float]:
         weights = newest_weights(out_dir)
         found[f"stage{stage}"] = max((weights[name] - given[name]).abs().max().item() for name in given)
     return found
+
+
+def weights_made_by_transformers(dataset: Path, folder: Path) -> dict[str, dict[int, float]]:
+    """Twenty steps that begin with an imported model, which the test has made."""
+    made = dataset.parent / "imported"
+    shape = [f"megagpt.model.{name}={value}" for name, value in read_json(made / "shape.json").items()]
+    for stage in (0, 3):
+        more = [f"megagpt.init_from={made / 'model'}", f"zero_optimization.stage={stage}", *shape]
+        train(made / "data", folder / f"stage{stage}", *more)
+    return {run.name: metric(run, "train/loss") for run in sorted(folder.iterdir())}
 
 
 OVERFIT = [
@@ -318,6 +328,7 @@ SCENARIOS = [
     stopped_by_a_signal_to_one_rank,
     straight_and_cut,
     weights_of_another_run,
+    weights_made_by_transformers,
     overfitting,
     a_full_disk_on_one_rank,
     a_signal_during_a_save,

@@ -1,14 +1,19 @@
 """What two real ranks did (tests/programs/two_ranks.py), and what one rank does with the same run files."""
 
+import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import processes
 import pytest
 import torch
+from models_of_others import write_gpt2
 from resume_matrix import COVERING, LAST
-from support import PROGRAMS, debug_run, metric, scenarios, torchrun
+from support import PROGRAMS, debug_run, metric, scenarios, torchrun, write_corpus
 
+from data_tools.build import build
+from data_tools.config import BuildConfig
 from megagpt.__main__ import main
 from megagpt.checkpoint.load import load_model
 from megagpt.data.loader import open_data
@@ -28,10 +33,21 @@ def equal_losses(found: dict, expected: dict) -> None:
         assert found[str(step)] == pytest.approx(loss, abs=WITHIN), f"step {step}"
 
 
+def import_a_model(folder: Path) -> None:
+    """Import what transformers has made, and build data with its tokenizer."""
+    config = write_gpt2(folder / "theirs", std=0.05).config
+    assert main(["import", str(folder / "theirs"), str(folder / "model")]) == 0
+    shape = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "seq_len": config.n_positions}
+    (folder / "shape.json").write_text(json.dumps(shape))
+    corpus = write_corpus(folder / "corpus.jsonl", 100)
+    build([corpus], folder / "data", BuildConfig(tokenizer=folder / "model", val_fraction=0.3, workers=1))
+
+
 @pytest.fixture(scope="module")
 @processes.start_here
 def two_ranks(dataset, tmp_path_factory) -> dict[str, list[Any]]:
     folder = tmp_path_factory.mktemp("two_ranks")
+    import_a_model(dataset.parent / "imported")
     return scenarios("two_ranks.py", dataset, folder) | {"folder": [folder]}
 
 
@@ -52,13 +68,19 @@ def test_a_run_on_two_ranks_begins_with_another_runs_weights(two_ranks, stage):
     assert two_ranks["weights_of_another_run"][0][f"stage{stage}"] < 1e-6
 
 
-def test_a_run_at_stage_3_on_two_ranks_is_exported_to_transformers(two_ranks, tmp_path, capsys):
+def test_a_model_of_transformers_trains_further_on_two_ranks_alike_at_stages_0_and_3(two_ranks):
+    stage0, stage3 = (two_ranks["weights_made_by_transformers"][0][f"stage{stage}"] for stage in (0, 3))
+    equal_losses(stage3, {int(step): loss for step, loss in stage0.items()})
+    assert stage0["20"] < stage0["1"] - 0.1
+
+
+def test_and_after_steps_at_stage_3_transformers_loads_its_export(two_ranks, tmp_path, capsys):
     """The command itself compares 10,000 lines, and logits to within 1e-4, before the folder appears."""
-    run = two_ranks["folder"][0] / "losses_of_every_stage" / "stage3"
+    run = two_ranks["folder"][0] / "weights_made_by_transformers" / "stage3"
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     assert "10,000 of 10,000 lines have the same token ids" in capsys.readouterr().out
     with (tmp_path / "out" / "model.safetensors").open("rb") as file:
-        assert b'"transformer.h.1.mlp.c_proj.weight":{"dtype":"F32","shape":[256,64]' in file.read(10_000)
+        assert b'"transformer.h.1.mlp.c_proj.weight":{"dtype":"F32","shape":[128,32]' in file.read(10_000)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
