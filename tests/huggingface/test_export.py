@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support import debug_run
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from megagpt.__main__ import main
 from megagpt.checkpoint.load import load_model
@@ -128,6 +127,8 @@ def test_matrices_are_transposed_and_the_padding_is_gone(run):
 )
 def test_logits_are_those_of_transformers_for_every_shape(seq_len, vocab_size, n_embd, n_head):
     """Without a file between them: the mapping of names and the configuration alone, over the whole context."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     cfg = ModelConfig(n_layer=2, n_head=n_head, n_embd=n_embd, seq_len=seq_len)
     torch.manual_seed(0)
     model = GPT(cfg, -(-vocab_size // 128) * 128).eval()

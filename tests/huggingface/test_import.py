@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from models_of_others import SIZES, gpt2, write_gpt2, write_tokenizer
 from safetensors.torch import load_file, save_file
 from support import debug_run
 from tokenizers_of_others import of_the_package
-from transformers import GPT2LMHeadModel
 
 from megagpt import load
 from megagpt.__main__ import main
@@ -24,6 +24,9 @@ from megagpt.huggingface.import_gpt2 import padded
 from megagpt.huggingface.weights import as_gpt2, write_weights
 from megagpt.tokenizer.tokenizer import Tokenizer
 from megagpt.train.trainer import train
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
 
 CPU = torch.device("cpu")
 
@@ -89,14 +92,14 @@ def test_the_folder_has_the_tokenizer_by_which_data_is_built(source, tmp_path):
     assert tokenizer.sha256 == Tokenizer.load(source).sha256
 
 
-def masks(model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
+def masks(model: "GPT2LMHeadModel") -> dict[str, torch.Tensor]:
     """The buffers that older versions saved."""
     n = SIZES["n_positions"]
     one = {"attn.bias": torch.ones(1, 1, n, n).tril().byte(), "attn.masked_bias": torch.tensor(-1e4)}
     return {f"transformer.h.{i}.{name}": mask for i in range(SIZES["n_layer"]) for name, mask in one.items()}
 
 
-def as_of_2019(model: GPT2LMHeadModel, folder: Path) -> None:
+def as_of_2019(model: "GPT2LMHeadModel", folder: Path) -> None:
     """Base model: no prefix, masks, torch's older pickles, no model_type, and GPT-2's own two tokenizer files."""
     tensors = {**model.state_dict(), **masks(model)}
     tensors = {
@@ -113,7 +116,7 @@ def as_of_2019(model: GPT2LMHeadModel, folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
 
 
-def as_of_2021(model: GPT2LMHeadModel, folder: Path) -> None:
+def as_of_2021(model: "GPT2LMHeadModel", folder: Path) -> None:
     """With a copy of the tied output head, and masks, in one pickle."""
     tensors = {**model.state_dict(), **masks(model)}
     tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
@@ -122,7 +125,7 @@ def as_of_2021(model: GPT2LMHeadModel, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def in_several_pickles(model: GPT2LMHeadModel, folder: Path) -> None:
+def in_several_pickles(model: "GPT2LMHeadModel", folder: Path) -> None:
     tensors = model.state_dict()
     files = {name: f"pytorch_model-0000{i % 2 + 1}-of-00002.bin" for i, name in enumerate(tensors)}
     for file in set(files.values()):
@@ -130,12 +133,12 @@ def in_several_pickles(model: GPT2LMHeadModel, folder: Path) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
 
-def in_several_files(model: GPT2LMHeadModel, folder: Path) -> None:
+def in_several_files(model: "GPT2LMHeadModel", folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 3
 
 
-def tied_under_the_other_name(model: GPT2LMHeadModel, folder: Path) -> None:
+def tied_under_the_other_name(model: "GPT2LMHeadModel", folder: Path) -> None:
     tensors = dict(model.state_dict())
     del tensors["transformer.wte.weight"]
     save_file(tensors, folder / "model.safetensors")
