@@ -33,22 +33,24 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     total, losses = RunningAverage(), []
 
-    def loss() -> float:
-        """Return the loss of the model that is loaded."""
+    def loss_of(model: LoadedModel) -> float:
         if dataset is None:
             return math.nan
-        windows = windows_of(dataset, loaded, args.split, args.tokens)
-        return evaluation(loaded, windows, args.micro_batch)[0].loss
+        return evaluation(model, windows_of(dataset, model, args.split, args.tokens), args.micro_batch)[0].loss
+
+    def add(step_dir: Path, share: float) -> float:
+        loaded = load_model(step_dir, device)
+        total.add(loaded.model, share)
+        return loss_of(loaded)
 
     show(f"{'loss':>8}  {'weight':>6}")
     for step_dir, share in zip(steps, shares, strict=True):
-        loaded = load_model(step_dir, device)
-        losses.append(loss())
+        losses.append(add(step_dir, share))
         show(_line(losses[-1], share, str(step_dir)))
-        total.add(loaded.model, share)
-    total.copy_to(loaded.model)
-    losses.append(loss())
-    _write(args.folder, newest, loaded, steps, shares, losses[-1])
+    averaged = load_model(newest, device)
+    total.copy_to(averaged.model)
+    losses.append(loss_of(averaged))
+    _write(args.folder, newest, averaged, steps, shares, losses[-1])
     show(_line(losses[-1], 1.0, f"the average, in {args.folder}"))
     if why_none:
         show(f"not evaluated: {why_none}")

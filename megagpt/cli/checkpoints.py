@@ -75,7 +75,8 @@ def _listed(step_dir: Path, hashes: bool) -> Listed:
 def checkpoint_table(out_dir: Path, *, hashes: bool) -> tuple[str, bool]:
     """Return the table, and whether any step is complete. Raises UserError if there is no folder of checkpoints."""
     if not folder(out_dir).is_dir():
-        raise UserError(f"{out_dir} holds no checkpoints; give a run's folder")
+        is_step = " but is one, or the weights of one" if (out_dir / COMMIT).is_file() else ""
+        raise UserError(f"{out_dir} holds no checkpoints{is_step}; give a run's folder")
     rows = listed(out_dir, hashes=hashes)
     best_dir = best(out_dir)
     quarantined = [path.name for path in sorted(folder(out_dir).glob("damaged*_step_*"))]

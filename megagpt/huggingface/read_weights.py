@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megagpt.atomic_files import leads_out
+from megagpt.atomic_files import SAFE_NAME
 from megagpt.checkpoint.finite import not_finite
 from megagpt.config.schema import ModelConfig
 from megagpt.errors import UserError
@@ -103,7 +103,8 @@ def _indexed(source: Path, name: str) -> list[Path]:
     content = _read(source / name)
     try:
         files = sorted(set(json.loads(content)["weight_map"].values()))
-        outside = next((file for file in files if leads_out(source, file)), None)
+        # a plain name: in the hub's cache it is a link to a blob elsewhere
+        outside = next((file for file in files if not SAFE_NAME.fullmatch(file)), None)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{source / name} is damaged ({error!r:.100}); fetch it again") from error
     if outside is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from data_support import small_tokenizer
 from models_of_others import SIZES, gpt2, write_gpt2, write_tokenizer
 from safetensors.torch import load_file, save_file
 from support import debug_run
@@ -92,6 +93,14 @@ def test_the_folder_has_the_tokenizer_by_which_data_is_built(source, tmp_path):
     assert tokenizer.sha256 == Tokenizer.load(source).sha256
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])
+def test_a_sentencepiece_model_is_taken_as_it_is(copy, tmp_path, name):
+    (copy / "tokenizer.json").unlink()
+    (copy / name).write_bytes(small_tokenizer("bpe").model_bytes)
+    assert main(["import", str(copy), str(tmp_path / "out")]) == 0
+    assert Tokenizer.load(tmp_path / "out").sha256 == small_tokenizer("bpe").sha256
+
+
 def masks(model: "GPT2LMHeadModel") -> dict[str, torch.Tensor]:
     """The buffers that older versions saved."""
     n = SIZES["n_positions"]
@@ -138,6 +147,16 @@ def in_several_files(model: "GPT2LMHeadModel", folder: Path) -> None:
     assert len(list(folder.glob("model-*.safetensors"))) > 3
 
 
+def in_the_cache_of_the_hub(model: "GPT2LMHeadModel", folder: Path) -> None:
+    """Each file is a link to a blob of another folder."""
+    in_several_files(model, folder)
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(f"../blobs/{number}")
+
+
 def tied_under_the_other_name(model: "GPT2LMHeadModel", folder: Path) -> None:
     tensors = dict(model.state_dict())
     del tensors["transformer.wte.weight"]
@@ -145,7 +164,11 @@ def tied_under_the_other_name(model: "GPT2LMHeadModel", folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "write", [as_of_2019, as_of_2021, in_several_pickles, in_several_files, tied_under_the_other_name]
+    "write",
+    [
+        *(as_of_2019, as_of_2021, in_several_pickles),
+        *(in_several_files, in_the_cache_of_the_hub, tied_under_the_other_name),
+    ],
 )
 def test_folders_of_all_times_hold_the_same_model(source, copy, tmp_path, capsys, write: Callable):
     (copy / "model.safetensors").unlink()
@@ -219,6 +242,12 @@ def pickled_call(folder: Path) -> None:
     torch.save({"wte.weight": print}, folder / "pytorch_model.bin")
 
 
+def index(folder: Path, other: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "one.safetensors", "b": other}})
+    )
+
+
 def pointer(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
 
@@ -254,6 +283,14 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     (changed_tensors(lambda t: t.update({"lm_head.weight": t[WTE] + 1})), "has an output head of its own"),
     (cut("model.safetensors", 5000), "model.safetensors is damaged or cut off"),
     (cut("model.safetensors", 0), "model.safetensors is damaged or cut off"),
+    (
+        lambda folder: (folder / "model.safetensors").rename(folder / "one.safetensors") and index(folder, "../x"),
+        "'../x'",
+    ),
+    (
+        lambda folder: (folder / "model.safetensors").rename(folder / "one.safetensors") and index(folder, "2"),
+        "2 cannot",
+    ),
     (pointer, "is a Git LFS pointer, not the file itself"),
     (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors, no model.safetensors.index"),
     (lambda folder: (folder / "model.safetensors").rename(folder / "tf_model.h5"), ", and has tf_model.h5; save"),
