@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from megagpt.checkpoint.load import load_model
+from megagpt.config.generation import GenerationConfig
 from megagpt.config.mistakes import explain
-from megagpt.config.schema import GenerationConfig
 from megagpt.data.loader import document_numbers
 from megagpt.data.lost_text import changed_prompts, misspelt
 from megagpt.data.packing import PACKING
@@ -74,25 +74,29 @@ class LanguageModel:
         temperature: float = 0.8,
         top_k: int = 50,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
         seed: int = 0,
     ) -> str:
         """Return the prompt and its continuation, as `megagpt generate` does: the same seed gives the same text.
 
-        It ends after max_tokens tokens, or where the model ends the document. Temperature 0 takes the likeliest token,
-        top_k=0 the whole vocabulary.
+        It ends after max_tokens tokens, where the model ends the document, or before the first of the strings `stop`.
+        Temperature 0 takes the likeliest token, top_k=0 the whole vocabulary.
         """
         if not isinstance(prompt, str):
             raise UserError(f"prompt={prompt!r:.40} is a {type(prompt).__name__}; give text, a str")
         if type(seed) is not int or abs(seed) > LARGEST:
             raise UserError(f"seed={seed!r} is no whole number of up to 63 bits; give another")
         settings = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        settings |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
         try:
-            cfg = GenerationConfig.model_validate({"prompts": (prompt,), **settings})
+            cfg = GenerationConfig.model_validate({"prompts": (prompt,), "stop": _stops(stop), **settings})
         except ValidationError as error:
             raise UserError(explain(error, GenerationConfig, section="")) from None
         for line in changed_prompts(self.tokenizer, cfg.prompts, self.seq_len):
             warnings.warn(line, stacklevel=2)
-        return complete(self.model, self.tokenizer, cfg.prompts, cfg, seed=seed)[0]
+        return complete(self.model, self.tokenizer, cfg.prompts, cfg, seed=seed)[0].whole
 
     def score(self, text: str | Ids) -> Evaluation:
         """Return how well the model predicts a text: loss in nats per token, bits_per_byte, perplexity, tokens, bytes.
@@ -183,6 +187,10 @@ def load(run: str | os.PathLike[str], *, device: str | torch.device | None, dtyp
         raise unusable_path(error) or error from error
     number_type = dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype]
     return LanguageModel(model.to(number_type), tokenizer, step_dir, PACKING[packing.kind].masked)
+
+
+def _stops(stop: object) -> object:
+    return (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, list) else stop
 
 
 def _usable(device: str | torch.device | None) -> torch.device:

@@ -68,8 +68,8 @@ def copied_to(copy: Copy) -> Iterator[None]:
         _copies.remove(copy)
 
 
-def show(text: str, *, end: str = "\n", color: int | None = None) -> None:
-    """Print on standard output, at once. What its reader has no use for, as in `... | head`, is dropped.
+def show(text: str, *, end: str = "\n", color: int | None = None) -> bool:
+    """Print on standard output, at once; return whether it has a reader. What `... | head` has no use for is dropped.
 
     Raises UserError if the output cannot be written, as on a full disk.
     """
@@ -79,9 +79,11 @@ def show(text: str, *, end: str = "\n", color: int | None = None) -> None:
         print(colored(text, color), end=end, flush=True)
     except BrokenPipeError:
         _drop(sys.stdout)
+        return False
     except OSError as error:
         _drop(sys.stdout)
         raise UserError(f"standard output cannot be written: {error.strerror}; redirect it to another place") from error
+    return True
 
 
 def print_error(text: str) -> None:

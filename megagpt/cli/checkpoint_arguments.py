@@ -48,15 +48,36 @@ def _add_generate(commands: Any) -> None:
         action="append",
         help=r"\n, \t are read as in JSON, \\ as a backslash; may be given several times; default: a new document",
     )
+    generate.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help='read prompts from a file: each line as it is, or of a .jsonl its "prompt"; -: standard input; default: '
+        "none",
+    )
+    generate.add_argument(
+        "--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a text, Ctrl-D ends"
+    )
     for option, kind, default, text in (
         ("--max-tokens", whole(1), 128, "tokens to generate at most"),
         ("--temperature", float, 0.8, "0: always the likeliest token"),
         ("--top-k", whole(0), 50, "draw from that many of the likeliest tokens; 0: the whole vocabulary"),
         ("--top-p", float, 1.0, "draw from the likeliest tokens of this total probability"),
+        ("--min-p", float, 0.0, "draw from tokens at least this likely, relative to the likeliest"),
+        ("--repetition-penalty", float, 1.0, "above 1: tokens that the text has already become less likely"),
         ("--batch", whole(1, 1_000_000), 1, "texts for each prompt"),
         ("--seed", whole(-LARGEST, LARGEST), 0, "the same seed gives the same texts"),
     ):
         generate.add_argument(option, type=kind, default=default, metavar="N", help=f"{text}; default: %(default)s")
+    generate.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a text before this, which is read as --prompt is; may be given several times; default: none",
+    )
+    generate.add_argument(
+        "--json", action="store_true", help="a JSON object per line: text, tokens, log probabilities, why it ended"
+    )
 
 
 def _add_export(commands: Any) -> None:

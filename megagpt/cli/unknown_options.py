@@ -14,6 +14,10 @@ OUR_OPTION = {
     **dict.fromkeys(("start", "p", "text", "input"), "--prompt"),
     **dict.fromkeys(("num_samples", "num_return_sequences", "n"), "--batch"),
     **dict.fromkeys(("max_new_tokens", "max_length", "length"), "--max-tokens"),
+    **dict.fromkeys(("stop_string", "stop_strings", "stop_sequence", "stop_sequences", "until"), "--stop"),
+    **dict.fromkeys(("repeat_penalty", "rep_penalty", "rep_pen"), "--repetition-penalty"),
+    **dict.fromkeys(("prompt_file", "prompts_file", "input_file", "file"), "--prompts"),
+    **dict.fromkeys(("chat", "i"), "--interactive"),
 }
 OFF = ("false", "0", "no", "off")
 # What a parsed command line holds besides options.

@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from megagpt.config.augmentation import AugmentConfig, PackingConfig
+from megagpt.config.generation import GenerationConfig
 from megagpt.config.guards import GuardsConfig
 from megagpt.config.mistakes import as_written, did_you_mean
 from megagpt.config.parsing import Strict, UserPath
@@ -19,7 +20,6 @@ from megagpt.options import LARGEST, MANY
 LONGEST = 2**24  # positions of a model
 WIDEST = 10**6  # of the embeddings
 DEEPEST = 10**4  # layers
-SMALLEST = 1e-30  # of a positive float32, with room to divide by it
 
 
 class ModelConfig(Strict):
@@ -204,27 +204,6 @@ class KeepConfig(Strict):
         le=MANY,
         description="number of those with the lowest validation loss, after the one that early stopping counts as best",
     )
-
-
-class GenerationConfig(Strict):
-    """The texts that are generated every `every.sample` steps, for people to read."""
-
-    prompts: tuple[str, ...] = Field(default=("\n",), description="the beginnings to continue")
-    max_tokens: int = Field(default=128, gt=0, le=MANY, description="tokens to generate for each prompt")
-    temperature: float = Field(default=0.8, ge=0.0, le=1e6, description="0: always the likeliest token")
-    top_k: int = Field(default=50, ge=0, le=MANY, description="0: the whole vocabulary")
-    top_p: float = Field(
-        default=1.0, ge=1e-6, le=1.0, description="draw from the likeliest tokens of this total probability"
-    )
-
-    @field_validator("temperature")
-    @classmethod
-    def _logits_can_be_divided_by_it(cls, temperature: float) -> float:
-        if 0.0 < temperature < SMALLEST:
-            raise ValueError(
-                f"{temperature:g} is too small to divide by; set 0 for always the likeliest token, or 0.01"
-            )
-        return temperature
 
 
 class RecomputeConfig(Strict):

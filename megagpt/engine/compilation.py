@@ -19,7 +19,8 @@ from torch import Tensor
 from megagpt.distributed.collectives import gather_objects
 from megagpt.distributed.process_group import print_rank0
 from megagpt.errors import OwnRankError, UserError
-from megagpt.model.gpt import GPT, Block, KeyValueCache
+from megagpt.model.cache import Append
+from megagpt.model.gpt import GPT, Block
 
 KERNELS = "compiled"  # a run's folder of compiled kernels, in its out_dir
 PLAIN_PATH = re.compile(r"[\w./@%+=:,-]+")
@@ -106,7 +107,7 @@ def _unless_cached(block: Block, within: Callable[..., Tensor] | None) -> Callab
     plain = block.forward
     compiled = torch.compile(plain if within is None else partial(within, plain), dynamic=False, fullgraph=True)
 
-    def forward(x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(x: Tensor, mask: Tensor | None = None, cache: Append | None = None) -> Tensor:
         return compiled(x, mask) if cache is None else plain(x, mask, cache)
 
     return forward

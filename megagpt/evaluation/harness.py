@@ -10,17 +10,19 @@ from contextlib import redirect_stderr
 from itertools import chain, groupby
 from typing import Any
 
-import torch
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from pydantic import ValidationError
 
+from megagpt.config.generation import GenerationConfig
+from megagpt.config.mistakes import explain
 from megagpt.distributed.collectives import on_every_rank
 from megagpt.distributed.process_group import world_size
 from megagpt.errors import UserError
 from megagpt.evaluation.scoring import Continuation, over_ranks, score_continuations
-from megagpt.model.generate import generate
+from megagpt.model.generate import complete
 from megagpt.model.gpt import GPT
 from megagpt.tokenizer.tokenizer import Tokenizer
 
@@ -127,24 +129,18 @@ class HarnessModel(TemplateLM):
     def _continue(self, batch: Sequence[tuple[list[int], dict[str, Any]]]) -> list[str]:
         settings = batch[0][1]
         drawing = {"temperature": float(settings["do_sample"])} | {k: settings[k] for k in DRAWING & settings.keys()}
-        prompt = torch.tensor([ids for ids, _ in batch], device=self._model.wte.weight.device)
-        tokens = generate(
+        until = settings.get("until") or []
+        stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
+        try:
+            cfg = GenerationConfig.model_validate({"max_tokens": settings["max_gen_toks"], "stop": stop} | drawing)
+        except ValidationError as error:
+            raise UserError(f"a task's generation_kwargs: {explain(error, GenerationConfig, section='')}") from None
+        texts = complete(
             self._model,
-            prompt,
-            max_tokens=settings["max_gen_toks"],
-            vocab_size=self._tokenizer.vocab_size,
-            eod_id=self._tokenizer.eod_id,
-            generator=torch.Generator().manual_seed(0),
+            self._tokenizer,
+            [ids for ids, _ in batch],
+            cfg,
             until_ended=world_size() == 1,  # ranks that share a model run equally many passes
             agree=on_every_rank,
-            **drawing,
         )
-        return [self._until(row, settings) for row in tokens[:, prompt.size(1) :].cpu().numpy()]
-
-    def _until(self, ids: Any, settings: dict[str, Any]) -> str:
-        ended = (ids == self._tokenizer.eod_id).nonzero()[0]
-        text = self._tokenizer.decode(ids[: ended[0]] if len(ended) else ids)
-        until = settings.get("until") or []
-        for stop in [until] if isinstance(until, str) else until:
-            text = text.split(stop)[0] if stop else text
-        return text
+        return [text.text for text in texts]

@@ -1,79 +1,146 @@
-"""Generate text with temperature, top-k and top-p sampling and a key-value cache.
+"""Generate text: one pass over all prompts, then one position of each text at a time, with key-value caches.
 
-Shapes: B texts at once, T positions, V padded vocabulary.
+Shapes: B texts at once, T positions, C width, V the tokenizer's vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagpt.config.schema import GenerationConfig
+from megagpt.config.generation import GenerationConfig
 from megagpt.errors import UserError
+from megagpt.model.cache import KeyValueCaches
+from megagpt.model.generated_text import GeneratedText, Prompt
 from megagpt.model.gpt import GPT
+from megagpt.model.loss import Score
+from megagpt.model.sampling import penalized, pick, uniforms
 from megagpt.tokenizer.tokenizer import Tokenizer
 
 
-def pick(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
-    """Sample one token (B, 1) for each row of finite logits (B, V). Temperature 0 takes the likeliest."""
-    if temperature == 0.0:
-        return logits.argmax(-1, keepdim=True)  # (B, 1)
-    ordered, tokens = (logits.float() / temperature).sort(-1, descending=True)  # (B, V) each
-    p = ordered.softmax(-1)
-    # Nucleus sampling (Holtzman et al. 2020): drop a token if the likelier ones already make up top_p. The first stays.
-    outside = p.cumsum(-1) - p >= top_p
-    if top_k > 0:
-        outside[:, top_k:] = True
-    p = p.masked_fill(outside, 0.0)
-    place = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)  # (B, 1); scale does not matter
-    return tokens.gather(-1, place)
+def complete(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    cfg: GenerationConfig,
+    *,
+    batch: int = 1,
+    seed: int = 0,
+    until_ended: bool = True,
+    agree: Callable[[bool], bool] = lambda fine: fine,
+) -> list[GeneratedText]:
+    """Return `batch` continuations of each prompt. Text number i is drawn with seed + i, whichever others there are."""
+    texts = new_texts(tokenizer, prompts, cfg, batch=batch, seed=seed)
+    for _ in extend(model, tokenizer, texts, cfg, until_ended=until_ended, agree=agree):
+        pass
+    return texts
+
+
+def new_texts(
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], cfg: GenerationConfig, *, batch: int = 1, seed: int = 0
+) -> list[GeneratedText]:
+    """Return `batch` texts to generate for each prompt, with seeds that count up."""
+    each = [prompt for prompt in prompts for _ in range(batch)]
+    return [GeneratedText(tokenizer, prompt, cfg, seed=(seed + i) % 2**64) for i, prompt in enumerate(each)]
 
 
 @torch.no_grad()
-def generate(
+def extend(
     model: GPT,
-    prompt: Tensor,
+    tokenizer: Tokenizer,
+    texts: Sequence[GeneratedText],
+    cfg: GenerationConfig,
     *,
-    max_tokens: int,
-    vocab_size: int,
-    eod_id: int,
-    generator: torch.Generator,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    use_cache: bool = True,
     until_ended: bool = True,
     agree: Callable[[bool], bool] = lambda fine: fine,
-) -> Tensor:
-    """Continue prompt (B, T) by up to max_tokens tokens, prompt included; a text that ended is padded with eod_id.
+) -> Iterator[None]:
+    """Add a token to each text, yield, and again until all have ended; new texts of any lengths.
 
     With `until_ended` it returns as soon as all texts have ended. Without, it always takes max_tokens steps: ranks that
     share a model (ZeRO-3) must run the same number of forward passes. `agree` tells whether it is fine on all of them.
     Raises UserError for logits that are not finite.
-    When all seq_len positions are used, the later half of the window becomes the context, and a new cache is filled.
+    When a text has used all seq_len positions, the later half of its window becomes its context, read once more.
     """
-    seq_len = model.cfg.seq_len
-    tokens, begin = prompt, max(0, prompt.size(1) - seq_len)
-    caches = model.new_caches(len(prompt)) if use_cache else None
-    ended = torch.zeros(len(prompt), 1, dtype=torch.bool, device=prompt.device)
+    seq_len, vocab_size, device = model.cfg.seq_len, tokenizer.vocab_size, model.wte.weight.device
+    ids = [list(text.context) for text in texts]  # of each text all tokens so far
+    caches = model.new_caches(len(texts), min(seq_len, max(map(len, ids)) + cfg.max_tokens - 1))
+    numbers = uniforms([text.seed for text in texts], device)
+    seen = _seen(ids, tokenizer, device) if cfg.repetition_penalty != 1.0 else None
     with evaluating(model):
-        for _ in range(max_tokens):
-            if tokens.size(1) - begin > seq_len:
-                begin = tokens.size(1) - max(1, seq_len // 2)
-                caches = model.new_caches(len(prompt)) if use_cache else None
-            known = caches[0].length if caches else 0
-            logits = model(tokens[:, begin + known :], caches)[:, -1, :vocab_size]  # padded ids are never picked
-            if not agree(bool(logits.isfinite().all())):
+        logits = _read(model, caches, [row[-seq_len:] for row in ids], vocab_size)  # (B, V)
+        for step in range(cfg.max_tokens):
+            tokens, log_p = _next_tokens(logits, seen, numbers, cfg)
+            if not agree(all(map(math.isfinite, log_p))):
                 raise UserError(
                     "the model's output is not finite, so nothing can be generated; use an earlier checkpoint"
                 )
-            picked = pick(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            tokens = torch.cat([tokens, picked.masked_fill(ended, eod_id)], dim=1)
-            ended |= picked == eod_id
-            if until_ended and ended.all():
-                break
-    return tokens
+            for row, text, token, p in zip(ids, texts, tokens.flatten().tolist(), log_p, strict=True):
+                row.append(token)
+                if text.ended is None:
+                    text.add(token, p)
+            yield
+            if step + 1 == cfg.max_tokens or (until_ended and all(text.ended for text in texts)):
+                return
+            for i, row in enumerate(ids):
+                if caches.lengths[i] == seq_len:
+                    caches.lengths[i] = _read_again(model, caches.row(i), row[-max(1, seq_len // 2) : -1], vocab_size)
+            logits = model(tokens, caches, score=_last_logits(vocab_size))  # (B, V)
+
+
+def _read(model: GPT, caches: KeyValueCaches, rows: Sequence[list[int]], vocab_size: int) -> Tensor:
+    """Fill the caches with texts of any lengths in one pass; return the logits (B, V) at the end of each.
+
+    Shorter texts are padded at their end, which no position before it can see.
+    """
+    device, lengths = caches.kept.device, [len(row) for row in rows]
+    padded = [row + [0] * (max(lengths) - len(row)) for row in rows]
+    ends = torch.tensor(lengths, device=device) - 1  # (B,)
+    logits = model(torch.tensor(padded, device=device), caches, score=_last_logits(vocab_size, ends))
+    caches.lengths = lengths
+    return logits
+
+
+def _read_again(model: GPT, caches: KeyValueCaches, row: list[int], vocab_size: int) -> int:
+    """Fill the caches of one text with a shorter context; return its length."""
+    if row:
+        _read(model, caches, [row], vocab_size)
+    return len(row)
+
+
+def _last_logits(vocab_size: int, ends: Tensor | None = None) -> Score:
+    """Return a score that is the fp32 logits (B, V) at position `ends` (B,) of each text; default: at the last one.
+
+    Ids that only pad the vocabulary have none, so that they are never picked.
+    """
+
+    def score(x: Tensor, weight: Tensor) -> Tensor:
+        last = x[:, -1] if ends is None else x[torch.arange(len(x), device=x.device), ends]  # (B, C)
+        return F.linear(last, weight[:vocab_size]).float()
+
+    return score
+
+
+def _next_tokens(
+    logits: Tensor, seen: Tensor | None, numbers: Iterator[Tensor], cfg: GenerationConfig
+) -> tuple[Tensor, list[float]]:
+    """Return the next token (B,) of each text and its log probability, which is not finite if any logit is not."""
+    allowed = logits if seen is None else penalized(logits, seen, cfg.repetition_penalty)
+    tokens = pick(allowed, next(numbers), cfg).unsqueeze(1)  # (B, 1)
+    if seen is not None:
+        seen.scatter_(1, tokens, True)
+    log_p = logits.gather(1, tokens).squeeze(1) - logits.logsumexp(-1)  # (B,)
+    return tokens, log_p.tolist()
+
+
+def _seen(rows: Sequence[list[int]], tokenizer: Tokenizer, device: torch.device) -> Tensor:
+    """Return which tokens (B, V) each text has. The end-of-document id before it is none of its own."""
+    seen = torch.zeros(len(rows), tokenizer.vocab_size, dtype=torch.bool, device=device)
+    for i, row in enumerate(rows):
+        seen[i, row[1:]] = True
+    return seen
 
 
 @contextmanager
@@ -85,45 +152,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def with_continuation(prompt: str, text: str) -> tuple[str, str]:
-    """Split a completion into prompt and continuation; all is continuation if the tokenizer changed the prompt."""
-    return (prompt, text.removeprefix(prompt)) if text.startswith(prompt) else ("", text)
-
-
-def complete(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompts: Iterable[str],
-    cfg: GenerationConfig,
-    *,
-    batch: int = 1,
-    seed: int = 0,
-    until_ended: bool = True,
-    agree: Callable[[bool], bool] = lambda fine: fine,
-) -> list[str]:
-    """Return `batch` continuations of each prompt, prompt included. The same seed gives the same texts.
-
-    Every prompt starts a document: an end-of-document id precedes it, as in the training stream.
-    """
-    device = next(model.parameters()).device
-    texts = []
-    for prompt in prompts:
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.tensor([[tokenizer.eod_id, *tokenizer.encode(prompt).tolist()]], device=device)
-        out = generate(
-            model,
-            ids.expand(batch, -1),
-            max_tokens=cfg.max_tokens,
-            vocab_size=tokenizer.vocab_size,
-            eod_id=tokenizer.eod_id,
-            generator=generator,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            until_ended=until_ended,
-            agree=agree,
-        )
-        texts += [tokenizer.decode(row[1:]) for row in out.cpu().numpy()]
-    return texts

@@ -8,6 +8,7 @@ sequence parallelism `GPT.shard_positions` gets an all-to-all. Generation hands 
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
 from megagpt.model.attention import ATTENTION, over_ranks
+from megagpt.model.cache import Append, KeyValueCaches
 from megagpt.model.loss import Score
 
 
@@ -53,24 +55,6 @@ def draw_normal(weight: Tensor, std: float) -> None:
         weight.copy_(torch.normal(0.0, std, weight.shape, device="cpu"))
 
 
-class KeyValueCache:
-    """The keys and values of one layer for the positions so far, preallocated for seq_len of them."""
-
-    def __init__(self, batch: int, cfg: ModelConfig, like: Tensor) -> None:
-        shape = (batch, cfg.n_head, cfg.seq_len, cfg.head_dim)
-        self.k = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.v = torch.empty_like(self.k)
-        self.length = 0
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append T positions, k and v (B, H, T, D) each; returns all of them, (B, H, S, D) each."""
-        end = self.length + k.size(-2)
-        self.k[:, :, self.length : end] = k
-        self.v[:, :, self.length : end] = v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2): x (B, T, C) -> (B, T, C)."""
 
@@ -82,13 +66,13 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = Linear(cfg.n_embd, 3 * cfg.n_embd)
         self.c_proj = Linear(cfg.n_embd, cfg.n_embd, std=residual_std(cfg))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Append | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         attend = self.attend
         if cache is not None:
-            k, v = cache.append(k, v)  # each (B, H, S, D)
+            k, v = cache(k, v)  # each (B, H, S, D)
             # Also with sequence parallelism, because every rank generates whole texts.
             attend = self.attend_alone
         y = attend(q, k, v, self.dropout if self.training else 0.0, mask)  # (B, H, T, D)
@@ -120,7 +104,7 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(cfg.n_embd)
         self.mlp = MLP(cfg, dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Append | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), mask, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -158,19 +142,19 @@ class GPT(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        caches: list[KeyValueCache] | None = None,
+        caches: KeyValueCaches | None = None,
         *,
         documents: Tensor | None = None,
         score: Score | None = None,
     ) -> Tensor:
         """Return logits (B, T, V), or what `score` makes of the last hidden states (B, T, C) and the output matrix.
 
-        With `caches` (one per layer) the tokens continue the positions already in them. `documents` (B, T) are numbers
+        With `caches` the tokens continue the texts whose positions are already in them. `documents` (B, T) are numbers
         that change where a document begins: each document is then read as if it stood alone. With sequence parallelism
         they cover the positions of all ranks. Raises ValueError if the positions do not fit seq_len.
         """
         T = tokens.size(1)
-        begin = caches[0].length if caches else self.sequence_rank * T
+        begin = max(caches.lengths) if caches else self.sequence_rank * T
         end = begin + T
         if end > self.cfg.seq_len:
             raise ValueError(f"position {end} does not fit the model's {self.cfg.seq_len} positions")
@@ -178,10 +162,14 @@ class GPT(nn.Module):
         if documents is not None:
             positions, mask = document_positions(documents)
             positions = positions[:, begin:end]  # (B, T)
+        if caches is not None:
+            positions, mask = caches.next(T)
         x = F.dropout(self.wte(tokens) + self.wpe(positions), self.dropout, self.training)  # (B, T, C)
         recompute = self.recompute if self.training else keep_activations
         for i, block in enumerate(self.blocks()):
-            x = block(x, cache=caches[i]) if caches else recompute(i, block, x, mask)  # (B, T, C)
+            x = block(x, mask, partial(caches.append, i)) if caches else recompute(i, block, x, mask)  # (B, T, C)
+        if caches is not None:
+            caches.advance(T)
         return self.lm_head(self.ln_f(x), score)  # (B, T, V)
 
     def blocks(self) -> Iterator[Block]:
@@ -196,9 +184,11 @@ class GPT(nn.Module):
             block.attn.attend = over_ranks(block.attn.attend, exchange, size)
         self.sequence_rank = sequence_rank
 
-    def new_caches(self, batch: int) -> list[KeyValueCache]:
-        """Return empty key-value caches, one per layer, for generating `batch` texts."""
-        return [KeyValueCache(batch, self.cfg, self.wte.weight) for _ in self.h]
+    def new_caches(self, batch: int, positions: int | None = None) -> KeyValueCaches:
+        """Return empty key-value caches for `batch` texts of `positions` each; default: all that the model has."""
+        cfg, like = self.cfg, self.wte.weight
+        shape = (cfg.n_layer, 2, batch, cfg.n_head, positions or cfg.seq_len, cfg.head_dim)
+        return KeyValueCaches(torch.zeros(shape, dtype=like.dtype, device=like.device))
 
 
 def document_positions(documents: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ SETTING = "TOKENIZERS_PARALLELISM"
 class HuggingFaceModel:
     """A model that encodes and decodes. Raises UserError for a file that cannot be used."""
 
+    byte_errors = "replace"  # how `decode` shows bytes that are no character
+
     def __init__(self, model_bytes: bytes, name: str) -> None:
         self._name = name
         self._file, self._fast = _read(model_bytes, name)
@@ -82,6 +84,8 @@ class HuggingFaceModel:
     def text_of(self, token: int) -> bytes:
         """Return the UTF-8 text that a token stands for."""
         return self._file.texts[token]
+
+    shown = text_of  # in `decode`, too
 
 
 # Reading takes a second for a vocabulary of 128,000 tokens, and nothing of it changes.

@@ -1,5 +1,6 @@
 """A SentencePiece model: what it encodes and decodes, and what its protobuf tells of it."""
 
+import codecs
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from megagpt.tokenizer.segment_cache import SegmentEncoder, cuts_between_pieces
 KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}  # TrainerSpec.ModelType
 LOG_ERRORS_ONLY = 2
 META_SPACE = "\u2581"  # how SentencePiece spells a space inside its pieces
+# How `decode` shows bytes that are no character; Python's own "replace" shows several as one U+FFFD.
+EACH_BYTE = "megagpt: each byte"
 
 
 class ModelSpec(NamedTuple):
@@ -28,6 +31,8 @@ class ModelSpec(NamedTuple):
 
 class SentencePieceModel:
     """A model that encodes and decodes. Raises UserError for bytes that are no such model."""
+
+    byte_errors = EACH_BYTE
 
     def __init__(self, model_bytes: bytes, name: str):
         self._processor, spec = read_model(model_bytes, name)
@@ -132,6 +137,10 @@ class SentencePieceModel:
         """Return the UTF-8 text that a token stands for, which is none for control tokens and the unknown token."""
         return self._text_of(token, self._processor.id_to_piece(token))
 
+    def shown(self, token: int) -> bytes:
+        """Return the UTF-8 text that `decode` makes of a token within a text; the unknown token has some, too."""
+        return self.text_of(token) or self.decode([token]).encode()
+
     def _text_of(self, token: int, piece: str) -> bytes:
         if self._processor.is_byte(token):
             return bytes([int(piece[1:-1], 16)])  # <0x41>
@@ -160,6 +169,14 @@ class SentencePieceModel:
         """Return the byte-fallback ids that spell `text`, or None if the model has no byte fallback."""
         ids: list[int] = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
         return ids if all(map(self._processor.is_byte, ids)) else None
+
+
+def _replaced(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(EACH_BYTE, _replaced)
 
 
 def read_model(model_bytes: bytes, name: str) -> tuple[sentencepiece.SentencePieceProcessor, ModelSpec]:

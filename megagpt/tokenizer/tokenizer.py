@@ -17,6 +17,7 @@ from megagpt.git_pointers import pointer_instead_of
 from megagpt.terminal import builder_command
 from megagpt.tokenizer.huggingface_model import HuggingFaceModel
 from megagpt.tokenizer.sentencepiece_model import SentencePieceModel
+from megagpt.tokenizer.text_decoder import TextDecoder
 from megagpt.tokenizer.tokenizer_file import TOKENIZER_JSON, is_json, with_end_of_document
 
 
@@ -141,6 +142,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text; control ids (end of document, beginning of sentence, padding) decode to nothing."""
         return self._model.decode(np.asarray(ids, dtype=np.int64).tolist())
+
+    def decoder(self, ids: Sequence[int] = ()) -> "TextDecoder":
+        """Return what decodes tokens one by one, after a text of `ids`."""
+        return TextDecoder(self._model, list(ids))
 
     def piece_id(self, piece: str) -> int | None:
         """Return the id of a piece, spelled as in the model, or None if it has no such piece."""

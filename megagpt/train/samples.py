@@ -3,11 +3,11 @@
 import shutil
 from collections.abc import Sequence
 
-from megagpt.config.schema import GenerationConfig
+from megagpt.config.generation import GenerationConfig
 from megagpt.distributed.collectives import on_every_rank
 from megagpt.distributed.process_group import progress_bar
 from megagpt.html_parts import printable
-from megagpt.model.generate import complete, with_continuation
+from megagpt.model.generate import complete
 from megagpt.model.gpt import GPT
 from megagpt.terminal import counted
 from megagpt.tokenizer.tokenizer import Tokenizer
@@ -25,8 +25,16 @@ def generated_samples(model: GPT, tokenizer: Tokenizer, cfg: GenerationConfig) -
             # At stage 3 a forward pass is collective: a rank that stopped alone would leave the others in the next.
             return on_every_rank(fine)
 
-        texts = complete(model, tokenizer, cfg.prompts, cfg, until_ended=False, agree=agree)
-    return [with_continuation(prompt, text) for prompt, text in zip(cfg.prompts, texts, strict=True)]
+        # One at a time: training leaves no memory to spare.
+        texts = [
+            complete(model, tokenizer, [prompt], cfg, seed=i, until_ended=False, agree=agree)[0]
+            for i, prompt in enumerate(cfg.prompts)
+        ]
+    # All is continuation if the tokenizer changed the prompt.
+    return [
+        (prompt, text.text) if text.prompt_as_read == prompt else ("", text.whole)
+        for prompt, text in zip(cfg.prompts, texts, strict=True)
+    ]
 
 
 def sample_lines(samples: Sequence[tuple[str, str]], step: int) -> list[str]:

@@ -21,12 +21,13 @@ from data_tools.config import BuildConfig
 from megagpt.checkpoint.run_samples import open_samples
 from megagpt.config.augmentation import AugmentConfig
 from megagpt.config.batch import BatchPlan
+from megagpt.config.generation import GenerationConfig
 from megagpt.config.schema import DataConfig, MegaGPTConfig, ModelConfig
 from megagpt.data.augmentation import batch_transform
 from megagpt.data.dataset import TokenStream, open_dataset
 from megagpt.data.loader import ValWindows, open_data, prefetched, rank_samples
 from megagpt.engine.optimizer import decay_groups
-from megagpt.model.generate import generate
+from megagpt.model.generate import complete
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import kept_share, next_token_loss
 from megagpt.tokenizer.tokenizer import Tokenizer, padded_vocab_size
@@ -149,19 +150,10 @@ def continuation_rate(model: GPT, stream: TokenStream, tokenizer: Tokenizer, n_p
         stream.copy(int(rng.integers(stream.n_tokens - len(text))), text)
         if tokenizer.eod_id not in text:
             texts.append(text)
-    wanted = torch.from_numpy(np.stack(texts))  # (n_prompts, PROMPT + 2 * CONTINUATION)
-    written = generate(
-        model,
-        wanted[:, :PROMPT],
-        max_tokens=CONTINUATION,
-        vocab_size=tokenizer.vocab_size,
-        eod_id=tokenizer.eod_id,
-        generator=torch.Generator(),
-        temperature=0.0,
-        until_ended=False,
-    )
-    said = [tokenizer.decode(row[PROMPT:]) for row in written.tolist()]
-    follows = [tokenizer.decode(row[PROMPT:]) for row in wanted.tolist()]
+    wanted = np.stack(texts)  # (n_prompts, PROMPT + 2 * CONTINUATION)
+    greedy = GenerationConfig(max_tokens=CONTINUATION, temperature=0.0)
+    said = [text.text for text in complete(model, tokenizer, wanted[:, :PROMPT].tolist(), greedy)]
+    follows = [tokenizer.decode(row[PROMPT:]) for row in wanted]
     return sum(own != "" and text.startswith(own) for own, text in zip(said, follows, strict=True)) / n_prompts
 
 

@@ -40,7 +40,7 @@ def sharing_positions(dataset: Path, folder: Path) -> dict[str, Any]:
         "cut_at": cut.step,
         "states": [asdict(straight), asdict(resumed)],
         "weights": [digest(newest_weights(folder / run)) for run in ("straight", "cut")],
-        "texts": [complete(model, tokenizer, ["the "], sample) for model in (engines[0].module, alone)],
+        "texts": [complete(model, tokenizer, ["the "], sample)[0].whole for model in (engines[0].module, alone)],
     }
 
 
