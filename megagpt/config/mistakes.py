@@ -269,7 +269,8 @@ def unknown_key(dotted: str, known: Collection[str], elsewhere: Collection[str])
 def meant_keys(dotted: str, known: Collection[str], elsewhere: Collection[str]) -> list[str]:
     """Return the keys that an unknown one may stand for, as unknown_key names them; none if nothing is near."""
     # A name that many sections have, such as `rate`, is no guess.
-    return next((guess for guess in _guesses(dotted, known, elsewhere) if 0 < len(guess) <= 3), [])
+    guesses = ([key for key in guess if key != dotted] for guess in _guesses(dotted, known, elsewhere))
+    return next((guess for guess in guesses if 0 < len(guess) <= 3), [])
 
 
 def _own(dotted: str, known: Collection[str]) -> dict[str, str]:

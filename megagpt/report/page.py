@@ -24,7 +24,6 @@ from megagpt.html_parts import (
     table,
     without_middle,
 )
-from megagpt.metrics.metrics_file import LOSS_OF_SET
 from megagpt.report.curves import Curve, Marks, Point, color_of, marks, plot, points, short_number, thinned
 from megagpt.report.data_card import data_card
 from megagpt.report.run_record import RunReport
@@ -98,7 +97,7 @@ def _warnings(runs: Sequence[RunReport]) -> list[str]:
     for run in runs:
         if not run.rows:
             lines.append(f"{run.name} has logged nothing yet.")
-        for name in [*LOSSES, *_losses_of_sets(run), *OTHERS]:
+        for name in [*LOSSES, *_of_sets(run, "val/loss"), *OTHERS]:
             broken = [int(step) for step, value in points(run, name, by_tokens=False) if math.isnan(value)]
             if broken:
                 lines.append(f"{run.name}: {name} was not finite at {_steps(broken)}.")
@@ -144,7 +143,7 @@ def _losses(runs: Sequence[RunReport]) -> str:
 def _loss_curves(run: RunReport, index: int, by_tokens: bool, is_one_of_many: bool) -> list[Curve]:
     """Return train/loss and val/loss: of one run in colors of theirs, and of each named set; of many in the run's."""
     curves: list[Curve] = []
-    for i, name in enumerate(LOSSES if is_one_of_many else [*LOSSES, *_losses_of_sets(run)]):
+    for i, name in enumerate(LOSSES if is_one_of_many else [*LOSSES, *_of_sets(run, "val/loss")]):
         color, style = color_of(index if is_one_of_many else i)
         label = name if not is_one_of_many else "" if curves else run.name
         if drawn := points(run, name, by_tokens=by_tokens):
@@ -154,9 +153,9 @@ def _loss_curves(run: RunReport, index: int, by_tokens: bool, is_one_of_many: bo
     return curves
 
 
-def _losses_of_sets(run: RunReport) -> list[str]:
-    """Return the names of the losses of each named validation set."""
-    return list(dict.fromkeys(name for row in run.rows for name in row if name.startswith(LOSS_OF_SET)))
+def _of_sets(run: RunReport, metric: str) -> list[str]:
+    """Return the names of a metric of each named validation set."""
+    return list(dict.fromkeys(name for row in run.rows for name in row if name.startswith(f"{metric}/")))
 
 
 def _figure(caption: str, curves: Sequence[Curve], runs: Sequence[RunReport], by_tokens: bool) -> str:
@@ -168,17 +167,21 @@ def _figure(caption: str, curves: Sequence[Curve], runs: Sequence[RunReport], by
 
 
 def _metric_figure(name: str, caption: str, runs: Sequence[RunReport], *, by_tokens: bool = False) -> str:
+    drawn = [(run, run.name, name) for run in runs]
+    if len(runs) == 1 and (of_sets := _of_sets(runs[0], name)):
+        drawn = [(runs[0], one, one) for one in (name, *of_sets)]
     curves = []
-    for i, run in enumerate(runs):
+    for i, (run, label, metric) in enumerate(drawn):
         color, style = color_of(i)
-        if drawn := points(run, name, by_tokens=by_tokens):
-            curves.append(Curve(run.name, drawn, color, style, is_sparse=name.startswith("val/")))
+        if of_run := points(run, metric, by_tokens=by_tokens):
+            curves.append(Curve(label, of_run, color, style, is_sparse=metric.startswith("val/")))
     return _figure(caption, curves, runs, by_tokens) if curves else ""
 
 
 def _other_validation(runs: Sequence[RunReport]) -> str:
     names = list(dict.fromkeys(name for run in runs for row in run.rows for name in row if name.startswith("val/")))
-    names = [name for name in names if name != "val/loss"]
+    # The sets of a single run are drawn in one figure with their mean.
+    names = [name for name in names if name != "val/loss" and (len(runs) > 1 or name.count("/") == 1)]
     shown = [
         drawn
         for name in names[:MOST_METRICS]

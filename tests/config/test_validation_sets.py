@@ -45,6 +45,7 @@ def test_what_decides_is_the_mean_of_all_sets_or_one_of_them(monitor):
         ({"x" * 65: {"path": "a"}}, f"at most 64; write '{'x' * 64}'"),
         ({"Web": {"path": "a"}, "web": {"path": "b"}}, "'Web' and 'web' differ in capital letters only"),
         ({"web": {"pth": "a"}}, r"'megagpt\.data\.val\.web\.pth'; did you mean 'megagpt\.data\.val\.web\.path'\?"),
+        ({"web": {"path": "a", "y": {"path": "b"}}}, r"\.web\.y'; known are .*web\.path"),
         ({"web": {"path": "a", "tokens": "8k"}}, r"write megagpt\.data\.val\.web\.tokens=8000"),
         ({"web": {"path": "a", "weight": 1}, "code": {"path": "b"}}, r"data\.val\.code\.weight is not; give every set"),
         ({"web": {"path": "$NO_SUCH_VARIABLE/a"}}, r"data\.val\.web\.path: .* export NO_SUCH_VARIABLE"),

@@ -213,3 +213,13 @@ def test_the_mean_of_sets_by_hand(weights, loss, bits):
     assert (mean.loss, mean.tokens) == (loss, 40)
     assert mean.bits_per_byte == pytest.approx(bits)
     assert math.isnan(mean_of([Evaluation(math.nan, 30, 90), Evaluation(5.0, 10, 20)]).loss)
+
+
+def test_the_report_draws_the_sets_of_a_run_together_and_knows_their_data(run, dataset, other, tmp_path):
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert all(f">val/{kind}/{name}<" in page for kind in ("loss", "bits_per_byte") for name in ("web", "code"))
+    assert "val/bits_per_byte by step" in page
+    assert "val/bits_per_byte/web by step" not in page
+    assert f"{other}: tokenizer" in page
+    assert "read another dataset" not in page
