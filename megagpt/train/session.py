@@ -208,7 +208,7 @@ class Session:
         return replace(state, val_loss=decides.loss if math.isfinite(decides.loss) else None, stopper=stopper)
 
     def _evaluations(self, step: int) -> dict[str, Evaluation]:
-        """Measure each validation set. A step is saved only if all are finite: one that is not may be the weights'."""
+        """Measure each validation set. One that is finite shows that the weights are."""
         with self.stopwatch.section("eval"), self.watchdog.paused():
             found = {
                 name: evaluate(
@@ -220,7 +220,11 @@ class Session:
                 )
                 for name, one in self.setup.data.val.items()
             }
-        self.evaluated = step, all(math.isfinite(one.loss) for one in found.values())
+        broken = [name for name, one in found.items() if not math.isfinite(one.loss)]
+        self.evaluated = step, len(broken) < len(found)
+        if broken and len(broken) < len(found):
+            losses = ", ".join(f"val/loss/{name}" for name in broken)
+            print_rank0(f"not finite at step {step}, though the weights are: {losses}", color=YELLOW)
         return found
 
     def show_samples(self, state: TrainState) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +224,24 @@ def test_the_report_draws_the_sets_of_a_run_together_and_knows_their_data(run, d
     assert "val/bits_per_byte/web by step" not in page
     assert f"{other}: tokenizer" in page
     assert "read another dataset" not in page
+
+
+@pytest.mark.parametrize("decides", ["val/loss/web", "val/loss"])
+def test_one_set_that_is_not_finite_is_named_and_stops_no_save(
+    dataset, other, device, tmp_path, monkeypatch, capsys, decides
+):
+    """As where the activations of one kind of text overflow 16 bits."""
+
+    def overflowing(model, windows, *args, **more):
+        found = evaluate(model, windows, *args, **more)
+        return replace(found, loss=math.nan) if windows.stream.dataset.path == other else found
+
+    monkeypatch.setattr("megagpt.train.session.evaluate", overflowing)
+    monitor = f"megagpt.early_stopping.monitor={decides}"
+    state = train(debug_run(dataset, tmp_path / "run", *FEW, sets(dataset, other), monitor), device)
+    assert "not finite at step 2, though the weights are: val/loss/code\n" in capsys.readouterr().out
+    found = curves(tmp_path / "run")
+    assert found["val/loss/code"] == {2: None, 4: None}
+    assert found["val/loss"] == (found["val/loss/web"] if decides == "val/loss/web" else found["val/loss/code"])
+    assert state.stopper.best == (found["val/loss/web"][4] if decides == "val/loss/web" else math.inf)
+    assert [step.name for step in committed(tmp_path / "run")] == ["step_00000002", "step_00000004"]
