@@ -23,7 +23,7 @@ ADAM_SETTINGS = ("betas", "eps", "weight_decay")  # lr is set before every step
 def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
     """Return all weights of one committed step, of any ZeRO stage and number of ranks; tied ones share memory.
 
-    fp32 tensors with the values of the master weights, or at stage 0 in 16 bit of the weights used to compute.
+    fp32 tensors with the values of the master weights.
     Raises UserError, before anything is loaded, for a file that safe_pickle.py refuses.
     """
     check_pickles(pickles_of(step_dir))
@@ -31,8 +31,32 @@ def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints
             weights = get_fp32_state_dict_from_zero_checkpoint(str(step_dir.parent), tag=step_dir.name)
     else:  # stage 0: the module is whole in one file
-        weights = load_checked(step_dir / "mp_rank_00_model_states.pt")["module"]
+        saved = load_checked(step_dir / "mp_rank_00_model_states.pt")
+        weights = saved["module"] | _masters(saved)
     return {name: weight.detach().float() for name, weight in weights.items()}
+
+
+def _masters(saved: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the fp32 weights that Adam updates at stage 0 in 16 bit, by name; none in fp32, or without an optimizer.
+
+    They lie in the order of optimizer.decay_groups: one tensor each, or with DeepSpeed's FusedAdam one for each group.
+    """
+    module, optimizer = saved["module"], saved.get("optimizer") or {}
+    groups = optimizer.get("fp32_groups_flat") or optimizer.get("fp32_groups") or []
+    names = {weight.data_ptr(): name for name, weight in reversed(module.items())}  # of tied ones the first
+    own = sorted(names.values(), key=list(module).index)
+    if len(groups) > 1:  # matrices decay, the others do not
+        own.sort(key=lambda name: module[name].dim() < 2)
+    values = (value for group in groups for value in (group if isinstance(group, list) else [group]))
+    masters: dict[str, Tensor] = {}
+    left = iter(own)
+    for flat in values:
+        at = 0
+        while at < flat.numel():
+            name = next(left)
+            masters[name] = flat.detach().view(-1).narrow(0, at, module[name].numel()).view(module[name].shape)
+            at += module[name].numel()
+    return {name: masters[names[weight.data_ptr()]] for name, weight in module.items()} if masters else {}
 
 
 class Collector:

@@ -15,6 +15,7 @@ from megagpt.checkpoint.commit import COMMIT, best, committed, read_commit, writ
 from megagpt.checkpoint.load import load_model
 from megagpt.checkpoint.run_samples import open_run
 from megagpt.data.training_set import TrainingSet
+from megagpt.engine.safe_pickle import load_checked
 from megagpt.engine.state_files import consolidated_weights
 from megagpt.errors import UserError
 from megagpt.train.trainer import train
@@ -448,3 +449,19 @@ def test_a_damaged_step_that_cannot_be_renamed_is_one_message(saved, run_to, mon
         run_to("run", 8)
     with pytest.raises(UserError, match=message):
         rotation.retract(saved, 6, read_commit(newest).state)
+
+
+@pytest.mark.parametrize("decay_on", ["matrices", "all"])
+def test_the_weights_of_a_step_at_stage_0_in_bf16_are_those_that_adam_updates(dataset, device, tmp_path, decay_on):
+    """Rounded, each is the weight that the model computed with, to the last bit; few of them are so before."""
+    few = ["megagpt.schedule.max_steps=2", "megagpt.schedule.warmup_steps=0", "optimizer.params.lr=0.01"]
+    more = ["zero_optimization.stage=0", "bf16.enabled=true", f"megagpt.regularization.weight_decay_on={decay_on}"]
+    train(debug_run(dataset, tmp_path / "run", *few, *more), device)
+    [step_dir] = committed(tmp_path / "run")
+    computed_with = load_checked(step_dir / "mp_rank_00_model_states.pt")["module"]
+    weights = consolidated_weights(step_dir)
+    assert weights.keys() == computed_with.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight.bfloat16(), computed_with[name]), name
+    assert not torch.equal(weights["wte.weight"], computed_with["wte.weight"].float())
+    assert weights["lm_head.weight"].data_ptr() == weights["wte.weight"].data_ptr()
