@@ -130,6 +130,14 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "--limit", type=whole(1), metavar="N", help="documents of each task, its first ones; default: all"
     )
+    evaluate.add_argument(
+        "--memorization",
+        nargs="?",
+        type=whole(1, 1_000_000),
+        const=256,
+        metavar="N",
+        help="tell how much the model recites of N passages of its training data instead; N: 256; default: off",
+    )
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 

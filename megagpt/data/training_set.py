@@ -154,6 +154,15 @@ class TrainingSet:
                 spans.append(SampleSpan(dataset, variant, epoch, at, unmarked(tokens)))
         return spans
 
+    def place(self, sample: int) -> tuple[int, int, int]:
+        """Return the dataset, by its number in the mixture, the variant and the place in it where a sample begins.
+
+        The place is the sampler's: of packed rows it is the row's number.
+        """
+        drawn = self._samplers[self._segment(sample)].draw(sample, 1)
+        k, epoch, start = (int(column[0]) for column in (drawn.dataset, drawn.epoch, drawn.start))
+        return k, epoch % len(self.mixture.sources[k].n_tokens), start
+
     def epochs(self, sample: int) -> list[float]:
         """Return how many epochs of each of `datasets` come before this sample, as a fraction."""
         done = self._samplers[self._segment(sample)].epochs(sample)

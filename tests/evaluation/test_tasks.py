@@ -208,7 +208,7 @@ def test_a_mistake_in_a_folder_of_tasks_is_one_message(run, tmp_path, capsys, mo
         # reading all of the package's tasks takes seconds
         pytest.param(["--tasks", "hellaswg"], "did you mean hellaswag?", marks=pytest.mark.long),
         (["--tasks", ""], "--tasks names no task"),
-        (["--tasks", "x", "--tokens", "5"], "--tokens has no effect on --tasks"),
+        (["--tasks", "x", "--tokens", "5"], "--tokens has no effect on --tasks, whose data is its own"),
         (["--limit", "5"], "--limit 5 is for --tasks"),
     ],
 )
