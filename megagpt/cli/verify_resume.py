@@ -26,6 +26,7 @@ from megagpt.distributed.launcher import launcher_watch
 from megagpt.distributed.process_group import init_process_group, is_main, leave
 from megagpt.engine.precision import with_supported_dtype
 from megagpt.engine.safe_pickle import load_checked
+from megagpt.errors import UserError
 from megagpt.evaluation.tasks import TASKS
 from megagpt.metrics.metrics_file import LOSS_OF_SET
 from megagpt.terminal import exit_code_of, show
@@ -39,6 +40,11 @@ LOSSES = ("train/loss", "val/loss", "val/best_loss")
 FOLLOW = ("val/perplexity", "val/bits_per_byte", "optim/grad_norm", TASKS)
 # Where a run sends its metrics besides its folder: a test adds no runs to the user's.
 TRACKERS = ("tensorboard", "wandb", "csv_monitor", "comet", "megagpt.mlflow")
+# The keys that have another value here than in the run file, in all parts.
+REPLACED = (
+    *("megagpt.out_dir", "megagpt.every", "megagpt.keep", "megagpt.early_stopping.restore_best"),
+    *(f"{tracker}.enabled" for tracker in TRACKERS),
+)
 # Metrics that differ between any two runs.
 WALL_CLOCK = ("time", "perf/", "data/wait_seconds_per_step", "cluster/")
 
@@ -177,8 +183,18 @@ def _one_rank(run_file: str, stop_at: str, *overrides: str) -> int:
     return 0
 
 
+def _check_then(then: Sequence[str]) -> None:
+    """Raise UserError for a key of --then that both halves need as it is: the folder, intervals, no trackers."""
+    for item in then:
+        key = item.partition("=")[0]
+        for replaced in REPLACED:
+            if f"{key}.".startswith(f"{replaced}.") or f"{replaced}.".startswith(f"{key}."):
+                raise UserError(f"--then {item}: verify-resume sets {replaced} itself, in both halves; remove it")
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the differences and the verdict; exit code 1 if there are any."""
+    _check_then(args.then)
     then_ranks = args.then_ranks or args.ranks
     for ranks, option, keys in ((args.ranks, "--ranks", []), (then_ranks, "--then-ranks", args.then)):
         changed = load_run_config(args.run_file, [*args.overrides, *keys])

@@ -3,11 +3,14 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megagpt.checkpoint.commit import read_commit
 from megagpt.checkpoint.identity import changed_keys, described
+from megagpt.config.run_file import SECTION
+from megagpt.config.validation_sets import UNNAMED
 from megagpt.data.lost_text import changed_prompts, lost_text, token_counts, unknown_share
 from megagpt.distributed.process_group import print_rank0
 from megagpt.model.flops import n_params
@@ -59,10 +62,10 @@ def print_opening(setup: RunSetup, device: torch.device) -> None:
 
 def notes(setup: RunSetup) -> list[str]:
     """Return a line for data that is read many times, for a model far too large or small for its tokens, for more
-    positions than it begins with, and for text that the tokenizer loses.
+    positions than it begins with, for text that the tokenizer loses, and for a best step that is measured otherwise.
     """
     cfg, epochs, ratio = setup.run.megagpt, _epochs(setup), _tokens_per_parameter(setup)
-    lines = [*_positions_without_weights(setup), *_what_the_tokenizer_loses(setup)]
+    lines = [*_positions_without_weights(setup), *_what_the_tokenizer_loses(setup), *_best_on_other_tokens(setup)]
     for dataset, times in zip(setup.training_set.datasets, epochs, strict=True):
         if times > EPOCHS:
             lines.append(
@@ -86,6 +89,34 @@ def _positions_without_weights(setup: RunSetup) -> list[str]:
         f"note: the model of {setup.start} has {given:,} positions, and this run's {setup.run.megagpt.seq_len:,}: the "
         "embeddings of those after them begin at random"
     ]
+
+
+def _best_on_other_tokens(setup: RunSetup) -> list[str]:
+    if setup.saved is None or not (stopper := setup.state.stopper).best_step:
+        return []
+    before = _tokens_that_decide(json.loads((setup.saved.step_dir / "run.json").read_bytes())[SECTION])
+    now = _tokens_that_decide(setup.run.as_json()[SECTION])
+    if before == now:
+        return []
+    return [
+        f"note: val/loss is measured on {' + '.join(now)} tokens from now on, and the best, {stopper.best:.4f} at step "
+        f"{stopper.best_step}, was on {' + '.join(before)}: later steps are compared with it all the same; for a new "
+        "comparison begin a run with megagpt.init_from"
+    ]
+
+
+def _tokens_that_decide(section: dict[str, Any]) -> list[str]:
+    """Return how many tokens val/loss is measured on, of each set that decides, by a run file of this or an older
+    megagpt.
+    """
+    data, monitor = section["data"], section.get("early_stopping", {}).get("monitor", "val/loss")
+    sets = data["val"] if isinstance(data["val"], dict) else {UNNAMED: {}}
+    tokens = [
+        one.get("tokens") or data.get("val_tokens")
+        for name, one in sorted(sets.items())
+        if monitor in ("val/loss", "loss/val", f"val/loss/{name}")
+    ]
+    return [f"{n:,}" if n else "all" for n in tokens]
 
 
 def _device(device: torch.device, n_ranks: int) -> str:

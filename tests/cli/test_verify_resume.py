@@ -81,6 +81,21 @@ def test_sameness_is_of_bits(a, b, equal):
     assert same(a, b) is equal
 
 
+@pytest.mark.parametrize(
+    ("then", "key"),
+    [
+        ("wandb.enabled=true", "wandb.enabled"),
+        ("megagpt.mlflow.enabled=true", "megagpt.mlflow.enabled"),
+        ('wandb={"enabled": true}', "wandb.enabled"),
+        ("megagpt.out_dir=runs/mine", "megagpt.out_dir"),
+        ("megagpt.every.eval=2", "megagpt.every"),
+    ],
+)
+def test_a_resumed_half_has_the_folder_intervals_and_trackers_of_the_test(then, key, capsys):
+    assert main(["verify-resume", str(DEBUG_RUN), "--then", then]) == 2
+    assert f"--then {then}: verify-resume sets {key} itself, in both halves; remove it" in capsys.readouterr().err
+
+
 def test_a_run_of_one_step_cannot_be_cut_in_two(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["verify-resume", str(DEBUG_RUN), "--steps", "1"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -146,7 +147,7 @@ def test_a_set_that_decides_makes_the_run_that_has_it_alone(run, dataset, other,
     assert set(curves(folder)["val/loss/code"]) == {4}
 
 
-def test_a_mean_is_compared_with_none_of_other_sets_or_weights(run, dataset, other, device, tmp_path):
+def test_a_mean_is_compared_with_none_of_other_sets_or_weights(run, dataset, other, device, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     longer = [*FEW, "megagpt.schedule.max_steps=6"]
@@ -156,9 +157,15 @@ def test_a_mean_is_compared_with_none_of_other_sets_or_weights(run, dataset, oth
         train(debug_run(dataset, folder, *longer), device)
     with pytest.raises(UserError, match=r"on the mean of web \(\w{12}, weight 2\), code \(\w{12}, weight 2\), so that"):
         train(debug_run(dataset, folder, *longer, sets(dataset, other, weight=2.0)), device)
+    capsys.readouterr()
     backwards = json.dumps({"code": {"path": str(other), "tokens": 64}, "web": {"path": str(dataset)}})
     train(debug_run(dataset, folder, *longer, f"megagpt.data.val={backwards}"), device)  # their order is nothing
     assert set(curves(folder)["val/loss"]) == {2, 4, 6}
+    assert "note: val/loss is measured" not in capsys.readouterr().out
+    fewer = [sets(dataset, other), "megagpt.data.val_tokens=256", "megagpt.schedule.max_steps=8"]
+    train(debug_run(dataset, folder, *longer, *fewer), device)
+    told = r"note: val/loss is measured on 64 \+ 256 tokens from now on, and the best, \S+ at step 6, was on 64 \+ 512:"
+    assert re.search(told, capsys.readouterr().out)
 
 
 def test_a_run_stops_early_on_the_set_that_decides(run, dataset, other, device, tmp_path, capsys):
