@@ -1,5 +1,6 @@
 """Find the step that a user names: a run's folder, one step's, or a pointer."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from megagpt.checkpoint.commit import COMMIT, POINTERS, best, committed, pointed
 from megagpt.data.manifest import MANIFEST
 from megagpt.errors import UserError
 from megagpt.terminal import typed
+
+HUB = re.compile(r"((openai-community|distilbert)/)?(distil)?gpt2(-\w+)?")  # names of models that others start from
 
 
 def step_of(path: Path) -> Path:
@@ -37,6 +40,11 @@ def _no_step(path: Path) -> str:
         )
     if path.is_file() and ".json" in path.suffix:
         return f"{path} is a file, perhaps a run file; give the folder of its run, which its megagpt.out_dir names"
+    if HUB.fullmatch(str(path)) and not path.exists():
+        return (
+            f"{path} does not exist, and a model of the Hugging Face hub is not downloaded; fetch it by `hf download "
+            f"{path} --local-dir {path.name}`, then: megagpt import {path.name} NEW_FOLDER"
+        )
     wrong = "holds no committed checkpoint" if path.exists() else "does not exist"
     if steps := [step_dir.name for step_dir in committed(run_of(path))]:
         ways = f"{run_of(path)} has the steps {', '.join(steps[-5:])}"

@@ -19,7 +19,7 @@ from megagpt.new_folder import new_folder
 from megagpt.tokenizer.tokenizer import Tokenizer
 from megagpt.train_state import TrainState
 
-ORIGIN = "weights_from"  # the key of run.json that has such a folder's kind, and what it was made from
+ORIGIN = "weights_from.json"  # such a folder's kind, and what it was made from
 
 
 def write_weights_folder(
@@ -43,12 +43,13 @@ def write_weights_folder(
     with new_folder(folder) as partial:
         module = {**weights, "lm_head.weight": weights["wte.weight"]}
         write_state(partial / "mp_rank_00_model_states.pt", {"module": module})
-        (partial / "run.json").write_text(json.dumps({**run_file, ORIGIN: {"kind": kind, **sources}}, indent=1))
+        (partial / "run.json").write_text(json.dumps(run_file, indent=1))
+        (partial / ORIGIN).write_text(json.dumps({"kind": kind, **sources}, indent=1))
         (partial / "tokenizer.model").write_bytes(tokenizer.model_bytes)
         write_commit(partial, state, Mixture(0), identity, [write_rank_manifest(partial, 0)], finite=True)
 
 
 def origin_of(step_dir: Path) -> str | None:
     """Return the kind of such a folder; None for a step that a run saved."""
-    origin = json.loads((step_dir / "run.json").read_bytes()).get(ORIGIN)
-    return None if origin is None else str(origin["kind"])
+    path = step_dir / ORIGIN
+    return str(json.loads(path.read_bytes())["kind"]) if path.is_file() else None

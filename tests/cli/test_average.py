@@ -12,6 +12,7 @@ from megagpt.__main__ import main
 from megagpt.checkpoint.commit import best, committed, read_commit
 from megagpt.checkpoint.load import load_model
 from megagpt.engine.state_files import consolidated_weights
+from megagpt.huggingface.card import model_card, write_curves
 from megagpt.train.trainer import train
 
 FEW = ["megagpt.schedule.max_steps=6", "megagpt.schedule.warmup_steps=0", "optimizer.params.lr=0.01"]
@@ -59,6 +60,15 @@ def test_what_reads_a_step_reads_the_average(run, dataset, device, tmp_path, cap
     new, given = load_model(tmp_path / "new", device).model, load_model(tmp_path / "out", device).model
     for one, two in zip(new.parameters(), given.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=0.0, atol=1e-6)
+
+
+def test_the_card_of_an_average_in_a_runs_folder_has_its_own_loss_and_not_the_runs(run, tmp_path):
+    out = Path(shutil.copytree(run, tmp_path / "run")) / "averaged"
+    assert main(["average", *map(str, committed(run)), str(out), "--tokens", "640"]) == 0
+    card = model_card(load_model(out, torch.device("cpu")), "mine", None, 10, 0, drawn=write_curves(out, tmp_path))
+    assert "2 heads and a width of 64, whose weights are the average of several steps" in card
+    assert f"| loss | {read_commit(out).state.val_loss:.4f} |" in card
+    assert "curves.png" not in card
 
 
 def test_without_the_data_the_average_is_made_and_a_line_tells_why_there_is_no_loss(run, tmp_path, capsys):

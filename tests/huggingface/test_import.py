@@ -21,6 +21,7 @@ from megagpt import load
 from megagpt.__main__ import main
 from megagpt.checkpoint.load import load_model
 from megagpt.errors import UserError
+from megagpt.huggingface.card import model_card, write_curves
 from megagpt.huggingface.import_gpt2 import padded
 from megagpt.huggingface.weights import as_gpt2, write_weights
 from megagpt.tokenizer.tokenizer import Tokenizer
@@ -84,6 +85,15 @@ def test_what_is_imported_and_exported_is_the_same_file(tmp_path, name, dtype):
     write_weights(as_gpt2(loaded.model.state_dict(), loaded.tokenizer.vocab_size), tmp_path / "again", dtype)
     one, other = (tmp_path / folder / "model.safetensors" for folder in ("theirs", "again"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_an_export_of_it_tells_that_it_was_imported(source, tmp_path):
+    imported(source, tmp_path / "out")
+    card = model_card(
+        load_model(tmp_path / "out", CPU), "mine", None, 10, 0, drawn=write_curves(tmp_path / "out", tmp_path)
+    )
+    assert "2 heads and a width of 32, imported from a Hugging Face folder, and not trained since." in card
+    assert "validation data" not in card
 
 
 def test_the_folder_has_the_tokenizer_by_which_data_is_built(source, tmp_path):

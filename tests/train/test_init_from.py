@@ -69,6 +69,7 @@ def test_a_run_that_resumes_does_not_look_there(pretrained, dataset, device, tmp
     [
         (["megagpt.model.n_layer=1"], "its model has n_layer=2, and this run's n_layer=1; set megagpt.model.n_layer=2"),
         (["megagpt.init_from=nowhere"], "nowhere does not exist; give a run's folder"),
+        (["megagpt.init_from=gpt2-xl"], "`hf download gpt2-xl --local-dir gpt2-xl`, then: megagpt import gpt2-xl NEW"),
         (["megagpt.init_from=DATA"], "is a dataset; give a run's folder"),
     ],
 )
