@@ -48,11 +48,18 @@ SCALARS = {  # that TensorBoard shows of every run that evaluates, saves and sam
 
 # Runs of eight steps that a sample's positions may be shared in: every ZeRO stage, and all that makes ranks unlike.
 _FEW = ["megagpt.schedule.max_steps=8", "megagpt.every.eval=4", "train_micro_batch_size_per_gpu=2"]
+OTHER_BLOCKS = [
+    "megagpt.model.preset=llama",
+    "megagpt.model.n_kv_head=1",
+    "megagpt.model.qk_norm=true",
+    "megagpt.model.logit_softcap=5",
+]
 SHARING = {
     "stage0": [*_FEW, "zero_optimization.stage=0", 'megagpt.regularization={"label_smoothing": 0.1, "z_loss": 0.001}'],
     "stage1": [*_FEW, "zero_optimization.stage=1", "megagpt.packing.kind=best-fit", "megagpt.augment.goldfish.k=3"],
     "stage2": [*_FEW, "zero_optimization.stage=2", "megagpt.packing.kind=concatenate-masked"],
     "stage3": [*_FEW, "zero_optimization.stage=3", "megagpt.recompute.policy=full", "megagpt.data.seq_len=48"],
+    "other blocks": [*_FEW, "zero_optimization.stage=1", "megagpt.packing.kind=concatenate-masked", *OTHER_BLOCKS],
 }
 
 

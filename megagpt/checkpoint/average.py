@@ -9,6 +9,7 @@ from torch import Tensor
 from megagpt.checkpoint.commit import read_commit
 from megagpt.checkpoint.load import packing_of
 from megagpt.checkpoint.named_step import step_of
+from megagpt.config.model import ModelConfig
 from megagpt.data.packing import PACKING
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
@@ -48,12 +49,11 @@ def alike_steps(paths: Sequence[Path]) -> list[Path]:
         if same:
             raise UserError(f"{step_dir} is named twice; name each step once, and give it more weight by --weights")
         identity = read_commit(step_dir).identity
-        sizes = {name: value for name, value in identity.model.items() if name != "attention"}
-        for name, value in sizes.items():
-            if first.model.get(name) != value:
+        its, wanted = ModelConfig.whole(identity.model), ModelConfig.whole(first.model)
+        for name, value in its.items():
+            if name != "attention" and wanted[name] != value:
                 raise UserError(
-                    f"{step_dir} has {name}={value}, and {steps[0]} {first.model.get(name)}; give steps of models of "
-                    "one shape"
+                    f"{step_dir} has {name}={value}, and {steps[0]} {wanted[name]}; give steps of models of one shape"
                 )
         if identity.tokenizer != first.tokenizer:
             raise UserError(

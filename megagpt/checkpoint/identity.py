@@ -51,7 +51,7 @@ def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Mapping[
         zero_stage=ds.zero_optimization.stage,
         offload_optimizer=ds.zero_optimization.offload_optimizer.device,
         dtype=ds.dtype,
-        model=cfg.model.model_dump(),
+        model=cfg.model.identity(),
         vocab_size=vocab_size,
         tokenizer=next(iter(val.values())).manifest.tokenizer.sha256,
         data={

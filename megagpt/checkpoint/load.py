@@ -15,7 +15,7 @@ from megagpt.checkpoint.rotation import quarantine_steps
 from megagpt.checkpoint.save import RunRecord
 from megagpt.checkpoint.verification import find_damage
 from megagpt.config.augmentation import PackingConfig
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import is_main, print_rank0, rank, world_size
 from megagpt.engine.build import Engine

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.checkpoint.commit import COMMIT, POINTERS, best, committed, pointed, read_commit, run_of
+from megagpt.config.mistakes import as_written
+from megagpt.config.model import ModelConfig
 from megagpt.data.manifest import MANIFEST
 from megagpt.errors import UserError
 from megagpt.terminal import typed
@@ -59,10 +61,11 @@ def starting_step(path: Path, model: Mapping[str, Any], tokenizer: str | None) -
     """
     step_dir = step_of(path)
     was = read_commit(step_dir).identity
-    other = [name for name in model if name not in ("seq_len", "attention") and was.model.get(name) != model[name]]
+    its_model, our_model = ModelConfig.whole(was.model), ModelConfig.whole(model)
+    other = [key for key in our_model if key not in ("seq_len", "attention") and its_model[key] != our_model[key]]
     if other:
-        its, ours = (", ".join(f"{name}={sizes.get(name)}" for name in other) for sizes in (was.model, model))
-        keys = " ".join(f"megagpt.model.{name}={was.model.get(name)}" for name in other)
+        its, ours = (", ".join(f"{name}={sizes[name]}" for name in other) for sizes in (its_model, our_model))
+        keys = " ".join(f"megagpt.model.{name}={as_written(its_model[name])}" for name in other)
         raise UserError(f"megagpt.init_from={path}: its model has {its}, and this run's {ours}; set {keys}")
     if tokenizer not in (None, was.tokenizer):
         raise UserError(

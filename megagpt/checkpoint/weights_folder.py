@@ -36,12 +36,12 @@ def write_weights_folder(
 ) -> None:
     """Write the folder, which must be new or empty. Raises UserError; nothing is left behind then.
 
-    `weights` are without the output head, which is tied; `model` is a run file's section, and `vocab_size` is padded;
+    `weights` are without a tied output head; `model` is as in an identity, and `vocab_size` is padded;
     `sources` tells what the weights were made from.
     """
     identity = Identity(1, 0, "none", "fp32", dict(model), vocab_size, tokenizer.sha256, {}, "matrices")
     with new_folder(folder) as partial:
-        module = {**weights, "lm_head.weight": weights["wte.weight"]}
+        module = {"lm_head.weight": weights["wte.weight"], **weights}
         write_state(partial / "mp_rank_00_model_states.pt", {"module": module})
         (partial / "run.json").write_text(json.dumps(run_file, indent=1))
         (partial / ORIGIN).write_text(json.dumps({"kind": kind, **sources}, indent=1))

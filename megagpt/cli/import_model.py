@@ -14,7 +14,7 @@ def run(args: argparse.Namespace) -> int:
     check_installed("import", "safetensors", "tokenizers")
     import_gpt2 = import_module("megagpt.huggingface.import_gpt2").import_gpt2
     model, tokenizer, notes = import_gpt2(args.source, args.folder, pickles=args.allow_pickle)
-    shape = model.model_dump(exclude={"attention"})
+    shape = {key: value for key, value in model.identity().items() if key != "attention"}
     section = json.dumps({"init_from": str(args.folder), "model": shape}, ensure_ascii=False)
     keys = " ".join(f"megagpt.model.{name}={value}" for name, value in shape.items())
     out = typed(args.folder)

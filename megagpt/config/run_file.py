@@ -59,6 +59,11 @@ class RunConfig:
             "megagpt.model.seq_len": cfg.model.seq_len,
             "megagpt.data.seq_len": cfg.seq_len,
         }
+        if P > 1 and cfg.model.position == "alibi":
+            raise ValueError(
+                f"sequence_parallel_size={P} divides heads over ranks, and the biases of megagpt.model.position=alibi "
+                "are not divided; set megagpt.model.position to rotary, or sequence_parallel_size to 1"
+            )
         common = math.gcd(*shared.values())
         for name, n in shared.items():
             if n % P:

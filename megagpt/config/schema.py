@@ -12,42 +12,10 @@ from megagpt.config.augmentation import AugmentConfig, PackingConfig
 from megagpt.config.generation import GenerationConfig
 from megagpt.config.guards import GuardsConfig
 from megagpt.config.mistakes import as_written, did_you_mean
+from megagpt.config.model import DEEPEST, LONGEST, ModelConfig
 from megagpt.config.parsing import Strict, UserPath
 from megagpt.config.validation_sets import ValidationSetConfig, ValidationSets
 from megagpt.options import LARGEST, MANY
-
-# Bounds beyond what anybody trains with, and within what 64-bit arithmetic and a list can hold.
-LONGEST = 2**24  # positions of a model
-WIDEST = 10**6  # of the embeddings
-DEEPEST = 10**4  # layers
-
-
-class ModelConfig(Strict):
-    """GPT-2's sizes. The vocabulary comes from the data's tokenizer, padded to a multiple of 128."""
-
-    n_layer: int = Field(default=12, gt=0, le=DEEPEST, description="number of transformer blocks")
-    n_head: int = Field(
-        default=12, gt=0, le=WIDEST, description="attention heads of each block; divides megagpt.model.n_embd"
-    )
-    n_embd: int = Field(default=768, gt=0, le=WIDEST, description="width of embeddings and residuals")
-    seq_len: int = Field(default=1024, gt=0, le=LONGEST, description="number of position embeddings")
-    attention: Literal["sdpa", "eager"] = Field(
-        default="sdpa", description="sdpa: torch's fused kernels; eager: plain matrix products"
-    )
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"megagpt.model.n_embd={self.n_embd} is not a multiple of megagpt.model.n_head={self.n_head}; "
-                f"set megagpt.model.n_embd to {round(self.n_embd / self.n_head) * self.n_head or self.n_head}"
-            )
-        return self
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.n_embd // self.n_head
 
 
 class WeightedDataset(Strict):

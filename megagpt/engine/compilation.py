@@ -107,7 +107,9 @@ def _unless_cached(block: Block, within: Callable[..., Tensor] | None) -> Callab
     plain = block.forward
     compiled = torch.compile(plain if within is None else partial(within, plain), dynamic=False, fullgraph=True)
 
-    def forward(x: Tensor, mask: Tensor | None = None, cache: Append | None = None) -> Tensor:
-        return compiled(x, mask) if cache is None else plain(x, mask, cache)
+    def forward(
+        x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None, cache: Append | None = None
+    ) -> Tensor:
+        return compiled(x, mask, rotary) if cache is None else plain(x, mask, rotary, cache)
 
     return forward

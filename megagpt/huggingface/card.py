@@ -10,6 +10,7 @@ from megagpt.checkpoint.commit import Saved, read_commit, run_of
 from megagpt.checkpoint.load import LoadedModel
 from megagpt.checkpoint.weights_folder import origin_of
 from megagpt.data.packing import PACKING
+from megagpt.huggingface.weights import model_type
 from megagpt.metrics.metrics_file import METRICS, read_rows
 
 CURVES = "curves.png"
@@ -30,13 +31,14 @@ def model_card(loaded: LoadedModel, name: str, license_name: str | None, lines: 
     step_dir, given = loaded.step_dir, loaded.tokenizer.tokenizer_json is not None
     saved = read_commit(step_dir)
     section = json.loads((step_dir / "run.json").read_bytes())["megagpt"]
+    cfg = loaded.model.cfg
+    shape = {"gpt2": "GPT-2", "llama": "model with Llama's blocks", "qwen3": "model with Qwen3's blocks"}
     front = ["---", *([f"license: {license_name}"] if license_name else []), "library_name: transformers"]
-    front += ["pipeline_tag: text-generation", "tags:", "- megagpt", "- gpt2", "---"]
-    model = saved.identity.model
+    front += ["pipeline_tag: text-generation", "tags:", "- megagpt", f"- {model_type(cfg)}", "---"]
     text = [
         *front,
         f"# {name}",
-        f"A GPT-2 with {model['n_layer']} layers, {model['n_head']} heads and a width of {model['n_embd']}, "
+        f"A {shape[model_type(cfg)]}, {cfg.n_layer} layers, {cfg.n_head} heads and a width of {cfg.n_embd}, "
         + _history(saved, from_others=section.get("init_from") is not None)
         + ".",
         *([MASKED] if PACKING[loaded.packing.kind].masked else []),

@@ -22,7 +22,7 @@ from megagpt.data.dataset import open_dataset
 from megagpt.errors import UserError
 from megagpt.huggingface.card import model_card, write_curves
 from megagpt.huggingface.fast_tokenizer import exported_json, write_tokenizer
-from megagpt.huggingface.weights import DTYPES, as_gpt2, gpt2_config, write_weights
+from megagpt.huggingface.weights import DTYPES, class_of, config_json, renamed, write_weights
 from megagpt.new_folder import check_free, new_folder
 from megagpt.tokenizer.tokenizer import Tokenizer
 
@@ -52,13 +52,14 @@ def export(loaded: LoadedModel, folder: Path, *, dtype: str, license_name: str |
     if license_name is not None and not LICENSE.fullmatch(license_name):
         raise UserError(f"--license {license_name!r:.60} is no name of a license; give one such as apache-2.0")
     tokenizer, cfg = loaded.tokenizer, loaded.model.cfg
+    class_of(cfg)  # before anything that takes time
     tokenizer_json = exported_json(tokenizer)
     _round(loaded, dtype)
     run_file = json.loads((loaded.step_dir / "run.json").read_bytes())
     dropout = run_file["megagpt"].get("regularization", {}).get("dropout", 0.0)
     with new_folder(folder) as partial:
-        write_weights(as_gpt2(loaded.model.state_dict(), tokenizer.vocab_size), partial, DTYPES[dtype])
-        config = gpt2_config(cfg, tokenizer.vocab_size, tokenizer.eod_id, dropout, dtype)
+        write_weights(renamed(loaded.model.state_dict(), cfg, tokenizer.vocab_size), partial, DTYPES[dtype])
+        config = config_json(cfg, tokenizer.vocab_size, tokenizer.eod_id, dropout, dtype)
         (partial / "config.json").write_text(json.dumps(config, indent=2))
         ends = {"bos_token_id": tokenizer.eod_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.eod_id}
         (partial / "generation_config.json").write_text(json.dumps(ends | {"do_sample": True, "top_k": 50}, indent=2))
@@ -94,7 +95,7 @@ def _compared(loaded: LoadedModel, partial: Path, run_file: dict[str, Any]) -> E
         raise UserError(f"transformers cannot load the export: {done.stderr[-1000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
     found["allowed"] = TOLERANCE * max(1.0, windows["logits"].abs().max().item() / 10)
-    if not found["largest"] <= found["allowed"] or not found["tied"] or found["not_as_written"]:
+    if not found["largest"] <= found["allowed"] or found["tied"] != loaded.model.cfg.tied or found["not_as_written"]:
         raise UserError(
             f"transformers loads another model than was exported: a logit differs by {found['largest']:.2g}, where "
             f"{found['allowed']:.2g} is allowed, tied={found['tied']}, tensors {found['not_as_written']}; report it"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megagpt.checkpoint.weights_folder import write_weights_folder
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.huggingface.read_config import read_config
 from megagpt.huggingface.read_tokenizer import read_tokenizer
 from megagpt.huggingface.read_weights import read_weights
@@ -34,7 +34,7 @@ def import_gpt2(source: Path, folder: Path, *, pickles: bool) -> Imported:
     weights = read_weights(source, model, n_rows, tied=config.tied, pickles=pickles)
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
     weights[EMBEDDING] = padded(weights[EMBEDDING], vocab_size)
-    shape = model.model_dump()
+    shape = model.identity()
     write_weights_folder(
         folder,
         weights,

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from megagpt.checkpoint.commit import COMMIT, folder
 from megagpt.config.mistakes import explain
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.data.manifest import MANIFEST
 from megagpt.errors import UserError
 from megagpt.git_pointers import pointer_instead_of

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megagpt.atomic_files import SAFE_NAME
 from megagpt.checkpoint.finite import not_finite
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.errors import UserError
 from megagpt.git_pointers import MOST_POINTER, pointer_instead_of
 from megagpt.huggingface.weights import EMBEDDING, HEAD, TRANSPOSED

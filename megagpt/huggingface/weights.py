@@ -1,6 +1,7 @@
-"""Weights and configuration of GPT-2 as transformers' GPT2LMHeadModel has them, written as safetensors.
+"""Weights and configuration as a class of transformers has them: GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM.
 
-transformers keeps OpenAI's Conv1D: its matrices are (inputs, outputs), the transpose of a linear layer's.
+They are written as safetensors. For GPT-2 transformers keeps OpenAI's Conv1D: its matrices are (inputs, outputs), the
+transpose of a linear layer's.
 """
 
 import json
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
+from megagpt.errors import UserError
+from megagpt.model.gpt import NORM_EPSILON
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 5 * 10**9  # transformers' own default once
@@ -19,42 +22,131 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
 
 
-def as_gpt2(weights: dict[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
-    """Return GPT2LMHeadModel's tensors: the tied output head once, and no rows that only pad the vocabulary.
+# Classes of transformers -> the choices of ModelConfig that they compute.
+LLAMA = {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "logit_softcap": None}
+CLASSES: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": {key: ModelConfig.model_fields[key].default for key in (*LLAMA, "qk_norm", "n_kv_head")},
+    "LlamaForCausalLM": LLAMA | {"qk_norm": False},
+    "Qwen3ForCausalLM": LLAMA | {"qk_norm": True},
+}
+
+
+def class_of(cfg: ModelConfig) -> str:
+    """Return the class of transformers that computes such a model. Raises UserError if there is none."""
+    lacks = {name: [key for key in keys if getattr(cfg, key) != keys[key]] for name, keys in CLASSES.items()}
+    name = min(lacks, key=lambda name: len(lacks[name]))
+    if lacks[name]:
+        found = ", ".join(f"megagpt.model.{key}={getattr(cfg, key)}" for key in lacks[name])
+        raise UserError(
+            f"no class of transformers computes a model with {found}; one of megagpt.model.preset=gpt2 or llama can be "
+            "exported, and generate, evaluate and megagpt.load use this one"
+        )
+    return name
+
+
+def model_type(cfg: ModelConfig) -> str:
+    """Return the name of that class's architecture: gpt2, llama or qwen3."""
+    return {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}[class_of(cfg)]
+
+
+def renamed(weights: dict[str, Tensor], cfg: ModelConfig, vocab_size: int) -> dict[str, Tensor]:
+    """Return the tensors of the transformers class: a tied output head once, no rows that only pad the vocabulary.
 
     They are views of the given ones: nothing is copied.
     """
-    named = {}
+    kept = {name: weight for name, weight in weights.items() if name != HEAD or not cfg.tied}
+    kept |= {name: kept[name][:vocab_size] for name in (EMBEDDING, HEAD) if name in kept}
+    return _as_gpt2(kept) if model_type(cfg) == "gpt2" else _as_llama(kept, cfg)
+
+
+def _as_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name if name == HEAD else f"transformer.{name}": weight.T if name.endswith(TRANSPOSED) else weight
+        for name, weight in weights.items()
+    }
+
+
+def _as_llama(weights: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """Split what our model computes in one product: queries, keys and values, and the MLP's gate and input."""
+    heads = [n * cfg.head_dim for n in (cfg.n_head, cfg.kv_heads, cfg.kv_heads)]
+    named: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        if name != HEAD:
-            weight = weight[:vocab_size] if name == EMBEDDING else weight
-            named[f"transformer.{name}"] = weight.T if name.endswith(TRANSPOSED) else weight
+        begin, _, part = name.removeprefix("h.").partition(".")
+        block = f"model.layers.{begin}."
+        if part == "attn.c_attn.weight":
+            parts = zip(("q", "k", "v"), weight.split(heads), strict=True)
+            named |= {f"{block}self_attn.{letter}_proj.weight": rows for letter, rows in parts}
+        elif part == "mlp.c_fc.weight":
+            parts = zip(("gate", "up"), weight.chunk(2), strict=True)
+            named |= {f"{block}mlp.{kind}_proj.weight": rows for kind, rows in parts}
+        else:
+            named[block + LLAMA_PARTS[part] if part in LLAMA_PARTS else LLAMA_ENDS[name]] = weight
     return named
 
 
-def gpt2_config(cfg: ModelConfig, vocab_size: int, eod_id: int, dropout: float, dtype: str) -> dict[str, Any]:
+LLAMA_ENDS = {EMBEDDING: "model.embed_tokens.weight", "ln_f.weight": "model.norm.weight", HEAD: HEAD}
+LLAMA_PARTS = {  # of a block
+    "ln_1.weight": "input_layernorm.weight",
+    "ln_2.weight": "post_attention_layernorm.weight",
+    "attn.c_proj.weight": "self_attn.o_proj.weight",
+    "attn.q_norm.weight": "self_attn.q_norm.weight",
+    "attn.k_norm.weight": "self_attn.k_norm.weight",
+    "mlp.c_proj.weight": "mlp.down_proj.weight",
+}
+
+
+def config_json(cfg: ModelConfig, vocab_size: int, eod_id: int, dropout: float, dtype: str) -> dict[str, Any]:
     """Return config.json. The end-of-document token begins each document, and so is the beginning-of-text token."""
+    kind = model_type(cfg)
     return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
+        "architectures": [class_of(cfg)],
+        "model_type": kind,
         "vocab_size": vocab_size,
-        "n_positions": cfg.seq_len,
-        "n_embd": cfg.n_embd,
-        "n_layer": cfg.n_layer,
-        "n_head": cfg.n_head,
-        "n_inner": None,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "resid_pdrop": dropout,
-        "embd_pdrop": dropout,
-        "attn_pdrop": dropout,
+        **(_gpt2_sizes(cfg, dropout) if kind == "gpt2" else _llama_sizes(cfg, dropout)),
         "initializer_range": 0.02,
-        "scale_attn_weights": True,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": cfg.tied,
         "use_cache": True,
         "bos_token_id": eod_id,
         "eos_token_id": eod_id,
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+    }
+
+
+def _gpt2_sizes(cfg: ModelConfig, dropout: float) -> dict[str, Any]:
+    return {
+        "n_positions": cfg.seq_len,
+        "n_embd": cfg.n_embd,
+        "n_layer": cfg.n_layer,
+        "n_head": cfg.n_head,
+        "n_inner": None if cfg.mlp_inner == 4 * cfg.n_embd else cfg.mlp_inner,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": NORM_EPSILON,
+        "resid_pdrop": dropout,
+        "embd_pdrop": dropout,
+        "attn_pdrop": dropout,
+        "scale_attn_weights": True,
+    }
+
+
+def _llama_sizes(cfg: ModelConfig, dropout: float) -> dict[str, Any]:
+    """Return Llama's and Qwen3's keys, the base of rotary positions as transformers 4 and 5 read it."""
+    scaled = cfg.rotary_scaling != 1.0
+    scaling = {"rope_type": "linear", "factor": cfg.rotary_scaling} if scaled else {"rope_type": "default"}
+    return {
+        "max_position_embeddings": cfg.seq_len,
+        "hidden_size": cfg.n_embd,
+        "intermediate_size": cfg.mlp_inner,
+        "num_hidden_layers": cfg.n_layer,
+        "num_attention_heads": cfg.n_head,
+        "num_key_value_heads": cfg.kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": NORM_EPSILON,
+        "rope_theta": cfg.rotary_base,
+        "rope_scaling": scaling if scaled else None,
+        "rope_parameters": {**scaling, "rope_theta": cfg.rotary_base},
+        "attention_bias": False,
+        "attention_dropout": dropout,
     }
 
 

@@ -1,7 +1,8 @@
 """Causal attention: functions of (q, k, v), one for each name that the run file may choose.
 
 The queries are the last T of the S positions that the keys cover, so one function serves training (T = S)
-and generation with a key-value cache (T < S). A mask (B, 1, T, S), true where a query may attend, replaces this rule.
+and generation with a key-value cache (T < S). A mask (B, 1, T, S), true where a query may attend, replaces this rule;
+a mask of numbers (B, H, T, S) is added to the scores. Keys and values may have fewer heads than queries.
 
 Shapes: B batch, H heads, T query positions, S key positions, D head width; P ranks that share a sequence's positions.
 """
@@ -17,21 +18,32 @@ from torch.nn.attention import SDPBackend
 
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
     """Compute the textbook formula in fp32 (Vaswani et al. 2017, section 3.2.1), to check the other variant by."""
+    k, v = with_heads_of(q, k, v)
     scores = q.float() @ k.float().transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
-    visible = _visible(q, k) if mask is None else mask
-    weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
+    mask = _visible(q, k) if mask is None else mask
+    scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(dim=-1)
     return F.dropout(weights, dropout).to(v.dtype) @ v  # (B, H, T, D)
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
     """Call PyTorch's fused kernels, which never write the (T, S) scores to memory."""
     T, S = q.size(-2), k.size(-2)
+    k, v = with_heads_of(q, k, v)
     if mask is None and T == S:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     # With T < S is_causal would align the triangle to the upper left: query 0 would see key 0 alone.
     if mask is None and T > 1:
         mask = _visible(q, k)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def with_heads_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat each head of keys and values for the queries that share it (Ainslie et al. 2023, section 2.2)."""
+    shared = q.size(1) // k.size(1)
+    return (k, v) if shared == 1 else (k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1))
 
 
 def backend_order(capability: tuple[int, int]) -> list[SDPBackend]:
@@ -69,6 +81,7 @@ def over_ranks(attend: Attention, exchange: Callable[[Tensor], Tensor], P: int) 
 
     def attend_over_ranks(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None) -> Tensor:
         B, H, T, D = q.shape
+        k, v = with_heads_of(q, k, v)  # there may be fewer of them than ranks
         mine = [x.view(B, P, H // P, T, D).transpose(0, 1) for x in (q, k, v)]  # each (P, B, H/P, T, D)
         got = exchange(torch.stack(mine, dim=1))  # (P, 3, B, H/P, T, D)
         q, k, v = got.permute(1, 2, 3, 0, 4, 5).reshape(3, B, H // P, P * T, D)

@@ -1,6 +1,6 @@
 """Key-value caches: what attention needs of the positions so far, so that a step of generation computes one position.
 
-Shapes: B texts, T new positions, S positions that there is room for, H heads, D head width.
+Shapes: B texts, T new positions, S positions that there is room for, K heads of keys and values, D head width.
 """
 
 from collections.abc import Callable
@@ -8,14 +8,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Appends the keys and values (B, H, T, D) of new positions in one layer; returns those of all positions so far.
+# Appends the keys and values (B, K, T, D) of new positions in one layer; returns those of all positions so far.
 Append = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class KeyValueCaches:
     """The keys and values of B texts in every layer. Each text begins at position 0 and has a length of its own.
 
-    `kept` (n_layer, 2, B, H, S, D) is allocated once, with zeros: attention gives what is behind a text's end a weight
+    `kept` (n_layer, 2, B, K, S, D) is allocated once, with zeros: attention gives what is behind a text's end a weight
     of zero, which hides any number except NaN.
     """
 
@@ -51,7 +51,7 @@ class KeyValueCaches:
         if self.even:
             kept[:, :, self.begin : self.end] = new
         else:
-            kept[self.rows, :, self.positions] = new.transpose(1, 2)  # (B, T, H, D)
+            kept[self.rows, :, self.positions] = new.transpose(1, 2)  # (B, T, K, D)
         return kept[:, :, : self.end]
 
     def advance(self, T: int) -> None:

@@ -1,16 +1,31 @@
 """Count parameters and FLOPs in closed form from the model's sizes: under ZeRO-3 a parameter's own size is 0.
 
-N parameters without the position table, L n_layer, C n_embd, T seq_len, V vocab_size.
+N parameters without tables that are only looked up, L n_layer, C n_embd, T seq_len, V vocab_size.
 """
 
-from megagpt.config.schema import ModelConfig, RecomputeConfig
+from megagpt.config.model import ModelConfig
+from megagpt.config.schema import RecomputeConfig
 
 
 def param_sizes(cfg: ModelConfig, vocab_size: int) -> list[int]:
-    """Return the number of elements of each parameter, in the model's order; the tied head is the first."""
-    C = cfg.n_embd
-    block = [C, C, 3 * C * C, 3 * C, C * C, C, C, C, 4 * C * C, 4 * C, 4 * C * C, C]
-    return [vocab_size * C, cfg.seq_len * C, *block * cfg.n_layer, C, C]
+    """Return the number of elements of each parameter, in the model's order; a tied head is the first."""
+    C, qkv, inner = cfg.n_embd, _qkv(cfg), cfg.mlp_inner
+    fc = inner * (2 if cfg.gated else 1)
+    norm, head_norms = _norm(cfg, C), 2 * _norm(cfg, cfg.head_dim) if cfg.qk_norm else []
+    linears = [(C, qkv), (C, C), (C, fc), (inner, C)]
+    c_attn, c_proj, c_fc, mlp_c_proj = ([i * o, o] if cfg.bias else [i * o] for i, o in linears)
+    block = [*norm, *c_attn, *c_proj, *head_norms, *norm, *c_fc, *mlp_c_proj]
+    positions = [cfg.seq_len * C] if cfg.position == "learned" else []
+    return [vocab_size * C, *positions, *block * cfg.n_layer, *norm, *([] if cfg.tied else [vocab_size * C])]
+
+
+def _qkv(cfg: ModelConfig) -> int:
+    """Return the width of queries, keys and values of all heads."""
+    return cfg.n_embd + 2 * cfg.kv_heads * cfg.head_dim
+
+
+def _norm(cfg: ModelConfig, width: int) -> list[int]:
+    return {"layernorm": [width] * (1 + cfg.bias), "rmsnorm": [width], "rmsnorm_unweighted": []}[cfg.norm]
 
 
 def n_params(cfg: ModelConfig, vocab_size: int) -> int:
@@ -30,7 +45,8 @@ def bucket_elements(cfg: ModelConfig, vocab_size: int, world_size: int) -> int:
 
 def flops_per_token(cfg: ModelConfig, vocab_size: int) -> float:
     """Return the FLOPs of forward and backward: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B)."""
-    n = n_params(cfg, vocab_size) - cfg.seq_len * cfg.n_embd
+    looked_up = [cfg.seq_len] * (cfg.position == "learned") + [vocab_size] * (not cfg.tied)  # rows of these tables
+    n = n_params(cfg, vocab_size) - sum(looked_up) * cfg.n_embd
     return 6 * n + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
 
 
@@ -52,9 +68,11 @@ def recompute_flops_per_token(
     if recompute.policy == "budget":
         return None
     C = cfg.n_embd
-    c_attn, attention, c_proj, c_fc = 6 * C * C, 4 * C * cfg.seq_len, 2 * C * C, 8 * C * C
+    c_attn, attention, c_proj = 2 * C * _qkv(cfg), 4 * C * cfg.seq_len, 2 * C * C
+    mlp = 2 * C * cfg.mlp_inner  # of a matrix from or to that width
+    c_fc = mlp * (2 if cfg.gated else 1)
     to_the_end = recompute.kind == "deepspeed" or dropout > 0.0 or zero3 or compiled
-    mlp_c_proj = 8 * C * C if to_the_end and not (compiled and recompute.policy == "selective") else 0
+    mlp_c_proj = mlp if to_the_end and not (compiled and recompute.policy == "selective") else 0
     if recompute.policy == "selective":  # keeps the outputs that recompute.py chooses
         c_attn = c_fc = 0
         attention = attention if dropout > 0.0 or cfg.attention == "eager" else 0

@@ -16,7 +16,7 @@ from megagpt.errors import UserError
 from megagpt.model.cache import KeyValueCaches
 from megagpt.model.generated_text import GeneratedText, Prompt
 from megagpt.model.gpt import GPT
-from megagpt.model.loss import Score
+from megagpt.model.loss import Score, capped
 from megagpt.model.sampling import penalized, pick, uniforms
 from megagpt.tokenizer.tokenizer import Tokenizer
 
@@ -116,9 +116,9 @@ def _last_logits(vocab_size: int, ends: Tensor | None = None) -> Score:
     Ids that only pad the vocabulary have none, so that they are never picked.
     """
 
-    def score(x: Tensor, weight: Tensor) -> Tensor:
+    def score(x: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
         last = x[:, -1] if ends is None else x[torch.arange(len(x), device=x.device), ends]  # (B, C)
-        return F.linear(last, weight[:vocab_size]).float()
+        return capped(F.linear(last, weight[:vocab_size]), softcap).float()
 
     return score
 

@@ -1,6 +1,9 @@
 """GPT-2 (Radford et al. 2019), complete: embeddings, attention, MLP, pre-LayerNorm blocks, tied output head.
 
-Shapes: B batch, T positions, S positions so far, C width (n_embd), H heads, D head width (C = H * D), V vocabulary.
+`ModelConfig` chooses between its parts and newer ones: rotary positions, RMSNorm, gated MLPs, grouped-query attention.
+
+Shapes: B batch, T positions, S positions so far, C width (n_embd), H heads, K heads of keys and values, D head width
+(C = H * D), V vocabulary.
 The model is plain torch. What ranks and DeepSpeed need is handed in: `GPT.recompute` runs one block (and may drop its
 activations until backward), a `score` computes the loss from the last hidden states in place of logits, and with
 sequence parallelism `GPT.shard_positions` gets an all-to-all. Generation hands in key-value caches.
@@ -15,10 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.model.attention import ATTENTION, over_ranks
 from megagpt.model.cache import Append, KeyValueCaches
-from megagpt.model.loss import Score
+from megagpt.model.loss import Score, capped
+from megagpt.model.positions import alibi_mask, rotary_tables, rotate, sinusoidal
+
+NORM_EPSILON = 1e-5  # of every norm, as in GPT-2
 
 
 class Linear(nn.Linear):
@@ -33,6 +39,11 @@ class Linear(nn.Linear):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def forward(self, x: Tensor) -> Tensor:
+        # With two dimensions. To a product with three, DeepSpeed's linear function of ZeRO-3 adds the bias in place;
+        # where the policy `selective` has kept that product, it is added twice, and gradients are wrong.
+        return F.linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
+
 
 class Embedding(nn.Embedding):
     """nn.Embedding with GPT-2's initialization, for the same reason."""
@@ -44,8 +55,19 @@ class Embedding(nn.Embedding):
 class OutputHead(Linear):
     """Returns logits, or a score of hidden states and weight, computed here while ZeRO-3 has the weight gathered."""
 
+    softcap: float | None = None
+
     def forward(self, x: Tensor, score: Score | None = None) -> Tensor:
-        return F.linear(x, self.weight) if score is None else score(x, self.weight)
+        if score is not None:
+            return score(x, self.weight, self.softcap)
+        return capped(F.linear(x, self.weight), self.softcap)
+
+
+def norm(cfg: ModelConfig, width: int) -> nn.Module:
+    """Return the model's norm: LayerNorm (Ba et al. 2016), or RMSNorm (Zhang and Sennrich 2019)."""
+    if cfg.norm == "layernorm":
+        return nn.LayerNorm(width, eps=NORM_EPSILON, bias=cfg.bias)
+    return nn.RMSNorm(width, eps=NORM_EPSILON, elementwise_affine=cfg.norm == "rmsnorm")
 
 
 @torch.no_grad()
@@ -60,19 +82,26 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, cfg: ModelConfig, dropout: float) -> None:
         super().__init__()
-        self.n_head, self.head_dim = cfg.n_head, cfg.head_dim
+        self.heads, self.head_dim = [cfg.n_head, cfg.kv_heads, cfg.kv_heads], cfg.head_dim
         self.attend = self.attend_alone = ATTENTION[cfg.attention]
         self.dropout = dropout
-        self.c_attn = Linear(cfg.n_embd, 3 * cfg.n_embd)
-        self.c_proj = Linear(cfg.n_embd, cfg.n_embd, std=residual_std(cfg))
+        self.c_attn = Linear(cfg.n_embd, sum(self.heads) * cfg.head_dim, bias=cfg.bias)
+        self.c_proj = Linear(cfg.n_embd, cfg.n_embd, std=residual_std(cfg), bias=cfg.bias)
+        self.q_norm = norm(cfg, cfg.head_dim) if cfg.qk_norm else nn.Identity()
+        self.k_norm = norm(cfg, cfg.head_dim) if cfg.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Append | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None, cache: Append | None = None
+    ) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, D)
+        q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, D), and (B, K, T, D) each
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         attend = self.attend
         if cache is not None:
-            k, v = cache(k, v)  # each (B, H, S, D)
+            k, v = cache(k, v)  # each (B, K, S, D)
             # Also with sequence parallelism, because every rank generates whole texts.
             attend = self.attend_alone
         y = attend(q, k, v, self.dropout if self.training else 0.0, mask)  # (B, H, T, D)
@@ -80,17 +109,30 @@ class CausalSelfAttention(nn.Module):
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": partial(F.gelu, approximate="tanh"),
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, Primer, section 3
+    "swiglu": F.silu,  # of the gate: Shazeer 2020
+    "geglu": partial(F.gelu, approximate="tanh"),
+}
+
+
 class MLP(nn.Module):
-    """Two linear layers with GPT-2's GELU between them: x (B, T, C) -> (B, T, C)."""
+    """Two linear layers with an activation between them, GPT-2's GELU by default: x (B, T, C) -> (B, T, C)."""
 
     def __init__(self, cfg: ModelConfig, dropout: float) -> None:
         super().__init__()
-        self.dropout = dropout
-        self.c_fc = Linear(cfg.n_embd, 4 * cfg.n_embd)
-        self.c_proj = Linear(4 * cfg.n_embd, cfg.n_embd, std=residual_std(cfg))
+        self.dropout, self.gated, self.activation = dropout, cfg.gated, ACTIVATIONS[cfg.mlp]
+        self.c_fc = Linear(cfg.n_embd, cfg.mlp_inner * (2 if cfg.gated else 1), bias=cfg.bias)
+        self.c_proj = Linear(cfg.mlp_inner, cfg.n_embd, std=residual_std(cfg), bias=cfg.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
+        x = self.c_fc(x)  # (B, T, 4C), or the gate and what it multiplies
+        if self.gated:
+            gate, x = x.chunk(2, dim=-1)
+            x = self.activation(gate) * x
+        else:
+            x = self.activation(x)
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -99,25 +141,31 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, dropout: float) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        self.ln_1 = norm(cfg, cfg.n_embd)
         self.attn = CausalSelfAttention(cfg, dropout)
-        self.ln_2 = nn.LayerNorm(cfg.n_embd)
+        self.ln_2 = norm(cfg, cfg.n_embd)
         self.mlp = MLP(cfg, dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, cache: Append | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None, cache: Append | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, rotary, cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class Recompute(Protocol):
     """Runs block number i on x (B, T, C) and keeps its activations for backward, or recomputes them there."""
 
-    def __call__(self, i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor: ...
+    def __call__(
+        self, i: int, block: Block, x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None
+    ) -> Tensor: ...
 
 
-def keep_activations(i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
+def keep_activations(
+    i: int, block: Block, x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None
+) -> Tensor:
     """Run the block and keep all activations: the policy `none`."""
-    return block(x, mask)
+    return block(x, mask, rotary)
 
 
 class GPT(nn.Module):
@@ -127,17 +175,19 @@ class GPT(nn.Module):
         super().__init__()
         self.cfg, self.dropout = cfg, dropout
         self.wte = Embedding(vocab_size, cfg.n_embd)
-        self.wpe = Embedding(cfg.seq_len, cfg.n_embd)
+        self.wpe = Embedding(cfg.seq_len, cfg.n_embd) if cfg.position == "learned" else None
         self.h = nn.ModuleList(Block(cfg, dropout) for _ in range(cfg.n_layer))
-        self.ln_f = nn.LayerNorm(cfg.n_embd)
-        self.lm_head = OutputHead(cfg.n_embd, vocab_size, bias=False)
+        self.ln_f = norm(cfg, cfg.n_embd)
+        self.lm_head = OutputHead(cfg.n_embd, vocab_size, std=0.02 if cfg.init == "gpt2" else 0.0, bias=False)
+        self.lm_head.softcap = cfg.logit_softcap
         self.tie_output()
         self.recompute: Recompute = keep_activations
         self.sequence_rank = 0  # with sequence parallelism the tokens are positions sequence_rank * T and up
 
     def tie_output(self) -> None:
-        """Make the output head's weight the token embedding (Press and Wolf 2017)."""
-        self.lm_head.weight = self.wte.weight
+        """Make the output head's weight the token embedding (Press and Wolf 2017), unless it has its own."""
+        if self.cfg.tied:
+            self.lm_head.weight = self.wte.weight
 
     def forward(
         self,
@@ -164,13 +214,31 @@ class GPT(nn.Module):
             positions = positions[:, begin:end]  # (B, T)
         if caches is not None:
             positions, mask = caches.next(T)
-        x = F.dropout(self.wte(tokens) + self.wpe(positions), self.dropout, self.training)  # (B, T, C)
+        x = F.dropout(self._embedded(tokens, positions), self.dropout, self.training)  # (B, T, C)
+        rotary = None
+        if self.cfg.position == "rotary":
+            rotary = rotary_tables(positions, self.cfg.head_dim, self.cfg.rotary_base, self.cfg.rotary_scaling)
+        if self.cfg.position == "alibi":
+            places = torch.arange(begin, end, device=tokens.device) if caches is None else positions
+            mask = alibi_mask(self.cfg.n_head, places, end, mask)
         recompute = self.recompute if self.training else keep_activations
         for i, block in enumerate(self.blocks()):
-            x = block(x, mask, partial(caches.append, i)) if caches else recompute(i, block, x, mask)  # (B, T, C)
+            if caches is None:
+                x = recompute(i, block, x, mask, rotary)  # (B, T, C)
+            else:
+                x = block(x, mask, rotary, partial(caches.append, i))
         if caches is not None:
             caches.advance(T)
         return self.lm_head(self.ln_f(x), score)  # (B, T, V)
+
+    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the embeddings of tokens (B, T), with those of their positions where these are added: (B, T, C)."""
+        x: Tensor = self.wte(tokens)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
+        elif self.cfg.position == "sinusoidal":
+            x = x + sinusoidal(positions, self.cfg.n_embd).to(x.dtype)
+        return x
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks in order, with their type."""
@@ -187,7 +255,7 @@ class GPT(nn.Module):
     def new_caches(self, batch: int, positions: int | None = None) -> KeyValueCaches:
         """Return empty key-value caches for `batch` texts of `positions` each; default: all that the model has."""
         cfg, like = self.cfg, self.wte.weight
-        shape = (cfg.n_layer, 2, batch, cfg.n_head, positions or cfg.seq_len, cfg.head_dim)
+        shape = (cfg.n_layer, 2, batch, cfg.kv_heads, positions or cfg.seq_len, cfg.head_dim)
         return KeyValueCaches(torch.zeros(shape, dtype=like.dtype, device=like.device))
 
 
@@ -204,4 +272,4 @@ def document_positions(documents: Tensor) -> tuple[Tensor, Tensor]:
 
 def residual_std(cfg: ModelConfig) -> float:
     """Return the smaller std of the 2 * n_layer projections that add to the residual stream (GPT-2, section 2.3)."""
-    return 0.02 / math.sqrt(2 * cfg.n_layer)
+    return 0.0 if cfg.init == "zero_out" else 0.02 / math.sqrt(2 * cfg.n_layer)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megagpt.data.loss_mask import IGNORE
 
-Score = Callable[[Tensor, Tensor], Tensor]  # hidden states (B, T, C), output matrix (V, C) -> loss
+# hidden states (B, T, C), output matrix (V, C), the cap of logits if there is one -> loss
+Score = Callable[[Tensor, Tensor, float | None], Tensor]
 
 CHUNK_BYTES = 2**28  # of fp32 logits: 1,334 tokens of 50,304; large enough for a matrix product at full speed
 ROW_BLOCK_BYTES = 2**22  # of fp32 logits that a CPU works on at a time: they stay in its cache
@@ -32,12 +33,14 @@ def next_token_score(
     `compiled` fuses the loss of a chunk with torch.compile.
     """
 
-    def score(x: Tensor, weight: Tensor) -> Tensor:
+    def score(x: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
         n_tokens, vocab_size = targets.numel(), weight.size(0)
         in_blocks = not compiled and x.device.type == "cpu" and 4 * n_tokens * vocab_size > ROW_BLOCK_BYTES
         if chunks(n_tokens, vocab_size) == 1 and not (compiled or in_blocks):
-            return next_token_loss(F.linear(x, weight), targets, label_smoothing=label_smoothing, z_loss=z_loss)
-        gradient = partial(_compiled() if compiled else chunk_gradient, label_smoothing=label_smoothing, z_loss=z_loss)
+            logits = capped(F.linear(x, weight), softcap)
+            return next_token_loss(logits, targets, label_smoothing=label_smoothing, z_loss=z_loss)
+        options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
+        gradient = partial(_compiled() if compiled else chunk_gradient, **options)
         if in_blocks:
             gradient = partial(by_row_blocks, gradient)
         return ChunkedLoss.apply(x.flatten(0, 1), weight, targets.flatten(), gradient)
@@ -48,10 +51,13 @@ def next_token_score(
 def token_nats(targets: Tensor) -> Score:
     """Return a score for evaluation: each token's loss (B, T) in nats, without gradient, smoothing and z-loss."""
 
-    def score(x: Tensor, weight: Tensor) -> Tensor:
+    def score(x: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
         n = chunks(targets.numel(), weight.size(0))
         rows = zip(x.flatten(0, 1).chunk(n), targets.flatten().chunk(n), strict=True)
-        nats = [F.cross_entropy(F.linear(some, weight).float(), wanted, reduction="none") for some, wanted in rows]
+        nats = [
+            F.cross_entropy(capped(F.linear(some, weight), softcap).float(), wanted, reduction="none")
+            for some, wanted in rows
+        ]
         return torch.cat(nats).view_as(targets)
 
     return score
@@ -63,11 +69,11 @@ def target_scores(targets: Tensor, vocab_size: int) -> Score:
     The ids that pad the vocabulary have no part in it, as in an export and in generation.
     """
 
-    def score(x: Tensor, weight: Tensor) -> Tensor:
+    def score(x: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
         n = chunks(targets.numel(), weight.size(0))
         found = []
         for some, wanted in zip(x.flatten(0, 1).chunk(n), targets.flatten().chunk(n), strict=True):
-            logits = F.linear(some, weight)[:, :vocab_size].float()  # (N, vocab_size)
+            logits = capped(F.linear(some, weight), softcap)[:, :vocab_size].float()  # (N, vocab_size)
             log_p = -F.cross_entropy(logits, wanted, reduction="none")
             found.append(torch.stack([log_p, (logits.argmax(-1) == wanted).float()]))
         return torch.cat(found, 1).view(2, *targets.shape)
@@ -78,6 +84,11 @@ def target_scores(targets: Tensor, vocab_size: int) -> Score:
 def chunks(n_tokens: int, vocab_size: int) -> int:
     """Return into how many chunks the tokens are cut, limited by memory and by what fp16 can add up."""
     return max(math.ceil(4 * n_tokens * vocab_size / CHUNK_BYTES), math.ceil(n_tokens / CHUNK_TOKENS))
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Return softcap * tanh(logits / softcap), so that no logit grows beyond it (Gemma Team 2024, section 2)."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
@@ -131,13 +142,15 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def chunk_gradient(
-    logits: Tensor, targets: Tensor, *, label_smoothing: float, z_loss: float
+    logits: Tensor, targets: Tensor, *, label_smoothing: float, z_loss: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the summed loss of logits (N, V), targets (N,), and its gradient by the logits as factors (N, V), (N, 1).
 
     With p = softmax(logits), y one-hot and Z the partition function, that gradient is (1 + 2 z_loss log Z) p minus
     (1 - label_smoothing) y minus label_smoothing / V. The first factor is that, the second is 0 for ignored targets.
+    A cap multiplies it by its own derivative, 1 - (capped logits / softcap)^2.
     """
+    logits = capped(logits, softcap)
     kept = (targets != IGNORE).unsqueeze(1)  # (N, 1)
     wanted = targets.clamp(min=0).unsqueeze(1)
     chosen = logits.gather(1, wanted).float()
@@ -156,6 +169,8 @@ def chunk_gradient(
     grad.scatter_add_(1, wanted, torch.full_like(nats, label_smoothing - 1.0))
     if label_smoothing > 0.0:
         grad -= label_smoothing / logits.size(1)
+    if softcap is not None:
+        grad *= 1.0 - (logits.float() / softcap).square()
     return (loss * kept).sum(), grad.to(logits.dtype), kept
 
 

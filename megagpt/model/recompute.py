@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from megagpt.config.schema import RecomputeConfig
 from megagpt.model.gpt import Block, Recompute, keep_activations
 
-RunAgain = Callable[[Block, Tensor, Tensor | None], Tensor]  # runs a block so that backward recomputes it
+RunAgain = Callable[
+    [Block, Tensor, Tensor | None, Tensor | None], Tensor
+]  # runs a block so that backward recomputes it
 
 IN_THE_GRAPH = ("selective", "budget")  # the policies that torch.compile carries out within compiled blocks
 
@@ -65,8 +67,8 @@ def _torch_checkpoint(cfg: RecomputeConfig, dropout: float) -> Callable[..., Ten
 def _every(k: int, run_again: RunAgain) -> Recompute:
     """Recompute blocks 0, k, 2 k, ..., and keep the activations of the others."""
 
-    def recompute(i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return run_again(block, x, mask) if i % k == 0 else block(x, mask)
+    def recompute(i: int, block: Block, x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None) -> Tensor:
+        return run_again(block, x, mask, rotary) if i % k == 0 else block(x, mask, rotary)
 
     return recompute
 
@@ -111,8 +113,8 @@ def on_the_host(recompute: Recompute) -> Recompute:
     def to_device(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed[1].to(packed[0], non_blocking=True)
 
-    def offloaded(i: int, block: Block, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def offloaded(i: int, block: Block, x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None) -> Tensor:
         with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):
-            return recompute(i, block, x, mask)
+            return recompute(i, block, x, mask, rotary)
 
     return offloaded

@@ -198,7 +198,10 @@ def _activations(run: RunConfig, batch: BatchPlan) -> tuple[float, float, float]
     if cfg.regularization.dropout > 0.0:
         # The masks of two results, a byte for each number.
         extra += 2 * tokens * cfg.model.n_embd
-    whole = WHOLE * U + extra
+    # What newer parts keep beyond GPT-2's: rotated queries and keys, those before their norms, a gate and its SiLU.
+    copies = (2 if cfg.model.position == "rotary" else 0) + (2 if cfg.model.qk_norm else 0)
+    mlp = (4 if cfg.model.gated else 2) * cfg.model.mlp_inner / cfg.model.n_embd - 8
+    whole = (WHOLE + copies + mlp) * U + extra
     policy, again = cfg.recompute.policy, cfg.recompute.n_blocks(L)
     each = {"selective": SELECTIVE * U + 4 * tokens * H, "budget": U + (cfg.recompute.budget or 0.0) * (whole - U)}
     less = each.get(policy, U)  # kept of a block that is recomputed

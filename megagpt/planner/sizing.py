@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megagpt.config.model import ModelConfig
 from megagpt.config.run_file import SECTION, RunConfig, parse_run
-from megagpt.config.schema import ModelConfig
 from megagpt.errors import UserError
 from megagpt.model.flops import n_params
 from megagpt.planner.estimate import GIB, Machine, Setting, setting

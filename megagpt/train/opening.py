@@ -32,7 +32,9 @@ def print_opening(setup: RunSetup, device: torch.device) -> None:
     tokens = [f"{dataset.variants('train')[0].tokens:,}" for dataset in setup.training_set.datasets]
     lines = [
         f"{cfg.out_dir}: {n_params(cfg.model, setup.data.vocab_size):,} parameters "
-        f"({counted(cfg.model.n_layer, 'layer')}, {cfg.model.n_embd} wide, vocabulary {setup.data.vocab_size:,}), "
+        f"({counted(cfg.model.n_layer, 'layer')}, {cfg.model.n_embd} wide, vocabulary {setup.data.vocab_size:,}"
+        + (f", preset {cfg.model.preset}" if cfg.model.preset != "gpt2" else "")
+        + "), "
         f"{setup.run.deepspeed.dtype} on {_device(device, batch.world_size)}",
         f"  {' + '.join(tokens)} training tokens; global batch {batch.global_batch} = micro-batch {batch.micro_batch} "
         f"x accumulation {batch.accumulation} x "

@@ -135,7 +135,7 @@ def refused_start(run: RunConfig) -> str | None:
     with suppress(UserError):  # which `refused_data` returns
         tokenizer = _open_data(cfg).tokenizer.sha256
     try:
-        starting_step(cfg.init_from, cfg.model.model_dump(), tokenizer)
+        starting_step(cfg.init_from, cfg.model.identity(), tokenizer)
     except UserError as error:
         return str(error)
     return None

@@ -23,7 +23,7 @@ from throughput_table import SIZES, commit, hardware
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.model.flops import n_params
 from megagpt.tokenizer.tokenizer import padded_vocab_size
 

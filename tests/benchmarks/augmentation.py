@@ -22,7 +22,8 @@ from megagpt.checkpoint.run_samples import open_samples
 from megagpt.config.augmentation import AugmentConfig
 from megagpt.config.batch import BatchPlan
 from megagpt.config.generation import GenerationConfig
-from megagpt.config.schema import DataConfig, MegaGPTConfig, ModelConfig
+from megagpt.config.model import ModelConfig
+from megagpt.config.schema import DataConfig, MegaGPTConfig
 from megagpt.data.augmentation import batch_transform
 from megagpt.data.dataset import TokenStream, open_dataset
 from megagpt.data.loader import ValWindows, open_data, prefetched, rank_samples

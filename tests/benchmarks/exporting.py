@@ -24,8 +24,8 @@ from bench_data import write_zipf
 from throughput_table import SIZES, commit, hardware
 
 from megagpt.checkpoint.commit import committed, read_commit, write_commit, write_rank_manifest
+from megagpt.config.model import ModelConfig
 from megagpt.config.run_file import load_run_config
-from megagpt.config.schema import ModelConfig
 from megagpt.distributed.process_group import init_process_group
 from megagpt.model.gpt import GPT
 from megagpt.train.trainer import train
@@ -58,9 +58,8 @@ def enlarge(step_dir: Path, cfg: ModelConfig) -> int:
     saved = read_commit(step_dir)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in GPT(cfg, saved.identity.vocab_size).named_parameters()}
-    groups = [
-        {name: shape for name, shape in shapes.items() if (len(shape) > 1) is decayed} for decayed in (True, False)
-    ]
+    decayed = [name for name, shape in shapes.items() if len(shape) > 1]
+    groups = [{n: s for n, s in shapes.items() if (n in decayed) is chosen} for chosen in (True, False)]
     masters = [torch.randn(sum(shape.numel() for shape in group.values())).mul_(0.02) for group in groups]
     model_file, optimizer_file = (next(step_dir.glob(f"*{kind}_states.pt")) for kind in ("model", "optim"))
     model: dict[str, Any] = torch.load(model_file, weights_only=False)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 
 
 class Attention(nn.Module):

@@ -10,7 +10,7 @@ from plain_gpt2 import PlainGPT2
 from torch import Tensor, nn
 from turns import BETAS, CLIP, LR, WEIGHT_DECAY, Spec, Turns, my_rows, our_model
 
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.distributed.process_group import world_size
 from megagpt.engine.compilation import compile_blocks, compiles
 from megagpt.engine.optimizer import decay_groups

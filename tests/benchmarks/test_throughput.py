@@ -14,7 +14,7 @@ from throughput_table import summary
 from turns import our_model, run_of
 
 from megagpt.config.batch import batch_plan
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
 from megagpt.model.loss import next_token_loss
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.model.flops import causal_flops_per_token, flops_per_token
 from megagpt.planner.gpu_specs import peak_flops
 from megagpt.tokenizer.tokenizer import padded_vocab_size

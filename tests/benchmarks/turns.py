@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megagpt.config.model import ModelConfig
 from megagpt.config.run_file import RunConfig, load_run_config
-from megagpt.config.schema import ModelConfig
 from megagpt.distributed.process_group import rank, world_size
 from megagpt.guards.memory_growth import peak_memory
 from megagpt.model.gpt import GPT

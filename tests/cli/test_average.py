@@ -131,3 +131,18 @@ def test_weights_that_swallow_the_steps_are_told_to_come_last(run, capsys):
     with pytest.raises(SystemExit):
         main(["average", "--weights", "1", "2", str(run), str(run), "out"])
     assert "give --weights last, with a number for each STEP" in capsys.readouterr().err
+
+
+def test_steps_of_models_with_other_parts_are_not_averaged(run, device, tmp_path, capsys):
+    """Their weights have the same shapes: a cap of logits has none, and the average would be of no model."""
+    train(debug_run(run.parent / "data", tmp_path / "capped", *FEW, "megagpt.model.logit_softcap=5"), device)
+    assert main(["average", str(tmp_path / "capped"), str(run), str(tmp_path / "out")]) == 2
+    assert "has logit_softcap=None, and" in capsys.readouterr().err
+
+
+def test_a_model_with_an_output_head_of_its_own_keeps_it(run, device, tmp_path):
+    train(debug_run(run.parent / "data", tmp_path / "untied", *FEW, "megagpt.model.preset=llama"), device)
+    steps = [str(step) for step in committed(tmp_path / "untied")]
+    assert main(["average", *steps, str(tmp_path / "out")]) == 0
+    heads = [load_model(Path(path), device).model.lm_head.weight for path in (*steps, tmp_path / "out")]
+    assert torch.allclose(sum(heads[:-1]) / len(steps), heads[-1])

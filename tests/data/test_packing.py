@@ -14,7 +14,8 @@ from megagpt.checkpoint.identity import packing_identity
 from megagpt.checkpoint.load import packing_of
 from megagpt.checkpoint.run_samples import open_samples
 from megagpt.config.augmentation import GoldfishConfig, PackingConfig
-from megagpt.config.schema import DataConfig, ModelConfig
+from megagpt.config.model import ModelConfig
+from megagpt.config.schema import DataConfig
 from megagpt.data.augmentation import GoldfishTokens, goldfish_mask
 from megagpt.data.dataset import open_dataset
 from megagpt.data.loader import document_numbers, open_data, prefetched

@@ -13,7 +13,7 @@ from data_support import lossy_tokenizer, open_files_left, small_tokenizer, writ
 from data_tools.build import build
 from data_tools.config import BuildConfig
 from data_tools.storage.token_files import EXTRA
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.loader import ValWindows
 from megagpt.data.lost_text import lost_text, token_counts, unknown_share

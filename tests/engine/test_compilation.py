@@ -11,7 +11,7 @@ import torch
 from support import debug_run, metric
 
 from megagpt.config.batch import batch_plan
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.engine.build import build_engine
 from megagpt.engine.compilation import compile_blocks, compiles, why_no_kernels
 from megagpt.errors import UserError

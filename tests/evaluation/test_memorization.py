@@ -12,7 +12,7 @@ from megagpt.__main__ import main
 from megagpt.checkpoint.load import load_model
 from megagpt.checkpoint.run_samples import next_samples
 from megagpt.cli.pretrain import pretrain
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.data.dataset import open_dataset
 from megagpt.data.loss_mask import unmarked
 from megagpt.data.mixture import Mixture

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.errors import UserError
 from megagpt.evaluation.scoring import Continuation, Scored, score_continuations
 from megagpt.model.gpt import GPT

@@ -22,7 +22,7 @@ from megagpt.checkpoint.load import load_model
 from megagpt.config.parsing import dotted_items
 from megagpt.config.run_file import load_run_config
 from megagpt.huggingface.fast_tokenizer import exported_json, write_tokenizer
-from megagpt.huggingface.weights import as_gpt2, gpt2_config, write_weights
+from megagpt.huggingface.weights import config_json, renamed, write_weights
 
 # Of docs/architecture.md: finished, a mistake, built without some files, saved and to be started again, Ctrl-C.
 CODES = {0, 2, 3, 75, 130}
@@ -220,8 +220,8 @@ def write_model(run: Path, folder: Path) -> None:
     """Write a run's model as a Hugging Face folder, as `megagpt export` does but for the check of it."""
     model, tokenizer, *_ = load_model(run, torch.device("cpu"))
     folder.mkdir()
-    write_weights(as_gpt2(model.state_dict(), tokenizer.vocab_size), folder, torch.float32)
-    config = gpt2_config(model.cfg, tokenizer.vocab_size, tokenizer.eod_id, 0.0, "fp32")
+    write_weights(renamed(model.state_dict(), model.cfg, tokenizer.vocab_size), folder, torch.float32)
+    config = config_json(model.cfg, tokenizer.vocab_size, tokenizer.eod_id, 0.0, "fp32")
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(exported_json(tokenizer), tokenizer, model.cfg.seq_len, folder)
 

@@ -15,12 +15,12 @@ from support import debug_run
 
 from megagpt.__main__ import main
 from megagpt.checkpoint.load import load_model
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.errors import UserError
 from megagpt.huggingface import export as exporting
 from megagpt.huggingface.export import ODD, equally_likely, export
 from megagpt.huggingface.fast_tokenizer import fast_tokenizer
-from megagpt.huggingface.weights import as_gpt2, gpt2_config, write_weights
+from megagpt.huggingface.weights import config_json, renamed, write_weights
 from megagpt.model.gpt import GPT
 from megagpt.tokenizer.tokenizer import Tokenizer
 from megagpt.train.trainer import train
@@ -61,7 +61,7 @@ def test_transformers_loads_the_export(run, tmp_path, capsys):
 @pytest.mark.process
 def test_nothing_is_left_of_an_export_that_is_another_model(run, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "LINES", 10)
-    monkeypatch.setattr(exporting, "as_gpt2", lambda *args: as_gpt2(*args) | {"transformer.ln_f.bias": torch.ones(64)})
+    monkeypatch.setattr(exporting, "renamed", lambda *args: renamed(*args) | {"transformer.ln_f.bias": torch.ones(64)})
     with pytest.raises(UserError, match="a logit differs by"):
         export(load_model(run, torch.device("cpu")), tmp_path / "out", dtype="fp32", license_name=None)
     assert list(tmp_path.iterdir()) == []
@@ -103,7 +103,7 @@ def test_a_disk_error_is_one_message(run, tmp_path, capsys):
 
 def test_several_files_hold_what_one_does(run, tmp_path):
     model = load_model(run, torch.device("cpu")).model
-    weights = as_gpt2(model.state_dict(), 300)
+    weights = renamed(model.state_dict(), model.cfg, 300)
     write_weights(weights, tmp_path, torch.float32, shard_bytes=50_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in weights.values())
@@ -115,7 +115,7 @@ def test_several_files_hold_what_one_does(run, tmp_path):
 
 def test_matrices_are_transposed_and_the_padding_is_gone(run):
     model = load_model(run, torch.device("cpu")).model
-    weights = as_gpt2(model.state_dict(), 300)
+    weights = renamed(model.state_dict(), model.cfg, 300)
     assert torch.equal(weights["transformer.h.1.mlp.c_fc.weight"], model.h[1].mlp.c_fc.weight.T)
     assert torch.equal(weights["transformer.wte.weight"], model.wte.weight[:300])
     assert len(weights) == len(model.state_dict()) - 1
@@ -134,9 +134,9 @@ def test_logits_are_those_of_transformers_for_every_shape(seq_len, vocab_size, n
     model = GPT(cfg, -(-vocab_size // 128) * 128).eval()
     for weight in model.parameters():  # biases and LayerNorms that are 0 and 1 would hide an exchange
         torch.nn.init.normal_(weight, std=0.2)
-    config = GPT2Config(**gpt2_config(cfg, vocab_size, 0, 0.0, "fp32"))
+    config = GPT2Config(**config_json(cfg, vocab_size, 0, 0.0, "fp32"))
     theirs = GPT2LMHeadModel(config).eval()
-    theirs.load_state_dict(as_gpt2(model.state_dict(), vocab_size), strict=False)
+    theirs.load_state_dict(renamed(model.state_dict(), model.cfg, vocab_size), strict=False)
     tokens = torch.randint(vocab_size, (1, seq_len))
     with torch.no_grad():
         ours, expected = model(tokens)[..., :vocab_size], theirs(tokens).logits

@@ -23,7 +23,7 @@ from megagpt.checkpoint.load import load_model
 from megagpt.errors import UserError
 from megagpt.huggingface.card import model_card, write_curves
 from megagpt.huggingface.import_gpt2 import padded
-from megagpt.huggingface.weights import as_gpt2, write_weights
+from megagpt.huggingface.weights import renamed, write_weights
 from megagpt.tokenizer.tokenizer import Tokenizer
 from megagpt.train.trainer import train
 
@@ -49,7 +49,7 @@ def copy(source, tmp_path) -> Path:
 def imported(folder: Path, out: Path, *more: str) -> dict[str, torch.Tensor]:
     assert main(["import", str(folder), str(out), *more]) == 0
     model = load_model(out, CPU).model
-    return as_gpt2(model.state_dict(), SIZES["vocab_size"])
+    return renamed(model.state_dict(), model.cfg, SIZES["vocab_size"])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,9 @@ def test_what_is_imported_and_exported_is_the_same_file(tmp_path, name, dtype):
     assert main(["import", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
     (tmp_path / "again").mkdir()
     loaded = load_model(tmp_path / "ours", CPU)
-    write_weights(as_gpt2(loaded.model.state_dict(), loaded.tokenizer.vocab_size), tmp_path / "again", dtype)
+    write_weights(
+        renamed(loaded.model.state_dict(), loaded.model.cfg, loaded.tokenizer.vocab_size), tmp_path / "again", dtype
+    )
     one, other = (tmp_path / folder / "model.safetensors" for folder in ("theirs", "again"))
     assert one.read_bytes() == other.read_bytes()
 

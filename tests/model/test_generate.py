@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megagpt.config.generation import GenerationConfig
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.data.dataset import open_dataset
 from megagpt.model.generate import complete
 from megagpt.model.gpt import GPT

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from megagpt.config.schema import ModelConfig
+from megagpt.config.model import ModelConfig
 from megagpt.model.attention import ATTENTION
 from megagpt.model.gpt import GPT, document_positions
 from megagpt.model.loss import next_token_loss

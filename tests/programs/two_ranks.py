@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from resume_matrix import COVERING, what_a_cut_changes, without_generators
-from support import curves, debug_run, metric, read_json, run_scenarios
+from support import OTHER_BLOCKS, curves, debug_run, metric, read_json, run_scenarios
 from task_files import write_tasks
 
 from megagpt.checkpoint import save
@@ -49,6 +49,7 @@ def losses_of_every_stage(dataset: Path, folder: Path) -> dict[str, dict[int, fl
     for stage in range(4):
         train(dataset, folder / f"stage{stage}", f"zero_optimization.stage={stage}")
         train(dataset, folder / f"bucket{stage}", f"zero_optimization.stage={stage}", small_buckets)
+        train(dataset, folder / f"other blocks{stage}", f"zero_optimization.stage={stage}", *OTHER_BLOCKS)
     train(dataset, folder / "offload", "zero_optimization.stage=2", "zero_optimization.offload_optimizer.device=cpu")
     return {run.name: metric(run, "train/loss") for run in sorted(folder.iterdir())}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models_of_others import write_gpt2
 from resume_matrix import COVERING, LAST
-from support import PROGRAMS, debug_run, metric, scenarios, torchrun, write_corpus
+from support import OTHER_BLOCKS, PROGRAMS, debug_run, metric, scenarios, torchrun, write_corpus
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
@@ -61,6 +61,18 @@ def one_rank(dataset, device, tmp_path_factory) -> dict[int, float]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_on_two_ranks_equals_stage_1_on_one(two_ranks, one_rank, stage):
     equal_losses(two_ranks["losses_of_every_stage"][0][f"stage{stage}"], one_rank)
+
+
+@pytest.fixture(scope="module")
+def other_blocks(dataset, device, tmp_path_factory) -> dict[int, float]:
+    out_dir = tmp_path_factory.mktemp("other_blocks") / "run"
+    train(debug_run(dataset, out_dir, *OTHER_BLOCKS), device)
+    return metric(out_dir, "train/loss")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_other_blocks_than_gpt2s_train_at_every_stage_on_two_ranks_what_one_rank_trains(two_ranks, other_blocks, stage):
+    equal_losses(two_ranks["losses_of_every_stage"][0][f"other blocks{stage}"], other_blocks)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
