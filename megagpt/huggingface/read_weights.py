@@ -55,14 +55,14 @@ def read_weights(source: Path, cfg: ModelConfig, n_rows: int, *, tied: bool, pic
     missing = [name for name in expected if name not in found and (name != HEAD or not (tied or head is not None))]
     if missing or surplus:
         raise UserError(_other_tensors(source, missing, surplus))
-    if head is not None and not torch.equal(head, found[EMBEDDING]):
-        raise UserError(
-            f"{source} has an output head of its own: {HEAD} differs from {EMBEDDING}, and megagpt's GPT-2 uses one "
-            "matrix for both (tie_word_embeddings); give a model whose weights are tied"
-        )
     if wrong := not_finite(found):
         raise UserError(
             f"{source} has numbers in {wrong} that are not finite, so its model is of no use; fetch it again"
+        )
+    if head is not None and not torch.equal(head.float(), found[EMBEDDING].float()):
+        raise UserError(
+            f"{source} has an output head of its own: {HEAD} differs from {EMBEDDING}, and megagpt's GPT-2 uses one "
+            "matrix for both (tie_word_embeddings); give a model whose weights are tied"
         )
     return {name: tensor.float() if tensor.dtype == torch.float64 else tensor for name, tensor in found.items()}
 

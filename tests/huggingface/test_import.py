@@ -138,9 +138,9 @@ def as_of_2019(model: "GPT2LMHeadModel", folder: Path) -> None:
 
 
 def as_of_2021(model: "GPT2LMHeadModel", folder: Path) -> None:
-    """With a copy of the tied output head, and masks, in one pickle."""
+    """With a copy of the tied output head in another type, and masks, in one pickle."""
     tensors = {**model.state_dict(), **masks(model)}
-    tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].double()
     torch.save(tensors, folder / "pytorch_model.bin")
     config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config))
@@ -291,6 +291,10 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     (changed_tensors(lambda t: t.update(score=t[NORM].clone())), "has score, which GPT-2 has not"),
     (changed_tensors(lambda t: t.update({"ln_f.weight": t[NORM].clone()})), "has the tensor ln_f.weight twice"),
     (changed_tensors(lambda t: t.update({NORM: t[NORM] / 0.0})), "numbers in ln_f.weight that are not finite"),
+    (
+        changed_tensors(lambda t: t.update({WTE: t[WTE] / 0, "lm_head.weight": t[WTE] / 0})),
+        "numbers in wte.weight that",
+    ),
     (changed_tensors(lambda t: t.update({NORM: t[NORM].to(torch.int8)})), "numbers of type torch.int8; .* quantized"),
     (changed_tensors(lambda t: t.update({"lm_head.weight": t[WTE] + 1})), "has an output head of its own"),
     (cut("model.safetensors", 5000), "model.safetensors is damaged or cut off"),
