@@ -75,8 +75,11 @@ def evaluate_memorization(args: argparse.Namespace) -> int:
 def _samples_of(step_dir: Path) -> tuple[MegaGPTConfig, TrainingSet, int]:
     """Return the run's section, its samples up to a step, and the step. Raises UserError."""
     saved, raw = read_commit(step_dir), json.loads((step_dir / "run.json").read_bytes())
-    if saved.state.step == 0 or "data" not in raw["megagpt"]:
-        raise UserError(f"the model of {step_dir} was imported, and has read no training data of a run to recite")
+    if not saved.mixture.batches or "data" not in raw["megagpt"]:
+        raise UserError(
+            f"the model of {step_dir} was imported or averaged, so that there is no record of what it has read; name "
+            "a step that a run has saved"
+        )
     try:
         cfg, global_batch = MegaGPTConfig.model_validate(raw["megagpt"]), int(raw["train_batch_size"])
     except (ValidationError, KeyError, TypeError) as error:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr
 from itertools import chain, groupby
+from math import ceil
 from typing import Any
 
 from lm_eval import utils
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 from megagpt.config.generation import GenerationConfig
 from megagpt.config.mistakes import explain
 from megagpt.distributed.collectives import on_every_rank
-from megagpt.distributed.process_group import world_size
+from megagpt.distributed.process_group import progress_bar, world_size
 from megagpt.errors import UserError
 from megagpt.evaluation.scoring import Continuation, over_ranks, score_continuations
 from megagpt.model.generate import complete
@@ -97,16 +98,12 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return what the model writes after each context, up to a stop string or the number of tokens asked for."""
         asked = [self._asked(*request.args) for request in requests]
-        # A batch has contexts of one length and one way of drawing.
-        order = sorted(range(len(asked)), key=lambda i: (repr(asked[i][1]), len(asked[i][0])))
+        longest_first = sorted(range(len(asked)), key=lambda i: (repr(asked[i][1]), -len(asked[i][0])))
         written: dict[int, str] = {}
-        for _, same_way in groupby(order, key=lambda i: repr(asked[i][1])):
-            batches: list[list[int]] = []
-            for _, same_length in groupby(same_way, key=lambda i: len(asked[i][0])):
-                alike = list(same_length)
-                batches += [alike[at : at + self._micro_batch] for at in range(0, len(alike), self._micro_batch)]
-            found = over_ranks(batches, lambda batch: self._continue([asked[i] for i in batch]))
-            written |= dict(zip(chain.from_iterable(batches), chain.from_iterable(found), strict=True))
+        for _, group in groupby(longest_first, key=lambda i: repr(asked[i][1])):
+            alike = list(group)
+            texts = self._written([asked[i][0] for i in alike], asked[alike[0]][1])
+            written |= dict(zip(alike, texts, strict=True))
         return [written[i] for i in range(len(requests))]
 
     def _asked(self, context: str, given: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
@@ -126,8 +123,8 @@ class HarnessModel(TemplateLM):
         ids = self.tok_encode(context) or [self.prefix_token_id]
         return ids[-(seq_len - most) :], settings
 
-    def _continue(self, batch: Sequence[tuple[list[int], dict[str, Any]]]) -> list[str]:
-        settings = batch[0][1]
+    def _written(self, contexts: Sequence[list[int]], settings: dict[str, Any]) -> list[str]:
+        """Continue contexts with the same settings."""
         drawing = {"temperature": float(settings["do_sample"])} | {k: settings[k] for k in DRAWING & settings.keys()}
         until = settings.get("until") or []
         stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
@@ -135,12 +132,21 @@ class HarnessModel(TemplateLM):
             cfg = GenerationConfig.model_validate({"max_tokens": settings["max_gen_toks"], "stop": stop} | drawing)
         except ValidationError as error:
             raise UserError(f"a task's generation_kwargs: {explain(error, GenerationConfig, section='')}") from None
-        texts = complete(
-            self._model,
-            self._tokenizer,
-            [ids for ids, _ in batch],
-            cfg,
-            until_ended=world_size() == 1,  # ranks that share a model run equally many passes
-            agree=on_every_rank,
-        )
-        return [text.text for text in texts]
+        firsts = range(0, len(contexts), self._micro_batch)
+        rounds = ceil(len(firsts) / world_size())
+        with redirect_stderr(self._terminal), progress_bar("generating", total=rounds, unit="batch") as bar:
+
+            def continued(first: int) -> list[str]:
+                bar.update()
+                texts = complete(
+                    self._model,
+                    self._tokenizer,
+                    contexts[first : first + self._micro_batch],
+                    cfg,
+                    seed=first,  # the seeds count up within a batch, so that its size changes no text
+                    until_ended=world_size() == 1,  # ranks that share a model run equally many passes
+                    agree=on_every_rank,
+                )
+                return [text.text for text in texts]
+
+            return list(chain.from_iterable(over_ranks(firsts, continued)))

@@ -77,7 +77,9 @@ def _score_batch(model: GPT, batch: Sequence[Continuation], vocab_size: int) -> 
     padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=model.wte.weight.device)
     inputs, targets = padded[:, :-1], padded[:, 1:]  # (B, T) each
     # With caches each rank computes all positions, uncompiled: every batch has another length.
-    scores = model(inputs, model.new_caches(len(batch)), score=target_scores(targets, vocab_size))  # (2, B, T)
+    scores = model(
+        inputs, model.new_caches(len(batch), longest - 1), score=target_scores(targets, vocab_size)
+    )  # (2, B, T)
     found = []
     for row, one, (log_p, is_likeliest) in zip(rows, batch, scores.cpu().unbind(1), strict=True):
         own = slice(len(row) - 1 - len(one.ids), len(row) - 1)

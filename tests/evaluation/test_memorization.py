@@ -122,7 +122,12 @@ def trained(dataset, device, tmp_path_factory):
     """A run of two steps in the folder `run`, on data in the folder `data` next to it."""
     folder = tmp_path_factory.mktemp("trained")
     data = shutil.copytree(dataset, folder / "data")
-    steps = ["megagpt.schedule.max_steps=2", "megagpt.schedule.warmup_steps=0", "megagpt.every.sample=0"]
+    steps = [
+        "megagpt.schedule.max_steps=2",
+        "megagpt.schedule.warmup_steps=0",
+        "megagpt.every.sample=0",
+        "megagpt.every.save=1",
+    ]
     assert pretrain(["--deepspeed_config", str(DEBUG_RUN), *overrides(data, folder / "run", *steps)]) == 0
     return folder
 
@@ -161,6 +166,10 @@ def test_the_table_has_the_baseline_and_mistakes_are_one_message(trained, capsys
     ):
         assert main(["evaluate", run, "--memorization", "9", *options]) == 2
         assert complaint in capsys.readouterr().err
+    steps = [f"{run}/checkpoints/step_{step:08}" for step in (1, 2)]
+    assert main(["average", *steps, str(trained / "averaged")]) == 0
+    assert main(["evaluate", str(trained / "averaged"), "--memorization"]) == 2
+    assert "averaged, so that there is no record of what it has read" in capsys.readouterr().err
     data.rename(trained / "moved")
     assert main(["evaluate", run, "--memorization"]) == 2
     assert f"read {data}, which is not here, and only what it read can be recited" in capsys.readouterr().err

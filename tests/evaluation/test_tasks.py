@@ -92,6 +92,18 @@ def test_the_table_and_json_have_every_task(run, folder, capsys):
     assert row["standard_errors"]["tiny_choice"]["acc"] == pytest.approx((share * (1 - share) / 23) ** 0.5)
 
 
+def test_texts_that_are_drawn_are_the_same_in_any_batch(run, folder, tmp_path):
+    settings = GENERATED.replace("do_sample: false", "do_sample: true, temperature: 1.0")
+    (tmp_path / "a.yaml").write_text(settings.replace("choice.jsonl", str(folder / "choice.jsonl")))
+    tasks, (model, tokenizer, *_) = open_tasks([str(tmp_path)]), load_model(run, torch.device("cpu"))
+    found = []
+    for micro_batch in (1, 5):
+        run_tasks(tasks, model, tokenizer, micro_batch=micro_batch)
+        found.append(answers(tasks)["tiny_generated"])
+    assert found[0] == found[1]
+    assert len(set(found[0])) > 12
+
+
 def test_tasks_leave_the_generators_as_they_were(run, folder):
     tasks, (model, tokenizer, *_) = open_tasks([str(folder / "choice.yaml")]), load_model(run, torch.device("cpu"))
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
