@@ -125,7 +125,7 @@ def _add_evaluate(commands: Any) -> None:
         "--tasks",
         nargs="+",
         metavar="NAME_OR_DIR",
-        help="run these tasks of lm-evaluation-harness instead: by name, YAML file, or folder of them; default: none",
+        help="run these tasks of lm-evaluation-harness instead: by name, YAML file, or folder of them; after CKPT; default: none",
     )
     evaluate.add_argument(
         "--limit", type=whole(1), metavar="N", help="documents of each task, its first ones; default: all"
@@ -136,7 +136,7 @@ def _add_evaluate(commands: Any) -> None:
         type=whole(1, 1_000_000),
         const=256,
         metavar="N",
-        help="tell how much the model recites of N passages of its training data instead; N: 256; default: off",
+        help="tell how much the model recites of N passages of its training data; after CKPT; N: 256; default: off",
     )
     evaluate.add_argument("--json", action="store_true", help="one JSON object instead of text")
 

@@ -4,7 +4,7 @@ A passage is read where one sample holds all of it. Epochs cut the stream at dif
 read a passage in two halves, which do not count.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,8 +42,13 @@ def trained_samples(mixture: Mixture, step: int) -> list[range]:
     return found
 
 
-def times_read(mixture: Mixture, step: int, passages: Passages) -> I64:
-    """Return how often the steps up to `step` read each passage. It draws every sample: a million in some seconds."""
+def times_read(
+    mixture: Mixture, step: int, passages: Passages, *, drew: Callable[[int], object] = lambda n: None
+) -> I64:
+    """Return how often the steps up to `step` read each passage. It draws every sample: a million in some seconds.
+
+    `drew` is told of every part how many samples it has.
+    """
     counts = np.zeros(len(passages.begin), np.int64)
     for drawn in _drawn(mixture, step):
         variants = np.array([len(source.n_tokens) for source in mixture.sources])[drawn.dataset]
@@ -51,6 +56,7 @@ def times_read(mixture: Mixture, step: int, passages: Passages) -> I64:
             mine = np.flatnonzero((passages.dataset == k) & (passages.variant == variant))
             mine = mine[np.argsort(passages.begin[mine], kind="stable")]
             counts[mine] += _holding(drawn, (drawn.dataset == k) & (drawn.epoch % variants == variant), passages, mine)
+        drew(len(drawn.begin) - 1)
     return counts
 
 

@@ -52,8 +52,9 @@ def training_passages(data: TrainingSet, packing: Packing, step: int, n: int, ha
 
     Every sample that was trained on is chosen with the same probability. Raises UserError if no document is as long.
     """
+    trained = trained_samples(data.mixture, step)
     places, tokens = [], []
-    for sample in islice(_shuffled(trained_samples(data.mixture, step)), n * TRIES):
+    for sample in islice(_shuffled(trained), n * TRIES):
         span = data.spans(sample)[0]
         passage = span.tokens[: 2 * half]
         if len(passage) == 2 * half and (passage[1:] != span.dataset.eod_id).all():
@@ -69,7 +70,9 @@ def training_passages(data: TrainingSet, packing: Packing, step: int, n: int, ha
     dataset, variant, begin = np.array(places, np.int64).T
     # In a stream of packed rows one input is a row, and its target would be in the next.
     length = 2 if packing.plan_rows else 2 * half
-    return np.stack(tokens), times_read(data.mixture, step, Passages(dataset, variant, begin, length))
+    passages = Passages(dataset, variant, begin, length)
+    with progress_bar("counting", total=sum(map(len, trained)), unit="sample") as bar:
+        return np.stack(tokens), times_read(data.mixture, step, passages, drew=bar.update)
 
 
 def unread_passages(stream: TokenStream, n: int, half: int) -> I64:

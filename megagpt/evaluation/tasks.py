@@ -62,7 +62,7 @@ def open_tasks(names: Sequence[str], option: str = "--tasks ") -> Tasks:
 
     `option` is how the user gave them.
     """
-    if not names:
+    if not all(names) or not names:
         raise UserError(f"{option}names no task; give a task of lm-evaluation-harness, or a folder of YAML files")
     if find_spec("lm_eval") is None:
         raise UserError(f"{option}{names[0]} needs the package lm-eval; install with pip install -e '.[tasks]'")
@@ -121,6 +121,8 @@ def _read_yaml(file: Path, option: str, *, functions: bool) -> dict[str, Any]:
         settings: dict[str, Any] = load_yaml(file, resolve_func=functions, recursive=functions)
     except Exception as error:  # of YAML, of the system, and of what the functions' files do
         raise UserError(f"{file} cannot be read as a task: {_first_lines(error)}; correct it") from error
+    if functions and "group" in settings:
+        raise UserError(f"{option}{file} is a group of tasks; name its folder, whose tasks are run one by one")
     if functions and "task" not in settings:
         raise UserError(f"{option}{file} has no key task, which names it; add one")
     more = settings.get("dataset_kwargs")
@@ -156,6 +158,11 @@ def _loaded(manager: Any, spec: str | dict[str, Any], option: str) -> dict[str, 
             f"the data of task {name} is not on this machine, and nothing is downloaded unasked "
             f"({_first_lines(error)}); to download it once, set HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0 for the "
             "same command; or name a task with data files of its own"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"the data of task {name} cannot be read, or the cache of `datasets` not written: {_first_lines(error)}; set "
+            "HF_HOME to a folder that can be written"
         ) from error
     except (StopIteration, IndexError) as error:  # there is no first document, or no first letter of an answer
         raise UserError(f"task {name} has no documents, or one with an empty answer; correct its data") from error

@@ -61,6 +61,7 @@ DESCRIPTIONS = {
     "perf/seconds_per_step": "seconds of a step, without waiting for data",
     "perf/eval_seconds": "seconds of an evaluation",
     "perf/sample_seconds": "seconds of generating the samples",
+    "perf/tasks_seconds": "seconds of running the tasks of lm-evaluation-harness",
     "perf/save_seconds": "seconds for which training waits for a save",
     "perf/write_seconds": "seconds of an asynchronous save's write, in the background",
 }

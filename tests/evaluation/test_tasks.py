@@ -157,6 +157,8 @@ def test_lint_and_training_tell_of_tasks_that_are_not_there(dataset, device, tmp
     assert "names none; set megagpt.tasks" in capsys.readouterr().out
     assert main(["lint", str(DEBUG_RUN), *options[:-2], options[-1]]) == 0
     assert "has no effect: megagpt.every.tasks is 0" in capsys.readouterr().out
+    assert main(["lint", str(DEBUG_RUN), *options[:-1], 'megagpt.tasks=[""]']) == 0
+    assert "megagpt.tasks: names no task" in capsys.readouterr().out
 
 
 MISTAKES = {
@@ -227,6 +229,16 @@ def test_a_mistake_in_a_folder_of_tasks_is_one_message(run, tmp_path, capsys, mo
 def test_a_wrong_option_is_one_message(run, capsys, options, complaint):
     assert main(["evaluate", str(run), *options]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_and_a_group_are_told(folder, tmp_path, monkeypatch):
+    (tmp_path / "group.yaml").write_text("group: mine\ntask: [tiny_choice]\n")
+    with pytest.raises(UserError, match=r"group\.yaml is a group of tasks; name its folder"):
+        open_tasks([str(tmp_path / "group.yaml")])
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(import_module("datasets").config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="set HF_HOME to a folder that can be written"):
+        open_tasks([str(folder / "choice.yaml")])
 
 
 def test_a_task_named_twice_is_refused(folder):
