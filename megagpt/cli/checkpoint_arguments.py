@@ -125,7 +125,7 @@ def _add_evaluate(commands: Any) -> None:
         "--tasks",
         nargs="+",
         metavar="NAME_OR_DIR",
-        help="run these tasks of lm-evaluation-harness instead: by name, YAML file, or folder of them; after CKPT; default: none",
+        help="run these tasks of lm-evaluation-harness (names, YAML files, folders of them); after CKPT; default: none",
     )
     evaluate.add_argument(
         "--limit", type=whole(1), metavar="N", help="documents of each task, its first ones; default: all"

@@ -161,8 +161,8 @@ def _loaded(manager: Any, spec: str | dict[str, Any], option: str) -> dict[str, 
         ) from error
     except OSError as error:
         raise UserError(
-            f"the data of task {name} cannot be read, or the cache of `datasets` not written: {_first_lines(error)}; set "
-            "HF_HOME to a folder that can be written"
+            f"the data of task {name} cannot be read, or the cache of `datasets` not written: {_first_lines(error)}; "
+            "set HF_HOME to a folder that can be written"
         ) from error
     except (StopIteration, IndexError) as error:  # there is no first document, or no first letter of an answer
         raise UserError(f"task {name} has no documents, or one with an empty answer; correct its data") from error
