@@ -13,11 +13,12 @@ from megagpt.checkpoint.commit import COMMIT, read_commit
 from megagpt.checkpoint.commit import folder as checkpoints
 from megagpt.checkpoint.load import LoadedModel, load_model
 from megagpt.checkpoint.weights_folder import write_weights_folder
-from megagpt.cli.evaluate_data import dataset_of_run, evaluation, windows_of
+from megagpt.cli.evaluate_data import datasets_of_run, evaluation, windows_of
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.errors import UserError
 from megagpt.new_folder import check_free
 from megagpt.terminal import show
+from megagpt.train.evaluate import mean_of
 from megagpt.train_state import EarlyStopping, Health
 
 
@@ -29,14 +30,15 @@ def run(args: argparse.Namespace) -> int:
     check_free(args.folder)
     shares = shares_of(steps, args.weights)
     newest = max(steps, key=lambda step_dir: read_commit(step_dir).state.step)
-    dataset, why_none = _dataset(newest, args)
+    datasets, weights, why_none = _datasets(newest, args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     total, losses = RunningAverage(), []
 
     def loss_of(model: LoadedModel) -> float:
-        if dataset is None:
+        if not datasets:
             return math.nan
-        return evaluation(model, windows_of(dataset, model, args.split, args.tokens), args.micro_batch)[0].loss
+        windows = [windows_of(dataset, model, args.split, args.tokens) for dataset in datasets]
+        return mean_of([evaluation(model, one, args.micro_batch)[0] for one in windows], weights).loss
 
     def add(step_dir: Path, share: float) -> float:
         loaded = load_model(step_dir, device)
@@ -59,14 +61,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _dataset(step_dir: Path, args: argparse.Namespace) -> tuple[Dataset | None, str]:
-    """Return the dataset to evaluate on, or why there is none. Raises UserError for one that was given."""
+def _datasets(step_dir: Path, args: argparse.Namespace) -> tuple[list[Dataset], list[float], str]:
+    """Return the datasets that the run's val/loss is measured on, and their weights; or why there are none.
+
+    Raises UserError for one that was given.
+    """
     if args.data:
-        return open_dataset(args.data), ""
+        return [open_dataset(args.data)], [], ""
     try:
-        return dataset_of_run(step_dir, args.split), ""
+        datasets, weights = datasets_of_run(step_dir, args.split, deciding=True)
     except UserError as error:
-        return None, str(error)
+        return [], [], str(error)
+    return list(datasets.values()), weights, ""
 
 
 def _write(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megagpt.checkpoint.load import LoadedModel, load_model
-from megagpt.config.validation_sets import UNNAMED, folders_of_sets
+from megagpt.config.validation_sets import UNNAMED, sets_of
 from megagpt.data.dataset import Dataset, open_dataset
 from megagpt.data.loader import ValWindows
 from megagpt.data.lost_text import lost_text, token_counts, unknown_share
@@ -17,7 +17,7 @@ from megagpt.data.manifest import Split
 from megagpt.data.packing import PACKING
 from megagpt.errors import UserError
 from megagpt.guards.out_of_memory import is_out_of_memory
-from megagpt.terminal import counted, show, typed
+from megagpt.terminal import counted, show
 from megagpt.train.evaluate import Evaluation, evaluate_by_source, mean_of, unigram_entropy
 
 MOST_SOURCES = 20  # of a dataset, that the text lists
@@ -55,27 +55,17 @@ def evaluate_on_data(args: argparse.Namespace) -> int:
 def _datasets(
     args: argparse.Namespace, given: Mapping[Path, Dataset], loaded: LoadedModel
 ) -> tuple[dict[str, Dataset], list[float]]:
-    """Return the datasets to measure by their names, and the weights that the run's mean gives them, if it does.
-
-    Without --data, they are the validation sets of the run, or for its train split its first training dataset.
-    """
-    step_dir = loaded.step_dir
-    data: dict[str, Any] = (_section(step_dir).get("data") or {}) if args.data else _data_of_run(step_dir)
-    sets = folders_of_sets(data["val"]) if data else {}
-    weights: list[float] = []
-    if args.data:
-        datasets = {str(path): _named(path, given, sets, step_dir) for path in args.data}
-    elif args.split == "train":
-        datasets = {UNNAMED: _of_the_run(Path(data["train"][0]["path"]), step_dir)}
-    else:
-        datasets = {name: _of_the_run(path, step_dir) for name, path in sets.items()}
-        given_weights = [one.get("weight") for one in data["val"].values()] if UNNAMED not in sets else []
-        weights = [weight for weight in given_weights if weight is not None]
+    """Return the datasets to measure by their names, and their weights in the run's val/loss, if they have any."""
+    if not args.data:
+        return datasets_of_run(loaded.step_dir, args.split)
+    section = _section(loaded.step_dir)
+    sets = {name: Path(one["path"]) for name, one in sets_of(section).items()} if section.get("data") else {}
+    datasets = {str(path): _named(path, given, sets, loaded.step_dir) for path in args.data}
     by_data: dict[str, str] = {}
     for name, dataset in datasets.items():
         if (twin := by_data.setdefault(dataset.fingerprint, name)) != name:
             raise UserError(f"--data {twin} and --data {name} are one dataset; remove one")
-    return datasets, weights
+    return datasets, []
 
 
 def _named(path: Path, given: Mapping[Path, Dataset], sets: Mapping[str, Path], step_dir: Path) -> Dataset:
@@ -100,21 +90,19 @@ def _of_the_run(path: Path, step_dir: Path) -> Dataset:
     return open_dataset(path)
 
 
-def dataset_of_run(step_dir: Path, split: str) -> Dataset:
-    """Open the dataset that a step's run validated on, or trained on for its train split. Raises UserError."""
-    data = _data_of_run(step_dir)
-    sets = folders_of_sets(data["val"])
-    if split != "train" and len(sets) > 1:
-        listed = ", ".join(f"--data {typed(path)}" for path in sets.values())
-        raise UserError(f"the run of {step_dir} has {len(sets)} validation sets; give one of {listed}")
-    return _of_the_run(Path(data["train"][0]["path"]) if split == "train" else next(iter(sets.values())), step_dir)
+def datasets_of_run(step_dir: Path, split: str, *, deciding: bool = False) -> tuple[dict[str, Dataset], list[float]]:
+    """Open the validation sets of a step's run, or for its train split its first training dataset. Raises UserError.
 
-
-def _data_of_run(step_dir: Path) -> dict[str, Any]:
-    data: dict[str, Any] | None = _section(step_dir).get("data")
-    if data is None:
+    Returns them by name, and their weights in val/loss, if they have any. With `deciding` those that it is measured on.
+    """
+    section = _section(step_dir)
+    if section.get("data") is None:
         raise UserError(f"the model of {step_dir} was imported, and no data with it; give a dataset by --data DIR")
-    return data
+    if split == "train":
+        return {UNNAMED: _of_the_run(Path(section["data"]["train"][0]["path"]), step_dir)}, []
+    sets = sets_of(section, deciding=deciding)
+    weights = [one["weight"] for one in sets.values() if one.get("weight") is not None]
+    return {name: _of_the_run(Path(one["path"]), step_dir) for name, one in sets.items()}, weights
 
 
 def _section(step_dir: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,6 +80,12 @@ ValidationSets = Annotated[
 """Validation sets by their names; a path in a run file is one set, UNNAMED."""
 
 
-def folders_of_sets(val: Any) -> dict[str, Path]:
-    """Return the folder of each validation set in the data.val of a run.json."""
-    return {name: Path(one["path"]) for name, one in val.items()} if isinstance(val, dict) else {UNNAMED: Path(val)}
+def sets_of(section: Mapping[str, Any], *, deciding: bool = False) -> dict[str, dict[str, Any]]:
+    """Return the validation sets in the "megagpt" section of a run.json, of an older megagpt too.
+
+    With `deciding` those that val/loss is measured on.
+    """
+    val, monitor = section["data"]["val"], section.get("early_stopping", {}).get("monitor", "val/loss")
+    sets = val if isinstance(val, dict) else {UNNAMED: {"path": val}}
+    one_decides = deciding and monitor not in ("val/loss", "loss/val")
+    return {name: one for name, one in sets.items() if not one_decides or monitor == f"val/loss/{name}"}

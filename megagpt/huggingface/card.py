@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def model_card(loaded: LoadedModel, name: str, license_name: str | None, lines: 
         *([f"![Training and validation loss]({CURVES})"] if drawn else []),
         "## Training",
         "`megagpt_run.json` holds all settings. "
-        + (f"Fingerprint of the validation data: `{saved.identity.data['val']}`; " if saved.identity.data else "")
+        + (f"Fingerprint of the validation data: {_fingerprint(saved.identity.data)}; " if saved.identity.data else "")
         + f"SHA-256 of the tokenizer: `{saved.identity.tokenizer}`.",
         "## Tokenizer",
         ("The one that the data was built with," if given else "Converted from SentencePiece and")
@@ -68,6 +69,12 @@ def _history(saved: Saved, *, from_others: bool) -> str:
     return (
         f"trained by megagpt for {saved.state.step:,} steps, which are {saved.state.tokens_seen:,} tokens, from {begun}"
     )
+
+
+def _fingerprint(data: dict[str, Any]) -> str:
+    """Return the fingerprint of the validation data, or of several sets each with its name."""
+    val = data["val"]
+    return ", ".join(f"{name} `{found}`" for name, found in val.items()) if isinstance(val, dict) else f"`{val}`"
 
 
 def _evaluation(saved: Saved) -> str:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from megagpt.checkpoint.load import LoadedModel
-from megagpt.config.validation_sets import folders_of_sets
+from megagpt.config.validation_sets import sets_of
 from megagpt.data.dataset import open_dataset
 from megagpt.errors import UserError
 from megagpt.huggingface.card import model_card, write_curves
@@ -128,7 +128,7 @@ def _lines(tokenizer: Tokenizer, run_file: dict[str, Any]) -> list[str]:
     """Return lines of the validation data, if it is still there, and lines of what tokenizers stumble over."""
     lines = []
     with suppress(UserError, KeyError, OSError):  # the data may be gone, or elsewhere
-        stream = open_dataset(next(iter(folders_of_sets(run_file["megagpt"]["data"]["val"]).values()))).stream("val")
+        stream = open_dataset(Path(next(iter(sets_of(run_file["megagpt"]).values()))["path"])).stream("val")
         tokens = np.empty(min(stream.n_tokens, 40 * LINES), np.int64)
         stream.copy(0, tokens)
         lines = list(islice(tokenizer.decode(tokens).splitlines(keepends=True), LINES // 2))

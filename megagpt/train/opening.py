@@ -10,7 +10,7 @@ import torch
 from megagpt.checkpoint.commit import read_commit
 from megagpt.checkpoint.identity import changed_keys, described
 from megagpt.config.run_file import SECTION
-from megagpt.config.validation_sets import UNNAMED
+from megagpt.config.validation_sets import sets_of
 from megagpt.data.lost_text import changed_prompts, lost_text, token_counts, unknown_share
 from megagpt.distributed.process_group import print_rank0
 from megagpt.model.flops import n_params
@@ -108,16 +108,9 @@ def _best_on_other_tokens(setup: RunSetup) -> list[str]:
 
 
 def _tokens_that_decide(section: dict[str, Any]) -> list[str]:
-    """Return how many tokens val/loss is measured on, of each set that decides, by a run file of this or an older
-    megagpt.
-    """
-    data, monitor = section["data"], section.get("early_stopping", {}).get("monitor", "val/loss")
-    sets = data["val"] if isinstance(data["val"], dict) else {UNNAMED: {}}
-    tokens = [
-        one.get("tokens") or data.get("val_tokens")
-        for name, one in sorted(sets.items())
-        if monitor in ("val/loss", "loss/val", f"val/loss/{name}")
-    ]
+    """Return how many tokens val/loss is measured on, of each set that decides."""
+    deciding = sorted(sets_of(section, deciding=True).items())
+    tokens = [one.get("tokens") or section["data"].get("val_tokens") for _, one in deciding]
     return [f"{n:,}" if n else "all" for n in tokens]
 
 

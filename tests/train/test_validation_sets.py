@@ -93,6 +93,12 @@ def test_evaluate_measures_the_sets_of_the_run_also_by_name(run, dataset, other,
         assert told in capsys.readouterr().err
 
 
+def test_an_average_is_measured_on_what_decides(run, capsys, tmp_path):
+    found = evaluated(capsys, run, "--tokens", 64)["mean"]["loss"]
+    assert main(["average", *map(str, committed(run)), str(tmp_path / "out"), "--tokens", "64"]) == 0
+    assert f"  {found:.4f}   0.500  {committed(run)[-1]}" in capsys.readouterr().out
+
+
 def test_a_name_that_is_another_dataset_here_is_refused(run, other, capsys, tmp_path, monkeypatch):
     shutil.copytree(other, tmp_path / "web")
     monkeypatch.chdir(tmp_path)
