@@ -5,12 +5,13 @@ Names, settings and generated texts may contain anything; megagpt/html_parts.py 
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from statistics import median
 from typing import Any
 
 from megagpt import __version__
+from megagpt.evaluation.tasks import TASKS
 from megagpt.html_parts import (
     Cell,
     facts,
@@ -38,7 +39,7 @@ OTHERS = {  # metric -> its caption
     "perf/mfu": "model FLOPs utilization",
     "perf/memory_gib": "peak memory of a rank, GiB",
 }
-MOST_METRICS = 24  # of the group val
+MOST_METRICS = 24  # of a group
 MOST_SAMPLED_STEPS, MOST_LETTERS = 20, 2000
 MOST_STEPS_LISTED, MOST_LETTERS_OF_TITLE = 12, 100
 AXES = {False: "step", True: "tokens"}
@@ -50,7 +51,7 @@ def page_of(runs: Sequence[RunReport], made: datetime) -> str:
     title = names if len(runs) == 1 else without_middle(f"{len(runs)} runs: {names}", MOST_LETTERS_OF_TITLE)
     when = made.astimezone().isoformat(sep=" ", timespec="seconds")
     parts = [note(f"As of {when}, by megagpt {__version__}."), _overview(runs), *_warnings(runs)]
-    parts += [_losses(runs), _other_validation(runs), _optimization(runs), _samples(runs), _history(runs)]
+    parts += [_losses(runs), _other_validation(runs), _tasks(runs), _optimization(runs), _samples(runs), _history(runs)]
     parts += [data_card(runs), _differences(runs), _settings(runs)]
     return page(title, parts, generator=GENERATOR)
 
@@ -179,19 +180,31 @@ def _metric_figure(name: str, caption: str, runs: Sequence[RunReport], *, by_tok
 
 
 def _other_validation(runs: Sequence[RunReport]) -> str:
-    names = list(dict.fromkeys(name for run in runs for row in run.rows for name in row if name.startswith("val/")))
     # The sets of a single run are drawn in one figure with their mean.
-    names = [name for name in names if name != "val/loss" and (len(runs) > 1 or name.count("/") == 1)]
+    names = [name for name in _names(runs, "val/") if len(runs) > 1 or name.count("/") == 1]
+    return _group("Validation", [name for name in names if name != "val/loss"], runs, AXES)
+
+
+def _tasks(runs: Sequence[RunReport]) -> str:
+    return _group("Tasks", _names(runs, TASKS), runs, {False: "step"})
+
+
+def _names(runs: Sequence[RunReport], group: str) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for row in run.rows for name in row if name.startswith(group)))
+
+
+def _group(title: str, names: Sequence[str], runs: Sequence[RunReport], axes: Mapping[bool, str]) -> str:
+    """Return a section with a figure for each metric and axis, or nothing if none of them has a number."""
     shown = [
         drawn
         for name in names[:MOST_METRICS]
-        for by_tokens, axis in AXES.items()
+        for by_tokens, axis in axes.items()
         if (drawn := _metric_figure(name, f"{name} by {axis}", runs, by_tokens=by_tokens))
     ]
     left_out = (
         f"{len(names) - MOST_METRICS} more metrics of this group are not drawn." if len(names) > MOST_METRICS else ""
     )
-    return section("Validation", *([note(left_out)] if left_out else []), side_by_side(*shown)) if shown else ""
+    return section(title, *([note(left_out)] if left_out else []), side_by_side(*shown)) if shown else ""
 
 
 def _optimization(runs: Sequence[RunReport]) -> str:

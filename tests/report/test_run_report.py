@@ -206,13 +206,13 @@ def test_a_run_that_has_just_begun_or_never_validated_or_is_older_has_a_page(tmp
     begun.mkdir()
     (begun / "run.json").write_text('{"megagpt": {"schedule": {"max_steps": 9}}}')
     (begun / "lock").touch()  # as of every run
-    old = [{"step": 3, "tokens_seen": 30, "loss/train": 2.5, "grad_norm": 1.0}]
+    old = [{"step": 3, "tokens_seen": 30, "loss/train": 2.5, "grad_norm": 1.0, "tasks/mine/acc": 0.5}]
     write_rows(tmp_path / "old" / "metrics.jsonl", old)
     page = page_about(begun, tmp_path / "old")
     assert "begun has logged nothing yet." in page.words
     assert ["begun", "not finished", "0 of 9"] in [row[:3] for row in page.rows]
     assert [row[4] for row in page.rows if row[0] == "old"] == ["2.5000"]
-    assert "optim/grad_norm: gradient norm, before clipping" in page.words
+    assert {"optim/grad_norm: gradient norm, before clipping", "tasks/mine/acc by step"} <= set(page.words)
     assert "old has no samples.jsonl: it sampled nothing, or an older megagpt wrote it." in page.words
 
 
