@@ -4,6 +4,7 @@ import argparse
 import json
 from importlib import import_module
 
+from megagpt.config.mistakes import as_written
 from megagpt.huggingface.packages import check_installed
 from megagpt.model.flops import n_params
 from megagpt.terminal import counted, show, typed
@@ -16,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer, notes = import_gpt2(args.source, args.folder, pickles=args.allow_pickle)
     shape = {key: value for key, value in model.identity().items() if key != "attention"}
     section = json.dumps({"init_from": str(args.folder), "model": shape}, ensure_ascii=False)
-    keys = " ".join(f"megagpt.model.{name}={value}" for name, value in shape.items())
+    keys = " ".join(f"megagpt.model.{name}={as_written(value)}" for name, value in shape.items())
     out = typed(args.folder)
     show(
         f"{args.folder} holds the model of {args.source}: {n_params(model, tokenizer.vocab_size):,} parameters "

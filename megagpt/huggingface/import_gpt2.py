@@ -11,7 +11,7 @@ from megagpt.config.model import ModelConfig
 from megagpt.huggingface.read_config import read_config
 from megagpt.huggingface.read_tokenizer import read_tokenizer
 from megagpt.huggingface.read_weights import read_weights
-from megagpt.huggingface.weights import EMBEDDING
+from megagpt.huggingface.weights import EMBEDDING, HEAD
 from megagpt.new_folder import check_free
 from megagpt.tokenizer.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.train_state import TrainState
@@ -33,7 +33,9 @@ def import_gpt2(source: Path, folder: Path, *, pickles: bool) -> Imported:
     tokenizer = read_tokenizer(source, n_rows)
     weights = read_weights(source, model, n_rows, tied=config.tied, pickles=pickles)
     vocab_size = padded_vocab_size(tokenizer.vocab_size)
-    weights[EMBEDDING] = padded(weights[EMBEDDING], vocab_size)
+    weights |= {name: padded(weights[name], vocab_size) for name in (EMBEDDING, HEAD) if name in weights}
+    if HEAD in weights:
+        model = model.model_copy(update={"tied": False})
     shape = model.identity()
     write_weights_folder(
         folder,
@@ -52,8 +54,9 @@ def import_gpt2(source: Path, folder: Path, *, pickles: bool) -> Imported:
 def padded(embedding: Tensor, n_rows: int) -> Tensor:
     """Return the embedding with n_rows rows. Those that it lacks are the mean of its own (Hewitt 2021).
 
-    The output head is the same matrix, so their logits are the mean of the others': of n tokens, k more such rows raise
-    no loss by more than log(1 + k / n) nats. Rows of zeros would have the logit 0, and those of GPT-2 are near -100.
+    In the output head, the same matrix or padded alike, their logits are the mean of the others': of n tokens, k more
+    such rows raise no loss by more than log(1 + k / n) nats. Rows of zeros would have the logit 0, and those of GPT-2
+    are near -100.
     """
     own = embedding[:n_rows]
     mean = own.mean(0, keepdim=True, dtype=torch.float32).to(own.dtype)

@@ -15,11 +15,14 @@ from megagpt.git_pointers import pointer_instead_of
 from megagpt.terminal import typed
 
 CONFIG = "config.json"
-SIZES = {  # our name -> the names it may have there, and transformers' default
+SIZES: dict[
+    str, tuple[tuple[str, ...], int | None]
+] = {  # our name -> the names it may have there, and transformers' default
     "n_layer": (("n_layer", "num_hidden_layers"), 12),
     "n_head": (("n_head", "num_attention_heads"), 12),
     "n_embd": (("n_embd", "hidden_size"), 768),
     "seq_len": (("n_positions", "max_position_embeddings", "n_ctx"), 1024),
+    "mlp_width": (("n_inner",), None),
 }
 # Names of one function: GPT-2's GELU, by tanh.
 GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")
@@ -58,8 +61,8 @@ def read_config(source: Path) -> GPT2Folder:
         model = ModelConfig.model_validate(sizes)
     except ValidationError as error:
         raise UserError(f"{source / CONFIG} has sizes of no model: {explain(error, ModelConfig, section='')}") from None
-    if config.get("n_inner") not in (None, 4 * model.n_embd):
-        raise _unlike(source, "n_inner", config["n_inner"], (4 * model.n_embd,))
+    if model.mlp_width == 4 * model.n_embd:  # what is not given means
+        model = model.model_copy(update={"mlp_width": None})
     rows, eos_id = config.get("vocab_size", 50257), config.get("eos_token_id")
     if type(rows) is not int or rows < 1:
         raise UserError(f"{source / CONFIG}: vocab_size={rows!r:.60} is no number of tokens; fetch the file again")
@@ -111,7 +114,7 @@ def _check_architecture(source: Path, config: dict[str, Any]) -> None:
     if kind != "gpt2":
         named = f" ({', '.join(map(str, names))})" if isinstance(names, list) and names else ""
         raise UserError(
-            f"{source} is a model of type {kind!s:.60}{named:.100}, and megagpt has GPT-2 alone; give a folder "
+            f"{source} is a model of type {kind!s:.60}{named:.100}, and megagpt imports GPT-2 alone; give a folder "
             f"whose {CONFIG} has model_type gpt2"
         )
 

@@ -30,11 +30,10 @@ SHOWN = 4  # names in a message
 
 
 def read_weights(source: Path, cfg: ModelConfig, n_rows: int, *, tied: bool, pickles: bool) -> dict[str, Tensor]:
-    """Return our model's tensors, in the type they are stored in, but for the output head, which is the embedding.
+    """Return our model's tensors, in the type they are stored in; the output head only if it is not the embedding.
 
-    `n_rows`: of the embedding of tokens; `tied`: config.json says that the output head may be missing; `pickles` may be
-    read. Raises UserError for tensors that are missing, too many, of another shape, not finite, or an output head of
-    its own.
+    `n_rows`: of the embedding of tokens; `tied`: what config.json says of the output head; `pickles` may be read.
+    Raises UserError for tensors that are missing, too many, of another shape, or not finite.
     """
     expected, found, surplus = gpt2_shapes(cfg, n_rows), {}, []
     for path in _weight_files(source, pickles):
@@ -49,32 +48,35 @@ def read_weights(source: Path, cfg: ModelConfig, n_rows: int, *, tied: bool, pic
             else:
                 _check(path, name, tensor, expected[ours])
                 found[ours] = tensor.T.contiguous() if ours.endswith(TRANSPOSED) else tensor
-    head = found.pop(HEAD, None)
-    if head is not None:
-        found.setdefault(EMBEDDING, head)  # tied weights may be stored under either name
-    missing = [name for name in expected if name not in found and (name != HEAD or not (tied or head is not None))]
+    if tied:  # then they may be stored under either name
+        found |= {
+            name: found[other] for name, other in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)) if other in found
+        } | found
+    missing = [name for name in expected if name not in found]
     if missing or surplus:
         raise UserError(_other_tensors(source, missing, surplus))
     if wrong := not_finite(found):
         raise UserError(
             f"{source} has numbers in {wrong} that are not finite, so its model is of no use; fetch it again"
         )
-    if head is not None and not torch.equal(head.float(), found[EMBEDDING].float()):
+    if torch.equal(found[HEAD].float(), found[EMBEDDING].float()):
+        del found[HEAD]
+    elif tied:
         raise UserError(
-            f"{source} has an output head of its own: {HEAD} differs from {EMBEDDING}, and megagpt's GPT-2 uses one "
-            "matrix for both (tie_word_embeddings); give a model whose weights are tied"
+            f"{source} has {HEAD} and {EMBEDDING} that differ, and config.json says that they are one matrix; write "
+            "tie_word_embeddings=false there if the model was trained so, or fetch the folder again"
         )
     return {name: tensor.float() if tensor.dtype == torch.float64 else tensor for name, tensor in found.items()}
 
 
 def gpt2_shapes(cfg: ModelConfig, n_rows: int) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of what GPT2LMHeadModel stores, without the prefix; matrices are (inputs, outputs)."""
-    C = cfg.n_embd
+    C, inner = cfg.n_embd, cfg.mlp_inner
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (n_rows, C), HEAD: (n_rows, C), "wpe.weight": (cfg.seq_len, C)}
     for i in range(cfg.n_layer):
         for layer, n_in, n_out in (
             *(("attn.c_attn", C, 3 * C), ("attn.c_proj", C, C)),
-            *(("mlp.c_fc", C, 4 * C), ("mlp.c_proj", 4 * C, C)),
+            *(("mlp.c_fc", C, inner), ("mlp.c_proj", inner, C)),
         ):
             shapes |= {f"h.{i}.{layer}.weight": (n_in, n_out), f"h.{i}.{layer}.bias": (n_out,)}
         shapes |= {f"h.{i}.{norm}.{part}": (C,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
