@@ -41,6 +41,7 @@ class Identity:
     tokenizer: str  # sha256
     data: dict[str, Any]  # the seed of the sample order, and the validation data; the mixture records the rest
     weight_decay_on: Literal["matrices", "all"]  # decides which parameters share an optimizer group
+    optimizer: Literal["Adam", "Muon"] = "Adam"  # decides what it keeps of each parameter
 
 
 def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Mapping[str, Dataset]) -> Identity:
@@ -60,6 +61,7 @@ def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Mapping[
             **packing_identity(cfg.packing.kind, cfg.seq_len),
         },
         weight_decay_on=cfg.regularization.weight_decay_on,
+        optimizer="Muon" if ds.optimizer.type == "Muon" else "Adam",
     )
 
 

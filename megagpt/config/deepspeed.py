@@ -13,9 +13,13 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class OptimizerParams(Strict):
-    """Adam's settings."""
+    """Adam's settings, and Muon's."""
 
     lr: float = Field(gt=0.0, le=FLOAT32, description="peak learning rate; megagpt.schedule varies it")
+    muon_lr: float | None = Field(
+        default=None, gt=0.0, le=FLOAT32, description="peak rate of what Muon updates, a step of Adam's size; null: lr"
+    )
+    momentum: Beta = Field(default=0.95, description="Muon's Nesterov momentum")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="decay rates of Adam's two moments")
     eps: float = Field(default=1e-8, ge=1e-30, le=FLOAT32, description="added to the denominator")
     weight_decay: float = Field(
@@ -24,14 +28,35 @@ class OptimizerParams(Strict):
     torch_adam: bool = Field(default=False, description="offload from a GPU: torch's Adam, not CPUAdam")
     adam_w_mode: bool = Field(default=True, description="decoupled weight decay, for type Adam")
 
+    @property
+    def of_muon(self) -> float:
+        """The peak learning rate of what Muon updates."""
+        return self.lr if self.muon_lr is None else self.muon_lr
+
 
 class OptimizerConfig(Strict):
-    """Adam, or AdamW (Loshchilov and Hutter 2019), which always decouples weight decay from the gradient."""
+    """Adam; AdamW (Loshchilov and Hutter 2019), which always decouples weight decay from the gradient; or Muon.
 
-    type: Literal["AdamW", "Adam"] = Field(
-        default="AdamW", description="AdamW decouples weight decay from the gradient"
+    Muon (Jordan et al. 2024) updates the matrices inside the blocks, AdamW everything else.
+    """
+
+    type: Literal["AdamW", "Adam", "Muon"] = Field(
+        default="AdamW",
+        description="AdamW decouples weight decay; Muon is for the blocks' matrices, AdamW for the rest",
     )
     params: OptimizerParams
+
+    @model_validator(mode="after")
+    def _settings_are_of_the_type(self) -> Self:
+        of_others = {"torch_adam", "adam_w_mode"} if self.type == "Muon" else {"muon_lr", "momentum"}
+        for key in sorted(of_others & self.params.model_fields_set):
+            if getattr(self.params, key) != OptimizerParams.model_fields[key].default:
+                kind = "Adam" if self.type == "Muon" else "Muon"
+                raise ValueError(
+                    f"params.{key}={getattr(self.params, key)} is for type {kind}, and type is {self.type!r}; remove "
+                    f"optimizer.params.{key}, or set optimizer.type to {kind!r}"
+                )
+        return self
 
 
 class ActivationCheckpointingConfig(Strict):
@@ -176,6 +201,17 @@ class DeepSpeedConfig(Passed):
     def dtype(self) -> Literal["bf16", "fp16", "fp32"]:
         """The dtype of the model's computation."""
         return "bf16" if self.bf16.enabled else "fp16" if self.fp16.enabled else "fp32"
+
+    @model_validator(mode="after")
+    def _muon_has_its_matrices_on_the_gpu(self) -> Self:
+        for name in ("offload_optimizer", "offload_param") if self.optimizer.type == "Muon" else ():
+            if (device := getattr(self.zero_optimization, name).device) != "none":
+                raise ValueError(
+                    f"zero_optimization.{name}.device={device!r} does not work with optimizer.type='Muon', which "
+                    f"multiplies matrices in each update; remove zero_optimization.{name}, or set optimizer.type to "
+                    "'AdamW'"
+                )
+        return self
 
     def uses_cpu_adam(self, device_type: str) -> bool:
         """Tell whether DeepSpeed's CPUAdam updates the weights of a device, "cpu" or "cuda"; torch's Adam otherwise."""

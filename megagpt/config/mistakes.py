@@ -257,7 +257,8 @@ def unknown_key(dotted: str, known: Collection[str], elsewhere: Collection[str])
     the next is another trainer's name, then a misspelt one.
     """
     section, _, name = dotted.rpartition(".")
-    if "train_batch_size" in elsewhere and section.partition(".")[0] in ("", "megagpt") and name in WITHOUT_KEY:
+    first = section.partition(".")[0]
+    if "train_batch_size" in elsewhere and first in ("", "megagpt", "optimizer") and name in WITHOUT_KEY:
         return f"unknown key {as_written(dotted)}: {WITHOUT_KEY[name]}"
     if meant := meant_keys(dotted, known, elsewhere):
         note = NOTES.get(name, NOTES.get(meant[0])) if OUR_KEY.get(name) in meant else None

@@ -10,7 +10,9 @@ NAMES = {
     "device_batch_size",
     "gradient_accumulation_steps": "grad_accum grad_accumulation_steps accumulate_grad_batches",
     "gradient_clipping": "max_grad_norm grad_clip clip_grad clip_grad_norm gradient_clip_val",
-    "optimizer.params.lr": "learning_rate max_lr peak_lr",
+    "optimizer.params.lr": "learning_rate max_lr peak_lr adam_lr",
+    "optimizer.params.muon_lr": "matrix_lr lr_muon muon_learning_rate",
+    "optimizer.params.momentum": "muon_momentum",
     "optimizer.params.betas": "beta1 beta2 adam_beta1 adam_beta2",
     "optimizer.params.eps": "adam_epsilon adam_eps epsilon",
     "optimizer.params.weight_decay": "wd decay",
@@ -63,7 +65,7 @@ NOTES = {
     "train_batch_size": "It counts the sequences of a step over all ranks; train_micro_batch_size_per_gpu those of one "
     "pass on a rank.",
     "optimizer.params.betas": "It is a list of two, such as [0.9, 0.95].",
-    "optimizer.type": 'It is "AdamW" or "Adam".',
+    "optimizer.type": 'It is "AdamW", "Adam" or "Muon".',
     "bf16.enabled": "It is true or false, as is fp16.enabled; without both, fp32.",
     "wandb.enabled": "It is true or false, as are tensorboard.enabled and comet.enabled.",
     "megagpt.data.train": 'It is a list such as [{"path": "data/mine"}].',
@@ -80,6 +82,8 @@ NOTES = {
 }
 # Names of settings that have no key here -> why.
 REMOVED = {
+    "ns_method ns_steps nesterov": "Muon is that of Jordan et al. (2024), with Nesterov momentum and five iterations; "
+    "remove it",
     "vocab_size tokenizer tokenizer_name": "the vocabulary is that of the dataset's tokenizer; remove it",
     "device accelerator use_cpu no_cuda": "a GPU is used where there is one, and none where CUDA_VISIBLE_DEVICES is "
     "empty; remove it",

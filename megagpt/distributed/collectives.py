@@ -59,6 +59,15 @@ def gather_over_ranks(values: Tensor) -> Tensor:
     return torch.stack(gathered)
 
 
+def exchange(values: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    """Send `sent[r]` of the values (n,) to each rank r, in order; return those that come, `received[r]` from r."""
+    if world_size() == 1:
+        return values
+    arrived = values.new_empty(sum(received))
+    dist.all_to_all_single(arrived, values, received, sent)
+    return arrived
+
+
 def on_every_rank(fact: bool) -> bool:
     """Tell, on every rank, whether a fact holds on all of them."""
     return all(gather_objects(fact))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from megagpt.config.batch import BatchPlan
+from megagpt.config.deepspeed import OptimizerParams
 from megagpt.config.run_file import RunConfig
 from megagpt.distributed.collectives import neighbors
 from megagpt.distributed.process_group import rank
@@ -21,6 +22,8 @@ from megagpt.distributed.rank_variables import local_ranks
 from megagpt.engine.activation_checkpointing import recompute_hook
 from megagpt.engine.compilation import KERNELS, compile_blocks
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
+from megagpt.engine.flat_tensors import clear_padding, param_sizes
+from megagpt.engine.muon import place_matrices
 from megagpt.engine.optimizer import build_optimizer, clips_itself, decay_groups
 from megagpt.engine.without_compiler import without_compiler
 from megagpt.errors import OwnRankError, UserError
@@ -73,7 +76,7 @@ def build_engine(
             deepspeed.utils.set_z3_leaf_modules(model, [Block])  # hooks inside a block would break its graph
     prefer_cudnn(device)
     model.recompute = recompute
-    groups = decay_groups(model, ds.optimizer.params.weight_decay, cfg.regularization.weight_decay_on)
+    groups = _groups(model, run)
     with _refusals_explained(), nullcontext() if compiled else without_compiler():
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -81,6 +84,10 @@ def build_engine(
             optimizer=partial(build_optimizer, ds=ds, device=device),
             config=config,
         )
+    groups = _groups(model, run)  # ZeRO has replaced the parameters in those above
+    clear_padding(engine, param_sizes(engine, groups))
+    if ds.optimizer.type == "Muon":
+        place_matrices(engine, groups)
     # DeepSpeed's own events are numbered by samples; ours, which hold the same, by steps. W&B would drop an event with
     # a lower number than the last one.
     engine.monitor.enabled = False
@@ -89,6 +96,13 @@ def build_engine(
         engine.basic_optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
     return engine
+
+
+def _groups(model: GPT, run: RunConfig) -> list[dict[str, Any]]:
+    optimizer = run.deepspeed.optimizer
+    momentum = optimizer.params.momentum if optimizer.type == "Muon" else None
+    decay_on = run.megagpt.regularization.weight_decay_on
+    return decay_groups(model, optimizer.params.weight_decay, decay_on, momentum=momentum)
 
 
 @torch.no_grad()
@@ -136,10 +150,16 @@ def all_to_all(size: int) -> Callable[[Tensor], Tensor]:
     return exchange
 
 
-def set_lr(engine: Engine, lr: float) -> None:
-    """Set the learning rate of the next step. It is a function of the step number, so no scheduler has to be saved."""
+def set_lr(engine: Engine, peaks: OptimizerParams, factor: float) -> None:
+    """Set the learning rates of the next step. They are functions of its number, so no scheduler has to be saved."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = factor * (peaks.of_muon if "momentum" in group else peaks.lr)
+
+
+def learning_rates(engine: Engine) -> dict[str, float]:
+    """Return the rates of the last step: `lr`, and with Muon `muon_lr`."""
+    groups = engine.optimizer.param_groups
+    return {"muon_lr" if "momentum" in group else "lr": group["lr"] for group in groups}
 
 
 def before_update(engine: Engine, act: Callable[[Optimizer, Tensor | float | None], None]) -> None:

@@ -1,6 +1,7 @@
-"""Build the optimizer from the run file: Adam, its weight-decay groups, its kernel, gradient clipping.
+"""Build the optimizer from the run file: Adam or Muon, its groups of parameters, its kernel, gradient clipping.
 
-Another optimizer also concerns config/deepspeed.py: OptimizerConfig, reshard.py: MOMENTS and planner/memory.py: ADAM.
+Another optimizer also concerns config/deepspeed.py: OptimizerConfig, checkpoint/identity.py,
+reshard.py: MOMENTS and planner/memory.py: ADAM.
 """
 
 from collections.abc import Iterable
@@ -12,17 +13,30 @@ from torch import nn
 from torch.optim import Optimizer
 
 from megagpt.config.deepspeed import DeepSpeedConfig
+from megagpt.engine.muon import Muon
 from megagpt.engine.without_compiler import step_without_compiler
 
 
 def decay_groups(
-    model: nn.Module, weight_decay: float, decay_on: Literal["matrices", "all"] = "matrices"
+    model: nn.Module,
+    weight_decay: float,
+    decay_on: Literal["matrices", "all"] = "matrices",
+    *,
+    momentum: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Return Adam's groups: the parameters that decay (by default the matrices), and biases and LayerNorm gains."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    decays = [p for p in params if decay_on == "all" or _ndim(p) >= 2]
-    others = [p for p in params if not any(p is q for q in decays)]
-    groups = [{"params": decays, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """Return Adam's groups: the parameters that decay (by default the matrices), and biases and LayerNorm gains.
+
+    With a `momentum`, the matrices inside the blocks are a third group, the last, which Muon updates.
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = [name for name, p in params.items() if momentum is not None and name.startswith("h.") and _ndim(p) == 2]
+    decays = [name for name, p in params.items() if (decay_on == "all" or _ndim(p) >= 2) and name not in hidden]
+    others = [name for name in params if name not in decays and name not in hidden]
+    groups: list[dict[str, Any]] = [
+        {"params": [params[name] for name in decays], "weight_decay": weight_decay},
+        {"params": [params[name] for name in others], "weight_decay": 0.0},
+        {"params": [params[name] for name in hidden], "weight_decay": weight_decay, "momentum": momentum},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -46,13 +60,18 @@ def clip_before_step(optimizer: Optimizer, max_norm: float) -> None:
 def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, device: torch.device) -> Optimizer:
     """Build Adam: torch's fused kernel, whose update UpdateGate can skip; DeepSpeed's CPUAdam for offload from a GPU.
 
+    Muon has that kernel of Adam too.
+
     `groups`: as `decay_groups` makes them, or their flat copies under ZeRO.
     """
     p = ds.optimizer.params
-    decoupled = ds.optimizer.type == "AdamW" or p.adam_w_mode
+    decoupled = ds.optimizer.type != "Adam" or p.adam_w_mode
     adam: dict[str, Any] = {"lr": p.lr, "betas": p.betas, "eps": p.eps}
     optimizer: Optimizer
-    if ds.uses_cpu_adam(device.type):
+    if ds.optimizer.type == "Muon":
+        optimizer = Muon(groups, **adam)
+        step_without_compiler(optimizer)
+    elif ds.uses_cpu_adam(device.type):
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **adam)
     else:
         optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **adam)

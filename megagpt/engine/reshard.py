@@ -1,17 +1,11 @@
 """Resharding: load a checkpoint on other ranks, or with another ZeRO stage, dtype or offload.
 
 Each rank maps the files of all old ranks into memory and copies the slices of each parameter that it holds now: weights
-and Adam's two moments. Nothing is written, so no conversion can be left half done, and memory holds one slice at a
+and the optimizer's moments. Nothing is written, so no conversion can be left half done, and memory holds one slice at a
 time. DeepSpeed's universal checkpoints need a second copy of everything on the disk, and do not support stage 0.
 
-Only this file knows how DeepSpeed lays out its optimizers, in memory and in its files:
-
-    stage 0      each rank has everything. Adam updates the parameters one by one (in 16 bit fp32 copies of them,
-                 or one long tensor of each group's copies)
-    stage 1, 2   each group of parameters is one long tensor, cut evenly over the ranks, also inside parameters
-    stage 3      each parameter is cut evenly over the ranks; a rank's slices of a sub-group lie in one tensor
-
-All tensors are flat fp32 views.
+flat_tensors.py knows where a rank's tensors hold the parameters, this file where the saved ones do. All tensors are
+flat fp32 views.
 """
 
 from collections import defaultdict
@@ -26,6 +20,8 @@ from torch import Tensor
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import progress_bar, rank, world_size
 from megagpt.engine.build import Engine
+from megagpt.engine.flat_tensors import ParamSlice, cut, one_after_another, own_slices, param_sizes
+from megagpt.engine.muon import Muon
 from megagpt.engine.optimizer import decay_groups
 from megagpt.engine.safe_pickle import check_pickles, load_checked, pickles_of
 from megagpt.errors import UserError
@@ -45,20 +41,10 @@ class SavedShape:
 
 
 @dataclass(frozen=True)
-class ParamSlice:
-    """`numel` values of a parameter from `start` on; they begin at `offset` in the flat tensor that Adam updates."""
-
-    name: str
-    start: int
-    numel: int
-    offset: int
-
-
-@dataclass(frozen=True)
 class FlatTensor:
-    """One tensor that Adam updates on one rank, and the parameter slices in it."""
+    """One tensor that the optimizer updates on one rank, and the parameter slices in it."""
 
-    values: tuple[Tensor, ...]  # weights and the two moments, alike in length
+    values: tuple[Tensor, ...]  # weights and Adam's two moments or Muon's one, alike in length
     slices: list[ParamSlice]
 
 
@@ -78,14 +64,14 @@ def load_reshaped(
     """
     with errors_on_every_rank():
         check_pickles(pickles_of(step_dir)[rank() :: world_size()])
-    groups = decay_groups(engine.module, 0.0, weight_decay_on)
-    sizes = {engine.param_names[p]: getattr(p, "ds_numel", p.numel()) for group in groups for p in group["params"]}
+    momentum = 0.0 if isinstance(engine.basic_optimizer, Muon) else None
+    sizes = param_sizes(engine, decay_groups(engine.module, 0.0, weight_decay_on, momentum=momentum))
     stage = engine.zero_optimization_stage()
     if stage == 3:
         engine.optimizer.checkpoint_event_prologue()  # leaves no parameter gathered
     with errors_on_every_rank():
-        old, adam_step = _saved_tensors(step_dir, shape, sizes)
-    own = _own_tensors(engine, sizes, adam_step)
+        old, n_updates = _saved_tensors(step_dir, shape, sizes)
+    own = _own_tensors(engine, sizes, n_updates)
     with errors_on_every_rank():
         copies = _copies(own, old, step_dir)
     with progress_bar("resharding", total=len(copies), unit="slice") as bar:
@@ -119,7 +105,7 @@ def _copies(own: list[FlatTensor], old: list[FlatTensor], step_dir: Path) -> lis
         for source, have in sorted(lies_in[want.name], key=lambda found: found[1].start):
             begin = max(reached, have.start)  # an overlap of two sources is taken once, so that it cannot hide a hole
             n = min(end, have.start + have.numel) - begin
-            if n > 0:
+            if n > 0 and len(flat.values) == len(source.values):  # else it lacks a moment
                 to, at = want.offset + begin - want.start, have.offset + begin - have.start
                 copies += [
                     (mine.narrow(0, to, n), theirs.narrow(0, at, n))
@@ -136,30 +122,15 @@ def _copies(own: list[FlatTensor], old: list[FlatTensor], step_dir: Path) -> lis
 # --- where this run holds its values ----------------------------------------------------------------------------
 
 
-def _own_tensors(engine: Engine, sizes: dict[str, int], adam_step: int) -> list[FlatTensor]:
-    """Return this rank's tensors, with moments allocated where Adam has none yet. `sizes` is in the order of groups."""
-    optimizer, adam = engine.optimizer, engine.basic_optimizer
-    flats = [p for group in adam.param_groups for p in group["params"]]
-    stage = engine.zero_optimization_stage()
-    if stage == 0:
-        slices = _one_after_another(flats, sizes)
-    elif stage == 3:
-        flats = optimizer.fp32_partitioned_groups_flat
-        names = [[engine.param_names[p] for p in group] for group in optimizer.fp16_groups]
-        slices = [_cut({name: sizes[name] for name in group}, rank(), world_size()) for group in names]
-    else:
-        slices = [[] for _ in flats]
-        for p, name in engine.param_names.items():
-            if (link := p._hp_mapping) is not None:
-                of_parameter, of_flat = link.lp_fragment_address, link.hp_fragment_address
-                at = ParamSlice(name, of_parameter.start, of_parameter.numel, of_flat.start)
-                slices[link.param_group_index].append(at)
-    own = []
-    for flat, inside in zip(flats, slices, strict=True):
+def _own_tensors(engine: Engine, sizes: dict[str, int], n_updates: int) -> list[FlatTensor]:
+    """Return this rank's tensors, with moments allocated where the optimizer has none yet."""
+    adam, own = engine.basic_optimizer, []
+    for flat, inside in own_slices(engine, sizes):
         state = adam.state[flat]
         is_torch = isinstance(adam, torch.optim.Adam)  # DeepSpeed's Adams count steps in plain numbers
-        state["step"] = torch.tensor(float(adam_step), device=flat.device) if is_torch else adam_step
-        for moment in MOMENTS:
+        state["step"] = torch.tensor(float(n_updates), device=flat.device) if is_torch else n_updates
+        by_muon = isinstance(adam, Muon) and flat in adam.matrices
+        for moment in MOMENTS[:1] if by_muon else MOMENTS:
             if moment not in state:
                 state[moment] = torch.zeros_like(flat.data)
         own.append(_flat_tensor(flat.data, state, inside))
@@ -167,50 +138,27 @@ def _own_tensors(engine: Engine, sizes: dict[str, int], adam_step: int) -> list[
 
 
 def _flat_tensor(weights: Tensor, state: Mapping[str, Any], slices: list[ParamSlice]) -> FlatTensor:
-    return FlatTensor(tuple(x.view(-1) for x in (weights, *(state[moment] for moment in MOMENTS))), slices)
-
-
-def _one_after_another(flats: Sequence[Tensor], sizes: dict[str, int]) -> list[list[ParamSlice]]:
-    """Whole parameters in their order, as many in each tensor as fill it."""
-    found: list[list[ParamSlice]] = []
-    names = iter(sizes)
-    for flat in flats:
-        found.append([])
-        offset = 0
-        while offset < flat.numel():
-            name = next(names)
-            found[-1].append(ParamSlice(name, 0, sizes[name], offset))
-            offset += sizes[name]
-    return found
-
-
-def _cut(sizes: dict[str, int], r: int, n_ranks: int) -> list[ParamSlice]:
-    """Rank r's slice of each parameter at stage 3; the last slices are padded to the length of the others."""
-    found, offset = [], 0
-    for name, size in sizes.items():
-        length = -(-size // n_ranks)
-        found.append(ParamSlice(name, r * length, max(0, min(length, size - r * length)), offset))
-        offset += length
-    return found
+    moments = (state[moment] for moment in MOMENTS if moment in state)
+    return FlatTensor(tuple(x.view(-1) for x in (weights, *moments)), slices)
 
 
 # --- where the saved files hold them ----------------------------------------------------------------------------
 
 
 def _saved_tensors(step_dir: Path, shape: SavedShape, sizes: dict[str, int]) -> tuple[list[FlatTensor], int]:
-    """Return all tensors of all old ranks, mapped into memory, and how many updates Adam has made."""
+    """Return all tensors of all old ranks, mapped into memory, and how many updates were made."""
     stage, n_ranks = shape.zero_stage, shape.world_size
     try:
         if stage == 0:
             weights, states = _of_stage_0(step_dir, shape.dtype, sizes)
-            return _flat_tensors(weights, states, _one_after_another(weights, sizes)), _step(states)
+            return _flat_tensors(weights, states, one_after_another(weights, sizes)), _step(states)
         found, begun, shapes = [], dict.fromkeys(sizes, 0), []
         if stage == 3:  # the same for all ranks
             shapes = _mapped(step_dir, "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
         for r in range(n_ranks):
             state = _mapped(step_dir, f"*zero_pp_rank_{r}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
             if stage == 3:
-                cuts = [_cut({name: sizes[name] for name in group}, r, n_ranks) for group in shapes]
+                cuts = [cut({name: sizes[name] for name in group}, r, n_ranks) for group in shapes]
                 weights, states = state["fp32_flat_groups"], state["optimizer_state_dict"]["state"]
             else:
                 cuts = [_continued(group, begun) for group in state["param_slice_mappings"]]
@@ -234,7 +182,7 @@ def _of_stage_0(step_dir: Path, dtype: str, sizes: dict[str, int]) -> tuple[list
 
 
 def _flat_tensors(weights: Sequence[Tensor], states: Any, slices: list[list[ParamSlice]]) -> list[FlatTensor]:
-    """`states[i]` is Adam's state of the i-th tensor."""
+    """`states[i]` is the optimizer's state of the i-th tensor."""
     return [_flat_tensor(x.detach(), states[i], s) for i, (x, s) in enumerate(zip(weights, slices, strict=True))]
 
 

@@ -17,7 +17,7 @@ from megagpt.engine.safe_pickle import check_pickles, load_checked, pickles_of
 
 # Pickle the stage as Python 3.11.4 and later do; earlier ones pickle a call of getattr, which safe_pickle.py refuses.
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (int(stage),)))
-ADAM_SETTINGS = ("betas", "eps", "weight_decay")  # lr is set before every step
+SETTINGS = ("betas", "eps", "weight_decay", "momentum")  # lr is set before every step
 
 
 def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ def load_engine(engine: Engine, step_dir: Path) -> None:
     """
     with errors_on_every_rank():
         check_pickles(pickles_of(step_dir)[rank() :: world_size()])
-    settings = [{key: group[key] for key in ADAM_SETTINGS} for group in engine.optimizer.param_groups]
+    settings = [{key: group[key] for key in SETTINGS if key in group} for group in engine.optimizer.param_groups]
     loaded, _ = engine.load_checkpoint(str(step_dir.parent), tag=step_dir.name, load_lr_scheduler_states=False)
     assert loaded is not None, f"DeepSpeed found nothing to load in {step_dir}"  # it only warns
     for group, current in zip(engine.optimizer.param_groups, settings, strict=True):

@@ -112,6 +112,14 @@ ERRORS = (
         "needs Adam's moments in bf16 too, or on the CPU; set bf16.bf16_optimizer_states to true, or "
         'zero_optimization.offload_optimizer to {"device": "cpu"} without optimizer.params.torch_adam',
     ),
+    *(
+        Refused(
+            f"{dtype}.{dtype}_master_weights_and_grads",
+            lambda run, on: on and run.deepspeed.optimizer.type == "Muon",
+            'with optimizer.type "Muon", whose momentum loses small gradients in 16 bit; remove it',
+        )
+        for dtype in ("bf16", "fp16")
+    ),
     Refused(
         "fp16.fp16_master_weights_and_grads",
         lambda run, on: on and not run.deepspeed.uses_cpu_adam("cuda"),

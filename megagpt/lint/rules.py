@@ -44,6 +44,13 @@ def _stage(run: RunConfig) -> int:
     return run.deepspeed.zero_optimization.stage
 
 
+def _is_of_another_muon(run: RunConfig, key: str) -> bool:
+    """Tell whether this key decides on Muon's rate, and is so high that it makes steps of 0.1 on Jordan's scale."""
+    optimizer = run.deepspeed.optimizer
+    decides = optimizer.type == "Muon" and key == ("lr" if optimizer.params.muon_lr is None else "muon_lr")
+    return decides and optimizer.params.of_muon * 0.2 * run.megagpt.model.n_embd**0.5 > 0.1
+
+
 def _offload(run: RunConfig) -> OffloadConfig:
     return run.deepspeed.zero_optimization.offload_optimizer
 
@@ -86,7 +93,11 @@ WITHOUT_EFFECT = (
         never,
         "megagpt itself resumes with another number of ranks or dtype, without loss; remove it",
     ),
-    Acts(_zero("save_muon_momentum_buffer_in_memory"), never, "the optimizer is Adam, not Muon; remove it"),
+    Acts(
+        _zero("save_muon_momentum_buffer_in_memory"),
+        never,
+        "it is for DeepSpeed's Muon, and megagpt's keeps its momentum as Adam keeps its moments; remove it",
+    ),
     Acts(
         _zero("offload_optimizer.?*"),
         lambda run: _offload(run).device != "none",
@@ -224,6 +235,15 @@ CONTRADICTIONS = (
         "optimizer.params.lr",
         lambda run: run.deepspeed.optimizer.params.lr > 0.1,
         "is about the change of each weight in each step of Adam, and weights start at a size of 0.02; 6e-4 is usual",
+    ),
+    *(
+        Against(
+            f"optimizer.params.{key}",
+            lambda run, key=key: _is_of_another_muon(run, key),  # type: ignore[misc]
+            "is a rate of Muon without the factor 0.2 sqrt(n_embd), which gives its steps the size of Adam's here (Liu "
+            "et al. 2025); divide it by that factor, or write a rate that suits AdamW",
+        )
+        for key in ("lr", "muon_lr")
     ),
     Against(
         "communication_data_type",

@@ -74,7 +74,7 @@ class Pace:
 def log_metrics(
     steps: StepMetrics,
     *,
-    lr: float,
+    rates: Mapping[str, float],
     speed: Mapping[str, float],
     skipped_steps: int,
     epoch: float,
@@ -84,7 +84,7 @@ def log_metrics(
     """Everything that is logged of some training steps, in the order of the log line."""
     return {
         **steps.means(),
-        "optim/lr": lr,
+        **{f"optim/{name}": rate for name, rate in rates.items()},
         **speed,
         "optim/skipped_steps": skipped_steps,
         "data/epoch": epoch,

@@ -50,6 +50,7 @@ DESCRIPTIONS = {
     "val/perplexity": "e to the val/loss",
     "val/bits_per_byte": "val/loss in bits per byte of text: comparable between tokenizers that lose no text",
     "optim/lr": "learning rate of the last step",
+    "optim/muon_lr": "the same of what Muon updates, the matrices inside the blocks",
     "optim/grad_norm": "norm of the gradient of all ranks, before clipping",
     "optim/skipped_steps": "optimizer updates that a guard skipped since the run began",
     "data/epoch": "passes over the first dataset",
@@ -82,7 +83,7 @@ LAYOUT = {
         ],
     },
     "optimizer": {
-        "learning rate": ["Multiline", ["^optim/lr$"]],
+        "learning rate": ["Multiline", ["^optim/lr$", "^optim/muon_lr$"]],
         "gradient norm": ["Multiline", ["^optim/grad_norm$"]],
     },
     "speed": {

@@ -9,14 +9,18 @@ from megagpt.config.schema import RecomputeConfig
 
 def param_sizes(cfg: ModelConfig, vocab_size: int) -> list[int]:
     """Return the number of elements of each parameter, in the model's order; a tied head is the first."""
-    C, qkv, inner = cfg.n_embd, _qkv(cfg), cfg.mlp_inner
-    fc = inner * (2 if cfg.gated else 1)
+    C = cfg.n_embd
     norm, head_norms = _norm(cfg, C), 2 * _norm(cfg, cfg.head_dim) if cfg.qk_norm else []
-    linears = [(C, qkv), (C, C), (C, fc), (inner, C)]
-    c_attn, c_proj, c_fc, mlp_c_proj = ([i * o, o] if cfg.bias else [i * o] for i, o in linears)
+    c_attn, c_proj, c_fc, mlp_c_proj = ([i * o, o] if cfg.bias else [i * o] for i, o in _linears(cfg))
     block = [*norm, *c_attn, *c_proj, *head_norms, *norm, *c_fc, *mlp_c_proj]
     positions = [cfg.seq_len * C] if cfg.position == "learned" else []
     return [vocab_size * C, *positions, *block * cfg.n_layer, *norm, *([] if cfg.tied else [vocab_size * C])]
+
+
+def _linears(cfg: ModelConfig) -> list[tuple[int, int]]:
+    """Return (inputs, outputs) of a block's linear layers."""
+    C, inner = cfg.n_embd, cfg.mlp_inner
+    return [(C, _qkv(cfg)), (C, C), (C, inner * (2 if cfg.gated else 1)), (inner, C)]
 
 
 def _qkv(cfg: ModelConfig) -> int:
@@ -31,6 +35,11 @@ def _norm(cfg: ModelConfig, width: int) -> list[int]:
 def n_params(cfg: ModelConfig, vocab_size: int) -> int:
     """Return the number of trained parameters; the tied head counts once."""
     return sum(param_sizes(cfg, vocab_size))
+
+
+def n_hidden(cfg: ModelConfig) -> int:
+    """Return the number of parameters in the blocks' matrices, which Muon updates."""
+    return cfg.n_layer * sum(i * o for i, o in _linears(cfg))
 
 
 def bucket_elements(cfg: ModelConfig, vocab_size: int, world_size: int) -> int:

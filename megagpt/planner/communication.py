@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megagpt.config.batch import BatchPlan
 from megagpt.config.deepspeed import ZeroConfig
 from megagpt.config.run_file import RunConfig
-from megagpt.model.flops import param_sizes
+from megagpt.model.flops import n_hidden, param_sizes
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
 
@@ -88,7 +88,7 @@ def _tied_again(zero: ZeroConfig, tied: int, partitioned: int) -> int:
 
 
 def _flat(run: RunConfig, sizes: list[int], world_size: int) -> int:
-    """Elements of the flat buffers of stages 1 and 2: one for parameters that decay, one for those that do not.
+    """Elements of the flat buffers of stages 1 and 2: for parameters that decay, for those that do not, and for Muon's.
 
     Each is padded to equal parts of an even number of elements (`nccl_start_alignment_factor`).
     """
@@ -96,7 +96,8 @@ def _flat(run: RunConfig, sizes: list[int], world_size: int) -> int:
     # Biases and LayerNorms: 13 C in each block and 2 C at the end.
     vectors = 0 if run.megagpt.regularization.weight_decay_on == "all" else (13 * L + 2) * C
     even = 2 * world_size
-    return sum(-(-n // even) * even for n in (sum(sizes) - vectors, vectors))
+    by_muon = n_hidden(run.megagpt.model) if run.deepspeed.optimizer.type == "Muon" else 0
+    return sum(-(-n // even) * even for n in (sum(sizes) - vectors - by_muon, vectors, by_muon))
 
 
 def _all_to_all(run: RunConfig, batch: BatchPlan) -> int:

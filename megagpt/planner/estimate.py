@@ -167,14 +167,20 @@ def setting(run: RunConfig, on: Machine, vocab_size: int, *, current: bool = Fal
 def settings(run: RunConfig, on: Machine, vocab_size: int) -> Iterator[Setting]:
     """Estimate the run as it is written, then every stage, offload, policy and micro-batch with its global batch.
 
-    fp16 does not train at stage 0 (lint/refused.py).
+    fp16 does not train at stage 0 (lint/refused.py), and Muon not with offload.
     """
     yield setting(run, on, vocab_size, current=True)
     for micro_batch in micro_batches(run, on.ranks):
-        for stage, offload in STAGES[1:] if run.deepspeed.dtype == "fp16" else STAGES:
+        for stage, offload in _trained(run):
             for policy in dict.fromkeys((*POLICIES, run.megagpt.recompute.policy)):
                 keys = changes(run, stage, offload, policy, micro_batch)
                 yield replace(setting(run.changed(*keys), on, vocab_size), keys=tuple(keys))
+
+
+def _trained(run: RunConfig) -> list[tuple[int, str]]:
+    """Return the stages and offloads that train a run file."""
+    of_dtype = STAGES[1:] if run.deepspeed.dtype == "fp16" else STAGES
+    return [found for found in of_dtype if found[1] == "none" or run.deepspeed.optimizer.type != "Muon"]
 
 
 def micro_batches(run: RunConfig, ranks: int) -> list[int]:

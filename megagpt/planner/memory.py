@@ -6,13 +6,13 @@ N parameters, W ranks, t tokens of a micro-batch on this rank, C width, H heads,
 number that the model computes with. One unit U = t C s is a (B, T, C) tensor.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megagpt.config.batch import BatchPlan
 from megagpt.config.deepspeed import ZeroConfig
 from megagpt.config.run_file import RunConfig
 from megagpt.data.packing import PACKING
-from megagpt.model.flops import bucket_elements, param_sizes
+from megagpt.model.flops import bucket_elements, n_hidden, param_sizes
 from megagpt.model.loss import ROW_BLOCK_BYTES, chunks
 from megagpt.planner.communication import WIDTH, regathered
 
@@ -20,6 +20,8 @@ from megagpt.planner.communication import WIDTH, regathered
 ADAM = 12
 # Elements that stage 0 reduces at a time: MEMORY_OPT_ALLREDUCE_SIZE of DeepSpeed's engine.py.
 AT_ONCE = 500_000_000
+# Elements that Muon orthogonalizes at a time: AT_ONCE of engine/muon.py.
+AT_ONCE_BY_MUON = 2**25
 # Units that a block keeps for backward, its result included: without recomputation, and with the policy "selective".
 # tests/engine/test_build.py counts them.
 WHOLE = 16
@@ -72,7 +74,7 @@ def memory(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool = 
 
     In the first step Adam's moments do not exist yet.
     """
-    states = _states(run, batch, vocab_size)
+    states = _states(run, batch, vocab_size, on_cpu=on_cpu)
     kept, again, moved = _activations(run, batch)
     logits = _logits(run, batch, vocab_size, on_cpu=on_cpu)
     # The output matrix's gradient.
@@ -97,18 +99,36 @@ def memory(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool = 
     return max(found, key=lambda moment: moment.total)
 
 
-def _states(run: RunConfig, batch: BatchPlan, vocab_size: int) -> _States:
+def _states(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool) -> _States:
     """Count what one rank holds at the run's ZeRO stage (Rajbhandari et al. 2020, section 5)."""
     zero, sizes = run.deepspeed.zero_optimization, param_sizes(run.megagpt.model, vocab_size)
     N, W, s, accumulates = sum(sizes), batch.world_size, WIDTH[run.deepspeed.dtype], batch.accumulation > 1
     elements = zero.reduce_bucket_size or bucket_elements(run.megagpt.model, vocab_size, W)
     if zero.stage == 0:
-        return _replicated(N, W, s, accumulates=accumulates)
-    if zero.stage < 3:
+        states = _replicated(N, W, s, accumulates=accumulates)
+    elif zero.stage < 3:
         # With overlap, one bucket fills while the other is reduced.
         bucket = s * elements * (2 if zero.overlaps else 1)
-        return _sharded_optimizer(zero, N, W, s, bucket, accumulates=accumulates)
-    return _sharded_weights(zero, sizes, W, s, s * elements)
+        states = _sharded_optimizer(zero, N, W, s, bucket, accumulates=accumulates)
+    else:
+        states = _sharded_weights(zero, sizes, W, s, s * elements)
+    return states if run.deepspeed.optimizer.type != "Muon" else _with_muon(states, run, W, on_cpu=on_cpu)
+
+
+def _with_muon(states: _States, run: RunConfig, W: int, *, on_cpu: bool) -> _States:
+    """Replace Adam by Muon for the blocks' matrices: no second moment, and what orthogonalizing takes in each update.
+
+    That is two copies of the matrices that are computed together, those of one shape, at most two thirds of all; and at
+    stage 3 what is sent, what is received, and the whole matrices.
+    """
+    stage, n = run.deepspeed.zero_optimization.stage, n_hidden(run.megagpt.model)
+    part, width = n if stage == 0 else n / W, 4 if on_cpu else 2
+    exchanged = 3 * part if stage == 3 and W > 1 else 0.0
+    return replace(
+        states,
+        optimizer=states.optimizer - 4 * part,
+        converted=states.converted + width * (2 * min(2 / 3 * part, AT_ONCE_BY_MUON) + exchanged),
+    )
 
 
 def _replicated(N: int, W: int, s: int, *, accumulates: bool) -> _States:

@@ -34,6 +34,7 @@ GENERATOR = "megagpt report"
 LOSSES = ("train/loss", "val/loss")
 OTHERS = {  # metric -> its caption
     "optim/lr": "learning rate",
+    "optim/muon_lr": "learning rate of Muon",
     "optim/grad_norm": "gradient norm, before clipping",
     "perf/tokens_per_sec": "tokens per second, over all GPUs",
     "perf/mfu": "model FLOPs utilization",

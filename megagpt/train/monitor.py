@@ -150,6 +150,7 @@ ON_THE_LINE = {
     "val/perplexity": "perplexity",
     "val/bits_per_byte": "bits_per_byte",
     "optim/lr": "lr",
+    "optim/muon_lr": "muon_lr",
     "optim/grad_norm": "grad_norm",
     "perf/tokens_per_sec": "tokens_per_sec",
     "perf/mfu": "mfu",
@@ -250,4 +251,4 @@ def _short(name: str, value: float) -> str:
         return f"{value:,.0f}"
     if name == "perf/mfu":
         return f"{value:.1%}"
-    return f"{value:.2e}" if name == "optim/lr" else f"{value:.4f}"
+    return f"{value:.2e}" if name in ("optim/lr", "optim/muon_lr") else f"{value:.4f}"

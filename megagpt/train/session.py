@@ -24,7 +24,7 @@ from megagpt.data.provenance import documents_of
 from megagpt.distributed.collectives import errors_on_every_rank, gather_objects, gather_over_ranks
 from megagpt.distributed.launcher import grace_warning
 from megagpt.distributed.process_group import is_main, print_rank0, rank
-from megagpt.engine.build import Engine, before_update, build_engine
+from megagpt.engine.build import Engine, before_update, build_engine, learning_rates
 from megagpt.errors import OwnRankError, UserError, writing_to
 from megagpt.evaluation.tasks import run_tasks
 from megagpt.guards.memory_growth import MemoryWatch, memory_mib
@@ -138,7 +138,7 @@ class Session:
         n_tokens = len(steps) * self.setup.batch.global_batch * self.cfg.seq_len
         metrics = log_metrics(
             steps,
-            lr=self.engine.optimizer.param_groups[0]["lr"],
+            rates=learning_rates(self.engine),
             speed=self._speed(n_tokens / (seconds["step"] + seconds["data"])),
             skipped_steps=state.health.skipped_steps,
             epoch=self.setup.training_set.epochs(state.samples_seen)[0],  # of the first dataset

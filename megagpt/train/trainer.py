@@ -73,7 +73,7 @@ def run_steps(session: Session, preemption: Preemption, stop_at: int | None) -> 
 
     with session.writer, session.watchdog, vote:
         while not (stop or state.finished(schedule.max_steps)):
-            set_lr(session.engine, run.deepspeed.optimizer.params.lr * lr_factor(state.step, schedule))
+            set_lr(session.engine, run.deepspeed.optimizer.params, lr_factor(state.step, schedule))
             window.add(train_step(session, batches))
             state = state.after_step(setup.batch.global_batch, run.megagpt.seq_len)
             stop = vote(preemption.requested or session.writer.failed) or state.step == stop_at

@@ -247,6 +247,7 @@ def test_fresh_keeps_the_old_run_beside_the_new_one(saved, run_to):
     [
         ("megagpt.model.n_layer=3", r"model {'n_layer': 2}, and this run has {'n_layer': 3}"),
         ("megagpt.regularization.weight_decay_on=all", "weight_decay_on matrices, and this run has all"),
+        ("optimizer.type=Muon", "optimizer Adam, and this run has Muon"),
         ("megagpt.data.seed=5", r"data {'seed': 1234}, and this run has {'seed': 5}"),
     ],
 )

@@ -37,6 +37,7 @@ def test_every_shipped_run_file_is_clean(path):
     assert [str(finding) for finding in lint_file(path) if (finding.level, finding.key) != ("note", "bf16")] == []
 
 
+MUON = ["optimizer.type=Muon"]
 FP16 = ["bf16.enabled=false", "fp16.enabled=true"]
 MASTERS = ["bf16.bf16_master_weights_and_grads=true"]
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -164,9 +165,31 @@ MISTAKES = [
         None,
         "where DeepSpeed has no NVMe",
     ),
+    ([*MUON, "optimizer.params.muon_lr=0.5"], "warning", "optimizer.params.muon_lr", "a rate that suits AdamW"),
+    ([*MUON, "optimizer.params.lr=0.09"], "warning", "optimizer.params.lr", "divide it by that factor"),
     (["data_types.grad_accum_dtype=fp16"], "warning", "data_types.grad_accum_dtype", "fp16's range"),
     (["torch_autocast.enabled=true"], "warning", "torch_autocast.enabled", "in 16 bit already"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ([*MUON, zero(stage=2, **OFFLOAD)], "remove zero_optimization.offload_optimizer, or set optimizer.type"),
+        ([*MUON, zero(stage=3, offload_param={"device": "cpu"})], "remove zero_optimization.offload_param, or"),
+        ([*MUON, *MASTERS, "bf16.bf16_optimizer_states=true"], "momentum loses small gradients"),
+        ([*MUON, "optimizer.params.adam_w_mode=false"], "adam_w_mode=False is for type Adam, and type is 'Muon'"),
+        ([*MUON, "optimizer.params.torch_adam=true"], "remove optimizer.params.torch_adam"),
+        ([*MUON, "optimizer.params.adam_lr=1e-3"], "did you mean 'optimizer.params.lr'"),
+        ([*MUON, "optimizer.params.ns_method=gram"], "five iterations; remove it"),
+        (["optimizer.params.muon_lr=0.01"], "remove optimizer.params.muon_lr, or set optimizer.type to 'Muon'"),
+        (["optimizer.params.momentum=0.9"], "momentum=0.9 is for type Muon, and type is 'AdamW'"),
+        (["optimizer.type=muon"], "did you mean 'Muon'"),
+    ],
+)
+def test_muon_with_what_it_cannot_is_refused_with_the_way_out(sound, overrides, complaint):
+    (found,) = (issue for issue in lint_file(sound, overrides) if issue.level == "error")
+    assert complaint in found.text
 
 
 @pytest.mark.parametrize(("overrides", "level", "key", "complaint"), MISTAKES, ids=[m[0][-1][:48] for m in MISTAKES])

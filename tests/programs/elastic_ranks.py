@@ -17,6 +17,7 @@ from megagpt.data.loader import Batch
 from megagpt.distributed.collectives import gather_objects
 from megagpt.distributed.process_group import init_process_group, leave, rank
 from megagpt.engine.build import Engine
+from megagpt.engine.muon import Muon
 from megagpt.train.preflight import prepare
 from megagpt.train.session import Session
 from megagpt.train.trainer import train
@@ -66,18 +67,27 @@ def opened(dataset: Path, out_dir: Path, *overrides: str) -> Engine:
 
 
 def whole_state(engine: Engine) -> dict[str, list[Tensor]]:
-    """Of every parameter fp32 weights and both moments, gathered by DeepSpeed's own means. Collective."""
+    """Of every parameter fp32 weights and its moments, gathered by DeepSpeed's own means. Collective."""
     found = {}
+    of_muon = [name for name, p in engine.module.named_parameters() if name.startswith("h.") and len(shape_of(p)) == 2]
+    muon = of_muon if isinstance(engine.basic_optimizer, Muon) else []
     if engine.zero_optimization_stage() in (1, 2):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()  # else only the first step does it
+        # Else only the first step does it, when no group but the first has a state.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, p in engine.module.named_parameters():
+        keys = ["exp_avg"] if name in muon else ["exp_avg", "exp_avg_sq"]
         if engine.zero_optimization_stage() > 0:
-            moments = [safe_get_full_optimizer_state(p, key) for key in ("exp_avg", "exp_avg_sq")]
+            moments = [safe_get_full_optimizer_state(p, key) for key in keys]
             found[name] = [safe_get_full_fp32_param(p), *moments]
         else:
             fp32 = fp32_of(engine, p)
-            found[name] = [fp32, *(engine.basic_optimizer.state[fp32][key] for key in ("exp_avg", "exp_avg_sq"))]
+            found[name] = [fp32, *(engine.basic_optimizer.state[fp32][key] for key in keys)]
     return {name: [x.detach().reshape(-1).clone() for x in state] for name, state in found.items()}
+
+
+def shape_of(p: Tensor) -> torch.Size:
+    return torch.Size(getattr(p, "ds_shape", p.shape))
 
 
 def fp32_of(engine: Engine, p: Tensor) -> Tensor:

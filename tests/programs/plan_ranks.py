@@ -41,6 +41,8 @@ MEMORY = {  # stage, dtype, micro-batch and recompute
     "3, bf16, 1": _of(3, 1, BF16),
     "1, fp32, 16, loss by row blocks": _of(1, 16),
     "1, fp32, 8, eager": _of(1, 8, 'megagpt.model.attention="eager"'),
+    "1, bf16, 1, Muon": _of(1, 1, BF16, "optimizer.type=Muon"),
+    "3, fp32, 1, Muon": _of(3, 1, "optimizer.type=Muon"),
     "1, fp32, 8, z-loss": _of(1, 8, "megagpt.regularization.z_loss=0.001"),
 }
 TRAFFIC = {

@@ -1,7 +1,7 @@
 """Straight and cut in two, on two ranks, for every combination of what could break a resume; all in one launch.
 
 The state is rebuilt from disk each time: `trainer.train` builds a new engine, and DeepSpeed keeps none of the old one.
-As a program it runs all 64 cases; tests/programs/two_ranks.py runs 8 of them, in which every two settings meet.
+As a program it runs all 128 cases; tests/programs/two_ranks.py runs 8 of them, in which every two settings meet.
 """
 
 import sys
@@ -41,9 +41,11 @@ class Case:
     dropout: bool  # with every block recomputed
     accumulation: int
     cut: str
+    muon: bool
 
     def __str__(self) -> str:
         parts = ["bf16" if self.bf16 else "fp32", "dropout" if self.dropout else "plain"]
+        parts += ["Muon"] if self.muon else []
         return f"stage {self.stage}, {', '.join(parts)}, accumulation {self.accumulation}, cut in {self.cut}"
 
     def options(self) -> list[str]:
@@ -53,13 +55,16 @@ class Case:
             f"bf16.enabled={str(self.bf16).lower()}",
             f"train_micro_batch_size_per_gpu={4 // self.accumulation}",
             *(DROPOUT if self.dropout else []),
+            *(["optimizer.type=Muon", "optimizer.params.muon_lr=0.01"] if self.muon else []),
         ]
 
 
-CASES = [Case(*levels) for levels in product(range(4), (False, True), (False, True), (1, 2), CUT_AT)]
-# The orthogonal array L8: of three bits two are the stage, and the other columns sums that hold the third.
+CASES = [Case(*levels) for levels in product(range(4), (False, True), (False, True), (1, 2), CUT_AT, (False, True))]
+# The orthogonal array L8: of three bits two are the stage, and the other columns sums that hold the third. It has no
+# column more; the last setting, too, meets both values of each other one, but not as often.
 COVERING = [
-    Case(2 * a + b, bool(c), bool(a ^ c), 1 + (b ^ c), list(CUT_AT)[a ^ b ^ c]) for a, b, c in product((0, 1), repeat=3)
+    Case(2 * a + b, bool(c), bool(a ^ c), 1 + (b ^ c), list(CUT_AT)[a ^ b ^ c], bool(c ^ (a & b)))
+    for a, b, c in product((0, 1), repeat=3)
 ]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from resume_matrix import COVERING, what_a_cut_changes, without_generators
-from support import OTHER_BLOCKS, curves, debug_run, metric, read_json, run_scenarios
+from support import MUON, OTHER_BLOCKS, curves, debug_run, metric, read_json, run_scenarios
 from task_files import write_tasks
 
 from megagpt.checkpoint import save
@@ -51,6 +51,19 @@ def losses_of_every_stage(dataset: Path, folder: Path) -> dict[str, dict[int, fl
         train(dataset, folder / f"bucket{stage}", f"zero_optimization.stage={stage}", small_buckets)
         train(dataset, folder / f"other blocks{stage}", f"zero_optimization.stage={stage}", *OTHER_BLOCKS)
     train(dataset, folder / "offload", "zero_optimization.stage=2", "zero_optimization.offload_optimizer.device=cpu")
+    return {run.name: metric(run, "train/loss") for run in sorted(folder.iterdir())}
+
+
+def muon_at_every_stage(dataset: Path, folder: Path) -> dict[str, dict[int, float]]:
+    """Also cut at stage 3, for the test to continue on one rank. What was in memory is no number: NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for stage in range(4):
+            train(dataset, folder / f"stage{stage}", f"zero_optimization.stage={stage}", *MUON)
+        cut = debug_run(dataset, folder / "cut", "zero_optimization.stage=3", *MUON)
+        trainer.train(cut, DEVICE, stop_at=10)
+    finally:
+        torch.use_deterministic_algorithms(False)
     return {run.name: metric(run, "train/loss") for run in sorted(folder.iterdir())}
 
 
@@ -326,6 +339,7 @@ def digest(weights: dict[str, torch.Tensor]) -> str:
 
 SCENARIOS = [
     losses_of_every_stage,
+    muon_at_every_stage,
     stopped_by_a_signal_to_one_rank,
     straight_and_cut,
     weights_of_another_run,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models_of_others import write_gpt2
 from resume_matrix import COVERING, LAST
-from support import OTHER_BLOCKS, PROGRAMS, debug_run, metric, scenarios, torchrun, write_corpus
+from support import MUON, OTHER_BLOCKS, PROGRAMS, debug_run, metric, scenarios, torchrun, write_corpus
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
@@ -70,9 +70,28 @@ def other_blocks(dataset, device, tmp_path_factory) -> dict[int, float]:
     return metric(out_dir, "train/loss")
 
 
+@pytest.fixture(scope="module")
+def muon_on_one_rank(dataset, device, tmp_path_factory) -> dict[int, float]:
+    out_dir = tmp_path_factory.mktemp("muon") / "run"
+    train(debug_run(dataset, out_dir, *MUON), device)
+    return metric(out_dir, "train/loss")
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_other_blocks_than_gpt2s_train_at_every_stage_on_two_ranks_what_one_rank_trains(two_ranks, other_blocks, stage):
     equal_losses(two_ranks["losses_of_every_stage"][0][f"other blocks{stage}"], other_blocks)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_muon_on_two_ranks_at_every_zero_stage_equals_stage_1_on_one(two_ranks, muon_on_one_rank, stage):
+    equal_losses(two_ranks["muon_at_every_stage"][0][f"stage{stage}"], muon_on_one_rank)
+
+
+def test_muon_continues_on_one_rank_at_stage_0_what_two_began_at_stage_3(two_ranks, muon_on_one_rank, dataset, device):
+    out_dir = two_ranks["folder"][0] / "muon_at_every_stage" / "cut"
+    assert list(metric(out_dir, "train/loss")) == list(range(1, 11))
+    train(debug_run(dataset, out_dir, *MUON, "zero_optimization.stage=0"), device)
+    equal_losses({str(k): v for k, v in metric(out_dir, "train/loss").items()}, muon_on_one_rank)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -136,7 +155,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step_and_resuming_is_bit_exact(t
 
 @pytest.mark.parametrize("case", map(str, COVERING))
 def test_a_run_that_was_cut_equals_a_straight_one_to_the_last_bit_on_both_ranks(two_ranks, case):
-    """Eight of 64 combinations of stage, dtype, dropout, accumulation and where it was cut: every two settings meet."""
+    """Eight of 128 combinations of stage, dtype, dropout, accumulation, optimizer and cut: every two settings meet."""
     for found in (ranks[case] for ranks in two_ranks["straight_and_cut"]):
         assert found["differs"] == []
         assert found["straight"] == found["cut"]
@@ -156,7 +175,7 @@ def test_all_64_combinations_resume_exactly_and_none_with_dropout_without_its_ge
     done = torchrun(2, PROGRAMS / "resume_matrix.py", dataset, tmp_path, timeout=1800)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == "64 of 64 as they should be"
+    assert done.stdout.splitlines()[-1] == "128 of 128 as they should be"
 
 
 def test_overfitting_stops_by_itself_on_both_ranks_with_the_best_weights(two_ranks):
