@@ -96,9 +96,8 @@ def check_identity(step_dir: Path, was: Identity, now: Identity) -> None:
     if decided != decides:
         raise UserError(
             f"checkpoint {step_dir}: val/loss was measured on {_listed(decided)}, and now it would be on "
-            f"{_listed(decides)}, so that no step could be compared with the best; set megagpt.data.val and "
-            f"megagpt.early_stopping.monitor as in {step_dir / 'run.json'}, or give another megagpt.out_dir for a new "
-            "run"
+            f"{_listed(decides)}, so that no step could be compared with the best; {_way_back(step_dir, was, now)}, or "
+            "give another megagpt.out_dir for a new run"
         )
     of_before = asdict(was)
     for name, value in asdict(now).items():
@@ -143,6 +142,15 @@ def changed_keys(step_dir: Path, effective: Mapping[str, Any]) -> dict[str, tupl
 def described(changes: Mapping[str, tuple[Any, Any]], keys: re.Pattern[str] = re.compile(".*")) -> list[str]:
     """Return `key: before -> now` for each change of a key that matches."""
     return [f"{key}: {before} -> {now}" for key, (before, now) in changes.items() if keys.fullmatch(key)]
+
+
+def _way_back(step_dir: Path, was: Identity, now: Identity) -> str:
+    """Return what to set so that val/loss is measured as it was."""
+    val = now.data["val"]
+    sets = (val if isinstance(val, dict) else {}) | now.data.get(OTHERS, {})
+    if same := next((name for name, data in sets.items() if data == was.data.get("val")), None):
+        return f"set megagpt.early_stopping.monitor=val/loss/{same}"
+    return f"set megagpt.data.val and megagpt.early_stopping.monitor as in {step_dir / 'run.json'}"
 
 
 def _listed(decides: Mapping[str, Any]) -> str:

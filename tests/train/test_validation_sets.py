@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from event_files import board, drawn
 from support import build_dataset, curves, debug_run, write_corpus
 
 from data_tools.build import build
@@ -142,12 +143,15 @@ def test_a_set_that_decides_makes_the_run_that_has_it_alone(run, dataset, other,
     found, mean = curves(folder), curves(run)
     assert found["val/loss"] == {2: mean["val/loss/web"][2], 4: mean["val/loss/web"][4]}
     assert found["val/loss/code"] == {4: mean["val/loss/code"][4]}
-    for change in (
-        [sets(dataset, other)],
-        [sets(dataset, other), decides[:-3] + "code"],
-        [f"megagpt.data.val={other}"],
+    for change, way_out in (
+        ([sets(dataset, other)], r"set megagpt\.early_stopping\.monitor=val/loss/web, or give"),
+        ([sets(dataset, other), decides[:-3] + "code"], r"set megagpt\.early_stopping\.monitor=val/loss/web, or give"),
+        (
+            [f"megagpt.data.val={other}"],
+            r"set megagpt\.data\.val and megagpt\.early_stopping\.monitor as in .*run\.json",
+        ),
     ):
-        with pytest.raises(UserError, match=r"val/loss was measured on the data \w{12}, and now .* megagpt\.out_dir"):
+        with pytest.raises(UserError, match=rf"val/loss was measured on the data \w{{12}}, and now .*; {way_out}"):
             train(debug_run(dataset, folder, *FEW, "megagpt.schedule.max_steps=6", *change), device)
     train(debug_run(dataset, folder, *FEW, "megagpt.schedule.max_steps=6"), device)
     assert set(curves(folder)["val/loss/code"]) == {4}
@@ -258,3 +262,13 @@ def test_one_set_that_is_not_finite_is_named_and_stops_no_save(
     assert found["val/loss"] == (found["val/loss/web"] if decides == "val/loss/web" else found["val/loss/code"])
     assert state.stopper.best == (found["val/loss/web"][4] if decides == "val/loss/web" else math.inf)
     assert [step.name for step in committed(tmp_path / "run")] == ["step_00000002", "step_00000004"]
+
+
+def test_each_set_has_curves_of_its_own_in_tensorboard_also_by_tokens(run):
+    shown, found = board(run), curves(run)
+    for name in ("web", "code"):
+        losses = {step: pytest.approx(loss, rel=1e-6) for step, loss in found[f"val/loss/{name}"].items()}
+        assert drawn(shown, f"val/loss/{name}") == losses
+        assert drawn(shown, f"by_tokens/val/loss/{name}") == {8 * 64 * step: loss for step, loss in losses.items()}
+        about = shown.SummaryMetadata(f"val/bits_per_byte/{name}").summary_description
+        assert about == f"loss in bits per byte of text, of the validation set {name}"
