@@ -25,7 +25,7 @@ def evaluate_tasks(args: argparse.Namespace) -> int:
             raise
         raise UserError(f"--micro-batch {args.micro_batch} does not fit into memory; give a smaller one") from error
     if found.unspelt:
-        print_error(f"warning: the tokenizer cannot spell {found.unspelt:,} texts of these tasks; <unk> stands in them")
+        print_error(f"warning: {found.what_is_lost()}")
     if args.json:
         show(
             json.dumps(

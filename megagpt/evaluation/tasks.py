@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import random
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from difflib import get_close_matches
@@ -18,9 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from megagpt.data.lost_text import UNKNOWN
 from megagpt.errors import UserError
 from megagpt.guards.out_of_memory import is_out_of_memory
 from megagpt.model.gpt import GPT
+from megagpt.terminal import counted
 from megagpt.tokenizer.tokenizer import Tokenizer
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")  # read when the packages are imported
@@ -51,6 +54,13 @@ class TaskResults(NamedTuple):
     documents: dict[str, int]
     higher_is_better: dict[str, dict[str, bool | None]]
     unspelt: int  # texts that the tokenizer cannot spell
+
+    def what_is_lost(self) -> str:
+        """Tell of the texts that the tokenizer cannot spell."""
+        return (
+            f"the tokenizer cannot spell {counted(self.unspelt, 'text')} of these tasks: {UNKNOWN} stands in them, so "
+            "do not compare their numbers with another tokenizer's"
+        )
 
     def as_metrics(self) -> dict[str, float]:
         """Return the metrics by the names that a run's have."""
@@ -152,7 +162,8 @@ def _loaded(manager: Any, spec: str | dict[str, Any], option: str) -> dict[str, 
         meant = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists them"
         raise UserError(f"{option}{spec} is no task of lm-evaluation-harness, no folder and no YAML file; {meant}")
     try:
-        found: dict[str, Any] = manager.load([spec])
+        with tempfile.TemporaryDirectory() as folder:
+            found: dict[str, Any] = manager.load([_read_now(spec, folder)])
     except ConnectionError as error:
         raise UserError(
             f"the data of task {name} is not on this machine, and nothing is downloaded unasked "
@@ -161,8 +172,8 @@ def _loaded(manager: Any, spec: str | dict[str, Any], option: str) -> dict[str, 
         ) from error
     except OSError as error:
         raise UserError(
-            f"the data of task {name} cannot be read, or the cache of `datasets` not written: {_first_lines(error)}; "
-            "set HF_HOME to a folder that can be written"
+            f"the data of task {name} cannot be read, or its copy not be written: {_first_lines(error)}; free disk "
+            "space, or set TMPDIR and HF_HOME to folders that can be written"
         ) from error
     except (StopIteration, IndexError) as error:  # there is no first document, or no first letter of an answer
         raise UserError(f"task {name} has no documents, or one with an empty answer; correct its data") from error
@@ -173,6 +184,13 @@ def _loaded(manager: Any, spec: str | dict[str, Any], option: str) -> dict[str, 
             what = "images or sound" if getattr(task, "MULTIMODAL", False) else "a run of the code that a model writes"
             raise UserError(f"task {task.task_name} needs {what}, which this command does not do; name another task")
     return found
+
+
+def _read_now(spec: str | dict[str, Any], folder: str) -> str | dict[str, Any]:
+    """Let `datasets` read a task's own files now: it knows those in its cache by path and time of change alone."""
+    if isinstance(spec, str) or "data_files" not in (spec.get("dataset_kwargs") or {}):
+        return spec
+    return spec | {"dataset_kwargs": {"cache_dir": folder, "keep_in_memory": True} | spec["dataset_kwargs"]}
 
 
 def run_tasks(

@@ -247,6 +247,8 @@ class Session:
                 model, micro_batch = self.engine.module, self.setup.batch.micro_batch
                 found = run_tasks(self.setup.tasks, model, self.setup.data.tokenizer, micro_batch=micro_batch)
                 metrics = found.as_metrics()
+                if found.unspelt:
+                    print_rank0(found.what_is_lost(), color=YELLOW)
             except UserError as error:
                 print_rank0(f"no results of tasks at step {state.step}: {error}", color=YELLOW)
         self.monitor.log(state, metrics | {"perf/tasks_seconds": self.stopwatch.spent("tasks")})

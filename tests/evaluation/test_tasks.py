@@ -1,6 +1,7 @@
 """`megagpt evaluate --tasks` gives the numbers of the export by the harness's own `hf` model; mistakes are named."""
 
 import json
+import os
 import random
 from importlib import import_module
 from importlib.util import find_spec
@@ -10,17 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_support import lossy_tokenizer
 from event_files import board, curves_of
 from support import DEBUG_RUN, curves, debug_run, overrides
 from task_files import CHOICE, GENERATED, write_tasks
 
 from megagpt.__main__ import main
 from megagpt.checkpoint.load import load_model
+from megagpt.config.schema import ModelConfig
 from megagpt.errors import UserError
 from megagpt.evaluation import tasks as running
 from megagpt.evaluation.tasks import Tasks, _results, open_tasks, run_tasks
 from megagpt.huggingface import export as exporting
 from megagpt.huggingface.export import Exported
+from megagpt.model.gpt import GPT
+from megagpt.tokenizer.tokenizer import padded_vocab_size
 from megagpt.train.trainer import train
 
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval, of the extra `tasks`, is not installed")
@@ -102,6 +107,14 @@ def test_texts_that_are_drawn_are_the_same_in_any_batch(run, folder, tmp_path):
         found.append(answers(tasks)["tiny_generated"])
     assert found[0] == found[1]
     assert len(set(found[0])) > 12
+
+
+def test_texts_that_the_tokenizer_cannot_spell_are_counted(folder):
+    tokenizer = lossy_tokenizer()
+    model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, seq_len=64), padded_vocab_size(tokenizer.vocab_size))
+    found = run_tasks(open_tasks([str(folder / "texts.yaml")]), model, tokenizer, micro_batch=8, limit=3)
+    # made-up words, whose letters are not all in it; the first text is empty
+    assert found.what_is_lost().startswith("the tokenizer cannot spell 2 texts of these tasks: <unk> stands in them")
 
 
 def test_tasks_leave_the_generators_as_they_were(run, folder):
@@ -231,14 +244,27 @@ def test_a_wrong_option_is_one_message(run, capsys, options, complaint):
     assert complaint in capsys.readouterr().err
 
 
-def test_a_cache_that_cannot_be_written_and_a_group_are_told(folder, tmp_path, monkeypatch):
+def test_a_data_file_that_was_replaced_is_read_whatever_its_time(tmp_path):
+    """`datasets` takes a file of the same name and time for the one in its cache, as in an unpacked archive."""
+    (tmp_path / "a.yaml").write_text(CHOICE)
+    for documents in (2, 3):
+        row = json.dumps({"question": "a", "choices": ["b", "c"], "gold": 0}) + "\n"
+        (tmp_path / "choice.jsonl").write_text(row * documents)
+        os.utime(tmp_path / "choice.jsonl", (1, 1))
+        task = open_tasks([str(tmp_path)]).loaded["tasks"]["tiny_choice"]
+        assert len(task.eval_docs) == documents
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle_and_a_group_is_told(folder, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(import_module("datasets").config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    assert open_tasks([str(folder / "choice.yaml")]).names == ["tiny_choice"]
+    monkeypatch.setattr(running.tempfile, "tempdir", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="or set TMPDIR and HF_HOME to folders that can be written"):
+        open_tasks([str(folder / "choice.yaml")])
     (tmp_path / "group.yaml").write_text("group: mine\ntask: [tiny_choice]\n")
     with pytest.raises(UserError, match=r"group\.yaml is a group of tasks; name its folder"):
         open_tasks([str(tmp_path / "group.yaml")])
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(import_module("datasets").config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(UserError, match="set HF_HOME to a folder that can be written"):
-        open_tasks([str(folder / "choice.yaml")])
 
 
 def test_a_task_named_twice_is_refused(folder):
