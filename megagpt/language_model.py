@@ -24,6 +24,7 @@ from megagpt.errors import UserError, unusable_path
 from megagpt.model.generate import complete
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import token_nats
+from megagpt.model.packed_weights import packed_weights
 from megagpt.options import LARGEST
 from megagpt.tokenizer.tokenizer import Tokenizer
 from megagpt.train.evaluate import Evaluation
@@ -96,7 +97,8 @@ class LanguageModel:
             raise UserError(explain(error, GenerationConfig, section="")) from None
         for line in changed_prompts(self.tokenizer, cfg.prompts, self.seq_len):
             warnings.warn(line, stacklevel=2)
-        return complete(self.model, self.tokenizer, cfg.prompts, cfg, seed=seed)[0].whole
+        with packed_weights(self.model, steps=max_tokens):
+            return complete(self.model, self.tokenizer, cfg.prompts, cfg, seed=seed)[0].whole
 
     def score(self, text: str | Ids) -> Evaluation:
         """Return how well the model predicts a text: loss in nats per token, bits_per_byte, perplexity, tokens, bytes.

@@ -24,6 +24,8 @@ from megagpt.html_parts import printable
 from megagpt.model.generate import extend, new_texts
 from megagpt.model.generated_text import GeneratedText
 from megagpt.model.gpt import GPT
+from megagpt.model.packed_weights import packed_weights
+from megagpt.options import MANY
 from megagpt.terminal import print_error, show
 from megagpt.tokenizer.tokenizer import Tokenizer
 
@@ -48,15 +50,22 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, step_dir, _ = load_model(args.checkpoint, device)
     setting = Setting(model, tokenizer, cfg, args.batch, args.json)
-    at_once = _prompts_at_once(setting, prompts, device)
-    _warn(setting, prompts)
-    print_error(f"{step_dir} on {device.type}: {_settings(cfg)}, seed {args.seed}")
-    if args.interactive:
-        return _interactive(setting, args.seed)
+    with packed_weights(model, steps=MANY if args.interactive else len(prompts) * cfg.max_tokens):
+        at_once = _prompts_at_once(setting, prompts, device)
+        _warn(setting, prompts)
+        print_error(f"{step_dir} on {device.type}: {_settings(cfg)}, seed {args.seed}")
+        if args.interactive:
+            return _interactive(setting, args.seed)
+        return _one_after_the_other(setting, prompts, at_once, args.seed)
+
+
+def _one_after_the_other(setting: Setting, prompts: Sequence[str], at_once: int, seed: int) -> int:
+    """Print the texts of all prompts, some of which are continued together."""
     for begin in range(0, len(prompts), at_once):
-        seed = args.seed + begin * args.batch
-        texts = new_texts(tokenizer, prompts[begin : begin + at_once], cfg, batch=args.batch, seed=seed)
-        between = begin > 0 and not args.json
+        first = seed + begin * setting.batch
+        some = prompts[begin : begin + at_once]
+        texts = new_texts(setting.tokenizer, some, setting.cfg, batch=setting.batch, seed=first)
+        between = begin > 0 and not setting.json
         if (between and not show("---")) or not print_texts(setting, texts):
             break  # `... | head` has read enough
     return 0

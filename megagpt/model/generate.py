@@ -15,7 +15,7 @@ from megagpt.config.generation import GenerationConfig
 from megagpt.errors import UserError
 from megagpt.model.cache import KeyValueCaches
 from megagpt.model.generated_text import GeneratedText, Prompt
-from megagpt.model.gpt import GPT
+from megagpt.model.gpt import GPT, OutputHead
 from megagpt.model.loss import Score, capped
 from megagpt.model.sampling import penalized, pick, uniforms
 from megagpt.tokenizer.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ def extend(
             for i, row in enumerate(ids):
                 if caches.lengths[i] == seq_len:
                     caches.lengths[i] = _read_again(model, caches.row(i), row[-max(1, seq_len // 2) : -1], vocab_size)
-            logits = model(tokens, caches, score=_last_logits(vocab_size))  # (B, V)
+            logits = model(tokens, caches, score=_last_logits(model.lm_head, vocab_size))  # (B, V)
 
 
 def _read(model: GPT, caches: KeyValueCaches, rows: Sequence[list[int]], vocab_size: int) -> Tensor:
@@ -98,7 +98,7 @@ def _read(model: GPT, caches: KeyValueCaches, rows: Sequence[list[int]], vocab_s
     device, lengths = caches.kept.device, [len(row) for row in rows]
     padded = [row + [0] * (max(lengths) - len(row)) for row in rows]
     ends = torch.tensor(lengths, device=device) - 1  # (B,)
-    logits = model(torch.tensor(padded, device=device), caches, score=_last_logits(vocab_size, ends))
+    logits = model(torch.tensor(padded, device=device), caches, score=_last_logits(model.lm_head, vocab_size, ends))
     caches.lengths = lengths
     return logits
 
@@ -110,7 +110,7 @@ def _read_again(model: GPT, caches: KeyValueCaches, row: list[int], vocab_size: 
     return len(row)
 
 
-def _last_logits(vocab_size: int, ends: Tensor | None = None) -> Score:
+def _last_logits(head: OutputHead, vocab_size: int, ends: Tensor | None = None) -> Score:
     """Return a score that is the fp32 logits (B, V) at position `ends` (B,) of each text; default: at the last one.
 
     Ids that only pad the vocabulary have none, so that they are never picked.
@@ -118,7 +118,9 @@ def _last_logits(vocab_size: int, ends: Tensor | None = None) -> Score:
 
     def score(x: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
         last = x[:, -1] if ends is None else x[torch.arange(len(x), device=x.device), ends]  # (B, C)
-        return capped(F.linear(last, weight[:vocab_size]), softcap).float()
+        # Packed, the head multiplies and caps by itself.
+        logits = capped(F.linear(last, weight), softcap) if head.packed is None else head(last)
+        return logits[:, :vocab_size].float()
 
     return score
 

@@ -30,6 +30,8 @@ NORM_EPSILON = 1e-5  # of every norm, as in GPT-2
 class Linear(nn.Linear):
     """nn.Linear with GPT-2's initialization inside __init__, because ZeRO-3 shards a layer as soon as it is built."""
 
+    packed: Tensor | None = None  # the weight as packed_weights.py lays it out, while a model generates on a CPU
+
     def __init__(self, n_in: int, n_out: int, *, std: float = 0.02, bias: bool = True) -> None:
         self.std = std
         super().__init__(n_in, n_out, bias=bias)
@@ -40,6 +42,10 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        packed = self.packed  # read once: another thread may end its generation
+        if packed is not None:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+            return y
         # With two dimensions. To a product with three, DeepSpeed's linear function of ZeRO-3 adds the bias in place;
         # where the policy `selective` has kept that product, it is added twice, and gradients are wrong.
         return F.linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
@@ -60,7 +66,7 @@ class OutputHead(Linear):
     def forward(self, x: Tensor, score: Score | None = None) -> Tensor:
         if score is not None:
             return score(x, self.weight, self.softcap)
-        return capped(F.linear(x, self.weight), self.softcap)
+        return capped(super().forward(x), self.softcap)
 
 
 def norm(cfg: ModelConfig, width: int) -> nn.Module:
@@ -102,10 +108,11 @@ class CausalSelfAttention(nn.Module):
         attend = self.attend
         if cache is not None:
             k, v = cache(k, v)  # each (B, K, S, D)
+            q = q.to(k.dtype)
             # Also with sequence parallelism, because every rank generates whole texts.
             attend = self.attend_alone
         y = attend(q, k, v, self.dropout if self.training else 0.0, mask)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -256,7 +263,9 @@ class GPT(nn.Module):
         """Return empty key-value caches for `batch` texts of `positions` each; default: all that the model has."""
         cfg, like = self.cfg, self.wte.weight
         shape = (cfg.n_layer, 2, batch, cfg.kv_heads, positions or cfg.seq_len, cfg.head_dim)
-        return KeyValueCaches(torch.zeros(shape, dtype=like.dtype, device=like.device))
+        # The attention of one position takes a CPU many times longer in 16 bits.
+        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+        return KeyValueCaches(torch.zeros(shape, dtype=dtype, device=like.device))
 
 
 def document_positions(documents: Tensor) -> tuple[Tensor, Tensor]:
