@@ -31,6 +31,7 @@ from megagpt.distributed.process_group import init_process_group, rank
 from megagpt.engine.build import Engine
 from megagpt.engine.state_files import consolidated_weights
 from megagpt.errors import UserError
+from megagpt.evaluation.scoring import over_ranks
 from megagpt.guards import stragglers as pace
 from megagpt.model.gpt import GPT
 from megagpt.train import session, trainer
@@ -219,6 +220,11 @@ def tasks_while_training(dataset: Path, folder: Path) -> dict[str, dict[int, flo
     return {name: curve for name, curve in curves(folder / "run").items() if name.startswith("tasks/")}
 
 
+def batches_over_ranks(dataset: Path, folder: Path) -> list[list[int]]:
+    """What came of each of five batches: its number, and the rank that ran it."""
+    return over_ranks(range(5), lambda number: [number, rank()])
+
+
 def a_mistake_that_one_rank_alone_sees(dataset: Path, folder: Path) -> str:
     try:
         with session.errors_on_every_rank():
@@ -348,6 +354,7 @@ SCENARIOS = [
     a_full_disk_on_one_rank,
     a_signal_during_a_save,
     tasks_while_training,
+    batches_over_ranks,
     a_mistake_that_one_rank_alone_sees,
     validation_loss,
     a_rank_late_with_its_data,

@@ -236,6 +236,10 @@ def test_tasks_on_two_ranks_while_training_give_what_one_rank_gives_of_the_check
         assert {name: curve[str(step)] for name, curve in one.items()} == pytest.approx(found, rel=1e-4)
 
 
+def test_ranks_divide_batches_and_both_have_all_results_in_order(two_ranks):
+    assert two_ranks["batches_over_ranks"] == [[[0, 0], [1, 1], [2, 0], [3, 1], [4, 0]]] * 2
+
+
 def test_a_mistake_that_one_rank_sees_is_raised_on_all(two_ranks):
     assert two_ranks["a_mistake_that_one_rank_alone_sees"] == ["no such file (on rank 1)"] * 2
 
