@@ -77,7 +77,10 @@ OPTIONS = {  # command -> options that take a value
     "verify-resume": ["--then", "--then-ranks", "--steps"],
     "lint": ["--ranks"],
     "slurm": ["--nodes", "--gpus-per-node", "--time", "--partition", "--sbatch", "--sweep", "--container"],
-    "generate": ["--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--batch", "--seed"],
+    "generate": [
+        *("--prompt", "--prompts", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
+        *("--repetition-penalty", "--stop", "--batch", "--seed"),
+    ],
     "export": ["--dtype", "--license"],
     "evaluate": ["--split", "--tokens", "--micro-batch"],
     "average": ["--split", "--tokens", "--micro-batch", "--data", "--weights"],
