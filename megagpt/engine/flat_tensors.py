@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine as Engine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from megagpt.distributed.process_group import rank, world_size
@@ -42,7 +43,15 @@ def own_slices(engine: Engine, sizes: dict[str, int]) -> list[tuple[Tensor, list
         flats = optimizer.fp32_partitioned_groups_flat
         names = [[engine.param_names[p] for p in group] for group in optimizer.fp16_groups]
         slices = [cut({name: sizes[name] for name in group}, rank(), world_size()) for group in names]
-    else:
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        # Its `_hp_mapping` is wrong with round_robin_gradients on several ranks, which change the order.
+        slices = [
+            in_partition([(engine.param_names[p], p.numel()) for p in group], at, rank() * flat.numel(), flat.numel())
+            for flat, group, at in zip(
+                flats, optimizer.round_robin_bit16_groups, optimizer.round_robin_bit16_offsets, strict=True
+            )
+        ]
+    else:  # DeepSpeed's BF16_Optimizer
         slices = [[] for _ in flats]
         for p, name in engine.param_names.items():
             if (link := p._hp_mapping) is not None:
@@ -63,6 +72,19 @@ def one_after_another(flats: Sequence[Tensor], sizes: dict[str, int]) -> list[li
             name = next(names)
             found[-1].append(ParamSlice(name, 0, sizes[name], offset))
             offset += sizes[name]
+    return found
+
+
+def in_partition(params: list[tuple[str, int]], offsets: list[int], begin: int, length: int) -> list[ParamSlice]:
+    """Return what a rank's partition, `length` values from `begin` on, holds of the parameters of a flat group.
+
+    They are names with sizes, and begin at `offsets` in the group.
+    """
+    found = []
+    for (name, size), offset in zip(params, offsets, strict=True):
+        start, end = max(offset, begin), min(offset + size, begin + length)
+        if start < end:
+            found.append(ParamSlice(name, start - offset, end - start, start - begin))
     return found
 
 

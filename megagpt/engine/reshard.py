@@ -11,6 +11,7 @@ flat fp32 views.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import progress_bar, rank, world_size
 from megagpt.engine.build import Engine
-from megagpt.engine.flat_tensors import ParamSlice, cut, one_after_another, own_slices, param_sizes
+from megagpt.engine.flat_tensors import ParamSlice, cut, in_partition, one_after_another, own_slices, param_sizes
 from megagpt.engine.muon import Muon
 from megagpt.engine.optimizer import decay_groups
 from megagpt.engine.safe_pickle import check_pickles, load_checked, pickles_of
@@ -152,16 +153,21 @@ def _saved_tensors(step_dir: Path, shape: SavedShape, sizes: dict[str, int]) -> 
         if stage == 0:
             weights, states = _of_stage_0(step_dir, shape.dtype, sizes)
             return _flat_tensors(weights, states, one_after_another(weights, sizes)), _step(states)
-        found, begun, shapes = [], dict.fromkeys(sizes, 0), []
-        if stage == 3:  # the same for all ranks
-            shapes = _mapped(step_dir, "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
-        for r in range(n_ranks):
-            state = _mapped(step_dir, f"*zero_pp_rank_{r}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
+        found: list[FlatTensor] = []
+        # The same for all ranks: the names of each group, as they lie behind each other.
+        file = "mp_rank_00_model_states.pt" if stage < 3 else "zero_pp_rank_0_mp_rank_00_model_states.pt"
+        groups = [{name: sizes[name] for name in group} for group in _mapped(step_dir, file)["param_shapes"]]
+        saved = [
+            _mapped(step_dir, f"*zero_pp_rank_{r}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
+            for r in range(n_ranks)
+        ]
+        partitions = _partitions(saved, groups) if stage < 3 else []
+        for r, state in enumerate(saved):
             if stage == 3:
-                cuts = [cut({name: sizes[name] for name in group}, r, n_ranks) for group in shapes]
+                cuts = [cut(group, r, n_ranks) for group in groups]
                 weights, states = state["fp32_flat_groups"], state["optimizer_state_dict"]["state"]
             else:
-                cuts = [_continued(group, begun) for group in state["param_slice_mappings"]]
+                cuts = partitions[r]
                 weights, states = state["single_partition_of_fp32_groups"], state["base_optimizer_state"]["state"]
             found += _flat_tensors(weights, states, cuts)
         return found, _step(states)
@@ -184,6 +190,31 @@ def _of_stage_0(step_dir: Path, dtype: str, sizes: dict[str, int]) -> tuple[list
 def _flat_tensors(weights: Sequence[Tensor], states: Any, slices: list[list[ParamSlice]]) -> list[FlatTensor]:
     """`states[i]` is the optimizer's state of the i-th tensor."""
     return [_flat_tensor(x.detach(), states[i], s) for i, (x, s) in enumerate(zip(weights, slices, strict=True))]
+
+
+def _partitions(saved: list[Any], groups: list[dict[str, int]]) -> list[list[list[ParamSlice]]]:
+    """Return each rank's slices of each group at stages 1 and 2.
+
+    With round_robin_gradients on several ranks DeepSpeed saves addresses of another order than that in which the
+    parameters lie, which `groups` have.
+    """
+    mappings = [state["param_slice_mappings"] for state in saved]
+    in_order = [list(dict.fromkeys(name for of_rank in mappings for name in of_rank[i])) for i in range(len(groups))]
+    lie = [list(group) for group in groups]
+    reordered = in_order != lie and list(map(sorted, in_order)) == list(map(sorted, lie))
+    if not reordered or any(map(any, saved[0].get("param_alignment_paddings", ()))):
+        begun = {name: 0 for group in groups for name in group}
+        return [[_continued(group, begun) for group in of_rank] for of_rank in mappings]
+    found = []
+    begins = [0] * len(groups)
+    for state in saved:
+        lengths = [flat.numel() for flat in state["single_partition_of_fp32_groups"]]
+        pairs = zip(groups, begins, lengths, strict=True)
+        found.append(
+            [in_partition(list(g.items()), [*accumulate(g.values(), initial=0)][:-1], at, n) for g, at, n in pairs]
+        )
+        begins = [begin + length for begin, length in zip(begins, lengths, strict=True)]
+    return found
 
 
 def _continued(group: Mapping[str, Any], begun: dict[str, int]) -> list[ParamSlice]:
