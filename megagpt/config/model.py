@@ -15,7 +15,17 @@ DEEPEST = 10**4  # layers
 # Choices that are made together. `llama` is the block of Touvron et al. 2023; `speedrun` is what lowered the loss of a
 # small GPT-2 most in Jordan et al.'s modded-nanogpt and Karpathy's nanochat.
 PRESETS: dict[str, dict[str, Any]] = {
-    "gpt2": {},
+    "gpt2": {
+        "position": "learned",
+        "norm": "layernorm",
+        "qk_norm": False,
+        "n_kv_head": None,
+        "mlp": "gelu",
+        "bias": True,
+        "tied": True,
+        "init": "gpt2",
+        "logit_softcap": None,
+    },
     "llama": {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, "tied": False},
     "speedrun": {
         "position": "rotary",
@@ -34,8 +44,9 @@ GATED = ("swiglu", "geglu")
 class ModelConfig(Strict):
     """A decoder-only transformer, GPT-2 by default. The vocabulary is the tokenizer's, padded to a multiple of 128."""
 
-    preset: Literal["gpt2", "llama", "speedrun"] = Field(
-        default="gpt2", description="values for the choices below that are not given; gpt2: their defaults"
+    # Not written out with the other values, which say the same.
+    preset: Literal["gpt2", "llama", "speedrun"] | None = Field(
+        default=None, exclude=True, description="values for the choices below that are not given; null: GPT-2's"
     )
     n_layer: int = Field(default=12, gt=0, le=DEEPEST, description="number of transformer blocks")
     n_head: int = Field(
@@ -87,16 +98,18 @@ class ModelConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, given: Any) -> Any:
-        """Fill in the preset's values. Raises ValueError for a key that contradicts one."""
+        """Fill in the preset's values. Raises ValueError for keys that contradict them."""
         name = given.get("preset") if isinstance(given, dict) else None
-        preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
-        for key, value in preset.items():
-            if given.get(key, value) != value:
-                raise ValueError(
-                    f"megagpt.model.{key}={given[key]!r} contradicts megagpt.model.preset={name}, which "
-                    f"sets it to {value!r}; remove one of them"
-                )
-        return {**preset, **given} if isinstance(given, dict) else given
+        if not isinstance(name, str) or name not in PRESETS:
+            return given
+        preset = PRESETS[name]
+        if wrong := [key for key, value in preset.items() if given.get(key, value) != value]:
+            keys = ", ".join(f"megagpt.model.{key}={given[key]!r}" for key in wrong)
+            wanted = ", ".join(f"{key}={preset[key]!r}" for key in wrong)
+            raise ValueError(
+                f"{keys}: that contradicts megagpt.model.preset={name} ({wanted}); remove the preset, or those keys"
+            )
+        return {**preset, **given}
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
@@ -156,12 +169,14 @@ class ModelConfig(Strict):
 
     @classmethod
     def whole(cls, identity: Mapping[str, Any]) -> dict[str, Any]:
-        """Return every choice of a checkpoint's `identity`, those of GPT-2 included."""
-        return cls(**identity).model_dump(exclude={"preset"})
+        """Return every choice of a checkpoint's `identity`, those of GPT-2 included, and widths in numbers."""
+        cfg = cls(**identity)
+        return cfg.model_dump() | {"n_kv_head": cfg.kv_heads, "mlp_width": cfg.mlp_inner}
 
     def identity(self) -> dict[str, Any]:
         """Return what checkpoints are compared by: the sizes, and the choices that are not GPT-2's."""
-        values = self.model_dump(exclude={"preset"})
+        usual = ModelConfig(n_embd=self.n_embd, n_head=self.n_head, mlp=self.mlp)
+        defaults = usual.model_dump() | {"n_kv_head": usual.kv_heads, "mlp_width": usual.mlp_inner, "mlp": "gelu"}
+        values = self.model_dump() | {"n_kv_head": self.kv_heads, "mlp_width": self.mlp_inner}
         always = ("n_layer", "n_head", "n_embd", "seq_len", "attention")
-        defaults = ModelConfig().model_dump()
         return {key: value for key, value in values.items() if key in always or value != defaults[key]}

@@ -240,7 +240,7 @@ CONTRADICTIONS = (
         Against(
             f"optimizer.params.{key}",
             lambda run, key=key: _is_of_another_muon(run, key),  # type: ignore[misc]
-            "is a rate of Muon without the factor 0.2 sqrt(n_embd), which gives its steps the size of Adam's here (Liu "
+            "is a rate of Muon without the factor 0.2 sqrt(width), which gives its steps the size of Adam's here (Liu "
             "et al. 2025); divide it by that factor, or write a rate that suits AdamW",
         )
         for key in ("lr", "muon_lr")

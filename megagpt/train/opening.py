@@ -33,7 +33,7 @@ def print_opening(setup: RunSetup, device: torch.device) -> None:
     lines = [
         f"{cfg.out_dir}: {n_params(cfg.model, setup.data.vocab_size):,} parameters "
         f"({counted(cfg.model.n_layer, 'layer')}, {cfg.model.n_embd} wide, vocabulary {setup.data.vocab_size:,}"
-        + (f", preset {cfg.model.preset}" if cfg.model.preset != "gpt2" else "")
+        + (f", preset {cfg.model.preset}" if cfg.model.preset else "")
         + "), "
         f"{setup.run.deepspeed.dtype} on {_device(device, batch.world_size)}",
         f"  {' + '.join(tokens)} training tokens; global batch {batch.global_batch} = micro-batch {batch.micro_batch} "

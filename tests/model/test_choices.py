@@ -102,9 +102,19 @@ def test_what_transformers_does_not_compute_is_not_exported(choice, complaint):
 
 
 def test_the_preset_gpt2_is_what_no_preset_is():
-    assert ModelConfig(preset="gpt2") == ModelConfig()
+    assert ModelConfig(preset="gpt2").model_dump() == ModelConfig().model_dump()
     sizes = {"n_layer": 12, "n_head": 12, "n_embd": 768, "seq_len": 1024, "attention": "sdpa"}
     assert ModelConfig().identity() == sizes  # as older checkpoints have it
+
+
+@every_choice
+def test_what_is_written_out_is_the_same_model(choice):
+    """And is one for a checkpoint, also where a width is written that was the default."""
+    cfg = ModelConfig(**SIZES, **choice)
+    again = ModelConfig(**cfg.model_dump())
+    in_numbers = ModelConfig(**(cfg.model_dump() | {"n_kv_head": cfg.kv_heads, "mlp_width": cfg.mlp_inner}))
+    assert again.identity() == in_numbers.identity() == cfg.identity()
+    assert ModelConfig.whole(cfg.identity()) == ModelConfig.whole(cfg.model_dump())
 
 
 @every_choice
@@ -272,7 +282,11 @@ def test_what_is_zero_at_the_start_leaves_even_odds():
 @pytest.mark.parametrize(
     ("choice", "complaint"),
     [
-        ({"preset": "llama", "norm": "layernorm"}, "sets it to 'rmsnorm'; remove one of them"),
+        (
+            {"preset": "llama", "norm": "layernorm", "tied": True},
+            "norm='layernorm', megagpt.model.tied=True: that contradicts megagpt.model.preset=llama",
+        ),
+        ({"preset": "gpt2", "position": "rotary"}, "contradicts megagpt.model.preset=gpt2"),
         ({"n_kv_head": 3}, "set megagpt.model.n_kv_head to 2"),
         ({"n_kv_head": 8}, "set megagpt.model.n_kv_head to 4"),
         ({"n_embd": 20, "position": "rotary"}, "a width of 5 is odd"),
