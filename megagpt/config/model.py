@@ -75,6 +75,9 @@ class ModelConfig(Strict):
     norm: Literal["layernorm", "rmsnorm", "rmsnorm_unweighted"] = Field(
         default="layernorm", description="LayerNorm, or RMSNorm with or without weights"
     )
+    norm_eps: float = Field(
+        default=1e-5, ge=1e-12, le=0.1, description="what every norm adds to the variance or mean square it divides by"
+    )
     qk_norm: bool = Field(default=False, description="normalize queries and keys, with a norm of that kind")
     mlp: Literal["gelu", "relu2", "swiglu", "geglu"] = Field(
         default="gelu", description="GELU or squared ReLU; or a gated linear unit with SiLU or GELU"

@@ -33,6 +33,7 @@ NAMES = {
     "megagpt.model.position": "position_embedding_type pos_emb use_rotary_position_embeddings",
     "megagpt.model.rotary_base": "rope_theta rope_base rope_freq_base",
     "megagpt.model.norm": "normalization norm_type",
+    "megagpt.model.norm_eps": "layer_norm_epsilon layer_norm_eps layernorm_epsilon norm_epsilon rms_norm_eps",
     "megagpt.model.mlp": "activation activation_function hidden_act",
     "megagpt.model.mlp_width": "intermediate_size ffn_hidden_size ffn_dim n_inner d_ff",
     "megagpt.model.bias": "use_bias add_bias_linear",
@@ -94,7 +95,7 @@ REMOVED = {
     "deepspeed deepspeed_config": "DeepSpeed's keys stand in the run file itself; write them into it",
     "overwrite_output_dir": "remove it, and give --fresh to start again",
     "per_device_eval_batch_size eval_batch_size": "validation uses train_micro_batch_size_per_gpu; remove it",
-    "bias layer_norm_epsilon activation_function n_inner intermediate_size": "it is as in GPT-2; remove it",
+    "bias activation_function n_inner intermediate_size": "it is as in GPT-2; remove it",
 }
 
 OUR_KEY = {name: key for key, names in NAMES.items() for name in names.split()}

@@ -16,19 +16,19 @@ from megagpt.terminal import typed
 
 CONFIG = "config.json"
 SIZES: dict[
-    str, tuple[tuple[str, ...], int | None]
+    str, tuple[tuple[str, ...], float | None]
 ] = {  # our name -> the names it may have there, and transformers' default
     "n_layer": (("n_layer", "num_hidden_layers"), 12),
     "n_head": (("n_head", "num_attention_heads"), 12),
     "n_embd": (("n_embd", "hidden_size"), 768),
     "seq_len": (("n_positions", "max_position_embeddings", "n_ctx"), 1024),
     "mlp_width": (("n_inner",), None),
+    "norm_eps": (("layer_norm_epsilon",), 1e-5),
 }
 # Names of one function: GPT-2's GELU, by tanh.
 GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")
 FIXED: dict[str, tuple[Any, ...]] = {  # key -> the values that our model has, transformers' default first
     "activation_function": GELU,
-    "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megagpt.config.model import ModelConfig
 from megagpt.errors import UserError
-from megagpt.model.gpt import NORM_EPSILON
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHARD_BYTES = 5 * 10**9  # transformers' own default once
@@ -120,7 +119,7 @@ def _gpt2_sizes(cfg: ModelConfig, dropout: float) -> dict[str, Any]:
         "n_head": cfg.n_head,
         "n_inner": None if cfg.mlp_inner == 4 * cfg.n_embd else cfg.mlp_inner,
         "activation_function": "gelu_new",
-        "layer_norm_epsilon": NORM_EPSILON,
+        "layer_norm_epsilon": cfg.norm_eps,
         "resid_pdrop": dropout,
         "embd_pdrop": dropout,
         "attn_pdrop": dropout,
@@ -141,7 +140,7 @@ def _llama_sizes(cfg: ModelConfig, dropout: float) -> dict[str, Any]:
         "num_key_value_heads": cfg.kv_heads,
         "head_dim": cfg.head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": NORM_EPSILON,
+        "rms_norm_eps": cfg.norm_eps,
         "rope_theta": cfg.rotary_base,
         "rope_scaling": scaling if scaled else None,
         "rope_parameters": {**scaling, "rope_theta": cfg.rotary_base},

@@ -24,8 +24,6 @@ from megagpt.model.cache import Append, KeyValueCaches
 from megagpt.model.loss import Score, capped
 from megagpt.model.positions import alibi_mask, rotary_tables, rotate, sinusoidal
 
-NORM_EPSILON = 1e-5  # of every norm, as in GPT-2
-
 
 class Linear(nn.Linear):
     """nn.Linear with GPT-2's initialization inside __init__, because ZeRO-3 shards a layer as soon as it is built."""
@@ -72,8 +70,8 @@ class OutputHead(Linear):
 def norm(cfg: ModelConfig, width: int) -> nn.Module:
     """Return the model's norm: LayerNorm (Ba et al. 2016), or RMSNorm (Zhang and Sennrich 2019)."""
     if cfg.norm == "layernorm":
-        return nn.LayerNorm(width, eps=NORM_EPSILON, bias=cfg.bias)
-    return nn.RMSNorm(width, eps=NORM_EPSILON, elementwise_affine=cfg.norm == "rmsnorm")
+        return nn.LayerNorm(width, eps=cfg.norm_eps, bias=cfg.bias)
+    return nn.RMSNorm(width, eps=cfg.norm_eps, elementwise_affine=cfg.norm == "rmsnorm")
 
 
 @torch.no_grad()

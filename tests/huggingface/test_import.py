@@ -60,7 +60,7 @@ def imported(folder: Path, out: Path, *more: str) -> dict[str, torch.Tensor]:
         {"n_embd": 35, "n_head": 5, "n_layer": 3, "vocab_size": 331},
         {"n_embd": 24, "n_head": 1, "vocab_size": 384, "activation_function": "gelu_pytorch_tanh"},
         {"tie_word_embeddings": False, "n_inner": 100, "vocab_size": 300 + 30},
-        {"vocab_size": 500, "n_inner": 128, "reorder_and_upcast_attn": True},
+        {"vocab_size": 500, "n_inner": 128, "layer_norm_epsilon": 1e-2, "reorder_and_upcast_attn": True},
     ],
     ids=str,
 )
@@ -271,7 +271,7 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     (changed_config(model_type="llama", architectures=["LlamaForCausalLM"]), r"of type llama \(LlamaForCausalLM\)"),
     (changed_config(model_type=None, n_head=None, n_embd=None, hidden_size=3), "n_embd=3 is not a multiple of"),
     (changed_config(activation_function="gelu"), "activation_function='gelu', and megagpt's GPT-2 computes with"),
-    (changed_config(layer_norm_epsilon=1e-6), "layer_norm_epsilon=1e-06, and megagpt's GPT-2 computes with 1e-05"),
+    (changed_config(layer_norm_epsilon=0.0), "norm_eps=0.0.* at least 1e-12"),
     (changed_config(n_inner=100), r"c_fc.bias has shape \(128,\), and by config.json it has \(100,\)"),
     (changed_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
     (

@@ -62,10 +62,11 @@ def name(choice: dict) -> str:
 
 every_choice = pytest.mark.parametrize("choice", CHOICES, ids=name)
 TOKENS = torch.arange(1, 25).view(1, 24) * 5 % VOCAB
+SHAPES = [{}, {"n_kv_head": 2}, {"n_kv_head": 1, "rotary_scaling": 3.0}, {"mlp_width": 40, "norm_eps": 1e-2}]
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-@pytest.mark.parametrize("more", [{}, {"n_kv_head": 2}, {"n_kv_head": 1, "rotary_scaling": 3.0}, {"mlp_width": 40}])
+@pytest.mark.parametrize("more", SHAPES)
 def test_logits_are_those_of_transformers(more, qk_norm):
     """Those of Llama and, with norms of queries and keys, of Qwen3, by the names and settings of an export."""
     ours = model_of({"preset": "llama", "qk_norm": qk_norm, "rotary_base": 500.0, **more}).eval()
@@ -77,7 +78,7 @@ def test_logits_are_those_of_transformers(more, qk_norm):
     assert torch.allclose(found, expected, rtol=0, atol=1e-5 * max(10.0, expected.abs().max().item()))
 
 
-@pytest.mark.parametrize("more", [{}, {"tied": False}, {"mlp_width": 40}])
+@pytest.mark.parametrize("more", [{}, {"tied": False}, {"mlp_width": 40, "norm_eps": 1e-2}])
 def test_logits_are_those_of_transformers_gpt2(more):
     ours = model_of(more).eval()
     theirs = GPT2LMHeadModel(GPT2Config(**config_json(ours.cfg, 100, 0, 0.0, "fp32"))).eval()
