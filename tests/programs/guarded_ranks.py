@@ -69,7 +69,7 @@ class Faulty:
             self.micro_batches += 1
             here = rank() == 1 and self.micro_batches == 1
             inner, factor = next_token_score(*args, **kw), self.factors.get(self.steps, 1.0) if here else 1.0
-            return lambda x, weight: inner(x, weight) * factor
+            return lambda *given: inner(*given) * factor
 
         def load(engine: Any, *args: Any) -> None:
             resume(engine, *args)
