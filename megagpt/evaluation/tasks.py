@@ -21,6 +21,7 @@ import xxhash
 
 from megagpt.data.lost_text import UNKNOWN
 from megagpt.errors import UserError
+from megagpt.evaluation.task_fields import check_fields, explain_fields
 from megagpt.guards.out_of_memory import is_out_of_memory
 from megagpt.model.gpt import GPT
 from megagpt.terminal import counted
@@ -30,6 +31,14 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")  # re
 TASKS = "tasks/"  # begins the names of metrics in a run
 SEED = 1234  # of the few-shot examples, as in the package
 RESAMPLINGS = 1000  # for the standard error of a metric that has no formula
+
+
+class Wanted(NamedTuple):
+    """A task to load: one of the package by its name, or the settings of a YAML file."""
+
+    name: str
+    settings: dict[str, Any] | None = None
+    file: Path = Path()
 
 
 class Tasks(NamedTuple):
@@ -80,12 +89,12 @@ def open_tasks(names: Sequence[str], option: str = "--tasks ") -> Tasks:
         os.environ.setdefault(name, "1")
     with _quiet():
         manager_of = import_module("lm_eval.tasks").TaskManager
-        wanted = [spec for name in names for spec in _specs(name, option)]
-        by_name = any(isinstance(spec, str) for spec in wanted)
+        wanted = [one for name in names for one in _wanted(name, option)]
+        by_name = any(one.settings is None for one in wanted)
         manager = manager_of(include_defaults=by_name)  # reading the package's 14,000 takes seconds
         loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-        for spec in wanted:
-            found = _loaded(manager, spec, option)
+        for one in wanted:
+            found = _loaded(manager, one, option)
             if twice := loaded["tasks"].keys() & found["tasks"].keys():
                 raise UserError(f"{option}{' '.join(names)} names the task {min(twice)} twice; name it once")
             for part in loaded:
@@ -93,15 +102,15 @@ def open_tasks(names: Sequence[str], option: str = "--tasks ") -> Tasks:
     return Tasks([*loaded["tasks"]], loaded)
 
 
-def _specs(name: str, option: str) -> Sequence[str | dict[str, Any]]:
+def _wanted(name: str, option: str) -> Sequence[Wanted]:
     """Return what the package loads for a name: its own task, or the settings in one or several YAML files."""
     path = Path(name).expanduser()
     if path.is_file():
-        return [_read_yaml(path, option, functions=True)]
+        return [_of_file(path, option)]
     if not path.is_dir():
         if "/" in name or path.suffix in (".yaml", ".yml"):  # no name of the package's
             raise UserError(f"{option}{name} is no {'file' if path.suffix else 'folder'}; correct the path")
-        return [name]
+        return [Wanted(name)]
     files = sorted(path.rglob("*.yaml"))
     if not files:
         others = sorted(path.rglob("*.yml"))
@@ -112,7 +121,7 @@ def _specs(name: str, option: str) -> Sequence[str | dict[str, Any]]:
     tasks = []
     for file, settings in plain.items():
         if "task" in settings and "group" not in settings:
-            tasks.append(_read_yaml(file, option, functions=True))
+            tasks.append(_of_file(file, option))
         elif "group" not in settings and not (file.name in included or file.name.startswith("_")):
             raise UserError(f"{file} has no key task, and no other file includes it; name its task, or move it away")
     if not tasks:
@@ -122,6 +131,11 @@ def _specs(name: str, option: str) -> Sequence[str | dict[str, Any]]:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _of_file(file: Path, option: str) -> Wanted:
+    settings = _read_yaml(file, option, functions=True)
+    return Wanted(settings["task"], settings, file)
 
 
 def _read_yaml(file: Path, option: str, *, functions: bool) -> dict[str, Any]:
@@ -155,15 +169,15 @@ def _found_files(given: Any, file: Path) -> Any:
     return given
 
 
-def _loaded(manager: Any, spec: str | dict[str, Any], option: str) -> dict[str, Any]:
-    name = spec if isinstance(spec, str) else spec["task"]
-    if isinstance(spec, str) and spec not in manager.task_index:
-        near = get_close_matches(spec, manager.all_tasks, n=1, cutoff=0.7)
+def _loaded(manager: Any, wanted: Wanted, option: str) -> dict[str, Any]:
+    name, settings, file = wanted
+    if settings is None and name not in manager.task_index:
+        near = get_close_matches(name, manager.all_tasks, n=1, cutoff=0.7)
         meant = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists them"
-        raise UserError(f"{option}{spec} is no task of lm-evaluation-harness, no folder and no YAML file; {meant}")
+        raise UserError(f"{option}{name} is no task of lm-evaluation-harness, no folder and no YAML file; {meant}")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            found: dict[str, Any] = manager.load([_read_now(spec, folder)])
+            found: dict[str, Any] = manager.load([name if settings is None else _read_now(settings, folder)])
     except ConnectionError as error:
         raise UserError(
             f"the data of task {name} is not on this machine, and nothing is downloaded unasked "
@@ -176,21 +190,28 @@ def _loaded(manager: Any, spec: str | dict[str, Any], option: str) -> dict[str, 
             "space, or set TMPDIR and HF_HOME to folders that can be written"
         ) from error
     except (StopIteration, IndexError) as error:  # there is no first document, or no first letter of an answer
-        raise UserError(f"task {name} has no documents, or one with an empty answer; correct its data") from error
+        raise UserError(
+            f"task {name} has no documents, or one with an empty answer or with a target beyond its choices, which are "
+            "counted from 0; correct its data"
+        ) from error
     except Exception as error:  # a task is a program of its own
+        if settings is not None:
+            explain_fields(error, settings, file)
         raise UserError(f"task {name} cannot be opened: {_first_lines(error)}; correct its file or its data") from error
     for task in found["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             what = "images or sound" if getattr(task, "MULTIMODAL", False) else "a run of the code that a model writes"
             raise UserError(f"task {task.task_name} needs {what}, which this command does not do; name another task")
+        if settings is not None:  # the package's own tasks were tried by others
+            check_fields(task, file)
     return found
 
 
-def _read_now(spec: str | dict[str, Any], folder: str) -> str | dict[str, Any]:
+def _read_now(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     """Let `datasets` read a task's own files now: it knows those in its cache by path and time of change alone."""
-    if isinstance(spec, str) or "data_files" not in (spec.get("dataset_kwargs") or {}):
-        return spec
-    return spec | {"dataset_kwargs": {"cache_dir": folder, "keep_in_memory": True} | spec["dataset_kwargs"]}
+    if "data_files" not in (settings.get("dataset_kwargs") or {}):
+        return settings
+    return settings | {"dataset_kwargs": {"cache_dir": folder, "keep_in_memory": True} | settings["dataset_kwargs"]}
 
 
 def run_tasks(

@@ -124,6 +124,7 @@ def test_tasks_leave_the_generators_as_they_were(run, folder):
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
+ONE_CHOICE = json.dumps({"question": "a", "choices": ["b", "c"], "gold": 0}) + "\n"
 EMPTY_ANSWER = json.dumps({"question": "a", "choices": ["", "b"], "gold": 0})
 
 
@@ -186,8 +187,46 @@ MISTAKES = {
         "a.yaml cannot be read as a task: ImportError: Cannot import module 'given'",
     ),
     "no_column": (
-        {"a.yaml": CHOICE.replace("{{question}}", "{{asked}}"), "choice.jsonl": '{"question": "a"}\n'},
-        "task tiny_choice cannot be opened: UndefinedError: 'asked' is undefined",
+        {"a.yaml": CHOICE.replace("{{question}}", "{{asked}}"), "choice.jsonl": ONE_CHOICE},
+        "a.yaml: 'asked' is undefined; its documents have the fields question, choices, gold",
+    ),
+    "no_field": (
+        {"a.yaml": CHOICE.replace("gold", "golt"), "choice.jsonl": ONE_CHOICE},
+        "a.yaml: doc_to_target: golt is no field of its documents, which have question, choices, gold; did you mean "
+        "gold? A fixed text is written \"{{'golt'}}\"",
+    ),
+    "no_field_of_a_text": (
+        {"a.yaml": GENERATED.replace('"{{choices[gold]}}"', "answer"), "choice.jsonl": ONE_CHOICE},
+        "a.yaml: doc_to_target: answer is no field of its documents, which have question, choices, gold; correct it",
+    ),
+    "no_field_of_choices": (
+        {"a.yaml": CHOICE.replace('"{{choices}}"', "choises"), "choice.jsonl": ONE_CHOICE},
+        "a.yaml: doc_to_choice: choises is no field of its documents, which have question, choices, gold; did you mean",
+    ),
+    "one_brace": (
+        {"a.yaml": CHOICE.replace("{{question}}", "Q: {question} A:"), "choice.jsonl": ONE_CHOICE},
+        "a.yaml: doc_to_text: 'Q: {question} A:' is a fixed text; a field is written {{question}}",
+    ),
+    "a_text_that_is_null": (
+        {"a.yaml": CHOICE, "choice.jsonl": ONE_CHOICE + ONE_CHOICE.replace('"a"', "null")},
+        "a.yaml: doc_to_text reads question, which is null in document 2; give it a value",
+    ),
+    "secret_label": (
+        {"a.yaml": CHOICE, "choice.jsonl": ONE_CHOICE + ONE_CHOICE.replace("0", "-1")},
+        "a.yaml: the target of document 2, -1, is none of its 2 choices ['b', 'c'], nor the number of one, counted "
+        "from 0; correct doc_to_target: 'gold', or the data, which has question, choices, gold",
+    ),
+    "counted_from_1": (
+        {"a.yaml": CHOICE, "choice.jsonl": ONE_CHOICE.replace("0", "1") + ONE_CHOICE.replace("0", "2")},
+        "a.yaml: the target of document 2, 2, is none of its 2 choices ['b', 'c']",
+    ),
+    "a_letter": (
+        {"a.yaml": CHOICE, "choice.jsonl": ONE_CHOICE.replace("0", '"B"')},
+        "a.yaml: the target of document 1, 'B', is none of its 2 choices ['b', 'c']",
+    ),
+    "no_label": (
+        {"a.yaml": CHOICE, "choice.jsonl": ONE_CHOICE + ONE_CHOICE.replace("0", "null")},
+        "a.yaml: the target of document 2, None, is none of its 2 choices ['b', 'c']",
     ),
     "too_long": (
         {
