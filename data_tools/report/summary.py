@@ -21,6 +21,7 @@ PROBE = " two  spaces,\ttab\r\nCaf\u00e9 \u6f22\u5b57 \U0001f600 \u2581 </s> \0"
 
 REPORT_PAGE = "report.html"
 SHOWN_FILES = 5  # of those that could not be read
+FAR = 2.0  # more than this times the share that was asked for, or less than that divided by it
 
 Counts = dict[str, int]  # documents, bytes, and tokens where there are any
 
@@ -102,11 +103,26 @@ def _notes(stages: Stages, config: BuildConfig) -> Iterator[str]:
             continue
         more = f"build from more text or with a larger {split}_fraction"
         yield f"the {what} split is empty: {'nothing of its files is left' if is_given else more}"
+    if not any(splits.given):
+        yield from _far_from_fractions(stages, config)
     if config.val_fraction and not splits.shares["val"] and val == test and splits.trains(len(stages.units)):
         yield (
             "the validation split is empty: every input has a split of its own, and none is val; give one by --val, or "
             'a source with "split": "val"'
         )
+
+
+def _far_from_fractions(stages: Stages, config: BuildConfig) -> Iterator[str]:
+    """Yield a line for each part held out that is far from its share: a few documents differ in length."""
+    sizes = {split: stages.count(split)[1] for split in SPLITS}
+    for split in ("val", "test"):
+        wanted, share = stages.splits.shares[split], sizes[split] / sum(sizes.values())
+        if wanted and share and not wanted / FAR <= share <= wanted * FAR:
+            yield (
+                f"{split} has {share:.2%} of the text, where {split}_fraction={wanted:g} asks for {wanted:.2%}: "
+                f"documents are held out whole, and there are few; choose files by --{split} FILE instead of "
+                f"{split}_fraction, or draw other documents by seed={config.seed + 1}"
+            )
 
 
 def _notes_of_readers(stages: Stages) -> Iterator[str]:

@@ -76,6 +76,24 @@ def test_names_that_look_like_splits_are_warned_of_with_the_option_that_uses_the
     assert "by-name" not in capsys.readouterr().err
 
 
+def test_a_share_far_from_the_one_that_was_asked_for_is_told_with_ways_out(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whole documents are held out by their hashes, and of 20 these are 1 to 4; the ways out work as typed."""
+    for i in range(20):
+        write_text(tmp_path / "in" / f"{i:02}.txt", paragraphs(3, 1000 * i))
+    command = ["build", f"tokenizer={model}", "--input", tmp_path / "in"]
+    assert run(*command, "--out", tmp_path / "many", "val_fraction=0.1", "seed=5") == 0
+    told = capsys.readouterr().out
+    assert "  val has 20.31% of the text, where val_fraction=0.1 asks for 10.00%: documents are held out whole" in told
+    assert "choose files by --val FILE instead of val_fraction, or draw other documents by seed=6\n" in told
+    for seed in ("seed=1", "seed=2"):
+        assert run(*command, "--out", tmp_path / seed, "val_fraction=0.1", seed) == 0
+        assert ("val has 4.77% of the text" in capsys.readouterr().out) == (seed == "seed=1")
+    assert run(*command, "--val", tmp_path / "in" / "03.txt", "--out", tmp_path / "given") == 0
+    assert "asks for" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "dedup", [{}, {"method": "none"}, {"duplicates": "keep"}, {"method": "near", "bands": 40, "rows": 3}]
 )
