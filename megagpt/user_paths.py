@@ -3,6 +3,8 @@
 import os
 import re
 from argparse import ArgumentTypeError
+from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 
 from megagpt.errors import UserError
@@ -53,3 +55,13 @@ def user_url_or_path(text: str) -> str:
         return expanded(text)
     except UserError as error:
         raise ArgumentTypeError(str(error)) from None
+
+
+def similar_path(path: Path, fits: Callable[[Path], bool]) -> Path | None:
+    """Return what is next to a path that does not exist, if it fits and its name is nearly the same."""
+    try:
+        names = [other.name for other in path.parent.iterdir() if fits(other)]
+    except OSError:
+        return None
+    near = get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return path.parent / near[0] if near else None

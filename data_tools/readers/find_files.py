@@ -16,6 +16,7 @@ from data_tools.readers.open_file import COMPRESSIONS, reading
 from data_tools.readers.remote_files import escape_folder, list_remote, open_file_system, path_in
 from megagpt.config.mistakes import did_you_mean
 from megagpt.errors import UserError
+from megagpt.user_paths import similar_path
 
 IGNORED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "node_modules"}  # as are hidden ones
 LOCAL_SCHEMES = ("file://", "local://")
@@ -123,6 +124,8 @@ def _find_local(path: str, include: Sequence[str], own: Path | None) -> Iterator
         yield from (_found(found, named=False) for found in _matched(matches, include, own))
     else:
         hint = "; key=value options go after --out or before --input" if "=" in Path(path).name else ""
+        if near := similar_path(Path(path), lambda other: True):
+            hint = f"; did you mean {near}?"
         raise UserError(f"{path}: there is no such file or folder{hint}")
 
 

@@ -11,6 +11,7 @@ from megagpt.config.model import ModelConfig
 from megagpt.data.manifest import MANIFEST
 from megagpt.errors import UserError
 from megagpt.terminal import typed
+from megagpt.user_paths import similar_path
 
 HUB = re.compile(r"((openai-community|distilbert)/)?(distil)?gpt2(-\w+)?")  # names of models that others start from
 
@@ -50,7 +51,16 @@ def _no_step(path: Path) -> str:
     wrong = "holds no committed checkpoint" if path.exists() else "does not exist"
     if steps := [step_dir.name for step_dir in committed(run_of(path))]:
         ways = f"{run_of(path)} has the steps {', '.join(steps[-5:])}"
+    elif near := None if path.exists() else similar_run(path):
+        ways = f"did you mean {typed(near)}?"
     return f"{path} {wrong}; {ways}"
+
+
+def similar_run(path: Path) -> Path | None:
+    """Return the run, or the part of one, that is meant by a path whose run does not exist, if a name is near."""
+    run = next((path.parents[at] for at, part in enumerate(path.parts[::-1]) if part == "checkpoints"), path)
+    near = similar_path(run, lambda other: (other / "checkpoints").is_dir() or (other / COMMIT).is_file())
+    return near and near / path.relative_to(run)
 
 
 def starting_step(path: Path, model: Mapping[str, Any], tokenizer: str | None) -> Path:

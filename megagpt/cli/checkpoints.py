@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megagpt.checkpoint.commit import COMMIT, best, committed, damage_of, folder, read_commit
 from megagpt.checkpoint.finite import not_finite_file
+from megagpt.checkpoint.named_step import similar_run
 from megagpt.errors import UserError
 from megagpt.terminal import counted, show
 
@@ -76,7 +77,10 @@ def checkpoint_table(out_dir: Path, *, hashes: bool) -> tuple[str, bool]:
     """Return the table, and whether any step is complete. Raises UserError if there is no folder of checkpoints."""
     if not folder(out_dir).is_dir():
         is_step = " but is one, or the weights of one" if (out_dir / COMMIT).is_file() else ""
-        raise UserError(f"{out_dir} holds no checkpoints{is_step}; give a run's folder")
+        near = None if out_dir.exists() else similar_run(out_dir)
+        wrong = f"holds no checkpoints{is_step}" if out_dir.exists() else "does not exist"
+        way_out = f"did you mean {near}?" if near else "give a run's folder"
+        raise UserError(f"{out_dir} {wrong}; {way_out}")
     rows = listed(out_dir, hashes=hashes)
     best_dir = best(out_dir)
     quarantined = [path.name for path in sorted(folder(out_dir).glob("damaged*_step_*"))]

@@ -4,12 +4,14 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from megagpt.config.batch import batch_plan, rank_numbers
 from megagpt.config.extends import file_with, read_run_files
 from megagpt.config.run_file import RunConfig, load_run_config
+from megagpt.data.training_set import OtherTokenizerError
 from megagpt.errors import UserError
 from megagpt.lint.linter import Issue, effective, lint_file
 from megagpt.planner.estimate import vocabulary
@@ -25,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
     if not wrong:
         run = load_run_config(args.run_file, args.overrides)
         found = [*found, *not_here(run, args.ranks)]
-        shown = effective(run, vocabulary(run)[0], args.ranks) if args.effective else None
+        wrong = any(finding.level == "error" for finding in found)
+        shown = effective(run, vocabulary(run)[0], args.ranks) if args.effective and not wrong else None
     if args.json:
         rows = [{"level": finding.level, "key": finding.key, "text": finding.text} for finding in found]
         show(json.dumps({"findings": rows} | ({} if shown is None else {"effective": shown})))
@@ -40,14 +43,15 @@ def run(args: argparse.Namespace) -> int:
 def not_here(run: RunConfig, ranks: int | None = None) -> Iterator[Issue]:
     """Warn of data or weights that are not on this machine, or unusable, and of a batch that its GPUs do not divide.
 
-    These are no errors, because the run may be for another machine.
+    These are no errors, because the run may be for another machine, except data of different tokenizers.
     """
     if why := refused_data(run):
-        yield Issue("warning", "megagpt.data", f"training here would be refused: {why}")
-    if why := refused_start(run):
-        yield Issue("warning", "megagpt.init_from", f"training here would be refused: {why}")
-    if why := refused_tasks(run.megagpt):
-        yield Issue("warning", "megagpt.tasks", f"training here would be refused: {why}")
+        level: Literal["error", "warning"] = "error" if isinstance(why, OtherTokenizerError) else "warning"
+        yield Issue(level, "megagpt.data", f"training here would be refused: {why}")
+    if because := refused_start(run):
+        yield Issue("warning", "megagpt.init_from", f"training here would be refused: {because}")
+    if because := refused_tasks(run.megagpt):
+        yield Issue("warning", "megagpt.tasks", f"training here would be refused: {because}")
     gpus = torch.cuda.device_count()
     try:
         n_ranks = ranks or max(1, gpus)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +11,7 @@ from megagpt.atomic_files import leads_out, write_atomically
 from megagpt.config.parsing import Strict
 from megagpt.errors import UserError
 from megagpt.terminal import builder_command, typed
+from megagpt.user_paths import similar_path
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -128,12 +128,8 @@ def _next_to(path: Path) -> Path:
 
 def _near(path: Path) -> str:
     """Name the dataset next to a path that there is none at, if its name is nearly the same."""
-    try:
-        names = [other.name for other in path.parent.iterdir() if (other / MANIFEST).is_file()]
-    except OSError:
-        return ""
-    near = get_close_matches(path.name, names, n=1, cutoff=0.7)
-    return f"did you mean {path.parent / near[0]}? Else " if near else ""
+    near = similar_path(path, lambda other: (other / MANIFEST).is_file())
+    return f"did you mean {near}? Else " if near else ""
 
 
 def confined(folder: Path, relative: str) -> Path:

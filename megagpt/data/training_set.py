@@ -222,13 +222,17 @@ class TrainingSet:
         return self._drawn
 
 
+class OtherTokenizerError(UserError):
+    """Two datasets of a run have different tokenizers, which is wrong on any machine."""
+
+
 def open_datasets(paths: Sequence[Path]) -> list[Dataset]:
     """Open datasets of one tokenizer. Raises UserError for a missing, unfinished or damaged one, or two tokenizers."""
     datasets = [open_dataset(path) for path in paths]
     first = datasets[0]
     for other in datasets[1:]:
         if other.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
-            raise UserError(
+            raise OtherTokenizerError(
                 f"{other.path} was tokenized with another model than {first.path} "
                 f"(sha256 {other.manifest.tokenizer.sha256[:12]} and {first.manifest.tokenizer.sha256[:12]}); "
                 f"build it again with tokenizer={first.path / first.manifest.tokenizer.file}"

@@ -16,8 +16,10 @@ from megagpt.file_lock import LOCK
 from megagpt.metrics.metrics_file import METRICS, SAMPLES, Row, read_rows
 from megagpt.terminal import typed
 from megagpt.train.run_log import LOG
+from megagpt.user_paths import similar_path
 
 SETTINGS = "run.json"
+GIVE = "give a run's folder, its megagpt.out_dir"
 LARGEST = 1e100  # a larger number is no metric, and would overflow in a plot
 HEADER = re.compile(r"--- (?P<time>.+?): (?P<command>.*) \((?P<where>megagpt .*)\)")
 RESUMED = re.compile(r"resuming from .*step_(\d+)")
@@ -141,7 +143,8 @@ def _is_run(path: Path) -> bool:
 
 def _no_run(path: Path) -> str:
     if not path.exists():
-        return f"there is no run {path}; give a run's folder, its megagpt.out_dir"
+        near = similar_path(path, _is_run)
+        return f"there is no run {path}; {f'did you mean {near}?' if near else GIVE}"
     for above in (run_of(path), path.parent):
         if (above / METRICS).is_file():
             return f"{path} is part of a run; give the run's folder: megagpt report {typed(above)}"

@@ -111,7 +111,7 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
     return RunSetup(run, batch, compiled, data, training_set, config, record, saved, start, tasks)
 
 
-def refused_data(run: RunConfig) -> str | None:
+def refused_data(run: RunConfig) -> UserError | None:
     """Return why a new run would refuse its data on this machine, or None; packs no rows, which can take minutes."""
     cfg = run.megagpt
     try:
@@ -119,7 +119,7 @@ def refused_data(run: RunConfig) -> str | None:
         if PACKING[cfg.packing.kind].plan_rows is None:
             next_samples(cfg, run.deepspeed.train_batch_size, None, data.train)
     except UserError as error:
-        return str(error)
+        return error
     return None
 
 

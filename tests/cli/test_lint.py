@@ -48,6 +48,16 @@ def test_data_that_training_would_refuse_is_a_warning_with_trainings_words(sound
     assert issues(capsys, sound, *overrides(dataset, tmp_path / "run"), "megagpt.sample.max_tokens=128") == []
 
 
+def test_data_of_two_tokenizers_is_an_error(sound, dataset, tmp_path, capsys):
+    """On any machine: no data has to be fetched to make it right."""
+    tokenizer = small_tokenizer()
+    write_dataset(tmp_path / "other", [np.append(tokenizer.encode(document(0)), tokenizer.eod_id)], tokenizer=tokenizer)
+    keys = [*overrides(dataset, tmp_path / "run"), "megagpt.sample.max_tokens=128"]
+    [found] = issues(capsys, sound, *keys, f"megagpt.data.val={tmp_path / 'other'}", "--effective")
+    assert found.startswith("error: training here would be refused: ")
+    assert "was tokenized with another model than" in found
+
+
 def test_weights_that_a_start_would_refuse_are_a_warning(sound, dataset, device, tmp_path, capsys):
     """As the data; not where a run resumes, which needs them no more."""
     keys = [*overrides(dataset, tmp_path / "run"), "megagpt.sample.max_tokens=128"]

@@ -57,6 +57,11 @@ def numbers_as_text(folder: Path) -> list[str | Path]:
     return ["--input", folder / "a.parquet", "--out", folder / "out"]
 
 
+def misspelt_input(folder: Path) -> list[str | Path]:
+    (folder / "my_texts").mkdir()
+    return ["--input", f"{folder}/my_textz/", "--out", folder / "out"]
+
+
 def out_is_finished(folder: Path) -> list[str | Path]:
     (folder / "out").mkdir()
     (folder / "out" / "manifest.json").write_text("{}")
@@ -102,6 +107,10 @@ BAD_INPUT = {
     "no such input": (
         lambda folder: ["--input", folder / "no", "--out", folder / "out"],
         r"/no: there is no such file or folder",
+    ),
+    "misspelt input": (
+        misspelt_input,
+        r"/my_textz/?: there is no such file or folder; did you mean \S+/my_texts\?",
     ),
     "option taken for input": (
         lambda folder: ["--input", *with_options()(folder)[1:2], "seed=1", "--out", folder / "out"],
