@@ -238,7 +238,7 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
         "--sample-report",
         type=whole(1, 10**15),
         metavar="N",
-        help="print which data the next N samples read, and do not train; default: train",
+        help="instead of training, print which data the next N samples would read; default: off",
     )
 
 

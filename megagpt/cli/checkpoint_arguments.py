@@ -145,7 +145,8 @@ def _add_average(commands: Any) -> None:
     average = commands.add_parser(
         "average",
         help="average the weights of several steps, and compute the loss of each and of the average",
-        epilog="example: megagpt average runs/demo/checkpoints/step_00000300 runs/demo/checkpoints/latest averaged",
+        epilog="example: megagpt average runs/demo/checkpoints/step_00000300 runs/demo/checkpoints/latest averaged "
+        "--weights 1 3",
     )
     average.add_argument(
         "steps",

@@ -16,7 +16,7 @@ def run(args: argparse.Namespace) -> int:
     export = import_module("megagpt.huggingface.export").export
     loaded = load_model(args.checkpoint, torch.device("cpu"))
     found = export(loaded, args.folder, dtype=args.dtype, license_name=args.license)
-    ties = f", the other {found.ties} differ by ties of equally likely tokens" if found.ties else ""
+    ties = f"; {found.ties:,} differ, where two segmentations are equally likely: harmless" if found.ties else ""
     show(
         f"{args.folder} holds {loaded.step_dir} in {args.dtype}; transformers loads it: logits differ by "
         f"{found.largest:.1e} at most, {found.lines - found.ties:,} of {found.lines:,} lines have the same token ids"

@@ -115,7 +115,10 @@ def _visible(text: str) -> str:
 
 def _interactive(setting: Setting, seed: int) -> int:
     """Continue each prompt that is typed. Ctrl-C ends a text, not the program."""
+    in_a_terminal = sys.stdin.isatty() and sys.stdout.isatty()  # where a new line asks for each prompt
     for number, prompt in enumerate(typed_one_by_one()):
+        if number and not in_a_terminal:
+            show("---")
         _warn(setting, [prompt])
         texts = new_texts(
             setting.tokenizer, [prompt], setting.cfg, batch=setting.batch, seed=seed + number * setting.batch

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
         "to train it further, build data with its tokenizer:\n"
         f"  python -m data_tools build --input TEXTS --out data/mine tokenizer={out}\n"
         f'and have this in the run file\'s section "megagpt": {section[1:-1]}\n'
-        f"or on the command line: megagpt train RUN.json megagpt.init_from={out} {keys}"
+        f"or on the command line: megagpt train RUN.json megagpt.init_from={out} {keys} megagpt.out_dir=runs/mine\n"
+        "set a lower optimizer.params.lr than the model was trained with, after a warm-up"
     )
     return 0

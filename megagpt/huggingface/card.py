@@ -20,6 +20,18 @@ MASKED = (
     "time."
 )
 
+# As text, the name of that token would be read letter by letter.
+EXAMPLE = """In training each document began with the token `bos_token_id`, which the tokenizer does not add by itself:
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+ids = [model.config.bos_token_id, *tokenizer("The ", add_special_tokens=False)["input_ids"]]
+print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=50)[0]))
+```"""
 
 ORIGINS = {  # of a folder of weights
     "import": "imported from a Hugging Face folder, and not trained since",
@@ -44,8 +56,7 @@ def model_card(loaded: LoadedModel, name: str, license_name: str | None, lines: 
         + ".",
         *([MASKED] if PACKING[loaded.packing.kind].masked else []),
         "## Use",
-        "```python\nfrom transformers import pipeline\n\n"
-        f'generate = pipeline("text-generation", model="{name}")\nprint(generate("The ", max_new_tokens=50))\n```',
+        EXAMPLE.format(name=name),
         "## Evaluation",
         _evaluation(saved),
         *([f"![Training and validation loss]({CURVES})"] if drawn else []),

@@ -36,7 +36,7 @@ OTHERS = {  # metric -> its caption
     "optim/lr": "learning rate",
     "optim/muon_lr": "learning rate of Muon",
     "optim/grad_norm": "gradient norm, before clipping",
-    "perf/tokens_per_sec": "tokens per second, over all GPUs",
+    "perf/tokens_per_sec": "tokens per second, over all ranks",
     "perf/mfu": "model FLOPs utilization",
     "perf/memory_gib": "peak memory of a rank, GiB",
 }
@@ -107,9 +107,12 @@ def _warnings(runs: Sequence[RunReport]) -> list[str]:
         if without_progress and isinstance(reached, int) and run.last_step <= reached:
             lines.append(f"{run.name}: the last {without_progress} starts did not get past step {reached}.")
     known = [run.newest.identity for run in runs if run.newest is not None]
-    if len({identity.tokenizer for identity in known}) > 1:
-        lines.append("These runs have different tokenizers: compare val/bits_per_byte, not losses or perplexities.")
-    if len({str(identity.data.get("val")) for identity in known}) > 1:
+    if len({identity.tokenizer for identity in known}) > 1:  # so their validation data differs too, as tokens
+        lines.append(
+            "These runs have different tokenizers: do not compare losses or perplexities. val/bits_per_byte compare if "
+            "the validation text is the same."
+        )
+    elif len({str(identity.data.get("val")) for identity in known}) > 1:
         lines.append("These runs were validated on different data, so that their val/* cannot be compared.")
     return [note(line, "warning") for line in lines]
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from megagpt.checkpoint.commit import best
+from megagpt.checkpoint.commit import best, committed
 from megagpt.config.run_file import RunConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.distributed.process_group import is_main, print_rank0
@@ -30,9 +30,10 @@ from megagpt.metrics.metrics_file import (
 )
 from megagpt.metrics.tensorboard_file import TensorBoardFile
 from megagpt.metrics.trackers import Feed, Outcome, close_feeds, open_feeds
-from megagpt.terminal import GREEN, counted, if_encodable
+from megagpt.terminal import GREEN, counted, if_encodable, typed
 from megagpt.train_state import TrainState
 
+LEAST_POINTS = 3  # that are drawn as bars: two would be the shortest and the longest, however near
 Events = Callable[[list[tuple[str, float, int]]], None]
 
 
@@ -176,7 +177,10 @@ def print_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> Non
             why,
             _best_loss(cfg, state, validation_losses(metrics_file)),
         ]
-    print_rank0("\n".join([*lines, *_best_checkpoint(cfg)]))
+    lines += _best_checkpoint(cfg)
+    if state.finished(cfg.schedule.max_steps) and committed(cfg.out_dir):
+        lines.append(f'try it: megagpt generate {typed(cfg.out_dir)} --prompt "Once upon a time"')
+    print_rank0("\n".join(lines))
 
 
 def print_nothing_left(cfg: MegaGPTConfig, state: TrainState) -> None:
@@ -227,7 +231,7 @@ def validation_losses(metrics_file: Path) -> dict[int, float | None]:
 
 
 def validation_curve(metrics_file: Path, name: str = "val/loss", width: int = 40, rows: int = 12) -> str:
-    """Draw the run's validation losses as bars, for the terminal, under the name of what decides."""
+    """Draw the run's validation losses as bars from the lowest to the highest, under the name of what decides."""
     losses = validation_losses(metrics_file)
     if not losses:
         return "    no validation losses in metrics.jsonl"
@@ -235,15 +239,17 @@ def validation_curve(metrics_file: Path, name: str = "val/loss", width: int = 40
     shown = dict.fromkeys([*steps[:: max(1, -(-len(steps) // rows))], steps[-1]])
     finite = [loss for step in shown if (loss := losses[step]) is not None and math.isfinite(loss)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
+    drawn = len(finite) >= LEAST_POINTS
     lines, block = [], if_encodable("█", "#")
     for step in shown:
         loss = losses[step]
         if loss is not None and math.isfinite(loss):
             bar = block * (1 + round((width - 1) * (loss - low) / (high - low or 1.0)))
-            lines.append(f"  {step:>8} {loss:8.4f} {bar}")
+            lines.append(f"  {step:>8} {loss:8.4f} {bar}" if drawn else f"  {step:>8} {loss:8.4f}")
         else:
             lines.append(f"  {step:>8} not finite")
-    return f"    step {name}\n" + "\n".join(lines)
+    title = f"    step {name}" + (f" (bars from {low:.4f} to {high:.4f})" if drawn else "")
+    return f"{title}\n" + "\n".join(lines)
 
 
 def _short(name: str, value: float) -> str:

@@ -318,11 +318,12 @@ def test_a_run_that_breaks_writes_json_draws_its_curve_and_samples_nothing(start
 
 def test_the_curve_leaves_out_what_an_older_megagpt_logged_as_nan(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(f'{{"step": {n}, "val/loss": {x}}}\n' for n, x in enumerate(["4.0", "NaN", "2.0"])))
+    file.write_text("".join(f'{{"step": {n}, "val/loss": {x}}}\n' for n, x in enumerate(["4.0", "NaN", "2.0", "3.0"])))
     assert [line.split()[1:] for line in validation_curve(file, width=3).splitlines()[1:]] == [
         ["4.0000", "███"],
         ["not", "finite"],
         ["2.0000", "█"],
+        ["3.0000", "██"],
     ]
 
 

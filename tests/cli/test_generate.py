@@ -1,5 +1,6 @@
 """`megagpt generate`: prompts from files, JSON, what of a text is shown and when, and each mistake as one message."""
 
+import io
 import json
 import os
 import pty
@@ -163,6 +164,14 @@ def test_more_texts_than_memory_holds_name_the_option(trained, monkeypatch, caps
     monkeypatch.setattr("megagpt.model.gpt.GPT.new_caches", lambda *_: exec("raise MemoryError"))
     assert main(["generate", str(trained), "--batch", "2"]) == 2
     assert "error: out of memory with --batch 2; give a smaller --batch" in capsys.readouterr().err
+
+
+def test_prompts_from_a_pipe_are_answered_with_the_same_separator(trained, capsys, monkeypatch):
+    prompts = ["abc", "", " def"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(prompts) + "\n"))
+    asked = generated(capsys, trained, "--max-tokens", 6, "--interactive")
+    assert asked == generated(capsys, trained, "--max-tokens", 6, *(word for p in prompts for word in ("--prompt", p)))
+    assert asked.count("\n---\n") == 2
 
 
 @pytest.mark.process

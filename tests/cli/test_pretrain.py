@@ -197,6 +197,7 @@ def test_the_deepspeed_launcher_trains_on_two_ranks(dataset, tmp_path):
 def test_a_terminal_that_lacks_a_bars_letter_gets_another(dataset, tmp_path):
     """The bars of the validation curve, on a terminal that shows ASCII alone."""
     command = [sys.executable, PRETRAIN, *arguments(dataset, tmp_path / "run", "megagpt.schedule.max_steps=5")]
+    command += ["megagpt.every.eval=2"]
     process = start(command, PYTHONIOENCODING="ascii")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err

@@ -1,6 +1,7 @@
 """`megagpt export`: transformers loads the same model and tokens, and nothing is left of an export that fails."""
 
 import json
+import re
 import stat
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def run(dataset, device, tmp_path_factory) -> Path:
 
 
 @pytest.mark.process
-def test_transformers_loads_the_export(run, tmp_path, capsys):
+def test_transformers_loads_the_export(run, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main(["export", str(run), str(tmp_path / "a b"), "--dtype", "bf16", "--license", "mit"]) == 0
     assert "10,000 of 10,000 lines have the same token ids" in capsys.readouterr().out
@@ -53,6 +54,13 @@ def test_transformers_loads_the_export(run, tmp_path, capsys):
     assert published["megagpt"]["model"]["n_layer"] == 2
     assert not {"wandb", "tensorboard", "mlflow"} & {*published, *published["megagpt"]}
     assert "| loss | " in card
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    card = card.replace('"a b"', '"./a b"')  # else it may be a name of the hub
+    exec(re.search("```python\n(.*?)```", card, re.DOTALL)[1])
+    # the end of the document before stands first, as in training, and is one token
+    example = capsys.readouterr().out
+    assert example.startswith(f"{tokenizer.names()[tokenizer.eod_id]}The ")
     assert (tmp_path / "a b" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert {stat.S_IMODE(path.stat().st_mode) & 0o444 for path in (tmp_path / "a b").iterdir()} == {0o444}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a b"]

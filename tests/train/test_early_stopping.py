@@ -132,6 +132,7 @@ def test_what_counts_as_best_is_told_with_its_rule(dataset, device, tmp_path, ca
     assert "\nbest: no later val/loss was lower by megagpt.early_stopping.min_delta\n" in table
 
     train(debug_run(dataset, tmp_path / "b", *EVALS, "megagpt.schedule.max_steps=2"), device)
-    assert re.search(r"best val/loss \S+ at step 2\nbest checkpoint", capsys.readouterr().out)
+    ending = r"best val/loss \S+ at step 2\nbest checkpoint: \S+\ntry it: megagpt generate \S+/b --prompt"
+    assert re.search(ending, capsys.readouterr().out)
     table, _ = checkpoint_table(tmp_path / "b", hashes=False)
     assert "\nbest: the lowest val/loss of these steps\n" in table

@@ -148,8 +148,16 @@ def test_the_curve_in_the_terminal_keeps_the_last_point(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = validation_curve(tmp_path / "metrics.jsonl").splitlines()
     assert len(lines) <= 14
+    assert lines[0] == "    step val/loss (bars from 4.0000 to 4.9900)"
     assert lines[1].split()[:2] == ["1", "4.9900"]
     assert lines[-1].split() == ["100", "4.0000", "█"]
+    rows = rows[:2]  # too few for bars, the shorter of which would look like nothing
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert validation_curve(tmp_path / "metrics.jsonl").splitlines() == [
+        "    step val/loss",
+        "         1   4.9900",
+        "         2   4.9800",
+    ]
 
 
 def test_a_disk_that_takes_no_more_costs_numbers_and_not_the_run(dataset, tmp_path, capsys):

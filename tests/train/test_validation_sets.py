@@ -185,7 +185,7 @@ def test_a_run_stops_early_on_the_set_that_decides(run, dataset, other, device, 
     out = capsys.readouterr().out
     assert "stopped early at step 2: for 1 evaluation val/loss/code was not lower by megagpt.early_stopping.min_" in out
     assert "best val/loss/code " in out
-    assert "    step val/loss/code\n" in out
+    assert "    step val/loss/code" in out
     found = curves(tmp_path / "run")
     assert state.stopper.best == found["val/loss/code"][1] == found["val/loss"][1] == found["val/best_loss"][2]
     assert best(tmp_path / "run").name == "step_00000001"
