@@ -6,6 +6,8 @@ from typing import Any
 from megagpt.options import LARGEST, decimal, whole
 from megagpt.user_paths import user_path
 
+DEFAULT_SPLIT = "val"
+
 
 def after_a_run(commands: Any) -> None:
     """Add the commands that use a run's checkpoints and curves."""
@@ -120,7 +122,7 @@ def _add_evaluate(commands: Any) -> None:
         help="a dataset made by data_tools, or a validation set of the run by its name; may be given several times; "
         "default: all of the run's",
     )
-    _add_part_of_data(evaluate)
+    _add_part_of_data(evaluate, split=None)  # so that it is known whether it was given
     evaluate.add_argument(
         "--tasks",
         nargs="+",
@@ -164,7 +166,11 @@ def _add_average(commands: Any) -> None:
         help="one for each STEP, relative to their sum, after OUT; default: equal ones",
     )
     average.add_argument(
-        "--data", type=user_path, metavar="DIR", help="a dataset made by data_tools; default: the one of the run"
+        "--data",
+        type=user_path,
+        metavar="DIR_OR_NAME",
+        help="a dataset made by data_tools, or a validation set of the run by its name; default: what its val/loss is "
+        "measured on",
     )
     _add_part_of_data(average)
 
@@ -172,14 +178,23 @@ def _add_average(commands: Any) -> None:
 def _weight(text: str) -> float:
     try:
         return decimal(1e-6, 1e6)(text)
-    except argparse.ArgumentTypeError as error:  # perhaps a step that follows --weights
-        raise argparse.ArgumentTypeError(f"{error}; give --weights last, with a number for each STEP") from None
+    except argparse.ArgumentTypeError as error:
+        try:
+            float(text)
+        except ValueError:  # perhaps a step that follows --weights
+            way_out = "give --weights last, with a number for each STEP and spaces between them"
+        else:
+            way_out = "leave out a step that is not to count"
+        raise argparse.ArgumentTypeError(f"{error}; {way_out}") from None
 
 
-def _add_part_of_data(parser: argparse.ArgumentParser) -> None:
+def _add_part_of_data(parser: argparse.ArgumentParser, *, split: str | None = DEFAULT_SPLIT) -> None:
     """Add the options that say on which part of a dataset a checkpoint is evaluated."""
     parser.add_argument(
-        "--split", choices=("train", "val", "test"), default="val", help="part of the dataset; default: %(default)s"
+        "--split",
+        choices=("train", "val", "test"),
+        default=split,
+        help=f"part of the dataset; default: {DEFAULT_SPLIT}",
     )
     parser.add_argument("--tokens", type=whole(1), help="number of tokens, from the split's start; default: all")
     parser.add_argument(

@@ -3,20 +3,19 @@
 import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from megagpt.checkpoint.load import LoadedModel, load_model
-from megagpt.config.validation_sets import UNNAMED, sets_of
-from megagpt.data.dataset import Dataset, open_dataset
+from megagpt.cli.run_datasets import datasets_of_run, given_datasets, open_given
+from megagpt.data.dataset import Dataset
 from megagpt.data.loader import ValWindows
 from megagpt.data.lost_text import lost_text, token_counts, unknown_share
 from megagpt.data.manifest import Split
 from megagpt.data.packing import PACKING
 from megagpt.errors import UserError
-from megagpt.guards.out_of_memory import is_out_of_memory
+from megagpt.guards.out_of_memory import fits_into_memory
 from megagpt.terminal import counted, show
 from megagpt.train.evaluate import Evaluation, evaluate_by_source, mean_of, unigram_entropy
 
@@ -38,9 +37,13 @@ def evaluate_on_data(args: argparse.Namespace) -> int:
     """Evaluate a checkpoint on the split of one or several datasets, and print the results as text or JSON."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # Before the model, which takes longer; a single word may be the name of one of the run's sets.
-    given = {path: open_dataset(path) for path in args.data or () if path.exists() or len(path.parts) > 1}
+    given = open_given(args.data or ())
     loaded = load_model(args.checkpoint, device)
-    datasets, weights = _datasets(args, given, loaded)
+    datasets, weights = (
+        (given_datasets(args.data, given, loaded.step_dir), [])
+        if args.data
+        else datasets_of_run(loaded.step_dir, args.split)
+    )
     # All of them first: the last one may be refused.
     windows = {name: windows_of(dataset, loaded, args.split, args.tokens) for name, dataset in datasets.items()}
     found = {name: _measured(args, loaded, datasets[name], windows[name]) for name in datasets}
@@ -50,64 +53,6 @@ def evaluate_on_data(args: argparse.Namespace) -> int:
         mean = mean_of([one.result for one in found.values()], weights)
         _show_all(args, loaded, found, mean, "mean by weights" if weights else "mean over tokens")
     return 0
-
-
-def _datasets(
-    args: argparse.Namespace, given: Mapping[Path, Dataset], loaded: LoadedModel
-) -> tuple[dict[str, Dataset], list[float]]:
-    """Return the datasets to measure by their names, and their weights in the run's val/loss, if they have any."""
-    if not args.data:
-        return datasets_of_run(loaded.step_dir, args.split)
-    section = _section(loaded.step_dir)
-    sets = {name: Path(one["path"]) for name, one in sets_of(section).items()} if section.get("data") else {}
-    datasets = {str(path): _named(path, given, sets, loaded.step_dir) for path in args.data}
-    by_data: dict[str, str] = {}
-    for name, dataset in datasets.items():
-        if (twin := by_data.setdefault(dataset.fingerprint, name)) != name:
-            raise UserError(f"--data {twin} and --data {name} are one dataset; remove one")
-    return datasets, []
-
-
-def _named(path: Path, given: Mapping[Path, Dataset], sets: Mapping[str, Path], step_dir: Path) -> Dataset:
-    """Return the dataset of a folder, or of the run's validation set of this name."""
-    if (name := str(path)) not in sets:
-        if path not in given:
-            names = f", nor a validation set of the run, which has {', '.join(filter(None, sets))}" if any(sets) else ""
-            raise UserError(f"--data {path} is no dataset{names}")
-        return given[path]
-    of_the_run = _of_the_run(sets[name], step_dir)
-    if path in given and given[path].fingerprint != of_the_run.fingerprint:
-        raise UserError(
-            f"--data {name} is a dataset here and another one of the run, {of_the_run.path}; give {path.resolve()} or "
-            f"{of_the_run.path.resolve()}"
-        )
-    return of_the_run
-
-
-def _of_the_run(path: Path, step_dir: Path) -> Dataset:
-    if not path.is_dir():
-        raise UserError(f"the run of {step_dir} read {path}, which is not here; give its place by --data DIR")
-    return open_dataset(path)
-
-
-def datasets_of_run(step_dir: Path, split: str, *, deciding: bool = False) -> tuple[dict[str, Dataset], list[float]]:
-    """Open the validation sets of a step's run, or for its train split its first training dataset. Raises UserError.
-
-    Returns them by name, and their weights in val/loss, if they have any. With `deciding` those that it is measured on.
-    """
-    section = _section(step_dir)
-    if section.get("data") is None:
-        raise UserError(f"the model of {step_dir} was imported, and no data with it; give a dataset by --data DIR")
-    if split == "train":
-        return {UNNAMED: _of_the_run(Path(section["data"]["train"][0]["path"]), step_dir)}, []
-    sets = sets_of(section, deciding=deciding)
-    weights = [one["weight"] for one in sets.values() if one.get("weight") is not None]
-    return {name: _of_the_run(Path(one["path"]), step_dir) for name, one in sets.items()}, weights
-
-
-def _section(step_dir: Path) -> dict[str, Any]:
-    section: dict[str, Any] = json.loads((step_dir / "run.json").read_bytes())["megagpt"]
-    return section
 
 
 def windows_of(dataset: Dataset, loaded: LoadedModel, split: Split, tokens: int | None) -> ValWindows:
@@ -126,12 +71,8 @@ def windows_of(dataset: Dataset, loaded: LoadedModel, split: Split, tokens: int 
 def evaluation(loaded: LoadedModel, windows: ValWindows, micro_batch: int) -> tuple[Evaluation, dict[str, Evaluation]]:
     """Evaluate a model on its device, also by source. Raises UserError if --micro-batch does not fit into memory."""
     token_bytes = torch.from_numpy(loaded.tokenizer.token_bytes()).to(loaded.model.wte.weight.device)
-    try:
+    with fits_into_memory("--micro-batch", micro_batch):
         return evaluate_by_source(loaded.model, windows, token_bytes, micro_batch=min(micro_batch, len(windows)))
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"--micro-batch {micro_batch} does not fit into memory; give a smaller one") from error
 
 
 def _measured(args: argparse.Namespace, loaded: LoadedModel, dataset: Dataset, windows: ValWindows) -> Measured:

@@ -27,7 +27,7 @@ from megagpt.evaluation.memorization import (
     training_passages,
     unread_passages,
 )
-from megagpt.guards.out_of_memory import is_out_of_memory
+from megagpt.guards.out_of_memory import fits_into_memory
 from megagpt.terminal import counted, show
 
 
@@ -43,7 +43,7 @@ def evaluate_memorization(args: argparse.Namespace) -> int:
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, *_ = load_model(step_dir, device)
-    try:
+    with fits_into_memory("--micro-batch", args.micro_batch):
         right = right_tokens(
             model,
             tokenizer,
@@ -51,10 +51,6 @@ def evaluate_memorization(args: argparse.Namespace) -> int:
             begins_documents=packing.plan_rows is not None,
             micro_batch=args.micro_batch,
         )
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"--micro-batch {args.micro_batch} does not fit into memory; give a smaller one") from error
     read = right[: len(passages)]
     baseline = recited(right[len(passages) :]) if len(unread) else None
     if args.json:

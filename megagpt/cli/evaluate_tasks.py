@@ -6,9 +6,8 @@ import json
 import torch
 
 from megagpt.checkpoint.load import load_model
-from megagpt.errors import UserError
 from megagpt.evaluation.tasks import TaskResults, open_tasks, run_tasks
-from megagpt.guards.out_of_memory import is_out_of_memory
+from megagpt.guards.out_of_memory import fits_into_memory
 from megagpt.terminal import print_error, show
 
 
@@ -18,12 +17,8 @@ def evaluate_tasks(args: argparse.Namespace) -> int:
     tasks = open_tasks([name for words in args.tasks for name in words.split(",") if name])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, step_dir, _ = load_model(args.checkpoint, device)
-    try:
+    with fits_into_memory("--micro-batch", args.micro_batch):
         found = run_tasks(tasks, model, tokenizer, micro_batch=args.micro_batch, limit=args.limit, with_errors=True)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"--micro-batch {args.micro_batch} does not fit into memory; give a smaller one") from error
     if found.unspelt:
         print_error(f"warning: {found.what_is_lost()}")
     if args.json:

@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from megagpt.config.generation import GenerationConfig
 from megagpt.config.mistakes import mistakes
 from megagpt.data.lost_text import changed_prompts
 from megagpt.errors import UserError
-from megagpt.guards.out_of_memory import free_memory, is_out_of_memory
+from megagpt.guards.out_of_memory import fits_into_memory, free_memory
 from megagpt.html_parts import printable
 from megagpt.model.generate import extend, new_texts
 from megagpt.model.generated_text import GeneratedText
@@ -74,7 +74,8 @@ def _one_after_the_other(setting: Setting, prompts: Sequence[str], at_once: int,
 def print_texts(setting: Setting, texts: Sequence[GeneratedText]) -> bool:
     """Generate texts together and print them in order, the first as it comes. Return whether anybody still reads."""
     pieces = _json_lines(setting, texts) if setting.json else _pieces(setting, texts)
-    with closing(pieces), _memory_told(setting.batch):
+    # Others may have taken memory since it was found free.
+    with closing(pieces), fits_into_memory("--batch", setting.batch, ", or give fewer --max-tokens"):
         return all(show(piece, end="") for piece in pieces)
 
 
@@ -186,14 +187,3 @@ def _prompts_at_once(setting: Setting, prompts: Sequence[str], device: torch.dev
             f"give --batch {max(1, free // each)} or less"
         )
     return max(1, min(AT_ONCE, free // each) // batch)
-
-
-@contextmanager
-def _memory_told(batch: int) -> Iterator[None]:
-    """Turn a failed allocation into a UserError: others may have taken memory since it was found free."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"out of memory with --batch {batch}; give a smaller --batch, or fewer --max-tokens") from error

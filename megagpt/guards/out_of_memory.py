@@ -13,7 +13,7 @@ import torch
 from megagpt.config.run_file import RunConfig
 from megagpt.distributed.process_group import rank, world_size
 from megagpt.distributed.rank_variables import local_ranks
-from megagpt.errors import OwnRankError
+from megagpt.errors import OwnRankError, UserError
 from megagpt.planner.estimate import GIB, Machine, Setting, fastest, settings, vocabulary
 from megagpt.planner.gpu_specs import Gpu
 from megagpt.planner.memory import PARTS
@@ -48,6 +48,18 @@ def explained(run: RunConfig, device: torch.device) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise OwnRankError(_message(run, device, error)) from error
+
+
+@contextmanager
+def fits_into_memory(option: str, value: int, more: str = "") -> Iterator[None]:
+    """Turn a failed allocation into a UserError that names an option; `more` is another way out."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        way_out = "give a smaller one" if value > 1 else "free memory, or use a machine with more"
+        raise UserError(f"{option} {value} does not fit into memory; {way_out}{more}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,6 +1,7 @@
 """The model card of an export (README.md), with the run's curves as a picture."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,22 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megagpt.checkpoint.commit import Saved, read_commit, run_of
+from megagpt.checkpoint.identity import OTHERS
 from megagpt.checkpoint.load import LoadedModel
-from megagpt.checkpoint.weights_folder import origin_of
+from megagpt.checkpoint.weights_folder import ORIGIN, origin_of
+from megagpt.config.validation_sets import sets_of
 from megagpt.data.packing import PACKING
 from megagpt.huggingface.weights import model_type
 from megagpt.metrics.metrics_file import METRICS, read_rows
+from megagpt.terminal import counted
 
 CURVES = "curves.png"
 MASKED = (
     "In training, attention stayed within each document. `transformers` has no such mask, so give it one document at a "
     "time."
 )
+NOT_EVALUATED = "It was not evaluated in training."
+TABLE = "| | |\n|---|---|\n"
 
 # As text, the name of that token would be read letter by letter.
 EXAMPLE = """In training each document began with the token `bos_token_id`, which the tokenizer does not add by itself:
@@ -51,19 +57,17 @@ def model_card(loaded: LoadedModel, name: str, license_name: str | None, lines: 
     text = [
         *front,
         f"# {name}",
-        f"A {shape[model_type(cfg)]}, {cfg.n_layer} layers, {cfg.n_head} heads and a width of {cfg.n_embd}, "
-        + _history(saved, from_others=section.get("init_from") is not None)
-        + ".",
+        f"A {shape[model_type(cfg)]}, {counted(cfg.n_layer, 'layer')}, {counted(cfg.n_head, 'head')} and a width of "
+        f"{cfg.n_embd}, " + _history(saved, from_others=section.get("init_from") is not None) + ".",
         *([MASKED] if PACKING[loaded.packing.kind].masked else []),
         "## Use",
         EXAMPLE.format(name=name),
         "## Evaluation",
-        _evaluation(saved),
+        _evaluation(saved, section),
         *([f"![Training and validation loss]({CURVES})"] if drawn else []),
         "## Training",
-        "`megagpt_run.json` holds all settings. "
-        + (f"Fingerprint of the validation data: {_fingerprint(saved.identity.data)}; " if saved.identity.data else "")
-        + f"SHA-256 of the tokenizer: `{saved.identity.tokenizer}`.",
+        f"`megagpt_run.json` holds all settings. SHA-256 of the tokenizer: `{saved.identity.tokenizer}`.",
+        *(_fingerprints(saved.identity.data, section) if saved.identity.data else ()),
         "## Tokenizer",
         ("The one that the data was built with," if given else "Converted from SentencePiece and")
         + f" compared on {lines:,} lines, odd ones among them: "
@@ -82,21 +86,51 @@ def _history(saved: Saved, *, from_others: bool) -> str:
     )
 
 
-def _fingerprint(data: dict[str, Any]) -> str:
-    """Return the fingerprint of the validation data, or of several sets each with its name."""
-    val = data["val"]
-    return ", ".join(f"{name} `{found}`" for name, found in val.items()) if isinstance(val, dict) else f"`{val}`"
+def _fingerprints(data: Mapping[str, Any], section: Mapping[str, Any]) -> list[str]:
+    """Return the fingerprint of the validation data, or a list of those of several sets."""
+    val, others = data["val"], data.get(OTHERS, {})
+    if isinstance(val, str) and not others:
+        return [f"Fingerprint of the validation data: `{val}`."]
+    deciding = val if isinstance(val, dict) else dict.fromkeys(sets_of(section, deciding=True), val)
+    listed = "\n".join(f"- {name}: `{found}`" for name, found in (deciding | others).items())
+    return ["Fingerprints of the validation data:", listed]
 
 
-def _evaluation(saved: Saved) -> str:
-    values: dict[str, float | None] = {"val/loss": saved.state.val_loss} if saved.state.val_loss is not None else {}
-    if origin_of(saved.step_dir) is None:
-        rows = [row for row in read_rows(run_of(saved.step_dir) / METRICS) if row["step"] == saved.state.step]
-        values = {name: value for row in rows for name, value in row.items() if name.startswith("val/")}
+def _evaluation(saved: Saved, section: Mapping[str, Any]) -> str:
+    """Return the table of results, and what they were measured on."""
+    if origin := origin_of(saved.step_dir):
+        return _evaluation_of_average(saved, section) if origin == "average" else NOT_EVALUATED
+    rows = [row for row in read_rows(run_of(saved.step_dir) / METRICS) if row["step"] == saved.state.step]
+    values = {name: value for row in rows for name, value in row.items() if name.startswith("val/")}
     if not values:
-        return "It was not evaluated in training."
+        return NOT_EVALUATED
     table = [f"| {name.removeprefix('val/')} | {value:.4f} |" for name, value in values.items() if value is not None]
-    return "On the validation data, at this step:\n\n| | |\n|---|---|\n" + "\n".join(table)
+    return f"On the validation data, at this step{_which(section)}:\n\n" + TABLE + "\n".join(table)
+
+
+def _evaluation_of_average(saved: Saved, section: Mapping[str, Any]) -> str:
+    found = json.loads((saved.step_dir / ORIGIN).read_bytes()).get("evaluation")
+    if found is None:  # also where an older megagpt wrote a loss, but not what it is of
+        return NOT_EVALUATED
+    on = f"On {found['tokens']:,} tokens of the "
+    if found["is_val_loss"]:
+        on += f"validation data{_which(section)}"
+    else:
+        data = ", ".join(f"`{fingerprint}`" for fingerprint in found["data"].values())
+        on += f"{found['split']} split of data with the fingerprint {data}"
+    return f"{on}:\n\n{TABLE}| loss | {found['loss']:.4f} |"
+
+
+def _which(section: Mapping[str, Any]) -> str:
+    """Tell of several validation sets, which of them `loss` is of."""
+    if not section.get("data") or len(sets_of(section)) == 1:
+        return ""
+    deciding = sets_of(section, deciding=True)
+    if len(deciding) == 1:
+        return f" ({next(iter(deciding))}, where no other set is named)"
+    weights = [f"{name} {one['weight']:g}" for name, one in deciding.items() if one.get("weight") is not None]
+    how = f"weighted: {', '.join(weights)}" if weights else "by their tokens"
+    return f" (the mean of {', '.join(deciding)}, {how}, where no set is named)"
 
 
 def write_curves(step_dir: Path, folder: Path) -> bool:

@@ -163,7 +163,10 @@ def test_more_texts_than_memory_holds_name_the_option(trained, monkeypatch, caps
     monkeypatch.undo()
     monkeypatch.setattr("megagpt.model.gpt.GPT.new_caches", lambda *_: exec("raise MemoryError"))
     assert main(["generate", str(trained), "--batch", "2"]) == 2
-    assert "error: out of memory with --batch 2; give a smaller --batch" in capsys.readouterr().err
+    assert (
+        "error: --batch 2 does not fit into memory; give a smaller one, or give fewer --max-tokens"
+        in capsys.readouterr().err
+    )
 
 
 def test_prompts_from_a_pipe_are_answered_with_the_same_separator(trained, capsys, monkeypatch):

@@ -162,7 +162,9 @@ def test_the_table_has_the_baseline_and_mistakes_are_one_message(trained, capsys
     for options, complaint in (
         (["--tokens", "5"], "--tokens has no effect on --memorization, whose data is its own; remove it"),
         (["--data", str(data)], "--data has no effect on --memorization"),
-        (["--tasks", "x"], "--memorization has no effect on --tasks"),
+        (["--split", "test"], "--split has no effect on --memorization"),
+        (["--tasks", "x"], "--tasks and --memorization are both given; give one at a time"),
+        (["--limit", "5"], "--limit 5 is for --tasks; give --memorization N for N passages"),
     ):
         assert main(["evaluate", run, "--memorization", "9", *options]) == 2
         assert complaint in capsys.readouterr().err

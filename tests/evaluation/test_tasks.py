@@ -275,7 +275,8 @@ def test_a_mistake_in_a_folder_of_tasks_is_one_message(run, tmp_path, capsys, mo
         pytest.param(["--tasks", "hellaswg"], "did you mean hellaswag?", marks=pytest.mark.long),
         (["--tasks", ""], "--tasks names no task"),
         (["--tasks", "x", "--tokens", "5"], "--tokens has no effect on --tasks, whose data is its own"),
-        (["--limit", "5"], "--limit 5 is for --tasks"),
+        (["--tasks", "x", "--split", "val"], "--split has no effect on --tasks, whose data is its own"),
+        (["--limit", "5"], "--limit 5 is for --tasks; give --tokens N"),
     ],
 )
 def test_a_wrong_option_is_one_message(run, capsys, options, complaint):

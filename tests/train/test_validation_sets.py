@@ -22,6 +22,7 @@ from megagpt.data.dataset import open_dataset
 from megagpt.data.loader import ValWindows
 from megagpt.data.provenance import origins
 from megagpt.errors import UserError
+from megagpt.huggingface.card import model_card
 from megagpt.train.evaluate import Evaluation, evaluate, mean_of
 from megagpt.train.trainer import train
 
@@ -94,10 +95,22 @@ def test_evaluate_measures_the_sets_of_the_run_also_by_name(run, dataset, other,
         assert told in capsys.readouterr().err
 
 
-def test_an_average_is_measured_on_what_decides(run, capsys, tmp_path):
-    found = evaluated(capsys, run, "--tokens", 64)["mean"]["loss"]
-    assert main(["average", *map(str, committed(run)), str(tmp_path / "out"), "--tokens", "64"]) == 0
-    assert f"  {found:.4f}   0.500  {committed(run)[-1]}" in capsys.readouterr().out
+def test_an_average_is_measured_on_what_decides_or_on_a_set_by_its_name(run, capsys, tmp_path):
+    found = evaluated(capsys, run, "--tokens", 64)
+    losses = {"mean": found["mean"]["loss"], "code": found["sets"]["code"]["loss"]}
+    for name, data in (("mean", []), ("code", ["--data", "code"])):
+        assert main(["average", *map(str, committed(run)), str(tmp_path / name), "--tokens", "64", *data]) == 0
+        assert f"  {losses[name]:.4f}   0.500  {committed(run)[-1]}" in capsys.readouterr().out
+    assert main(["average", *map(str, committed(run)), str(tmp_path / "none"), "--data", "cod"]) == 2
+    assert "--data cod is no dataset, nor a validation set of the run, which has web, code" in capsys.readouterr().err
+
+
+def test_the_card_tells_the_fingerprint_of_each_set_and_which_of_them_the_loss_is_of(run):
+    card = model_card(load_model(run, torch.device("cpu")), "mine", None, 10, 0, drawn=False)
+    assert "at this step (the mean of web, code, by their tokens, where no set is named):\n" in card
+    prints = read_commit(best(run)).identity.data["val"]
+    assert f"Fingerprints of the validation data:\n\n- web: `{prints['web']}`\n- code: `{prints['code']}`\n" in card
+    assert f"| loss | {curves(run)['val/loss'][4]:.4f} |\n" in card
 
 
 def test_a_name_that_is_another_dataset_here_is_refused(run, other, capsys, tmp_path, monkeypatch):
@@ -107,6 +120,13 @@ def test_a_name_that_is_another_dataset_here_is_refused(run, other, capsys, tmp_
     told = "--data web is a dataset here and another one of the run"
     assert f"give {tmp_path / 'web'} or " in (err := capsys.readouterr().err)
     assert told in err
+
+
+def test_a_name_is_the_runs_set_whatever_else_is_called_so_here(run, other, capsys, tmp_path, monkeypatch):
+    (tmp_path / "code").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", str(run), "--data", "code", "--tokens", "64"]) == 0
+    assert f"on 64 tokens of {other} (val)" in capsys.readouterr().out
 
 
 def test_each_source_of_a_dataset_has_the_loss_of_its_tokens(run, dataset, capsys, tmp_path):
@@ -140,7 +160,10 @@ def test_a_set_that_decides_makes_the_run_that_has_it_alone(run, dataset, other,
     train(debug_run(dataset, folder, *FEW), device, stop_at=2)
     decides = "megagpt.early_stopping.monitor=val/loss/web"
     train(debug_run(dataset, folder, *FEW, sets(dataset, other), decides), device)
-    found, mean = curves(folder), curves(run)
+    found, mean, prints = curves(folder), curves(run), read_commit(committed(run)[-1]).identity.data["val"]
+    card = model_card(load_model(folder, torch.device("cpu")), "mine", None, 10, 0, drawn=False)
+    assert "(web, where no other set is named):\n" in card
+    assert f"\n- web: `{prints['web']}`\n- code: `{prints['code']}`\n" in card
     assert found["val/loss"] == {2: mean["val/loss/web"][2], 4: mean["val/loss/web"][4]}
     assert found["val/loss/code"] == {4: mean["val/loss/code"][4]}
     for change, way_out in (
