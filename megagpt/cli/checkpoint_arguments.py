@@ -97,7 +97,7 @@ def _add_export(commands: Any) -> None:
 def _add_import(commands: Any) -> None:
     imports = commands.add_parser(
         "import",
-        help="read a Hugging Face folder of a GPT-2, to train it further: a folder for megagpt.init_from",
+        help="make a folder for megagpt.init_from out of a Hugging Face folder of a GPT-2, Llama or Qwen3",
         epilog="example: megagpt import my-gpt2 runs/my-gpt2",
     )
     imports.add_argument("source", type=user_path, metavar="DIR", help="a folder with config.json and weights")

@@ -1,4 +1,4 @@
-"""`megagpt import DIR OUT`: make a folder to begin from out of a Hugging Face folder of a GPT-2."""
+"""`megagpt import DIR OUT`: make a folder to begin from out of a Hugging Face folder of a GPT-2, Llama or Qwen3."""
 
 import argparse
 import json
@@ -13,8 +13,8 @@ from megagpt.terminal import counted, show, typed
 def run(args: argparse.Namespace) -> int:
     """Import a model, and print what was imported and how to train it further."""
     check_installed("import", "safetensors", "tokenizers")
-    import_gpt2 = import_module("megagpt.huggingface.import_gpt2").import_gpt2
-    model, tokenizer, notes = import_gpt2(args.source, args.folder, pickles=args.allow_pickle)
+    import_folder = import_module("megagpt.huggingface.import_folder").import_folder
+    model, tokenizer, notes = import_folder(args.source, args.folder, pickles=args.allow_pickle)
     shape = {key: value for key, value in model.identity().items() if key != "attention"}
     section = json.dumps({"init_from": str(args.folder), "model": shape}, ensure_ascii=False)
     keys = " ".join(f"megagpt.model.{name}={as_written(value)}" for name, value in shape.items())

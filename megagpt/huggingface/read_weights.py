@@ -1,7 +1,7 @@
-"""Read GPT-2's tensors from a Hugging Face folder, one file at a time, by the names and shapes of our model.
+"""Read the tensors of a Hugging Face folder, one file at a time, as the tensors of our model.
 
-Folders of all times differ: a prefix `transformer.` or none, masks saved as `attn.bias`, a copy of the tied output
-head, one file or several with an index, safetensors or pickles.
+Folders of all times differ: a prefix (`transformer.` or `model.`) or none, buffers such as masks, a copy of the tied
+output head, one file or several with an index, safetensors or pickles.
 """
 
 import json
@@ -19,12 +19,14 @@ from megagpt.checkpoint.finite import not_finite
 from megagpt.config.model import ModelConfig
 from megagpt.errors import UserError
 from megagpt.git_pointers import MOST_POINTER, pointer_instead_of
-from megagpt.huggingface.weights import EMBEDDING, HEAD, TRANSPOSED
+from megagpt.huggingface.weights import ARCHITECTURES, EMBEDDING, HEAD, is_transposed, model_type, stored_rows
+from megagpt.model.gpt import GPT
 
 SAFE = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHTS = ("*.safetensors", "*.bin", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.pt", "*.pth", "*.ckpt*")
-MASK = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # buffers of older versions
+# Buffers of older versions: masks, and the frequencies of rotary positions.
+BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias|(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SHOWN = 4  # names in a message
 
@@ -35,52 +37,63 @@ def read_weights(source: Path, cfg: ModelConfig, n_rows: int, *, tied: bool, pic
     `n_rows`: of the embedding of tokens; `tied`: what config.json says of the output head; `pickles` may be read.
     Raises UserError for tensors that are missing, too many, of another shape, or not finite.
     """
-    expected, found, surplus = gpt2_shapes(cfg, n_rows), {}, []
+    architecture, layout = ARCHITECTURES[model_type(cfg)], stored_shapes(cfg, n_rows)
+    expected = {name: shape for parts in layout.values() for name, shape in parts.items()}
+    found: dict[str, Tensor] = {}
+    surplus = []
     for path in _weight_files(source, pickles):
-        for name, tensor in _tensors(path):
-            ours = name.removeprefix("transformer.")
-            if MASK.fullmatch(ours):
+        for stored, tensor in _tensors(path):
+            name = stored.removeprefix(architecture.prefix)
+            if BUFFER.fullmatch(name):
                 continue
-            if ours not in expected:
-                surplus.append(name)
-            elif ours in found:
-                raise UserError(f"{source} has the tensor {ours} twice, once in {path}; remove one of the files")
+            if name not in expected:
+                surplus.append(stored)
+            elif name in found:
+                raise UserError(f"{source} has the tensor {name} twice, once in {path}; remove one of the files")
             else:
-                _check(path, name, tensor, expected[ours])
-                found[ours] = tensor.T.contiguous() if ours.endswith(TRANSPOSED) else tensor
+                _check(path, stored, tensor, expected[name])
+                found[name] = tensor
+    embedding, head = (next(iter(layout[name])) for name in (EMBEDDING, HEAD))
     if tied:  # then they may be stored under either name
         found |= {
-            name: found[other] for name, other in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)) if other in found
+            name: found[other] for name, other in ((head, embedding), (embedding, head)) if other in found
         } | found
     missing = [name for name in expected if name not in found]
     if missing or surplus:
-        raise UserError(_other_tensors(source, missing, surplus))
+        raise UserError(_other_tensors(source, missing, surplus, architecture.title))
     if wrong := not_finite(found):
         raise UserError(
             f"{source} has numbers in {wrong} that are not finite, so its model is of no use; fetch it again"
         )
-    if torch.equal(found[HEAD].float(), found[EMBEDDING].float()):
-        del found[HEAD]
+    if torch.equal(found[head].float(), found[embedding].float()):
+        del layout[HEAD]
     elif tied:
         raise UserError(
-            f"{source} has {HEAD} and {EMBEDDING} that differ, and config.json says that they are one matrix; write "
+            f"{source} has {head} and {embedding} that differ, and config.json says that they are one matrix; write "
             "tie_word_embeddings=false there if the model was trained so, or fetch the folder again"
         )
-    return {name: tensor.float() if tensor.dtype == torch.float64 else tensor for name, tensor in found.items()}
+    return {name: _joined(name, [found.pop(part) for part in parts], cfg) for name, parts in layout.items()}
 
 
-def gpt2_shapes(cfg: ModelConfig, n_rows: int) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of what GPT2LMHeadModel stores, without the prefix; matrices are (inputs, outputs)."""
-    C, inner = cfg.n_embd, cfg.mlp_inner
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (n_rows, C), HEAD: (n_rows, C), "wpe.weight": (cfg.seq_len, C)}
-    for i in range(cfg.n_layer):
-        for layer, n_in, n_out in (
-            *(("attn.c_attn", C, 3 * C), ("attn.c_proj", C, C)),
-            *(("mlp.c_fc", C, inner), ("mlp.c_proj", inner, C)),
-        ):
-            shapes |= {f"h.{i}.{layer}.weight": (n_in, n_out), f"h.{i}.{layer}.bias": (n_out,)}
-        shapes |= {f"h.{i}.{norm}.{part}": (C,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
-    return shapes | {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+def stored_shapes(cfg: ModelConfig, n_rows: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return, for each tensor of our model, the names (without the prefix) and shapes of those that it is stored in."""
+    with torch.device("meta"):
+        ours = {name: tuple(tensor.shape) for name, tensor in GPT(cfg, n_rows).state_dict().items()}
+    prefix = ARCHITECTURES[model_type(cfg)].prefix
+    return {
+        name: {
+            theirs.removeprefix(prefix): (rows, *shape[1:])[:: -1 if is_transposed(name, cfg) else 1]
+            for theirs, rows in stored_rows(name, cfg, shape[0]).items()
+        }
+        for name, shape in ours.items()
+    }
+
+
+def _joined(name: str, parts: list[Tensor], cfg: ModelConfig) -> Tensor:
+    """Return our tensor, from the tensors that hold its rows."""
+    parts = [part.T.contiguous() if is_transposed(name, cfg) else part for part in parts]
+    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return whole.float() if whole.dtype == torch.float64 else whole
 
 
 def _weight_files(source: Path, pickles: bool) -> list[Path]:
@@ -156,11 +169,11 @@ def _check(path: Path, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Non
         raise UserError(f"{path}: {name} has numbers of type {tensor.dtype}; give the model before it was quantized")
 
 
-def _other_tensors(source: Path, missing: list[str], surplus: list[str]) -> str:
+def _other_tensors(source: Path, missing: list[str], surplus: list[str], title: str) -> str:
     def some(names: list[str]) -> str:
         return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
-    parts = [f"lacks {some(missing)}"] * bool(missing) + [f"has {some(surplus)}, which GPT-2 has not"] * bool(surplus)
+    parts = [f"lacks {some(missing)}"] * bool(missing) + [f"has {some(surplus)}, which {title} has not"] * bool(surplus)
     return (
         f"{source} is another model than its config.json says: it {' and '.join(parts)}; fetch the folder again, whole"
     )

@@ -6,7 +6,7 @@ transpose of a linear layer's.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -43,9 +43,25 @@ def class_of(cfg: ModelConfig) -> str:
     return name
 
 
+class Architecture(NamedTuple):
+    """Names an architecture of transformers."""
+
+    causal_lm: str  # its class
+    title: str
+    prefix: str  # of tensors that the class without an output head has too
+
+
+ARCHITECTURES = {  # by the model_type of config.json
+    "gpt2": Architecture("GPT2LMHeadModel", "GPT-2", "transformer."),
+    "llama": Architecture("LlamaForCausalLM", "Llama", "model."),
+    "qwen3": Architecture("Qwen3ForCausalLM", "Qwen3", "model."),
+}
+
+
 def model_type(cfg: ModelConfig) -> str:
     """Return the name of that class's architecture: gpt2, llama or qwen3."""
-    return {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}[class_of(cfg)]
+    name = class_of(cfg)
+    return next(kind for kind, architecture in ARCHITECTURES.items() if architecture.causal_lm == name)
 
 
 def renamed(weights: dict[str, Tensor], cfg: ModelConfig, vocab_size: int) -> dict[str, Tensor]:
@@ -55,32 +71,39 @@ def renamed(weights: dict[str, Tensor], cfg: ModelConfig, vocab_size: int) -> di
     """
     kept = {name: weight for name, weight in weights.items() if name != HEAD or not cfg.tied}
     kept |= {name: kept[name][:vocab_size] for name in (EMBEDDING, HEAD) if name in kept}
-    return _as_gpt2(kept) if model_type(cfg) == "gpt2" else _as_llama(kept, cfg)
-
-
-def _as_gpt2(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name if name == HEAD else f"transformer.{name}": weight.T if name.endswith(TRANSPOSED) else weight
-        for name, weight in weights.items()
-    }
-
-
-def _as_llama(weights: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """Split what our model computes in one product: queries, keys and values, and the MLP's gate and input."""
-    heads = [n * cfg.head_dim for n in (cfg.n_head, cfg.kv_heads, cfg.kv_heads)]
     named: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        begin, _, part = name.removeprefix("h.").partition(".")
-        block = f"model.layers.{begin}."
-        if part == "attn.c_attn.weight":
-            parts = zip(("q", "k", "v"), weight.split(heads), strict=True)
-            named |= {f"{block}self_attn.{letter}_proj.weight": rows for letter, rows in parts}
-        elif part == "mlp.c_fc.weight":
-            parts = zip(("gate", "up"), weight.chunk(2), strict=True)
-            named |= {f"{block}mlp.{kind}_proj.weight": rows for kind, rows in parts}
-        else:
-            named[block + LLAMA_PARTS[part] if part in LLAMA_PARTS else LLAMA_ENDS[name]] = weight
+    for name, weight in kept.items():
+        rows = stored_rows(name, cfg, len(weight))
+        parts = weight.split(list(rows.values()))
+        named |= {
+            theirs: part.T if is_transposed(name, cfg) else part for theirs, part in zip(rows, parts, strict=True)
+        }
     return named
+
+
+def is_transposed(name: str, cfg: ModelConfig) -> bool:
+    """Tell whether the class has the transpose of our tensor `name`."""
+    return model_type(cfg) == "gpt2" and name.endswith(TRANSPOSED)
+
+
+def stored_rows(name: str, cfg: ModelConfig, n_rows: int) -> dict[str, int]:
+    """Return the names of the class's tensors that together are our tensor `name`, and how many of its rows each has.
+
+    What our model computes in one product is several tensors of Llama: queries, keys and values, and the MLP's gate and
+    input.
+    """
+    if model_type(cfg) == "gpt2":
+        return {name if name == HEAD else f"transformer.{name}": n_rows}
+    if name in LLAMA_ENDS:
+        return {LLAMA_ENDS[name]: n_rows}
+    number, _, part = name.removeprefix("h.").partition(".")
+    block = f"model.layers.{number}."
+    if part == "attn.c_attn.weight":
+        heads = {"q": cfg.n_head, "k": cfg.kv_heads, "v": cfg.kv_heads}
+        return {f"{block}self_attn.{letter}_proj.weight": n * cfg.head_dim for letter, n in heads.items()}
+    if part == "mlp.c_fc.weight":
+        return {f"{block}mlp.{kind}_proj.weight": cfg.mlp_inner for kind in ("gate", "up")}
+    return {block + LLAMA_PARTS[part]: n_rows}
 
 
 LLAMA_ENDS = {EMBEDDING: "model.embed_tokens.weight", "ln_f.weight": "model.norm.weight", HEAD: HEAD}

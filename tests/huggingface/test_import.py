@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from data_support import small_tokenizer
-from models_of_others import SIZES, gpt2, write_gpt2, write_tokenizer
+from models_of_others import SIZES, changed_config, changed_tensors, cut, gpt2, write_gpt2, write_tokenizer
 from safetensors.torch import load_file, save_file
 from support import debug_run
 from tokenizers_of_others import of_the_package
@@ -22,7 +22,7 @@ from megagpt.__main__ import main
 from megagpt.checkpoint.load import load_model
 from megagpt.errors import UserError
 from megagpt.huggingface.card import model_card, write_curves
-from megagpt.huggingface.import_gpt2 import padded
+from megagpt.huggingface.import_folder import padded
 from megagpt.huggingface.weights import renamed, write_weights
 from megagpt.tokenizer.tokenizer import Tokenizer
 from megagpt.train.trainer import train
@@ -230,27 +230,6 @@ def test_damaged_files_of_an_old_tokenizer_are_named(copy, tmp_path, capsys, nam
     assert not (tmp_path / "out").exists()
 
 
-def changed_config(**changes: object) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | changes))
-
-    return change
-
-
-def changed_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
-    def rewrite(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-
-    return rewrite
-
-
-def cut(name: str, size: int) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
-
-
 def pickled_call(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     torch.save({"wte.weight": print}, folder / "pytorch_model.bin")
@@ -268,7 +247,10 @@ def pointer(folder: Path) -> None:
 
 WTE, NORM = "transformer.wte.weight", "transformer.ln_f.weight"
 WRONG: list[tuple[Callable[[Path], object], str]] = [
-    (changed_config(model_type="llama", architectures=["LlamaForCausalLM"]), r"of type llama \(LlamaForCausalLM\)"),
+    (
+        changed_config(model_type="mistral", architectures=["MistralForCausalLM"]),
+        r"of type mistral \(MistralForCausalLM\)",
+    ),
     (changed_config(model_type=None, n_head=None, n_embd=None, hidden_size=3), "n_embd=3 is not a multiple of"),
     (changed_config(activation_function="gelu"), "activation_function='gelu', and megagpt's GPT-2 computes with"),
     (changed_config(layer_norm_epsilon=0.0), "norm_eps=0.0.* at least 1e-12"),
@@ -281,7 +263,7 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     (changed_config(n_layer="two"), "has sizes of no model: n_layer='two'"),
     (changed_config(vocab_size="many"), "vocab_size='many' is no number"),
     (changed_config(n_layer=1), "has transformer.h.1.attn.c_attn.bias, transformer.h.1.attn.c_attn.weight, .* 8 more"),
-    (changed_config(n_layer=3), "lacks h.2.attn.c_attn.weight, h.2.attn.c_attn.bias, .* and 8 more"),
+    (changed_config(n_layer=3), "lacks h.2.ln_1.weight, h.2.ln_1.bias, .* and 8 more"),
     (changed_config(n_positions=128), r"wpe.weight has shape \(64, 32\), and by config.json it has \(128, 32\)"),
     (changed_config(tie_word_embeddings=False), "lacks lm_head.weight; fetch the folder again"),
     (cut("config.json", 40), "config.json is damaged: it is not whole JSON"),

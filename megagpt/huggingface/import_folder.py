@@ -1,4 +1,4 @@
-"""Make a folder to begin from out of a Hugging Face folder of a GPT-2, with its weights, shape and tokenizer."""
+"""Make a folder to begin from out of a Hugging Face folder, with its model's weights, shape and tokenizer."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megagpt.checkpoint.weights_folder import write_weights_folder
 from megagpt.config.model import ModelConfig
-from megagpt.huggingface.read_config import read_config
+from megagpt.huggingface.read_config import Config, read_config
 from megagpt.huggingface.read_tokenizer import read_tokenizer
 from megagpt.huggingface.read_weights import read_weights
 from megagpt.huggingface.weights import EMBEDDING, HEAD
@@ -25,7 +25,7 @@ class Imported(NamedTuple):
     notes: list[str]
 
 
-def import_gpt2(source: Path, folder: Path, *, pickles: bool) -> Imported:
+def import_folder(source: Path, folder: Path, *, pickles: bool) -> Imported:
     """Write `folder`, which must be new or empty. Raises UserError; nothing is left behind then."""
     config = read_config(source)
     check_free(folder)
@@ -48,7 +48,7 @@ def import_gpt2(source: Path, folder: Path, *, pickles: bool) -> Imported:
         sources={"folder": str(source.absolute())},
         state=TrainState(),
     )
-    return Imported(model, tokenizer, _notes(tokenizer, n_rows, vocab_size, config.eos_id))
+    return Imported(model, tokenizer, _notes(tokenizer, vocab_size, config))
 
 
 def padded(embedding: Tensor, n_rows: int) -> Tensor:
@@ -63,14 +63,20 @@ def padded(embedding: Tensor, n_rows: int) -> Tensor:
     return torch.cat([own, mean.expand(n_rows - len(own), -1)])
 
 
-def _notes(tokenizer: Tokenizer, n_rows: int, vocab_size: int, eos_id: int | None) -> list[str]:
-    notes = []
-    if n_rows > vocab_size:
-        notes.append(f"note: {n_rows - vocab_size:,} embeddings, which no token of its tokenizer has, are left out")
-    if eos_id not in (None, tokenizer.eod_id) and eos_id < tokenizer.vocab_size:
-        names = tokenizer.names()
+def _notes(tokenizer: Tokenizer, vocab_size: int, config: Config) -> list[str]:
+    notes, names, eod_id = [], tokenizer.names(), tokenizer.eod_id
+    if config.vocab_size > vocab_size:
         notes.append(
-            f"note: config.json names token {eos_id} ({names[eos_id]}) as the end of a text, and the tokenizer "
-            f"{tokenizer.eod_id} ({names[tokenizer.eod_id]}), which is used"
+            f"note: {config.vocab_size - vocab_size:,} embeddings, which no token of its tokenizer has, are left out"
+        )
+    if config.eos_id not in (None, eod_id) and config.eos_id < tokenizer.vocab_size:
+        notes.append(
+            f"note: config.json names token {config.eos_id} ({names[config.eos_id]}) as the end of a text, and the "
+            f"tokenizer {eod_id} ({names[eod_id]}), which is used"
+        )
+    if config.bos_id not in (None, eod_id) and config.bos_id < tokenizer.vocab_size:
+        notes.append(
+            f"note: config.json names token {config.bos_id} ({names[config.bos_id]}) as the beginning of a text; here "
+            f"each begins with {eod_id} ({names[eod_id]}), in training, evaluation and generation"
         )
     return notes
