@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megagpt.checkpoint.load import LoadedModel, load_model
+from megagpt.cli.loss_in_run import loss_in_run
 from megagpt.cli.run_datasets import datasets_of_run, given_datasets, open_given
 from megagpt.data.dataset import Dataset
 from megagpt.data.loader import ValWindows
@@ -52,6 +53,10 @@ def evaluate_on_data(args: argparse.Namespace) -> int:
     else:
         mean = mean_of([one.result for one in found.values()], weights)
         _show_all(args, loaded, found, mean, "mean by weights" if weights else "mean over tokens")
+    if not (args.json or args.data or args.tokens) and args.split == "val":
+        tokens = {name: one.result.tokens for name, one in found.items()}
+        if line := loss_in_run(loaded.step_dir, tokens):
+            show(f"  {line}")
     return 0
 
 
@@ -113,7 +118,7 @@ def _show_all(
     rows = []
     for name, one in found.items():
         where = "" if name == str(one.dataset.path) else f" ({one.dataset.path})"
-        rows += [_line(f"{name}{where}", one.result), *_lines_of_sources(one)]
+        rows += [(*_line(f"{name}{where}", one.result), f"{one.unigram_entropy:.4f}"), *_lines_of_sources(one)]
     lines = [f"{loaded.step_dir} on {counted(len(found), 'dataset')} ({args.split}):"]
     lines += _table([*rows, _line(label, mean)])
     show("\n".join([*lines, *_remarks(list(found.values()), loaded)]))
@@ -134,7 +139,8 @@ def _row(one: Measured) -> dict[str, Any]:
     return row | ({"sources": {name: _numbers(found) for name, found in one.sources.items()}} if one.sources else {})
 
 
-HEAD = ("", "loss", "perplexity", "bits per byte", "tokens")
+# The last: of guessing by token frequency alone, of whole datasets.
+HEAD = ("", "loss", "perplexity", "bits per byte", "tokens", "loss by frequency")
 
 
 def _line(name: str, result: Evaluation) -> tuple[str, ...]:
@@ -153,7 +159,8 @@ def _lines_of_sources(one: Measured) -> list[tuple[str, ...]]:
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    rows = [HEAD, *rows]
+    width = max(map(len, rows))
+    rows = [(*row, *[""] * (width - len(row))) for row in (HEAD[:width], *rows)]
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
         f"  {name:<{first}}  "

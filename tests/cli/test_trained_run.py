@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,11 @@ from megagpt.__main__ import main
 from megagpt.checkpoint.commit import COMMIT, _digest, committed
 from megagpt.checkpoint.named_step import step_of
 from megagpt.cli.pretrain import pretrain
+
+LOSS_IN_RUN = re.compile(
+    r"\n  in the run, val/loss of this step was (\d\.\d{4}), on the first 2,048 tokens, "
+    r"which (--tokens 2048) reads alone\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,13 @@ def test_evaluate_reads_the_runs_own_data_and_asks_for_it_where_it_was_moved(tra
     own = capsys.readouterr().out
     assert main(["evaluate", run, "--split", "train", "--tokens", "64"]) == 0
     assert f"of {data} (train)" in capsys.readouterr().out
+    # all tokens; and the run's number, which the option that is named gives
+    assert main(["evaluate", run]) == 0
+    loss, option = LOSS_IN_RUN.search(capsys.readouterr().out).groups()
+    assert main(["evaluate", run, *option.split()]) == 0
+    again = capsys.readouterr().out
+    assert f"  loss {loss} nats per token" in again
+    assert "in the run" not in again
     data.rename(moved)
     assert main(["evaluate", run]) == 2
     assert f"read {data}, which is not here; give its place by --data DIR" in capsys.readouterr().err

@@ -86,6 +86,13 @@ def test_evaluate_measures_the_sets_of_the_run_also_by_name(run, dataset, other,
     table = "  code ({})  {:.4f}  {:>10.2f}".format(other, *(named[key] for key in ("loss", "perplexity")))
     assert main(["evaluate", str(run), "--tokens", "64"]) == 0
     assert table in capsys.readouterr().out
+    # without options all tokens are read, and the run's mean is told with what it was of
+    assert main(["evaluate", str(run)]) == 0
+    shown = capsys.readouterr().out
+    was = f"in the run, val/loss of this step was {curves(run)['val/loss'][4]:.4f}, on the first 512 tokens of web and "
+    assert f"{was}the first 64 tokens of code\n" in shown
+    assert shown.splitlines()[1].endswith("  tokens  loss by frequency")
+    assert all(re.search(r",?\d+ +\d\.\d{4}$", line) for line in shown.splitlines()[2:4])
     for data, told in (
         (["cod"], "--data cod is no dataset, nor a validation set of the run, which has web, code"),
         (["web", dataset], f"--data web and --data {dataset} are one dataset; remove one"),
