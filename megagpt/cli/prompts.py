@@ -36,8 +36,13 @@ def from_file(name: str) -> list[str]:
     path = Path(local_path(name))
     try:
         content = sys.stdin.buffer.read(MOST_BYTES + 1) if name == "-" else _bytes_of(path)
+    except IsADirectoryError:
+        wanted = "give a file with a prompt per line, or a .jsonl"
+        raise UserError(f"--prompts {typed(name)} is a folder; {wanted}") from None
     except OSError as error:
-        raise UserError(f"the file of prompts {name} cannot be read: {error.strerror}; give another") from error
+        raise UserError(
+            f"the file of prompts {name} cannot be read: {error.strerror}; give a file with a prompt per line"
+        ) from error
     if len(content) > MOST_BYTES:
         raise UserError(f"{name} is larger than {MOST_BYTES // 2**20} MiB; split it, and give a file of prompts alone")
     if message := pointer_instead_of(name, content):

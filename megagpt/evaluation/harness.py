@@ -5,8 +5,8 @@ empty one is the end-of-document token, which in training precedes every documen
 """
 
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from itertools import chain, groupby
 from math import ceil
 from typing import Any
@@ -43,6 +43,7 @@ class HarnessModel(TemplateLM):
         self._model, self._tokenizer, self._micro_batch = model, tokenizer, micro_batch
         self._terminal = sys.stderr  # while the package runs, it is not shown what it prints
         self.unspelt: set[str] = set()  # texts that the tokenizer cannot spell
+        self.failure: Exception | None = None  # of the model or of another rank, which is no task's mistake
 
     @property
     def eot_token_id(self) -> int:
@@ -89,8 +90,18 @@ class HarnessModel(TemplateLM):
         scored = iter(self._score(chain.from_iterable(windows)))
         return [sum(next(scored).log_probability for _ in of_one) for of_one in windows]
 
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Show the model's progress, and remember its failure."""
+        try:
+            with redirect_stderr(self._terminal):
+                yield
+        except Exception as error:
+            self.failure = error
+            raise
+
     def _score(self, wanted: Iterable[Continuation]) -> Any:
-        with redirect_stderr(self._terminal):
+        with self._computing():
             return score_continuations(
                 self._model, list(wanted), vocab_size=self._tokenizer.vocab_size, micro_batch=self._micro_batch
             )
@@ -134,7 +145,7 @@ class HarnessModel(TemplateLM):
             raise UserError(f"a task's generation_kwargs: {explain(error, GenerationConfig, section='')}") from None
         firsts = range(0, len(contexts), self._micro_batch)
         rounds = ceil(len(firsts) / world_size())
-        with redirect_stderr(self._terminal), progress_bar("generating", total=rounds, unit="batch") as bar:
+        with self._computing(), progress_bar("generating", total=rounds, unit="batch") as bar:
 
             def continued(first: int) -> list[str]:
                 bar.update()

@@ -225,7 +225,7 @@ def run_tasks(
 ) -> TaskResults:
     """Run tasks on a model, on each one's first `limit` documents. Collective: the ranks divide the scoring.
 
-    `with_errors` also estimates standard errors. Raises UserError, the same on every rank.
+    `with_errors` also estimates standard errors. Raises UserError, the same on every rank, for a task's mistake.
     """
     evaluate = import_module("lm_eval.evaluator").evaluate
     lm = import_module("megagpt.evaluation.harness").HarnessModel(model, tokenizer, micro_batch=micro_batch)
@@ -243,7 +243,7 @@ def run_tasks(
                 log_samples=False,
             )
         except Exception as error:  # of what a task's own functions do
-            if isinstance(error, UserError) or is_out_of_memory(error):
+            if isinstance(error, UserError) or error is lm.failure or is_out_of_memory(error):
                 raise
             raise UserError(f"the tasks {', '.join(tasks.names)} cannot be run: {_first_lines(error)}") from error
     return _results(found, len(lm.unspelt))

@@ -121,9 +121,10 @@ FILES = {
         ("--prompts cut.jsonl", "cut.jsonl, line 1: is no JSON"),
         ("--prompts half.jsonl", "half.jsonl, line 1: the prompt has half a surrogate pair"),
         ("--prompts blank.jsonl", "blank.jsonl is empty"),
+        ("--temperature nan", "--temperature=NaN is not a finite number; set it to one, or leave it out"),
         ("--prompts nowhere", "the file of prompts nowhere cannot be read: No such file"),
-        ("--prompts .", "the file of prompts . cannot be read: Is a directory"),
-        ("--prompts", "cannot be read: Is a directory"),  # and an empty word
+        ("--prompts .", "--prompts . is a folder; give a file with a prompt per line, or a .jsonl"),
+        ("--prompts", "--prompts '' is a folder; give a file"),  # and an empty word
         ("--prompts x --prompt a", "--prompt and --prompts are both given"),
         ("--interactive --prompts x", "--prompts and --interactive are both given"),
         ("--interactive --json", "--interactive shows text, and --json is for programs"),

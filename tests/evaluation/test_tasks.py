@@ -117,6 +117,19 @@ def test_texts_that_the_tokenizer_cannot_spell_are_counted(folder):
     assert found.what_is_lost().startswith("the tokenizer cannot spell 2 texts of these tasks: <unk> stands in them")
 
 
+@pytest.mark.parametrize("task", ["choice", "texts", "generated"])
+def test_what_fails_in_the_model_or_on_another_rank_is_no_mistake_of_a_task(run, folder, task):
+    """A run that took a rank's death for a task's mistake would train on."""
+    model, tokenizer, *_ = load_model(run, torch.device("cpu"))
+
+    def cut_off(*_: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    model.h[0].register_forward_hook(cut_off)
+    with pytest.raises(RuntimeError, match=r"^Connection closed by peer$"):
+        run_tasks(open_tasks([str(folder / f"{task}.yaml")]), model, tokenizer, micro_batch=8, limit=3)
+
+
 def test_tasks_leave_the_generators_as_they_were(run, folder):
     tasks, (model, tokenizer, *_) = open_tasks([str(folder / "choice.yaml")]), load_model(run, torch.device("cpu"))
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
