@@ -60,7 +60,8 @@ class Monitor:
 
     def _open_files(self, run: RunConfig, step: int) -> None:
         """Open the files of this start, `step` being the one that it resumes from."""
-        rows = keep_up_to(self._metrics_file, step)
+        # A start at step 0 resumes nothing, and measures again what weights of another run gave.
+        rows = keep_up_to(self._metrics_file, step or -1)
         keep_up_to(self._samples_file, step)
         csv, board, out_dir = run.deepspeed.csv_monitor, run.deepspeed.tensorboard, run.megagpt.out_dir
         if csv.enabled:
@@ -211,7 +212,8 @@ def _best_loss(cfg: MegaGPTConfig, state: TrainState, losses: dict[int, float | 
     """Name the step that counts as best, and the rule if it is not that of the lowest loss."""
     stopper = state.stopper
     line = f"best {cfg.early_stopping.monitor} {stopper.best:.4f} at step {stopper.best_step}"
-    finite = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    own = {step: loss for step, loss in losses.items() if step}  # not of weights that the run began with
+    finite = {step: loss for step, loss in own.items() if loss is not None and math.isfinite(loss)}
     lowest = min(finite, key=lambda step: finite[step], default=None)
     if lowest is None or finite[lowest] >= stopper.best:
         return line

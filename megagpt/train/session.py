@@ -191,21 +191,28 @@ class Session:
 
     def evaluate(self, state: TrainState) -> TrainState:
         """Measure the validation sets, and count the loss that decides for early stopping; the same on every rank."""
-        found = self._evaluations(state.step)
+        metrics = self._val_metrics(state.step)
+        loss = metrics["val/loss"]
+        stopper = after_evaluation(state.stopper, loss, state.step, self.cfg.early_stopping)
+        self.monitor.log(state, metrics | {"val/best_loss": stopper.best}, is_best=stopper.best_step == state.step)
+        return replace(state, val_loss=loss if math.isfinite(loss) else None, stopper=stopper)
+
+    def evaluate_start(self, state: TrainState) -> None:
+        """Measure the weights of another run that this one begins with; they count neither as best nor for patience."""
+        self.monitor.log(state, self._val_metrics(state.step))
+
+    def _val_metrics(self, step: int) -> dict[str, float]:
+        found = self._evaluations(step)
         deciding = self.cfg.deciding_sets
         weights = [one.weight for one in deciding.values() if one.weight is not None]
         decides = mean_of([found[name] for name in deciding], weights)
-        stopper = after_evaluation(state.stopper, decides.loss, state.step, self.cfg.early_stopping)
-        metrics = {
+        return {
             "val/loss": decides.loss,
-            "val/best_loss": stopper.best,
             "val/perplexity": decides.perplexity,
             "val/bits_per_byte": decides.bits_per_byte,
             **metrics_of_sets(found),
             "perf/eval_seconds": self.stopwatch.spent("eval"),
         }
-        self.monitor.log(state, metrics, is_best=stopper.best_step == state.step)
-        return replace(state, val_loss=decides.loss if math.isfinite(decides.loss) else None, stopper=stopper)
 
     def _evaluations(self, step: int) -> dict[str, Evaluation]:
         """Measure each validation set. One that is finite shows that the weights are."""

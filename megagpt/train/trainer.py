@@ -72,6 +72,8 @@ def run_steps(session: Session, preemption: Preemption, stop_at: int | None) -> 
     pace = Pace(state.step, schedule.max_steps, every.log)
 
     with session.writer, session.watchdog, vote:
+        if setup.start is not None and every.eval:
+            session.evaluate_start(state)
         while not (stop or state.finished(schedule.max_steps)):
             set_lr(session.engine, run.deepspeed.optimizer.params, lr_factor(state.step, schedule))
             window.add(train_step(session, batches))

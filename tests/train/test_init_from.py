@@ -1,16 +1,19 @@
 """`megagpt.init_from`: a new run begins with another's weights, and with nothing else of it."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from support import debug_run, write_corpus
+from support import curves, debug_run, write_corpus
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
 from megagpt.checkpoint.commit import best, committed
 from megagpt.engine.state_files import consolidated_weights
 from megagpt.errors import UserError
+from megagpt.metrics.metrics_file import METRICS, read_rows
 from megagpt.train.trainer import train
 
 FEW = ["megagpt.schedule.max_steps=4", "megagpt.schedule.warmup_steps=0", "megagpt.every.eval=4"]
@@ -31,7 +34,14 @@ def test_a_new_run_has_the_weights_and_begins_at_step_0(pretrained, dataset, dev
     state = train(debug_run(dataset, tmp_path / "run", *more), device)
     assert (state.step, state.tokens_seen) == (1, 8 * 64)
     given, [step_dir] = best(pretrained), committed(tmp_path / "run")
-    assert f"starting at step 0 with the weights of {given}" in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert f"starting at step 0 with the weights of {given}" in told
+    # measured once before the first step, with the loss that the other run ended with; not as this run's best
+    losses, began = curves(tmp_path / "run"), curves(pretrained)
+    assert losses["val/loss"][0] == pytest.approx(began["val/loss"][4], rel=1e-5)
+    assert losses["val/best_loss"].keys() == {1}
+    assert (state.stopper.best_step, state.stopper.best) == (1, losses["val/loss"][1])
+    assert re.search(r"\nbest val/loss \S+ at step 1\n", told)
     before, after = consolidated_weights(given), consolidated_weights(step_dir)
     for name, weight in before.items():
         torch.testing.assert_close(after[name], weight, rtol=0.0, atol=1e-6, msg=name)
@@ -52,7 +62,10 @@ def test_positions_may_be_more_or_fewer(pretrained, dataset, device, tmp_path, c
 
 
 def test_a_run_that_resumes_does_not_look_there(pretrained, dataset, device, tmp_path):
-    """The same command goes on with its own weights, also when the other run is gone."""
+    """The same command goes on with its own weights, also when the other run is gone.
+
+    Where nothing was saved, it begins again, and the loss at step 0 is there once.
+    """
     other = tmp_path / "other"
     other.symlink_to(pretrained)
     run = [*FEW, f"megagpt.init_from={other}"]
@@ -62,6 +75,13 @@ def test_a_run_that_resumes_does_not_look_there(pretrained, dataset, device, tmp
     train(debug_run(dataset, tmp_path / "cut", *run), device)
     cut, straight = (consolidated_weights(best(tmp_path / name)) for name in ("cut", "straight"))
     assert all(torch.equal(cut[name], weight) for name, weight in straight.items())
+    assert curves(tmp_path / "cut")["val/loss"] == curves(tmp_path / "straight")["val/loss"]
+    assert curves(tmp_path / "cut")["val/loss"].keys() == {0, 4}
+    other.symlink_to(pretrained)
+    (tmp_path / "again").mkdir()
+    shutil.copy(tmp_path / "cut" / METRICS, tmp_path / "again")  # as if killed before the first save
+    train(debug_run(dataset, tmp_path / "again", *run), device, stop_at=1)
+    assert [row["step"] for row in read_rows(tmp_path / "again" / METRICS) if "val/loss" in row] == [0]
 
 
 @pytest.mark.parametrize(
