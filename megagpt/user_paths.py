@@ -58,7 +58,10 @@ def user_url_or_path(text: str) -> str:
 
 
 def similar_path(path: Path, fits: Callable[[Path], bool]) -> Path | None:
-    """Return what is next to a path that does not exist, if it fits and its name is nearly the same."""
+    """Return what is next to a path that does not exist, if it fits and its name, or its folder's, is nearly that."""
+    if not path.parent.is_dir():
+        folder = path.parent != path and similar_path(path.parent, lambda other: fits(other / path.name))
+        return folder / path.name if folder else None
     try:
         names = [other.name for other in path.parent.iterdir() if fits(other)]
     except OSError:

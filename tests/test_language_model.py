@@ -125,6 +125,8 @@ def test_a_folder_that_is_no_run_is_named_with_what_there_is(run, dataset, tmp_p
         tmp_path / "exported": "exported is a Hugging Face folder; make one that megagpt reads by: megagpt import",
         tmp_path / "nowhere": f"{tmp_path}/nowhere does not exist; give a run's folder, one of its checkpoints/step_*",
         run.with_name(f"{run.name}e"): f"{run}e does not exist; did you mean {run}\\?$",
+        run.with_name(f"{run.name}e") / "latest": f"did you mean {run}/latest\\?$",
+        run.parent.with_name(f"{run.parent.name}e") / run.name: f"did you mean {run}\\?$",
         run.with_name(f"{run.name}e") / "checkpoints" / "latest": f"did you mean {run}/checkpoints/latest\\?$",
         tmp_path: f"{tmp_path} holds no committed checkpoint; give a run's folder",
         dataset: f"{dataset} is a dataset; give a run's folder",

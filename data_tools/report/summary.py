@@ -120,7 +120,7 @@ def _far_from_fractions(stages: Stages, config: BuildConfig) -> Iterator[str]:
         if wanted and share and not wanted / FAR <= share <= wanted * FAR:
             yield (
                 f"{split} has {share:.2%} of the text, where {split}_fraction={wanted:g} asks for {wanted:.2%}: "
-                f"documents are held out whole, and there are few; choose files by --{split} FILE instead of "
+                f"short documents are held out whole, and there are few; choose files by --{split} FILE instead of "
                 f"{split}_fraction, or draw other documents by seed={config.seed + 1}"
             )
 

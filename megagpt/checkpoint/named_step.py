@@ -59,6 +59,7 @@ def _no_step(path: Path) -> str:
 def similar_run(path: Path) -> Path | None:
     """Return the run, or the part of one, that is meant by a path whose run does not exist, if a name is near."""
     run = next((path.parents[at] for at, part in enumerate(path.parts[::-1]) if part == "checkpoints"), path)
+    run = run.parent if run.name in POINTERS else run
     near = similar_path(run, lambda other: (other / "checkpoints").is_dir() or (other / COMMIT).is_file())
     return near and near / path.relative_to(run)
 

@@ -85,7 +85,10 @@ def test_a_share_far_from_the_one_that_was_asked_for_is_told_with_ways_out(
     command = ["build", f"tokenizer={model}", "--input", tmp_path / "in"]
     assert run(*command, "--out", tmp_path / "many", "val_fraction=0.1", "seed=5") == 0
     told = capsys.readouterr().out
-    assert "  val has 20.31% of the text, where val_fraction=0.1 asks for 10.00%: documents are held out whole" in told
+    assert (
+        "  val has 20.31% of the text, where val_fraction=0.1 asks for 10.00%: short documents are held out whole"
+        in told
+    )
     assert "choose files by --val FILE instead of val_fraction, or draw other documents by seed=6\n" in told
     for seed in ("seed=1", "seed=2"):
         assert run(*command, "--out", tmp_path / seed, "val_fraction=0.1", seed) == 0
