@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from megagpt.errors import UserError
 
 READ = ("doc_to_text", "doc_to_target", "doc_to_choice")
+SPLITS = ("test_split", "validation_split", "training_split", "fewshot_split")
 NAME = re.compile(r"[A-Za-z_]\w*([.-]\w+)*")  # of a field: a text has a space or a sign
 ONE_BRACE = re.compile(r"(?<!\{)\{ *(\w+) *\}(?!\})")
 WHOLE_FIELD = re.compile(r"\{\{ *(\w+) *\}\}")  # prints None where it is null
@@ -19,8 +21,10 @@ SHOWN = 60  # characters of a value
 def check_fields(task: Any, file: Path) -> None:
     """Raise a UserError if a YAML file names a field that the documents lack, or a target that is no choice."""
     settings = task.config
-    for key in READ:
-        if isinstance(value := getattr(settings, key), str):
+    given = [(key, getattr(settings, key)) for key in READ]
+    given += [(f"fewshot_config: {key}", getattr(task.fewshot_cfg, key, None)) for key in READ]
+    for key, value in given:
+        if isinstance(value, str):
             _check_name(key, value, task.features, file, settings.doc_to_choice)
     of_choices = settings.doc_to_choice is not None and not callable(settings.process_results)
     for number, doc in enumerate(task.eval_docs, start=1):
@@ -32,7 +36,18 @@ def check_fields(task: Any, file: Path) -> None:
 
 
 def explain_fields(error: BaseException, settings: Mapping[str, Any], file: Path) -> None:
-    """Raise a UserError if an error of the package comes from a field that the documents lack."""
+    """Raise a UserError if an error of the package comes from a field that the documents lack, or from a wrong key."""
+    for key in READ[:2]:
+        if settings.get(key) is None:
+            raise UserError(f"{file} has no key {key}; add it") from error
+    metrics = import_module("lm_eval.api.registry").METRIC_REGISTRY
+    for one in settings.get("metric_list") or ():
+        name = one.get("metric") if isinstance(one, dict) else None
+        if isinstance(name, str) and name not in metrics and (near := get_close_matches(name, metrics, n=1)):
+            raise UserError(f"{file}: {name} is no metric of lm-evaluation-harness; did you mean {near[0]}?") from error
+    for key in SPLITS:
+        if isinstance(error, KeyError) and settings.get(key) is not None and error.args == (settings[key],):
+            raise UserError(f"{file}: {key}: {settings[key]} is no split of its data; correct it") from error
     docs = [frame.f_locals.get("doc") for frame, _ in walk_tb(error.__traceback__)]
     doc = next((one for one in docs if isinstance(one, Mapping)), None)
     if doc is None:

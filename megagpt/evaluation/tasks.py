@@ -195,14 +195,14 @@ def _loaded(manager: Any, wanted: Wanted, option: str) -> dict[str, Any]:
             "counted from 0; correct its data"
         ) from error
     except Exception as error:  # a task is a program of its own
-        if settings is not None:
+        if settings is not None and "class" not in settings:
             explain_fields(error, settings, file)
         raise UserError(f"task {name} cannot be opened: {_first_lines(error)}; correct its file or its data") from error
     for task in found["tasks"].values():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             what = "images or sound" if getattr(task, "MULTIMODAL", False) else "a run of the code that a model writes"
             raise UserError(f"task {task.task_name} needs {what}, which this command does not do; name another task")
-        if settings is not None:  # the package's own tasks were tried by others
+        if settings is not None and "class" not in settings:  # the package's own tasks were tried by others
             check_fields(task, file)
     return found
 

@@ -216,6 +216,25 @@ MISTAKES = {
         {"a.yaml": CHOICE.replace('"{{choices}}"', "choises"), "choice.jsonl": ONE_CHOICE},
         "a.yaml: doc_to_choice: choises is no field of its documents, which have question, choices, gold; did you mean",
     ),
+    "no_field_of_examples": (
+        {
+            "a.yaml": CHOICE + "num_fewshot: 1\nfewshot_split: test\nfewshot_config: {doc_to_target: golt}\n",
+            "choice.jsonl": ONE_CHOICE * 3,
+        },
+        "a.yaml: fewshot_config: doc_to_target: golt is no field of its documents",
+    ),
+    "no_metric": (
+        {"a.yaml": CHOICE.replace("metric: acc\n", "metric: accc\n"), "choice.jsonl": ONE_CHOICE},
+        "a.yaml: accc is no metric of lm-evaluation-harness; did you mean acc?",
+    ),
+    "no_split": (
+        {"a.yaml": CHOICE.replace("test_split: test", "test_split: tset"), "choice.jsonl": ONE_CHOICE},
+        "a.yaml: test_split: tset is no split of its data; correct it",
+    ),
+    "no_target": (
+        {"a.yaml": CHOICE.replace("doc_to_target: gold\n", ""), "choice.jsonl": ONE_CHOICE},
+        "a.yaml has no key doc_to_target; add it",
+    ),
     "one_brace": (
         {"a.yaml": CHOICE.replace("{{question}}", "Q: {question} A:"), "choice.jsonl": ONE_CHOICE},
         "a.yaml: doc_to_text: 'Q: {question} A:' is a fixed text; a field is written {{question}}",
