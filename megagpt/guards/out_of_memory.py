@@ -24,6 +24,7 @@ DOING = {
     "train_step": "training a step",
     "evaluate": "evaluating",
     "show_samples": "generating samples",
+    "run_tasks": "running tasks",
     "save": "saving",
     "resume": "loading the checkpoint",
 }

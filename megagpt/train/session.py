@@ -26,7 +26,6 @@ from megagpt.distributed.launcher import grace_warning
 from megagpt.distributed.process_group import is_main, print_rank0, rank
 from megagpt.engine.build import Engine, before_update, build_engine, learning_rates
 from megagpt.errors import OwnRankError, UserError, writing_to
-from megagpt.evaluation.tasks import run_tasks
 from megagpt.guards.memory_growth import MemoryWatch, memory_mib
 from megagpt.guards.spikes import UpdateGate, judge_steps
 from megagpt.guards.step_window import StepWindow
@@ -40,6 +39,7 @@ from megagpt.train.monitor import Monitor, print_ending
 from megagpt.train.opening import print_opening
 from megagpt.train.preflight import RunSetup
 from megagpt.train.samples import generated_samples, sample_lines
+from megagpt.train.tasks import task_metrics
 from megagpt.train_state import TrainState
 
 MAX_ROLL_BACKS = 3  # to one checkpoint
@@ -247,17 +247,16 @@ class Session:
 
     def run_tasks(self, state: TrainState) -> None:
         """Run the run file's tasks, and log their metrics."""
-        assert self.setup.tasks is not None, "megagpt.every.tasks is set"
-        metrics: dict[str, float] = {}
+        setup = self.setup
+        assert setup.tasks is not None, "megagpt.every.tasks is set"
         with self.stopwatch.section("tasks"), self.watchdog.paused():
-            try:
-                model, micro_batch = self.engine.module, self.setup.batch.micro_batch
-                found = run_tasks(self.setup.tasks, model, self.setup.data.tokenizer, micro_batch=micro_batch)
-                metrics = found.as_metrics()
-                if found.unspelt:
-                    print_rank0(found.what_is_lost(), color=YELLOW)
-            except UserError as error:
-                print_rank0(f"no results of tasks at step {state.step}: {error}", color=YELLOW)
+            metrics = task_metrics(
+                setup.tasks,
+                self.engine.module,
+                setup.data.tokenizer,
+                micro_batch=setup.batch.micro_batch,
+                step=state.step,
+            )
         self.monitor.log(state, metrics | {"perf/tasks_seconds": self.stopwatch.spent("tasks")})
 
     def is_new_best(self, state: TrainState) -> bool:
