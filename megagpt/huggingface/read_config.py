@@ -101,7 +101,7 @@ def read_config(source: Path) -> Config:
     if type(rows) is not int or rows < 1:
         raise UserError(f"{source / CONFIG}: vocab_size={rows!r:.60} is no number of tokens; fetch the file again")
     ends = (config.get(key) for key in ("bos_token_id", "eos_token_id"))
-    bos_id, eos_id = (end if type(end) is int else None for end in ends)
+    bos_id, eos_id = (end if type(end) is int and end >= 0 else None for end in ends)
     tied = config.get("tie_word_embeddings", kind == "gpt2") is not False
     return Config(model, rows, bos_id, eos_id, tied)
 
@@ -192,13 +192,13 @@ def _model_type(source: Path, config: dict[str, Any]) -> str:
     kind, names = config.get("model_type"), config.get("architectures")
     if kind is None and {"n_layer", "n_head", "n_embd"} <= config.keys():
         return "gpt2"  # of a transformers older than model_type; another model of that time has other tensors
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         named = f" ({', '.join(map(str, names))})" if isinstance(names, list) and names else ""
         raise UserError(
             f"{source} is a model of type {kind!s:.60}{named:.100}, and megagpt imports GPT-2, Llama and Qwen3 alone; "
             f"give a folder whose {CONFIG} has model_type gpt2, llama or qwen3"
         )
-    return str(kind)
+    return kind
 
 
 def _unlike(source: Path, kind: str, key: str, value: object, allowed: tuple[Any, ...]) -> UserError:

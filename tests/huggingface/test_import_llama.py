@@ -127,6 +127,12 @@ def test_a_token_that_begins_texts_there_and_not_here_is_told(copy, tmp_path, ca
     assert "names token 1 (<s>) as the beginning of a text; here each begins with 2 (</s>)" in capsys.readouterr().out
 
 
+def test_a_number_that_is_no_token_is_not_told_as_one(copy, tmp_path, capsys):
+    changed_config(bos_token_id=-1, eos_token_id=-1)(copy)
+    assert main(["import", str(copy), str(tmp_path / "out")]) == 0
+    assert "note" not in capsys.readouterr().out
+
+
 def of_qwen3(**config: object) -> Callable[[Path], object]:
     def write(folder: Path) -> None:
         write_llama(folder, "qwen3")
@@ -149,6 +155,7 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     ),
     (of_another("gemma"), r"is a model of type gemma \(GemmaForCausalLM\)"),
     (of_another("qwen2"), r"is a model of type qwen2 \(Qwen2ForCausalLM\)"),
+    (changed_config(model_type=["llama"]), r"is a model of type \['llama'\] \(LlamaForCausalLM\)"),
     (changed_config(model_type="qwen3"), "lacks layers.0.self_attn.q_norm.weight, layers.0"),
     (of_qwen3(model_type="llama"), "has model.layers.0.self_attn.k_norm.weight, .*, which Llama has not"),
     (changed_config(rope_parameters=LLAMA3), "rope_parameters.rope_type='llama3', and megagpt's Llama computes with"),
