@@ -98,7 +98,7 @@ IS_NOT = {
     "not_a_number": "a number",
     "int_type": "a whole number",
     "float_type": "a number",
-    "finite_number": "a finite number; set it to one, or leave it out",
+    "finite_number": "a finite number; give one, or leave it out",
     "int_from_float": "a whole number",
     "int_parsing_size": f"a number within {LARGEST}",
     "bool_parsing": "true or false",

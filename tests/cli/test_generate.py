@@ -121,7 +121,7 @@ FILES = {
         ("--prompts cut.jsonl", "cut.jsonl, line 1: is no JSON"),
         ("--prompts half.jsonl", "half.jsonl, line 1: the prompt has half a surrogate pair"),
         ("--prompts blank.jsonl", "blank.jsonl is empty"),
-        ("--temperature nan", "--temperature=NaN is not a finite number; set it to one, or leave it out"),
+        ("--temperature nan", "--temperature=NaN is not a finite number; give one, or leave it out"),
         ("--prompts nowhere", "the file of prompts nowhere cannot be read: No such file"),
         ("--prompts .", "--prompts . is a folder; give a file with a prompt per line, or a .jsonl"),
         ("--prompts", "--prompts '' is a folder; give a file"),  # and an empty word
