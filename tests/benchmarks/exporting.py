@@ -1,6 +1,6 @@
 """What `megagpt export` costs for a large model: seconds and peak memory, of the command and of its check.
 
-    python tests/benchmarks/exporting.py --model 1.5B --dtype fp32 --json exporting_cpu.json
+    python tests/benchmarks/exporting.py --model 1558M --json exporting_cpu.json
 
 The checkpoint is what a run in bf16 at ZeRO-1 on one rank saves, 14 bytes for each parameter, with random weights in
 place of trained ones: a run of one layer is trained for a step, and its files are written again in the sizes of the
