@@ -36,7 +36,7 @@ def model(run) -> LanguageModel:
     return megagpt.load(run, device="cpu")
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/train.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/use.md"])
 def test_the_examples_of_the_documentation_work(run, tmp_path, monkeypatch, capsys, page):
     [block] = re.findall(r"```python\n(import megagpt\n.*?)```", (ROOT / page).read_text(), re.DOTALL)
     (tmp_path / "runs").mkdir()
