@@ -27,7 +27,7 @@ from megagpt.train_state import EarlyStopping, Health
 
 
 class Measure(NamedTuple):
-    """What the models are measured on; `why_none` if it cannot be opened."""
+    """Holds the datasets that the models are measured on; `why_none` tells why they cannot be opened."""
 
     datasets: Mapping[str, Dataset]
     weights: Sequence[float]  # of the sets in the run's val/loss, if they have any

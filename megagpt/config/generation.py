@@ -1,4 +1,4 @@
-"""How texts are generated: the run file's `megagpt.sample`, and the options of `megagpt generate`."""
+"""The schema of how texts are generated: the run file's `megagpt.sample`, and the options of `megagpt generate`."""
 
 from pydantic import Field, field_validator
 

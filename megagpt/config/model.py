@@ -162,7 +162,7 @@ class ModelConfig(Strict):
 
     @property
     def gated(self) -> bool:
-        """Whether the MLP's first layer computes a gate as well."""
+        """Tell whether the MLP's first layer computes a gate as well."""
         return self.mlp in GATED
 
     @property

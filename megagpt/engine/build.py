@@ -76,15 +76,21 @@ def build_engine(
             deepspeed.utils.set_z3_leaf_modules(model, [Block])  # hooks inside a block would break its graph
     prefer_cudnn(device)
     model.recompute = recompute
-    groups = _groups(model, run)
     with _refusals_explained(), nullcontext() if compiled else without_compiler():
         engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=groups,
+            model_parameters=_groups(model, run),
             optimizer=partial(build_optimizer, ds=ds, device=device),
             config=config,
         )
-    groups = _groups(model, run)  # ZeRO has replaced the parameters in those above
+    _settle(engine, model, run)
+    return engine
+
+
+def _settle(engine: Engine, model: GPT, run: RunConfig) -> None:
+    """Bring what DeepSpeed has built into the state in which a run begins."""
+    ds = run.deepspeed
+    groups = _groups(model, run)  # ZeRO has replaced the parameters in those that it was given
     clear_padding(engine, param_sizes(engine, groups))
     if ds.optimizer.type == "Muon":
         place_matrices(engine, groups)
@@ -95,10 +101,10 @@ def build_engine(
         # DeepSpeed lets Adam take a step of zero gradients to allocate its moments: undo its step count and its decay.
         engine.basic_optimizer.state.clear()
         engine.optimizer.refresh_fp32_params()
-    return engine
 
 
 def _groups(model: GPT, run: RunConfig) -> list[dict[str, Any]]:
+    """Return the optimizer's groups of parameters."""
     optimizer = run.deepspeed.optimizer
     momentum = optimizer.params.momentum if optimizer.type == "Muon" else None
     decay_on = run.megagpt.regularization.weight_decay_on

@@ -35,7 +35,7 @@ I64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Recited:
-    """What a model recites of passages that its run has read equally often."""
+    """Holds how much a model recites of passages that its run has read equally often."""
 
     passages: int
     exactly: float  # share of the passages of which every token comes

@@ -56,7 +56,7 @@ class Tasks(NamedTuple):
 
 
 class TaskResults(NamedTuple):
-    """What a model reached: metrics by task (or group), and what one must know to read them."""
+    """Holds a model's metrics by task (or group), and what one must know to read them."""
 
     metrics: dict[str, dict[str, float]]
     errors: dict[str, dict[str, float]]  # standard errors, of the metrics that have one

@@ -1,1 +1,1 @@
-"""What a run measures, and the files and trackers that it is written to."""
+"""The metrics of a run, and the files and trackers that they are written to."""

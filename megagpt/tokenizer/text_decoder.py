@@ -5,7 +5,7 @@ from typing import Protocol
 
 
 class Model(Protocol):
-    """What a tokenizer's model tells."""
+    """Describes what decoding needs of a tokenizer's model."""
 
     byte_errors: str  # the name of the error handler by which `decode` shows bytes that are no character
 
