@@ -4,16 +4,19 @@
 """
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from megagpt.config.augmentation import AugmentConfig, PackingConfig
 from megagpt.config.generation import GenerationConfig
 from megagpt.config.guards import GuardsConfig
 from megagpt.config.mistakes import as_written, did_you_mean
-from megagpt.config.model import DEEPEST, LONGEST, ModelConfig
+from megagpt.config.model import LONGEST, ModelConfig
 from megagpt.config.parsing import Strict, UserPath
+from megagpt.config.recompute import RecomputeConfig
+from megagpt.config.regularization import EarlyStoppingConfig, RegularizationConfig
+from megagpt.config.schedule import ScheduleConfig
 from megagpt.config.validation_sets import ValidationSetConfig, ValidationSets
 from megagpt.options import LARGEST, MANY
 
@@ -58,97 +61,11 @@ class DataConfig(Strict):
         return self
 
 
-class ScheduleConfig(Strict):
-    """The learning rate over steps, as a factor on the peak rate (`optimizer.params.lr`)."""
-
-    max_steps: int = Field(gt=0, le=MANY, description="optimizer updates of the whole run")
-    warmup_steps: int = Field(default=0, ge=0, le=MANY, description="first steps, over which the rate rises linearly")
-    shape: Literal["cosine", "linear", "constant", "warmup-stable-decay"] = Field(
-        default="cosine", description="of the curve after the warm-up"
-    )
-    min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0, description="last rate as a share of the peak")
-    decay_steps: int | None = Field(
-        default=None, gt=0, le=MANY, description="last steps, for warmup-stable-decay alone"
-    )
-    end_step: int | None = Field(
-        default=None,
-        gt=0,
-        le=MANY,
-        description="where the curve ends: its last rate holds from there on; null: megagpt.schedule.max_steps",
-    )
-
-    @property
-    def curve_steps(self) -> int:
-        """Number of steps over which the rate changes."""
-        return self.end_step or self.max_steps
-
-    @model_validator(mode="after")
-    def _phases_fit(self) -> Self:
-        if (self.decay_steps is not None) != (self.shape == "warmup-stable-decay"):
-            raise ValueError(
-                f"megagpt.schedule.decay_steps={as_written(self.decay_steps)} with "
-                f"megagpt.schedule.shape={self.shape!r}; it is needed by 'warmup-stable-decay' and has no "
-                "effect on the other shapes"
-            )
-        if self.warmup_steps + (self.decay_steps or 0) > self.curve_steps:
-            last = f"megagpt.schedule.{'end_step' if self.end_step else 'max_steps'}={self.curve_steps}"
-            parts = f"megagpt.schedule.warmup_steps={self.warmup_steps}"
-            if self.decay_steps:
-                parts += f" and megagpt.schedule.decay_steps={self.decay_steps} together"
-            way_out = (
-                "lower them" if self.decay_steps else f"set megagpt.schedule.warmup_steps={self.curve_steps // 10}"
-            )
-            raise ValueError(f"{parts} exceed {last}, the last step; {way_out}")
-        return self
-
-
-class RegularizationConfig(Strict):
-    """Dropout, weight decay, label smoothing and z-loss (Chowdhery et al. 2022, PaLM, section 5)."""
-
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="on embeddings, attention and residuals")
-    weight_decay_on: Literal["matrices", "all"] = Field(
-        default="matrices", description="matrices: no biases and norms; all: every parameter"
-    )
-    label_smoothing: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="share of each target that is spread over the vocabulary"
-    )
-    z_loss: float = Field(default=0.0, ge=0.0, le=1e6, description="weight of the squared log partition function")
-
-
 class MlflowConfig(Strict):
     """MLflow gets the metrics, by steps; needs the package mlflow. MLFLOW_TRACKING_URI names the server."""
 
     enabled: bool = Field(default=False, description="send metrics to MLflow")
     experiment: str = Field(default="megagpt", min_length=1, description="experiment of the run there")
-
-
-class EarlyStoppingConfig(Strict):
-    """Stop when the validation loss has not fallen by min_delta for `patience` evaluations in a row."""
-
-    monitor: str = Field(
-        default="val/loss",
-        description="what decides: val/loss is then the mean over all validation sets, or with val/loss/NAME that of "
-        "one; loss/val is a former name",
-    )
-    patience: int = Field(
-        default=0,
-        ge=0,
-        le=MANY,
-        description="evaluations in a row without an improvement after which the run stops; 0: never",
-    )
-    min_delta: float = Field(
-        default=0.0,
-        ge=0.0,
-        le=1e6,
-        description="nats per token by which a loss must be lower than the best to be an improvement",
-    )
-    min_steps: int = Field(default=0, ge=0, le=MANY, description="evaluations before this step use no patience")
-    restore_best: bool = Field(default=True, description="save at every improvement and end with the best weights")
-
-    @field_validator("monitor")
-    @classmethod
-    def _by_todays_name(cls, monitor: str) -> str:
-        return "val/loss" if monitor == "loss/val" else monitor
 
 
 class EveryConfig(Strict):
@@ -172,56 +89,6 @@ class KeepConfig(Strict):
         le=MANY,
         description="number of those with the lowest validation loss, after the one that early stopping counts as best",
     )
-
-
-class RecomputeConfig(Strict):
-    """Activation checkpointing: which activations are dropped after forward and recomputed in backward."""
-
-    policy: Literal["none", "selective", "every_k", "full", "budget"] = Field(
-        default="none",
-        description="none: keep all; selective: recompute all but attention and every second matrix product; every_k: "
-        "recompute every k-th block; full: every block; budget: what the compiler chooses",
-    )
-    k: int | None = Field(default=None, gt=1, le=DEEPEST, description="every_k: blocks 0, k, 2k, ... are recomputed")
-    budget: float | None = Field(default=None, ge=0.0, lt=1.0, description="budget: share of activations that is kept")
-    kind: Literal["torch", "deepspeed"] = Field(
-        default="torch", description="who recomputes; deepspeed reads activation_checkpointing"
-    )
-    offload: bool = Field(default=False, description="move the activations that blocks keep to host memory")
-
-    @model_validator(mode="after")
-    def _each_goes_with_its_policy(self) -> Self:
-        policy = f"megagpt.recompute.policy={self.policy!r}"
-        if (self.k is not None) != (self.policy == "every_k"):
-            raise ValueError(
-                f"megagpt.recompute.k={as_written(self.k)} with {policy}; set megagpt.recompute.k, a number such as 2, "
-                "for policy 'every_k', and for no other"
-            )
-        if (self.budget is not None) != (self.policy == "budget"):
-            raise ValueError(
-                f"megagpt.recompute.budget={as_written(self.budget)} with {policy}; set megagpt.recompute.budget, a "
-                "share such as 0.5, for policy 'budget', and for no other"
-            )
-        if self.kind == "deepspeed" and self.policy in ("selective", "budget"):
-            raise ValueError(
-                f"megagpt.recompute.kind='deepspeed' with {policy}; DeepSpeed recomputes whole blocks; remove "
-                "megagpt.recompute.kind"
-            )
-        if self.offload and self.kind == "deepspeed":
-            raise ValueError(
-                "megagpt.recompute.offload is for megagpt.recompute.kind='torch'; DeepSpeed's is "
-                "activation_checkpointing.cpu_checkpointing"
-            )
-        if self.offload and self.policy in ("selective", "budget"):
-            raise ValueError(
-                f"megagpt.recompute.offload with {policy}, whose kept tensors stay on the device; use it with 'full', "
-                "'every_k' or 'none'"
-            )
-        return self
-
-    def n_blocks(self, n_layer: int) -> int:
-        """Return how many blocks recompute activations; none for "budget", where the compiler decides."""
-        return 0 if self.policy in ("none", "budget") else -(-n_layer // (self.k or 1))
 
 
 class MegaGPTConfig(Strict):

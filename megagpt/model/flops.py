@@ -4,7 +4,7 @@ N parameters without tables that are only looked up, L n_layer, C n_embd, T seq_
 """
 
 from megagpt.config.model import ModelConfig
-from megagpt.config.schema import RecomputeConfig
+from megagpt.config.recompute import RecomputeConfig
 
 
 def param_sizes(cfg: ModelConfig, vocab_size: int) -> list[int]:

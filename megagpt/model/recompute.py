@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from megagpt.config.schema import RecomputeConfig
+from megagpt.config.recompute import RecomputeConfig
 from megagpt.model.gpt import Block, Recompute, keep_activations
 
 RunAgain = Callable[

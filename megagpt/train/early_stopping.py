@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megagpt.config.schema import EarlyStoppingConfig
+from megagpt.config.regularization import EarlyStoppingConfig
 from megagpt.train_state import EarlyStopping
 
 

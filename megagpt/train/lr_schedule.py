@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megagpt.config.schema import ScheduleConfig
+from megagpt.config.schedule import ScheduleConfig
 
 
 def lr_factor(step: int, cfg: ScheduleConfig) -> float:

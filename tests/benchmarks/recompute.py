@@ -26,7 +26,7 @@ from throughput import say
 from throughput_table import SIZES, commit, hardware
 
 from megagpt.config.model import ModelConfig
-from megagpt.config.schema import RecomputeConfig
+from megagpt.config.recompute import RecomputeConfig
 from megagpt.engine.compilation import compile_blocks
 from megagpt.model.attention import prefer_cudnn
 from megagpt.model.gpt import GPT

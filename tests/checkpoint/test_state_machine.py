@@ -23,7 +23,8 @@ from megagpt.checkpoint.commit import (
 )
 from megagpt.checkpoint.identity import Identity
 from megagpt.checkpoint.rotation import prune, quarantine_steps
-from megagpt.config.schema import EarlyStoppingConfig, KeepConfig
+from megagpt.config.regularization import EarlyStoppingConfig
+from megagpt.config.schema import KeepConfig
 from megagpt.data.mixture import Mixture, Source
 from megagpt.train.early_stopping import EarlyStopping, after_evaluation
 from megagpt.train_state import TrainState

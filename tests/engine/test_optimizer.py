@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from megagpt.config.model import ModelConfig
-from megagpt.config.schema import ScheduleConfig
+from megagpt.config.schedule import ScheduleConfig
 from megagpt.engine.optimizer import decay_groups
 from megagpt.model.gpt import GPT
 from megagpt.train.lr_schedule import lr_factor

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from megagpt.config.model import PRESETS, ModelConfig
-from megagpt.config.schema import RecomputeConfig
+from megagpt.config.recompute import RecomputeConfig
 from megagpt.data.loss_mask import IGNORE
 from megagpt.errors import UserError
 from megagpt.huggingface.weights import class_of, config_json, renamed

@@ -5,7 +5,7 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagpt.config.model import ModelConfig
-from megagpt.config.schema import RecomputeConfig
+from megagpt.config.recompute import RecomputeConfig
 from megagpt.model.flops import causal_flops_per_token, flops_per_token, n_params, recompute_flops_per_token
 from megagpt.model.gpt import GPT
 from megagpt.model.recompute import recompute_blocks

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import curves, debug_run
 
 from megagpt.cli.checkpoints import checkpoint_table
-from megagpt.config.schema import EarlyStoppingConfig
+from megagpt.config.regularization import EarlyStoppingConfig
 from megagpt.train.early_stopping import EarlyStopping, after_evaluation, at_resume
 from megagpt.train.trainer import train
 from megagpt.train_state import TrainState

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 from support import debug_run, metric
 
-from megagpt.config.schema import ScheduleConfig
+from megagpt.config.schedule import ScheduleConfig
 from megagpt.train.lr_schedule import jump_of_rate, lr_factor
 from megagpt.train.trainer import train
 
