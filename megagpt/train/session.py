@@ -17,7 +17,6 @@ from megagpt.checkpoint.load import restore, resume, starting_weights
 from megagpt.checkpoint.rng import seed_all
 from megagpt.checkpoint.rotation import retract
 from megagpt.checkpoint.save import save as save_checkpoint
-from megagpt.checkpoint.verification import newest_verified
 from megagpt.data.loader import Batch, prefetched, rank_samples, rank_share, rank_slice
 from megagpt.data.packing import PACKING
 from megagpt.data.provenance import documents_of
@@ -33,16 +32,15 @@ from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
 from megagpt.metrics.step_metrics import Stopwatch, log_metrics, speed
 from megagpt.terminal import YELLOW
-from megagpt.train.early_stopping import after_evaluation, at_resume
-from megagpt.train.evaluate import Evaluation, evaluate, mean_of, metrics_of_sets
+from megagpt.train.early_stopping import after_evaluation
 from megagpt.train.monitor import Monitor, print_ending
 from megagpt.train.opening import print_opening
 from megagpt.train.preflight import RunSetup
+from megagpt.train.roll_back import checkpoint_before_spike, state_after
 from megagpt.train.samples import generated_samples, sample_lines
 from megagpt.train.tasks import task_metrics
+from megagpt.train.validation import Validation
 from megagpt.train_state import TrainState
-
-MAX_ROLL_BACKS = 3  # to one checkpoint
 
 
 class Session:
@@ -75,7 +73,7 @@ class Session:
             resume(self.engine, saved, setup.record, self.cfg.seed)
         if not self.uses_loss_scale:
             before_update(self.engine, self.gate.before_update)
-        self.token_bytes = torch.from_numpy(setup.data.tokenizer.token_bytes()).to(device)
+        self.validation = Validation(self.engine, setup, device)
         self.stopwatch, self.frozen, self.grace_warned = Stopwatch(), False, False
         waits = run.deepspeed.zero_optimization.stage == 3 or batch.sequence_parallel_size > 1
         self.timer = ForwardTimer(device)
@@ -85,7 +83,6 @@ class Session:
         self.writer = Writer(asynchronous=self.cfg.save_async)
         self.memory_watch = MemoryWatch(self.cfg.guards.memory_growth_mib)
         self.rolled_back: list[int] = []  # the steps that were rolled back to
-        self.evaluated = (0, True)  # the step of the last evaluation, and whether its loss was finite
         print_opening(setup, device)
         with errors_on_every_rank():
             self.monitor = self._open_monitor()
@@ -159,24 +156,12 @@ class Session:
         """
         with self.watchdog.paused():
             self.writer.wait()
-            saved = newest_verified(self.cfg.out_dir)
-            if saved is None or self.rolled_back.count(saved.state.step) == MAX_ROLL_BACKS:
-                raise UserError(
-                    f"spike before step {state.step}, and "
-                    + (
-                        "there is no checkpoint to roll back to"
-                        if saved is None
-                        else f"the run was rolled back to step {saved.state.step} {MAX_ROLL_BACKS} times already"
-                    )
-                    + "; lower optimizer.params.lr or gradient_clipping, or set megagpt.guards.spikes.action"
-                )
+            saved = checkpoint_before_spike(self.cfg.out_dir, state.step, self.rolled_back)
             resume(self.engine, saved, self.setup.record, self.cfg.seed)
         self.rolled_back.append(saved.state.step)
-        self.evaluated = (0, True)  # its step comes again, with other weights
+        self.validation.forget()
         data = self.setup.training_set.jumped(step=saved.state.step, sample=state.samples_seen)
-        health = replace(saved.state.health, spikes=state.health.spikes)
-        stopper = at_resume(saved.state.stopper, self.cfg.early_stopping)
-        back = replace(saved.state, samples_seen=state.samples_seen, health=health, stopper=stopper)
+        back = state_after(saved.state, state, self.cfg.early_stopping)
         print_rank0(
             f"rolled back from step {state.step} to {saved.step_dir}; samples {saved.state.samples_seen:,} to "
             f"{state.samples_seen - 1:,} are skipped"
@@ -202,37 +187,9 @@ class Session:
         self.monitor.log(state, self._val_metrics(state.step))
 
     def _val_metrics(self, step: int) -> dict[str, float]:
-        found = self._evaluations(step)
-        deciding = self.cfg.deciding_sets
-        weights = [one.weight for one in deciding.values() if one.weight is not None]
-        decides = mean_of([found[name] for name in deciding], weights)
-        return {
-            "val/loss": decides.loss,
-            "val/perplexity": decides.perplexity,
-            "val/bits_per_byte": decides.bits_per_byte,
-            **metrics_of_sets(found),
-            "perf/eval_seconds": self.stopwatch.spent("eval"),
-        }
-
-    def _evaluations(self, step: int) -> dict[str, Evaluation]:
-        """Measure each validation set. One that is finite shows that the weights are."""
         with self.stopwatch.section("eval"), self.watchdog.paused():
-            found = {
-                name: evaluate(
-                    self.engine,
-                    one.windows,
-                    self.token_bytes,
-                    micro_batch=self.setup.batch.micro_batch,
-                    sequence_parallel_size=self.setup.batch.sequence_parallel_size,
-                )
-                for name, one in self.setup.data.val.items()
-            }
-        broken = [name for name, one in found.items() if not math.isfinite(one.loss)]
-        self.evaluated = step, len(broken) < len(found)
-        if broken and len(broken) < len(found):
-            losses = ", ".join(f"val/loss/{name}" for name in broken)
-            print_rank0(f"not finite at step {step}, though the weights are: {losses}", color=YELLOW)
-        return found
+            metrics = self.validation.metrics(step)
+        return metrics | {"perf/eval_seconds": self.stopwatch.spent("eval")}
 
     def show_samples(self, state: TrainState) -> None:
         """Generate from the run file's prompts, and show the texts."""
@@ -271,11 +228,11 @@ class Session:
         of this start, or the best, a finite evaluation shows it.
         """
         if state.health.bad_in_a_row and (last or self.is_new_best(state)):
-            if self.evaluated[0] != state.step:
-                self._evaluations(state.step)
+            if self.validation.step != state.step:
+                self._val_metrics(state.step)
             # as after a finite step: what is saved can be resumed from
             state = replace(state, health=replace(state.health, bad_in_a_row=0))
-        if state.health.bad_in_a_row or self.evaluated == (state.step, False):
+        if state.health.bad_in_a_row or self.validation.not_finite(state.step):
             print_rank0(
                 f"step {state.step} was not finite, so it is not saved" + "; the next finite step is" * (not last)
             )
@@ -299,7 +256,7 @@ class Session:
         Raises UserError, on every rank, if the last step could not be saved.
         """
         if not saved:
-            last_finite, broken = state.step - state.health.bad_in_a_row, self.evaluated == (state.step, False)
+            last_finite, broken = state.step - state.health.bad_in_a_row, self.validation.not_finite(state.step)
             raise UserError(
                 f"step {state.step}, the last, was not finite, so it was not saved. "
                 + self._what_to_change(state, last_finite, broken=broken)

@@ -283,7 +283,7 @@ def test_one_set_that_is_not_finite_is_named_and_stops_no_save(
         found = evaluate(model, windows, *args, **more)
         return replace(found, loss=math.nan) if windows.stream.dataset.path == other else found
 
-    monkeypatch.setattr("megagpt.train.session.evaluate", overflowing)
+    monkeypatch.setattr("megagpt.train.validation.evaluate", overflowing)
     monitor = f"megagpt.early_stopping.monitor={decides}"
     state = train(debug_run(dataset, tmp_path / "run", *FEW, sets(dataset, other), monitor), device)
     assert "not finite at step 2, though the weights are: val/loss/code\n" in capsys.readouterr().out
