@@ -16,7 +16,7 @@ COMMANDS = {
     "init": ("init", "run"),
     "train": ("pretrain", "run"),
     "generate": ("generate", "run"),
-    "evaluate": ("evaluate", "run"),
+    "evaluate": ("evaluate.command", "run"),
     "average": ("average", "run"),
     "export": ("export", "run"),
     "import": ("import_model", "run"),

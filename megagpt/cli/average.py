@@ -16,8 +16,8 @@ from megagpt.checkpoint.commit import folder as checkpoints
 from megagpt.checkpoint.load import LoadedModel, load_model
 from megagpt.checkpoint.weights_folder import origin_of, write_weights_folder
 from megagpt.cli.checkpoint_arguments import DEFAULT_SPLIT
-from megagpt.cli.evaluate_data import evaluation, windows_of
-from megagpt.cli.run_datasets import datasets_of_run, given_datasets, open_given
+from megagpt.cli.evaluate.data import evaluation, windows_of
+from megagpt.cli.evaluate.run_datasets import datasets_of_run, given_datasets, open_given
 from megagpt.data.dataset import Dataset
 from megagpt.errors import UserError
 from megagpt.new_folder import check_free

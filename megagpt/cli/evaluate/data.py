@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from megagpt.checkpoint.load import LoadedModel, load_model
-from megagpt.cli.loss_in_run import loss_in_run
-from megagpt.cli.run_datasets import datasets_of_run, given_datasets, open_given
+from megagpt.cli.evaluate.loss_in_run import loss_in_run
+from megagpt.cli.evaluate.run_datasets import datasets_of_run, given_datasets, open_given
 from megagpt.data.dataset import Dataset
 from megagpt.data.loader import ValWindows
 from megagpt.data.lost_text import lost_text, token_counts, unknown_share

@@ -3,9 +3,9 @@
 import argparse
 
 from megagpt.cli.checkpoint_arguments import DEFAULT_SPLIT
-from megagpt.cli.evaluate_data import evaluate_on_data
-from megagpt.cli.evaluate_memorization import evaluate_memorization
-from megagpt.cli.evaluate_tasks import evaluate_tasks
+from megagpt.cli.evaluate.data import evaluate_on_data
+from megagpt.cli.evaluate.memorization import evaluate_memorization
+from megagpt.cli.evaluate.tasks import evaluate_tasks
 from megagpt.errors import UserError
 
 

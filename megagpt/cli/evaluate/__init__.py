@@ -1,0 +1,1 @@
+"""`megagpt evaluate`: on datasets, on tasks, on passages of the training data."""
