@@ -24,7 +24,7 @@ from support import DEBUG_RUN, PROGRAMS, ROOT, debug_run, environment, overrides
 from megagpt.atomic_files import sha256_of
 from megagpt.checkpoint.commit import COMMIT, _digest, best, committed, damage_of
 from megagpt.checkpoint.load import load_model
-from megagpt.cli.doctor_agent import Request, report
+from megagpt.cli.doctor.agent import Request, report
 from megagpt.config.run_file import load_run_config
 from megagpt.distributed.hostfile import check_environment, check_hosts, check_settings
 from megagpt.engine.safe_pickle import check_pickles, load_checked
@@ -323,7 +323,7 @@ LISTENERS = {
     ("data_tools/executor/dask_cluster.py", "LocalCluster"): "on 127.0.0.1",
     ("data_tools/executor/dask_cluster.py", "SLURMCluster"): "its workers are batch jobs on other hosts",
     ("megagpt/distributed/process_group.py", "dist.init_process_group"): "ranks on other hosts",
-    ("megagpt/cli/doctor_agent.py", "attempt.bind"): "it does not listen",
+    ("megagpt/cli/doctor/agent.py", "attempt.bind"): "it does not listen",
     ("megagpt/distributed/interfaces.py", "probe.bind"): "it does not listen",
     ("megagpt/cli/spawn_ranks.py", "probe.bind"): "it does not listen",
     ("megagpt/distributed/interfaces.py", "socket.create_server"): "where gloo will listen, until the ranks have met",

@@ -10,7 +10,7 @@ import torch
 from support import DEBUG_RUN, overrides
 
 from megagpt.__main__ import main
-from megagpt.cli.doctor import as_text
+from megagpt.cli.doctor.command import as_text
 
 
 def doctor(capsys, *arguments: str) -> tuple[int, dict]:

@@ -16,7 +16,7 @@ from support import ROOT, debug_run, environment
 
 import megagpt
 from megagpt.__main__ import main
-from megagpt.cli.generate import Setting, print_texts
+from megagpt.cli.generate.command import Setting, print_texts
 from megagpt.config.generation import GenerationConfig
 from megagpt.model.generate import new_texts
 from megagpt.train.trainer import train
@@ -78,7 +78,7 @@ def test_the_first_text_is_shown_as_it_comes_and_generation_ends_with_its_reader
         shown.append((text, len(texts[0].tokens)))
         return len(shown) < 4
 
-    monkeypatch.setattr("megagpt.cli.generate.show", show)
+    monkeypatch.setattr("megagpt.cli.generate.command.show", show)
     assert not print_texts(setting, texts)
     (prompt, n), *rest = shown
     assert (prompt, n) == ("abc", 0)
@@ -151,14 +151,14 @@ def test_a_mistake_is_one_message(trained, tmp_path, monkeypatch, capsys, words,
 
 
 def test_a_file_of_prompts_that_is_too_large_is_refused(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("megagpt.cli.prompts.MOST_BYTES", 2**20)
+    monkeypatch.setattr("megagpt.cli.generate.prompts.MOST_BYTES", 2**20)
     (tmp_path / "x.txt").write_bytes(b"a" * (2**20 + 1))
     assert main(["generate", str(trained), "--prompts", str(tmp_path / "x.txt")]) == 2
     assert "x.txt is larger than 1 MiB; split it" in capsys.readouterr().err
 
 
 def test_more_texts_than_memory_holds_name_the_option(trained, monkeypatch, capsys):
-    monkeypatch.setattr("megagpt.cli.generate.free_memory", lambda device: 2**20)
+    monkeypatch.setattr("megagpt.cli.generate.command.free_memory", lambda device: 2**20)
     assert main(["generate", str(trained), "--batch", "100"]) == 2
     assert "error: --batch 100 needs 0.0 GiB of memory" in capsys.readouterr().err.replace("0.1", "0.0")
     monkeypatch.undo()

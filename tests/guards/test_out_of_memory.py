@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import DEBUG_RUN, PROGRAMS, ROOT, environment, overrides, torchrun
 
-from megagpt.cli.micro_batch_search import Used, bisect
+from megagpt.cli.plan.micro_batch_search import Used, bisect
 from megagpt.guards.out_of_memory import DOING
 
 LIMITED = PROGRAMS / "memory_limited_rank.py"

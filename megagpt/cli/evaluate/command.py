@@ -1,4 +1,4 @@
-"""`megagpt evaluate CKPT`: measure a checkpoint on datasets, on tasks, or on what it recites (evaluate_*.py)."""
+"""`megagpt evaluate CKPT`: measure a checkpoint on datasets, on tasks, or on what it recites."""
 
 import argparse
 

@@ -5,7 +5,7 @@ import json
 
 import torch
 
-from megagpt.cli.micro_batch_search import search, search_report
+from megagpt.cli.plan.micro_batch_search import search, search_report
 from megagpt.config.batch import batch_plan, rank_numbers
 from megagpt.config.run_file import load_run_config
 from megagpt.errors import UserError

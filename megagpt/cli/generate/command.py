@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from megagpt.checkpoint.load import load_model
-from megagpt.cli.prompts import as_typed, given, typed_one_by_one
+from megagpt.cli.generate.prompts import as_typed, given, typed_one_by_one
 from megagpt.config.generation import GenerationConfig
 from megagpt.config.mistakes import mistakes
 from megagpt.data.lost_text import changed_prompts

@@ -1,6 +1,6 @@
 """`megagpt doctor`: check that every host of a hostfile is ready to train, and name a fix for what is not.
 
-It starts an agent on every host (doctor_agent.py), compares what the agents report, and measures one all-reduce
+It starts an agent on every host (agent.py), compares what the agents report, and measures one all-reduce
 between them. `megagpt check-hosts` checks the hostfile alone.
 """
 
@@ -20,7 +20,7 @@ from threading import Timer
 from typing import Any
 
 from megagpt.atomic_files import write_atomically
-from megagpt.cli.doctor_agent import Finding, Report, Request, serve
+from megagpt.cli.doctor.agent import Finding, Report, Request, serve
 from megagpt.config.run_file import load_run_config
 from megagpt.distributed.hostfile import ENV_LINE, SECRET_NAME, check_environment, check_hosts, home
 from megagpt.distributed.interfaces import GLOO, interface_to

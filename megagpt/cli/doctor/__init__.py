@@ -1,0 +1,1 @@
+"""`megagpt doctor`: check that hosts are ready to train, by an agent on each."""

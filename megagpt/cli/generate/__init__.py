@@ -1,0 +1,1 @@
+"""`megagpt generate`: texts from a checkpoint, after prompts from options, a file or a person."""
