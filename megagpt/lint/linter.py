@@ -36,6 +36,7 @@ from megagpt.engine.activation_checkpointing import refuse_what_cannot_act
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
 from megagpt.engine.deepspeed_models import REMOVED_KEYS, SECTION_MODELS
 from megagpt.errors import UserError
+from megagpt.lint.deepspeed_rules import DEEPSPEED_CONTRADICTIONS, DEEPSPEED_WITHOUT_EFFECT
 from megagpt.lint.deepspeed_sections import deepspeed_sections
 from megagpt.lint.refused import ERRORS
 from megagpt.lint.rules import CONTRADICTIONS, DEFAULTS, WITHOUT_EFFECT
@@ -233,19 +234,23 @@ def _switched_off(run: RunConfig) -> Iterator[Issue]:
 
 
 def _idle(run: RunConfig) -> Iterator[Issue]:
-    """Find keys that have no effect in this run; of several reasons the first in WITHOUT_EFFECT is given."""
+    """Find keys that have no effect in this run; of several reasons the first in the tables is given."""
     for key, value in _written(run):
         # A section acts by its keys; `stage`, and a device of "none", are what switches other keys off.
         if isinstance(value, dict) or key.endswith(".stage") or (key.endswith(".device") and value == "none"):
             continue
-        rules = [rule for rule in WITHOUT_EFFECT if any(fnmatchcase(key, pattern) for pattern in rule.keys)]
+        rules = [
+            rule
+            for rule in (*DEEPSPEED_WITHOUT_EFFECT, *WITHOUT_EFFECT)
+            if any(fnmatchcase(key, pattern) for pattern in rule.keys)
+        ]
         if idle := next((rule for rule in rules if not rule.when(run)), None):
             yield Issue("warning", key, f"{key}={json.dumps(value)} has no effect: {idle.why}")
 
 
 def _contradicting(run: RunConfig) -> Iterator[Issue]:
     for key, value in _written(run):
-        for rule in CONTRADICTIONS:
+        for rule in (*DEEPSPEED_CONTRADICTIONS, *CONTRADICTIONS):
             if rule.key == key and rule.when(run):
                 yield Issue("warning", key, f"{key}={json.dumps(value)} {rule.why}")
 
