@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from data_tools.compare_tokenizers import KINDS, UNUSED_OPTIONS
 from data_tools.config import BuildConfig, InputConfig, TokenizerConfig, load_config
 from megagpt import __version__
-from megagpt.config.mistakes import models_in, typed_keys
+from megagpt.config.schema_keys import models_in, typed_keys
 from megagpt.data.manifest import SPLITS
 from megagpt.errors import UserError
 from megagpt.options import Parser, whole

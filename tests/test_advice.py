@@ -13,8 +13,8 @@ from test_messages import FILES, ROOT, texts
 from data_tools.arguments import builder_parser
 from data_tools.config import BuildConfig
 from megagpt.cli.arguments import command_line, training_arguments
-from megagpt.config.mistakes import typed_keys
 from megagpt.config.run_file import KEYS
+from megagpt.config.schema_keys import typed_keys
 from megagpt.engine.deepspeed_models import SECTION_MODELS
 from megagpt.lint.linter import lint_file
 

@@ -40,9 +40,10 @@ BUILDER_ORDER = [
 # what the builder uses of megagpt: none of it imports torch (data_tools/test_arrow_columns.py looks at a real build)
 OF_MEGAGPT = {"errors", "atomic_files", "file_lock", "terminal", "options", "user_paths", "open_files"}
 OF_MEGAGPT |= {"git_pointers", "html_parts", "svg_plots"}
-OF_MEGAGPT |= {"config.mistakes", "config.parsing", "checkpoint.run_samples", "distributed.rank_variables"}
+OF_MEGAGPT |= {"config.mistakes", "config.parsing", "config.schema_keys", "checkpoint.run_samples"}
 OF_MEGAGPT |= {f"data.{name}" for name in ("manifest", "shard_format", "dataset", "provenance")}
 OF_MEGAGPT |= {"tokenizer.segment_cache", "tokenizer.sentencepiece_model", "tokenizer.tokenizer", "data.training_set"}
+OF_MEGAGPT |= {"distributed.rank_variables"}
 FILES = modules(ROOT)
 FLOOR = {package: i for order in (ORDER, BUILDER_ORDER) for i, line in enumerate(order) for package in line}
 

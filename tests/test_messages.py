@@ -9,9 +9,9 @@ import pytest
 from support import GOOD
 
 from data_tools.config import BuildConfig
-from megagpt.config.mistakes import typed_keys
 from megagpt.config.run_file import parse_run
 from megagpt.config.schema import MegaGPTConfig
+from megagpt.config.schema_keys import typed_keys
 from megagpt.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -5,12 +5,12 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from functools import cache
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from megagpt.config.other_trainers import NOTES, OUR_KEY, WITHOUT_KEY
+from megagpt.config.schema_keys import keys_at, section_at, typed_keys
 from megagpt.options import LARGEST
 
 MISSING = "{} is missing"
@@ -36,7 +36,7 @@ def mistakes(
     for detail in error.errors():
         dotted = ".".join(map(str, (section, *detail["loc"]) if section else detail["loc"]))
         if detail["type"] == "extra_forbidden":
-            known = _keys_at(root, detail["loc"][:-1])
+            known = keys_at(root, detail["loc"][:-1])
             keys = typed_keys(root, section) if elsewhere is None else elsewhere
             typed = only_key(dotted, detail["input"])
             yield dotted, unknown_key(typed if meant_keys(typed, known, keys) else dotted, known, keys)
@@ -66,7 +66,7 @@ def mistakes(
         elif detail["type"] == "quoted":
             yield dotted, IN_QUOTES.format(dotted, as_written(detail["input"]))
         elif detail["type"] == "model_type":
-            said = no_section(dotted, detail["input"], _keys_at(root, detail["loc"]))
+            said = no_section(dotted, detail["input"], keys_at(root, detail["loc"]))
             yield dotted, said if ";" in said else said + _keys_instead(root, detail["loc"], dotted, detail["input"])
         elif detail["type"] in NUMBERS and (number := _number_meant(detail["input"])):
             yield dotted, f"{dotted}={as_written(detail['input'])} is not a number; write {dotted}={number}"
@@ -128,7 +128,7 @@ def _number_meant(value: Any) -> str:
 
 def _keys_instead(root: type[BaseModel], loc: tuple[int | str, ...], dotted: str, value: Any) -> str:
     """Return what to write where a value was given to a section: the one key of it that takes the value, or all."""
-    outer, section = _model_at(root, loc[:-1]), _model_at(root, loc)
+    outer, section = section_at(root, loc[:-1]), section_at(root, loc)
     if section is None:
         return ""
     keys = [f"{dotted}.{name}" for name in section.model_fields]
@@ -188,67 +188,6 @@ def is_quoted(value: Any) -> bool:
 def shortened(text: str) -> str:
     """Return the text, or both ends of a long one."""
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 30]} ... {text[-20:]}"
-
-
-@cache
-def kinds_of(model: type[BaseModel], field: str) -> frozenset[Any]:
-    """Return the types that a field's annotation names, at any depth."""
-    return frozenset(_named_in(model.model_fields[field].annotation))
-
-
-def _named_in(annotation: Any) -> Iterator[Any]:
-    yield annotation
-    for part in get_args(annotation):
-        # Not the values of a Literal, some of which have no hash.
-        if isinstance(part, type) or get_args(part):
-            yield from _named_in(part)
-
-
-def _model_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """Return the section at this location of pydantic's; None if it is none.
-
-    A number is an index of a list, and the part after a field of a dict is a name of the user's.
-    """
-    found: type[BaseModel] | None = model
-    is_name = False
-    for part in loc:
-        if isinstance(part, str) and not is_name:
-            info = found.model_fields.get(part) if found else None
-            found = next(models_in(info.annotation), None) if info else None
-            is_name = info is not None and get_origin(info.annotation) is dict
-        else:
-            is_name = False
-    return found
-
-
-def _keys_at(root: type[BaseModel], loc: tuple[int | str, ...]) -> Collection[str]:
-    section = _model_at(root, loc)
-    return section.model_fields if section else ()
-
-
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the pydantic models that an annotation names: `M` itself, or those of `M | None` or `tuple[M, ...]`."""
-    for part in (annotation, *get_args(annotation)):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            yield part
-
-
-@cache
-def typed_keys(root: type[BaseModel], section: str = "") -> frozenset[str]:
-    """Return every dotted key of a model and of the sections in it, as on a command line.
-
-    Those within lists, and within sections that a user names, are left out.
-    """
-    return frozenset(_typed_keys(root, section))
-
-
-def _typed_keys(root: type[BaseModel], section: str) -> Iterator[str]:
-    for name, info in root.model_fields.items():
-        dotted = f"{section}.{name}" if section else name
-        yield dotted
-        if not any(get_origin(kind) in (tuple, dict) for kind in kinds_of(root, name)):
-            for model in models_in(info.annotation):
-                yield from _typed_keys(model, dotted)
 
 
 def unknown_key(dotted: str, known: Collection[str], elsewhere: Collection[str]) -> str:

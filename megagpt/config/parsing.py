@@ -12,8 +12,9 @@ import json5
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from megagpt.config.mistakes import as_written, is_quoted, kinds_of, shortened
+from megagpt.config.mistakes import as_written, is_quoted, shortened
 from megagpt.config.not_json import near, not_a_file, way_out
+from megagpt.config.schema_keys import kinds_of
 from megagpt.errors import UserError
 from megagpt.options import LARGEST
 from megagpt.user_paths import local_path

@@ -19,9 +19,10 @@ from megagpt.config.deepspeed_keys import (
     REFUSED_KEYS,
 )
 from megagpt.config.extends import EXTENDS, merged, named, read_run_files
-from megagpt.config.mistakes import explain, no_section, only_key, typed_keys, unknown_key
+from megagpt.config.mistakes import explain, no_section, only_key, unknown_key
 from megagpt.config.parsing import dotted_items, leaves, overridden
 from megagpt.config.schema import MegaGPTConfig
+from megagpt.config.schema_keys import typed_keys
 from megagpt.errors import UserError
 from megagpt.user_paths import local_path
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from megagpt.config.deepspeed_keys import DEEPSPEED_DEFAULTS
-from megagpt.config.mistakes import models_in
+from megagpt.config.schema_keys import models_in
 from megagpt.engine.deepspeed_models import SECTION_MODELS
 
 

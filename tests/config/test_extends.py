@@ -7,10 +7,10 @@ from support import GOOD, RUN_FILES
 
 from megagpt.__main__ import main
 from megagpt.config.extends import merged, read_run_files
-from megagpt.config.mistakes import kinds_of, models_in
 from megagpt.config.parsing import leaves, overridden, read_json
 from megagpt.config.run_file import load_run_config
 from megagpt.config.schema import MegaGPTConfig
+from megagpt.config.schema_keys import kinds_of, models_in
 from megagpt.errors import UserError
 
 COMMENTED = """\

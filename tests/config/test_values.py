@@ -23,9 +23,9 @@ from data_tools.config import BuildConfig, load_config
 from megagpt.cli.arguments import command_line
 from megagpt.cli.pretrain import pretrain
 from megagpt.config.deepspeed import DeepSpeedConfig
-from megagpt.config.mistakes import kinds_of, models_in, typed_keys
 from megagpt.config.run_file import SECTION, RunConfig, parse_run
 from megagpt.config.schema import MegaGPTConfig
+from megagpt.config.schema_keys import kinds_of, models_in, typed_keys
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
 from megagpt.planner import estimate

@@ -10,7 +10,7 @@ from data_support import run, write_text
 import megagpt.__main__
 from data_tools.arguments import option_defaults
 from data_tools.config import BuildConfig, load_config
-from megagpt.config.mistakes import typed_keys
+from megagpt.config.schema_keys import typed_keys
 
 OUT = "--input in --out out "
 
