@@ -40,7 +40,8 @@ demo: .venv/runtime data/demo/manifest.json
 	    "  megagpt train mine.jsonc" \
 	    "  megagpt generate runs/mine --prompt 'The '"
 
-# A process of tests for each core (at most four), the longest first; tests that share something run in one of them.
+# A process of tests for each core (at most four), and one more where tests wait for what they start; the longest first.
+# Tests that share something run in one of them.
 # Each compiles only what has changed, also where a container's image says that nothing compiled is to be kept.
 PYTEST := PYTHONDONTWRITEBYTECODE= python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 

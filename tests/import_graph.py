@@ -9,6 +9,7 @@ highest one that it imports. A circle is a set of rooms that import each other.
 import ast
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 Graph = Mapping[str, set[str]]
@@ -29,9 +30,15 @@ def import_graph(root: Path) -> dict[str, set[str]]:
     return {name: _imports(path, files) - {name} for name, path in files.items()}
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """Every node of a file's syntax tree."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def _imports(path: Path, files: Mapping[str, Path]) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

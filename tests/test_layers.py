@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from import_graph import circles, floors, import_graph, modules, package_of
+from import_graph import circles, floors, import_graph, modules, nodes_of, package_of
 
 ROOT = Path(__file__).parents[1]
 ORDER = [  # lowest first; a package may import from those of lower lines, and from no other of its own line
@@ -86,7 +86,7 @@ def test_deepspeed_is_imported_below_the_engine_alone():
 
 def external(path: Path) -> set[str]:
     """The first words of what a file imports."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = nodes_of(path)
     named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     named |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
     return {name.split(".")[0] for name in named}
@@ -95,8 +95,7 @@ def external(path: Path) -> set[str]:
 def test_only_what_must_start_fast_imports_inside_functions():
     lazy = set()
     for module, path in FILES.items():
-        tree = ast.parse(path.read_text())
-        inner = [n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)]
+        inner = [n for f in nodes_of(path) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)]
         if any(isinstance(node, ast.Import | ast.ImportFrom) for node in inner) and module.startswith("megagpt"):
             lazy.add(module)
     assert lazy <= {"megagpt", "megagpt.__main__", "megagpt.cli.pretrain"}

@@ -115,10 +115,17 @@ def test_weights_whose_squares_overflow_are_not_finite_and_the_largest_of_fp16_a
 
 
 # a stage at a time: once stage 3 was used in a process, DeepSpeed's own F.linear rounds otherwise there
-@pytest.mark.parametrize("stage", [0, 1, 3], scope="module")
-@pytest.mark.parametrize(("lr", "save"), [(1e30, 1), (1e30, 2), (1e6, 1), (1e6, 3)])
+@pytest.mark.parametrize(
+    ("stage", "lr", "save"),
+    [
+        *((0, 1e30, 1), (0, 1e6, 3)),
+        *((1, 1e30, 1), (1, 1e30, 2), (1, 1e6, 1), (1, 1e6, 3)),
+        *((3, 1e30, 2), (3, 1e6, 1)),
+    ],
+    scope="module",
+)
 def test_a_run_with_a_wrong_rate_resumes_by_its_own_message_as_if_it_had_never_been(
-    start, sound, tmp_path, lr, save, stage
+    start, sound, tmp_path, stage, lr, save
 ):
     """Step 5 breaks the weights: 1e30 is seen in them, 1e6 only in the steps that follow."""
     at_stage = f"zero_optimization.stage={stage}"

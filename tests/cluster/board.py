@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from selenium import webdriver
-from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import WebDriverWait
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+    from selenium.webdriver.remote.webelement import WebElement
 
 NEEDED = ("chromium", "chromedriver")
 TIMEOUT = 60.0
@@ -51,14 +51,16 @@ class Board:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def find(self, selector: str, inside: WebElement | None = None) -> list[WebElement]:
+    def find(self, selector: str, inside: "WebElement | None" = None) -> "list[WebElement]":
         return self._driver.execute_script(FIND, selector, inside)
 
-    def open(self, tab: str, card: str, drawn: str, n: int) -> dict[str, list[WebElement]]:
+    def open(self, tab: str, card: str, drawn: str, n: int) -> "dict[str, list[WebElement]]":
         """Tag -> what is drawn on its cards, once every group is unfolded and something is on all of n cards."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
         self._driver.get(f"{self._url}#{tab}")
 
-        def unfolded(_: object) -> list[WebElement] | None:
+        def unfolded(_: object) -> "list[WebElement] | None":
             for heading in self.find("button.heading:not([open-button])"):
                 self._driver.execute_script("arguments[0].click()", heading)
             cards = self.find(card)
@@ -89,8 +91,10 @@ class Board:
 
 
 @contextmanager
-def browser(profile: Path) -> Iterator[webdriver.Chrome]:
+def browser(profile: Path) -> Iterator["Chrome"]:
     """A headless browser with an empty profile."""
+    from selenium import webdriver  # half a second, which every test process would pay
+
     options = webdriver.ChromeOptions()
     for flag in (*FLAGS, f"--user-data-dir={profile}"):
         options.add_argument(flag)

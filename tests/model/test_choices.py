@@ -9,14 +9,6 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 from megagpt.config.model import PRESETS, ModelConfig
 from megagpt.config.recompute import RecomputeConfig
@@ -69,6 +61,8 @@ SHAPES = [{}, {"n_kv_head": 2}, {"n_kv_head": 1, "rotary_scaling": 3.0}, {"mlp_w
 @pytest.mark.parametrize("more", SHAPES)
 def test_logits_are_those_of_transformers(more, qk_norm):
     """Those of Llama and, with norms of queries and keys, of Qwen3, by the names and settings of an export."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
     ours = model_of({"preset": "llama", "qk_norm": qk_norm, "rotary_base": 500.0, **more}).eval()
     config_of, causal_lm = (Qwen3Config, Qwen3ForCausalLM) if qk_norm else (LlamaConfig, LlamaForCausalLM)
     theirs = causal_lm(config_of(**config_json(ours.cfg, 100, 0, 0.0, "fp32"))).eval()
@@ -80,6 +74,8 @@ def test_logits_are_those_of_transformers(more, qk_norm):
 
 @pytest.mark.parametrize("more", [{}, {"tied": False}, {"mlp_width": 40, "norm_eps": 1e-2}])
 def test_logits_are_those_of_transformers_gpt2(more):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     ours = model_of(more).eval()
     theirs = GPT2LMHeadModel(GPT2Config(**config_json(ours.cfg, 100, 0, 0.0, "fp32"))).eval()
     theirs.load_state_dict(renamed(ours.state_dict(), ours.cfg, 100), strict=False)

@@ -12,7 +12,6 @@ import hosts
 import processes
 import pytest
 from matplotlib.image import imread
-from selenium import webdriver
 from support import DEBUG_RUN, ROOT, curves, overrides, read_json
 
 from megagpt.__main__ import main
@@ -185,7 +184,7 @@ def test_a_browser_shows_the_curves_at_any_width_and_runs_nothing(chrome, run, o
     assert "</pre><script>document.title" in chrome.execute_script("return document.body.innerText")
 
 
-def open_page(chrome: webdriver.Chrome, page: Path, width: int, theme: str) -> None:
+def open_page(chrome: "board.Chrome", page: Path, width: int, theme: str) -> None:
     """Open a page in a high window."""
     colors = {"name": "prefers-color-scheme", "value": theme}
     size = {"width": width, "height": 3000, "deviceScaleFactor": 1, "mobile": False}
