@@ -26,10 +26,10 @@ leave_plots_blank()
 leave_writes_in_memory()
 processes.watch()
 
-# Files whose tests one worker runs: what they share is made once and takes long, or they wait more than they compute,
-# so that the other workers have the cores. The hosts of cluster/ must be in one worker, since they share a bridge.
+# Files whose tests one worker runs. The hosts of cluster/ must be in one, since they share a bridge. Both groups wait
+# more than they compute, so that another worker has the cores.
 TOGETHER = {
-    "cluster/": "waits",
+    "cluster/": "hosts",
     "cli/test_pretrain.py": "waits",
     "guards/test_watchdog.py": "waits",
 }
@@ -42,6 +42,7 @@ APART = (
 )
 # groups by how they begin: half a minute or more each, the longest first
 LONGEST = (
+    "hosts",
     "waits",
     "train/test_two_ranks.py",
     "engine/test_sequence_parallel.py",

@@ -7,7 +7,6 @@ import gc
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from live_bytes import LiveBytes
@@ -63,40 +62,47 @@ def run_and_batch(folder: Path, options: list[str], n_ranks: int) -> tuple[RunCo
     return run, batch_plan(run.deepspeed, n_ranks)
 
 
-def three_steps(folder: Path, options: list[str], device: torch.device) -> dict[str, Any]:
-    """The most bytes alive from before the engine is built, and the bytes of each collective in the third step.
-
-    In the second micro-batch stage 3 also compares the order of modules that it has learned (broadcast).
-    """
+def train_steps(n: int, folder: Path, options: list[str], device: torch.device) -> dict[str, int]:
+    """Build an engine and make n steps; returns the bytes of each collective in the last one."""
     from deepspeed.comm.comm import comms_logger
 
     from megagpt.engine.build import build_engine
     from megagpt.model.loss import next_token_score
 
     run, batch = run_and_batch(folder, options, world_size())
-    with LiveBytes() as live:
-        engine = build_engine(run, batch, VOCAB, device)
-        gc.collect()
-        for _ in range(3):
-            comms_logger.comms_dict.clear()
-            comms_logger.enabled = comms_logger.prof_all = True
-            for _ in range(batch.accumulation):
-                shape = (batch.micro_batch, run.megagpt.seq_len // batch.sequence_parallel_size)
-                inputs, targets = torch.randint(0, VOCAB, (2, *shape))
-                engine.backward(engine(inputs, score=next_token_score(targets)))
-                engine.step()
-            comms_logger.enabled = False
-    sent = {
+    engine = build_engine(run, batch, VOCAB, device)
+    gc.collect()
+    for _ in range(n):
+        comms_logger.comms_dict.clear()
+        comms_logger.enabled = comms_logger.prof_all = True
+        for _ in range(batch.accumulation):
+            shape = (batch.micro_batch, run.megagpt.seq_len // batch.sequence_parallel_size)
+            inputs, targets = torch.randint(0, VOCAB, (2, *shape))
+            engine.backward(engine(inputs, score=next_token_score(targets)))
+            engine.step()
+        comms_logger.enabled = False
+    return {
         name: sum(size * count for size, (count, *_) in sizes.items() if size > 8)  # not norms and flags
         for name, sizes in comms_logger.comms_dict.items()
     }
-    return {"live": live.peak, "sent": sent}
+
+
+def most_alive(folder: Path, options: list[str], device: torch.device) -> int:
+    """The most bytes alive from before the engine is built: in the second step all states and activations are."""
+    with LiveBytes() as live:
+        train_steps(2, folder, options, device)
+    return live.peak
+
+
+def sent_in_a_step(folder: Path, options: list[str], device: torch.device) -> dict[str, int]:
+    """The bytes of each collective in the third step: in the second, stage 3 still learns the order of modules."""
+    return train_steps(3, folder, options, device)
 
 
 if __name__ == "__main__":
     device, out = init_process_group(), Path(sys.argv[1])
-    settings = {"memory": MEMORY, "traffic": TRAFFIC}[sys.argv[2]]
-    found = {name: three_steps(out.parent, options, device) for name, options in settings.items()}
+    settings, measured = {"memory": (MEMORY, most_alive), "traffic": (TRAFFIC, sent_in_a_step)}[sys.argv[2]]
+    found = {name: measured(out.parent, options, device) for name, options in settings.items()}
     if rank() == 0:
         out.write_text(json.dumps(found))
     leave()
