@@ -8,13 +8,13 @@ from functools import partial
 from typing import NamedTuple
 
 from data_tools.config import SourceConfig
-from data_tools.readers.csv_rows import read_csv
 from data_tools.readers.document_pieces import Note, Pieces, SkippedRecord
+from data_tools.readers.formats.csv_rows import read_csv
+from data_tools.readers.formats.jsonl import byte_ranges, read_json, read_jsonl
+from data_tools.readers.formats.plain_text import read_text
+from data_tools.readers.formats.tables import read_arrow, read_parquet, record_batches, row_groups
+from data_tools.readers.formats.web import read_html, read_warc
 from data_tools.readers.input_file import FileSlice, InputFile, whole_file
-from data_tools.readers.jsonl import byte_ranges, read_json, read_jsonl
-from data_tools.readers.plain_text import read_text
-from data_tools.readers.tables import read_arrow, read_parquet, record_batches, row_groups
-from data_tools.readers.web import read_html, read_warc
 from megagpt.errors import UserError
 
 

@@ -14,9 +14,9 @@ from data_tools.executor.tasks import Done, Tasks, file_of
 from data_tools.filters.rules import RulesConfig, apply_rules, check_rules, clean_only, load_custom
 from data_tools.readers.by_format import FORMATS, METADATA, read_slice
 from data_tools.readers.document_pieces import DocumentPiece, Note, SkippedRecord
-from data_tools.readers.fields import CHAT_VERSION
 from data_tools.readers.find_files import find_files
 from data_tools.readers.first_records import check_first_records
+from data_tools.readers.formats.fields import CHAT_VERSION
 from data_tools.readers.input_file import InputFile, UnreadableFile
 from data_tools.readers.split_names import given_split, names_like_splits
 from data_tools.readers.work_units import WorkUnit, cut_into_units

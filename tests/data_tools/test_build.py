@@ -18,7 +18,7 @@ from support import PROGRAMS, ROOT
 import data_tools.executor.dask_cluster
 import data_tools.executor.workers
 import data_tools.readers.document_pieces
-import data_tools.readers.plain_text
+import data_tools.readers.formats.plain_text
 import data_tools.readers.work_units
 import data_tools.stages.tokenize
 from data_tools.__main__ import COMMANDS
@@ -78,7 +78,7 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
 def test_a_document_of_many_pieces_is_one_document(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (data_tools.readers.document_pieces, data_tools.readers.plain_text):
+    for module in (data_tools.readers.document_pieces, data_tools.readers.formats.plain_text):
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 64)
     monkeypatch.setattr(data_tools.stages.tokenize, "FILE_TOKENS", 100)  # so that one unit becomes several token files
     texts = write_texts(tmp_path / "in", 3, n_words=400)

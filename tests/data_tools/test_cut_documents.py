@@ -21,7 +21,7 @@ from pydantic_core import to_jsonable_python
 
 import data_tools.executor.workers
 import data_tools.readers.document_pieces
-import data_tools.readers.plain_text
+import data_tools.readers.formats.plain_text
 import data_tools.readers.work_units
 import data_tools.stages.cut_documents
 import data_tools.stages.pipeline
@@ -172,7 +172,7 @@ def test_any_number_of_workers_and_units_cuts_at_the_same_place(
 
 def test_a_cut_may_fall_within_any_piece(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = write_text(tmp_path / "input.txt", paragraphs(60))
-    for module in (data_tools.readers.document_pieces, data_tools.readers.plain_text):
+    for module in (data_tools.readers.document_pieces, data_tools.readers.formats.plain_text):
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 64)
     options = BuildConfig(tokenizer=model, val_fraction=0.2, test_fraction=0.3)
     build([tmp_path / "input.txt"], tmp_path / "out", options)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_tools.readers.document_pieces
-import data_tools.readers.plain_text
+import data_tools.readers.formats.plain_text
 import data_tools.stages.pipeline
 from data_tools.build import build
 from data_tools.config import BuildConfig, load_config
@@ -162,7 +162,7 @@ def test_what_an_evaluation_holds_is_not_trained_on(tmp_path: Path, model: Path)
 def test_a_long_document_is_judged_compared_and_written_like_a_short_one(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (data_tools.readers.document_pieces, data_tools.readers.plain_text):
+    for module in (data_tools.readers.document_pieces, data_tools.readers.formats.plain_text):
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 100)
     long, short = document(0, n_words=500), document(1, n_words=20)
     for name, text in {"a": long, "b": short, "c": long.replace("\n", "\n\n"), "d": short + "\0"}.items():
@@ -195,7 +195,7 @@ def test_what_is_dropped_is_nobodys_original(tmp_path: Path, model: Path) -> Non
 def test_a_file_listed_twice_gives_two_whole_documents(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_tools.readers.plain_text, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(data_tools.readers.formats.plain_text, "PIECE_CHARACTERS", 100)
     [text] = write_texts(tmp_path / "in", 1, n_words=200)
     options = BuildConfig(tokenizer=model, val_fraction=0, dedup={"method": "none"})
     build([tmp_path / "in", tmp_path / "in"], tmp_path / "a", options)
@@ -213,7 +213,7 @@ def test_a_file_listed_twice_gives_two_whole_documents(
 def test_a_piece_that_cleaning_empties_leaves_no_row(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_tools.readers.plain_text, "PIECE_CHARACTERS", 40)
+    monkeypatch.setattr(data_tools.readers.formats.plain_text, "PIECE_CHARACTERS", 40)
     (tmp_path / "a.txt").write_text("first line of it\n" * 3 + "drop this line\n" * 9 + "last line of it\n" * 3)
     options = BuildConfig(tokenizer=model, val_fraction=0, rules={"clean": {"drop_patterns": "drop|this|line$"}})
     build([tmp_path / "a.txt"], tmp_path / "out", options)

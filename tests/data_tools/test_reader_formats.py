@@ -10,7 +10,7 @@ import pytest
 from reader_support import FORMATS, FRENCH, TEXTS, csv, json_array, jsonl, parquet, read_all, texts_of
 
 import data_tools.readers.document_pieces
-import data_tools.readers.jsonl
+import data_tools.readers.formats.jsonl
 import data_tools.readers.work_units
 from data_tools.config import SourceConfig
 from data_tools.readers.by_format import FORMATS as FORMATS_READ
@@ -26,7 +26,7 @@ def test_every_format_gives_the_same_documents(name: str, tmp_path: Path, monkey
     (tmp_path / name).write_bytes(FORMATS[name](TEXTS))
     assert texts_of(read_all(tmp_path / name)) == TEXTS
     monkeypatch.setattr(data_tools.readers.work_units, "MIN_UNIT_BYTES", 50)  # one unit for each slice
-    monkeypatch.setattr(data_tools.readers.jsonl, "BLOCK", 7)
+    monkeypatch.setattr(data_tools.readers.formats.jsonl, "BLOCK", 7)
     assert texts_of(read_all(tmp_path / name)) == TEXTS
 
 

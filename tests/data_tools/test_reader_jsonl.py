@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from reader_support import jsonl, read_all, skipped, texts_of
 
 import data_tools.readers.document_pieces
-import data_tools.readers.jsonl
+import data_tools.readers.formats.jsonl
 import data_tools.readers.work_units
 from data_tools.readers.document_pieces import DocumentPiece
 from megagpt.errors import UserError
@@ -37,7 +37,7 @@ def test_jsonl_cut_anywhere_yields_each_line_once(
 def test_a_line_too_long_to_parse_is_skipped_and_the_next_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_tools.readers.jsonl, "MAX_RECORD", 1000)
+    monkeypatch.setattr(data_tools.readers.formats.jsonl, "MAX_RECORD", 1000)
     (tmp_path / "a.jsonl").write_bytes(jsonl(["one", "x" * 5000, "two"]))
     items = list(read_all(tmp_path / "a.jsonl"))
     assert [item.text for item in items if isinstance(item, DocumentPiece)] == ["one", "two"]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from reader_support import read_all
 
 import data_tools.readers.document_pieces
-import data_tools.readers.plain_text
+import data_tools.readers.formats.plain_text
 from data_tools.readers.document_pieces import DocumentPiece, SkippedRecord, cut
-from data_tools.readers.plain_text import _documents_in
+from data_tools.readers.formats.plain_text import _documents_in
 from megagpt.config.parsing import unescaped
 from megagpt.errors import UserError
 
@@ -37,7 +37,7 @@ def test_a_streamed_text_is_cut_as_if_it_had_been_whole(text: str, cuts: list[in
     edges = [0, *sorted(cuts), len(text)]
     blocks = [text[begin:end] for begin, end in pairwise(edges)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_tools.readers.plain_text, "PIECE_CHARACTERS", most)
+        patch.setattr(data_tools.readers.formats.plain_text, "PIECE_CHARACTERS", most)
         streamed = list(_documents_in(iter(blocks), separator))
     documents = [part + separator for part in text.split(separator)] if separator else [text]
     if separator:
@@ -55,7 +55,7 @@ def test_a_streamed_text_is_cut_as_if_it_had_been_whole(text: str, cuts: list[in
 def test_a_text_that_stops_being_text_later_on_is_dropped_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_tools.readers.plain_text, "PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(data_tools.readers.formats.plain_text, "PIECE_CHARACTERS", 10)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_bytes(b"twenty good bytes or so \xff")
     items = list(read_all(tmp_path / "in"))

@@ -18,8 +18,8 @@ from reader_support import TEXTS, read_all, skipped, texts_of
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
-from data_tools.readers.csv_rows import DOES_NOT_FIT, ESCAPED, NO_ROW, SWALLOWED
 from data_tools.readers.document_pieces import DocumentPiece
+from data_tools.readers.formats.csv_rows import DOES_NOT_FIT, ESCAPED, NO_ROW, SWALLOWED
 from megagpt.errors import UserError
 
 FIELDS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=8).filter(

@@ -9,9 +9,9 @@ import pytest
 from reader_support import read_all, skipped, texts_of
 
 import data_tools.readers.document_pieces
-import data_tools.readers.web
+import data_tools.readers.formats.web
 from data_tools.readers.document_pieces import DocumentPiece
-from data_tools.readers.web import is_deeper
+from data_tools.readers.formats.web import is_deeper
 from megagpt.errors import UserError
 
 
@@ -87,7 +87,7 @@ def test_an_archive_that_ends_within_a_record_is_refused_by_name(tmp_path: Path)
 
 
 def test_a_page_too_large_or_too_deep_is_skipped_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_tools.readers.web, "MAX_PAGE", 500_000)
+    monkeypatch.setattr(data_tools.readers.formats.web, "MAX_PAGE", 500_000)
     pages = ["<div>" * 99_000, "<p>much</p>" * 50_000, PAGE]
     for name in ("a.html", "b.html", "c.html"):
         (tmp_path / name).write_text(pages["abc".index(name[0])])

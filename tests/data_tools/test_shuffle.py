@@ -7,7 +7,7 @@ import pytest
 from data_support import document, lossy_tokenizer, small_tokenizer
 
 import data_tools.readers.document_pieces
-import data_tools.readers.plain_text
+import data_tools.readers.formats.plain_text
 import data_tools.readers.work_units
 import data_tools.stages.pipeline
 import data_tools.stages.shuffle
@@ -22,7 +22,7 @@ from megagpt.tokenizer.tokenizer import Tokenizer
 @pytest.fixture
 def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Files of which each is several units of several token files; equal documents, and a long one in many rows."""
-    for module in (data_tools.readers.document_pieces, data_tools.readers.plain_text):
+    for module in (data_tools.readers.document_pieces, data_tools.readers.formats.plain_text):
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 64)
     monkeypatch.setattr(data_tools.readers.work_units, "MIN_UNIT_BYTES", 300)
     monkeypatch.setattr(data_tools.stages.tokenize, "FILE_TOKENS", 100)

@@ -6,7 +6,7 @@ from functools import partial
 
 from data_tools.config import SourceConfig
 from data_tools.readers.document_pieces import PIECE_CHARACTERS, DocumentPiece, Note, Pieces, SkippedRecord, cut, cut_at
-from data_tools.readers.encodings import BLOCK, NotTextError, blocks, decoded, encoding_of
+from data_tools.readers.formats.encodings import BLOCK, NotTextError, blocks, decoded, encoding_of
 from data_tools.readers.input_file import FileSlice, UnreadableFile
 from data_tools.readers.open_file import open_bytes
 

@@ -8,8 +8,8 @@ from functools import partial
 
 from data_tools.config import SourceConfig
 from data_tools.readers.document_pieces import Pieces, SkippedRecord, pieces_of
-from data_tools.readers.encodings import BLOCK, NotTextError, blocks, decoded, encoding_of, lines
-from data_tools.readers.fields import check_column
+from data_tools.readers.formats.encodings import BLOCK, NotTextError, blocks, decoded, encoding_of, lines
+from data_tools.readers.formats.fields import check_column
 from data_tools.readers.input_file import FileSlice, UnreadableFile
 from data_tools.readers.open_file import open_bytes
 

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from data_tools.config import SourceConfig
 from data_tools.readers.document_pieces import Pieces, SkippedRecord
-from data_tools.readers.fields import check_column, read_record, splits_of
+from data_tools.readers.formats.fields import check_column, read_record, splits_of
 from data_tools.readers.input_file import FileSlice, InputFile, UnreadableFile
 from data_tools.readers.open_file import open_arrow, open_parquet, reading
 

@@ -11,7 +11,7 @@ import orjson
 
 from data_tools.config import SourceConfig
 from data_tools.readers.document_pieces import Pieces, SkippedRecord
-from data_tools.readers.encodings import (
+from data_tools.readers.formats.encodings import (
     BLOCK,
     NotTextError,
     blocks,
@@ -22,7 +22,7 @@ from data_tools.readers.encodings import (
     lines,
     not_in,
 )
-from data_tools.readers.fields import read_record
+from data_tools.readers.formats.fields import read_record
 from data_tools.readers.input_file import FileSlice, InputFile, UnreadableFile, whole_file
 from data_tools.readers.open_file import open_bytes
 

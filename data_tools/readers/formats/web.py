@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 
 from data_tools.config import SourceConfig
 from data_tools.readers.document_pieces import Pieces, SkippedRecord, pieces_of
-from data_tools.readers.encodings import BLOCK
+from data_tools.readers.formats.encodings import BLOCK
 from data_tools.readers.input_file import FileSlice, UnreadableFile
 from data_tools.readers.open_file import open_bytes
 from megagpt.errors import UserError

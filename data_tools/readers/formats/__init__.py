@@ -1,0 +1,1 @@
+"""Read each file format: its bytes, to text, to documents."""
