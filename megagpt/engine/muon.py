@@ -226,10 +226,29 @@ def newton_schulz(x: Tensor) -> Tensor:
     a, b, c = COEFFICIENTS
     # Singular values are now at most 1. The limit is for zeros alone: gradients of queries and keys begin at 1e-6.
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-20)
+    if x.size(-1) >= 2 * x.size(-2) and x.dtype == torch.float32:
+        return _all_rounds(x @ x.mT) @ x
     for _ in range(ROUNDS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def _all_rounds(gram: Tensor) -> Tensor:
+    """Return what the rounds multiply matrices x by, from gram = x @ x.mT, without products of x's longer side.
+
+    That takes 5/9 of the time where x is four times as wide as high. In bf16 rounding would make the Gram matrix
+    indefinite, and the rounds would enlarge that.
+    """
+    a, b, c = COEFFICIENTS
+    factor = torch.eye(gram.size(-1), device=gram.device)
+    for i in range(ROUNDS):
+        by = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        by.diagonal(dim1=-2, dim2=-1).add_(a)
+        factor = by if i == 0 else by @ factor
+        if i < ROUNDS - 1:
+            gram = by @ gram @ by
+    return factor
 
 
 # DeepSpeed warns of an optimizer whose class is not in this list.

@@ -67,6 +67,14 @@ def test_newton_schulz_keeps_singular_vectors_and_makes_all_singular_values_abou
     assert small.double().mean() < 0.1
 
 
+@pytest.mark.parametrize(("spectrum", "atol"), [(1.0, 1e-4), (30.0, 1e-3)], ids=["random", "steep"])
+def test_rounds_on_the_gram_matrix_alone_are_those_on_the_matrices(spectrum, atol):
+    """Wide matrices (16, 64) in fp32 take them, here from random ones to some of rank 1 but for rounding."""
+    u, values, vh = torch.linalg.svd(torch.randn(5, 16, 64, generator=torch.Generator().manual_seed(0)), False)
+    x = u @ torch.diag_embed(values ** torch.linspace(1.0, spectrum, 16) / values.max() ** 20) @ vh
+    assert torch.allclose(newton_schulz(x).double(), newton_schulz(x.double()), atol=atol)
+
+
 def test_alike_matrices_one_by_one_and_together_and_lying_are_orthogonalized_alike(monkeypatch):
     ours = [torch.randn(shape) for shape in [(8, 24), (24, 8), (8, 24), (8, 8)]]
     alone = [matrix.clone() for matrix in ours]
