@@ -27,6 +27,7 @@ COMMANDS = {
     "lint": ("lint", "run"),
     "plan": ("plan.command", "run"),
     "slurm": ("slurm", "run"),
+    "tune": ("tune", "run"),
     "verify-resume": ("verify_resume", "run"),
 }
 

@@ -18,7 +18,7 @@ ORDER = [  # lowest first; a package may import from those of lower lines, and f
     {"megagpt.checkpoint", "megagpt.guards", "megagpt.lint"},
     {"megagpt.metrics", "megagpt.evaluation"},
     {"megagpt.train"},
-    {"megagpt.language_model", "megagpt.huggingface", "megagpt.report"},
+    {"megagpt.language_model", "megagpt.huggingface", "megagpt.report", "megagpt.tuning"},
     {"megagpt.cli"},
     {"megagpt.__main__", "megagpt.train.__main__"},
 ]

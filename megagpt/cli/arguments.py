@@ -80,6 +80,7 @@ def _before_a_run(commands: Any) -> None:
     lint.add_argument("--json", action="store_true", help="one JSON object instead of text")
     lint.add_argument("--effective", action="store_true", help="print the run file with all defaults written out")
 
+    _add_tune(commands)
     resume = commands.add_parser(
         "verify-resume",
         help="test whether a stopped and resumed run is equal to an uninterrupted one, bit for bit; exit code 1 if not",
@@ -100,6 +101,37 @@ def _before_a_run(commands: Any) -> None:
     )
     resume.add_argument(
         "--steps", type=whole(2), default=4, help="steps of each run; one is stopped half-way; default: 4"
+    )
+
+
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="search keys of a run file for the lowest validation loss, or its learning rate alone",
+        epilog="example: megagpt tune ds_configs/char_cpu.json --space ds_configs/tune_space.json --trials 30 "
+        "megagpt.schedule.max_steps=500 megagpt.every.eval=50",
+    )
+    _add_run_file(tune)
+    tune.add_argument("--space", type=user_path, metavar="SPACE.json", help="keys and the values to try (docs/tune.md)")
+    tune.add_argument(
+        "--study", type=user_path, metavar="DIR", help="where the study is, and is continued; default: OUT_DIR_study"
+    )
+    tune.add_argument("--trials", type=whole(1, 1_000_000), default=30, metavar="N", help="in all; default: 30")
+    tune.add_argument("--time-limit", type=decimal(0.01, 1e6), metavar="MINUTES", help="then stop; default: none")
+    tune.add_argument(
+        "--parallel", type=whole(1, MOST_RANKS_HERE), default=1, metavar="N", help="trials at a time; default: 1"
+    )
+    tune.add_argument(
+        "--slurm", metavar="OPTIONS", help='run each trial by srun, with these options: "--partition gpu --gres gpu:1"'
+    )
+    tune.add_argument("--seed", type=whole(0, 1_000_000), default=0, help="of the draws; default: 0")
+    tune.add_argument(
+        "--find-lr",
+        nargs="?",
+        const=200,
+        type=whole(50, 1_000_000),
+        metavar="STEPS",
+        help="let the learning rate rise over STEPS (200) and suggest one, in place of a study",
     )
 
 

@@ -14,8 +14,9 @@ class ScheduleConfig(Strict):
 
     max_steps: int = Field(gt=0, le=MANY, description="optimizer updates of the whole run")
     warmup_steps: int = Field(default=0, ge=0, le=MANY, description="first steps, over which the rate rises linearly")
-    shape: Literal["cosine", "linear", "constant", "warmup-stable-decay"] = Field(
-        default="cosine", description="of the curve after the warm-up"
+    shape: Literal["cosine", "linear", "constant", "warmup-stable-decay", "range-test"] = Field(
+        default="cosine",
+        description="of the curve after the warm-up; range-test: rises from megagpt.schedule.min_lr_ratio to the peak",
     )
     min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0, description="last rate as a share of the peak")
     decay_steps: int | None = Field(

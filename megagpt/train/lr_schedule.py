@@ -58,9 +58,15 @@ def _warmup_stable_decay(step: int, cfg: ScheduleConfig) -> float:
     return 1.0 if step <= begin else 1 - (1 - cfg.min_lr_ratio) * _progress(step, cfg, begin)
 
 
+def _range_test(step: int, cfg: ScheduleConfig) -> float:
+    """Rise by the same factor in each step, from min_lr_ratio to 1 (Smith 2017, section 3.3)."""
+    return max(cfg.min_lr_ratio, 1e-12) ** (1 - _progress(step, cfg, cfg.warmup_steps))
+
+
 SHAPES: dict[str, Callable[[int, ScheduleConfig], float]] = {
     "cosine": _cosine,
     "linear": _linear,
     "constant": _constant,
     "warmup-stable-decay": _warmup_stable_decay,
+    "range-test": _range_test,
 }

@@ -45,6 +45,8 @@ COMMANDS: dict[str, list[str]] = {
     "init": [*MEGAGPT, "init", "{dataset}", "--cpu", "--out", "{out}.jsonc"],
     "verify-resume": [*MEGAGPT, "verify-resume", "{run_file}", "--steps", "2"],
     "slurm": [*MEGAGPT, "slurm", "{run_file}", "--dry-run"],
+    "tune": [*MEGAGPT, "tune", "{run_file}", "--space", "{space}", "--study", "{out}", "--trials", "1"],
+    "find-lr": [*MEGAGPT, "tune", "{run_file}", "--find-lr", "50"],
     "doctor": [*MEGAGPT, "doctor", "{run_file}"],
     "check-hosts": [*MEGAGPT, "check-hosts", "{hosts}"],
     "checkpoints": [*MEGAGPT, "checkpoints", "{run}", "--verify"],
@@ -76,6 +78,8 @@ OPTIONS = {  # command -> options that take a value
     "init": ["--gpu", "--gpu-memory", "--tflops", "--hours"],
     "verify-resume": ["--then", "--then-ranks", "--steps"],
     "lint": ["--ranks"],
+    "tune": ["--trials", "--time-limit", "--parallel", "--seed"],
+    "find-lr": ["--find-lr"],
     "slurm": ["--nodes", "--gpus-per-node", "--time", "--partition", "--sbatch", "--sweep", "--container"],
     "generate": [
         *("--prompt", "--prompts", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
@@ -213,7 +217,9 @@ def world(folder: Path) -> dict[str, str]:
     write_model(folder / "run", folder / "model")
     text = write_corpus(folder / "text.jsonl", 60)
     held_out = write_corpus(folder / "held_out.jsonl", 10, seed=1)
+    (folder / "space.json").write_text('{"optimizer.params.lr": {"low": 1e-4, "high": 1e-2, "log": true}}')
     paths = {"dataset": dataset, "run": folder / "run", "run_file": run_file, "hosts": folder / "hosts"}
+    paths["space"] = folder / "space.json"
     paths |= {"step": folder / "run" / "checkpoints" / "step_00000002", "model": folder / "model"}
     paths |= {"text": text, "held_out": held_out}
     return {name: str(path) for name, path in paths.items()}

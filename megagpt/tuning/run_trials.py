@@ -1,0 +1,133 @@
+"""Run the trials of a study, several at a time, until there are enough or time is up."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from optuna.trial import Trial, TrialState
+
+from megagpt.errors import UserError
+from megagpt.terminal import duration, show
+from megagpt.tuning.study import FAILURE, RESTARTS, Study, overrides
+from megagpt.tuning.trial import Place, TrialProcess, remove_checkpoints
+
+POLL_SECONDS = 0.2  # between looks at the trials' curves, which are files
+PATIENCE = 300.0  # seconds that a trial may take to save and end
+MOST_RESTARTS = 3  # of a trial that was interrupted, not by us
+HOPELESS = 5  # trials that fail before any trains to its end
+
+
+@dataclass
+class _Running:
+    trial: Trial
+    process: TrialProcess
+    began: float
+    pruned: bool = False
+
+
+def run_trials(
+    study: Study,
+    run_file: Path,
+    given: Sequence[str],
+    *,
+    metric: str,
+    places: Sequence[Place],
+    n_trials: int,
+    seconds: float | None,
+    stopped: Callable[[], bool],
+) -> bool:
+    """Run trials until the study has `n_trials`; returns False if time was up or somebody stopped it before.
+
+    `given`: the options that were typed after the run file. Raises UserError if the first trials all fail.
+    """
+    until = None if seconds is None else time.monotonic() + seconds
+    waiting = study.unfinished()
+    if waiting:
+        numbers = ", ".join(str(trial.number) for trial in waiting)
+        show(f"resuming trial {numbers}, which the study was stopped in")
+    free, running = list(places), list[_Running]()
+
+    def start(trial: Trial) -> None:
+        place = free.pop(0)
+        options = [*given, *overrides(trial)]
+        process = TrialProcess(study.folder_of(trial.number), run_file, options, metric, place)
+        running.append(_Running(trial, process, time.monotonic()))
+
+    try:
+        while True:
+            ended = stopped() or (until is not None and time.monotonic() >= until)
+            if ended:
+                break
+            while free and waiting:
+                start(waiting.pop(0))
+            while free and len(study.trials) < n_trials:
+                start(study.next())
+            if not running:
+                return True
+            time.sleep(POLL_SECONDS)
+            for one in list(running):
+                _look_at(study, one)
+                if one.process.ended():
+                    running.remove(one)
+                    free.append(one.process.place)
+                    if _again(study, one):
+                        waiting.append(one.trial)
+            _refuse_hopeless(study)
+    finally:
+        for one in running:
+            one.process.stop()
+        for one in running:
+            one.process.wait(PATIENCE)
+    return False
+
+
+def _look_at(study: Study, one: _Running) -> None:
+    """Record what a trial's curve shows, and end it if Hyperband does."""
+    if not one.pruned and study.report(one.trial, one.process.curve()):
+        one.pruned = True
+        one.process.stop()
+
+
+def _again(study: Study, one: _Running) -> bool:
+    """Record how a trial ended, unless it was interrupted and is resumed."""
+    restarts = one.trial.user_attrs.get(RESTARTS, 0)
+    if one.process.was_interrupted and not one.pruned and restarts < MOST_RESTARTS:
+        one.trial.set_user_attr(RESTARTS, restarts + 1)
+        return True
+    best = study.best()
+    failure = None if one.pruned else one.process.failure()
+    study.finish(one.trial, one.process.curve(), failure, pruned=one.pruned)
+    now_best = study.best()
+    for trial in (best, one.trial):  # only the best trial's checkpoint stays
+        if trial is not None and (now_best is None or trial.number != now_best.number):
+            remove_checkpoints(study.folder_of(trial.number))
+    show(_line(study, one.trial, time.monotonic() - one.began))
+    return False
+
+
+def _line(study: Study, trial: Trial, seconds: float) -> str:
+    """Return a line on a trial that ended."""
+    found, best = study.trials[trial.number], study.best()
+    values = " ".join(overrides(found))
+    if found.state == TrialState.FAIL:
+        return f"trial {trial.number}: failed: {found.user_attrs[FAILURE]} | {values}"
+    if found.state == TrialState.PRUNED:
+        step = max(found.intermediate_values, default=0)
+        how = f"ended at step {step}"
+        if step:
+            how += f" with {found.intermediate_values[step]:.4f}"
+    else:
+        how = f"{found.values[0]:.4f}"
+    so_far = "" if best is None else f" (best {best.values[0]:.4f} of trial {best.number})"
+    return f"trial {trial.number}: {how}{so_far} | {values} | {duration(seconds)}"
+
+
+def _refuse_hopeless(study: Study) -> None:
+    failed = [trial for trial in study.trials if trial.state == TrialState.FAIL]
+    if len(failed) >= HOPELESS and all(trial.state in (TrialState.FAIL, TrialState.RUNNING) for trial in study.trials):
+        first = failed[0]
+        raise UserError(
+            f"the first {len(failed)} trials failed; the first one ({' '.join(overrides(first))}): "
+            f"{first.user_attrs[FAILURE]}; its output is in {study.folder_of(first.number).with_suffix('.log')}"
+        )
