@@ -112,7 +112,12 @@ def _add_tune(commands: Any) -> None:
         "megagpt.schedule.max_steps=500 megagpt.every.eval=50",
     )
     _add_run_file(tune)
-    tune.add_argument("--space", type=user_path, metavar="SPACE.json", help="keys and the values to try (docs/tune.md)")
+    tune.add_argument(
+        "--space",
+        type=user_path,
+        metavar="SPACE.json",
+        help="keys and the values to try (docs/tune.md); default: none",
+    )
     tune.add_argument(
         "--study", type=user_path, metavar="DIR", help="where the study is, and is continued; default: OUT_DIR_study"
     )
@@ -122,7 +127,9 @@ def _add_tune(commands: Any) -> None:
         "--parallel", type=whole(1, MOST_RANKS_HERE), default=1, metavar="N", help="trials at a time; default: 1"
     )
     tune.add_argument(
-        "--slurm", metavar="OPTIONS", help='run each trial by srun, with these options: "--partition gpu --gres gpu:1"'
+        "--slurm",
+        metavar="OPTIONS",
+        help="run each trial by srun with these options, in quotes; default: on this machine",
     )
     tune.add_argument("--seed", type=whole(0, 1_000_000), default=0, help="of the draws; default: 0")
     tune.add_argument(
@@ -131,7 +138,7 @@ def _add_tune(commands: Any) -> None:
         const=200,
         type=whole(50, 1_000_000),
         metavar="STEPS",
-        help="let the learning rate rise over STEPS (200) and suggest one, in place of a study",
+        help="let the learning rate rise over STEPS, 200 if left out, and suggest one; default: a study",
     )
 
 
