@@ -178,13 +178,15 @@ class LanguageModel:
             )
 
 
-def load(run: str | os.PathLike[str], *, device: str | torch.device | None, dtype: str | torch.dtype) -> LanguageModel:
+def load(
+    run: str | os.PathLike[str], *, device: str | torch.device | None, dtype: str | torch.dtype, ema: bool
+) -> LanguageModel:
     """Do what megagpt.load promises."""
     if dtype not in DTYPES and dtype not in DTYPES.values():
         raise UserError(f"dtype={dtype!r} is none of fp32, bf16, fp16")
     where = _usable(device)
     try:
-        model, tokenizer, step_dir, packing = load_model(Path(local_path(os.fspath(run))), where)
+        model, tokenizer, step_dir, packing = load_model(Path(local_path(os.fspath(run))), where, ema=ema)
     except OSError as error:
         raise unusable_path(error) or error from error
     number_type = dtype if isinstance(dtype, torch.dtype) else DTYPES[dtype]

@@ -52,6 +52,7 @@ MUON = [
     'megagpt.model={"n_layer": 2, "n_head": 5, "n_embd": 65, "seq_len": 64}',
     'megagpt.every={"log": 1, "eval": 0, "save": 0}',
 ]
+EMA = "megagpt.ema.decay=0.9"
 
 
 # Runs of eight steps that a sample's positions may be shared in: every ZeRO stage, and all that makes ranks unlike.

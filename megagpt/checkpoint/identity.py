@@ -22,6 +22,8 @@ SHAPE = {
     "offload_optimizer": "optimizer offload",
     "dtype": "dtype",
 }
+# The keys of `Identity.data` that say what the best step is the best by.
+DECIDING = ("val", "val weights", "val of")
 # The key of `Identity.data` with the validation sets that do not decide.
 OTHERS = "other val"
 # Keys of the run file that change how DeepSpeed lays out its state.
@@ -76,6 +78,7 @@ def _validation_data(cfg: MegaGPTConfig, val: Mapping[str, Dataset]) -> dict[str
     return {
         "val": deciding if len(deciding) > 1 else next(iter(deciding.values())),
         **({"val weights": weights} if weights and len(deciding) > 1 else {}),
+        **({"val of": "averaged weights"} if cfg.average_decides else {}),
         **({OTHERS: others} if others else {}),
     }
 
@@ -92,7 +95,7 @@ def packing_identity(kind: str, seq_len: int) -> dict[str, int | None]:
 
 def check_identity(step_dir: Path, was: Identity, now: Identity) -> None:
     """Raise UserError naming a difference between the run that saved a step and this one that must not be."""
-    decided, decides = ({key: one.data.get(key) for key in ("val", "val weights")} for one in (was, now))
+    decided, decides = ({key: one.data.get(key) for key in DECIDING} for one in (was, now))
     if decided != decides:
         raise UserError(
             f"checkpoint {step_dir}: val/loss was measured on {_listed(decided)}, and now it would be on "

@@ -19,7 +19,9 @@ from megagpt.config.model import ModelConfig
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import is_main, print_rank0, rank, world_size
 from megagpt.engine.build import Engine
-from megagpt.engine.reshard import SavedShape, load_reshaped
+from megagpt.engine.ema import drop_averages, has_averages
+from megagpt.engine.optimizer import decay_groups
+from megagpt.engine.reshard import SavedShape, load_reshaped, saved_averages
 from megagpt.engine.state_files import consolidated_weights, load_engine
 from megagpt.errors import UserError, writing_to
 from megagpt.model.gpt import GPT
@@ -65,6 +67,11 @@ def _load(engine: Engine, saved: Saved, record: RunRecord) -> None:
         )
     else:
         load_engine(engine, saved.step_dir)
+    wanted = record.effective["megagpt"]["ema"]["decay"] is not None
+    if wanted and not has_averages(engine):
+        print_rank0(f"checkpoint {saved.step_dir} has no averaged weights: the average begins with its weights")
+    elif not wanted:
+        drop_averages(engine)
 
 
 TRIES = 20  # to read a step before its run deletes it
@@ -79,15 +86,16 @@ class LoadedModel(NamedTuple):
     packing: PackingConfig
 
 
-def load_model(path: Path, device: torch.device) -> LoadedModel:
+def load_model(path: Path, device: torch.device, *, ema: bool = False) -> LoadedModel:
     """Load the model of a run's folder (its best step), of one step's or of a pointer, also while the run trains.
 
-    Raises UserError for a folder without a committed step, and for one that is damaged or not finite.
+    `ema`: with the averaged weights. Raises UserError for a folder without a committed step, for one that is damaged
+    or not finite, and for a step without averages.
     """
     for _ in range(TRIES):
         step_dir = step_of(path)
         try:
-            return _load_step(step_dir, device)
+            return _load_step(step_dir, device, ema=ema)
         except Exception:  # DeepSpeed and torch raise many kinds for a file that is missing
             if (step_dir / COMMIT).is_file():
                 raise
@@ -98,15 +106,34 @@ def load_model(path: Path, device: torch.device) -> LoadedModel:
     )
 
 
-def _load_step(step_dir: Path, device: torch.device) -> LoadedModel:
+def _load_step(step_dir: Path, device: torch.device, *, ema: bool) -> LoadedModel:
     weights = finite_weights(step_dir)
     saved = read_commit(step_dir)
     tokenizer = Tokenizer.load(step_dir / "tokenizer.model")
     with torch.device("meta"):  # no weights are drawn only to be replaced, and memory holds the weights once
         model = GPT(ModelConfig(**saved.identity.model), saved.identity.vocab_size)
+    if ema:
+        _average(weights, model, saved)
     model.load_state_dict(weights, assign=True)
     model.tie_output()
     return LoadedModel(model.to(device).eval(), tokenizer, step_dir, packing_of(step_dir))
+
+
+@torch.no_grad()
+def _average(weights: dict[str, torch.Tensor], model: GPT, saved: Saved) -> None:
+    """Replace a step's weights by their averages, in place: tied ones share memory. `model` has its parameters."""
+    was = saved.identity
+    groups = decay_groups(model, 0.0, was.weight_decay_on, momentum=0.0 if was.optimizer == "Muon" else None)
+    names = {p: name for name, p in model.named_parameters()}
+    sizes = {names[p]: p.numel() for group in groups for p in group["params"]}
+    averages = saved_averages(saved.step_dir, SavedShape(was.world_size, was.zero_stage, was.dtype), sizes)
+    if not averages:
+        raise UserError(
+            f"checkpoint {saved.step_dir} has no averaged weights: its run was without megagpt.ema.decay; leave out "
+            "--ema, or in Python ema=True"
+        )
+    for name, average in averages.items():
+        weights[name].view(-1).copy_(average)
 
 
 def finite_weights(step_dir: Path) -> dict[str, torch.Tensor]:

@@ -205,3 +205,4 @@ def _add_part_of_data(parser: argparse.ArgumentParser, *, split: str | None = DE
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     where = "a run (its best step), a step's folder, or RUN/checkpoints/latest"
     parser.add_argument("checkpoint", type=user_path, metavar="CKPT", help=where)
+    parser.add_argument("--ema", action="store_true", help="use the averaged weights of a run with megagpt.ema.decay")

@@ -14,7 +14,7 @@ def run(args: argparse.Namespace) -> int:
     """Export a checkpoint on the CPU, and print what the comparison with transformers found."""
     check_installed("export", "matplotlib", "safetensors", "tokenizers", "transformers")
     export = import_module("megagpt.huggingface.export").export
-    loaded = load_model(args.checkpoint, torch.device("cpu"))
+    loaded = load_model(args.checkpoint, torch.device("cpu"), ema=args.ema)
     found = export(loaded, args.folder, dtype=args.dtype, license_name=args.license)
     ties = f"; {found.ties:,} differ, where two segmentations are equally likely: harmless" if found.ties else ""
     show(

@@ -27,7 +27,7 @@ class EarlyStoppingConfig(Strict):
     monitor: str = Field(
         default="val/loss",
         description="what decides: val/loss is then the mean over all validation sets, or with val/loss/NAME that of "
-        "one; loss/val is a former name",
+        "one; val/ema_loss and val/ema_loss/NAME are those of the averaged weights; loss/val is a former name",
     )
     patience: int = Field(
         default=0,

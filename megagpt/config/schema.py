@@ -20,6 +20,8 @@ from megagpt.config.schedule import ScheduleConfig
 from megagpt.config.validation_sets import ValidationSetConfig, ValidationSets
 from megagpt.options import LARGEST, MANY
 
+LOSS, EMA_LOSS = "val/loss", "val/ema_loss"
+
 
 class WeightedDataset(Strict):
     """A dataset made by data_tools, and its weight in the mixture."""
@@ -78,6 +80,18 @@ class EveryConfig(Strict):
     tasks: int = Field(default=0, ge=0, le=MANY, description="steps between runs of megagpt.tasks")
 
 
+class EmaConfig(Strict):
+    """An exponential moving average of the weights, in fp32, sharded as Adam's moments: val/ema_loss is its loss."""
+
+    decay: float | None = Field(
+        default=None,
+        gt=0.0,
+        lt=1.0,
+        description="share of the average that an update leaves, such as 0.999; after n updates at most (1 + n) / "
+        "(10 + n); null: no average",
+    )
+
+
 class KeepConfig(Strict):
     """Retention of checkpoints: after each save, a step is deleted unless one of these keeps it."""
 
@@ -106,6 +120,7 @@ class MegaGPTConfig(Strict):
     schedule: ScheduleConfig
     regularization: RegularizationConfig = RegularizationConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    ema: EmaConfig = EmaConfig()
     mlflow: MlflowConfig = MlflowConfig()
     every: EveryConfig = EveryConfig()
     keep: KeepConfig = KeepConfig()
@@ -157,16 +172,26 @@ class MegaGPTConfig(Strict):
     def _what_decides_is_measured(self) -> Self:
         if not self.deciding_sets:
             monitor = self.early_stopping.monitor
-            known = ["val/loss", *(f"val/loss/{name}" for name in self.data.val if name)]
-            meant = did_you_mean(monitor if "/" in monitor else f"val/loss/{monitor}", known)
+            losses = [LOSS, EMA_LOSS] if self.ema.decay is not None else [LOSS]
+            known = [loss + name for loss in losses for name in ("", *(f"/{one}" for one in self.data.val if one))]
+            meant = did_you_mean(monitor if "/" in monitor else f"{LOSS}/{monitor}", known)
+            if self.average_decides and self.ema.decay is None:
+                meant = " without averaged weights; set megagpt.ema.decay, for example to 0.999"
             raise ValueError(f"megagpt.early_stopping.monitor={as_written(monitor)} is not measured{meant}")
         return self
 
     @property
     def deciding_sets(self) -> dict[str, ValidationSetConfig]:
         """The validation sets that val/loss, and so the best step, is measured on: all, or the one that decides."""
-        decides = self.early_stopping.monitor
-        return {name: one for name, one in self.data.val.items() if decides in ("val/loss", f"val/loss/{name}")}
+        loss, decides = EMA_LOSS if self.average_decides else LOSS, self.early_stopping.monitor
+        if self.average_decides and self.ema.decay is None:
+            return {}
+        return {name: one for name, one in self.data.val.items() if decides in (loss, f"{loss}/{name}")}
+
+    @property
+    def average_decides(self) -> bool:
+        """Tell whether the loss of the averaged weights decides which step is the best."""
+        return self.early_stopping.monitor.startswith(EMA_LOSS)
 
     @property
     def seq_len(self) -> int:

@@ -87,5 +87,6 @@ def sets_of(section: Mapping[str, Any], *, deciding: bool = False) -> dict[str, 
     """
     val, monitor = section["data"]["val"], section.get("early_stopping", {}).get("monitor", "val/loss")
     sets = val if isinstance(val, dict) else {UNNAMED: {"path": val}}
-    one_decides = deciding and monitor not in ("val/loss", "loss/val")
-    return {name: one for name, one in sets.items() if not one_decides or monitor == f"val/loss/{name}"}
+    one_decides = deciding and monitor not in ("val/loss", "val/ema_loss", "loss/val")
+    decides = monitor.removeprefix("val/").removeprefix("ema_")
+    return {name: one for name, one in sets.items() if not one_decides or decides == f"loss/{name}"}

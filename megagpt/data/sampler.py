@@ -239,14 +239,7 @@ class EpochStream:
             last = turn == n_windows
             turn[last], at[last], room[last] = 0, at[last] + split, room[last] - split
         window = permute(turn, n_windows, key_of(self.seed, 1, self.k, epoch))
-        return _phase(self.seed, self.k, epoch, seq_len) + window * seq_len + at, room
-
-
-@lru_cache(maxsize=4096)
-def _phase(seed: int, k: int, epoch: int, seq_len: int) -> int:
-    """Return where the windows of an epoch of dataset k begin, below seq_len.
-
-    seq_len epochs go through all phases, in shuffled order, before one comes again.
-    """
-    round_, place = divmod(epoch, seq_len)
-    return int(permute(np.array([place]), seq_len, key_of(seed, 2, k, round_))[0])
+        # seq_len epochs go through all phases, in shuffled order, before one comes again.
+        round_, phase = divmod(epoch, seq_len)
+        [shift] = permute(np.array([phase]), seq_len, key_of(self.seed, 2, self.k, round_))
+        return shift + window * seq_len + at, room

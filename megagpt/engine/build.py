@@ -22,6 +22,7 @@ from megagpt.distributed.rank_variables import local_ranks
 from megagpt.engine.activation_checkpointing import recompute_hook
 from megagpt.engine.compilation import KERNELS, compile_blocks
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
+from megagpt.engine.ema import average_weights
 from megagpt.engine.flat_tensors import clear_padding, param_sizes
 from megagpt.engine.muon import place_matrices
 from megagpt.engine.optimizer import build_optimizer, clips_itself, decay_groups
@@ -79,7 +80,7 @@ def build_engine(
     with _refusals_explained(), nullcontext() if compiled else without_compiler():
         engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=_groups(model, run),
+            model_parameters=optimizer_groups(model, run),
             optimizer=partial(build_optimizer, ds=ds, device=device),
             config=config,
         )
@@ -90,10 +91,12 @@ def build_engine(
 def _settle(engine: Engine, model: GPT, run: RunConfig) -> None:
     """Bring what DeepSpeed has built into the state in which a run begins."""
     ds = run.deepspeed
-    groups = _groups(model, run)  # ZeRO has replaced the parameters in those that it was given
+    groups = optimizer_groups(model, run)  # ZeRO has replaced the parameters in those that it was given
     clear_padding(engine, param_sizes(engine, groups))
     if ds.optimizer.type == "Muon":
         place_matrices(engine, groups)
+    if run.megagpt.ema.decay is not None:
+        average_weights(engine, run.megagpt.ema.decay)
     # DeepSpeed's own events are numbered by samples; ours, which hold the same, by steps. W&B would drop an event with
     # a lower number than the last one.
     engine.monitor.enabled = False
@@ -103,7 +106,7 @@ def _settle(engine: Engine, model: GPT, run: RunConfig) -> None:
         engine.optimizer.refresh_fp32_params()
 
 
-def _groups(model: GPT, run: RunConfig) -> list[dict[str, Any]]:
+def optimizer_groups(model: GPT, run: RunConfig) -> list[dict[str, Any]]:
     """Return the optimizer's groups of parameters."""
     optimizer = run.deepspeed.optimizer
     momentum = optimizer.params.momentum if optimizer.type == "Muon" else None

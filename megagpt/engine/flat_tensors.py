@@ -98,6 +98,28 @@ def cut(sizes: dict[str, int], r: int, n_ranks: int) -> list[ParamSlice]:
     return found
 
 
+def refresh_weights(engine: Engine, own: Sequence[tuple[Tensor, list[ParamSlice]]]) -> None:
+    """Copy what the optimizer updates, which something else has changed, into the weights to compute with. Collective.
+
+    `own`: what `own_slices` returned.
+    """
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        engine.optimizer.update_lp_params()
+        return
+    if stage == 3:
+        engine.optimizer.checkpoint_event_prologue()  # leaves no parameter gathered
+    parameters = {name: p for p, name in engine.param_names.items()}
+    for flat, slices in own:
+        for piece in slices:
+            p = parameters[piece.name]
+            computed_with = p.ds_tensor if stage == 3 else p
+            here = flat.data.view(-1).narrow(0, piece.offset, piece.numel)
+            computed_with.data.view(-1).narrow(0, 0, piece.numel).copy_(here)
+    if stage == 3:
+        engine.optimizer.checkpoint_event_epilogue()
+
+
 def clear_padding(engine: Engine, sizes: dict[str, int]) -> None:
     """Write zeros between the slices of a rank's flat tensors, where DeepSpeed leaves what was in memory at stage 3.
 

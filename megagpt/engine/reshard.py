@@ -21,13 +21,23 @@ from torch import Tensor
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import progress_bar, rank, world_size
 from megagpt.engine.build import Engine
-from megagpt.engine.flat_tensors import ParamSlice, cut, in_partition, one_after_another, own_slices, param_sizes
+from megagpt.engine.ema import EMA
+from megagpt.engine.flat_tensors import (
+    ParamSlice,
+    cut,
+    in_partition,
+    one_after_another,
+    own_slices,
+    param_sizes,
+    refresh_weights,
+)
 from megagpt.engine.muon import Muon
 from megagpt.engine.optimizer import decay_groups
 from megagpt.engine.safe_pickle import check_pickles, load_checked, pickles_of
 from megagpt.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+WEIGHTS = "weights"
 
 REPAIR = "start the run as it was saved, or give another megagpt.out_dir for a new one"
 
@@ -45,7 +55,7 @@ class SavedShape:
 class FlatTensor:
     """One tensor that the optimizer updates on one rank, and the parameter slices in it."""
 
-    values: tuple[Tensor, ...]  # weights and Adam's two moments or Muon's one, alike in length
+    values: Mapping[str, Tensor]  # weights, Adam's two moments or Muon's one, and perhaps an average: alike in length
     slices: list[ParamSlice]
 
 
@@ -67,12 +77,10 @@ def load_reshaped(
         check_pickles(pickles_of(step_dir)[rank() :: world_size()])
     momentum = 0.0 if isinstance(engine.basic_optimizer, Muon) else None
     sizes = param_sizes(engine, decay_groups(engine.module, 0.0, weight_decay_on, momentum=momentum))
-    stage = engine.zero_optimization_stage()
-    if stage == 3:
-        engine.optimizer.checkpoint_event_prologue()  # leaves no parameter gathered
     with errors_on_every_rank():
-        old, n_updates = _saved_tensors(step_dir, shape, sizes)
-    own = _own_tensors(engine, sizes, n_updates)
+        old, n_updates = saved_tensors(step_dir, shape, sizes)
+    placed = own_slices(engine, sizes)
+    own = _own_tensors(engine, placed, n_updates, averages=any(EMA in flat.values for flat in old))
     with errors_on_every_rank():
         copies = _copies(own, old, step_dir)
     with progress_bar("resharding", total=len(copies), unit="slice") as bar:
@@ -80,18 +88,7 @@ def load_reshaped(
             to.copy_(value)
             bar.update()
     engine.global_steps, engine.global_samples = step, samples_seen
-    if stage in (1, 2):
-        engine.optimizer.update_lp_params()
-        return
-    parameters = {name: p for p, name in engine.param_names.items()}
-    for flat in own:
-        for piece in flat.slices:
-            p = parameters[piece.name]
-            computed_with = p.ds_tensor if stage == 3 else p
-            here = flat.values[0].narrow(0, piece.offset, piece.numel)
-            computed_with.data.view(-1).narrow(0, 0, piece.numel).copy_(here)
-    if stage == 3:
-        engine.optimizer.checkpoint_event_epilogue()
+    refresh_weights(engine, placed)
 
 
 def _copies(own: list[FlatTensor], old: list[FlatTensor], step_dir: Path) -> list[tuple[Tensor, Tensor]]:
@@ -106,11 +103,10 @@ def _copies(own: list[FlatTensor], old: list[FlatTensor], step_dir: Path) -> lis
         for source, have in sorted(lies_in[want.name], key=lambda found: found[1].start):
             begin = max(reached, have.start)  # an overlap of two sources is taken once, so that it cannot hide a hole
             n = min(end, have.start + have.numel) - begin
-            if n > 0 and len(flat.values) == len(source.values):  # else it lacks a moment
+            if n > 0 and flat.values.keys() == source.values.keys():  # else it lacks a moment
                 to, at = want.offset + begin - want.start, have.offset + begin - have.start
                 copies += [
-                    (mine.narrow(0, to, n), theirs.narrow(0, at, n))
-                    for mine, theirs in zip(flat.values, source.values, strict=True)
+                    (mine.narrow(0, to, n), source.values[name].narrow(0, at, n)) for name, mine in flat.values.items()
                 ]
                 missing += begin - reached
                 reached = begin + n
@@ -123,15 +119,17 @@ def _copies(own: list[FlatTensor], old: list[FlatTensor], step_dir: Path) -> lis
 # --- where this run holds its values ----------------------------------------------------------------------------
 
 
-def _own_tensors(engine: Engine, sizes: dict[str, int], n_updates: int) -> list[FlatTensor]:
-    """Return this rank's tensors, with moments allocated where the optimizer has none yet."""
+def _own_tensors(
+    engine: Engine, placed: list[tuple[Tensor, list[ParamSlice]]], n_updates: int, *, averages: bool
+) -> list[FlatTensor]:
+    """Return this rank's tensors, with moments, and averages, allocated where the optimizer has none yet."""
     adam, own = engine.basic_optimizer, []
-    for flat, inside in own_slices(engine, sizes):
+    for flat, inside in placed:
         state = adam.state[flat]
         is_torch = isinstance(adam, torch.optim.Adam)  # DeepSpeed's Adams count steps in plain numbers
         state["step"] = torch.tensor(float(n_updates), device=flat.device) if is_torch else n_updates
         by_muon = isinstance(adam, Muon) and flat in adam.matrices
-        for moment in MOMENTS[:1] if by_muon else MOMENTS:
+        for moment in (*(MOMENTS[:1] if by_muon else MOMENTS), *([EMA] if averages else [])):
             if moment not in state:
                 state[moment] = torch.zeros_like(flat.data)
         own.append(_flat_tensor(flat.data, state, inside))
@@ -139,14 +137,14 @@ def _own_tensors(engine: Engine, sizes: dict[str, int], n_updates: int) -> list[
 
 
 def _flat_tensor(weights: Tensor, state: Mapping[str, Any], slices: list[ParamSlice]) -> FlatTensor:
-    moments = (state[moment] for moment in MOMENTS if moment in state)
-    return FlatTensor(tuple(x.view(-1) for x in (weights, *moments)), slices)
+    values = {WEIGHTS: weights} | {name: state[name] for name in (*MOMENTS, EMA) if name in state}
+    return FlatTensor({name: x.view(-1) for name, x in values.items()}, slices)
 
 
 # --- where the saved files hold them ----------------------------------------------------------------------------
 
 
-def _saved_tensors(step_dir: Path, shape: SavedShape, sizes: dict[str, int]) -> tuple[list[FlatTensor], int]:
+def saved_tensors(step_dir: Path, shape: SavedShape, sizes: dict[str, int]) -> tuple[list[FlatTensor], int]:
     """Return all tensors of all old ranks, mapped into memory, and how many updates were made."""
     stage, n_ranks = shape.zero_stage, shape.world_size
     try:
@@ -173,6 +171,19 @@ def _saved_tensors(step_dir: Path, shape: SavedShape, sizes: dict[str, int]) -> 
         return found, _step(states)
     except (KeyError, IndexError, AttributeError, TypeError, ValueError, StopIteration) as error:
         raise UserError(f"checkpoint {step_dir} does not have the expected layout ({error!r}); {REPAIR}") from error
+
+
+def saved_averages(step_dir: Path, shape: SavedShape, sizes: dict[str, int]) -> dict[str, Tensor]:
+    """Return the averaged weights of a step, flat, by name; none if it has none. `sizes` as for `own_slices`."""
+    old, _ = saved_tensors(step_dir, shape, sizes)
+    if not any(EMA in flat.values for flat in old):
+        return {}
+    found = {name: torch.empty(size) for name, size in sizes.items()}
+    for flat in old:
+        for piece in flat.slices:
+            average = flat.values[EMA].narrow(0, piece.offset, piece.numel)
+            found[piece.name].narrow(0, piece.start, piece.numel).copy_(average)
+    return found
 
 
 def _of_stage_0(step_dir: Path, dtype: str, sizes: dict[str, int]) -> tuple[list[Tensor], Any]:

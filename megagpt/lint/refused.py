@@ -132,6 +132,12 @@ ERRORS = (
         "without a dtype of bf16: a GPU then computes in float16 with a loss scale, which hides gradient norms from "
         'the guards; set torch_autocast.dtype to "bfloat16"',
     ),
+    Refused(
+        "zero_optimization.offload_optimizer.device",
+        lambda run, device: device == "nvme" and run.megagpt.ema.decay is not None,
+        "does not work with megagpt.ema.decay, whose average would have to be read from there in each step; remove "
+        "megagpt.ema, or offload to the CPU",
+    ),
     *(_nvme_without_path(section) for section in ("offload_optimizer", "offload_param")),
     *(
         Refused(

@@ -112,7 +112,16 @@ def _states(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool) 
         states = _sharded_optimizer(zero, N, W, s, bucket, accumulates=accumulates)
     else:
         states = _sharded_weights(zero, sizes, W, s, s * elements)
-    return states if run.deepspeed.optimizer.type != "Muon" else _with_muon(states, run, W, on_cpu=on_cpu)
+    if run.deepspeed.optimizer.type == "Muon":
+        states = _with_muon(states, run, W, on_cpu=on_cpu)
+    return states if run.megagpt.ema.decay is None else _with_averages(states, run, N if zero.stage == 0 else N / W)
+
+
+def _with_averages(states: _States, run: RunConfig, n: float) -> _States:
+    """Add the averages of n weights, in fp32 and where Adam's moments are."""
+    if run.deepspeed.zero_optimization.offload_optimizer.device != "none":
+        return replace(states, host=states.host + 4 * n)
+    return replace(states, optimizer=states.optimizer + 4 * n)
 
 
 def _with_muon(states: _States, run: RunConfig, W: int, *, on_cpu: bool) -> _States:

@@ -17,6 +17,7 @@ from megagpt.checkpoint.load import restore, resume, starting_weights
 from megagpt.checkpoint.rng import seed_all
 from megagpt.checkpoint.rotation import retract
 from megagpt.checkpoint.save import save as save_checkpoint
+from megagpt.config.schema import EMA_LOSS, LOSS
 from megagpt.data.loader import Batch, prefetched, rank_samples, rank_share, rank_slice
 from megagpt.data.packing import PACKING
 from megagpt.data.provenance import documents_of
@@ -177,7 +178,7 @@ class Session:
     def evaluate(self, state: TrainState) -> TrainState:
         """Measure the validation sets, and count the loss that decides for early stopping; the same on every rank."""
         metrics = self._val_metrics(state.step)
-        loss = metrics["val/loss"]
+        loss = metrics[EMA_LOSS if self.cfg.average_decides else LOSS]
         stopper = after_evaluation(state.stopper, loss, state.step, self.cfg.early_stopping)
         self.monitor.log(state, metrics | {"val/best_loss": stopper.best}, is_best=stopper.best_step == state.step)
         return replace(state, val_loss=loss if math.isfinite(loss) else None, stopper=stopper)

@@ -1,11 +1,14 @@
 """Measure a run's validation sets while it trains: the loss that decides, and the metrics of each set."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 
+from megagpt.config.schema import EMA_LOSS
 from megagpt.distributed.process_group import print_rank0
-from megagpt.engine.build import Engine
+from megagpt.engine.build import Engine, optimizer_groups
+from megagpt.engine.ema import averaged, has_averages
 from megagpt.terminal import YELLOW
 from megagpt.train.evaluate import Evaluation, evaluate, mean_of, metrics_of_sets
 from megagpt.train.preflight import RunSetup
@@ -28,20 +31,34 @@ class Validation:
         return self.step == step and not self._finite
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Measure each validation set; returns the metrics of all, and of those that decide together."""
-        found = self._measured(step)
-        deciding = self._setup.run.megagpt.deciding_sets
-        weights = [one.weight for one in deciding.values() if one.weight is not None]
-        decides = mean_of([found[name] for name in deciding], weights)
-        return {
-            "val/loss": decides.loss,
-            "val/perplexity": decides.perplexity,
-            "val/bits_per_byte": decides.bits_per_byte,
+        """Measure each validation set; returns the metrics of all, and of those that decide together.
+
+        With averaged weights, once they have begun, also their losses.
+        """
+        found = self._measured()
+        self._judge(step, found)
+        together = self._together(found)
+        metrics = {
+            "val/loss": together.loss,
+            "val/perplexity": together.perplexity,
+            "val/bits_per_byte": together.bits_per_byte,
             **metrics_of_sets(found),
         }
+        if has_averages(self._engine):
+            with averaged(self._engine, optimizer_groups(self._engine.module, self._setup.run)):
+                found = self._measured()
+            metrics[EMA_LOSS] = self._together(found).loss
+            metrics |= {f"{EMA_LOSS}/{name}": one.loss for name, one in found.items() if name}
+        return metrics
 
-    def _measured(self, step: int) -> dict[str, Evaluation]:
-        found = {
+    def _together(self, found: Mapping[str, Evaluation]) -> Evaluation:
+        """Return the result of the sets that decide."""
+        deciding = self._setup.run.megagpt.deciding_sets
+        weights = [one.weight for one in deciding.values() if one.weight is not None]
+        return mean_of([found[name] for name in deciding], weights)
+
+    def _measured(self) -> dict[str, Evaluation]:
+        return {
             name: evaluate(
                 self._engine,
                 one.windows,
@@ -51,10 +68,12 @@ class Validation:
             )
             for name, one in self._setup.data.val.items()
         }
+
+    def _judge(self, step: int, found: Mapping[str, Evaluation]) -> None:
+        """Note, and say, which losses are not finite."""
         broken = [name for name, one in found.items() if not math.isfinite(one.loss)]
         # One set whose loss is finite shows that the weights are.
         self.step, self._finite = step, len(broken) < len(found)
         if broken and self._finite:
             losses = ", ".join(f"val/loss/{name}" for name in broken)
             print_rank0(f"not finite at step {step}, though the weights are: {losses}", color=YELLOW)
-        return found

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from resume_matrix import COVERING, what_a_cut_changes, without_generators
-from support import MUON, OTHER_BLOCKS, curves, debug_run, metric, read_json, run_scenarios
+from support import EMA, MUON, OTHER_BLOCKS, curves, debug_run, metric, read_json, run_scenarios
 from task_files import write_tasks
 
 from megagpt.checkpoint import save
@@ -56,17 +56,17 @@ def losses_of_every_stage(dataset: Path, folder: Path) -> dict[str, dict[int, fl
 
 
 def muon_at_every_stage(dataset: Path, folder: Path) -> dict[str, dict[int, float]]:
-    """Also cut, for the test to continue on one rank. What was in memory is no number: NaN."""
+    """With averages; also cut, for the test to continue on one rank. What was in memory is no number: NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         for stage in range(4):
-            train(dataset, folder / f"stage{stage}", f"zero_optimization.stage={stage}", *MUON)
+            train(dataset, folder / f"stage{stage}", f"zero_optimization.stage={stage}", *MUON, EMA)
         in_turn = "zero_optimization.round_robin_gradients=true"  # parameters lie in another order
         for name, options in {
             "cut": ["zero_optimization.stage=3"],
             "in turn": ["zero_optimization.stage=2", in_turn],
         }.items():
-            trainer.train(debug_run(dataset, folder / name, *options, *MUON), DEVICE, stop_at=10)
+            trainer.train(debug_run(dataset, folder / name, *options, *MUON, EMA), DEVICE, stop_at=10)
     finally:
         torch.use_deterministic_algorithms(False)
     return {run.name: metric(run, "train/loss") for run in sorted(folder.iterdir())}

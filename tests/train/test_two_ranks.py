@@ -10,7 +10,7 @@ import pytest
 import torch
 from models_of_others import write_gpt2
 from resume_matrix import COVERING, LAST
-from support import MUON, OTHER_BLOCKS, PROGRAMS, debug_run, metric, scenarios, torchrun, write_corpus
+from support import EMA, MUON, OTHER_BLOCKS, PROGRAMS, debug_run, metric, scenarios, torchrun, write_corpus
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
@@ -71,10 +71,15 @@ def other_blocks(dataset, device, tmp_path_factory) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def muon_on_one_rank(dataset, device, tmp_path_factory) -> dict[int, float]:
+def muon_run_on_one_rank(dataset, device, tmp_path_factory) -> Path:
     out_dir = tmp_path_factory.mktemp("muon") / "run"
-    train(debug_run(dataset, out_dir, *MUON), device)
-    return metric(out_dir, "train/loss")
+    train(debug_run(dataset, out_dir, *MUON, EMA), device)
+    return out_dir
+
+
+@pytest.fixture(scope="module")
+def muon_on_one_rank(muon_run_on_one_rank) -> dict[int, float]:
+    return metric(muon_run_on_one_rank, "train/loss")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -88,12 +93,31 @@ def test_muon_on_two_ranks_at_every_zero_stage_equals_stage_1_on_one(two_ranks, 
 
 
 @pytest.mark.parametrize("began", ["cut", "in turn"])
-def test_muon_continues_on_one_rank_at_stage_0_what_two_began(two_ranks, muon_on_one_rank, dataset, device, began):
+def test_muon_and_averages_continue_on_one_rank_at_stage_0_what_two_began(
+    two_ranks, muon_run_on_one_rank, dataset, device, began
+):
     """At stage 3, or at stage 2 with parameters distributed in turn, whose order DeepSpeed records wrongly."""
     out_dir = two_ranks["folder"][0] / "muon_at_every_stage" / began
     assert list(metric(out_dir, "train/loss")) == list(range(1, 11))
-    train(debug_run(dataset, out_dir, *MUON, "zero_optimization.stage=0"), device)
-    equal_losses({str(k): v for k, v in metric(out_dir, "train/loss").items()}, muon_on_one_rank)
+    train(debug_run(dataset, out_dir, *MUON, EMA, "zero_optimization.stage=0"), device)
+    losses = metric(muon_run_on_one_rank, "train/loss")
+    equal_losses({str(k): v for k, v in metric(out_dir, "train/loss").items()}, losses)
+    equal_averages(out_dir, muon_run_on_one_rank)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_averages_on_two_ranks_at_every_zero_stage_are_those_of_one(two_ranks, muon_run_on_one_rank, stage):
+    equal_averages(two_ranks["folder"][0] / "muon_at_every_stage" / f"stage{stage}", muon_run_on_one_rank)
+
+
+def equal_averages(run: Path, other: Path) -> None:
+    (found, last), (expected, _) = (
+        [load_model(out_dir, torch.device("cpu"), ema=ema).model.state_dict() for ema in (True, False)]
+        for out_dir in (run, other)
+    )
+    for name, average in found.items():
+        assert torch.allclose(average, expected[name], rtol=0, atol=1e-4), name
+    assert any(not torch.allclose(average, last[name], rtol=0, atol=1e-3) for name, average in found.items())
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -39,7 +39,7 @@ def evaluate_on_data(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # Before the model, which takes longer; a single word may be the name of one of the run's sets.
     given = open_given(args.data or ())
-    loaded = load_model(args.checkpoint, device)
+    loaded = load_model(args.checkpoint, device, ema=args.ema)
     datasets, weights = (
         (given_datasets(args.data, given, loaded.step_dir), [])
         if args.data
@@ -53,7 +53,7 @@ def evaluate_on_data(args: argparse.Namespace) -> int:
     else:
         mean = mean_of([one.result for one in found.values()], weights)
         _show_all(args, loaded, found, mean, "mean by weights" if weights else "mean over tokens")
-    if not (args.json or args.data or args.tokens) and args.split == "val":
+    if not (args.json or args.data or args.tokens or args.ema) and args.split == "val":
         tokens = {name: one.result.tokens for name, one in found.items()}
         if line := loss_in_run(loaded.step_dir, tokens):
             show(f"  {line}")

@@ -42,7 +42,7 @@ def evaluate_memorization(args: argparse.Namespace) -> int:
         [unread_passages(one.stream("val"), -(-args.memorization // len(sets)), half) for one in sets]
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, *_ = load_model(step_dir, device)
+    model, tokenizer, *_ = load_model(step_dir, device, ema=args.ema)
     with fits_into_memory("--micro-batch", args.micro_batch):
         right = right_tokens(
             model,

@@ -16,7 +16,7 @@ def evaluate_tasks(args: argparse.Namespace) -> int:
     # The package's own command separates names by commas.
     tasks = open_tasks([name for words in args.tasks for name in words.split(",") if name])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, step_dir, _ = load_model(args.checkpoint, device)
+    model, tokenizer, step_dir, _ = load_model(args.checkpoint, device, ema=args.ema)
     with fits_into_memory("--micro-batch", args.micro_batch):
         found = run_tasks(tasks, model, tokenizer, micro_batch=args.micro_batch, limit=args.limit, with_errors=True)
     if found.unspelt:

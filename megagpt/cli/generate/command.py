@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     cfg = _config(args)
     prompts = [] if args.interactive else given(args.prompt, args.prompts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, step_dir, _ = load_model(args.checkpoint, device)
+    model, tokenizer, step_dir, _ = load_model(args.checkpoint, device, ema=args.ema)
     setting = Setting(model, tokenizer, cfg, args.batch, args.json)
     with packed_weights(model, steps=MANY if args.interactive else len(prompts) * cfg.max_tokens):
         at_once = _prompts_at_once(setting, prompts, device)
