@@ -12,7 +12,7 @@ import torch.distributed as dist
 from support import debug_run
 
 from megagpt.distributed.process_group import init_process_group, rank
-from megagpt.train import session, trainer
+from megagpt.train import trainer, validation
 
 how, dataset, out_dir = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 DEVICE = init_process_group()
@@ -22,7 +22,7 @@ HANGS = {
     "reduces what no other rank does": lambda: dist.all_reduce(torch.zeros(1), group=apart),
     "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
 }
-train_step, evaluate, taken = trainer.train_step, session.evaluate, 0
+train_step, evaluate, taken = trainer.train_step, validation.evaluate, 0
 
 
 def hanging(*args: Any) -> Any:
@@ -38,5 +38,5 @@ def slow(*args: Any, **kw: Any) -> Any:
     return evaluate(*args, **kw)
 
 
-trainer.train_step, session.evaluate = hanging, slow
+trainer.train_step, validation.evaluate = hanging, slow
 trainer.train(debug_run(dataset, out_dir, "megagpt.guards.hang_timeout=2", "megagpt.every.eval=3"), DEVICE)

@@ -7,11 +7,11 @@ from typing import Any
 
 from megagpt.cli.pretrain import pretrain
 from megagpt.guards import watchdog
-from megagpt.train import session, trainer
+from megagpt.train import session, trainer, validation
 
 PLACES = {  # where it is called, and for how many seconds it waits
     "the first step": (trainer, "train_step", None),
-    "evaluating": (session, "evaluate", None),
+    "evaluating": (validation, "evaluate", None),
     "the last save": (session, "save_checkpoint", 6.0),
 }
 
