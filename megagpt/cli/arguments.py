@@ -78,6 +78,7 @@ def _before_a_run(commands: Any) -> None:
         help="number of GPUs to check the batch arithmetic for; default: this machine's",
     )
     lint.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    lint.add_argument("--schedule", action="store_true", help="draw learning rates, weight decay, momentum over steps")
     lint.add_argument("--effective", action="store_true", help="print the run file with all defaults written out")
 
     _add_tune(commands)

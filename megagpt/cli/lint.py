@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from megagpt.cli.draw_schedule import schedule_lines
 from megagpt.config.batch import batch_plan, rank_numbers
 from megagpt.config.extends import file_with, read_run_files
 from megagpt.config.run_file import RunConfig, load_run_config
@@ -23,18 +24,20 @@ def run(args: argparse.Namespace) -> int:
     """Print all findings, and with --effective the run file as it acts; exit code 2 if one is an error."""
     found = lint_file(args.run_file, args.overrides, ranks=args.ranks)
     wrong = any(finding.level == "error" for finding in found)
-    shown = None
+    shown, drawn = None, list[str]()
     if not wrong:
         run = load_run_config(args.run_file, args.overrides)
         found = [*found, *not_here(run, args.ranks)]
         wrong = any(finding.level == "error" for finding in found)
+        if args.schedule and not args.json:
+            drawn = schedule_lines(run)
         shown = effective(run, vocabulary(run)[0], args.ranks) if args.effective and not wrong else None
     if args.json:
         rows = [{"level": finding.level, "key": finding.key, "text": finding.text} for finding in found]
         show(json.dumps({"findings": rows} | ({} if shown is None else {"effective": shown})))
     else:
         lines = [f"{_place_of(finding, args)}: {finding}" for finding in found]
-        show("\n".join(lines or [f"{args.run_file}: no findings"]))
+        show("\n".join([*(lines or [f"{args.run_file}: no findings"]), *drawn]))
         if shown is not None:
             show(json.dumps(shown, indent=2))
     return 2 if wrong else 0

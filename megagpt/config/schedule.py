@@ -6,27 +6,47 @@ from pydantic import Field, model_validator
 
 from megagpt.config.mistakes import as_written
 from megagpt.config.parsing import Strict
-from megagpt.options import MANY
+from megagpt.options import LARGEST, MANY
 
 
 class ScheduleConfig(Strict):
-    """The learning rate over steps, as a factor on the peak rate (`optimizer.params.lr`)."""
+    """The learning rate over steps, as a factor on the peak rate (`optimizer.params.lr`), and what goes with it."""
 
     max_steps: int = Field(gt=0, le=MANY, description="optimizer updates of the whole run")
+    max_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        le=LARGEST,
+        description="tokens of the whole run in place of megagpt.schedule.max_steps, rounded up to whole steps",
+    )
     warmup_steps: int = Field(default=0, ge=0, le=MANY, description="first steps, over which the rate rises linearly")
-    shape: Literal["cosine", "linear", "constant", "warmup-stable-decay", "range-test"] = Field(
+    shape: Literal["cosine", "linear", "inverse-sqrt", "constant", "warmup-stable-decay", "range-test"] = Field(
         default="cosine",
-        description="of the curve after the warm-up; range-test: rises from megagpt.schedule.min_lr_ratio to the peak",
+        description="of the curve after the warm-up; inverse-sqrt: peak * sqrt(megagpt.schedule.warmup_steps / step); "
+        "range-test: rises from megagpt.schedule.min_lr_ratio to the peak",
     )
     min_lr_ratio: float = Field(default=0.1, ge=0.0, le=1.0, description="last rate as a share of the peak")
     decay_steps: int | None = Field(
         default=None, gt=0, le=MANY, description="last steps, for warmup-stable-decay alone"
+    )
+    decay_from: int | None = Field(
+        default=None,
+        ge=0,
+        le=MANY,
+        description="step after which warmup-stable-decay falls, in place of megagpt.schedule.decay_steps: for a run "
+        "that is resumed to decay",
     )
     end_step: int | None = Field(
         default=None,
         gt=0,
         le=MANY,
         description="where the curve ends: its last rate holds from there on; null: megagpt.schedule.max_steps",
+    )
+    weight_decay: Literal["constant", "linear", "lr"] = Field(
+        default="constant", description="over steps: linear: falls to 0; lr: with the learning rate's factor"
+    )
+    momentum_warmup_steps: int = Field(
+        default=0, ge=0, le=MANY, description="first steps, over which Muon's momentum rises from 0.85"
     )
 
     @property
@@ -36,7 +56,19 @@ class ScheduleConfig(Strict):
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
-        if (self.decay_steps is not None) != (self.shape == "warmup-stable-decay"):
+        decays = self.shape == "warmup-stable-decay"
+        if self.decay_from is not None and (self.decay_steps is not None or not decays):
+            with_what = f"shape={self.shape!r}" if not decays else f"decay_steps={self.decay_steps}"
+            raise ValueError(
+                f"megagpt.schedule.decay_from={self.decay_from} with megagpt.schedule.{with_what}; it is for "
+                "'warmup-stable-decay', in place of megagpt.schedule.decay_steps: remove one of the two"
+            )
+        if self.decay_from is not None and not self.warmup_steps <= self.decay_from < self.curve_steps:
+            raise ValueError(
+                f"megagpt.schedule.decay_from={self.decay_from} is not between the warm-up, which ends at step "
+                f"{self.warmup_steps}, and the last step, {self.curve_steps}; change it"
+            )
+        if (self.decay_steps is not None) != (decays and self.decay_from is None):
             raise ValueError(
                 f"megagpt.schedule.decay_steps={as_written(self.decay_steps)} with "
                 f"megagpt.schedule.shape={self.shape!r}; it is needed by 'warmup-stable-decay' and has no "

@@ -159,10 +159,22 @@ def all_to_all(size: int) -> Callable[[Tensor], Tensor]:
     return exchange
 
 
-def set_lr(engine: Engine, peaks: OptimizerParams, factor: float) -> None:
-    """Set the learning rates of the next step. They are functions of its number, so no scheduler has to be saved."""
+def set_step(
+    engine: Engine,
+    params: OptimizerParams,
+    *,
+    lr_factor: float,
+    weight_decay_factor: float = 1.0,
+    momentum: float | None = None,
+) -> None:
+    """Set what the next step's number decides: rates, weight decay, Muon's momentum. No scheduler has to be saved."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = factor * (peaks.of_muon if "momentum" in group else peaks.lr)
+        by_muon = "momentum" in group
+        group["lr"] = lr_factor * (params.of_muon if by_muon else params.lr)
+        if group["weight_decay"]:  # some groups have none
+            group["weight_decay"] = weight_decay_factor * params.weight_decay
+        if by_muon and momentum is not None:
+            group["momentum"] = momentum
 
 
 def learning_rates(engine: Engine) -> dict[str, float]:

@@ -30,7 +30,7 @@ from megagpt.config.mistakes import (
     without_consequences,
 )
 from megagpt.config.parsing import dotted_items, overridden
-from megagpt.config.run_file import KEYS, SECTION, RunConfig, auto_values, no_own_section, parse_run
+from megagpt.config.run_file import KEYS, SECTION, RunConfig, auto_values, no_own_section, parse_run, with_steps
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.engine.activation_checkpointing import refuse_what_cannot_act
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
@@ -140,6 +140,11 @@ def _all_errors(raw: dict[str, Any]) -> Iterator[Issue]:
     for model, given, section in ((DeepSpeedConfig, ours, ""), (MegaGPTConfig, raw.get(SECTION), SECTION)):
         if not isinstance(given, dict):
             yield Issue("error", section, no_own_section(raw))
+            continue
+        try:
+            given = with_steps(given, ours) if section else given
+        except ValueError as error:
+            yield Issue("error", f"{SECTION}.schedule.max_tokens", str(error))
             continue
         yield from _refused_by(model, given, section)
 

@@ -99,6 +99,16 @@ WITHOUT_EFFECT = (
         'megagpt.guards.spikes.action is "none"; choose one or remove this',
     ),
     Acts(
+        ("megagpt.schedule.momentum_warmup_steps",),
+        lambda run: run.deepspeed.optimizer.type == "Muon",
+        "it is for Muon's momentum; set optimizer.type to Muon or remove this",
+    ),
+    Acts(
+        ("megagpt.schedule.weight_decay",),
+        lambda run: run.deepspeed.optimizer.params.weight_decay > 0,
+        "optimizer.params.weight_decay is 0; set it or remove this",
+    ),
+    Acts(
         ("megagpt.schedule.min_lr_ratio", "megagpt.schedule.end_step"),
         lambda run: run.megagpt.schedule.shape != "constant",
         "a constant learning rate does not fall; remove it or choose another shape",

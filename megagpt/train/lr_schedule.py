@@ -1,10 +1,12 @@
-"""Compute the learning rate: warmup and decay as a factor on the peak rate."""
+"""Compute what changes from step to step: the learning rate's factor, the weight decay's, and Muon's momentum."""
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from megagpt.config.schedule import ScheduleConfig
+
+FIRST_MOMENTUM = 0.85  # of Muon, with a warm-up
 
 
 def lr_factor(step: int, cfg: ScheduleConfig) -> float:
@@ -14,23 +16,53 @@ def lr_factor(step: int, cfg: ScheduleConfig) -> float:
     return SHAPES[cfg.shape](step, cfg)
 
 
-def jump_of_rate(saved_run: Mapping[str, Any], step: int, peak: float, cfg: ScheduleConfig) -> str | None:
+def jump_of_rate(
+    saved_run: Mapping[str, Any], step: int, peaks: Mapping[str, float], cfg: ScheduleConfig
+) -> str | None:
     """Describe the jump of the rate from update `step`, the last one of a saved run, to the next one by `cfg`.
 
     None if the saved run file would have continued alike, or if the rate changes by less than half of it.
-    `saved_run` is that file, of this or an older version.
+    `saved_run` is that file, of this or an older version; `peaks` are the peak rates, by their keys: lr, and muon_lr.
     """
-    before, saved_peak = (
-        ScheduleConfig(**saved_run["megagpt"]["schedule"]),
-        float(saved_run["optimizer"]["params"]["lr"]),
-    )
-    was, planned = (saved_peak * lr_factor(n, before) for n in (step - 1, step))
-    now = peak * lr_factor(step, cfg)
-    if now == planned or was / 1.5 <= now <= was * 1.5:
+    before, saved_params = ScheduleConfig(**saved_run["megagpt"]["schedule"]), saved_run["optimizer"]["params"]
+    for name, peak in peaks.items():
+        saved_peak = float(saved_params.get(name) or saved_params["lr"])
+        was, planned = (saved_peak * lr_factor(n, before) for n in (step - 1, step))
+        now = peak * lr_factor(step, cfg)
+        if now == planned or was / 1.5 <= now <= was * 1.5:
+            continue
+        can_stay = now > was and step >= before.curve_steps and peak == saved_peak
+        keep = f"; megagpt.schedule.end_step={before.curve_steps} keeps the old curve, and its last rate from there on"
+        rate = "learning rate" if name == "lr" else "learning rate of Muon"
+        return f"{rate}: {was:.2e} in step {step}, {now:.2e} in step {step + 1}{keep if can_stay else ''}"
+    return None
+
+
+def weight_decay_factor(step: int, cfg: ScheduleConfig) -> float:
+    """Return the factor on the weight decay of update `step` (0-based); above 0, which is what never decays."""
+    if cfg.weight_decay == "lr":
+        return max(1e-9, lr_factor(step, cfg))
+    return 1.0 if cfg.weight_decay == "constant" else 1.0 - min(step, cfg.curve_steps - 1) / cfg.curve_steps
+
+
+def muon_momentum(step: int, momentum: float, cfg: ScheduleConfig) -> float:
+    """Return Muon's momentum of update `step` (0-based), which rises linearly at first (Jordan et al. 2024)."""
+    share = min(1.0, step / cfg.momentum_warmup_steps) if cfg.momentum_warmup_steps else 1.0
+    first = min(FIRST_MOMENTUM, momentum)
+    return first + share * (momentum - first)
+
+
+def decay_in_the_past(saved_run: Mapping[str, Any], step: int, cfg: ScheduleConfig) -> str | None:
+    """Return what is wrong if the decay would have begun before `step`, which the saved run did at another rate."""
+    if cfg.decay_from is None or cfg.decay_from >= step:
         return None
-    can_stay = now > was and step >= before.curve_steps and peak == saved_peak
-    keep = f"; megagpt.schedule.end_step={before.curve_steps} keeps the old curve, and its last rate from there on"
-    return f"learning rate: {was:.2e} in step {step}, {now:.2e} in step {step + 1}{keep if can_stay else ''}"
+    before = ScheduleConfig(**saved_run["megagpt"]["schedule"])
+    if lr_factor(step - 1, before) == lr_factor(step - 1, cfg):
+        return None
+    return (
+        f"megagpt.schedule.decay_from={cfg.decay_from} is in the past: the run is at step {step}, and did not decay; "
+        f"set megagpt.schedule.decay_from to {step} or more"
+    )
 
 
 def _progress(step: int, cfg: ScheduleConfig, begin: int) -> float:
@@ -48,13 +80,18 @@ def _linear(step: int, cfg: ScheduleConfig) -> float:
     return 1 - (1 - cfg.min_lr_ratio) * _progress(step, cfg, cfg.warmup_steps)
 
 
+def _inverse_sqrt(step: int, cfg: ScheduleConfig) -> float:
+    """Fall with the root of the steps (Vaswani et al. 2017, section 5.3), to min_lr_ratio at the lowest."""
+    return max(cfg.min_lr_ratio, math.sqrt(max(1, cfg.warmup_steps) / min(step + 1, cfg.curve_steps)))
+
+
 def _constant(step: int, cfg: ScheduleConfig) -> float:
     return 1.0
 
 
 def _warmup_stable_decay(step: int, cfg: ScheduleConfig) -> float:
     """Constant, then linear over the last decay_steps (Hu et al. 2024, MiniCPM, section 4.2)."""
-    begin = cfg.curve_steps - (cfg.decay_steps or 0) - 1
+    begin = cfg.decay_from - 1 if cfg.decay_from is not None else cfg.curve_steps - (cfg.decay_steps or 0) - 1
     return 1.0 if step <= begin else 1 - (1 - cfg.min_lr_ratio) * _progress(step, cfg, begin)
 
 
@@ -66,6 +103,7 @@ def _range_test(step: int, cfg: ScheduleConfig) -> float:
 SHAPES: dict[str, Callable[[int, ScheduleConfig], float]] = {
     "cosine": _cosine,
     "linear": _linear,
+    "inverse-sqrt": _inverse_sqrt,
     "constant": _constant,
     "warmup-stable-decay": _warmup_stable_decay,
     "range-test": _range_test,

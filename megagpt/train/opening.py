@@ -51,8 +51,11 @@ def print_opening(setup: RunSetup, device: torch.device) -> None:
         changes = changed_keys(setup.saved.step_dir, setup.record.effective)
         lines += [f"resuming from {setup.saved.step_dir}", *(f"  changed: {line}" for line in described(changes))]
         saved_run = json.loads((setup.saved.step_dir / "run.json").read_bytes())
-        peak, step = setup.run.deepspeed.optimizer.params.lr, setup.saved.state.step
-        if jump := jump_of_rate(saved_run, step, peak, cfg.schedule):
+        optimizer, step = setup.run.deepspeed.optimizer, setup.saved.state.step
+        peaks = {"lr": optimizer.params.lr}
+        if optimizer.type == "Muon":
+            peaks["muon_lr"] = optimizer.params.of_muon
+        if jump := jump_of_rate(saved_run, step, peaks, cfg.schedule):
             lines.append(f"  {jump}")
         if setup.training_set.mixture.segments != setup.saved.mixture.segments:
             mixture = setup.training_set.describe(setup.saved.state.samples_seen, cfg.seq_len)

@@ -1,5 +1,6 @@
 """Check everything that can be checked before a GPU is used: run file against ranks, data, tokenizer, checkpoint."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,6 +36,7 @@ from megagpt.evaluation.tasks import Tasks, open_tasks
 from megagpt.guards.spikes import check_skipping
 from megagpt.tokenizer.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.train.early_stopping import at_resume
+from megagpt.train.lr_schedule import decay_in_the_past
 from megagpt.train_state import TrainState
 
 
@@ -102,6 +104,10 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
     if saved is not None:
         check_identity(saved.step_dir, saved.identity, identity)
         layout_changes(saved.step_dir, saved.identity, identity, record.effective)  # refuses what cannot be resharded
+        if wrong := decay_in_the_past(
+            json.loads((saved.step_dir / "run.json").read_bytes()), saved.state.step, cfg.schedule
+        ):
+            raise UserError(wrong)
     with errors_on_every_rank():
         start = None
         if cfg.init_from and saved is None:

@@ -24,7 +24,7 @@ from megagpt.data.provenance import documents_of
 from megagpt.distributed.collectives import errors_on_every_rank, gather_objects, gather_over_ranks
 from megagpt.distributed.launcher import grace_warning
 from megagpt.distributed.process_group import is_main, print_rank0, rank
-from megagpt.engine.build import Engine, before_update, build_engine, learning_rates
+from megagpt.engine.build import Engine, before_update, build_engine, learning_rates, set_step
 from megagpt.errors import OwnRankError, UserError, writing_to
 from megagpt.guards.memory_growth import MemoryWatch, memory_mib
 from megagpt.guards.spikes import UpdateGate, judge_steps
@@ -34,6 +34,7 @@ from megagpt.guards.watchdog import Watchdog
 from megagpt.metrics.step_metrics import Stopwatch, log_metrics, speed
 from megagpt.terminal import YELLOW
 from megagpt.train.early_stopping import after_evaluation
+from megagpt.train.lr_schedule import lr_factor, muon_momentum, weight_decay_factor
 from megagpt.train.monitor import Monitor, print_ending
 from megagpt.train.opening import print_opening
 from megagpt.train.preflight import RunSetup
@@ -112,6 +113,17 @@ class Session:
             )
         except UserError as error:  # a shard that was damaged after it was opened
             raise OwnRankError(str(error)) from error
+
+    def set_step(self, step: int) -> None:
+        """Set the rates, weight decay and momentum of update `step` (0-based)."""
+        params, schedule = self.setup.run.deepspeed.optimizer.params, self.cfg.schedule
+        set_step(
+            self.engine,
+            params,
+            lr_factor=lr_factor(step, schedule),
+            weight_decay_factor=weight_decay_factor(step, schedule),
+            momentum=muon_momentum(step, params.momentum, schedule),
+        )
 
     def log(self, state: TrainState, window: StepWindow) -> tuple[TrainState, bool]:
         """Read the steps since the last log and judge them; returns the new state, and whether to roll back.

@@ -10,14 +10,12 @@ from megagpt.config.run_file import RunConfig
 from megagpt.data.loader import Batch
 from megagpt.distributed.collectives import StopVote
 from megagpt.distributed.process_group import print_rank0
-from megagpt.engine.build import set_lr
 from megagpt.guards.restarts import is_requeued_start, recorded_start
 from megagpt.guards.step_window import StepResult, StepWindow
 from megagpt.guards.weight_check import compare_weights
 from megagpt.metrics.step_metrics import Pace
 from megagpt.metrics.trackers import Outcome
 from megagpt.model.loss import kept_share, next_token_score
-from megagpt.train.lr_schedule import lr_factor
 from megagpt.train.monitor import print_nothing_left
 from megagpt.train.preemption import Preemption
 from megagpt.train.preflight import prepare
@@ -75,7 +73,7 @@ def run_steps(session: Session, preemption: Preemption, stop_at: int | None) -> 
         if setup.start is not None and every.eval:
             session.evaluate_start(state)
         while not (stop or state.finished(schedule.max_steps)):
-            set_lr(session.engine, run.deepspeed.optimizer.params, lr_factor(state.step, schedule))
+            session.set_step(state.step)
             window.add(train_step(session, batches))
             state = state.after_step(setup.batch.global_batch, run.megagpt.seq_len)
             stop = vote(preemption.requested or session.writer.failed) or state.step == stop_at

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from data_support import document, small_tokenizer, write_dataset
 from lint.test_linter import SOUND
-from support import ROOT, overrides
+from support import DEBUG_RUN, ROOT, overrides
 
 from megagpt.__main__ import main
 from megagpt.cli import lint
@@ -98,3 +98,16 @@ def test_a_job_whose_data_is_not_here_is_warned_of_before_it_waits_in_the_queue(
     assert said.out.startswith("#!")
     assert said.err.splitlines()[0].startswith("warning: aio.queue_depth=8 has no effect")
     assert said.err.splitlines()[1].startswith("warning: training here would be refused: there is no dataset folder d;")
+
+
+def test_the_schedule_is_drawn_before_anything_trains_also_where_blocks_cannot_be_printed(capfd, monkeypatch):
+    options = ["optimizer.type=Muon", "optimizer.params.muon_lr=0.02"]
+    options += ['megagpt.schedule={"max_tokens": 1e6, "shape": "linear", "min_lr_ratio": 0, "warmup_steps": 10}']
+    assert main(["lint", str(DEBUG_RUN), "--schedule", *options]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert max(map(len, [line for line in lines if "lr" in line])) <= 80
+    assert any(line.startswith("  muon_lr ") and line.endswith("▁") for line in lines)
+    assert lines[-1].split()[-1] == "0"  # the last step's rate
+    monkeypatch.setattr("megagpt.cli.draw_schedule.if_encodable", lambda letter, otherwise: otherwise)
+    assert main(["lint", str(DEBUG_RUN), "--schedule"]) == 0
+    assert capfd.readouterr().out.isascii()

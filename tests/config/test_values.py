@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from support import DEBUG_RUN, GOOD, overrides
+from support import DEBUG_RUN, GOOD, debug_run, overrides
 
 import data_tools.__main__
 import megagpt.__main__
@@ -27,7 +27,7 @@ from megagpt.config.run_file import SECTION, RunConfig, parse_run
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.config.schema_keys import kinds_of, models_in, typed_keys
 from megagpt.errors import UserError
-from megagpt.lint.linter import lint_or_raise
+from megagpt.lint.linter import lint_file, lint_or_raise
 from megagpt.planner import estimate
 from megagpt.planner.report import as_json, plan_report
 from megagpt.terminal import SCREEN_CHARACTERS, SCREEN_LINES
@@ -321,3 +321,25 @@ def test_a_path_that_cannot_be_used_is_one_message(trained, dataset, capsys, tmp
         assert code == 2
         assert said.count("error: ") == 1
     assert one_message(said)
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (512, 1), (513, 2), (1e6, 1954), (1_000_000, 1954)])
+def test_tokens_are_whole_steps_rounded_up_and_stay_when_the_batch_changes(dataset, tmp_path, tokens, steps):
+    shape = ["train_batch_size=8", "megagpt.data.seq_len=64", f'megagpt.schedule={{"max_tokens": {tokens}}}']
+    run = debug_run(dataset, tmp_path / "run", *shape)
+    assert run.megagpt.schedule.max_steps == steps
+    assert run.changed("train_batch_size=16").megagpt.schedule.max_steps == max(1, -(-int(tokens) // 1024))
+    assert parse_run(run.as_json()).megagpt.schedule.max_steps == steps
+
+
+def test_tokens_against_steps_are_refused_by_training_and_by_lint_alike(dataset, tmp_path):
+    both = ["train_batch_size=8", "megagpt.data.seq_len=64", "megagpt.schedule.max_tokens=1000"]
+    message = r"max_tokens=1000 makes 2 steps of 8 x 64 tokens, and megagpt\.schedule\.max_steps=20; remove one"
+    with pytest.raises(UserError, match=message):
+        debug_run(dataset, tmp_path / "run", *both)
+    found = lint_file(DEBUG_RUN, [*overrides(dataset, tmp_path / "run"), *both])
+    assert [issue.level for issue in found] == ["error"]
+    assert re.search(message, found[0].text)
+    for tokens in ("0", "-5", "1.5", '"many"'):
+        with pytest.raises(UserError, match=r"megagpt\.schedule\.max_tokens"):
+            debug_run(dataset, tmp_path / "run", f'megagpt.schedule={{"max_tokens": {tokens}}}')

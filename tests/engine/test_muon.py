@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity
 
 from megagpt.config.batch import batch_plan
 from megagpt.config.model import ModelConfig
-from megagpt.engine.build import before_update, build_engine, learning_rates, set_lr
+from megagpt.engine.build import before_update, build_engine, learning_rates, set_step
 from megagpt.engine.flat_tensors import ParamSlice
 from megagpt.engine.muon import fused_rows, matrices_of, newton_schulz, orthogonalize
 from megagpt.engine.optimizer import decay_groups
@@ -198,8 +198,14 @@ def test_a_gradient_that_is_not_finite_does_not_reach_what_is_kept(engine_of):
 
 def test_both_rates_follow_the_schedule(engine_of, tmp_path):
     engine = engine_of()
-    set_lr(engine, debug_run(tmp_path, tmp_path, *MUON).deepspeed.optimizer.params, 0.5)
+    params = debug_run(tmp_path, tmp_path, *MUON).deepspeed.optimizer.params
+    decays = [group["weight_decay"] for group in engine.basic_optimizer.param_groups]
+    set_step(engine, params, lr_factor=0.5, weight_decay_factor=0.25, momentum=0.875)
     assert learning_rates(engine) == {"lr": 0.5 * LR, "muon_lr": 0.5 * MUON_LR}
+    groups = engine.basic_optimizer.param_groups
+    assert [group["weight_decay"] for group in groups] == [0.25 * decay for decay in decays]
+    assert 0.0 in decays
+    assert [group.get("momentum") for group in groups] == [None] * (len(groups) - 1) + [0.875]
 
 
 def test_muon_has_the_blocks_matrices_and_adam_everything_else():

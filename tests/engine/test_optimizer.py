@@ -1,11 +1,12 @@
 import pytest
 import torch
+from pydantic import ValidationError
 
 from megagpt.config.model import ModelConfig
 from megagpt.config.schedule import ScheduleConfig
 from megagpt.engine.optimizer import decay_groups
 from megagpt.model.gpt import GPT
-from megagpt.train.lr_schedule import lr_factor
+from megagpt.train.lr_schedule import lr_factor, muon_momentum, weight_decay_factor
 
 
 def curve(**schedule) -> list[float]:
@@ -28,6 +29,40 @@ def test_constant_by_hand():
 def test_warmup_stable_decay_by_hand():
     factors = curve(max_steps=6, warmup_steps=2, shape="warmup-stable-decay", decay_steps=2, min_lr_ratio=0.0)
     assert factors == pytest.approx([0.5, 1.0, 1.0, 1.0, 0.5, 0.0])
+
+
+def test_inverse_sqrt_by_hand():
+    factors = curve(max_steps=10, warmup_steps=2, shape="inverse-sqrt", min_lr_ratio=0.5)
+    assert factors == pytest.approx([0.5, 1.0, *((2 / n) ** 0.5 for n in (3, 4, 5, 6, 7)), 0.5, 0.5, 0.5])
+
+
+def test_decay_from_is_the_other_end_of_decay_steps():
+    late = curve(max_steps=10, warmup_steps=1, shape="warmup-stable-decay", decay_from=6)
+    assert late == curve(max_steps=10, warmup_steps=1, shape="warmup-stable-decay", decay_steps=4)
+    assert late[5:] == pytest.approx([1.0, 0.775, 0.55, 0.325, 0.1])
+
+
+def test_weight_decay_and_momentum_by_hand():
+    cfg = ScheduleConfig(max_steps=4, shape="linear", min_lr_ratio=0.0, weight_decay="linear", momentum_warmup_steps=2)
+    assert [weight_decay_factor(step, cfg) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.25, 0.25]
+    assert [muon_momentum(step, 0.95, cfg) for step in range(4)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    with_rate = cfg.model_copy(update={"weight_decay": "lr"})
+    assert [weight_decay_factor(step, with_rate) for step in range(3)] == [lr_factor(step, cfg) for step in range(3)]
+    assert weight_decay_factor(3, with_rate) > 0.0  # a group with 0 never decays
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"shape": "cosine", "decay_from": 3}, "shape='cosine'; it is for 'warmup-stable-decay'"),
+        ({"shape": "warmup-stable-decay", "decay_from": 3, "decay_steps": 3}, "decay_steps=3; it is for"),
+        ({"shape": "warmup-stable-decay", "decay_from": 10}, "and the last step, 10; change it"),
+        ({"shape": "warmup-stable-decay", "decay_from": 1, "warmup_steps": 2}, "the warm-up, which ends at step 2"),
+    ],
+)
+def test_a_decay_that_does_not_fit_is_refused(schedule, message):
+    with pytest.raises(ValidationError, match=message):
+        ScheduleConfig(max_steps=10, **schedule)
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "warmup-stable-decay"])

@@ -5,13 +5,17 @@ from pydantic import ValidationError
 from support import debug_run, metric
 
 from megagpt.config.schedule import ScheduleConfig
+from megagpt.errors import UserError
 from megagpt.train.lr_schedule import jump_of_rate, lr_factor
 from megagpt.train.trainer import train
 
-SHAPES = [{"shape": "cosine"}, {"shape": "linear"}, {"shape": "warmup-stable-decay", "decay_steps": 4}]
+SHAPES = [
+    *({"shape": "cosine"}, {"shape": "linear"}, {"shape": "warmup-stable-decay", "decay_steps": 4}),
+    {"shape": "warmup-stable-decay", "decay_from": 6},
+]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape["shape"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_up_to_its_end_the_curve_is_that_of_a_run_of_so_many_steps_and_its_last_rate_stays(shape):
     short = ScheduleConfig(max_steps=10, warmup_steps=2, **shape)
     long = ScheduleConfig(max_steps=30, end_step=10, warmup_steps=2, **shape)
@@ -33,20 +37,20 @@ def saved(lr=3e-3, **schedule):
 def test_the_jump_of_an_extended_run_is_named_with_the_key_that_avoids_it():
     """Half a cosine over 20 steps: at its middle the rate is 0.55 of the peak, where the end of 10 steps is 0.1."""
     longer = ScheduleConfig(max_steps=21)
-    text = jump_of_rate(saved(max_steps=10), 10, 3e-3, longer)
+    text = jump_of_rate(saved(max_steps=10), 10, {"lr": 3e-3}, longer)
     assert text.startswith(
         "learning rate: 3.00e-04 in step 10, 1.65e-03 in step 11; megagpt.schedule.end_step=10 keeps"
     )
     kept = longer.model_copy(update={"end_step": 10})
-    assert jump_of_rate(saved(max_steps=10), 10, 3e-3, kept) is None
+    assert jump_of_rate(saved(max_steps=10), 10, {"lr": 3e-3}, kept) is None
 
 
 def test_a_run_that_continues_as_planned_or_nearly_so_has_no_jump():
     schedule = {"max_steps": 20, "warmup_steps": 8}
     for step in (1, 8, 12, 20):
-        assert jump_of_rate(saved(**schedule), step, 3e-3, ScheduleConfig(**schedule)) is None
-    assert jump_of_rate(saved(**schedule), 10, 3e-3, ScheduleConfig(max_steps=22, warmup_steps=8)) is None
-    told = jump_of_rate(saved(**schedule), 10, 3e-2, ScheduleConfig(**schedule))
+        assert jump_of_rate(saved(**schedule), step, {"lr": 3e-3}, ScheduleConfig(**schedule)) is None
+    assert jump_of_rate(saved(**schedule), 10, {"lr": 3e-3}, ScheduleConfig(max_steps=22, warmup_steps=8)) is None
+    told = jump_of_rate(saved(**schedule), 10, {"lr": 3e-2}, ScheduleConfig(**schedule))
     assert told.startswith("learning rate: ")
     assert "end_step" not in told
 
@@ -62,3 +66,27 @@ def test_extending_a_run_prints_the_jump_and_the_named_key_avoids_it(dataset, de
     run("megagpt.schedule.max_steps=6", "megagpt.schedule.end_step=5")
     assert metric(tmp_path / "run", "optim/lr")[6] == metric(tmp_path / "run", "optim/lr")[5]
     assert "  learning rate: 3.00e-04 in step 6, " in run("megagpt.schedule.max_steps=20")
+
+
+def test_the_rate_of_muon_jumps_too():
+    params = {"optimizer": {"params": {"lr": 3e-3, "muon_lr": 0.02}}, "megagpt": {"schedule": {"max_steps": 20}}}
+    told = jump_of_rate(params, 10, {"lr": 3e-3, "muon_lr": 0.2}, ScheduleConfig(max_steps=20))
+    assert told.startswith("learning rate of Muon: ")
+    assert jump_of_rate(params, 10, {"lr": 3e-3, "muon_lr": 0.02}, ScheduleConfig(max_steps=20)) is None
+
+
+def test_a_constant_run_is_resumed_to_decay_from_its_step_and_not_from_an_earlier_one(dataset, device, tmp_path):
+    def run(*options):
+        every = 'megagpt.every={"log": 1, "eval": 0, "save": 0}'
+        kept = [every, "megagpt.data.val_tokens=128", "megagpt.schedule.warmup_steps=0"]
+        return train(debug_run(dataset, tmp_path / "run", *kept, *options), device)
+
+    decays = ["megagpt.schedule.shape=warmup-stable-decay", "megagpt.schedule.max_steps=10"]
+    run("megagpt.schedule.shape=constant", "megagpt.schedule.max_steps=6")
+    with pytest.raises(UserError, match=r"decay_from=4 is in the past: the run is at step 6.*decay_from to 6 or more"):
+        run(*decays, "megagpt.schedule.decay_from=4")
+    run(*decays, "megagpt.schedule.decay_from=6")
+    assert list(metric(tmp_path / "run", "optim/lr").values()) == pytest.approx(
+        [3e-3] * 6 + [3e-3 * (1 - 0.9 * k / 4) for k in (1, 2, 3, 4)]
+    )
+    assert run(*decays, "megagpt.schedule.decay_from=6", "megagpt.schedule.max_steps=10").step == 10
