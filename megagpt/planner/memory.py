@@ -128,16 +128,15 @@ def _with_muon(states: _States, run: RunConfig, W: int, *, on_cpu: bool) -> _Sta
     """Replace Adam by Muon for the blocks' matrices: no second moment, and what orthogonalizing takes in each update.
 
     That is two copies of the matrices that are computed together, those of one shape, at most two thirds of all; and at
-    stage 3 what is sent, what is received, and the whole matrices.
+    stage 3 what is sent, what is received, and the whole matrices. Stages 1 and 2 free the gradients that they have
+    converted before it (`stage_1_and_2.py: step`).
     """
     stage, n = run.deepspeed.zero_optimization.stage, n_hidden(run.megagpt.model)
     part, width = n if stage == 0 else n / W, 4 if on_cpu else 2
     exchanged = 3 * part if stage == 3 and W > 1 else 0.0
-    return replace(
-        states,
-        optimizer=states.optimizer - 4 * part,
-        converted=states.converted + width * (2 * min(2 / 3 * part, AT_ONCE_BY_MUON) + exchanged),
-    )
+    freed = states.stepped * (1 if run.deepspeed.dtype == "fp32" else 2) if stage in (1, 2) else 0.0
+    taken = width * (2 * min(2 / 3 * part, AT_ONCE_BY_MUON) + exchanged)
+    return replace(states, optimizer=states.optimizer - 4 * part, converted=states.converted + max(0.0, taken - freed))
 
 
 def _replicated(N: int, W: int, s: int, *, accumulates: bool) -> _States:
