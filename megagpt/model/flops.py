@@ -42,6 +42,19 @@ def n_hidden(cfg: ModelConfig) -> int:
     return cfg.n_layer * sum(i * o for i, o in _linears(cfg))
 
 
+def hidden_matrices(cfg: ModelConfig) -> list[tuple[int, int]]:
+    """Return (rows, columns) of the matrices of a block that Muon orthogonalizes: queries, keys, ... each by itself."""
+    C, inner, heads = cfg.n_embd, cfg.mlp_inner, (cfg.n_head, cfg.kv_heads, cfg.kv_heads)
+    attention = [(n * cfg.head_dim, C) for n in heads] + [(C, C)]
+    return [*attention, *[(inner, C)] * (2 if cfg.gated else 1), (C, inner)]
+
+
+def n_vector_elements(cfg: ModelConfig, vocab_size: int) -> int:
+    """Return the number of parameters in biases and norms, which do not decay by default."""
+    tables = [cfg.seq_len] * (cfg.position == "learned") + [vocab_size] * (1 if cfg.tied else 2)  # their rows
+    return n_params(cfg, vocab_size) - sum(tables) * cfg.n_embd - n_hidden(cfg)
+
+
 def bucket_elements(cfg: ModelConfig, vocab_size: int, world_size: int) -> int:
     """Return how many gradient elements DeepSpeed reduces at once, if the run file sets no bucket size.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megagpt.config.batch import BatchPlan
 from megagpt.config.deepspeed import ZeroConfig
 from megagpt.config.run_file import RunConfig
-from megagpt.model.flops import n_hidden, param_sizes
+from megagpt.model.flops import hidden_matrices, n_hidden, n_vector_elements, param_sizes
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
 
@@ -24,6 +24,7 @@ class Traffic:
     all_gather: int
     all_to_all: int
     shared_by: int = 1  # ranks that take part in an all-to-all
+    orthogonalized: float = 0.0  # by Muon, in an all-to-all of all ranks
 
     @property
     def wire(self) -> float:
@@ -35,7 +36,7 @@ class Traffic:
         """
         W, P = self.world_size, self.shared_by
         ring = 2 * self.all_reduce + self.reduce_scatter + self.all_gather
-        return ring * (W - 1) / W + self.all_to_all * (P - 1) / P
+        return (ring + self.orthogonalized) * (W - 1) / W + self.all_to_all * (P - 1) / P
 
 
 def traffic(run: RunConfig, batch: BatchPlan, vocab_size: int) -> Traffic:
@@ -54,18 +55,19 @@ def traffic(run: RunConfig, batch: BatchPlan, vocab_size: int) -> Traffic:
     sizes = param_sizes(run.megagpt.model, vocab_size)
     N, s = sum(sizes), WIDTH[run.deepspeed.dtype]
     reduced_in = WIDTH.get(str(run.deepspeed.communication_data_type).lower(), s)
-    micro_batches, exchanged = batch.accumulation, _all_to_all(run, batch)
+    micro_batches, exchanged, by_muon = batch.accumulation, _all_to_all(run, batch), _orthogonalized(run, W)
     if zero.stage == 0:
         return Traffic(W, N * reduced_in, 0, 0, exchanged, P)
     if zero.stage < 3:
         times = micro_batches if zero.stage == 2 else 1
-        return Traffic(W, N * reduced_in * times, 0, s * _flat(run, sizes, W), exchanged, P)
+        return Traffic(W, N * reduced_in * times, 0, s * _flat(run, vocab_size, N, W), exchanged, P, by_muon)
     # Stage 3 pads each parameter to a multiple of the ranks.
     padded = sum(-(-n // W) * W for n in sizes)
     small = sum(-(-n // W) * W for n in sizes if n <= zero.param_persistence_threshold)
-    again = regathered(zero, padded - small) + _tied_again(zero, sizes[0], padded - small)
+    tied = sizes[0] if run.megagpt.model.tied else 0
+    again = regathered(zero, padded - small) + _tied_again(zero, tied, padded - small)
     gathered = micro_batches * (padded - small + again) + small
-    return Traffic(W, 0, micro_batches * padded * reduced_in, s * gathered, exchanged, P)
+    return Traffic(W, 0, micro_batches * padded * reduced_in, s * gathered, exchanged, P, by_muon)
 
 
 def regathered(zero: ZeroConfig, partitioned: int) -> int:
@@ -87,17 +89,30 @@ def _tied_again(zero: ZeroConfig, tied: int, partitioned: int) -> int:
     return 2 * tied if partitioned - tied > max(zero.max_reuse_distance, zero.prefetch_bucket_size) else 0
 
 
-def _flat(run: RunConfig, sizes: list[int], world_size: int) -> int:
+def _flat(run: RunConfig, vocab_size: int, N: int, world_size: int) -> int:
     """Elements of the flat buffers of stages 1 and 2: for parameters that decay, for those that do not, and for Muon's.
 
     Each is padded to equal parts of an even number of elements (`nccl_start_alignment_factor`).
     """
-    C, L = run.megagpt.model.n_embd, run.megagpt.model.n_layer
-    # Biases and LayerNorms: 13 C in each block and 2 C at the end.
-    vectors = 0 if run.megagpt.regularization.weight_decay_on == "all" else (13 * L + 2) * C
+    all_decay = run.megagpt.regularization.weight_decay_on == "all"
+    vectors = 0 if all_decay else n_vector_elements(run.megagpt.model, vocab_size)
     even = 2 * world_size
     by_muon = n_hidden(run.megagpt.model) if run.deepspeed.optimizer.type == "Muon" else 0
-    return sum(-(-n // even) * even for n in (sum(sizes) - vectors - by_muon, vectors, by_muon))
+    return sum(-(-n // even) * even for n in (N - vectors - by_muon, vectors, by_muon))
+
+
+def _orthogonalized(run: RunConfig, world_size: int) -> float:
+    """Bytes of matrices that Muon sends in an update, there and back, in bf16 as on GPUs.
+
+    Stage 3 has a part of every matrix on every rank. At stages 1 and 2 a rank's part is consecutive, so that only its
+    first and its last matrix lie on other ranks too: counted as one whole.
+    """
+    cfg = run.megagpt.model
+    if run.deepspeed.optimizer.type != "Muon" or world_size == 1 or run.deepspeed.zero_optimization.stage == 0:
+        return 0.0
+    part = n_hidden(cfg) / world_size
+    largest = max(rows * columns for rows, columns in hidden_matrices(cfg))
+    return 2 * WIDTH["bf16"] * (part if run.deepspeed.zero_optimization.stage == 3 else min(part, largest))
 
 
 def _all_to_all(run: RunConfig, batch: BatchPlan) -> int:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from megagpt.config.batch import BatchPlan, batch_plan
+from megagpt.config.model import ModelConfig
 from megagpt.config.run_file import RunConfig
 from megagpt.data.manifest import read_manifest
 from megagpt.errors import UserError
-from megagpt.model.flops import flops_per_token, n_params, recompute_flops_per_token
+from megagpt.model.flops import flops_per_token, hidden_matrices, n_params, recompute_flops_per_token
 from megagpt.planner.communication import WIDTH, Traffic, traffic
 from megagpt.planner.gpu_specs import Gpu, gpu_of
 from megagpt.planner.memory import ADAM, Memory, memory
@@ -19,6 +20,7 @@ from megagpt.tokenizer.tokenizer import padded_vocab_size
 
 GIB = 2**30
 GPUS_PER_HOST = 8
+ROUNDS_OF_MUON = 5  # ROUNDS of engine/muon.py
 VOCABULARY = 50_257  # GPT-2's, where the data is not there to ask
 # FLOP/s that are reached, as a share of the peak; published for GPT-2 on Hopper: 33 to 52 %.
 EFFICIENCY = 0.4
@@ -231,8 +233,16 @@ def _compute_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, on: Mach
         compiled=cfg.compile is not False,
     )
     flops = batch.global_batch * cfg.seq_len * (flops_per_token(model, vocab_size) + (again or 0.0))
+    if run.deepspeed.optimizer.type == "Muon":  # once, or at stage 0 on every rank
+        flops += muon_flops(model) * (on.ranks if run.deepspeed.zero_optimization.stage == 0 else 1)
     peak = on.gpu.peak_flops * (on.gpu.fp32_share if run.deepspeed.dtype == "fp32" else 1.0)
     return flops / (on.ranks * peak * on.efficiency)
+
+
+def muon_flops(cfg: ModelConfig) -> int:
+    """Return the FLOPs of one orthogonalization of all matrices in the blocks, in rounds of three products each."""
+    sides = [sorted(shape) for shape in hidden_matrices(cfg)]
+    return ROUNDS_OF_MUON * cfg.n_layer * sum(4 * short**2 * long + 2 * short**3 for short, long in sides)
 
 
 def _hidden_seconds(run: RunConfig, batch: BatchPlan, sent: Traffic, compute: float, bandwidth: float) -> float:
@@ -245,8 +255,8 @@ def _hidden_seconds(run: RunConfig, batch: BatchPlan, sent: Traffic, compute: fl
     if not run.deepspeed.zero_optimization.overlaps:
         return 0.0
     if stage == 3:
-        return min(replace(sent, all_to_all=0).wire / bandwidth, compute)
-    reduced = replace(sent, all_gather=0, all_to_all=0).wire / bandwidth
+        return min(replace(sent, all_to_all=0, orthogonalized=0.0).wire / bandwidth, compute)
+    reduced = replace(sent, all_gather=0, all_to_all=0, orthogonalized=0.0).wire / bandwidth
     return min(reduced, BACKWARD_SHARE * compute / (batch.accumulation if stage == 1 else 1))
 
 

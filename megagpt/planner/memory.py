@@ -90,7 +90,7 @@ def memory(run: RunConfig, batch: BatchPlan, vocab_size: int, *, on_cpu: bool = 
             again,
             0.0,
         ),
-        "Adam": (states.weights, states.stepped, states.converted, 0.0, 0.0),
+        "update": (states.weights, states.stepped, states.converted, 0.0, 0.0),
     }
     found = [
         Memory(weights, states.optimizer, gradients, buffers, activations, scores, states.host + moved, when)

@@ -41,7 +41,7 @@ WIDTH = 100  # characters of a line
 # Memory that is nearly the same, and times that this model cannot tell apart.
 NEAR, EQUAL_TIME = 1.1, 1.02
 
-STAGE_HEAD = ("stage", "weights", "Adam", "grads", "rest", "total", "host", "fits", "GB sent", "a step", "in all")
+STAGE_HEAD = ("stage", "weights", "optimizer", "grads", "rest", "total", "host", "fits", "GB sent", "a step", "in all")
 RECOMPUTE_HEAD = ("recompute", "batch", "activations", "total", "host", "GB sent", "a step", "in all", "most at")
 
 
@@ -131,9 +131,9 @@ def assumptions(run: RunConfig, on: Machine) -> list[str]:
         "activations: those of uncompiled blocks; compiled blocks keep less",
         f"offload: {HOST_LINK / 1e9:.0f} GB/s to the host for each GPU, {HOST_ADAM / 1e9:.0f} GB/s of its memory for "
         "Adam",
-        "not counted: launching kernels, which takes most of a small model's step, Adam on the GPU, waiting for data, "
-        "evaluating, saving, compiling in the first step, and the GPU's waits when DeepSpeed reads a value back: at "
-        "stage 0 in 16 bit once per parameter in every step",
+        "not counted: launching kernels, which takes most of a small model's step, what the optimizer reads and writes "
+        "on the GPU, waiting for data, evaluating, saving, compiling in the first step, and the GPU's waits when "
+        "DeepSpeed reads a value back: at stage 0 in 16 bit once per parameter in every step",
     ]
     if run.deepspeed.dtype == "fp32":
         lines.append(f"fp32: {on.gpu.fp32_share:.4f} of the 16-bit peak")

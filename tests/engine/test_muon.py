@@ -5,6 +5,7 @@ train/test_two_ranks.py compares ranks and stages.
 
 import copy
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from megagpt.engine.flat_tensors import ParamSlice
 from megagpt.engine.muon import fused_rows, matrices_of, newton_schulz, orthogonalize
 from megagpt.engine.optimizer import decay_groups
 from megagpt.engine.without_compiler import step_without_compiler
+from megagpt.model.flops import hidden_matrices
 from megagpt.model.gpt import GPT
 from megagpt.model.loss import next_token_loss, next_token_score
 from megagpt.train.trainer import train
@@ -229,6 +231,7 @@ def test_what_a_layer_computes_at_once_is_orthogonalized_apart():
         "mlp.c_proj.weight": [32],
     }
     assert sum(map(len, (p for p in model.h[0].parameters() if p.ndim == 2))) == sum(map(sum, found.values()))
+    assert sorted(rows for rows, _ in hidden_matrices(model.cfg)) == sorted(chain(*found.values()))
 
 
 def test_a_rank_with_no_part_of_a_divided_matrix_takes_part_in_the_exchange_of_the_others():

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import processes
@@ -16,7 +16,7 @@ from megagpt.config.run_file import RunConfig, load_run_config, parse_run
 from megagpt.lint.linter import lint_or_raise
 from megagpt.model.flops import n_params
 from megagpt.planner.communication import Traffic, traffic
-from megagpt.planner.estimate import changes, fastest, machine, setting, settings
+from megagpt.planner.estimate import EFFICIENCY, changes, fastest, machine, muon_flops, setting, settings
 from megagpt.planner.gpu_specs import GPUS, gpu_named
 from megagpt.planner.memory import memory
 
@@ -93,7 +93,25 @@ def test_states_of_mixed_precision_on_one_gpu_are_20_bytes_for_each_parameter(gp
     """2 weights, 12 Adam, 2 gradients, and 4 as Adam reads them, with so few tokens that nothing else is as large."""
     run = variant(gpt2, stage=0, offload="none", policy="full", micro_batch=1)
     used = memory(run, batch_plan(run.deepspeed, 1), 50304)
-    assert (used.when, used.total) == ("Adam", 20 * n_params(run.megagpt.model, 50304))
+    assert (used.when, used.total) == ("update", 20 * n_params(run.megagpt.model, 50304))
+
+
+def test_muon_is_counted_in_compute_traffic_and_memory(gpt2):
+    """For blocks of width C 300 C^3 FLOPs each, on every rank at stage 0; at stage 3 a rank's part, out and back."""
+    C, L, ranks = 1600, 48, 8
+    assert muon_flops(gpt2.megagpt.model) == L * 300 * C**3
+    found = {}
+    for kind, stage in product(("AdamW", "Muon"), (0, 1, 3)):
+        run = parse_run(gpt2.as_json(), [f"optimizer.type={kind}", f"zero_optimization.stage={stage}"])
+        found[kind, stage] = setting(run, machine("H100", ranks, "50"), 50304)
+    more = {stage: found["Muon", stage].compute_seconds - found["AdamW", stage].compute_seconds for stage in (0, 1, 3)}
+    assert more[1] == pytest.approx(L * 300 * C**3 / (ranks * machine("H100", 1, None).gpu.peak_flops * EFFICIENCY))
+    assert more[0] == pytest.approx(ranks * more[1])
+    assert more[3] == pytest.approx(more[1])
+    sent = {stage: found["Muon", stage].traffic.orthogonalized for stage in (0, 1, 3)}
+    assert sent == {0: 0, 1: 2 * 2 * 4 * C**2, 3: 2 * 2 * L * 12 * C**2 / ranks}
+    less = found["AdamW", 3].memory.optimizer - found["Muon", 3].memory.optimizer
+    assert less == 4 * L * 12 * C**2 / ranks
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "ds_configs").glob("gpt2_*.json")))

@@ -19,6 +19,7 @@ from megagpt.distributed.process_group import init_process_group, leave, rank, w
 VOCAB = 1024
 SIZES = ["megagpt.model.n_layer=4", "megagpt.model.n_embd=256", "megagpt.model.n_head=4", "megagpt.model.seq_len=128"]
 FULL, SELECTIVE = ('megagpt.recompute={"policy": "full"}', 'megagpt.recompute={"policy": "selective"}')
+LLAMA = ["megagpt.model.preset=llama", "megagpt.model.n_kv_head=2"]
 BF16 = "bf16.enabled=true"
 
 
@@ -51,6 +52,11 @@ TRAFFIC = {
     "3, bf16, little stays": _of(3, 1, BF16, "zero_optimization.stage3_param_persistence_threshold=1000"),
     "3, gathered again": _of(
         3, 1, "zero_optimization.stage3_max_reuse_distance=0", "zero_optimization.stage3_prefetch_bucket_size=0"
+    ),
+    "1, llama": _of(1, 1, *LLAMA),
+    "1, speedrun, Muon": _of(1, 1, "megagpt.model.preset=speedrun", "optimizer.type=Muon"),
+    "3, llama, gathered again": _of(
+        3, 1, *LLAMA, "zero_optimization.stage3_max_reuse_distance=0", "zero_optimization.stage3_prefetch_bucket_size=0"
     ),
     "1, positions shared": _of(1, 1, "sequence_parallel_size=2"),
     "1, positions shared, recomputed": _of(1, 1, "sequence_parallel_size=2", FULL),
