@@ -68,7 +68,10 @@ SHARING = {
     "stage1": [*_FEW, "zero_optimization.stage=1", "megagpt.packing.kind=best-fit", "megagpt.augment.goldfish.k=3"],
     "stage2": [*_FEW, "zero_optimization.stage=2", "megagpt.packing.kind=concatenate-masked"],
     "stage3": [*_FEW, "zero_optimization.stage=3", "megagpt.recompute.policy=full", "megagpt.data.seq_len=48"],
-    "other blocks": [*_FEW, "zero_optimization.stage=1", "megagpt.packing.kind=concatenate-masked", *OTHER_BLOCKS],
+    "other blocks": [
+        *(*_FEW, "zero_optimization.stage=1", "megagpt.packing.kind=concatenate-masked", *OTHER_BLOCKS),
+        "megagpt.regularization.stochastic_depth=0.4",  # which one rank and two draw alike
+    ],
 }
 
 

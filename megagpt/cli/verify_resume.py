@@ -40,6 +40,11 @@ LOSSES = ("train/loss", "val/loss", "val/best_loss")
 FOLLOW = ("val/perplexity", "val/bits_per_byte", "optim/grad_norm", TASKS)
 # Where a run sends its metrics besides its folder: a test adds no runs to the user's.
 TRACKERS = ("tensorboard", "wandb", "csv_monitor", "comet", "megagpt.mlflow")
+# What every rank draws for itself.
+DRAWS_NOTHING = (
+    *("dropout=0.0", "embedding_dropout=null", "attention_dropout=null", "residual_dropout=null"),
+    "stochastic_depth=0.0",
+)
 # The keys that have another value here than in the run file, in all parts.
 REPLACED = (
     *("megagpt.out_dir", "megagpt.every", "megagpt.keep", "megagpt.early_stopping.restore_best"),
@@ -62,8 +67,8 @@ def verify_resume(
     """Compare `steps` steps straight with the same steps resumed in the middle; return (differences, the criterion).
 
     The run file is the user's, with its schedule; only out_dir, the intervals and the retention are replaced, and
-    trackers are off. If the second half has other ranks or other keys (`then`), dropout is off, because every rank
-    draws its own. Raises UserError if a part fails.
+    trackers are off. If the second half has other ranks or other keys (`then`), dropout and stochastic depth are off,
+    because every rank draws its own. Raises UserError if a part fails.
     """
     out_dir, straight = folder / "run", folder / "straight"
     reshaped = then_ranks != ranks or bool(then)
@@ -74,7 +79,7 @@ def verify_resume(
         'megagpt.keep={"last": 2}',
         "megagpt.early_stopping.restore_best=false",
         *(f"{tracker}.enabled=false" for tracker in TRACKERS),
-        *(["megagpt.regularization.dropout=0.0"] if reshaped else []),
+        *(f"megagpt.regularization.{key}" for key in DRAWS_NOTHING if reshaped),
     ]
     _launch(run_file, ours, ranks, stop_at=steps)
     out_dir.rename(straight)

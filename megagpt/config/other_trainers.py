@@ -49,7 +49,12 @@ NAMES = {
     "megagpt.schedule.shape": "lr_scheduler_type lr_scheduler lr_schedule lr_decay_style decay_lr",
     "megagpt.schedule.end_step": "lr_decay_iters lr_decay_steps",
     "megagpt.schedule.min_lr_ratio": "min_lr lr_min final_lr",
-    "megagpt.regularization.dropout": "dropout_rate hidden_dropout attention_dropout resid_pdrop embd_pdrop attn_pdrop",
+    "megagpt.regularization.dropout": "dropout_rate hidden_dropout",
+    "megagpt.regularization.embedding_dropout": "embd_pdrop embd_dropout emb_dropout embed_dropout",
+    "megagpt.regularization.attention_dropout": "attn_pdrop attn_dropout",
+    "megagpt.regularization.residual_dropout": "resid_pdrop resid_dropout",
+    "megagpt.regularization.stochastic_depth": "drop_path drop_path_rate layerdrop layer_drop stochastic_depth_rate "
+    "layer_dropout",
     "megagpt.regularization.label_smoothing": "label_smoothing_factor",
     "megagpt.early_stopping.patience": "early_stopping_patience",
     "megagpt.early_stopping.min_delta": "early_stopping_threshold",

@@ -1,6 +1,6 @@
 """The schema of a run file's sections against overfitting: "megagpt.regularization" and "megagpt.early_stopping"."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
@@ -8,10 +8,49 @@ from megagpt.config.parsing import Strict
 from megagpt.options import MANY
 
 
-class RegularizationConfig(Strict):
-    """Dropout, weight decay, label smoothing and z-loss (Chowdhery et al. 2022, PaLM, section 5)."""
+class Dropout(NamedTuple):
+    """The dropout rates of a model's parts."""
 
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="on embeddings, attention and residuals")
+    embedding: float = 0.0
+    attention: float = 0.0
+    residual: float = 0.0
+
+    @property
+    def inside_blocks(self) -> bool:
+        """Tell whether blocks draw random numbers."""
+        return max(self.attention, self.residual) > 0.0
+
+
+NO_DROPOUT = Dropout()
+
+
+class RegularizationConfig(Strict):
+    """Dropout, stochastic depth, weight decay, label smoothing and z-loss (Chowdhery et al. 2022, PaLM, section 5)."""
+
+    dropout: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="on embeddings, attention and residuals that have no rate of their own"
+    )
+    embedding_dropout: float | None = Field(
+        default=None, ge=0.0, lt=1.0, description="on the embeddings' sum; null: megagpt.regularization.dropout"
+    )
+    attention_dropout: float | None = Field(
+        default=None, ge=0.0, lt=1.0, description="on attention weights; null: megagpt.regularization.dropout"
+    )
+    residual_dropout: float | None = Field(
+        default=None,
+        ge=0.0,
+        lt=1.0,
+        description="on what attention and MLP add to the residuals; null: megagpt.regularization.dropout",
+    )
+    stochastic_depth: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="share of the samples that skip the last block in training (Huang et al. 2016)",
+    )
+    stochastic_depth_shape: Literal["linear", "constant"] = Field(
+        default="linear", description="linear: block i of L is skipped by i / L of that share; constant: by all of it"
+    )
     weight_decay_on: Literal["matrices", "all"] = Field(
         default="matrices", description="matrices: no biases and norms; all: every parameter"
     )
@@ -19,6 +58,24 @@ class RegularizationConfig(Strict):
         default=0.0, ge=0.0, lt=1.0, description="share of each target that is spread over the vocabulary"
     )
     z_loss: float = Field(default=0.0, ge=0.0, le=1e6, description="weight of the squared log partition function")
+
+    @property
+    def dropouts(self) -> Dropout:
+        """The dropout rates of the model's parts."""
+        return Dropout(*(self.dropout if rate is None else rate for rate in self.own_dropouts))
+
+    @property
+    def own_dropouts(self) -> tuple[float | None, float | None, float | None]:
+        """The rates of embeddings, attention and residuals that are given for them alone."""
+        return self.embedding_dropout, self.attention_dropout, self.residual_dropout
+
+    def skip_rates(self, n_layer: int) -> tuple[float, ...]:
+        """Return for each block the share of the samples that skip it (Huang et al. 2016, equation 4)."""
+        linear = self.stochastic_depth_shape == "linear"
+        return tuple(self.stochastic_depth * (i / n_layer if linear else 1.0) for i in range(1, n_layer + 1))
+
+
+UNREGULARIZED = RegularizationConfig()
 
 
 class EarlyStoppingConfig(Strict):

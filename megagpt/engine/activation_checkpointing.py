@@ -16,7 +16,7 @@ def recompute_hook(cfg: MegaGPTConfig, ds: DeepSpeedConfig, device: torch.device
     refuse_what_cannot_act(cfg, ds, device, compiled=compiled)
     recompute = cfg.recompute
     run_again = _deepspeed_checkpoint(ds) if recompute.kind == "deepspeed" else None
-    return recompute_blocks(recompute, cfg.regularization.dropout, run_again, compiled=compiled)
+    return recompute_blocks(recompute, cfg.regularization.dropouts, run_again, compiled=compiled)
 
 
 def _deepspeed_checkpoint(ds: DeepSpeedConfig) -> RunAgain:
@@ -63,9 +63,15 @@ def refuse_what_cannot_act(cfg: MegaGPTConfig, ds: DeepSpeedConfig, device: torc
             "megagpt.recompute.policy='budget' acts in the compiler, and blocks are not compiled here; set "
             "megagpt.compile to true, or megagpt.recompute.policy to 'selective'"
         )
-    if recompute.policy == "budget" and cfg.regularization.dropout > 0.0:  # torch 2.13 on a CPU: a gradient 18 % off
+    rates = cfg.regularization
+    if recompute.policy == "budget" and rates.dropouts.inside_blocks:  # torch 2.13 on a CPU: a gradient 18 % off
+        own = {"attention_dropout": rates.attention_dropout, "residual_dropout": rates.residual_dropout}
+        keys = {
+            "dropout" if rate is None else key: rates.dropout if rate is None else rate for key, rate in own.items()
+        }
+        key, rate = next((key, rate) for key, rate in keys.items() if rate > 0.0)
         raise UserError(
-            f"megagpt.recompute.policy='budget' with megagpt.regularization.dropout={cfg.regularization.dropout}: the "
-            "compiler may draw other masks in backward, and gradients would be wrong; set megagpt.recompute.policy to "
-            "'selective', or megagpt.regularization.dropout to 0"
+            f"megagpt.recompute.policy='budget' with megagpt.regularization.{key}={rate}: the compiler may draw other "
+            "masks in backward, and gradients would be wrong; set megagpt.recompute.policy to 'selective', or "
+            f"megagpt.regularization.{key} to 0"
         )

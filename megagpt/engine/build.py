@@ -65,14 +65,14 @@ def build_engine(
     recompute = recompute_hook(cfg, ds, device, compiled=compiled)
     torch.manual_seed(cfg.seed)  # the same weights on every rank
     with _refusals_explained(), deepspeed.zero.Init(config_dict_or_path=config, enabled=sharded):
-        model = GPT(cfg.model, vocab_size, dropout=cfg.regularization.dropout)
+        model = GPT(cfg.model, vocab_size, cfg.regularization)
     if weights is not None:
         copy_weights(model, weights, sharded=sharded)
     if exchange is not None:
         model.shard_positions(exchange, sharing, rank() % sharing)
     if compiled:
         set_memory_budget(cfg.recompute)
-        compile_blocks(model, cfg.out_dir / KERNELS, recompute_inside(cfg.recompute, cfg.regularization.dropout))
+        compile_blocks(model, cfg.out_dir / KERNELS, recompute_inside(cfg.recompute, cfg.regularization.dropouts))
         if sharded:
             deepspeed.utils.set_z3_leaf_modules(model, [Block])  # hooks inside a block would break its graph
     prefer_cudnn(device)

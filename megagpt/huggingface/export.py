@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from megagpt.checkpoint.load import LoadedModel
+from megagpt.config.regularization import RegularizationConfig
 from megagpt.config.validation_sets import sets_of
 from megagpt.data.dataset import open_dataset
 from megagpt.errors import UserError
@@ -56,7 +57,7 @@ def export(loaded: LoadedModel, folder: Path, *, dtype: str, license_name: str |
     tokenizer_json = exported_json(tokenizer)
     _round(loaded, dtype)
     run_file = json.loads((loaded.step_dir / "run.json").read_bytes())
-    dropout = run_file["megagpt"].get("regularization", {}).get("dropout", 0.0)
+    dropout = RegularizationConfig(**run_file["megagpt"].get("regularization", {})).dropouts
     with new_folder(folder) as partial:
         write_weights(renamed(loaded.model.state_dict(), cfg, tokenizer.vocab_size), partial, DTYPES[dtype])
         config = config_json(cfg, tokenizer.vocab_size, tokenizer.eod_id, dropout, dtype)

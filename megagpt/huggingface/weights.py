@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megagpt.config.model import ModelConfig
+from megagpt.config.regularization import Dropout
 from megagpt.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -117,7 +118,7 @@ LLAMA_PARTS = {  # of a block
 }
 
 
-def config_json(cfg: ModelConfig, vocab_size: int, eod_id: int, dropout: float, dtype: str) -> dict[str, Any]:
+def config_json(cfg: ModelConfig, vocab_size: int, eod_id: int, dropout: Dropout, dtype: str) -> dict[str, Any]:
     """Return config.json. The end-of-document token begins each document, and so is the beginning-of-text token."""
     kind = model_type(cfg)
     return {
@@ -134,7 +135,7 @@ def config_json(cfg: ModelConfig, vocab_size: int, eod_id: int, dropout: float, 
     }
 
 
-def _gpt2_sizes(cfg: ModelConfig, dropout: float) -> dict[str, Any]:
+def _gpt2_sizes(cfg: ModelConfig, dropout: Dropout) -> dict[str, Any]:
     return {
         "n_positions": cfg.seq_len,
         "n_embd": cfg.n_embd,
@@ -143,14 +144,14 @@ def _gpt2_sizes(cfg: ModelConfig, dropout: float) -> dict[str, Any]:
         "n_inner": None if cfg.mlp_inner == 4 * cfg.n_embd else cfg.mlp_inner,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": cfg.norm_eps,
-        "resid_pdrop": dropout,
-        "embd_pdrop": dropout,
-        "attn_pdrop": dropout,
+        "resid_pdrop": dropout.residual,
+        "embd_pdrop": dropout.embedding,
+        "attn_pdrop": dropout.attention,
         "scale_attn_weights": True,
     }
 
 
-def _llama_sizes(cfg: ModelConfig, dropout: float) -> dict[str, Any]:
+def _llama_sizes(cfg: ModelConfig, dropout: Dropout) -> dict[str, Any]:
     """Return Llama's and Qwen3's keys, the base of rotary positions as transformers 4 and 5 read it."""
     scaled = cfg.rotary_scaling != 1.0
     scaling = {"rope_type": "linear", "factor": cfg.rotary_scaling} if scaled else {"rope_type": "default"}
@@ -168,7 +169,7 @@ def _llama_sizes(cfg: ModelConfig, dropout: float) -> dict[str, Any]:
         "rope_scaling": scaling if scaled else None,
         "rope_parameters": {**scaling, "rope_theta": cfg.rotary_base},
         "attention_bias": False,
-        "attention_dropout": dropout,
+        "attention_dropout": dropout.attention,
     }
 
 

@@ -114,6 +114,17 @@ WITHOUT_EFFECT = (
         "a constant learning rate does not fall; remove it or choose another shape",
     ),
     Acts(
+        ("megagpt.regularization.dropout",),
+        lambda run: None in run.megagpt.regularization.own_dropouts,
+        "megagpt.regularization.embedding_dropout, megagpt.regularization.attention_dropout and "
+        "megagpt.regularization.residual_dropout are all set; remove it",
+    ),
+    Acts(
+        ("megagpt.regularization.stochastic_depth_shape",),
+        lambda run: run.megagpt.regularization.stochastic_depth > 0,
+        "megagpt.regularization.stochastic_depth is 0; set it or remove this",
+    ),
+    Acts(
         ("megagpt.regularization.weight_decay_on",),
         lambda run: run.deepspeed.optimizer.params.weight_decay > 0,
         "optimizer.params.weight_decay is 0; set it or remove this",
@@ -138,6 +149,11 @@ CONTRADICTIONS = (
             f"is more than megagpt.schedule.max_steps: only the end {will}; lower it, or write 0 if you want that",
         )
         for what, will in {"eval": "evaluates", "save": "saves"}.items()
+    ),
+    Against(
+        "megagpt.regularization.stochastic_depth",
+        lambda run: run.megagpt.regularization.stochastic_depth > 0 and run.megagpt.model.n_layer == 1,
+        "skips the only block, so that samples train the embeddings alone; remove it, or raise megagpt.model.n_layer",
     ),
     Against(
         "megagpt.model.n_head",

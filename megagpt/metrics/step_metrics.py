@@ -110,7 +110,7 @@ def speed(
     again = recompute_flops_per_token(
         model,
         cfg.recompute,
-        dropout=cfg.regularization.dropout,
+        dropout=cfg.regularization.dropouts,
         zero3=run.deepspeed.zero_optimization.stage == 3,
         compiled=compiled,
     )

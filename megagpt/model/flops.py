@@ -5,6 +5,7 @@ N parameters without tables that are only looked up, L n_layer, C n_embd, T seq_
 
 from megagpt.config.model import ModelConfig
 from megagpt.config.recompute import RecomputeConfig
+from megagpt.config.regularization import NO_DROPOUT, Dropout
 
 
 def param_sizes(cfg: ModelConfig, vocab_size: int) -> list[int]:
@@ -78,14 +79,19 @@ def causal_flops_per_token(cfg: ModelConfig, vocab_size: int) -> float:
 
 
 def recompute_flops_per_token(
-    cfg: ModelConfig, recompute: RecomputeConfig, *, dropout: float = 0.0, zero3: bool = False, compiled: bool = False
+    cfg: ModelConfig,
+    recompute: RecomputeConfig,
+    *,
+    dropout: Dropout = NO_DROPOUT,
+    zero3: bool = False,
+    compiled: bool = False,
 ) -> float | None:
     """Return the FLOPs that activation checkpointing recomputes: hfu counts them, mfu does not.
 
     None if the compiler decides. torch stops recomputing a block at the last tensor that backward needs: the input of
-    mlp.c_proj; with dropout, the mask after its output; with DeepSpeed's linear layer of ZeRO-3, which saves its input
-    late, that output. DeepSpeed's checkpointing and compiled blocks recompute to the end of the block, except where
-    the compiler itself carries out a policy.
+    mlp.c_proj; with dropout of residuals, the mask after its output; with DeepSpeed's linear layer of ZeRO-3, which
+    saves its input late, that output. DeepSpeed's checkpointing and compiled blocks recompute to the end of the block,
+    except where the compiler itself carries out a policy.
     """
     if recompute.policy == "budget":
         return None
@@ -93,9 +99,9 @@ def recompute_flops_per_token(
     c_attn, attention, c_proj = 2 * C * _qkv(cfg), 4 * C * cfg.seq_len, 2 * C * C
     mlp = 2 * C * cfg.mlp_inner  # of a matrix from or to that width
     c_fc = mlp * (2 if cfg.gated else 1)
-    to_the_end = recompute.kind == "deepspeed" or dropout > 0.0 or zero3 or compiled
+    to_the_end = recompute.kind == "deepspeed" or dropout.residual > 0.0 or zero3 or compiled
     mlp_c_proj = mlp if to_the_end and not (compiled and recompute.policy == "selective") else 0
     if recompute.policy == "selective":  # keeps the outputs that recompute.py chooses
         c_attn = c_fc = 0
-        attention = attention if dropout > 0.0 or cfg.attention == "eager" else 0
+        attention = attention if dropout.attention > 0.0 or cfg.attention == "eager" else 0
     return recompute.n_blocks(cfg.n_layer) * (c_attn + attention + c_proj + c_fc + mlp_c_proj)

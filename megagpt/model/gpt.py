@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.config.model import ModelConfig
+from megagpt.config.regularization import UNREGULARIZED, Dropout, RegularizationConfig
 from megagpt.model.attention import ATTENTION, over_ranks
 from megagpt.model.cache import Append, KeyValueCaches
 from megagpt.model.loss import Score, capped
 from megagpt.model.positions import alibi_mask, rotary_tables, rotate, sinusoidal
+from megagpt.model.stochastic_depth import StochasticDepth
 
 
 class Linear(nn.Linear):
@@ -84,7 +86,7 @@ def draw_normal(weight: Tensor, std: float) -> None:
 class CausalSelfAttention(nn.Module):
     """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2): x (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, cfg: ModelConfig, dropout: float) -> None:
+    def __init__(self, cfg: ModelConfig, dropout: Dropout) -> None:
         super().__init__()
         self.heads, self.head_dim = [cfg.n_head, cfg.kv_heads, cfg.kv_heads], cfg.head_dim
         self.attend = self.attend_alone = ATTENTION[cfg.attention]
@@ -109,9 +111,9 @@ class CausalSelfAttention(nn.Module):
             q = q.to(k.dtype)
             # Also with sequence parallelism, because every rank generates whole texts.
             attend = self.attend_alone
-        y = attend(q, k, v, self.dropout if self.training else 0.0, mask)  # (B, H, T, D)
+        y = attend(q, k, v, self.dropout.attention if self.training else 0.0, mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        return F.dropout(self.c_proj(y), self.dropout.residual, self.training)
 
 
 def _squared(x: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class MLP(nn.Module):
     """Two linear layers with an activation between them, GPT-2's GELU by default: x (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, cfg: ModelConfig, dropout: float) -> None:
+    def __init__(self, cfg: ModelConfig, dropout: Dropout) -> None:
         super().__init__()
         self.dropout, self.gated, self.activation = dropout, cfg.gated, ACTIVATIONS[cfg.mlp]
         self.c_fc = Linear(cfg.n_embd, cfg.mlp_inner * (2 if cfg.gated else 1), bias=cfg.bias)
@@ -142,13 +144,13 @@ class MLP(nn.Module):
             x = self.activation(gate) * x
         else:
             x = self.activation(x)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        return F.dropout(self.c_proj(x), self.dropout.residual, self.training)
 
 
 class Block(nn.Module):
     """A transformer block with LayerNorm at the input of each part (GPT-2, section 2.3): x (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, cfg: ModelConfig, dropout: float) -> None:
+    def __init__(self, cfg: ModelConfig, dropout: Dropout) -> None:
         super().__init__()
         self.ln_1 = norm(cfg, cfg.n_embd)
         self.attn = CausalSelfAttention(cfg, dropout)
@@ -180,12 +182,13 @@ def keep_activations(
 class GPT(nn.Module):
     """A decoder-only language model: tokens (B, T) -> logits (B, T, V), V the padded vocabulary; or a score."""
 
-    def __init__(self, cfg: ModelConfig, vocab_size: int, *, dropout: float = 0.0) -> None:
+    def __init__(self, cfg: ModelConfig, vocab_size: int, regularization: RegularizationConfig = UNREGULARIZED) -> None:
         super().__init__()
-        self.cfg, self.dropout = cfg, dropout
+        self.cfg, self.dropout = cfg, regularization.dropouts
+        self.stochastic_depth = StochasticDepth(regularization.skip_rates(cfg.n_layer))
         self.wte = Embedding(vocab_size, cfg.n_embd)
         self.wpe = Embedding(cfg.seq_len, cfg.n_embd) if cfg.position == "learned" else None
-        self.h = nn.ModuleList(Block(cfg, dropout) for _ in range(cfg.n_layer))
+        self.h = nn.ModuleList(Block(cfg, self.dropout) for _ in range(cfg.n_layer))
         self.ln_f = norm(cfg, cfg.n_embd)
         self.lm_head = OutputHead(cfg.n_embd, vocab_size, std=0.02 if cfg.init == "gpt2" else 0.0, bias=False)
         self.lm_head.softcap = cfg.logit_softcap
@@ -223,7 +226,7 @@ class GPT(nn.Module):
             positions = positions[:, begin:end]  # (B, T)
         if caches is not None:
             positions, mask = caches.next(T)
-        x = F.dropout(self._embedded(tokens, positions), self.dropout, self.training)  # (B, T, C)
+        x = F.dropout(self._embedded(tokens, positions), self.dropout.embedding, self.training)  # (B, T, C)
         rotary = None
         if self.cfg.position == "rotary":
             rotary = rotary_tables(positions, self.cfg.head_dim, self.cfg.rotary_base, self.cfg.rotary_scaling)
@@ -231,9 +234,11 @@ class GPT(nn.Module):
             places = torch.arange(begin, end, device=tokens.device) if caches is None else positions
             mask = alibi_mask(self.cfg.n_head, places, end, mask)
         recompute = self.recompute if self.training else keep_activations
+        kept = self.stochastic_depth.draw(len(x), x.device) if self.training else None
         for i, block in enumerate(self.blocks()):
             if caches is None:
-                x = recompute(i, block, x, mask, rotary)  # (B, T, C)
+                y = recompute(i, block, x if kept is None else x.view_as(x), mask, rotary)
+                x = self.stochastic_depth.after(i, x, y, kept)  # (B, T, C)
             else:
                 x = block(x, mask, rotary, partial(caches.append, i))
         if caches is not None:
@@ -259,6 +264,7 @@ class GPT(nn.Module):
         """Let `size` ranks, of which this is one, compute a share of each sample's positions; see `over_ranks`."""
         for block in self.blocks():
             block.attn.attend = over_ranks(block.attn.attend, exchange, size)
+        self.stochastic_depth.same = lambda x: exchange(x.expand(size, *x.shape).contiguous())[0]
         self.sequence_rank = sequence_rank
 
     def new_caches(self, batch: int, positions: int | None = None) -> KeyValueCaches:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext,
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from megagpt.config.recompute import RecomputeConfig
+from megagpt.config.regularization import Dropout
 from megagpt.model.gpt import Block, Recompute, keep_activations
 
 RunAgain = Callable[
@@ -36,7 +37,7 @@ ATTENTIONS = {
 
 
 def recompute_blocks(
-    cfg: RecomputeConfig, dropout: float, run_again: RunAgain | None = None, *, compiled: bool = False
+    cfg: RecomputeConfig, dropout: Dropout, run_again: RunAgain | None = None, *, compiled: bool = False
 ) -> Recompute:
     """Return how the model runs its blocks; run_again replaces torch's checkpoint (policies full and every_k)."""
     if cfg.policy == "none" or (compiled and cfg.policy in IN_THE_GRAPH):
@@ -46,7 +47,7 @@ def recompute_blocks(
     return on_the_host(recompute) if cfg.offload else recompute
 
 
-def recompute_inside(cfg: RecomputeConfig, dropout: float) -> Callable[..., Tensor] | None:
+def recompute_inside(cfg: RecomputeConfig, dropout: Dropout) -> Callable[..., Tensor] | None:
     """Return the checkpoint function to compile into a block's forward pass, or None; for the policy `selective`."""
     return _torch_checkpoint(cfg, dropout) if cfg.policy == "selective" else None
 
@@ -59,9 +60,9 @@ def set_memory_budget(cfg: RecomputeConfig) -> None:
         torch._functorch.config.activation_memory_budget = budget
 
 
-def _torch_checkpoint(cfg: RecomputeConfig, dropout: float) -> Callable[..., Tensor]:
+def _torch_checkpoint(cfg: RecomputeConfig, dropout: Dropout) -> Callable[..., Tensor]:
     contexts: dict[str, Any] = {"context_fn": partial(_contexts, dropout)} if cfg.policy == "selective" else {}
-    return partial(torch_checkpoint, use_reentrant=False, preserve_rng_state=dropout > 0.0, **contexts)
+    return partial(torch_checkpoint, use_reentrant=False, preserve_rng_state=dropout.inside_blocks, **contexts)
 
 
 def _every(k: int, run_again: RunAgain) -> Recompute:
@@ -73,7 +74,7 @@ def _every(k: int, run_again: RunAgain) -> Recompute:
     return recompute
 
 
-def _contexts(dropout: float) -> Any:
+def _contexts(dropout: Dropout) -> Any:
     return create_selective_checkpoint_contexts(_Selective(dropout))
 
 
@@ -84,9 +85,9 @@ class _Selective:
     mlp.c_proj, whose output no gradient needs unless dropout follows it).
     """
 
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, dropout: Dropout) -> None:
         # Attention with dropout must draw its random numbers again: if it were skipped, later masks would shift.
-        self.kept = set() if dropout > 0.0 else ATTENTIONS
+        self.kept = set() if dropout.attention > 0.0 else ATTENTIONS
         self.products = {False: 0, True: 0}  # counted in the forward pass, and while recomputing
 
     def __call__(self, ctx: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

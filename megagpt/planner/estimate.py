@@ -228,7 +228,7 @@ def _compute_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, on: Mach
     again = recompute_flops_per_token(
         model,
         cfg.recompute,
-        dropout=cfg.regularization.dropout,
+        dropout=cfg.regularization.dropouts,
         zero3=run.deepspeed.zero_optimization.stage == 3,
         compiled=cfg.compile is not False,
     )

@@ -223,7 +223,7 @@ def _activations(run: RunConfig, batch: BatchPlan) -> tuple[float, float, float]
     elif PACKING[cfg.packing.kind].masked:
         # The mask of each sample, (T, T), as numbers that are added to the scores.
         extra += batch.micro_batch * T * T * s
-    if cfg.regularization.dropout > 0.0:
+    if cfg.regularization.dropouts.residual > 0.0:
         # The masks of two results, a byte for each number.
         extra += 2 * tokens * cfg.model.n_embd
     # What newer parts keep beyond GPT-2's: rotated queries and keys, those before their norms, a gate and its SiLU.

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from megagpt.config.generation import GenerationConfig
 from megagpt.config.model import ModelConfig
+from megagpt.config.regularization import NO_DROPOUT
 from megagpt.huggingface.weights import DTYPES, config_json, renamed, write_weights
 from megagpt.model.generate import complete
 from megagpt.model.gpt import GPT
@@ -49,7 +50,7 @@ def models(size: str, dtype: str, tokenizer: Tokenizer) -> tuple[GPT, Any]:
     ours = GPT(cfg, padded_vocab_size(VOCAB_SIZE)).eval()
     with tempfile.TemporaryDirectory() as name:
         write_weights(renamed(ours.state_dict(), cfg, VOCAB_SIZE), Path(name), DTYPES[dtype])
-        config = config_json(cfg, VOCAB_SIZE, tokenizer.eod_id, 0.0, dtype)
+        config = config_json(cfg, VOCAB_SIZE, tokenizer.eod_id, NO_DROPOUT, dtype)
         (Path(name) / "config.json").write_text(json.dumps(config))
         theirs = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype]).eval()
     theirs.generation_config.eos_token_id = None

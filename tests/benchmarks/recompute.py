@@ -27,6 +27,7 @@ from throughput_table import SIZES, commit, hardware
 
 from megagpt.config.model import ModelConfig
 from megagpt.config.recompute import RecomputeConfig
+from megagpt.config.regularization import NO_DROPOUT
 from megagpt.engine.compilation import compile_blocks
 from megagpt.model.attention import prefer_cudnn
 from megagpt.model.gpt import GPT
@@ -66,9 +67,9 @@ def turn(args: argparse.Namespace, cfg: RecomputeConfig, compiled: bool, cache: 
     model = model.to(device, dtype).train()
     if compiled:
         set_memory_budget(cfg)
-        compile_blocks(model, Path(cache), recompute_inside(cfg, 0.0))
+        compile_blocks(model, Path(cache), recompute_inside(cfg, NO_DROPOUT))
     prefer_cudnn(device)
-    model.recompute = recompute_blocks(cfg, 0.0, compiled=compiled)
+    model.recompute = recompute_blocks(cfg, NO_DROPOUT, compiled=compiled)
     tokens = torch.randint(vocab_size, (args.micro_batch, args.seq + 1), device=device)
 
     clock = time.perf_counter if device.type == "cuda" else time.process_time

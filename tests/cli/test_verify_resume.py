@@ -10,6 +10,7 @@ from megagpt.cli.verify_resume import same
 ROUGH = [
     "zero_optimization.stage=3",
     "megagpt.regularization.dropout=0.1",
+    "megagpt.regularization.stochastic_depth=0.5",
     "train_micro_batch_size_per_gpu=2",
     "megagpt.data.val_tokens=256",
 ]

@@ -17,7 +17,9 @@ from megagpt.lint.linter import lint_file, lint_or_raise
 SLIPS = {  # what people type: as here but in another section, and as in nanoGPT and Hugging Face's Trainer
     **dict.fromkeys(["max_steps", "schedule.max_steps", "max_iters", "num_train_epochs"], "megagpt.schedule.max_steps"),
     **dict.fromkeys(["lr", "learning_rate", "learning-rate", "optimizer.lr"], "optimizer.params.lr"),
-    **dict.fromkeys(["dropout", "model.dropout", "resid_pdrop"], "megagpt.regularization.dropout"),
+    **dict.fromkeys(["dropout", "model.dropout", "hidden_dropout"], "megagpt.regularization.dropout"),
+    **dict.fromkeys(["resid_pdrop", "residual_dropout"], "megagpt.regularization.residual_dropout"),
+    **dict.fromkeys(["drop_path_rate", "stochastic_depth"], "megagpt.regularization.stochastic_depth"),
     **dict.fromkeys(["n_layer", "model.n_layer", "num_hidden_layers"], "megagpt.model.n_layer"),
     **dict.fromkeys(["block_size", "n_positions", "max_seq_length"], "megagpt.model.seq_len"),
     **dict.fromkeys(["batch_size", "train_batch_sise"], "train_batch_size"),

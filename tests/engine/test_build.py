@@ -39,6 +39,7 @@ POLICIES = {
     "deepspeed full": ['megagpt.recompute={"policy": "full", "kind": "deepspeed"}'],
     "deepspeed every 2": ['megagpt.recompute={"policy": "every_k", "k": 2, "kind": "deepspeed"}'],
 }
+REGULARIZED = ['megagpt.regularization={"dropout": 0.2, "attention_dropout": 0.1, "stochastic_depth": 0.5}']
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def loss_and_gradients(engine):
 
 @pytest.mark.parametrize("policy", list(POLICIES)[1:])
 def test_recomputing_activations_changes_no_gradient(engine_of, policy):
-    common = ["zero_optimization.stage=0", "megagpt.regularization.dropout=0.2"]
+    common = ["zero_optimization.stage=0", *REGULARIZED]
     loss, gradients = loss_and_gradients(engine_of(*common))
     again, recomputed = loss_and_gradients(engine_of(*common, *POLICIES[policy]))
     assert again == loss
@@ -76,7 +77,7 @@ def test_recomputing_activations_changes_no_gradient(engine_of, policy):
 
 @pytest.mark.parametrize("policy", ["none", "every 2", "full"])
 def test_activations_that_wait_on_the_host_change_no_gradient(engine_of, policy):
-    common = ["zero_optimization.stage=0", "megagpt.regularization.dropout=0.2"]
+    common = ["zero_optimization.stage=0", *REGULARIZED]
     loss, gradients = loss_and_gradients(engine_of(*common))
     engine = engine_of(*common, *POLICIES[policy])
     engine.module.recompute = on_the_host(engine.module.recompute)

@@ -20,6 +20,7 @@ from support import DEBUG_RUN, ROOT, build_dataset, environment, write_corpus
 from data_tools.config import BuildConfig
 from megagpt.checkpoint.load import load_model
 from megagpt.config.parsing import dotted_items
+from megagpt.config.regularization import NO_DROPOUT
 from megagpt.config.run_file import load_run_config
 from megagpt.huggingface.fast_tokenizer import exported_json, write_tokenizer
 from megagpt.huggingface.weights import config_json, renamed, write_weights
@@ -230,7 +231,7 @@ def write_model(run: Path, folder: Path) -> None:
     model, tokenizer, *_ = load_model(run, torch.device("cpu"))
     folder.mkdir()
     write_weights(renamed(model.state_dict(), model.cfg, tokenizer.vocab_size), folder, torch.float32)
-    config = config_json(model.cfg, tokenizer.vocab_size, tokenizer.eod_id, 0.0, "fp32")
+    config = config_json(model.cfg, tokenizer.vocab_size, tokenizer.eod_id, NO_DROPOUT, "fp32")
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(exported_json(tokenizer), tokenizer, model.cfg.seq_len, folder)
 

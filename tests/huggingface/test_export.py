@@ -17,6 +17,7 @@ from support import debug_run
 from megagpt.__main__ import main
 from megagpt.checkpoint.load import load_model
 from megagpt.config.model import ModelConfig
+from megagpt.config.regularization import NO_DROPOUT
 from megagpt.errors import UserError
 from megagpt.huggingface import export as exporting
 from megagpt.huggingface.export import ODD, equally_likely, export
@@ -142,7 +143,7 @@ def test_logits_are_those_of_transformers_for_every_shape(seq_len, vocab_size, n
     model = GPT(cfg, -(-vocab_size // 128) * 128).eval()
     for weight in model.parameters():  # biases and LayerNorms that are 0 and 1 would hide an exchange
         torch.nn.init.normal_(weight, std=0.2)
-    config = GPT2Config(**config_json(cfg, vocab_size, 0, 0.0, "fp32"))
+    config = GPT2Config(**config_json(cfg, vocab_size, 0, NO_DROPOUT, "fp32"))
     theirs = GPT2LMHeadModel(config).eval()
     theirs.load_state_dict(renamed(model.state_dict(), model.cfg, vocab_size), strict=False)
     tokens = torch.randint(vocab_size, (1, seq_len))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megagpt.config.generation import GenerationConfig
 from megagpt.config.model import ModelConfig
+from megagpt.config.regularization import NO_DROPOUT
 from megagpt.huggingface.weights import config_json, renamed, write_weights
 from megagpt.model.generate import complete
 from megagpt.model.gpt import GPT
@@ -44,7 +45,7 @@ def theirs(model, tokenizer, tmp_path_factory):
 
     folder: Path = tmp_path_factory.mktemp("exported")
     write_weights(renamed(model.state_dict(), model.cfg, tokenizer.vocab_size), folder, torch.float32)
-    config = config_json(model.cfg, tokenizer.vocab_size, tokenizer.eod_id, 0.0, "fp32")
+    config = config_json(model.cfg, tokenizer.vocab_size, tokenizer.eod_id, NO_DROPOUT, "fp32")
     (folder / "config.json").write_text(json.dumps(config))
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 

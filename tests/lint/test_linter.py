@@ -38,6 +38,7 @@ def test_every_shipped_run_file_is_clean(path):
 
 
 MUON = ["optimizer.type=Muon"]
+DROPOUTS = ("dropout", "embedding_dropout", "attention_dropout", "residual_dropout")
 FP16 = ["bf16.enabled=false", "fp16.enabled=true"]
 MASTERS = ["bf16.bf16_master_weights_and_grads=true"]
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -110,6 +111,20 @@ MISTAKES = [
     (["flops_profiler.profile_step=5"], "warning", "flops_profiler", "set flops_profiler.enabled to true"),
     (["optimizer.params.torch_adam=true"], "warning", "optimizer.params.torch_adam", "chooses the Adam of offloaded"),
     (["vocabulary_size=50257"], "warning", "vocabulary_size", "the vocabulary is the tokenizer's"),
+    (
+        [f"megagpt.regularization={json.dumps(dict.fromkeys(DROPOUTS, 0.1))}"],
+        "warning",
+        "megagpt.regularization.dropout",
+        "are all set",
+    ),
+    (["megagpt.regularization.stochastic_depth_shape=constant"], "warning", None, "stochastic_depth is 0; set it"),
+    (
+        ["megagpt.regularization.stochastic_depth=0.5", "megagpt.model.n_layer=1"],
+        "warning",
+        "megagpt.regularization.stochastic_depth",
+        "skips the only block",
+    ),
+    (["megagpt.regularization.stochastic_depth=1.0"], "error", None, "stochastic_depth=1.0 is too large"),
     (["megagpt.sample.top_p=0.9"], "warning", "megagpt.sample.top_p", "every.sample is 0"),
     (["megagpt.augment.fim.spm_rate=0.9"], "warning", "megagpt.augment.fim.spm_rate", "augment.fim.rate is 0"),
     (["megagpt.schedule.shape=constant", "megagpt.schedule.min_lr_ratio=0.2"], "warning", None, "does not fall"),

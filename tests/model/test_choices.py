@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from megagpt.config.model import PRESETS, ModelConfig
 from megagpt.config.recompute import RecomputeConfig
+from megagpt.config.regularization import NO_DROPOUT
 from megagpt.data.loss_mask import IGNORE
 from megagpt.errors import UserError
 from megagpt.huggingface.weights import class_of, config_json, renamed
@@ -65,7 +66,7 @@ def test_logits_are_those_of_transformers(more, qk_norm):
 
     ours = model_of({"preset": "llama", "qk_norm": qk_norm, "rotary_base": 500.0, **more}).eval()
     config_of, causal_lm = (Qwen3Config, Qwen3ForCausalLM) if qk_norm else (LlamaConfig, LlamaForCausalLM)
-    theirs = causal_lm(config_of(**config_json(ours.cfg, 100, 0, 0.0, "fp32"))).eval()
+    theirs = causal_lm(config_of(**config_json(ours.cfg, 100, 0, NO_DROPOUT, "fp32"))).eval()
     theirs.load_state_dict(renamed(ours.state_dict(), ours.cfg, 100), strict=True)
     with torch.no_grad():
         expected, found = theirs(TOKENS % 100).logits, ours(TOKENS % 100)[..., :100]
@@ -77,7 +78,7 @@ def test_logits_are_those_of_transformers_gpt2(more):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     ours = model_of(more).eval()
-    theirs = GPT2LMHeadModel(GPT2Config(**config_json(ours.cfg, 100, 0, 0.0, "fp32"))).eval()
+    theirs = GPT2LMHeadModel(GPT2Config(**config_json(ours.cfg, 100, 0, NO_DROPOUT, "fp32"))).eval()
     theirs.load_state_dict(renamed(ours.state_dict(), ours.cfg, 100), strict=False)
     with torch.no_grad():
         expected, found = theirs(TOKENS % 100).logits, ours(TOKENS % 100)[..., :100]
@@ -185,7 +186,7 @@ def test_recomputing_changes_no_gradient(choice, policy, zero3, monkeypatch):
     grads = []
     for recompute in (RecomputeConfig(), RecomputeConfig(policy=policy)):
         model = model_of(choice).train()
-        model.recompute = recompute_blocks(recompute, 0.0)
+        model.recompute = recompute_blocks(recompute, NO_DROPOUT)
         model(TOKENS, score=next_token_score(targets)).backward()
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))

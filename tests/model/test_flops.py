@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megagpt.config.model import ModelConfig
 from megagpt.config.recompute import RecomputeConfig
+from megagpt.config.regularization import RegularizationConfig
 from megagpt.model.flops import causal_flops_per_token, flops_per_token, n_params, recompute_flops_per_token
 from megagpt.model.gpt import GPT
 from megagpt.model.recompute import recompute_blocks
@@ -44,7 +45,9 @@ LADDER = [{"policy": "none"}, {"policy": "selective"}, {"policy": "every_k", "k"
 
 
 @pytest.mark.parametrize("zero3", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "dropout", [{}, {"dropout": 0.1}, {"attention_dropout": 0.1}, {"residual_dropout": 0.1}], ids=str
+)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("policy", LADDER, ids=lambda policy: policy["policy"])
 def test_recomputed_flops_are_those_that_torch_counts(policy, attention, dropout, zero3, monkeypatch):
@@ -52,15 +55,16 @@ def test_recomputed_flops_are_those_that_torch_counts(policy, attention, dropout
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
     cfg = ModelConfig(n_layer=3, n_head=2, n_embd=32, seq_len=16, attention=attention)
     recompute = RecomputeConfig(**policy)
-    plain, again = (flops_of_a_step(cfg, dropout, chosen) for chosen in (RecomputeConfig(), recompute))
+    rates = RegularizationConfig(**dropout)
+    plain, again = (flops_of_a_step(cfg, rates, chosen) for chosen in (RecomputeConfig(), recompute))
     n_tokens = 2 * 16
-    assert again - plain == n_tokens * recompute_flops_per_token(cfg, recompute, dropout=dropout, zero3=zero3)
+    assert again - plain == n_tokens * recompute_flops_per_token(cfg, recompute, dropout=rates.dropouts, zero3=zero3)
 
 
-def flops_of_a_step(cfg: ModelConfig, dropout: float, recompute: RecomputeConfig) -> int:
+def flops_of_a_step(cfg: ModelConfig, rates: RegularizationConfig, recompute: RecomputeConfig) -> int:
     torch.manual_seed(0)
-    model = GPT(cfg, 128, dropout=dropout)
-    model.recompute = recompute_blocks(recompute, dropout)
+    model = GPT(cfg, 128, rates)
+    model.recompute = recompute_blocks(recompute, rates.dropouts)
     with Flops() as counted:
         model(torch.zeros(2, 16, dtype=torch.int64)).sum().backward()
     return counted.total

@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from megagpt.config.model import ModelConfig
+from megagpt.config.regularization import RegularizationConfig
 from megagpt.model.attention import ATTENTION
 from megagpt.model.gpt import GPT, document_positions
 from megagpt.model.loss import next_token_loss
+from megagpt.model.stochastic_depth import StochasticDepth
 
 TINY = ModelConfig(n_layer=3, n_head=2, n_embd=32, seq_len=16)
 VOCAB = 128
@@ -15,7 +17,7 @@ VOCAB = 128
 
 def build(dropout: float = 0.0, **changes) -> GPT:
     torch.manual_seed(0)
-    return GPT(TINY.model_copy(update=changes), VOCAB, dropout=dropout)
+    return GPT(TINY.model_copy(update=changes), VOCAB, RegularizationConfig(dropout=dropout))
 
 
 def some_tokens(*shape: int) -> torch.Tensor:
@@ -125,6 +127,49 @@ def test_dropout_touches_embeddings_attention_and_residuals(monkeypatch):
     build(dropout=0.25)(some_tokens(2, 16))
     assert calls == [((2, 16, 32), 0.25)] * (1 + 2 * TINY.n_layer)
     assert attention_p == [0.25] * TINY.n_layer
+    calls.clear(), attention_p.clear()
+    rates = RegularizationConfig(dropout=0.25, embedding_dropout=0.0, attention_dropout=0.5)
+    GPT(TINY, VOCAB, rates)(some_tokens(2, 16))
+    assert [p for _, p in calls] == [0.0, *[0.25] * (2 * TINY.n_layer)]
+    assert attention_p == [0.5] * TINY.n_layer
+
+
+DEEP = RegularizationConfig(stochastic_depth=0.5)
+
+
+def test_skipping_blocks_is_by_hand_what_huang_et_al_describe(monkeypatch):
+    """Of 2 blocks at 0.5 the first is skipped by 1/4 of the samples and the second by 1/2, as x + f(x) / (1 - rate)."""
+    assert DEEP.skip_rates(2) == (0.25, 0.5)
+    assert DEEP.model_copy(update={"stochastic_depth_shape": "constant"}).skip_rates(2) == (0.5, 0.5)
+    assert DEEP.skip_rates(1) == (0.5,)
+    model, tokens = GPT(TINY.model_copy(update={"n_layer": 2}), VOCAB, DEEP), some_tokens(4, 16)
+    drawn = torch.tensor([[0.24, 0.26, 0.24, 0.26], [0.49, 0.49, 0.51, 0.51]])  # below the rate: skipped
+    monkeypatch.setattr("torch.rand", lambda *shape, device: drawn)
+    x = model.wte(tokens) + model.wpe(torch.arange(16))
+    first, second = model.blocks()
+    for i, block, rate in ((0, first, 0.25), (1, second, 0.5)):
+        kept = (drawn[i] >= rate).float().view(4, 1, 1)
+        x = x + kept * (block(x) - x) / (1 - rate)
+    torch.testing.assert_close(model(tokens), model.lm_head(model.ln_f(x)), atol=1e-5, rtol=1e-5)
+
+
+def test_no_block_is_skipped_in_evaluation_and_generation():
+    model, tokens = GPT(TINY, VOCAB, DEEP).eval(), some_tokens(2, 16)
+    plain = GPT(TINY, VOCAB).eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(tokens), plain(tokens))
+    assert torch.equal(model(tokens, model.new_caches(2)), plain(tokens, plain.new_caches(2)))
+
+
+def test_a_skipped_block_gets_no_gradient_and_the_mean_is_that_of_all_blocks():
+    """Of 4,000 draws the mean of what a block adds is within 5 standard errors of what it adds without skipping."""
+    depth = StochasticDepth((0.3,))
+    x, y = torch.zeros(4000, 1, 1), torch.ones(4000, 1, 1, requires_grad=True)
+    kept = depth.draw(4000, x.device)
+    out = depth.after(0, x, y, kept)
+    assert out.mean().item() == pytest.approx(1.0, abs=5 * (0.3 / 0.7 / 4000) ** 0.5)
+    out.sum().backward()
+    assert torch.equal(y.grad != 0, kept[0])
 
 
 def test_too_many_positions_are_refused_with_both_numbers():
