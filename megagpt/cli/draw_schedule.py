@@ -34,7 +34,7 @@ def _curves(run: RunConfig) -> dict[str, Callable[[int], float]]:
         found["muon_lr"] = lambda step: params.of_muon * lr_factor(step, schedule)
         if schedule.momentum_warmup_steps:
             found["momentum"] = lambda step: muon_momentum(step, params.momentum, schedule)
-    if schedule.weight_decay != "constant" and params.weight_decay:
+    if schedule.weight_decay_shape != "constant" and params.weight_decay:
         found["weight_decay"] = lambda step: params.weight_decay * weight_decay_factor(step, schedule)
     return found
 

@@ -42,7 +42,7 @@ class ScheduleConfig(Strict):
         le=MANY,
         description="where the curve ends: its last rate holds from there on; null: megagpt.schedule.max_steps",
     )
-    weight_decay: Literal["constant", "linear", "lr"] = Field(
+    weight_decay_shape: Literal["constant", "linear", "lr"] = Field(
         default="constant", description="over steps: linear: falls to 0; lr: with the learning rate's factor"
     )
     momentum_warmup_steps: int = Field(

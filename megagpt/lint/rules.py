@@ -104,7 +104,7 @@ WITHOUT_EFFECT = (
         "it is for Muon's momentum; set optimizer.type to Muon or remove this",
     ),
     Acts(
-        ("megagpt.schedule.weight_decay",),
+        ("megagpt.schedule.weight_decay_shape",),
         lambda run: run.deepspeed.optimizer.params.weight_decay > 0,
         "optimizer.params.weight_decay is 0; set it or remove this",
     ),

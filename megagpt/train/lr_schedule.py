@@ -40,9 +40,9 @@ def jump_of_rate(
 
 def weight_decay_factor(step: int, cfg: ScheduleConfig) -> float:
     """Return the factor on the weight decay of update `step` (0-based); above 0, which is what never decays."""
-    if cfg.weight_decay == "lr":
+    if cfg.weight_decay_shape == "lr":
         return max(1e-9, lr_factor(step, cfg))
-    return 1.0 if cfg.weight_decay == "constant" else 1.0 - min(step, cfg.curve_steps - 1) / cfg.curve_steps
+    return 1.0 if cfg.weight_decay_shape == "constant" else 1.0 - min(step, cfg.curve_steps - 1) / cfg.curve_steps
 
 
 def muon_momentum(step: int, momentum: float, cfg: ScheduleConfig) -> float:

@@ -43,10 +43,12 @@ def test_decay_from_is_the_other_end_of_decay_steps():
 
 
 def test_weight_decay_and_momentum_by_hand():
-    cfg = ScheduleConfig(max_steps=4, shape="linear", min_lr_ratio=0.0, weight_decay="linear", momentum_warmup_steps=2)
+    cfg = ScheduleConfig(
+        max_steps=4, shape="linear", min_lr_ratio=0.0, weight_decay_shape="linear", momentum_warmup_steps=2
+    )
     assert [weight_decay_factor(step, cfg) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.25, 0.25]
     assert [muon_momentum(step, 0.95, cfg) for step in range(4)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
-    with_rate = cfg.model_copy(update={"weight_decay": "lr"})
+    with_rate = cfg.model_copy(update={"weight_decay_shape": "lr"})
     assert [weight_decay_factor(step, with_rate) for step in range(3)] == [lr_factor(step, cfg) for step in range(3)]
     assert weight_decay_factor(3, with_rate) > 0.0  # a group with 0 never decays
 
