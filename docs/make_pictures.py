@@ -1,6 +1,10 @@
-"""Draw the pictures of README.md from real runs: `python docs/make_pictures.py` after `make demo`."""
+"""Draw the picture of README.md from real runs, `make demo` and the same with plain GPT-2:
 
-import sys
+megagpt train ds_configs/demo.json megagpt.every.log=50
+megagpt train ds_configs/demo_gpt2.json megagpt.every.log=50
+python docs/make_pictures.py
+"""
+
 from pathlib import Path
 
 import matplotlib
@@ -19,13 +23,14 @@ def curve(rows: list[dict[str, float]], name: str) -> tuple[list[float], list[fl
     return [step for step, _ in points], [value for _, value in points]
 
 
-def draw_losses(metrics_file: Path, picture: Path) -> None:
-    """Training and validation loss of one run over its steps."""
-    rows = read_rows(metrics_file)
+def draw_losses(runs: dict[str, Path], picture: Path) -> None:
+    """Training and validation losses of runs over their steps."""
     figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-    axes.plot(*curve(rows, "train/loss"), color="#4c72b0", label="train/loss, mean of 50 steps")
-    axes.plot(*curve(rows, "val/loss"), color="#c44e52", marker="o", label="val/loss")
-    axes.set(xlabel="step", ylabel="nats per token", title="make demo: 2.2 million parameters, two CPU cores")
+    for (name, folder), color in zip(runs.items(), ("#4c72b0", "#c44e52"), strict=True):
+        rows = read_rows(folder / "metrics.jsonl")
+        axes.plot(*curve(rows, "train/loss"), color=color, alpha=0.4)
+        axes.plot(*curve(rows, "val/loss"), color=color, marker="o", label=name)
+    axes.set(xlabel="step", ylabel="nats per token", title="make demo: validation loss, and training loss pale")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=110)
@@ -33,4 +38,5 @@ def draw_losses(metrics_file: Path, picture: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw_losses(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo/metrics.jsonl"), HERE / "demo_losses.png")
+    compared = {"make demo: Muon, Qwen3's blocks": "runs/demo", "AdamW, GPT-2's blocks": "runs/demo_gpt2"}
+    draw_losses({name: Path(folder) for name, folder in compared.items()}, HERE / "demo_losses.png")
