@@ -217,12 +217,12 @@ def test_rows_that_are_nearly_equal_are_left_out(capsys, tmp_path, monkeypatch):
     """A small model needs the same on every stage; a large one does not."""
     monkeypatch.chdir(tmp_path)
     rows = {}
-    for name, ranks in (("demo.json", "1"), ("gpt2_1558m_zero3.json", "64")):
+    for name, ranks in (("demo_gpt2.json", "1"), ("gpt2_1558m_zero3.json", "64")):
         assert main(["plan", str(ROOT / "ds_configs" / name), "--ranks", ranks]) == 0
         lines = capsys.readouterr().out.splitlines()
         first = next(i for i, line in enumerate(lines) if line.startswith("stage"))
         rows[name] = [line.split()[:2] for line in lines[first + 1 : lines.index("", first)]]
-    assert rows["demo.json"] == [["*", "1"]]
+    assert rows["demo_gpt2.json"] == [["*", "1"]]
     assert [row[0] for row in rows["gpt2_1558m_zero3.json"]] == ["0", "1", "*"]
 
 
