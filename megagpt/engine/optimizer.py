@@ -4,7 +4,7 @@ Another optimizer also concerns config/deepspeed.py: OptimizerConfig, checkpoint
 reshard.py: MOMENTS and planner/memory.py: ADAM.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import deepspeed
@@ -29,15 +29,23 @@ def decay_groups(
     With a `momentum`, the matrices inside the blocks are a third group, the last, which Muon updates.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = [name for name, p in params.items() if momentum is not None and name.startswith("h.") and _ndim(p) == 2]
-    decays = [name for name, p in params.items() if (decay_on == "all" or _ndim(p) >= 2) and name not in hidden]
-    others = [name for name in params if name not in decays and name not in hidden]
+    ndims = {name: _ndim(p) for name, p in params.items()}
+    decays, others, hidden = names_in_groups(ndims, decay_on, muon=momentum is not None)
     groups: list[dict[str, Any]] = [
         {"params": [params[name] for name in decays], "weight_decay": weight_decay},
         {"params": [params[name] for name in others], "weight_decay": 0.0},
         {"params": [params[name] for name in hidden], "weight_decay": weight_decay, "momentum": momentum},
     ]
     return [group for group in groups if group["params"]]
+
+
+def names_in_groups(
+    ndims: Mapping[str, int], decay_on: Literal["matrices", "all"], *, muon: bool
+) -> tuple[list[str], list[str], list[str]]:
+    """Return the parameters of each group of `decay_groups`, some perhaps empty. `ndims`: of all, in model order."""
+    hidden = [name for name in ndims if muon and name.startswith("h.") and ndims[name] == 2]
+    decays = [name for name in ndims if (decay_on == "all" or ndims[name] >= 2) and name not in hidden]
+    return decays, [name for name in ndims if name not in decays and name not in hidden], hidden
 
 
 def _ndim(p: nn.Parameter) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import copyreg
 import io
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from megagpt.distributed.collectives import errors_on_every_rank
 from megagpt.distributed.process_group import rank, world_size
+from megagpt.engine.optimizer import names_in_groups
 from megagpt.engine.safe_pickle import check_pickles, load_checked, pickles_of
 
 # Pickle the stage as Python 3.11.4 and later do; earlier ones pickle a call of getattr, which safe_pickle.py refuses.
@@ -45,11 +47,13 @@ def _masters(saved: dict[str, Any]) -> dict[str, Tensor]:
     groups = optimizer.get("fp32_groups_flat") or optimizer.get("fp32_groups") or []
     names = {weight.data_ptr(): name for name, weight in reversed(module.items())}  # of tied ones the first
     own = sorted(names.values(), key=list(module).index)
-    if len(groups) > 1:  # matrices decay, the others do not
-        own.sort(key=lambda name: module[name].dim() < 2)
+    settings = optimizer["optimizer_state_dict"]["param_groups"] if groups else []
+    muon = any("momentum" in group for group in settings)
+    all_decay = len(groups) - muon == 1  # or there are matrices alone, whose order is then the same
+    parts = names_in_groups({name: module[name].dim() for name in own}, "all" if all_decay else "matrices", muon=muon)
     values = (value for group in groups for value in (group if isinstance(group, list) else [group]))
     masters: dict[str, Tensor] = {}
-    left = iter(own)
+    left = chain(*parts)
     for flat in values:
         at = 0
         while at < flat.numel():

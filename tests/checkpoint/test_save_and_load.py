@@ -453,11 +453,14 @@ def test_a_damaged_step_that_cannot_be_renamed_is_one_message(saved, run_to, mon
 
 
 @pytest.mark.parametrize("decay_on", ["matrices", "all"])
-def test_the_weights_of_a_step_at_stage_0_in_bf16_are_those_that_adam_updates(dataset, device, tmp_path, decay_on):
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+def test_the_weights_of_a_step_at_stage_0_in_bf16_are_those_that_are_updated(
+    dataset, device, tmp_path, optimizer, decay_on
+):
     """Rounded, each is the weight that the model computed with, to the last bit; few of them are so before."""
     few = ["megagpt.schedule.max_steps=2", "megagpt.schedule.warmup_steps=0", "optimizer.params.lr=0.01"]
     more = ["zero_optimization.stage=0", "bf16.enabled=true", f"megagpt.regularization.weight_decay_on={decay_on}"]
-    train(debug_run(dataset, tmp_path / "run", *few, *more), device)
+    train(debug_run(dataset, tmp_path / "run", f"optimizer.type={optimizer}", *few, *more), device)
     [step_dir] = committed(tmp_path / "run")
     computed_with = load_checked(step_dir / "mp_rank_00_model_states.pt")["module"]
     weights = consolidated_weights(step_dir)
