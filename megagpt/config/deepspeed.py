@@ -25,6 +25,9 @@ class OptimizerParams(Strict):
     weight_decay: float = Field(
         default=0.0, ge=0.0, le=FLOAT32, description="on what megagpt.regularization.weight_decay_on names"
     )
+    cautious_weight_decay: bool = Field(
+        default=False, description="only weights that the update brings closer to zero decay (Chen et al. 2025)"
+    )
     torch_adam: bool = Field(default=False, description="offload from a GPU: torch's Adam, not CPUAdam")
     adam_w_mode: bool = Field(default=True, description="decoupled weight decay, for type Adam")
 
@@ -56,6 +59,15 @@ class OptimizerConfig(Strict):
                     f"params.{key}={getattr(self.params, key)} is for type {kind}, and type is {self.type!r}; remove "
                     f"optimizer.params.{key}, or set optimizer.type to {kind!r}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _cautious_decay_is_decoupled(self) -> Self:
+        if self.params.cautious_weight_decay and self.type == "Adam" and not self.params.adam_w_mode:
+            raise ValueError(
+                "params.cautious_weight_decay=true does not work with optimizer.params.adam_w_mode=false, whose "
+                "decay is a part of the gradient; remove one of the two"
+            )
         return self
 
 
@@ -211,6 +223,17 @@ class DeepSpeedConfig(Passed):
                     f"multiplies matrices in each update; remove zero_optimization.{name}, or set optimizer.type to "
                     "'AdamW'"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _cautious_decay_is_of_torchs_adam(self) -> Self:
+        params, device = self.optimizer.params, self.zero_optimization.offload_optimizer.device
+        if params.cautious_weight_decay and device != "none" and not params.torch_adam:
+            raise ValueError(
+                f"optimizer.params.cautious_weight_decay=true does not work with zero_optimization.offload_optimizer."
+                f"device={device!r} and DeepSpeed's CPUAdam, which always decays all weights; set "
+                "optimizer.params.torch_adam to true, or remove one of the two"
+            )
         return self
 
     def uses_cpu_adam(self, device_type: str) -> bool:

@@ -16,6 +16,7 @@ NAMES = {
     "optimizer.params.betas": "beta1 beta2 adam_beta1 adam_beta2",
     "optimizer.params.eps": "adam_epsilon adam_eps epsilon",
     "optimizer.params.weight_decay": "wd decay",
+    "optimizer.params.cautious_weight_decay": "cautious cautious_wd",
     "optimizer.type": "optim",
     "bf16.enabled": "dtype precision mixed_precision",
     "wandb.enabled": "report_to wandb_log",

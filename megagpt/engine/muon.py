@@ -16,7 +16,6 @@ receives N / W values twice, in bf16 on GPUs. Compute: at most 5 C / t of the st
 per step; at stage 0 every rank does all of it.
 """
 
-import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +30,7 @@ from torch import Tensor
 from megagpt.config.model import ModelConfig
 from megagpt.distributed.collectives import exchange, gather_objects
 from megagpt.distributed.process_group import rank
+from megagpt.engine.cautious import CautiousAdamW, decay_where_it_shrinks
 from megagpt.engine.flat_tensors import ParamSlice, own_slices, param_sizes
 
 # The quintic of Jordan et al. (2024): five rounds bring singular values of 0.01 to 1 to between 0.68 and 1.14.
@@ -40,15 +40,15 @@ ROUNDS = 5
 AT_ONCE = 2**25
 
 
-class Muon(torch.optim.AdamW):
+class Muon(CautiousAdamW):
     """AdamW that updates the groups with a `momentum` by Muon.
 
     Muon's step is scaled to the size of Adam's, 0.2 per weight (Liu et al. 2025, section 2.2), so that learning rates
     and weight decay of AdamW serve both. The state of its tensors has the names of Adam's, without the second moment.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], **adam: Any) -> None:
-        super().__init__(groups, fused=True, **adam)
+    def __init__(self, groups: Iterable[dict[str, Any]], *, cautious: bool = False, **adam: Any) -> None:
+        super().__init__(groups, cautious=cautious, **adam)
         self.matrices: dict[Tensor, Matrices] = {}  # `place_matrices` fills it
 
     @torch.no_grad()
@@ -61,26 +61,21 @@ class Muon(torch.optim.AdamW):
             self._orthogonalize(updates)
         else:  # DeepSpeed, while it is built, may take a step of zero gradients to allocate the state
             assert not any(update.any() for update in updates.values()), "place_matrices was not called"
-        made = 1.0 if self._skipped is None else 1.0 - self._skipped
         for group in by_muon:
+            rate, decay = self.made * group["lr"], self.made * (group["lr"] * group["weight_decay"])
             for p in group["params"]:
-                p.mul_(1.0 - made * (group["lr"] * group["weight_decay"]))
-                p.sub_(updates[p].view_as(p).mul_(made * group["lr"]))
-        self.param_groups = [group for group in groups if "momentum" not in group]
-        try:
-            inspect.unwrap(torch.optim.Adam.step)(self)
-        finally:
-            self.param_groups = groups
-
-    @property
-    def _skipped(self) -> Tensor | None:
-        """1 on the device where this step's update must not be made, as torch's fused kernels read it; else 0, None."""
-        return getattr(self, "found_inf", None)
+                update = updates[p].view_as(p)
+                if self.cautious:
+                    decay_where_it_shrinks(p, update, decay)
+                else:
+                    p.mul_(1.0 - decay)
+                p.sub_(update.mul_(rate))
+        self.step_by_adam([group for group in groups if "momentum" not in group])
 
     def _update(self, p: Tensor, group: Mapping[str, Any]) -> Tensor:
         """Add the gradient to the momentum, and return Nesterov's mixture of both, flat; it replaces the gradient."""
         assert p.grad is not None
-        state, gradient, skipped = self.state[p], p.grad, self._skipped
+        state, gradient, skipped = self.state[p], p.grad, self.skipped
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"] = torch.zeros_like(p)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from megagpt.config.deepspeed import DeepSpeedConfig
+from megagpt.engine.cautious import CautiousAdamW
 from megagpt.engine.muon import Muon
 from megagpt.engine.without_compiler import step_without_compiler
 
@@ -77,10 +78,13 @@ def build_optimizer(groups: Iterable[dict[str, Any]], ds: DeepSpeedConfig, devic
     adam: dict[str, Any] = {"lr": p.lr, "betas": p.betas, "eps": p.eps}
     optimizer: Optimizer
     if ds.optimizer.type == "Muon":
-        optimizer = Muon(groups, **adam)
+        optimizer = Muon(groups, cautious=p.cautious_weight_decay, **adam)
         step_without_compiler(optimizer)
     elif ds.uses_cpu_adam(device.type):
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **adam)
+    elif p.cautious_weight_decay:
+        optimizer = CautiousAdamW(groups, **adam)
+        step_without_compiler(optimizer)
     else:
         optimizer = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, fused=True, **adam)
         step_without_compiler(optimizer)

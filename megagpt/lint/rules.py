@@ -125,7 +125,7 @@ WITHOUT_EFFECT = (
         "megagpt.regularization.stochastic_depth is 0; set it or remove this",
     ),
     Acts(
-        ("megagpt.regularization.weight_decay_on",),
+        ("megagpt.regularization.weight_decay_on", "optimizer.params.cautious_weight_decay"),
         lambda run: run.deepspeed.optimizer.params.weight_decay > 0,
         "optimizer.params.weight_decay is 0; set it or remove this",
     ),
