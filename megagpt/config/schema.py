@@ -121,6 +121,11 @@ class MegaGPTConfig(Strict):
     regularization: RegularizationConfig = RegularizationConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     ema: EmaConfig = EmaConfig()
+    noise_scale: bool = Field(
+        default=False,
+        description="log the gradient noise scale (McCandlish et al. 2018), the batch in sequences above which a "
+        "larger one gains less",
+    )
     mlflow: MlflowConfig = MlflowConfig()
     every: EveryConfig = EveryConfig()
     keep: KeepConfig = KeepConfig()

@@ -19,6 +19,7 @@ class StepResult(NamedTuple):
     share: Tensor  # of its targets that have a loss
     grad_norm: Tensor | float | None  # of all ranks, before clipping; None where DeepSpeed reports none
     skipped: Tensor  # bool: the gate skipped the update
+    micro_squares: Tensor  # mean squared gradient norm of this rank's micro-batches; 0 where it is not measured
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class StepMetrics:
     shares: Tensor  # (steps,): share of targets that have a loss, summed over ranks
     grad_norms: Tensor  # (steps,): before clipping; 0 where DeepSpeed reports none
     skipped: Tensor  # (steps,): whether the update was skipped
+    micro_squares: Tensor  # (steps,): mean squared gradient norm of the micro-batches; 0 where it is not measured
     scaled: bool  # fp16, where a norm that is not finite only lowers the loss scale
 
     def __len__(self) -> int:
@@ -75,9 +77,9 @@ class StepWindow:
 
     def read(self, last_step: int, *, scaled: bool) -> StepMetrics:
         """Wait for the device, and gather over ranks. `scaled`: the run computes in fp16. Collective."""
-        losses, shares, norms, skipped = zip(*self.results, strict=True)
-        gathered = gather_over_ranks(torch.stack([*losses, *shares])).cpu().double()  # (world_size, 2 steps)
-        rank_losses, rank_shares = gathered.split(len(losses), dim=1)
+        losses, shares, norms, skipped, squares = zip(*self.results, strict=True)
+        gathered = gather_over_ranks(torch.stack([*losses, *shares, *squares])).cpu().double()  # (world_size, 3 steps)
+        rank_losses, rank_shares, rank_squares = gathered.split(len(losses), dim=1)
         grad_norms = torch.stack([norm_tensor(norm, losses[0].device) for norm in norms]).cpu().double()
         return StepMetrics(
             last_step,
@@ -85,6 +87,7 @@ class StepWindow:
             rank_shares.sum(0),
             grad_norms,
             torch.stack(skipped).cpu() | ~grad_norms.isfinite(),
+            rank_squares.mean(0),
             scaled,
         )
 

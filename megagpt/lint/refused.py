@@ -138,6 +138,18 @@ ERRORS = (
         "does not work with megagpt.ema.decay, whose average would have to be read from there in each step; remove "
         "megagpt.ema, or offload to the CPU",
     ),
+    Refused(
+        "megagpt.noise_scale",
+        lambda run, on: on and run.deepspeed.fp16.enabled,
+        "does not work with fp16.enabled, whose loss scale multiplies the gradients of micro-batches; train in bf16, "
+        "or remove it",
+    ),
+    Refused(
+        "megagpt.noise_scale",
+        lambda run, on: on and run.deepspeed.sequence_parallel_size > 1,
+        "does not work with sequence_parallel_size, where a rank has the gradient of a part of a sequence; remove one "
+        "of the two",
+    ),
     *(_nvme_without_path(section) for section in ("offload_optimizer", "offload_param")),
     *(
         Refused(

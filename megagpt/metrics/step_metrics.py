@@ -6,10 +6,12 @@ from contextlib import contextmanager
 
 import torch
 
+from megagpt.config.batch import BatchPlan
 from megagpt.config.run_file import RunConfig
 from megagpt.distributed.process_group import world_size
 from megagpt.guards.memory_growth import peak_memory
 from megagpt.guards.step_window import StepMetrics
+from megagpt.metrics.noise_scale import noise_scale
 from megagpt.model.flops import flops_per_token, recompute_flops_per_token
 from megagpt.planner.gpu_specs import peak_flops
 from megagpt.terminal import duration
@@ -80,12 +82,17 @@ def log_metrics(
     epoch: float,
     seconds_per_step: Mapping[str, float],
     stragglers: Mapping[str, float],
+    batch: BatchPlan | None,
 ) -> dict[str, float]:
-    """Everything that is logged of some training steps, in the order of the log line."""
+    """Everything that is logged of some training steps, in the order of the log line. `batch`: for the noise scale."""
+    noise = None
+    if batch is not None:
+        noise = noise_scale(steps.micro_squares, steps.grad_norms**2, batch.micro_batch, batch.global_batch)
     return {
         **steps.means(),
         **{f"optim/{name}": rate for name, rate in rates.items()},
         **speed,
+        **({} if noise is None else {"optim/noise_scale": noise}),
         "optim/skipped_steps": skipped_steps,
         "data/epoch": epoch,
         "perf/seconds_per_step": seconds_per_step["step"],

@@ -52,6 +52,7 @@ DESCRIPTIONS = {
     "optim/lr": "learning rate of the last step",
     "optim/muon_lr": "the same of what Muon updates, the matrices inside the blocks",
     "optim/grad_norm": "norm of the gradient of all ranks, before clipping",
+    "optim/noise_scale": "sequences: the batch above which a larger one gains less (McCandlish et al. 2018)",
     "optim/skipped_steps": "optimizer updates that a guard skipped since the run began",
     "data/epoch": "passes over the first dataset",
     "data/wait_seconds_per_step": "seconds of a step in which rank 0 waits for data",

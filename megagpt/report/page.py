@@ -36,6 +36,7 @@ OTHERS = {  # metric -> its caption
     "optim/lr": "learning rate",
     "optim/muon_lr": "learning rate of Muon",
     "optim/grad_norm": "gradient norm, before clipping",
+    "optim/noise_scale": "gradient noise scale, sequences",
     "perf/tokens_per_sec": "tokens per second, over all ranks",
     "perf/mfu": "model FLOPs utilization",
     "perf/memory_gib": "peak memory of a rank, GiB",

@@ -89,6 +89,7 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
     check_skipping(run, device)
     compiled = compiles(cfg.compile, device)
     batch = batch_plan(run.deepspeed, world_size(), _fewer_ranks())
+    check_noise_scale(cfg, batch)
     with errors_on_every_rank():
         check_is_no_step(cfg.out_dir)
         data = _open_data(cfg)
@@ -115,6 +116,18 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
         training_set = next_samples(cfg, batch.global_batch, saved, data.train)
         training_set.open_all()  # a damaged shard is found here, and not in the middle of the run
     return RunSetup(run, batch, compiled, data, training_set, config, record, saved, start, tasks)
+
+
+def check_noise_scale(cfg: MegaGPTConfig, batch: BatchPlan) -> None:
+    """Raise UserError where a step has a single micro-batch, whose gradient can be compared with no other."""
+    if cfg.noise_scale and batch.micro_batch == batch.global_batch:
+        half = batch.micro_batch // 2
+        way_out = f"set train_micro_batch_size_per_gpu to {half}" if batch.micro_batch % 2 == 0 else "raise the latter"
+        raise UserError(
+            "megagpt.noise_scale=true compares micro-batches with the global batch, and "
+            f"train_micro_batch_size_per_gpu={batch.micro_batch} is all of train_batch_size; {way_out}, or remove "
+            "megagpt.noise_scale"
+        )
 
 
 def refused_data(run: RunConfig) -> UserError | None:

@@ -25,6 +25,7 @@ from megagpt.distributed.collectives import errors_on_every_rank, gather_objects
 from megagpt.distributed.launcher import grace_warning
 from megagpt.distributed.process_group import is_main, print_rank0, rank
 from megagpt.engine.build import Engine, before_update, build_engine, learning_rates, set_step
+from megagpt.engine.micro_batch_norms import MicroBatchNorms
 from megagpt.errors import OwnRankError, UserError, writing_to
 from megagpt.guards.memory_growth import MemoryWatch, memory_mib
 from megagpt.guards.spikes import UpdateGate, judge_steps
@@ -75,6 +76,7 @@ class Session:
             resume(self.engine, saved, setup.record, self.cfg.seed)
         if not self.uses_loss_scale:
             before_update(self.engine, self.gate.before_update)
+        self.micro_batch_norms = MicroBatchNorms(self.engine, device, wanted=self.cfg.noise_scale)
         self.validation = Validation(self.engine, setup, device)
         self.stopwatch, self.frozen, self.grace_warned = Stopwatch(), False, False
         waits = run.deepspeed.zero_optimization.stage == 3 or batch.sequence_parallel_size > 1
@@ -154,6 +156,7 @@ class Session:
             epoch=self.setup.training_set.epochs(state.samples_seen)[0],  # of the first dataset
             seconds_per_step={name: spent / len(steps) for name, spent in seconds.items()},
             stragglers=self.stragglers.metrics(own, len(steps)),
+            batch=self.setup.batch if self.cfg.noise_scale else None,
         )
         if not self.frozen:  # everything alive now stays alive: take it out of every later garbage collection
             gc.collect()

@@ -134,7 +134,9 @@ def train_step(session: Session, batches: Iterator[Batch]) -> StepResult:
             mean_loss, mean_share = torch.stack(losses).mean(), torch.stack(shares).mean()
             session.gate.observe(mean_loss, mean_share)
         engine.step()  # updates the weights on the last micro-batch only
-    return StepResult(mean_loss, mean_share, engine.get_global_grad_norm(), session.gate.closed)
+    return StepResult(
+        mean_loss, mean_share, engine.get_global_grad_norm(), session.gate.closed, session.micro_batch_norms.take()
+    )
 
 
 def due(step: int, cadence: int) -> bool:

@@ -209,7 +209,8 @@ def test_memory_that_grows_on_one_rank_is_said_once(found):
 def numbers(losses, norms, last):
     losses, norms = (torch.tensor(values, dtype=torch.float64) for values in (losses, norms))
     skipped = torch.zeros(len(losses), dtype=torch.bool)
-    return StepMetrics(last, losses.unsqueeze(0), torch.ones_like(losses), norms, skipped, scaled=False)
+    shares, none = torch.ones_like(losses), torch.zeros_like(losses)
+    return StepMetrics(last, losses.unsqueeze(0), shares, norms, skipped, none, scaled=False)
 
 
 CFG = GuardsConfig(spikes=SpikesConfig(window=8, sigma=2.0), max_bad_steps=2)

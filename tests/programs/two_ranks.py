@@ -48,7 +48,7 @@ def train(dataset: Path, out_dir: Path, *more: str) -> TrainState:
 def losses_of_every_stage(dataset: Path, folder: Path) -> dict[str, dict[int, float]]:
     small_buckets = "zero_optimization.reduce_bucket_size=1000"  # smaller than most parameters
     for stage in range(4):
-        train(dataset, folder / f"stage{stage}", f"zero_optimization.stage={stage}")
+        train(dataset, folder / f"stage{stage}", f"zero_optimization.stage={stage}", "megagpt.noise_scale=true")
         train(dataset, folder / f"bucket{stage}", f"zero_optimization.stage={stage}", small_buckets)
         train(dataset, folder / f"other blocks{stage}", f"zero_optimization.stage={stage}", *OTHER_BLOCKS)
     train(dataset, folder / "offload", "zero_optimization.stage=2", "zero_optimization.offload_optimizer.device=cpu")

@@ -52,15 +52,30 @@ def two_ranks(dataset, tmp_path_factory) -> dict[str, list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(dataset, device, tmp_path_factory) -> dict[int, float]:
+def run_on_one_rank(dataset, device, tmp_path_factory) -> Path:
     out_dir = tmp_path_factory.mktemp("one_rank") / "run"
-    train(debug_run(dataset, out_dir), device)
-    return metric(out_dir, "train/loss")
+    train(debug_run(dataset, out_dir, "megagpt.noise_scale=true"), device)
+    return out_dir
+
+
+@pytest.fixture(scope="module")
+def one_rank(run_on_one_rank) -> dict[int, float]:
+    return metric(run_on_one_rank, "train/loss")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_zero_stage_on_two_ranks_equals_stage_1_on_one(two_ranks, one_rank, stage):
     equal_losses(two_ranks["losses_of_every_stage"][0][f"stage{stage}"], one_rank)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_noise_scale_of_two_ranks_is_that_of_two_micro_batches_on_one(two_ranks, run_on_one_rank, stage):
+    """At the first steps: where the mean gradient is about the noise, rounding decides on the ratio."""
+    run = two_ranks["folder"][0] / "losses_of_every_stage" / f"stage{stage}"
+    found, expected = (metric(out_dir, "optim/noise_scale") for out_dir in (run, run_on_one_rank))
+    assert set(range(1, 6)) <= set(found)
+    for step in range(1, 6):
+        assert found[step] == pytest.approx(expected[step], rel=0.01)
 
 
 @pytest.fixture(scope="module")
