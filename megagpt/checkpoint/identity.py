@@ -44,6 +44,7 @@ class Identity:
     data: dict[str, Any]  # the seed of the sample order, and the validation data; the mixture records the rest
     weight_decay_on: Literal["matrices", "all"]  # decides which parameters share an optimizer group
     optimizer: Literal["Adam", "Muon"] = "Adam"  # decides what it keeps of each parameter
+    lr_scale: bool = False  # whether embeddings, head and vectors are optimizer groups of their own
 
 
 def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Mapping[str, Dataset]) -> Identity:
@@ -64,6 +65,7 @@ def identity_of(run: RunConfig, batch: BatchPlan, vocab_size: int, val: Mapping[
         },
         weight_decay_on=cfg.regularization.weight_decay_on,
         optimizer="Muon" if ds.optimizer.type == "Muon" else "Adam",
+        lr_scale=ds.optimizer.params.lr_scale is not None,
     )
 
 

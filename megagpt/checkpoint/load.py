@@ -123,7 +123,9 @@ def _load_step(step_dir: Path, device: torch.device, *, ema: bool) -> LoadedMode
 def _average(weights: dict[str, torch.Tensor], model: GPT, saved: Saved) -> None:
     """Replace a step's weights by their averages, in place: tied ones share memory. `model` has its parameters."""
     was = saved.identity
-    groups = decay_groups(model, 0.0, was.weight_decay_on, momentum=0.0 if was.optimizer == "Muon" else None)
+    momentum = 0.0 if was.optimizer == "Muon" else None
+    scale: dict[str, float] | None = {} if was.lr_scale else None
+    groups = decay_groups(model, 0.0, was.weight_decay_on, momentum=momentum, lr_scale=scale)
     names = {p: name for name, p in model.named_parameters()}
     sizes = {names[p]: p.numel() for group in groups for p in group["params"]}
     averages = saved_averages(saved.step_dir, SavedShape(was.world_size, was.zero_stage, was.dtype), sizes)

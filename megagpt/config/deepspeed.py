@@ -12,12 +12,27 @@ MOST = 10**9  # sequences of a batch, ranks
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+def _factor(what: str) -> Any:
+    return Field(default=1.0, gt=0.0, le=1e6, description=f"factor on the learning rate of {what}")
+
+
+class LrScale(Strict):
+    """Factors on optimizer.params.lr for what is no matrix inside a block."""
+
+    embeddings: float = _factor("the embeddings of tokens, with a tied head, and of positions")
+    head: float = _factor("an output head of its own")
+    vectors: float = _factor("biases and norms")
+
+
 class OptimizerParams(Strict):
     """Adam's settings, and Muon's."""
 
     lr: float = Field(gt=0.0, le=FLOAT32, description="peak learning rate; megagpt.schedule varies it")
     muon_lr: float | None = Field(
         default=None, gt=0.0, le=FLOAT32, description="peak rate of what Muon updates, a step of Adam's size; null: lr"
+    )
+    lr_scale: LrScale | None = Field(
+        default=None, description="factors on lr; cannot be added to a run, or removed, when it is resumed; null: none"
     )
     momentum: Beta = Field(default=0.95, description="Muon's Nesterov momentum")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="decay rates of Adam's two moments")

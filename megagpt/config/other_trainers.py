@@ -12,6 +12,7 @@ NAMES = {
     "gradient_clipping": "max_grad_norm grad_clip clip_grad clip_grad_norm gradient_clip_val",
     "optimizer.params.lr": "learning_rate max_lr peak_lr adam_lr",
     "optimizer.params.muon_lr": "matrix_lr lr_muon muon_learning_rate",
+    "optimizer.params.lr_scale": "embedding_lr unembedding_lr head_lr scalar_lr embed_lr lr_mult lr_scales",
     "optimizer.params.momentum": "muon_momentum",
     "optimizer.params.betas": "beta1 beta2 adam_beta1 adam_beta2",
     "optimizer.params.eps": "adam_epsilon adam_eps epsilon",
@@ -72,6 +73,7 @@ NOTES = {
     "train_batch_size": "It counts the sequences of a step over all ranks; train_micro_batch_size_per_gpu those of one "
     "pass on a rank.",
     "optimizer.params.betas": "It is a list of two, such as [0.9, 0.95].",
+    "optimizer.params.lr_scale": 'It holds factors on optimizer.params.lr, such as {"embeddings": 2, "head": 0.5}.',
     "optimizer.type": 'It is "AdamW", "Adam" or "Muon".',
     "bf16.enabled": "It is true or false, as is fp16.enabled; without both, fp32.",
     "wandb.enabled": "It is true or false, as are tensorboard.enabled and comet.enabled.",

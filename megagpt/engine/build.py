@@ -111,7 +111,8 @@ def optimizer_groups(model: GPT, run: RunConfig) -> list[dict[str, Any]]:
     optimizer = run.deepspeed.optimizer
     momentum = optimizer.params.momentum if optimizer.type == "Muon" else None
     decay_on = run.megagpt.regularization.weight_decay_on
-    return decay_groups(model, optimizer.params.weight_decay, decay_on, momentum=momentum)
+    scale = None if optimizer.params.lr_scale is None else optimizer.params.lr_scale.model_dump()
+    return decay_groups(model, optimizer.params.weight_decay, decay_on, momentum=momentum, lr_scale=scale)
 
 
 @torch.no_grad()
@@ -170,7 +171,7 @@ def set_step(
     """Set what the next step's number decides: rates, weight decay, Muon's momentum. No scheduler has to be saved."""
     for group in engine.optimizer.param_groups:
         by_muon = "momentum" in group
-        group["lr"] = lr_factor * (params.of_muon if by_muon else params.lr)
+        group["lr"] = lr_factor * (params.of_muon if by_muon else params.lr) * group.get("lr_scale", 1.0)
         if group["weight_decay"]:  # some groups have none
             group["weight_decay"] = weight_decay_factor * params.weight_decay
         if by_muon and momentum is not None:
@@ -178,9 +179,9 @@ def set_step(
 
 
 def learning_rates(engine: Engine) -> dict[str, float]:
-    """Return the rates of the last step: `lr`, and with Muon `muon_lr`."""
+    """Return the rates of the last step, without the factors of `lr_scale`: `lr`, and with Muon `muon_lr`."""
     groups = engine.optimizer.param_groups
-    return {"muon_lr" if "momentum" in group else "lr": group["lr"] for group in groups}
+    return {"muon_lr" if "momentum" in group else "lr": group["lr"] / group.get("lr_scale", 1.0) for group in groups}
 
 
 def before_update(engine: Engine, act: Callable[[Optimizer, Tensor | float | None], None]) -> None:

@@ -17,6 +17,11 @@ from megagpt.engine.cautious import CautiousAdamW
 from megagpt.engine.muon import Muon
 from megagpt.engine.without_compiler import step_without_compiler
 
+# Groups of parameters, in their order. With rates of their own, the first three are apart from the other matrices.
+BY_DECAY = ("decays", "others")
+BY_KIND = ("embeddings", "head", "vectors", "matrices")
+HIDDEN = "matrices inside the blocks"  # which Muon updates
+
 
 def decay_groups(
     model: nn.Module,
@@ -24,29 +29,56 @@ def decay_groups(
     decay_on: Literal["matrices", "all"] = "matrices",
     *,
     momentum: float | None = None,
+    lr_scale: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Return Adam's groups: the parameters that decay (by default the matrices), and biases and LayerNorm gains.
 
-    With a `momentum`, the matrices inside the blocks are a third group, the last, which Muon updates.
+    With a `momentum`, the matrices inside the blocks are a group of their own, the last, which Muon updates. With an
+    `lr_scale`, embeddings, head, vectors and the other matrices are groups of their own, with these factors.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ndims = {name: _ndim(p) for name, p in params.items()}
-    decays, others, hidden = names_in_groups(ndims, decay_on, muon=momentum is not None)
-    groups: list[dict[str, Any]] = [
-        {"params": [params[name] for name in decays], "weight_decay": weight_decay},
-        {"params": [params[name] for name in others], "weight_decay": 0.0},
-        {"params": [params[name] for name in hidden], "weight_decay": weight_decay, "momentum": momentum},
-    ]
-    return [group for group in groups if group["params"]]
+    groups = []
+    for kind, names in names_in_groups(
+        ndims, decay_on, muon=momentum is not None, by_kind=lr_scale is not None
+    ).items():
+        decays = kind != "others" and (kind != "vectors" or decay_on == "all")
+        group = {"params": [params[name] for name in names], "weight_decay": weight_decay if decays else 0.0}
+        if kind == HIDDEN:
+            group["momentum"] = momentum
+        elif lr_scale is not None:
+            group["lr_scale"] = lr_scale.get(kind, 1.0)
+        groups.append(group)
+    return groups
 
 
 def names_in_groups(
-    ndims: Mapping[str, int], decay_on: Literal["matrices", "all"], *, muon: bool
-) -> tuple[list[str], list[str], list[str]]:
-    """Return the parameters of each group of `decay_groups`, some perhaps empty. `ndims`: of all, in model order."""
-    hidden = [name for name in ndims if muon and name.startswith("h.") and ndims[name] == 2]
-    decays = [name for name in ndims if (decay_on == "all" or ndims[name] >= 2) and name not in hidden]
-    return decays, [name for name in ndims if name not in decays and name not in hidden], hidden
+    ndims: Mapping[str, int], decay_on: Literal["matrices", "all"], *, muon: bool, by_kind: bool
+) -> dict[str, list[str]]:
+    """Return the parameters of each group of `decay_groups`. `ndims`: of all parameters, in the order of the model."""
+    found: dict[str, list[str]] = {kind: [] for kind in (*(BY_KIND if by_kind else BY_DECAY), HIDDEN)}
+    for name, ndim in ndims.items():
+        if muon and ndim == 2 and name.startswith("h."):
+            kind = HIDDEN
+        elif by_kind:
+            kind = _kind(name, ndim)
+        else:
+            kind = "decays" if decay_on == "all" or ndim >= 2 else "others"
+        found[kind].append(name)
+    return {kind: names for kind, names in found.items() if names}
+
+
+def has_own_rates(optimizer: Optimizer) -> bool:
+    """Tell whether embeddings, head and vectors are groups of their own."""
+    return any("lr_scale" in group for group in optimizer.param_groups)
+
+
+def _kind(name: str, ndim: int) -> str:
+    if name in ("wte.weight", "wpe.weight"):
+        return "embeddings"
+    if name == "lm_head.weight":
+        return "head"
+    return "vectors" if ndim < 2 else "matrices"
 
 
 def _ndim(p: nn.Parameter) -> int:

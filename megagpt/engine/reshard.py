@@ -32,7 +32,7 @@ from megagpt.engine.flat_tensors import (
     refresh_weights,
 )
 from megagpt.engine.muon import Muon
-from megagpt.engine.optimizer import decay_groups
+from megagpt.engine.optimizer import decay_groups, has_own_rates
 from megagpt.engine.safe_pickle import check_pickles, load_checked, pickles_of
 from megagpt.errors import UserError
 
@@ -76,7 +76,9 @@ def load_reshaped(
     with errors_on_every_rank():
         check_pickles(pickles_of(step_dir)[rank() :: world_size()])
     momentum = 0.0 if isinstance(engine.basic_optimizer, Muon) else None
-    sizes = param_sizes(engine, decay_groups(engine.module, 0.0, weight_decay_on, momentum=momentum))
+    scale: dict[str, float] | None = {} if has_own_rates(engine.basic_optimizer) else None
+    groups = decay_groups(engine.module, 0.0, weight_decay_on, momentum=momentum, lr_scale=scale)
+    sizes = param_sizes(engine, groups)
     with errors_on_every_rank():
         old, n_updates = saved_tensors(step_dir, shape, sizes)
     placed = own_slices(engine, sizes)

@@ -19,7 +19,7 @@ from megagpt.engine.safe_pickle import check_pickles, load_checked, pickles_of
 
 # Pickle the stage as Python 3.11.4 and later do; earlier ones pickle a call of getattr, which safe_pickle.py refuses.
 copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (int(stage),)))
-SETTINGS = ("betas", "eps", "weight_decay", "momentum")  # lr is set before every step
+SETTINGS = ("betas", "eps", "weight_decay", "momentum", "lr_scale")  # lr is set before every step
 
 
 def consolidated_weights(step_dir: Path) -> dict[str, Tensor]:
@@ -50,10 +50,15 @@ def _masters(saved: dict[str, Any]) -> dict[str, Tensor]:
     settings = optimizer["optimizer_state_dict"]["param_groups"] if groups else []
     muon = any("momentum" in group for group in settings)
     all_decay = len(groups) - muon == 1  # or there are matrices alone, whose order is then the same
-    parts = names_in_groups({name: module[name].dim() for name in own}, "all" if all_decay else "matrices", muon=muon)
+    parts = names_in_groups(
+        {name: module[name].dim() for name in own},
+        "all" if all_decay else "matrices",
+        muon=muon,
+        by_kind=any("lr_scale" in group for group in settings),
+    )
     values = (value for group in groups for value in (group if isinstance(group, list) else [group]))
     masters: dict[str, Tensor] = {}
-    left = chain(*parts)
+    left = chain(*parts.values())
     for flat in values:
         at = 0
         while at < flat.numel():

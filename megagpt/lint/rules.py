@@ -99,6 +99,11 @@ WITHOUT_EFFECT = (
         'megagpt.guards.spikes.action is "none"; choose one or remove this',
     ),
     Acts(
+        ("optimizer.params.lr_scale.head",),
+        lambda run: not run.megagpt.model.tied,
+        "the head is the token embedding; set megagpt.model.tied to false, or remove it",
+    ),
+    Acts(
         ("megagpt.schedule.momentum_warmup_steps",),
         lambda run: run.deepspeed.optimizer.type == "Muon",
         "it is for Muon's momentum; set optimizer.type to Muon or remove this",
