@@ -249,7 +249,9 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument(
         "--network",
         metavar="NAME|GB/s",
-        help="bandwidth per GPU, each way; default: the GPUs' own links up to 8 ranks, else infiniband-ndr",
+        help="between hosts of 8 GPUs: a name (InfiniBand has a card for each GPU, Ethernet one for a host), GB/s of "
+        "each GPU each way, or cards of a host and their speed (4x12.5); default: none up to 8 ranks, else "
+        "infiniband-ndr",
     )
     plan.add_argument(
         "--tokens", type=whole(1), help="number to train on; default: megagpt.schedule.max_steps global batches"

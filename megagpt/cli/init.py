@@ -16,6 +16,7 @@ from megagpt.data.manifest import BUILD_DIR, MANIFEST, Manifest, Split, read_man
 from megagpt.errors import UserError
 from megagpt.planner.estimate import EFFICIENCY, GIB, Machine, machine
 from megagpt.planner.gpu_specs import FP32_PEAK, GPUS, Gpu, gpu_named
+from megagpt.planner.network import network_of
 from megagpt.planner.sizing import (
     EPOCHS,
     LARGEST_BATCH,
@@ -133,7 +134,7 @@ def _machine(args: argparse.Namespace) -> Machine:
         return machine(name, 1, None)
     memory = psutil.virtual_memory().total * MEMORY_SHARE / GIB
     # The planner counts fp32 as a share of a GPU's 16-bit peak.
-    return Machine("cpu", Gpu(_cpu_flops() / FP32_PEAK, memory, 1.0), 1, "none", 1.0)
+    return Machine("cpu", Gpu(_cpu_flops() / FP32_PEAK, memory, 1.0), 1, network_of(None, 1, 1.0))
 
 
 def _cpu_flops() -> float:

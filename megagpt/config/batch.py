@@ -38,6 +38,7 @@ def batch_plan(ds: DeepSpeedConfig, world_size: int, ways: Iterable[tuple[int, s
             f"sequence_parallel_size to {math.gcd(shared_by, world_size)}"
             f"{_other_ranks(ds, ways) or f', or start a multiple of {shared_by} ranks'}"
         )
+    _secondary_partition_divides(ds, world_size)
     replicas = world_size // shared_by
     per_pass = micro * replicas
     ranks = f"{replicas} {'rank' if shared_by == 1 else 'group'}{'s' if replicas > 1 else ''}"
@@ -58,6 +59,16 @@ def batch_plan(ds: DeepSpeedConfig, world_size: int, ways: Iterable[tuple[int, s
             f"= {per_pass}; set train_batch_size to {nearest}{_smaller_micro_batch(ds, replicas)}{other_ranks}"
         )
     return BatchPlan(total, micro, total // per_pass, world_size, shared_by)
+
+
+def _secondary_partition_divides(ds: DeepSpeedConfig, world_size: int) -> None:
+    """Raise UserError where groups of hpZ do not divide the ranks: DeepSpeed makes groups of consecutive ranks."""
+    size = ds.zero_optimization.secondary_ranks(world_size)
+    if world_size % size:
+        raise UserError(
+            f"zero_optimization.zero_hpz_partition_size={size} does not divide the number of ranks, {world_size}; set "
+            f"it to {math.gcd(size, world_size)}, or start a multiple of {size} ranks"
+        )
 
 
 def rank_numbers(most: int, way: str) -> Iterator[tuple[int, str]]:

@@ -182,6 +182,17 @@ class ZeroConfig(Passed):
         "max_reuse_distance", 1_000_000_000, "a parameter used again within this many elements is kept"
     )
 
+    zero_hpz_partition_size: int = Field(
+        default=1,
+        ge=0,
+        le=MOST,
+        description="stage 3: ranks, as many as a host has, that keep a second copy of all weights to gather from",
+    )
+
+    def secondary_ranks(self, world_size: int) -> int:
+        """Return the number of ranks that a secondary partition of weights (hpZ) is on; 1: there is none."""
+        return max(1, min(self.zero_hpz_partition_size, world_size)) if self.stage == 3 else 1
+
     @property
     def overlaps(self) -> bool:
         """Tell whether gradients, and at stage 3 weights, are sent while the GPU computes."""

@@ -17,6 +17,7 @@ from megagpt.errors import OwnRankError, UserError
 from megagpt.planner.estimate import GIB, Machine, Setting, fastest, settings, vocabulary
 from megagpt.planner.gpu_specs import Gpu
 from megagpt.planner.memory import PARTS
+from megagpt.planner.network import network_of
 
 # By the function that the error went through, the innermost first; a test holds these names to the code's.
 DOING = {
@@ -88,7 +89,7 @@ def _message(run: RunConfig, device: torch.device, error: BaseException) -> str:
     names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
     doing = next((DOING[name] for name in reversed(names) if name in DOING), "starting")
     limit = memory_of(device)
-    here = Machine(str(device), Gpu(1e12, limit / GIB, 10.0), world_size(), "", 10.0)
+    here = Machine(str(device), Gpu(1e12, limit / GIB, 10.0), world_size(), network_of(None, world_size(), 10.0))
     current, *others = settings(run, here, vocabulary(run)[0])
     if device.type == "cpu":  # where offloading moves nothing
         others = [s for s in others if s.offload == current.offload]

@@ -9,9 +9,20 @@ from dataclasses import dataclass
 from megagpt.config.batch import BatchPlan
 from megagpt.config.deepspeed import ZeroConfig
 from megagpt.config.run_file import RunConfig
-from megagpt.model.flops import hidden_matrices, n_hidden, n_vector_elements, param_sizes
+from megagpt.model.flops import bucket_elements, hidden_matrices, n_hidden, n_vector_elements, param_sizes
 
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}  # bytes
+# Elements that DeepSpeed reduces at once without ZeRO (engine.py: MEMORY_OPT_ALLREDUCE_SIZE).
+STAGE_0_BUCKET = 500_000_000
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How often DeepSpeed calls collectives, if it fills its buckets."""
+
+    all_reduce: int = 0
+    ring: int = 0  # all-gathers and reduce-scatters
+    secondary: int = 0  # all-gathers from the secondary partition of hpZ
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,14 @@ class Traffic:
     all_to_all: int
     shared_by: int = 1  # ranks that take part in an all-to-all
     orthogonalized: float = 0.0  # by Muon, in an all-to-all of all ranks
+    regathered: int = 0  # from the secondary partition of hpZ
+    secondary: int = 1  # ranks that such a partition is on
+    calls: Calls = Calls()
+
+    @property
+    def ring(self) -> float:
+        """Bytes that leave this rank in rings over all ranks."""
+        return (2 * self.all_reduce + self.reduce_scatter + self.all_gather) * (self.world_size - 1) / self.world_size
 
     @property
     def wire(self) -> float:
@@ -34,9 +53,9 @@ class Traffic:
         it everywhere, which is optimal (Patarasuk and Yuan 2009, Bandwidth optimal all-reduce algorithms for clusters
         of workstations, section 3; NVIDIA's nccl-tests, doc/PERFORMANCE.md).
         """
-        W, P = self.world_size, self.shared_by
-        ring = 2 * self.all_reduce + self.reduce_scatter + self.all_gather
-        return (ring + self.orthogonalized) * (W - 1) / W + self.all_to_all * (P - 1) / P
+        W, P, Z = self.world_size, self.shared_by, self.secondary
+        exchanged = self.orthogonalized * (W - 1) / W + self.all_to_all * (P - 1) / P
+        return self.ring + exchanged + self.regathered * (Z - 1) / Z
 
 
 def traffic(run: RunConfig, batch: BatchPlan, vocab_size: int) -> Traffic:
@@ -57,17 +76,28 @@ def traffic(run: RunConfig, batch: BatchPlan, vocab_size: int) -> Traffic:
     reduced_in = WIDTH.get(str(run.deepspeed.communication_data_type).lower(), s)
     micro_batches, exchanged, by_muon = batch.accumulation, _all_to_all(run, batch), _orthogonalized(run, W)
     if zero.stage == 0:
-        return Traffic(W, N * reduced_in, 0, 0, exchanged, P)
+        return Traffic(W, N * reduced_in, 0, 0, exchanged, P, calls=Calls(all_reduce=-(-N // STAGE_0_BUCKET)))
+    bucket = zero.reduce_bucket_size or bucket_elements(run.megagpt.model, vocab_size, W)
     if zero.stage < 3:
         times = micro_batches if zero.stage == 2 else 1
-        return Traffic(W, N * reduced_in * times, 0, s * _flat(run, vocab_size, N, W), exchanged, P, by_muon)
+        calls = Calls(all_reduce=times * -(-N // bucket), ring=-(-N // bucket))
+        return Traffic(
+            W, N * reduced_in * times, 0, s * _flat(run, vocab_size, N, W), exchanged, P, by_muon, calls=calls
+        )
     # Stage 3 pads each parameter to a multiple of the ranks.
     padded = sum(-(-n // W) * W for n in sizes)
     small = sum(-(-n // W) * W for n in sizes if n <= zero.param_persistence_threshold)
     tied = sizes[0] if run.megagpt.model.tied else 0
     again = regathered(zero, padded - small) + _tied_again(zero, tied, padded - small)
-    gathered = micro_batches * (padded - small + again) + small
-    return Traffic(W, 0, micro_batches * padded * reduced_in, s * gathered, exchanged, P, by_muon)
+    gathered, Z = micro_batches * (padded - small + again) + small, zero.secondary_ranks(W)
+    # hpZ: the first gather of a step leaves a copy of each weight on Z ranks, from which all others are.
+    inside = gathered - padded if Z > 1 else 0
+    fetched = max(1, zero.prefetch_bucket_size)
+    calls = Calls(
+        ring=-(-(gathered - inside) // fetched) + micro_batches * -(-padded // bucket), secondary=-(-inside // fetched)
+    )
+    reduced = micro_batches * padded * reduced_in
+    return Traffic(W, 0, reduced, s * (gathered - inside), exchanged, P, by_muon, s * inside, Z, calls)
 
 
 def regathered(zero: ZeroConfig, partitioned: int) -> int:

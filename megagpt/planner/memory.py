@@ -188,8 +188,9 @@ def _sharded_weights(zero: ZeroConfig, sizes: list[int], W: int, s: int, bucket:
     live = N - small - regathered(zero, N - small)
     # Adam converts one group of parameters at a time.
     group = min(N, zero.sub_group_size) / W
+    secondary = s * (N - small) / zero.secondary_ranks(W) if zero.secondary_ranks(W) > 1 else 0.0
     return _States(
-        weights=s * small + (0.0 if offloaded else part),
+        weights=s * small + (0.0 if offloaded else part) + secondary,
         optimizer=on_gpu,
         host=on_host + (part if offloaded else 0.0),
         held=part + bucket,

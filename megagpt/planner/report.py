@@ -14,14 +14,13 @@ from megagpt.planner.estimate import (
     EFFICIENCY,
     FRAGMENTATION,
     GIB,
-    HOST_ADAM,
-    HOST_LINK,
     POLICIES,
     STAGES,
     Machine,
     Setting,
     fastest,
 )
+from megagpt.planner.step_time import GATHER_LOOP, HOST_ADAM, HOST_LINK, SCATTER_LOOP
 from megagpt.terminal import counted, duration
 
 # Keys that change memory or traffic in ways that the arithmetic does not count; a name stands for all that begin so.
@@ -30,7 +29,7 @@ NOT_COUNTED = (
     "torch_autocast",
     "bf16.bf16_",
     "fp16.fp16_",
-    "zero_optimization.zero_",
+    "zero_optimization.zero_quantized_",
     "zero_optimization.mics_",
     "zero_optimization.contiguous_gradients",
     "zero_optimization.reduce_scatter",
@@ -68,8 +67,7 @@ def plan_report(
         f"{n_params(cfg, vocab[0]):,} parameters: {counted(cfg.n_layer, 'layer')}, width {cfg.n_embd:,}; "
         f"{run.deepspeed.dtype}; vocabulary {vocab[0]:,} ({vocab[1]})",
         f"{tokens:,} tokens in {counted(round(steps), 'step')} of {counted(batch, 'sample')} of {seq_len:,} tokens",
-        f"{on.ranks} x {on.name} ({on.gpu.memory_gib:g} GiB, {on.gpu.peak_flops / 1e12:,.0f} TFLOP/s), {on.network}: "
-        f"{on.gb_per_s:g} GB/s each way for each GPU",
+        f"{on.ranks} x {on.name} ({on.gpu.memory_gib:g} GiB, {on.gpu.peak_flops / 1e12:,.0f} TFLOP/s), {on.network}",
         *([f"{on.name} has no bf16: planned in fp16, with {shlex.join(already)}"] if already else []),
         "",
         f"Stages with micro-batch {current.micro_batch} and recompute {current.policy!r} (*: as written), in GiB per "
@@ -123,9 +121,12 @@ def assumptions(run: RunConfig, on: Machine) -> list[str]:
         f"compute: model and recomputed FLOPs at {on.efficiency:.0%} of the dense 16-bit peak, "
         f"{on.gpu.peak_flops / 1e12:,.0f} TFLOP/s, for every micro-batch (--efficiency; default {EFFICIENCY:.0%}, "
         "published for GPT-2 on Hopper: 33 to 52 %)",
-        "network: a ring's bytes over the bandwidth, without latency or other traffic, added to the compute except "
-        "for what overlap_comm hides: at stage 3 (on by default) all traffic, during the whole step; at stages 1 and "
-        "2 the gradients, during backward (at stage 1 only the last micro-batch's)",
+        "network: bytes over the speed of NCCL's rings, which use all cards of a host, and the hops of each call, "
+        "without other traffic; added to the compute except for what overlap_comm hides: at stage 3 (on by default) "
+        "all traffic, during the whole step; at stages 1 and 2 the gradients, during backward (at stage 1 only that of "
+        "the last micro-batch)",
+        f"DeepSpeed's host: at stage 3 {GATHER_LOOP * 1e6:g} us of Python for each tensor and rank in a gather and "
+        f"{SCATTER_LOOP * 1e6:g} in a reduce-scatter; a step takes at least as long",
         f"spare: {FRAGMENTATION:.0%} of the tensors for the allocator's gaps, and {CONTEXT / GIB:.0f} GiB for CUDA and "
         "NCCL",
         "activations: those of uncompiled blocks; compiled blocks keep less",

@@ -16,9 +16,11 @@ from megagpt.config.run_file import RunConfig, load_run_config, parse_run
 from megagpt.lint.linter import lint_or_raise
 from megagpt.model.flops import n_params
 from megagpt.planner.communication import Traffic, traffic
-from megagpt.planner.estimate import EFFICIENCY, changes, fastest, machine, muon_flops, setting, settings
+from megagpt.planner.estimate import EFFICIENCY, changes, fastest, machine, setting, settings
 from megagpt.planner.gpu_specs import GPUS, gpu_named
 from megagpt.planner.memory import memory
+from megagpt.planner.network import network_of
+from megagpt.planner.step_time import muon_flops
 
 
 def on_ranks(n_ranks, measured, folder):
@@ -46,7 +48,7 @@ def as_counted(sent: Traffic) -> dict[str, int]:
     counted = {
         "all_reduce": sent.all_reduce,
         "reduce_scatter_tensor": sent.reduce_scatter,
-        "all_gather_into_tensor": sent.all_gather // sent.world_size,
+        "all_gather_into_tensor": sent.all_gather // sent.world_size + sent.regathered // sent.secondary,
         "all_to_all_single": sent.all_to_all,
     }
     return {name: size for name, size in counted.items() if size}
@@ -79,6 +81,41 @@ def test_bytes_on_the_wire_of_a_ring():
     assert Traffic(4, all_reduce=0, reduce_scatter=0, all_gather=0, all_to_all=80, shared_by=2).wire == 40
 
 
+def test_rings_use_all_cards_of_a_host_and_no_more_than_the_link():
+    """64 H100s with 450 GB/s to their host: eight cards of 50 GB/s carry 400, of 100 the link's 450, one card 12.5."""
+    speeds = {"infiniband-ndr": 400, "50": 400, "100": 450, "ethernet-100": 12.5, "4x25": 100}
+    assert {name: network_of(name, 64, 450).ring / 1e9 for name in speeds} == speeds
+    assert network_of(None, 8, 450).ring == network_of(None, 8, 450).exchange(8) == 450e9
+    assert network_of("50", 8, 450).ring == 50e9  # hosts of one GPU
+    cards = network_of("infiniband-ndr", 64, 450)
+    assert (cards.exchange(8), cards.exchange(64)) == (450e9, 50e9)  # of one host, and over all
+
+
+def test_hops_of_a_ring_and_of_a_tree():
+    """16 ranks on two hosts: a ring has 14 hops inside hosts and one between; a tree goes up and down 7 and one."""
+    two = network_of("infiniband-ndr", 16, 450)
+    assert two.ring_latency(16) == pytest.approx(10e-6 + 14 * 1.9e-6 + 4e-6)
+    assert two.tree_latency == pytest.approx(4.4e-6 + 2 * (7 * 1.2e-6 + 8.5e-6))
+    assert two.ring_latency(8) == pytest.approx(10e-6 + 7 * 1.9e-6)
+
+
+def test_python_of_stage_3_bounds_a_step_on_thousands_of_ranks_and_hpz_shortens_it(gpt2):
+    """Its loops grow with tensors times ranks, so that more ranks make a step of one micro-batch longer."""
+    found = {}
+    for ranks in (64, 1024, 4096):
+        sizes = [f"train_batch_size={8 * ranks}", "train_micro_batch_size_per_gpu=8"]
+        run = parse_run(gpt2.as_json(), [*sizes, "zero_optimization.stage=3"])
+        found[ranks] = setting(run, machine("H100", ranks, None), 50304)
+    large, tensors = 4 * 48 + 2, 12 * 48 + 4  # matrices of blocks and two tables; with biases and norms
+    assert found[64].time.total > found[64].time.loops
+    assert found[4096].time.total == found[4096].time.loops == pytest.approx(4 * found[1024].time.loops, rel=0.01)
+    assert found[4096].time.loops == pytest.approx(4096 * (2.3e-6 * 2 * large + 2.2e-6 * tensors), rel=0.25)
+    hpz = setting(run.changed("zero_optimization.zero_hpz_partition_size=8"), machine("H100", 4096, None), 50304)
+    assert hpz.time.loops < found[4096].time.loops
+    assert hpz.time.wire < found[4096].time.wire
+    assert hpz.memory.weights > found[4096].memory.weights
+
+
 @pytest.fixture
 def gpt2(tmp_path):
     """The run file of 1.5 billion parameters, without a dataset: GPT-2's vocabulary is used."""
@@ -104,7 +141,7 @@ def test_muon_is_counted_in_compute_traffic_and_memory(gpt2):
     for kind, stage in product(("AdamW", "Muon"), (0, 1, 3)):
         run = parse_run(gpt2.as_json(), [f"optimizer.type={kind}", f"zero_optimization.stage={stage}"])
         found[kind, stage] = setting(run, machine("H100", ranks, "50"), 50304)
-    more = {stage: found["Muon", stage].compute_seconds - found["AdamW", stage].compute_seconds for stage in (0, 1, 3)}
+    more = {stage: found["Muon", stage].time.compute - found["AdamW", stage].time.compute for stage in (0, 1, 3)}
     assert more[1] == pytest.approx(L * 300 * C**3 / (ranks * machine("H100", 1, None).gpu.peak_flops * EFFICIENCY))
     assert more[0] == pytest.approx(ranks * more[1])
     assert more[3] == pytest.approx(more[1])
@@ -133,7 +170,7 @@ def test_more_ranks_hold_less_each_and_take_less_time(gpt2):
     found = [setting(run, machine("H100", ranks, "50"), 50304) for ranks in (1, 8, 64, 512, 4096)]
     for fewer, more in pairwise(found):
         assert more.total < fewer.total
-        assert more.compute_seconds < fewer.compute_seconds
+        assert more.time.compute < fewer.time.compute
 
 
 def test_overlap_hides_gradients_behind_backward_but_not_the_weights_gathered_after_it(gpt2):
@@ -143,10 +180,11 @@ def test_overlap_hides_gradients_behind_backward_but_not_the_weights_gathered_af
         staged = variant(run, stage, "none", "none", 8)
         slow, fast = (setting(staged, machine("H100", 8, gb), 50304) for gb in ("0.01", "450"))
         assert slow.accumulation == 8
-        assert slow.hidden_seconds == pytest.approx(slow.compute_seconds * 2 / 3 / passes)
+        assert slow.time.hidden == pytest.approx(slow.time.compute * 2 / 3 / passes)
         sent = slow.traffic.all_reduce * 2 * 7 / 8
-        assert fast.hidden_seconds == pytest.approx(sent / 450e9)
-    assert setting(variant(run, 0, "none", "none", 8), machine("H100", 8, "0.01"), 50304).hidden_seconds == 0.0
+        hops = fast.traffic.calls.all_reduce * machine("H100", 8, "450").network.tree_latency
+        assert fast.time.hidden == pytest.approx(sent / 450e9 + hops)
+    assert setting(variant(run, 0, "none", "none", 8), machine("H100", 8, "0.01"), 50304).time.hidden == 0.0
 
 
 def test_the_command_marks_the_run_files_setting_and_names_the_fastest(capsys):
@@ -166,6 +204,9 @@ def test_a_key_without_effect_is_a_warning_before_the_plan(capsys):
     assert capsys.readouterr().err.startswith("warning: aio.queue_depth=8 has no effect")
 
 
+HPZ_OF_8 = ["zero_optimization.stage=3", "zero_optimization.zero_hpz_partition_size=8"]
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -175,9 +216,14 @@ def test_a_key_without_effect_is_a_warning_before_the_plan(capsys):
         (["--gpu-memory", "24"], "--gpu-memory alone describes no GPU; give --tflops too, or --gpu NAME"),
         (
             ["--network", "carrier-pigeon"],
-            "--network 'carrier-pigeon' is neither GB/s of each GPU nor one of infiniband",
+            "--network 'carrier-pigeon' is neither GB/s of each GPU, nor cards of each host",
         ),
         (["--network", "nan"], "--network 'nan' is neither GB/s"),
+        (["--network", "0x25"], "--network '0x25' is neither GB/s of each GPU, nor cards of each host"),
+        (
+            ["--ranks", "12", *HPZ_OF_8, "train_batch_size=576"],
+            "zero_hpz_partition_size=8 does not divide the number of ranks, 12; set it to 4, or start a multiple of 8",
+        ),
         (["--memory", "40"], "--memory limits the steps that --probe takes; add --probe"),
         (["zero_optimization.stag=3"], "did you mean 'zero_optimization.stage'?"),
         (

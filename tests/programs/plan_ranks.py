@@ -60,6 +60,11 @@ TRAFFIC = {
     ),
     "1, positions shared": _of(1, 1, "sequence_parallel_size=2"),
     "1, positions shared, recomputed": _of(1, 1, "sequence_parallel_size=2", FULL),
+    # The last: DeepSpeed keeps the groups of hpZ for the whole process.
+    "3, hpZ": _of(
+        *(3, 1, "zero_optimization.zero_hpz_partition_size=2", "zero_optimization.stage3_max_reuse_distance=0"),
+        "zero_optimization.stage3_prefetch_bucket_size=0",
+    ),
 }
 
 
