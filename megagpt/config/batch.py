@@ -63,11 +63,11 @@ def batch_plan(ds: DeepSpeedConfig, world_size: int, ways: Iterable[tuple[int, s
 
 def _secondary_partition_divides(ds: DeepSpeedConfig, world_size: int) -> None:
     """Raise UserError where groups of hpZ do not divide the ranks: DeepSpeed makes groups of consecutive ranks."""
-    size = ds.zero_optimization.secondary_ranks(world_size)
+    size, key = ds.zero_optimization.secondary_ranks(world_size), "zero_optimization.zero_hpz_partition_size"
     if world_size % size:
         raise UserError(
-            f"zero_optimization.zero_hpz_partition_size={size} does not divide the number of ranks, {world_size}; set "
-            f"it to {math.gcd(size, world_size)}, or start a multiple of {size} ranks"
+            f"{key}={size} does not divide the number of ranks, {world_size}; set {key} to "
+            f"{math.gcd(size, world_size)}, or start a multiple of {size} ranks"
         )
 
 

@@ -222,7 +222,7 @@ HPZ_OF_8 = ["zero_optimization.stage=3", "zero_optimization.zero_hpz_partition_s
         (["--network", "0x25"], "--network '0x25' is neither GB/s of each GPU, nor cards of each host"),
         (
             ["--ranks", "12", *HPZ_OF_8, "train_batch_size=576"],
-            "zero_hpz_partition_size=8 does not divide the number of ranks, 12; set it to 4, or start a multiple of 8",
+            "zero_hpz_partition_size=8 does not divide the number of ranks, 12; set zero_optimization.zero_",
         ),
         (["--memory", "40"], "--memory limits the steps that --probe takes; add --probe"),
         (["zero_optimization.stag=3"], "did you mean 'zero_optimization.stage'?"),
