@@ -28,7 +28,7 @@ data/demo/manifest.json: | .venv/runtime
 
 # One process, on a GPU if there is one: the batch of 8 is too small to divide over more.
 demo: .venv/runtime data/demo/manifest.json
-	@echo; echo "2 of 3: train 2.6 million parameters for 800 steps, a few minutes on two idle CPU cores"
+	@echo; echo "2 of 3: train 2.6 million parameters for 500 steps, a few minutes on two idle CPU cores"
 	megagpt train ds_configs/demo.json --nproc 1
 	@echo "For comparison, val/loss of plain GPT-2 with AdamW (ds_configs/demo_gpt2.json), measured with Python 3.11:"
 	@echo "step 200: 4.2546   step 400: 3.9051   step 600: 3.6885   step 800: 3.5722"
