@@ -45,7 +45,9 @@ def _check(run_config: RunConfig) -> None:
 def _search(args: argparse.Namespace, run_config: RunConfig) -> int:
     study_module, results = import_module("megagpt.tuning.study"), import_module("megagpt.tuning.results")
     metric = run_config.megagpt.early_stopping.monitor
-    space = import_module("megagpt.tuning.space").read_space(args.space, run_config)
+    space = import_module("megagpt.tuning.space").read_space(
+        args.space, lambda options: load_run_config(args.run_file, [*args.overrides, *options])
+    )
     folder = args.study or Path(f"{run_config.megagpt.out_dir}_study")
     study = study_module.Study(folder, run_config, space, args.seed)
     stop = _Stop()

@@ -18,7 +18,6 @@ from pydantic import Field, ValidationError, model_validator
 
 from megagpt.config.mistakes import as_written, did_you_mean
 from megagpt.config.parsing import Strict, read_json
-from megagpt.config.run_file import RunConfig
 from megagpt.errors import UserError
 
 # A key, or the section of several, whose values cannot be compared or are the study's own.
@@ -112,8 +111,11 @@ def overrides_of(values: dict[str, Value]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def read_space(path: Path, run: RunConfig) -> Space:
-    """Read a space and check each of its keys, and the ends of its values, in a run file. Raises UserError."""
+def read_space(path: Path, check: Callable[[list[str]], object]) -> Space:
+    """Read a space and check each of its keys, and the ends of its values. Raises UserError.
+
+    `check` reads the run file with such options, as training does, and raises UserError.
+    """
     raw = read_json(path, what="space")
     raw.pop("$schema", None)
     if not raw:
@@ -126,7 +128,7 @@ def read_space(path: Path, run: RunConfig) -> Space:
         _check_when(path, key, dimension, dimensions)
         for value in dimension.extremes:
             try:
-                run.changed(*overrides_of({**dimension.when, key: value}))
+                check(overrides_of({**dimension.when, key: value}))
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None
     return Space(dimensions)

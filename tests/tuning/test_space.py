@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import FixedTrial
-from support import debug_run
+from support import ROOT, debug_run
 
+from megagpt.config.run_file import load_run_config
 from megagpt.errors import UserError
 from megagpt.tuning.space import overrides_of, read_space
 
@@ -29,7 +30,7 @@ def read(dataset, tmp_path):
 
     def reader(space):
         (tmp_path / "space.json").write_text(space if isinstance(space, str) else json.dumps(space))
-        return read_space(tmp_path / "space.json", run)
+        return read_space(tmp_path / "space.json", lambda options: run.changed(*options))
 
     reader.run = run
     return reader
@@ -56,7 +57,7 @@ def read_once(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("space")
     (folder / "space.json").write_text(json.dumps(SPACE))
     run = debug_run(dataset, folder / "run")
-    return read_space(folder / "space.json", run), run
+    return read_space(folder / "space.json", lambda options: run.changed(*options)), run
 
 
 def test_a_condition_that_does_not_hold_leaves_the_key_out(read):
@@ -103,3 +104,10 @@ def test_a_condition_that_does_not_hold_leaves_the_key_out(read):
 def test_what_is_wrong_with_a_space_is_told_before_anything_trains(read, space, message):
     with pytest.raises(UserError, match=message):
         read(space)
+
+
+def test_the_space_that_is_shipped_goes_with_its_run_file():
+    """Presets change keys that the run file leaves out, so it is read again for each value, as training reads it."""
+    configs = ROOT / "ds_configs"
+    space = read_space(configs / "tune_space.json", lambda options: load_run_config(configs / "char_cpu.json", options))
+    assert list(space.dimensions)[-1] == "megagpt.model.preset"

@@ -111,7 +111,7 @@ def test_ctrl_c_stops_a_study_with_its_trials_saved(tune, tmp_path):
 def test_two_tuners_of_one_study_are_one_too_many(dataset, tmp_path):
     (tmp_path / "space.json").write_text(json.dumps(SPACE))
     run = debug_run(dataset, tmp_path / "run", *SHORT)
-    space = read_space(tmp_path / "space.json", run)
+    space = read_space(tmp_path / "space.json", lambda options: run.changed(*options))
     first = Study(tmp_path / "study", run, space, 0)
     with pytest.raises(UserError, match=f"is in use by .*{os.getpid()}"):
         Study(tmp_path / "study", run, space, 0)
