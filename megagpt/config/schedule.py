@@ -54,6 +54,13 @@ class ScheduleConfig(Strict):
         """Number of steps over which the rate changes."""
         return self.end_step or self.max_steps
 
+    @property
+    def length(self) -> tuple[str, int]:
+        """Return the key that a user changes for a longer run, and its value."""
+        if self.max_tokens is not None:
+            return "megagpt.schedule.max_tokens", self.max_tokens
+        return "megagpt.schedule.max_steps", self.max_steps
+
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
         decays = self.shape == "warmup-stable-decay"

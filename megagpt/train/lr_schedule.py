@@ -65,6 +65,20 @@ def decay_in_the_past(saved_run: Mapping[str, Any], step: int, cfg: ScheduleConf
     )
 
 
+def other_tokens_so_far(tokens_seen: int, step: int, tokens_per_step: int, cfg: ScheduleConfig) -> str | None:
+    """Return what is wrong if the steps before `step` had other lengths, so that the run would miss its max_tokens."""
+    if cfg.max_tokens is None:
+        return None
+    steps = step + -(-max(0, cfg.max_tokens - tokens_seen) // tokens_per_step)
+    if steps == max(step, cfg.max_steps):
+        return None
+    return (
+        f"megagpt.schedule.max_tokens={cfg.max_tokens} makes {cfg.max_steps} steps of {tokens_per_step} tokens, and "
+        f"the {step} steps so far had {tokens_seen} tokens; to train on as many in all, set "
+        f"megagpt.schedule.max_tokens=null megagpt.schedule.max_steps={steps}"
+    )
+
+
 def _progress(step: int, cfg: ScheduleConfig, begin: int) -> float:
     """Return how far the decay is: 0 at `begin`, 1 at the last update of the curve and after it."""
     return min(1.0, (step - begin) / max(1, cfg.curve_steps - 1 - begin))

@@ -188,10 +188,10 @@ def print_nothing_left(cfg: MegaGPTConfig, state: TrainState) -> None:
     """Print that a run was finished before this start, and the key that makes it train further."""
     if not is_main():
         return
-    named, step, last = _best_checkpoint(cfg), state.step, cfg.schedule.max_steps
-    if step >= last:
-        why = f"already finished at step {step}, and megagpt.schedule.max_steps={last}; "
-        way_out = "raise megagpt.schedule.max_steps to train further"
+    named, step, (key, last) = _best_checkpoint(cfg), state.step, cfg.schedule.length
+    if step >= cfg.schedule.max_steps:
+        why = f"already finished at step {step}, and {key}={last}; "
+        way_out = f"raise {key} to train further"
     else:
         why = f"already stopped early at step {step}: {_no_improvement(cfg, state)}; "
         way_out = f"set megagpt.early_stopping.patience to more than {state.stopper.bad_evals}, or to 0 for no early "

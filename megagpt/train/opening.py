@@ -70,13 +70,13 @@ def notes(setup: RunSetup) -> list[str]:
     positions than it begins with, for text that the tokenizer loses, and for a best step that is measured otherwise.
     """
     cfg, epochs, ratio = setup.run.megagpt, _epochs(setup), _tokens_per_parameter(setup)
+    key, length = cfg.schedule.length
     lines = [*_positions_without_weights(setup), *_what_the_tokenizer_loses(setup), *_best_on_other_tokens(setup)]
     for dataset, times in zip(setup.training_set.datasets, epochs, strict=True):
         if times > EPOCHS:
             lines.append(
                 f"note: {dataset.path} is read {_short(times)} times; after about {EPOCHS} times repeated text teaches "
-                "little more (Muennighoff et al. 2023): add text, or set megagpt.schedule.max_steps="
-                f"{max(1, int(cfg.schedule.max_steps * EPOCHS / times))}"
+                f"little more (Muennighoff et al. 2023): add text, or set {key}={max(1, int(length * EPOCHS / times))}"
             )
     most = f"about {TOKENS_PER_PARAMETER} make the most of the same computing time (Hoffmann et al. 2022)"
     if ratio < TOKENS_PER_PARAMETER / FAR and cfg.schedule.max_steps >= TRIAL:

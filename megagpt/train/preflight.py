@@ -36,7 +36,7 @@ from megagpt.evaluation.tasks import Tasks, open_tasks
 from megagpt.guards.spikes import check_skipping
 from megagpt.tokenizer.tokenizer import Tokenizer, padded_vocab_size
 from megagpt.train.early_stopping import at_resume
-from megagpt.train.lr_schedule import decay_in_the_past
+from megagpt.train.lr_schedule import decay_in_the_past, other_tokens_so_far
 from megagpt.train_state import TrainState
 
 
@@ -108,6 +108,9 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
         if wrong := decay_in_the_past(
             json.loads((saved.step_dir / "run.json").read_bytes()), saved.state.step, cfg.schedule
         ):
+            raise UserError(wrong)
+        before, per_step = saved.state, batch.global_batch * cfg.seq_len
+        if wrong := other_tokens_so_far(before.tokens_seen, before.step, per_step, cfg.schedule):
             raise UserError(wrong)
     with errors_on_every_rank():
         start = None

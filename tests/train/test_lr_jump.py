@@ -1,8 +1,10 @@
 """A finished run that is extended: the jump of its learning rate is printed, and a key keeps the old curve's end."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
-from support import debug_run, metric
+from support import MUON, debug_run, metric
 
 from megagpt.config.schedule import ScheduleConfig
 from megagpt.errors import UserError
@@ -90,3 +92,30 @@ def test_a_constant_run_is_resumed_to_decay_from_its_step_and_not_from_an_earlie
         [3e-3] * 6 + [3e-3 * (1 - 0.9 * k / 4) for k in (1, 2, 3, 4)]
     )
     assert run(*decays, "megagpt.schedule.decay_from=6", "megagpt.schedule.max_steps=10").step == 10
+
+
+def test_a_budget_in_tokens_is_kept_when_a_resumed_run_has_another_batch(dataset, device, tmp_path):
+    """Four steps of 8 x 64 tokens are 2,048; one more step of twice that makes 3,072."""
+
+    def run(schedule, batch):
+        every = 'megagpt.every={"log": 1, "eval": 0, "save": 0}'
+        options = [every, "megagpt.data.val_tokens=128", f"megagpt.schedule={schedule}", f"train_batch_size={batch}"]
+        return train(debug_run(dataset, tmp_path / "run", *options), device)
+
+    assert run('{"max_tokens": 2048}', 8).step == 4
+    with pytest.raises(UserError, match=r"the 4 steps so far had 2048 tokens.*null megagpt\.schedule\.max_steps=5$"):
+        run('{"max_tokens": 3072}', 16)
+    assert run('{"max_tokens": null, "max_steps": 5}', 16).tokens_seen == 3072
+
+
+def test_all_that_follows_the_steps_is_the_same_in_a_run_that_was_stopped_twice(dataset, device, tmp_path):
+    schedule = {"max_tokens": 3072, "warmup_steps": 2, "shape": "warmup-stable-decay", "decay_steps": 3}
+    schedule |= {"weight_decay_shape": "lr", "momentum_warmup_steps": 5}
+    options = [*MUON, "megagpt.data.val_tokens=128", f"megagpt.schedule={json.dumps(schedule)}"]
+    for name, stops in {"straight": [None], "stopped": [1, 4, None]}.items():
+        for stop_at in stops:
+            train(debug_run(dataset, tmp_path / name, *options), device, stop_at=stop_at)
+    for curve in ("train/loss", "optim/grad_norm", "optim/lr", "optim/muon_lr"):
+        straight = metric(tmp_path / "straight", curve)
+        assert len(straight) == 6
+        assert straight == metric(tmp_path / "stopped", curve)

@@ -87,6 +87,7 @@ def test_a_condition_that_does_not_hold_leaves_the_key_out(read):
         ({"megagpt.out_dir": {"choices": ["a", "b"]}}, "each trial has a folder of its own"),
         ({"megagpt.data.val": {"choices": ["a", "b"]}}, "cannot be compared"),
         ({"megagpt.schedule.max_steps": {"low": 10, "high": 20}}, "after equal steps"),
+        ({"megagpt.schedule.max_tokens": {"low": 1000, "high": 2000}}, "after equal steps"),
         ({"megagpt.every.eval": {"low": 10, "high": 20}}, "evaluations are what trials are compared at"),
         (
             {"optimizer.params.muon_lr": {"low": 0.1, "high": 0.2, "when": {"optimizer.typ": "Muon"}}},
