@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
@@ -22,6 +25,10 @@ from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.distributed.collectives import gather_objects
 from megagpt.distributed.process_group import is_main, leave
 from megagpt.distributed.rank_variables import without_launcher
+from megagpt.model.loss import next_token_score
+
+if TYPE_CHECKING:
+    from megagpt.engine.build import Engine  # which imports DeepSpeed: programs that start often need none
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ROOT / "tests" / "programs"  # what tests start in processes of their own
@@ -235,3 +242,19 @@ def run_scenarios(scenarios: Sequence[Callable[[Path, Path], Any]]) -> None:
     if is_main():
         (folder / "results.json").write_text(json.dumps(results))
     leave()
+
+
+VOCAB = 128  # of models that take steps without a dataset
+
+
+def batch_of(step: int) -> Tensor:
+    """The four samples of 16 tokens and a next one that a step of `take_steps` sees."""
+    return torch.randint(0, VOCAB, (4, 17), generator=torch.Generator().manual_seed(step))
+
+
+def take_steps(engine: "Engine", *steps: int) -> "Engine":
+    """Pass each step's batch through an engine: an update, where that is its whole batch."""
+    for step in steps:
+        engine.backward(engine(batch_of(step)[:, :-1], score=next_token_score(batch_of(step)[:, 1:])))
+        engine.step()
+    return engine

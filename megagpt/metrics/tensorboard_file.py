@@ -39,13 +39,14 @@ SCALARS = SummaryMetadata.PluginData(plugin_name="scalars")
 SHOWN_FIRST = ("global_batch", "lr", "max_steps", "n_embd", "n_layer")
 # The metrics that are drawn a second time, by tokens: the "step" of the tag by_tokens/NAME is a number of tokens. This
 # group comes first, because TensorBoard sorts the groups and unfolds only the first ones.
-DRAWN_BY_TOKENS = re.compile("train/loss|val/loss(/.*)?")
+DRAWN_BY_TOKENS = re.compile("train/loss|val/(ema_)?loss(/.*)?")
 BY_TOKENS = "by_tokens/"
 
 # What TensorBoard tells of a card.
 DESCRIPTIONS = {
     "train/loss": "nats per token, mean over the steps since the point before",
     "val/loss": "nats per token, of the validation set; of several the mean, or the one that decides",
+    "val/ema_loss": "val/loss of the averaged weights",
     "val/best_loss": "nats per token: the lowest val/loss up to here, of the best checkpoint",
     "val/perplexity": "e to the val/loss",
     "val/bits_per_byte": "val/loss in bits per byte of text: comparable between tokenizers that lose no text",
@@ -69,6 +70,7 @@ DESCRIPTIONS = {
 }
 DESCRIPTIONS_OF_SETS = {
     "loss": "nats per token",
+    "ema_loss": "nats per token, with the averaged weights",
     "perplexity": "e to the loss",
     "bits_per_byte": "loss in bits per byte of text",
 }
@@ -77,10 +79,10 @@ CLUSTER = "over the ranks, seconds of a step in forward passes or in waiting for
 # The charts of the tab Custom Scalars; the tags are regular expressions.
 LAYOUT = {
     "loss": {
-        "training and validation loss": ["Multiline", ["^train/loss$", "^val/loss(/.*)?$"]],
+        "training and validation loss": ["Multiline", ["^train/loss$", "^val/(ema_)?loss(/.*)?$"]],
         "training and validation loss by tokens": [
             "Multiline",
-            ["^by_tokens/train/loss$", "^by_tokens/val/loss(/.*)?$"],
+            ["^by_tokens/train/loss$", "^by_tokens/val/(ema_)?loss(/.*)?$"],
         ],
     },
     "optimizer": {

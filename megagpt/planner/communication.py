@@ -18,7 +18,7 @@ STAGE_0_BUCKET = 500_000_000
 
 @dataclass(frozen=True)
 class Calls:
-    """How often DeepSpeed calls collectives, if it fills its buckets."""
+    """Counts of the collectives that DeepSpeed calls, if it fills its buckets."""
 
     all_reduce: int = 0
     ring: int = 0  # all-gathers and reduce-scatters

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megagpt.checkpoint.commit import best, committed
 from megagpt.config.run_file import RunConfig
-from megagpt.config.schema import MegaGPTConfig
+from megagpt.config.schema import EMA_LOSS, LOSS, MegaGPTConfig
 from megagpt.distributed.process_group import is_main, print_rank0
 from megagpt.errors import writing_to
 from megagpt.evaluation.tasks import TASKS
@@ -151,6 +151,7 @@ ON_THE_LINE = {
     "val/loss": "val/loss",
     "val/perplexity": "perplexity",
     "val/bits_per_byte": "bits_per_byte",
+    "val/ema_loss": "ema_loss",
     "optim/lr": "lr",
     "optim/muon_lr": "muon_lr",
     "optim/grad_norm": "grad_norm",
@@ -176,7 +177,7 @@ def print_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> Non
         lines = [
             validation_curve(metrics_file, cfg.early_stopping.monitor),
             why,
-            _best_loss(cfg, state, validation_losses(metrics_file)),
+            _best_loss(cfg, state, validation_losses(metrics_file, cfg.early_stopping.monitor)),
         ]
     lines += _best_checkpoint(cfg)
     if state.finished(cfg.schedule.max_steps) and committed(cfg.out_dir):
@@ -227,14 +228,15 @@ def _best_checkpoint(cfg: MegaGPTConfig) -> list[str]:
     return [] if (named := best(cfg.out_dir)) is None else [f"best checkpoint: {named}"]
 
 
-def validation_losses(metrics_file: Path) -> dict[int, float | None]:
-    """Return the run's validation losses by step; None for one that was not finite."""
-    return {row["step"]: row["val/loss"] for row in read_rows(metrics_file) if "val/loss" in row}
+def validation_losses(metrics_file: Path, monitor: str = LOSS) -> dict[int, float | None]:
+    """Return the losses that decide by step, of the weights or of their averages; None for one that was not finite."""
+    name = EMA_LOSS if monitor.startswith(EMA_LOSS) else LOSS
+    return {row["step"]: row[name] for row in read_rows(metrics_file) if name in row}
 
 
-def validation_curve(metrics_file: Path, name: str = "val/loss", width: int = 40, rows: int = 12) -> str:
+def validation_curve(metrics_file: Path, name: str = LOSS, width: int = 40, rows: int = 12) -> str:
     """Draw the run's validation losses as bars from the lowest to the highest, under the name of what decides."""
-    losses = validation_losses(metrics_file)
+    losses = validation_losses(metrics_file, name)
     if not losses:
         return "    no validation losses in metrics.jsonl"
     steps = list(losses)

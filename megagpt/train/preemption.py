@@ -8,6 +8,7 @@ from contextlib import suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what Slurm and the launchers send before they kill
+TIME_LIMIT = "time limit"  # a reason
 HANG_UP = b"the terminal is gone (SIGHUP): training continues; kill %d saves and stops it\n"
 CTRL_C = b"Ctrl-C: stopping at the next step, which is saved; Ctrl-\\ ends at once\n"
 
@@ -53,7 +54,7 @@ class Preemption:
         if self._signal is not None:
             return signal.Signals(self._signal).name
         if self._time_limit_minutes is not None and time.monotonic() > self._began + 60 * self._time_limit_minutes:
-            return "time limit"
+            return TIME_LIMIT
         if not self.launcher_alive():
             return "launcher has died"
         return ""

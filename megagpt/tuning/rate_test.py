@@ -3,12 +3,12 @@
 The loss falls fastest at a rate somewhat below the one from which on it rises.
 """
 
-import argparse
 import json
 import math
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from megagpt.config.run_file import RunConfig
@@ -22,14 +22,14 @@ DIVERGED = 4.0  # nats above the lowest loss
 WIDTH, HEIGHT = 64, 12
 
 
-def find_rate(run: RunConfig, run_file: Path, args: argparse.Namespace) -> int:
+def find_rate(run: RunConfig, run_file: Path, overrides: Sequence[str], *, steps: int) -> None:
     """Run the test, draw it, and print the suggested rate. Raises UserError."""
     peak = run.deepspeed.optimizer.params
     with tempfile.TemporaryDirectory() as folder:
         out_dir = Path(folder) / "range_test"
         keys = {
             "megagpt.out_dir": str(out_dir),
-            "megagpt.schedule": {"max_steps": args.find_lr, "shape": "range-test", "min_lr_ratio": LOWEST / HIGHEST},
+            "megagpt.schedule": {"max_steps": steps, "shape": "range-test", "min_lr_ratio": LOWEST / HIGHEST},
             "optimizer.params.lr": HIGHEST,
             "megagpt.every": {"log": 1, "eval": 0, "save": 0},
             "megagpt.guards.spikes.action": "log",
@@ -39,11 +39,11 @@ def find_rate(run: RunConfig, run_file: Path, args: argparse.Namespace) -> int:
         if run.deepspeed.optimizer.type == "Muon":  # both rates rise together
             keys["optimizer.params.muon_lr"] = HIGHEST * peak.of_muon / peak.lr
         options = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
-        command = [sys.executable, "-m", "megagpt", "train", str(run_file), "--nproc", "1", *args.overrides, *options]
+        command = [sys.executable, "-m", "megagpt", "train", str(run_file), "--nproc", "1", *overrides, *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         rows = [row for row in read_rows(out_dir / METRICS) if "train/loss" in row and "optim/lr" in row]
         # A rate of 1 makes numbers that are not finite, which ends the run; then the test is at its end too.
-        if len(rows) < args.find_lr // 4:
+        if len(rows) < steps // 4:
             said = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or [done.stderr[-300:]]
             raise UserError(f"the range test failed: {said[-1].removeprefix('error: ')}")
     rates = [row["optim/lr"] for row in rows]
@@ -59,7 +59,6 @@ def find_rate(run: RunConfig, run_file: Path, args: argparse.Namespace) -> int:
         f"the loss falls fastest at {rates[best]:.2g} and is lowest at {rates[lowest]:.2g}; a peak rate to begin with: "
         f"megagpt train {typed(run_file)} {suggested}"
     )
-    return 0
 
 
 def smoothed(losses: list[float]) -> list[float]:

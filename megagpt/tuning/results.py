@@ -1,7 +1,8 @@
-"""What a study found: the run file of its best trial, and an HTML page."""
+"""Write the results of a study: the run file of its best trial, and an HTML page."""
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +25,12 @@ GENERATOR = "megagpt tune"
 FEWEST = 4  # trials that importance can be told from
 GRAY, WIDTH, HEIGHT = COLORS[-1], 6.5, 3.6
 STATES = {TrialState.COMPLETE: "trained", TrialState.PRUNED: "ended early", TrialState.FAIL: "failed"}
+NOT_STARTED = "not started"  # its values were no run file
+
+
+def _how(trial: FrozenTrial) -> str:
+    is_refused = trial.state == TrialState.PRUNED and FAILURE in trial.user_attrs
+    return NOT_STARTED if is_refused else STATES[trial.state]
 
 
 def write_best(study: Study, run_file: Path, given: Sequence[str]) -> Path | None:
@@ -64,7 +71,7 @@ def page_of(study: Study, metric: str, made: datetime) -> str:
 
 def _overview(study: Study, trials: Sequence[FrozenTrial], metric: str, made: datetime) -> str:
     best = study.best()
-    counted = {name: str(sum(trial.state == state for trial in trials)) for state, name in STATES.items()}
+    counted = {name: str(sum(_how(trial) == name for trial in trials)) for name in (*STATES.values(), NOT_STARTED)}
     found = {} if best is None else {f"lowest {metric}": f"{best.values[0]:.4f}", "best trial": str(best.number)}
     values = "no trial trained to its end" if best is None else " ".join(overrides(best))
     return section("Study", facts({**found, **counted}), note(values), note(f"written {made:%Y-%m-%d %H:%M}"))
@@ -107,7 +114,9 @@ def _choices(study: Study, done: Sequence[FrozenTrial], metric: str) -> str:
 
 def _importances(study: Study) -> dict[str, float]:
     try:
-        return dict(get_param_importances(study.optuna, evaluator=PedAnovaImportanceEvaluator()))
+        # Optuna warns of equal losses, whose importances are equal.
+        with warnings.catch_warnings(action="ignore"):
+            return dict(get_param_importances(study.optuna, evaluator=PedAnovaImportanceEvaluator()))
     except (ValueError, RuntimeError):  # too few trials, or keys that no two trials share
         return {}
 
@@ -181,15 +190,14 @@ def _rows(study: Study, trials: Sequence[FrozenTrial], metric: str) -> tuple[lis
     for trial in sorted(trials, key=order):
         loss = trial.values[0] if trial.values else min(trial.intermediate_values.values(), default=None)
         drawn = dict(item.split("=", 1) for item in overrides(trial))
-        last = [row["step"] for row in read_rows(study.folder_of(trial.number) / METRICS)][-1:]
+        logged = read_rows(study.folder_of(trial.number) / METRICS)
         how = STATES[trial.state] + (f", resumed {n} times" if (n := trial.user_attrs.get(RESTARTS)) else "")
         rows.append(
             [
                 trial.number,
                 trial.user_attrs.get(FAILURE, how),
                 None if loss is None else f"{loss:.4f}",
-                *last,
-                *[None] * (1 - len(last)),
+                logged[-1]["step"] if logged else None,
                 *(drawn.get(key) for key in keys),
             ]
         )

@@ -9,8 +9,9 @@ from optuna.trial import Trial, TrialState
 
 from megagpt.errors import UserError
 from megagpt.terminal import duration, show
+from megagpt.tuning.space import Check
 from megagpt.tuning.study import FAILURE, RESTARTS, Study, overrides
-from megagpt.tuning.trial import Place, TrialProcess, remove_checkpoints
+from megagpt.tuning.trial import Place, TrialProcess, remove_checkpoints, wait_until_free
 
 POLL_SECONDS = 0.2  # between looks at the trials' curves, which are files
 PATIENCE = 300.0  # seconds that a trial may take to save and end
@@ -31,21 +32,23 @@ def run_trials(
     run_file: Path,
     given: Sequence[str],
     *,
+    check: Check,
     metric: str,
     places: Sequence[Place],
     n_trials: int,
-    seconds: float | None,
     stopped: Callable[[], bool],
 ) -> bool:
-    """Run trials until the study has `n_trials`; returns False if time was up or somebody stopped it before.
+    """Run trials until the study has `n_trials`; returns False if it was `stopped` before.
 
-    `given`: the options that were typed after the run file. Raises UserError if the first trials all fail.
+    `given`: the options that were typed after the run file; `check` refuses options that it does not take. Raises
+    UserError if the first trials all fail.
     """
-    until = None if seconds is None else time.monotonic() + seconds
     waiting = study.unfinished()
     if waiting:
         numbers = ", ".join(str(trial.number) for trial in waiting)
         show(f"resuming trial {numbers}, which the study was stopped in")
+    for trial in waiting:
+        wait_until_free(study.folder_of(trial.number), PATIENCE)
     free, running = list(places), list[_Running]()
 
     def start(trial: Trial) -> None:
@@ -55,14 +58,13 @@ def run_trials(
         running.append(_Running(trial, process, time.monotonic()))
 
     try:
-        while True:
-            ended = stopped() or (until is not None and time.monotonic() >= until)
-            if ended:
-                break
+        while not stopped():
             while free and waiting:
                 start(waiting.pop(0))
             while free and len(study.trials) < n_trials:
-                start(study.next())
+                trial = study.next()
+                if _is_startable(study, trial, check):
+                    start(trial)
             if not running:
                 return True
             time.sleep(POLL_SECONDS)
@@ -80,6 +82,18 @@ def run_trials(
         for one in running:
             one.process.wait(PATIENCE)
     return False
+
+
+def _is_startable(study: Study, trial: Trial, check: Check) -> bool:
+    """Tell whether the run file takes a trial's values; record it if not."""
+    try:
+        check(overrides(trial))
+    except UserError as error:
+        study.refuse(trial, str(error))
+        show(_line(study, trial, 0.0))
+        _refuse_hopeless(study)
+        return False
+    return True
 
 
 def _look_at(study: Study, one: _Running) -> None:
@@ -110,8 +124,9 @@ def _line(study: Study, trial: Trial, seconds: float) -> str:
     """Return a line on a trial that ended."""
     found, best = study.trials[trial.number], study.best()
     values = " ".join(overrides(found))
-    if found.state == TrialState.FAIL:
-        return f"trial {trial.number}: failed: {found.user_attrs[FAILURE]} | {values}"
+    if FAILURE in found.user_attrs:
+        how = "failed" if found.state == TrialState.FAIL else "not started"
+        return f"trial {trial.number}: {how}: {found.user_attrs[FAILURE]} | {values}"
     if found.state == TrialState.PRUNED:
         step = max(found.intermediate_values, default=0)
         how = f"ended at step {step}"
@@ -124,10 +139,12 @@ def _line(study: Study, trial: Trial, seconds: float) -> str:
 
 
 def _refuse_hopeless(study: Study) -> None:
-    failed = [trial for trial in study.trials if trial.state == TrialState.FAIL]
-    if len(failed) >= HOPELESS and all(trial.state in (TrialState.FAIL, TrialState.RUNNING) for trial in study.trials):
+    failed = [trial for trial in study.trials if FAILURE in trial.user_attrs]
+    others = [trial for trial in study.trials if FAILURE not in trial.user_attrs]
+    if len(failed) >= HOPELESS and all(trial.state in (TrialState.FAIL, TrialState.RUNNING) for trial in others):
         first = failed[0]
+        log = study.folder_of(first.number).with_suffix(".log")
         raise UserError(
             f"the first {len(failed)} trials failed; the first one ({' '.join(overrides(first))}): "
-            f"{first.user_attrs[FAILURE]}; its output is in {study.folder_of(first.number).with_suffix('.log')}"
+            f"{first.user_attrs[FAILURE]}{f'; its output is in {log}' if log.exists() else ''}"
         )

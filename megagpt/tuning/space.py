@@ -9,7 +9,8 @@
 """
 
 import json
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -33,6 +34,8 @@ NOT_TUNED = {
 }
 Number = int | float
 Value = bool | int | float | str | None | list[Any] | dict[str, Any]
+Check = Callable[[Sequence[str]], object]  # raises UserError for options that the run file does not take
+TRIES = 200  # combinations with a value among which one must be a run file
 
 
 class Dimension(Strict):
@@ -68,7 +71,7 @@ class Dimension(Strict):
 
     @property
     def kind(self) -> Literal["choices", "int", "float"]:
-        """How values are drawn."""
+        """The way in which values are drawn."""
         if self.choices is not None:
             return "choices"
         return "int" if isinstance(self.low, int) and isinstance(self.high, int) else "float"
@@ -78,14 +81,22 @@ class Dimension(Strict):
         """The choices, or the ends of the range."""
         return self.choices if self.choices is not None else (self.low, self.high)
 
+    def applies(self, drawn: Mapping[str, Value]) -> bool:
+        """Tell whether the conditions hold among the values that were drawn before."""
+        return all(name in drawn and drawn[name] == value for name, value in self.when.items())
+
     def draw(self, key: str, trial: Trial) -> Value:
-        """Let the study choose a value."""
+        """Let the study choose a value; a range's of four digits, so that people can read and type it."""
         if self.choices is not None:
             # Optuna keeps plain numbers and texts alone; as JSON, sections of a run file are choices too.
             chosen = trial.suggest_categorical(key, [json.dumps(choice) for choice in self.choices])
             return json.loads(chosen)
-        suggest: Callable[..., Number] = trial.suggest_int if self.kind == "int" else trial.suggest_float
-        return suggest(key, self.low, self.high, log=self.log)
+        assert self.low is not None
+        assert self.high is not None
+        if self.kind == "int":
+            return trial.suggest_int(key, int(self.low), int(self.high), log=self.log)
+        drawn = float(f"{trial.suggest_float(key, self.low, self.high, log=self.log):.4g}")
+        return min(max(drawn, self.low), self.high)
 
 
 class Space:
@@ -98,7 +109,7 @@ class Space:
         """Return values for the keys whose conditions hold."""
         found: dict[str, Value] = {}
         for key, dimension in self.dimensions.items():
-            if all(name in found and found[name] == value for name, value in dimension.when.items()):
+            if dimension.applies(found):
                 found[key] = dimension.draw(key, trial)
         return found
 
@@ -112,10 +123,10 @@ def overrides_of(values: dict[str, Value]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def read_space(path: Path, check: Callable[[list[str]], object]) -> Space:
+def read_space(path: Path, check: Check) -> Space:
     """Read a space and check each of its keys, and the ends of its values. Raises UserError.
 
-    `check` reads the run file with such options, as training does, and raises UserError.
+    `check` reads the run file with such options, as training does.
     """
     raw = read_json(path, what="space")
     raw.pop("$schema", None)
@@ -128,11 +139,35 @@ def read_space(path: Path, check: Callable[[list[str]], object]) -> Space:
     for key, dimension in dimensions.items():
         _check_when(path, key, dimension, dimensions)
         for value in dimension.extremes:
-            try:
-                check(overrides_of({**dimension.when, key: value}))
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from None
+            _check_value(path, {**_conditions(key, dimensions), key: value}, dimensions, check)
     return Space(dimensions)
+
+
+def _conditions(key: str, dimensions: dict[str, Dimension]) -> dict[str, Value]:
+    """Return what a key needs to be drawn: the values that its `when` names, and what their keys need."""
+    found: dict[str, Value] = {}
+    for name, value in dimensions[key].when.items():
+        found |= {**_conditions(name, dimensions), name: value}
+    return found
+
+
+def _check_value(path: Path, values: dict[str, Value], dimensions: dict[str, Dimension], check: Check) -> None:
+    """Refuse a value that the run file does not take, alone or with any values of the space's other keys."""
+    try:
+        check(overrides_of(values))
+    except UserError as error:
+        rng = random.Random(0)
+        for _ in range(TRIES):
+            found: dict[str, Value] = {}
+            for key, dimension in dimensions.items():
+                if dimension.applies(found):
+                    found[key] = values[key] if key in values else rng.choice(dimension.extremes)
+            try:
+                check(overrides_of(found))
+            except UserError:
+                continue
+            return
+        raise UserError(f"{path}: {error}") from None
 
 
 def _dimension(path: Path, key: str, value: Any) -> Dimension:
@@ -150,6 +185,8 @@ def _dimension(path: Path, key: str, value: Any) -> Dimension:
         message = str(first["msg"]).removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
             message = f"there is no such key{did_you_mean(name, list(Dimension.model_fields))}"
+        elif isinstance(first["input"], str) and name in ("low", "high"):
+            message = f"{json.dumps(first['input'])} is a text; write a number, without quotes"
         raise UserError(f"{path}: {key}: {f'{as_written(name)}: ' if name else ''}{message}") from None
     except TypeError:
         raise UserError(f"{path}: {key}: its keys are {', '.join(Dimension.model_fields)}") from None

@@ -13,6 +13,7 @@ losses.
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig
 from megagpt.errors import UserError
 from megagpt.file_lock import LOCK, FileLock, LockHeldError
-from megagpt.terminal import typed
+from megagpt.terminal import show, typed
 from megagpt.tuning.space import Space, overrides_of
 
 STUDY, JOURNAL, TRIALS = "study.json", "journal.log", "trials"
@@ -51,17 +52,34 @@ class Study:
         except LockHeldError as error:
             raise UserError(f"study {folder} is in use by {error}; wait, or give another --study") from None
         self._check(run)
+        self._cut_torn_line()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", ExperimentalWarning)
         journal = str(folder / JOURNAL)
         storage = JournalStorage(JournalFileBackend(journal, lock_obj=JournalFileOpenLock(journal)))
         steps, every = run.megagpt.schedule.max_steps, run.megagpt.every.eval
-        self.optuna = optuna.create_study(
-            storage=storage,
-            study_name="megagpt",
-            load_if_exists=True,
-            pruner=optuna.pruners.HyperbandPruner(min_resource=min(every, steps), max_resource=steps),
-        )
+        try:
+            self.optuna = optuna.create_study(
+                storage=storage,
+                study_name="megagpt",
+                load_if_exists=True,
+                pruner=optuna.pruners.HyperbandPruner(min_resource=min(every, steps), max_resource=steps),
+            )
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{journal} is damaged ({error}); give another --study") from None
+
+    def _cut_torn_line(self) -> None:
+        """Remove the start of a line that a full disk or a power failure left: all after it would be unreadable."""
+        journal = self.folder / JOURNAL
+        if not journal.exists():
+            if (self.folder / TRIALS).exists():  # new trials of the same numbers would resume from these
+                raise UserError(f"{self.folder} has {TRIALS} without its {JOURNAL}; give another --study")
+            return
+        written = journal.read_bytes()
+        whole = written.rfind(b"\n") + 1
+        if whole < len(written):
+            show(f"{journal}: its last line was not written to its end, and is left out")
+            os.truncate(journal, whole)
 
     def close(self) -> None:
         """Let other processes have it."""
@@ -149,6 +167,11 @@ class Study:
             self.optuna.tell(trial, state=TrialState.PRUNED)
         else:
             self.optuna.tell(trial, min(finite))
+
+    def refuse(self, trial: Trial, reason: str) -> None:
+        """Record a trial that is not started. TPE counts it among the worst, and so draws fewer like it."""
+        trial.set_user_attr(FAILURE, reason)
+        self.optuna.tell(trial, state=TrialState.PRUNED)
 
     def best(self) -> FrozenTrial | None:
         """Return the trial with the lowest loss of those that trained to their end."""

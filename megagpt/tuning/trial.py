@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megagpt.errors import UserError
+from megagpt.file_lock import LOCK, FileLock, LockHeldError
 from megagpt.metrics.metrics_file import METRICS, read_rows
 from megagpt.terminal import SAVED_AND_WANTS_RESTART
 
@@ -29,9 +31,8 @@ OF_EVERY_TRIAL = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where a trial runs: the command that starts it there, and its environment."""
+    """A place for one trial at a time: the command that starts it there, and its environment."""
 
-    name: str
     prefix: tuple[str, ...] = ()  # before the command, for example srun with its options
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -42,9 +43,9 @@ class TrialProcess:
     def __init__(self, folder: Path, run_file: Path, overrides: Sequence[str], metric: str, place: Place) -> None:
         self.folder, self.metric, self.place = folder, metric, place
         command = [*place.prefix, sys.executable, "-m", "megagpt", "train", str(run_file), *overrides]
+        if not place.prefix:  # a Slurm job has what it was given: several GPUs perhaps
+            command += ["--nproc", "1"]
         command += [*OF_EVERY_TRIAL, f"megagpt.out_dir={json.dumps(str(folder))}"]
-        if not place.prefix:
-            command[command.index("train") + 1 : command.index("train") + 1] = ["--nproc", "1"]
         self._log = folder.with_suffix(".log")
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -97,14 +98,24 @@ class TrialProcess:
                 return said[-1].removeprefix("error: ")
         return f"it ended with code {self._process.returncode}"
 
-    def remove_checkpoints(self) -> None:
-        """Delete its checkpoints, and keep its curves."""
-        remove_checkpoints(self.folder)
-
 
 def remove_checkpoints(folder: Path) -> None:
     """Delete a trial's checkpoints, and keep its curves."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def wait_until_free(folder: Path, patience: float) -> None:
+    """Wait for a trial that still saves after its tuner was killed. Raises UserError if it does not end."""
+    lock = FileLock(folder / LOCK)
+    if not lock.path.exists():
+        return
+    try:
+        lock.take(patience)
+    except LockHeldError as held:
+        raise UserError(
+            f"{folder} is still in use by {held}, a trial that a killed tuner left; stop it, and give the command again"
+        ) from None
+    lock.release()
 
 
 def _number(value: float | None) -> float:

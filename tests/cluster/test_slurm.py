@@ -198,3 +198,18 @@ def test_a_run_that_is_cut_in_every_way_ends_to_the_bit_as_one_that_is_not(clust
     assert metric(cut / OUT_DIR, "val/loss") == metric(straight / OUT_DIR, "val/loss")
     assert list(drawn(board(cut / OUT_DIR), "train/loss")) == list(range(1, 201))
     assert list(drawn(board(cut / OUT_DIR), "val/loss")) == list(range(20, 201, 20))
+
+
+def test_trials_of_a_study_are_slurm_jobs_side_by_side(cluster, dataset, tmp_path):
+    folder = checkout(tmp_path, dataset, steps=4)
+    (folder / "space.json").write_text('{"optimizer.params.lr": {"choices": [0.001, 0.003, 1e18]}}')
+    words = "-m megagpt tune ds_configs/gpt2_124m.json --space space.json --study study --trials 3 --parallel 2"
+    more = ["megagpt.every.eval=2", "train_micro_batch_size_per_gpu=8", "tensorboard.enabled=false"]
+    command = [sys.executable, *words.split(), "--slurm", "--nodes=1 --partition=all", *more]
+    found = cluster["h1"].run(*command, cwd=folder, timeout=300).stdout
+    assert f"megagpt train {Path('study', 'best.json')}" in found
+    jobs = cluster["h1"].run("scontrol", "--oneliner", "show", "jobs").stdout.splitlines()
+    trials = [job for job in jobs if f"WorkDir={folder} " in job]
+    assert len(trials) == 3
+    assert all("JobState=COMPLETED" in job or "JobState=FAILED" in job for job in trials)  # a rate of 1e18 diverges
+    assert sorted(path.name for path in (folder / "study" / "trials").glob("[0-9]*[0-9]")) == ["0000", "0001", "0002"]

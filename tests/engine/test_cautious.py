@@ -3,7 +3,7 @@
 import pytest
 import torch
 from elastic_ranks import whole_state
-from support import debug_run
+from support import VOCAB, batch_of, debug_run, take_steps
 
 from megagpt.config.batch import batch_plan
 from megagpt.config.model import ModelConfig
@@ -13,9 +13,9 @@ from megagpt.engine.muon import orthogonalize
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint
 from megagpt.model.gpt import GPT
-from megagpt.model.loss import next_token_loss, next_token_score
+from megagpt.model.loss import next_token_loss
 
-VOCAB, LR, MUON_LR, MOMENTUM = 128, 0.003, 0.01, 0.9
+LR, MUON_LR, MOMENTUM = 0.003, 0.01, 0.9
 DECAY = 10.0  # a step then takes 3 % to 10 % off a weight that decays, far more than rounding
 TINY = ["train_batch_size=4", 'megagpt.model={"n_layer": 2, "n_head": 2, "n_embd": 32, "seq_len": 16}']
 ADAM = [*TINY, f"optimizer.params.lr={LR}"]
@@ -40,14 +40,7 @@ def engine_of(dataset, device, tmp_path):
     return build
 
 
-def batch_of(step):
-    return torch.randint(0, VOCAB, (4, 17), generator=torch.Generator().manual_seed(step))
-
-
-def take_steps(engine, *steps):
-    for step in steps:
-        engine.backward(engine(batch_of(step)[:, :-1], score=next_token_score(batch_of(step)[:, 1:])))
-        engine.step()
+def weights_of(engine):
     return {name: state[0] for name, state in whole_state(engine).items()}
 
 
@@ -80,7 +73,7 @@ def plain_steps(muon):
 @pytest.mark.parametrize("muon", [False, True], ids=["AdamW", "Muon"])
 def test_steps_are_those_of_the_paper(engine_of, muon, stage):
     engine = engine_of(*(MUON if muon else ADAM), *CAUTIOUS, f"zero_optimization.stage={stage}")
-    found, expected = take_steps(engine, 1, 2, 3), plain_steps(muon)
+    found, expected = weights_of(take_steps(engine, 1, 2, 3)), plain_steps(muon)
     for name, weight in expected.items():
         wrong = ~torch.isclose(found[name].view_as(weight), weight, atol=1e-4)
         assert wrong.double().mean() < 0.001, name  # of a few weights rounding decides the sign of the update

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from elastic_ranks import options
-from support import MUON, debug_run, metric
+from support import MUON, VOCAB, debug_run, metric, take_steps
 
 from megagpt.__main__ import main
 from megagpt.checkpoint.load import load_model
@@ -15,20 +15,13 @@ from megagpt.data.loader import open_data
 from megagpt.engine.build import before_update, build_engine, optimizer_groups
 from megagpt.engine.ema import averaged, has_averages
 from megagpt.errors import UserError
-from megagpt.model.loss import next_token_score
 from megagpt.train.evaluate import evaluate
 from megagpt.train.trainer import train
 
-VOCAB, DECAY = 128, 0.5
+DECAY = 0.5
 TINY = ["train_batch_size=4", 'megagpt.model={"n_layer": 2, "n_head": 2, "n_embd": 32, "seq_len": 16}']
 EMA = f"megagpt.ema.decay={DECAY}"
 LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (3, "bf16")]
-
-
-def step(engine, number):
-    batch = torch.randint(0, VOCAB, (4, 17), generator=torch.Generator().manual_seed(number))
-    engine.backward(engine(batch[:, :-1], score=next_token_score(batch[:, 1:])))
-    engine.step()
 
 
 def weights_of(engine):
@@ -72,7 +65,7 @@ def test_the_average_is_that_of_a_plain_loop_and_the_engine_computes_with_it_and
     assert not has_averages(engine)
     expected = None
     for n in range(1, 9):
-        step(engine, n)
+        take_steps(engine, n)
         weights = weights_of(engine)
         decay = min(DECAY, (1 + n) / (10 + n))
         expected = expected or weights
@@ -90,10 +83,10 @@ def test_the_average_is_that_of_a_plain_loop_and_the_engine_computes_with_it_and
 
 def test_an_update_that_a_guard_leaves_out_does_not_move_the_average(engine_of):
     _, engine = engine_of(EMA)
-    step(engine, 1)
+    take_steps(engine, 1)
     before = averages_of(engine)
     before_update(engine, lambda optimizer, norm: setattr(optimizer, "found_inf", torch.ones(())))
-    step(engine, 2)
+    take_steps(engine, 2)
     assert all(map(torch.equal, averages_of(engine), before))
 
 

@@ -10,7 +10,7 @@ from itertools import chain
 import pytest
 import torch
 from elastic_ranks import opened, options, whole_state
-from support import debug_run
+from support import VOCAB, batch_of, debug_run, take_steps
 from torch.nn.functional import cosine_similarity
 
 from megagpt.config.batch import batch_plan
@@ -22,10 +22,9 @@ from megagpt.engine.optimizer import decay_groups
 from megagpt.engine.without_compiler import step_without_compiler
 from megagpt.model.flops import hidden_matrices
 from megagpt.model.gpt import GPT
-from megagpt.model.loss import next_token_loss, next_token_score
+from megagpt.model.loss import next_token_loss
 from megagpt.train.trainer import train
 
-VOCAB = 128
 LR, MUON_LR, DECAY, MOMENTUM = 0.003, 0.01, 0.1, 0.9
 MUON = [
     *("optimizer.type=Muon", f"optimizer.params.muon_lr={MUON_LR}", f"optimizer.params.momentum={MOMENTUM}"),
@@ -40,17 +39,6 @@ def engine_of(dataset, device, tmp_path):
         return build_engine(run, batch_plan(run.deepspeed, 1), VOCAB, device)
 
     return build
-
-
-def batch_of(step):
-    return torch.randint(0, VOCAB, (4, 17), generator=torch.Generator().manual_seed(step))
-
-
-def take_steps(engine, *steps):
-    for step in steps:
-        engine.backward(engine(batch_of(step)[:, :-1], score=next_token_score(batch_of(step)[:, 1:])))
-        engine.step()
-    return engine
 
 
 def weights_of(engine):

@@ -302,3 +302,23 @@ def test_each_set_has_curves_of_its_own_in_tensorboard_also_by_tokens(run):
         assert drawn(shown, f"by_tokens/val/loss/{name}") == {8 * 64 * step: loss for step, loss in losses.items()}
         about = shown.SummaryMetadata(f"val/bits_per_byte/{name}").summary_description
         assert about == f"loss in bits per byte of text, of the validation set {name}"
+
+
+def test_averages_have_curves_of_each_set_and_the_closing_lines_are_of_what_decides(
+    dataset, other, device, tmp_path, capsys
+):
+    averages = ["megagpt.ema.decay=0.5", "megagpt.early_stopping.monitor=val/ema_loss", "tensorboard.enabled=true"]
+    state = train(debug_run(dataset, tmp_path / "run", *FEW, *averages, sets(dataset, other)), device)
+    found = curves(tmp_path / "run")
+    names = ["val/ema_loss", "val/ema_loss/web", "val/ema_loss/code"]
+    shown = board(tmp_path / "run")
+    for name in names:
+        assert list(found[name]) == [2, 4]
+        assert list(drawn(shown, name)) == [2, 4]
+        assert len(drawn(shown, f"by_tokens/{name}")) == 2
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index(next(line for line in lines if line.startswith("    step val/ema_loss")))
+    assert [float(line.split()[1]) for line in lines[at + 1 : at + 3]] == pytest.approx(
+        list(found["val/ema_loss"].values()), abs=1e-4
+    )
+    assert f"best val/ema_loss {state.stopper.best:.4f} at step {state.stopper.best_step}" in lines  # and nothing after

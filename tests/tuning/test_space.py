@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import FixedTrial
-from support import ROOT, debug_run
+from support import DEBUG_RUN, debug_run
 
 from megagpt.config.run_file import load_run_config
 from megagpt.errors import UserError
 from megagpt.tuning.space import overrides_of, read_space
 
+CONFIGS = DEBUG_RUN.parent
 LR = {"low": 1e-4, "high": 1e-2, "log": True}
 SPACE = {
     "optimizer.type": {"choices": ["AdamW", "Muon"]},
@@ -43,6 +44,7 @@ def test_whatever_is_drawn_lies_within_and_is_a_run_file(read_once, seed):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     values = space.draw(study.ask())
     assert 1e-4 <= values["optimizer.params.lr"] <= 1e-2
+    assert float(f"{values['optimizer.params.lr']:.4g}") == values["optimizer.params.lr"]  # as people type it
     assert isinstance(values["megagpt.model.n_layer"], int)
     assert 1 <= values["megagpt.model.n_layer"] <= 4
     assert ("optimizer.params.muon_lr" in values) == (values["optimizer.type"] == "Muon")
@@ -66,6 +68,21 @@ def test_a_condition_that_does_not_hold_leaves_the_key_out(read):
     assert space.draw(FixedTrial(fixed)) == {"optimizer.type": "AdamW", "optimizer.params.lr": 0.001}
 
 
+def test_a_value_that_another_keys_value_makes_possible_is_no_mistake(read):
+    sizes = {"megagpt.model.n_embd": {"choices": [64, 96]}, "megagpt.model.n_head": {"choices": [2, 3]}}
+    assert list(read(sizes).dimensions) == list(sizes)  # 3 heads divide 96, though not the run file's 64
+    with pytest.raises(UserError, match="n_head=5"):
+        read({**sizes, "megagpt.model.n_head": {"choices": [2, 5]}})
+
+
+def test_the_space_of_the_documentation_is_one_of_the_run_files_that_it_names():
+    for name in ("char_cpu.json", "debug_cpu.json", "my_text.json"):
+        space = read_space(
+            CONFIGS / "tune_space.json", lambda options, name=name: load_run_config(CONFIGS / name, options)
+        )
+        assert "optimizer.params.muon_lr" in space.dimensions
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [
@@ -76,6 +93,7 @@ def test_a_condition_that_does_not_hold_leaves_the_key_out(read):
         ({"optimizer.params.lr": 0.1}, r'optimizer\.params\.lr is 0\.1; write {"low": \.\.\., "high": \.\.\.}'),
         ({"optimizer.params.lr": [0.1, 0.2]}, r'write {"choices": \[0\.1, 0\.2\]}'),
         ({"optimizer.params.lr": {}}, r'give "low" and "high", or "choices"'),
+        ({"optimizer.params.lr": {"low": "1e-4", "high": 0.1}}, r'"1e-4" is a text; write a number'),
         ({"optimizer.params.lr": {"low": 0.1}}, r'"low" and "high" go together'),
         ({"optimizer.params.lr": {"low": 0.1, "high": 0.01}}, r'"low" must be less'),
         ({"optimizer.params.lr": {"low": 0, "high": 0.01, "log": True}}, "which has no logarithm"),
@@ -87,7 +105,6 @@ def test_a_condition_that_does_not_hold_leaves_the_key_out(read):
         ({"megagpt.out_dir": {"choices": ["a", "b"]}}, "each trial has a folder of its own"),
         ({"megagpt.data.val": {"choices": ["a", "b"]}}, "cannot be compared"),
         ({"megagpt.schedule.max_steps": {"low": 10, "high": 20}}, "after equal steps"),
-        ({"megagpt.schedule.max_tokens": {"low": 1000, "high": 2000}}, "after equal steps"),
         ({"megagpt.every.eval": {"low": 10, "high": 20}}, "evaluations are what trials are compared at"),
         (
             {"optimizer.params.muon_lr": {"low": 0.1, "high": 0.2, "when": {"optimizer.typ": "Muon"}}},
@@ -105,10 +122,3 @@ def test_a_condition_that_does_not_hold_leaves_the_key_out(read):
 def test_what_is_wrong_with_a_space_is_told_before_anything_trains(read, space, message):
     with pytest.raises(UserError, match=message):
         read(space)
-
-
-def test_the_space_that_is_shipped_goes_with_its_run_file():
-    """Presets change keys that the run file leaves out, so it is read again for each value, as training reads it."""
-    configs = ROOT / "ds_configs"
-    space = read_space(configs / "tune_space.json", lambda options: load_run_config(configs / "char_cpu.json", options))
-    assert list(space.dimensions)[-1] == "megagpt.model.preset"

@@ -1,5 +1,6 @@
 """Studies of real trials: killed and continued, with trials that break, and what is refused."""
 
+import argparse
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import optuna
 import psutil
@@ -17,10 +19,14 @@ from optuna.trial import FrozenTrial, TrialState
 from support import DEBUG_RUN, debug_run
 
 from megagpt.__main__ import main
+from megagpt.cli.tune import _places
 from megagpt.config.run_file import load_run_config
 from megagpt.errors import UserError
+from megagpt.file_lock import LOCK, FileLock
+from megagpt.tuning import run_trials
 from megagpt.tuning.space import read_space
 from megagpt.tuning.study import Study, overrides
+from megagpt.tuning.trial import wait_until_free
 
 pytestmark = pytest.mark.process
 SPACE = {
@@ -108,6 +114,54 @@ def test_ctrl_c_stops_a_study_with_its_trials_saved(tune, tmp_path):
     assert [trial.state for trial in trials_of(tmp_path / "study")] == [TrialState.RUNNING]
 
 
+def test_values_that_are_no_run_file_together_are_told_and_not_started(tune, tmp_path, capfd):
+    sizes = {"megagpt.model.n_embd": {"choices": [64, 96]}, "megagpt.model.n_head": {"choices": [3, 4]}}
+    (tmp_path / "space.json").write_text(json.dumps(sizes))
+    with patch.object(run_trials, "TrialProcess", side_effect=AssertionError("started")):
+        assert main(tune("--trials", "9", "train_batch_size=9")) == 2
+    told = capfd.readouterr()
+    assert "the first 5 trials failed" in told.err
+    assert "trial 0: not started: train_batch_size=9 is not a multiple of" in told.out
+    assert {trial.state for trial in trials_of(tmp_path / "study")} == {TrialState.PRUNED}
+
+
+def test_data_that_no_trial_could_train_on_is_told_before_any_starts(tune, tmp_path, capfd):
+    assert main([*tune(), f"megagpt.data.val={tmp_path / 'gone'}"]) == 2
+    assert f"there is no dataset folder {tmp_path / 'gone'}" in capfd.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_record_that_was_cut_in_a_line_is_read_up_to_it(dataset, tmp_path, capfd):
+    (tmp_path / "space.json").write_text(json.dumps(SPACE))
+    run = debug_run(dataset, tmp_path / "run", *SHORT)
+    space = read_space(tmp_path / "space.json", lambda options: run.changed(*options))
+    study = Study(tmp_path / "study", run, space, 0)
+    drawn = overrides(study.next())
+    study.close()
+    journal = tmp_path / "study" / "journal.log"
+    journal.write_bytes(journal.read_bytes() + b'{"op_code":5,"wor')
+    study = Study(tmp_path / "study", run, space, 0)
+    assert "its last line was not written to its end" in capfd.readouterr().out
+    study.next()
+    study.close()
+    assert overrides(trials_of(tmp_path / "study")[0]) == drawn
+    assert len(trials_of(tmp_path / "study")) == 2
+    journal.unlink()
+    with pytest.raises(UserError, match="has trials without its journal"):
+        Study(tmp_path / "study", run, space, 0)
+
+
+def test_a_trial_that_still_saves_after_its_tuner_was_killed_is_waited_for(tmp_path):
+    wait_until_free(tmp_path, 0.0)
+    assert not (tmp_path / LOCK).exists()
+    lock = FileLock(tmp_path / LOCK)
+    lock.take()
+    with pytest.raises(UserError, match=f"still in use by .*{os.getpid()}"):
+        wait_until_free(tmp_path, 0.0)
+    lock.release()
+    wait_until_free(tmp_path, 0.0)
+
+
 def test_two_tuners_of_one_study_are_one_too_many(dataset, tmp_path):
     (tmp_path / "space.json").write_text(json.dumps(SPACE))
     run = debug_run(dataset, tmp_path / "run", *SHORT)
@@ -122,3 +176,14 @@ def test_two_tuners_of_one_study_are_one_too_many(dataset, tmp_path):
     again.close()
     with pytest.raises(UserError, match="was begun with seed 0, and now it is 1"):
         Study(tmp_path / "study", run, space, 1)
+
+
+def test_trials_side_by_side_get_the_gpus_that_the_user_left_visible(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    args = argparse.Namespace(parallel=2, slurm=None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [place.environment for place in _places(args)] == [{"CUDA_VISIBLE_DEVICES": name} for name in ("5", "7")]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in _places(args)] == ["0", "1"]
+    with pytest.raises(UserError, match="--parallel 3 is more than this machine's 2 GPUs; give 2 or less"):
+        _places(argparse.Namespace(parallel=3, slurm=None))

@@ -1,4 +1,4 @@
-"""What `deepspeed` needs on this machine, and the variables that it sets on the other hosts (~/.deepspeed_env)."""
+"""Check what `deepspeed` needs on this machine, and write what it sets on the other hosts (~/.deepspeed_env)."""
 
 import os
 import shutil
