@@ -127,9 +127,10 @@ def speed(
 
 def hyperparameters(run: RunConfig) -> dict[str, float | str]:
     """Return the settings by which runs are compared."""
-    cfg, adam = run.megagpt, run.deepspeed.optimizer.params
+    cfg, optimizer, adam = run.megagpt, run.deepspeed.optimizer, run.deepspeed.optimizer.params
     return {
         "lr": adam.lr,
+        **({"muon_lr": adam.of_muon} if optimizer.type == "Muon" else {}),
         "global_batch": run.deepspeed.train_batch_size,
         "n_layer": cfg.model.n_layer,
         "n_embd": cfg.model.n_embd,
@@ -140,6 +141,8 @@ def hyperparameters(run: RunConfig) -> dict[str, float | str]:
         "schedule": cfg.schedule.shape,
         "weight_decay": adam.weight_decay,
         "dropout": cfg.regularization.dropout,
+        "optimizer": optimizer.type,
+        "preset": cfg.model.preset or "gpt2",
         "dtype": run.deepspeed.dtype,
         "seed": cfg.seed,
     }
