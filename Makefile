@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-fast test-long faults audit lint types bench schema clean
+.PHONY: demo test test-fast test-long faults audit lint types docs bench schema clean
 
 # Two stamps, because the demo needs far less than the tests. Both are made again when pyproject.toml changes.
 # torch comes first, because DeepSpeed's build looks for it.
@@ -70,6 +70,10 @@ lint: .venv/installed
 
 types: .venv/installed
 	mypy
+
+# The documentation site, build/docs/html/index.html; warnings and dead links are errors.
+docs: .venv/installed
+	python -m docs_site.build
 
 # About half an hour on two cores; the first two lines are training speed. On a GPU: tests/benchmarks/gpu_suite.sh
 bench: .venv/installed

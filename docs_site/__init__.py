@@ -1,0 +1,1 @@
+"""The documentation site: `make docs` collects pages, generates the reference from the code, and checks links."""
