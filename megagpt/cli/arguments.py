@@ -260,7 +260,8 @@ def _add_plan(commands: Any) -> None:
         "--efficiency",
         type=decimal(0.001, 1.0),
         metavar="SHARE",
-        help="FLOP/s that are reached, as a share of the peak; default: 0.4",
+        help="FLOP/s that your machine reaches, as a share of the peak (`hfu` of a run's log); default: by the model's "
+        "products, attention and bytes",
     )
     plan.add_argument("--json", action="store_true", help="one JSON object instead of text")
     plan.add_argument("--probe", action="store_true", help="find the largest micro-batch by real steps on this machine")

@@ -14,7 +14,7 @@ from megagpt.config.parsing import read_json
 from megagpt.config.run_file import SECTION
 from megagpt.data.manifest import BUILD_DIR, MANIFEST, Manifest, Split, read_manifest
 from megagpt.errors import UserError
-from megagpt.planner.estimate import EFFICIENCY, GIB, Machine, machine
+from megagpt.planner.estimate import CPU_EFFICIENCY, GIB, Machine, machine
 from megagpt.planner.gpu_specs import FP32_PEAK, GPUS, Gpu, gpu_named
 from megagpt.planner.network import network_of
 from megagpt.planner.sizing import (
@@ -134,7 +134,7 @@ def _machine(args: argparse.Namespace) -> Machine:
         return machine(name, 1, None)
     memory = psutil.virtual_memory().total * MEMORY_SHARE / GIB
     # The planner counts fp32 as a share of a GPU's 16-bit peak.
-    return Machine("cpu", Gpu(_cpu_flops() / FP32_PEAK, memory, 1.0), 1, network_of(None, 1, 1.0))
+    return Machine("cpu", Gpu(_cpu_flops() / FP32_PEAK, memory, 1.0), 1, network_of(None, 1, 1.0), CPU_EFFICIENCY)
 
 
 def _cpu_flops() -> float:
@@ -166,8 +166,13 @@ def _reasons(choice: Choice, refused: Choice | None) -> dict[str, list[str]]:
     if refused:
         model.append(f"The next larger ({refused.params:,} parameters) {refused.against}.")
     on_cpu, seconds = on.name == "cpu", 3600 * choice.hours
-    speed = on.gpu.peak_flops * (FP32_PEAK if on_cpu else 1.0)
-    measured = "which matrix products reach on this CPU now" if on_cpu else f"the peak of one {on.name}"
+    by = f"by `megagpt plan`'s arithmetic for one {on.name}."
+    if on_cpu:
+        speed = on.gpu.peak_flops * FP32_PEAK
+        by = (
+            f"at {speed * CPU_EFFICIENCY:.2g} FLOP/s: {CPU_EFFICIENCY:.0%} of {speed:.2g}, which matrix products reach "
+        )
+        by += "on this CPU now."
     return {
         "train_batch_size": [
             f"Sequences a step: {choice.tokens_per_step:,} tokens. A power of two that makes about {STEPS:,} steps, "
@@ -192,8 +197,7 @@ def _reasons(choice: Choice, refused: Choice | None) -> dict[str, list[str]]:
         f"{SECTION}.schedule": [
             f"{choice.steps:,} steps are {choice.tokens:,} tokens: {choice.tokens / choice.params:.1f} a parameter, "
             f"{choice.epochs:.2f} epochs.",
-            f"About {duration(seconds) if seconds > 60 else 'a minute or less'} at {speed * on.efficiency:.2g} FLOP/s: "
-            f"{EFFICIENCY:.0%} of {speed:.2g}, {measured}.",
+            f"About {duration(seconds) if seconds > 60 else 'a minute or less'} {by}",
             "Evaluating and saving come on top; other programs on the machine slow training down.",
         ],
         f"{SECTION}.early_stopping": [

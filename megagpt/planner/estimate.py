@@ -1,7 +1,7 @@
 """Estimate the memory and time of a run file, for `megagpt plan`: by arithmetic, before anything is started.
 
-Memory is counted by memory.py, traffic by communication.py, a step's time by step_time.py and network.py. This module
-has the settings that are compared; report.py prints them.
+Memory is counted by memory.py, traffic by communication.py, a step's time by step_time.py, compute.py and network.py.
+This module has the settings that are compared; report.py prints them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +20,8 @@ from megagpt.tokenizer.tokenizer import padded_vocab_size
 
 GIB = 2**30
 VOCABULARY = 50_257  # GPT-2's, where the data is not there to ask
-# FLOP/s that are reached, as a share of the peak; published for GPT-2 on Hopper: 33 to 52 %.
-EFFICIENCY = 0.4
+# FLOP/s that training reaches on a CPU, as a share of a large product's.
+CPU_EFFICIENCY = 0.4
 # Gaps between the allocator's blocks, as a share of the tensors' bytes.
 FRAGMENTATION = 0.1
 # CUDA's context, kernels and NCCL's buffers.
@@ -41,7 +41,7 @@ class Machine:
     gpu: Gpu
     ranks: int
     network: Network
-    efficiency: float = EFFICIENCY
+    efficiency: float | None = None  # FLOP/s that are reached, as a share of the peak; None: counted part by part
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def machine(
     gpu: str | None,
     ranks: int,
     network: str | None,
-    efficiency: float = EFFICIENCY,
+    efficiency: float | None = None,
     *,
     gib: float | None = None,
     tflops: float | None = None,

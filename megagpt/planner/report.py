@@ -9,9 +9,9 @@ from typing import Any
 from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig
 from megagpt.model.flops import n_params
+from megagpt.planner.compute import MOVING, PRODUCTS
 from megagpt.planner.estimate import (
     CONTEXT,
-    EFFICIENCY,
     FRAGMENTATION,
     GIB,
     POLICIES,
@@ -20,7 +20,7 @@ from megagpt.planner.estimate import (
     Setting,
     fastest,
 )
-from megagpt.planner.step_time import GATHER_LOOP, HOST_ADAM, HOST_LINK, SCATTER_LOOP
+from megagpt.planner.step_time import CONTENTION, GATHER_LOOP, HOST_ADAM, HOST_LINK, SCATTER_LOOP
 from megagpt.terminal import counted, duration
 
 # Keys that change memory or traffic in ways that the arithmetic does not count; a name stands for all that begin so.
@@ -118,13 +118,11 @@ def assumptions(run: RunConfig, on: Machine) -> list[str]:
     """Return the plan's assumptions, one a line."""
     lines = [
         "a GPU: for a CPU, give --probe, which takes real steps, or let `megagpt init DATA --cpu` choose",
-        f"compute: model and recomputed FLOPs at {on.efficiency:.0%} of the dense 16-bit peak, "
-        f"{on.gpu.peak_flops / 1e12:,.0f} TFLOP/s, for every micro-batch (--efficiency; default {EFFICIENCY:.0%}, "
-        "published for GPT-2 on Hopper: 33 to 52 %)",
+        _compute_assumed(on),
         "network: bytes over the speed of NCCL's rings, which use all cards of a host, and the hops of each call, "
         "without other traffic; added to the compute except for what overlap_comm hides: at stage 3 (on by default) "
         "all traffic, during the whole step; at stages 1 and 2 the gradients, during backward (at stage 1 only that of "
-        "the last micro-batch)",
+        f"the last micro-batch); meanwhile the compute is {CONTENTION:.0%} slower",
         f"DeepSpeed's host: at stage 3 {GATHER_LOOP * 1e6:g} us of Python for each tensor and rank in a gather and "
         f"{SCATTER_LOOP * 1e6:g} in a reduce-scatter; a step takes at least as long",
         f"spare: {FRAGMENTATION:.0%} of the tensors for the allocator's gaps, and {CONTEXT / GIB:.0f} GiB for CUDA and "
@@ -132,9 +130,9 @@ def assumptions(run: RunConfig, on: Machine) -> list[str]:
         "activations: those of uncompiled blocks; compiled blocks keep less",
         f"offload: {HOST_LINK / 1e9:.0f} GB/s to the host for each GPU, {HOST_ADAM / 1e9:.0f} GB/s of its memory for "
         "Adam",
-        "not counted: launching kernels, which takes most of a small model's step, what the optimizer reads and writes "
-        "on the GPU, waiting for data, evaluating, saving, compiling in the first step, and the GPU's waits when "
-        "DeepSpeed reads a value back: at stage 0 in 16 bit once per parameter in every step",
+        "not counted: launching kernels, which takes most of a small model's step, waiting for data, evaluating, "
+        "saving, compiling in the first step, and the GPU's waits when DeepSpeed reads a value back: at stage 0 in 16 "
+        "bit once per parameter in every step",
     ]
     if run.deepspeed.dtype == "fp32":
         lines.append(f"fp32: {on.gpu.fp32_share:.4f} of the 16-bit peak")
@@ -144,6 +142,19 @@ def assumptions(run: RunConfig, on: Machine) -> list[str]:
     if unknown := [key for key in leaves(run.deepspeed_raw) if key.startswith(NOT_COUNTED)]:
         lines.append(f"ignored by this plan, though they change training: {', '.join(unknown)}")
     return lines
+
+
+def _compute_assumed(on: Machine) -> str:
+    peak = f"{on.gpu.peak_flops / 1e12:,.0f} TFLOP/s"
+    if on.efficiency is not None:
+        return f"compute: model and recomputed FLOPs at {on.efficiency:.0%} of the peak, {peak} (--efficiency)"
+    gpu = on.gpu
+    return (
+        f"compute: matrix products at {gpu.best_product * PRODUCTS:.0%} of the peak, {peak}, attention at "
+        f"{gpu.attention:.0%}, and the bytes of everything else at {MOVING:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s; "
+        "published runs were within 20 % of it in nine of ten cases (docs/train.md). If you have measured a step, give "
+        "the log's hfu as --efficiency"
+    )
 
 
 def _stage_cells(s: Setting, steps: float) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The time of an optimizer step: the GPUs' compute, collectives, offload, and DeepSpeed's loops on the host.
+"""The time of an optimizer step: the GPU's compute, collectives, offload, and DeepSpeed's loops on the host.
 
 W ranks, L blocks; each constant below has a physical meaning, and none is chosen for one run.
 """
@@ -6,17 +6,20 @@ W ranks, L blocks; each constant below has a physical meaning, and none is chose
 from dataclasses import dataclass, replace
 
 from megagpt.config.batch import BatchPlan
-from megagpt.config.model import ModelConfig
 from megagpt.config.run_file import RunConfig
-from megagpt.model.flops import flops_per_token, hidden_matrices, n_params, param_sizes, recompute_flops_per_token
+from megagpt.model.flops import n_params, param_sizes
 from megagpt.planner.communication import WIDTH, Calls, Traffic
+from megagpt.planner.compute import compute_seconds
 from megagpt.planner.gpu_specs import Gpu
 from megagpt.planner.memory import ADAM
 from megagpt.planner.network import Network
 
-ROUNDS_OF_MUON = 5  # ROUNDS of engine/muon.py
 # The backward pass's share of a step's FLOPs, without recomputation.
 BACKWARD_SHARE = 2 / 3
+# Compute slows down by this share while collectives run on the same GPU: 18.9 % on average of GPT and Llama on A100,
+# H100, MI210 and MI250 (2025, "Characterizing Compute-Communication Overlap in GPU-Accelerated Distributed Deep
+# Learning", arXiv 2507.03114).
+CONTENTION = 0.189
 # Bytes/s between a GPU and its host, each way: PCI Express 4, 16 lanes, of which 80 % are reached.
 HOST_LINK = 25e9
 # Bytes/s of host memory for each GPU's share of an offloaded Adam, which reads and writes 28 bytes per parameter.
@@ -33,7 +36,7 @@ class StepTime:
 
     compute: float
     wire: float
-    hidden: float  # the part of `wire` that runs during the compute
+    hidden: float  # the part of `wire` that the compute hides
     offload: float
     loops: float  # DeepSpeed's on the host, which runs ahead of the GPU
 
@@ -44,10 +47,16 @@ class StepTime:
 
 
 def step_time(
-    run: RunConfig, batch: BatchPlan, vocab_size: int, sent: Traffic, network: Network, gpu: Gpu, efficiency: float
+    run: RunConfig,
+    batch: BatchPlan,
+    vocab_size: int,
+    sent: Traffic,
+    network: Network,
+    gpu: Gpu,
+    efficiency: float | None,
 ) -> StepTime:
     """Estimate the seconds of a step of the run as it is written."""
-    compute = _compute_seconds(run, batch, vocab_size, gpu, efficiency)
+    compute = compute_seconds(run, batch, vocab_size, gpu, efficiency)
     return StepTime(
         compute=compute,
         wire=_wire_seconds(sent, network),
@@ -55,30 +64,6 @@ def step_time(
         offload=_offload_seconds(run, batch, vocab_size),
         loops=_loop_seconds(run, batch, vocab_size, sent),
     )
-
-
-def _compute_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, gpu: Gpu, efficiency: float) -> float:
-    """Return the seconds of a step's FLOPs, recomputation included, at the rate that all GPUs reach together."""
-    cfg, stage = run.megagpt, run.deepspeed.zero_optimization.stage
-    model = cfg.model.model_copy(update={"seq_len": cfg.seq_len})
-    again = recompute_flops_per_token(
-        model,
-        cfg.recompute,
-        dropout=cfg.regularization.dropouts,
-        zero3=stage == 3,
-        compiled=cfg.compile is not False,
-    )
-    flops = batch.global_batch * cfg.seq_len * (flops_per_token(model, vocab_size) + (again or 0.0))
-    if run.deepspeed.optimizer.type == "Muon":  # once, or at stage 0 on every rank
-        flops += muon_flops(model) * (batch.world_size if stage == 0 else 1)
-    peak = gpu.peak_flops * (gpu.fp32_share if run.deepspeed.dtype == "fp32" else 1.0)
-    return flops / (batch.world_size * peak * efficiency)
-
-
-def muon_flops(cfg: ModelConfig) -> int:
-    """Return the FLOPs of one orthogonalization of all matrices in the blocks, in rounds of three products each."""
-    sides = [sorted(shape) for shape in hidden_matrices(cfg)]
-    return ROUNDS_OF_MUON * cfg.n_layer * sum(4 * short**2 * long + 2 * short**3 for short, long in sides)
 
 
 def _wire_seconds(sent: Traffic, network: Network) -> float:
@@ -100,15 +85,17 @@ def _hidden_seconds(run: RunConfig, batch: BatchPlan, sent: Traffic, compute: fl
 
     At stage 3, where it is on by default, gathering and scattering overlap with all of the compute. At stages 1 and 2
     only reducing does, and only with the backward passes that reduce: at stage 1 that of the last micro-batch.
+    Meanwhile the compute is slower.
     """
     stage = run.deepspeed.zero_optimization.stage
     if not run.deepspeed.zero_optimization.overlaps:
         return 0.0
     if stage == 3:
-        return min(_wire_seconds(replace(sent, all_to_all=0, orthogonalized=0.0), network), compute)
+        during = min(_wire_seconds(replace(sent, all_to_all=0, orthogonalized=0.0), network), compute)
+        return (1 - CONTENTION) * during
     calls = Calls(all_reduce=sent.calls.all_reduce)
     reduced = _wire_seconds(replace(sent, all_gather=0, all_to_all=0, orthogonalized=0.0, calls=calls), network)
-    return min(reduced, BACKWARD_SHARE * compute / (batch.accumulation if stage == 1 else 1))
+    return (1 - CONTENTION) * min(reduced, BACKWARD_SHARE * compute / (batch.accumulation if stage == 1 else 1))
 
 
 def _offload_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int) -> float:

@@ -9,7 +9,6 @@ import megagpt
 from data_tools.__main__ import main as builder
 from megagpt.__main__ import COMMANDS, main
 from megagpt.cli.arguments import command_line, training_arguments
-from megagpt.planner.estimate import EFFICIENCY
 
 
 def test_without_arguments_it_prints_its_help_with_all_commands(capsys):
@@ -68,4 +67,3 @@ def test_the_help_tells_the_default_of_every_option():
     for key, action in found.items():
         if isinstance(action.default, int | float):
             assert told[key].endswith((f"default: {action.default}", f"default: {action.default:g}"))
-    assert told["plan", "--efficiency"].endswith(f"default: {EFFICIENCY}")

@@ -6,14 +6,14 @@ from megagpt.config.run_file import SECTION
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint, notes
 from megagpt.model.flops import flops_per_token
-from megagpt.planner.estimate import Machine, machine
+from megagpt.planner.estimate import CPU_EFFICIENCY, Machine, machine
 from megagpt.planner.gpu_specs import FP32_PEAK, Gpu
 from megagpt.planner.network import network_of
 from megagpt.planner.sizing import EPOCHS, LARGEST_BATCH, SHAPES, Data, choose
 
 H100 = machine("H100", 1, None)
 V100 = machine("V100 16GB", 1, None)
-LAPTOP = Machine("cpu", Gpu(1e11 / FP32_PEAK, 8, 1.0), 1, network_of(None, 1, 1.0))
+LAPTOP = Machine("cpu", Gpu(1e11 / FP32_PEAK, 8, 1.0), 1, network_of(None, 1, 1.0), CPU_EFFICIENCY)
 DEMO = Data("data/demo", 11_787_626, 600_000, 2048)
 WEB = Data("data/web", 10**10, 10**7, 50304)
 SETTINGS = [

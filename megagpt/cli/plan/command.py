@@ -10,7 +10,7 @@ from megagpt.config.batch import batch_plan, rank_numbers
 from megagpt.config.run_file import load_run_config
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
-from megagpt.planner.estimate import EFFICIENCY, machine, micro_batches, settings, vocabulary, without_bf16
+from megagpt.planner.estimate import machine, micro_batches, settings, vocabulary, without_bf16
 from megagpt.planner.gpu_specs import gpu_named
 from megagpt.planner.report import as_json, plan_report
 from megagpt.terminal import print_error, show
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         _gpu(args),
         args.ranks,
         args.network,
-        EFFICIENCY if args.efficiency is None else args.efficiency,
+        args.efficiency,
         gib=args.gpu_memory,
         tflops=args.tflops,
     )
