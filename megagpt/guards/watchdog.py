@@ -73,8 +73,8 @@ class Watchdog:
                     f"reached no step boundary for {self._idle:.0f} s after step {self._step}",
                     "; if a step takes that long, raise megagpt.guards.hang_timeout",
                 )
-            self._alone = 0.0 if self._ending or self._launcher_alive() else self._alone + passed
-            if self._alone > OUTLIVES:
+            self._alone = 0.0 if self._launcher_alive() else self._alone + passed
+            if self._alone > OUTLIVES and not self._ending:  # read last: the boundary may come while one looks
                 self._end(f"reached no step boundary for {self._alone:.0f} s after its launcher died")
 
     def _end(self, reason: str, way_out: str = "") -> None:
