@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from megagpt.terminal import on_a_screen, show
 
 LARGEST = 2**63 - 1  # the largest integer of numpy, torch and Arrow
+MOST_RANKS_HERE = 1024  # on one machine
 MANY = 10**12  # steps, checkpoints, targets: beyond what anybody trains with, and what a list can count
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from megagpt import __version__
 from megagpt.cli.checkpoint_arguments import after_a_run
-from megagpt.options import Parser, decimal, whole
+from megagpt.cli.tune_arguments import tune_options
+from megagpt.options import MOST_RANKS_HERE, Parser, decimal, whole
 from megagpt.user_paths import user_path
 
 MOST_RANKS = 1_000_000
-MOST_RANKS_HERE = 1024  # on one machine
 
 
 def training_arguments() -> argparse.ArgumentParser:
@@ -113,34 +113,7 @@ def _add_tune(commands: Any) -> None:
         "megagpt.schedule.max_steps=500 megagpt.every.eval=50",
     )
     _add_run_file(tune)
-    tune.add_argument(
-        "--space",
-        type=user_path,
-        metavar="SPACE.json",
-        help="keys and the values to try (docs/tune.md); default: none",
-    )
-    tune.add_argument(
-        "--study", type=user_path, metavar="DIR", help="where the study is, and is continued; default: OUT_DIR_study"
-    )
-    tune.add_argument("--trials", type=whole(1, 1_000_000), default=30, metavar="N", help="in all; default: 30")
-    tune.add_argument("--time-limit", type=decimal(0.01, 1e6), metavar="MINUTES", help="then stop; default: none")
-    tune.add_argument(
-        "--parallel", type=whole(1, MOST_RANKS_HERE), default=1, metavar="N", help="trials at a time; default: 1"
-    )
-    tune.add_argument(
-        "--slurm",
-        metavar="OPTIONS",
-        help="run each trial by srun with these options, in quotes; default: on this machine",
-    )
-    tune.add_argument("--seed", type=whole(0, 1_000_000), default=0, help="of the draws; default: 0")
-    tune.add_argument(
-        "--find-lr",
-        nargs="?",
-        const=200,
-        type=whole(50, 1_000_000),
-        metavar="STEPS",
-        help="let the learning rate rise over STEPS, 200 if left out, and suggest one; default: a study",
-    )
+    tune_options(tune)
 
 
 def _on_a_cluster(commands: Any) -> None:

@@ -1,9 +1,11 @@
 """`megagpt tune RUN.json --space SPACE.json`: search the keys of a run file for the lowest validation loss."""
 
 import argparse
+import json
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,14 +14,17 @@ from pathlib import Path
 from megagpt.config.batch import batch_plan
 from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.errors import UserError
-from megagpt.terminal import SAVED_AND_WANTS_RESTART, show, typed
+from megagpt.terminal import SAVED_AND_WANTS_RESTART, counted, show, typed
 from megagpt.train.preemption import TIME_LIMIT, Preemption
 from megagpt.tuning.trial import Place
+
+ALIVE = ("-oServerAliveInterval=15", "-oServerAliveCountMax=3")  # options by which ssh notices that a host is gone
 
 
 def run(args: argparse.Namespace) -> int:
     """Tune, and print where the best run file is. Raises UserError."""
     run_config = load_run_config(args.run_file, args.overrides)
+    _check_options(args)
     if args.find_lr is not None:
         find_rate = import_module("megagpt.tuning.rate_test").find_rate
         find_rate(run_config, args.run_file, args.overrides, steps=args.find_lr)
@@ -33,6 +38,22 @@ def run(args: argparse.Namespace) -> int:
     return _search(args, run_config)
 
 
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse options that contradict each other, or that nothing would read. Raises UserError."""
+    if args.find_lr is not None:
+        for option in ("space", "study", "time_limit", "parallel", "slurm", "hostfile"):
+            if getattr(args, option) is not None:
+                name = option.replace("_", "-")
+                raise UserError(f"--{name} is of a study, and --find-lr makes one short run; leave one of the two out")
+    if args.hostfile is not None and args.slurm is not None:
+        raise UserError("--hostfile reaches hosts by ssh, and --slurm by srun; give one of the two")
+    if args.hostfile is not None and args.parallel is not None:
+        raise UserError(
+            f"--hostfile runs a trial on each of its hosts at a time; leave --parallel {args.parallel} out, or remove "
+            "hosts from the file"
+        )
+
+
 def _check(run_config: RunConfig) -> None:
     cfg = run_config.megagpt
     if not 0 < cfg.every.eval < cfg.schedule.max_steps:
@@ -44,7 +65,6 @@ def _check(run_config: RunConfig) -> None:
 
 
 def _search(args: argparse.Namespace, run_config: RunConfig) -> int:
-    study_module, results = import_module("megagpt.tuning.study"), import_module("megagpt.tuning.results")
     metric = run_config.megagpt.early_stopping.monitor
 
     def changed(options: Sequence[str]) -> RunConfig:
@@ -52,15 +72,18 @@ def _search(args: argparse.Namespace, run_config: RunConfig) -> int:
         return load_run_config(args.run_file, [*args.overrides, *options])
 
     def check(options: Sequence[str]) -> None:
-        batch_plan(changed(options).deepspeed, 1)
+        for n_ranks in {place.ranks or 1 for place in places}:
+            batch_plan(changed(options).deepspeed, n_ranks)
 
     space = import_module("megagpt.tuning.space").read_space(args.space, changed)
     same_data = not any(key.startswith("megagpt.data.") for key in space.dimensions)
     if same_data and (refused := import_module("megagpt.train.preflight").refused_data(run_config)):
         raise refused
-    places, stop = _places(args), Preemption(ctrl_c=True)
+    stop = Preemption(ctrl_c=True)
     stop.set_time_limit(args.time_limit)
     folder = args.study or Path(f"{run_config.megagpt.out_dir}_study")
+    places = _places(args) if args.hostfile is None else _hosts(args, folder)
+    study_module, results = import_module("megagpt.tuning.study"), import_module("megagpt.tuning.results")
     study = study_module.Study(folder, run_config, space, args.seed)
     try:
         done = import_module("megagpt.tuning.run_trials").run_trials(
@@ -92,11 +115,11 @@ def _search(args: argparse.Namespace, run_config: RunConfig) -> int:
 
 def _places(args: argparse.Namespace) -> list[Place]:
     """Return where trials run side by side: Slurm jobs, GPUs of this machine, or equal parts of its cores."""
-    n = args.parallel
+    n = args.parallel or 1
     if args.slurm is not None:
         if shutil.which("srun") is None:
             raise UserError("--slurm: there is no srun on this machine; run it on a login node, or leave it out")
-        return [Place(("srun", "--quiet", "--ntasks=1", *shlex.split(args.slurm)))] * n
+        return [Place(("srun", "--quiet", "--ntasks=1", *shlex.split(args.slurm)), ranks=None)] * n
     gpus = import_module("torch").cuda.device_count()
     have, what = (gpus, "GPUs") if gpus else (len(os.sched_getaffinity(0)), "cores")
     if n > have:
@@ -106,3 +129,18 @@ def _places(args: argparse.Namespace) -> list[Place]:
         names = visible or [str(i) for i in range(gpus)]
         return [Place(environment={"CUDA_VISIBLE_DEVICES": name}) for name in names[:n]]
     return [Place(environment={"OMP_NUM_THREADS": str(have // n)})] * n
+
+
+def _hosts(args: argparse.Namespace, folder: Path) -> list[Place]:
+    """Return a place on each host of a hostfile. Raises UserError if a host is not ready to run trials."""
+    hosts = import_module("megagpt.cli.doctor.hosts")
+    slots = import_module("megagpt.distributed.hostfile").check_hosts(args.hostfile)
+    show(f"looking at {counted(len(slots), 'host')} ...")
+    in_study = json.dumps(str(folder / "trials"))
+    if findings := hosts.unready_for(args.run_file, [*args.overrides, f"megagpt.out_dir={in_study}"], slots):
+        unseen = f"{folder} is not seen there; give --study DIR, a folder of a file system that all hosts share"
+        lines = [f"{found.host}: study: {unseen}" if found.check == "out_dir" else str(found) for found in findings]
+        raise UserError("no trial was started:\n" + "\n".join(lines))
+    agent = ["env", *hosts.exported_variables(), sys.executable, "-m", "megagpt.tuning.host_agent"]
+    there = f"{shlex.join(['cd', os.getcwd()])} && {shlex.join(agent)}"
+    return [Place((*hosts.SSH, *ALIVE, host, there), host=host, ranks=n) for host, n in slots.items()]

@@ -11,12 +11,15 @@ from megagpt.errors import UserError
 from megagpt.terminal import duration, show
 from megagpt.tuning.space import Check
 from megagpt.tuning.study import FAILURE, RESTARTS, Study, overrides
-from megagpt.tuning.trial import Place, TrialProcess, remove_checkpoints, wait_until_free
+from megagpt.tuning.trial import Place, TrialProcess, holder_after, remove_checkpoints, wait_until_free
 
 POLL_SECONDS = 0.2  # between looks at the trials' curves, which are files
 PATIENCE = 300.0  # seconds that a trial may take to save and end
 MOST_RESTARTS = 3  # of a trial that was interrupted, not by us
 HOPELESS = 5  # trials that fail before any trains to its end
+
+
+_LOST_ALL = "see `megagpt doctor --hostfile HOSTS`; the same command continues the study"
 
 
 @dataclass
@@ -40,8 +43,8 @@ def run_trials(
 ) -> bool:
     """Run trials until the study has `n_trials`; returns False if it was `stopped` before.
 
-    `given`: the options that were typed after the run file; `check` refuses options that it does not take. Raises
-    UserError if the first trials all fail.
+    `given`: the options that were typed after the run file; `check` refuses options that it does not take. A place
+    whose host is lost gets no more trials. Raises UserError if the first trials all fail, or all hosts are lost.
     """
     waiting = study.unfinished()
     if waiting:
@@ -59,20 +62,28 @@ def run_trials(
 
     try:
         while not stopped():
-            while free and waiting:
-                start(waiting.pop(0))
+            for trial in list(waiting):
+                # On a host that was lost it may still train, until its agent finds that the tuner is gone.
+                if free and not holder_after(study.folder_of(trial.number), 0.0):
+                    waiting.remove(trial)
+                    start(trial)
             while free and len(study.trials) < n_trials:
                 trial = study.next()
                 if _is_startable(study, trial, check):
                     start(trial)
-            if not running:
+            if not running and not waiting and len(study.trials) >= n_trials:
                 return True
+            if not running and not free:
+                raise UserError(f"no host is left to train on; {_LOST_ALL}")
             time.sleep(POLL_SECONDS)
             for one in list(running):
                 _look_at(study, one)
                 if one.process.ended():
                     running.remove(one)
-                    free.append(one.process.place)
+                    if one.process.host_is_lost:
+                        show(_lost(one))
+                    else:
+                        free.append(one.process.place)
                     if _again(study, one):
                         waiting.append(one.trial)
             _refuse_hopeless(study)
@@ -98,6 +109,7 @@ def _is_startable(study: Study, trial: Trial, check: Check) -> bool:
 
 def _look_at(study: Study, one: _Running) -> None:
     """Record what a trial's curve shows, and end it if Hyperband does."""
+    one.process.keep_alive()
     if not one.pruned and study.report(one.trial, one.process.curve()):
         one.pruned = True
         one.process.stop()
@@ -106,6 +118,8 @@ def _look_at(study: Study, one: _Running) -> None:
 def _again(study: Study, one: _Running) -> bool:
     """Record how a trial ended, unless it was interrupted and is resumed."""
     restarts = one.trial.user_attrs.get(RESTARTS, 0)
+    if one.process.host_is_lost and not one.pruned:
+        return True  # which is not the trial's fault, and happens once for each host
     if one.process.was_interrupted and not one.pruned and restarts < MOST_RESTARTS:
         one.trial.set_user_attr(RESTARTS, restarts + 1)
         return True
@@ -118,6 +132,11 @@ def _again(study: Study, one: _Running) -> bool:
             remove_checkpoints(study.folder_of(trial.number))
     show(_line(study, one.trial, time.monotonic() - one.began))
     return False
+
+
+def _lost(one: _Running) -> str:
+    number, host = one.trial.number, one.process.place.host
+    return f"host {host} is lost ({one.process.failure()}): trial {number} continues on another, and none starts there"
 
 
 def _line(study: Study, trial: Trial, seconds: float) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from megagpt.metrics.metrics_file import METRICS, read_rows
 from megagpt.terminal import SAVED_AND_WANTS_RESTART
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SSH_FAILED = 255  # exit code of ssh if it cannot reach a host, or loses it
 # What a study sets in every trial: no checkpoint but the last one, and none of what only a reader would want.
 OF_EVERY_TRIAL = (
     "megagpt.every.save=0",
@@ -35,6 +37,8 @@ class Place:
 
     prefix: tuple[str, ...] = ()  # before the command, for example srun with its options
     environment: Mapping[str, str] = field(default_factory=dict)
+    host: str = ""  # of a hostfile; the prefix is then ssh, and ends with the agent's command
+    ranks: int | None = 1  # None: as many as a Slurm job has GPUs
 
 
 class TrialProcess:
@@ -42,20 +46,23 @@ class TrialProcess:
 
     def __init__(self, folder: Path, run_file: Path, overrides: Sequence[str], metric: str, place: Place) -> None:
         self.folder, self.metric, self.place = folder, metric, place
-        command = [*place.prefix, sys.executable, "-m", "megagpt", "train", str(run_file), *overrides]
-        if not place.prefix:  # a Slurm job has what it was given: several GPUs perhaps
-            command += ["--nproc", "1"]
-        command += [*OF_EVERY_TRIAL, f"megagpt.out_dir={json.dumps(str(folder))}"]
         self._log = folder.with_suffix(".log")
+        train = [sys.executable, "-m", "megagpt", "train", str(run_file), *overrides]
+        if place.ranks is not None:
+            train += ["--nproc", str(place.ranks)]
+        train += [*OF_EVERY_TRIAL, f"megagpt.out_dir={json.dumps(str(folder))}"]
+        if place.host:
+            train = [shlex.join([str(self._log), *train])]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
+                [*place.prefix, *train],
+                stdin=subprocess.PIPE if place.host else subprocess.DEVNULL,
+                bufsize=0,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **place.environment},
                 start_new_session=True,  # Ctrl-C reaches the tuner alone, which stops its trials
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
 
     def curve(self) -> dict[int, float]:
@@ -67,8 +74,17 @@ class TrialProcess:
         """Tell whether the process has ended."""
         return self._process.poll() is not None
 
+    def keep_alive(self) -> None:
+        """Tell the agent on the trial's host that the tuner lives; to be called several times a minute."""
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            with suppress(BrokenPipeError):
+                self._process.stdin.write(b".")
+
     def stop(self) -> None:
         """Ask it to save and end. `wait` returns when it has."""
+        if self._process.stdin is not None:  # ssh must stay until the agent has ended the trial
+            self._process.stdin.close()
+            return
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
 
@@ -85,7 +101,14 @@ class TrialProcess:
     def was_interrupted(self) -> bool:
         """Tell whether it saved and wants to be resumed, or was killed."""
         code = self._process.returncode
-        return code == SAVED_AND_WANTS_RESTART or (code is not None and code < 0)
+        if code is None:
+            return False
+        return code == SAVED_AND_WANTS_RESTART or code < 0 or (bool(self.place.host) and code > 128)
+
+    @property
+    def host_is_lost(self) -> bool:
+        """Tell whether ssh could not reach the trial's host, or lost it."""
+        return bool(self.place.host) and self._process.returncode == SSH_FAILED
 
     def failure(self) -> str | None:
         """Return why it failed, in its own words; None if it trained to its end."""
@@ -106,23 +129,29 @@ def remove_checkpoints(folder: Path) -> None:
 
 def wait_until_free(folder: Path, patience: float) -> None:
     """Wait for a trial that still saves after its tuner was killed. Raises UserError if it does not end."""
-    lock = FileLock(folder / LOCK)
-    if not lock.path.exists():
-        return
-    try:
-        lock.take(patience)
-    except LockHeldError as held:
+    if held := holder_after(folder, patience):
         raise UserError(
             f"{folder} is still in use by {held}, a trial that a killed tuner left; stop it, and give the command again"
-        ) from None
-    lock.release()
+        )
+
+
+def holder_after(folder: Path, patience: float) -> str:
+    """Return who still trains in a trial's folder after `patience` seconds; empty if nobody does."""
+    lock = FileLock(folder / LOCK)
+    if lock.path.exists():
+        try:
+            lock.take(patience)
+        except LockHeldError as held:
+            return str(held)
+        lock.release()
+    return ""
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Let the kernel end this process with the tuner, so that a killed one leaves no trial behind."""
     with suppress(OSError, AttributeError):  # no Linux
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

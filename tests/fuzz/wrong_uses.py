@@ -79,7 +79,7 @@ OPTIONS = {  # command -> options that take a value
     "init": ["--gpu", "--gpu-memory", "--tflops", "--hours"],
     "verify-resume": ["--then", "--then-ranks", "--steps"],
     "lint": ["--ranks"],
-    "tune": ["--trials", "--time-limit", "--parallel", "--seed"],
+    "tune": ["--trials", "--time-limit", "--parallel", "--hostfile", "--seed"],
     "find-lr": ["--find-lr"],
     "slurm": ["--nodes", "--gpus-per-node", "--time", "--partition", "--sbatch", "--sweep", "--container"],
     "generate": [

@@ -131,6 +131,24 @@ def test_data_that_no_trial_could_train_on_is_told_before_any_starts(tune, tmp_p
     assert not (tmp_path / "study").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--hostfile", "{hosts}", "--slurm", "-p gpu"], "--hostfile reaches hosts by ssh, and --slurm by srun"),
+        (["--hostfile", "{hosts}", "--parallel", "2"], "leave --parallel 2 out"),
+        (["--hostfile", "{hosts}"], "'h1 slots=0' is not `NAME slots=N`"),
+        (["--hostfile", "gone"], "the hostfile gone cannot be read"),
+        (["--find-lr", "50"], "--space is of a study, and --find-lr makes one short run"),
+    ],
+)
+def test_options_that_contradict_each_other_and_wrong_hostfiles_are_one_message(tune, tmp_path, capfd, options, told):
+    (tmp_path / "hosts").write_text("h1 slots=0\n")
+    assert main(tune(*(option.format(hosts=tmp_path / "hosts") for option in options))) == 2
+    [message] = capfd.readouterr().err.splitlines()
+    assert told in message
+    assert not (tmp_path / "study").exists()
+
+
 def test_a_record_that_was_cut_in_a_line_is_read_up_to_it(dataset, tmp_path, capfd):
     (tmp_path / "space.json").write_text(json.dumps(SPACE))
     run = debug_run(dataset, tmp_path / "run", *SHORT)

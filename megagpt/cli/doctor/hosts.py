@@ -26,6 +26,8 @@ PORT = 29500  # deepspeed's default; --master_port sets another
 PATIENCE = 60.0  # seconds that a host may take for all checks
 CLOCKS = 5.0  # seconds by which clocks may differ
 SLOW = 0.01  # GB/s: less than a 100 Mbit/s line
+# Checks of what matters to a run that has a host to itself.
+OF_ONE_HOST = ("ssh", "programs", "slots", "run file", "run", "data", "out_dir", "disk", "compile lock")
 SSH = ("ssh", "-oBatchMode=yes", "-oConnectTimeout=8")
 
 
@@ -97,6 +99,27 @@ def examine(hostfile: Path | None, run_file: Path | None, overrides: Sequence[st
             mark.unlink()
     facts = {p.name: p.report.facts() for p in present if p.report}
     return {"findings": _merged(findings), "hosts": facts, "all_reduce_gb_per_s": speed}
+
+
+def unready_for(run_file: Path, overrides: Sequence[str], slots: Mapping[str, int]) -> list[Finding]:
+    """Find what would stop a run that has one of these hosts to itself, or make it another run there.
+
+    Traffic between hosts does not matter to it, nor do their clocks or how alike their GPUs are.
+    """
+    mark, findings = _left_mark(run_file, overrides)
+    agents = [Agent(name, over_ssh=True) for name in slots]
+    requests = [replace(request, others=[], port=0) for request in _requests(slots, run_file, overrides, mark)]
+    try:
+        with ThreadPoolExecutor(len(agents)) as threads:
+            for found in threads.map(_examined, agents, requests):
+                findings += found
+    finally:
+        for agent in agents:
+            agent.end()
+        if mark:
+            mark.unlink()
+    findings += _differences(agents)
+    return [finding for finding in _merged(findings) if finding.check in OF_ONE_HOST]
 
 
 def _left_mark(run_file: Path, overrides: Sequence[str]) -> tuple[Path | None, list[Finding]]:

@@ -1,0 +1,42 @@
+"""The command-line options of `megagpt tune`."""
+
+import argparse
+
+from megagpt.options import MOST_RANKS_HERE, decimal, whole
+from megagpt.user_paths import user_path
+
+
+def tune_options(tune: argparse.ArgumentParser) -> None:
+    """Add the options that follow the run file."""
+    tune.add_argument(
+        "--space",
+        type=user_path,
+        metavar="SPACE.json",
+        help="keys and the values to try (docs/tune.md); default: none",
+    )
+    tune.add_argument(
+        "--study", type=user_path, metavar="DIR", help="where the study is, and is continued; default: OUT_DIR_study"
+    )
+    tune.add_argument("--trials", type=whole(1, 1_000_000), default=30, metavar="N", help="in all; default: 30")
+    tune.add_argument("--time-limit", type=decimal(0.01, 1e6), metavar="MINUTES", help="then stop; default: none")
+    tune.add_argument("--parallel", type=whole(1, MOST_RANKS_HERE), metavar="N", help="trials at a time; default: 1")
+    tune.add_argument(
+        "--slurm",
+        metavar="OPTIONS",
+        help="run each trial by srun with these options, in quotes; default: on this machine",
+    )
+    tune.add_argument(
+        "--hostfile",
+        type=user_path,
+        metavar="HOSTS",
+        help="run a trial at a time on each of these hosts, by ssh, on all of its slots; default: on this machine",
+    )
+    tune.add_argument("--seed", type=whole(0, 1_000_000), default=0, help="of the draws; default: 0")
+    tune.add_argument(
+        "--find-lr",
+        nargs="?",
+        const=200,
+        type=whole(50, 1_000_000),
+        metavar="STEPS",
+        help="let the learning rate rise over STEPS, 200 if left out, and suggest one; default: a study",
+    )
