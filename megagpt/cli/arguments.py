@@ -222,9 +222,15 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument(
         "--network",
         metavar="NAME|GB/s",
-        help="between hosts of 8 GPUs: a name (InfiniBand has a card for each GPU, Ethernet one for a host), GB/s of "
-        "each GPU each way, or cards of a host and their speed (4x12.5); default: none up to 8 ranks, else "
-        "infiniband-ndr",
+        help="between hosts: a name (InfiniBand has a card for each GPU, Ethernet one for a host), GB/s of each GPU "
+        "each way, or cards of a host and their speed (4x12.5); several with commas for hosts that differ; default: "
+        "none on one host, else infiniband-ndr",
+    )
+    plan.add_argument(
+        "--gpus-per-host",
+        type=whole(1, MOST_RANKS),
+        metavar="N",
+        help="ranks of a host; default: 8, or 1 for up to 8 ranks with --network",
     )
     plan.add_argument(
         "--tokens", type=whole(1), help="number to train on; default: megagpt.schedule.max_steps global batches"

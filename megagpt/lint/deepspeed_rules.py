@@ -153,6 +153,16 @@ DEEPSPEED_CONTRADICTIONS = (
         "in a run that is not fp16 has no loss scale to keep gradients in fp16's range; write bf16 or remove it",
     ),
     Against(
+        "zero_optimization.contiguous_gradients",
+        lambda run: (
+            0 < _stage(run) < 3
+            and run.deepspeed.zero_optimization.overlaps
+            and run.deepspeed_raw["zero_optimization"]["contiguous_gradients"] is False
+        ),
+        "makes DeepSpeed wait for the device before each bucket, which zero_optimization.overlap_comm is to avoid; "
+        "remove one of the two",
+    ),
+    Against(
         "zero_optimization.offload_optimizer.device",
         lambda run: _offload(run).device == "nvme" and 0 < _stage(run) < 3,
         'is "cpu" at stages 1 and 2, where DeepSpeed has no NVMe; write "cpu", or set zero_optimization.stage to 3',

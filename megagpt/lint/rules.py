@@ -184,5 +184,13 @@ DEFAULTS: dict[str, tuple[When, str]] = {
         ),
         "true since DeepSpeed 0.19, which locks the moments' host memory; write false where `ulimit -l` is low",
     ),
+    "zero_optimization.overlap_comm": (
+        lambda run: (
+            run.deepspeed.zero_optimization.stage == 2
+            and run.deepspeed.zero_optimization.offload_optimizer.device == "none"
+        ),
+        "false below stage 3, so that backward waits while each bucket of gradients is sent, in every micro-batch; on "
+        "several GPUs write true (`megagpt plan` says what it gains)",
+    ),
     "megagpt.schedule.warmup_steps": (lambda run: True, "0: the first step has the full learning rate"),
 }

@@ -80,10 +80,9 @@ def traffic(run: RunConfig, batch: BatchPlan, vocab_size: int) -> Traffic:
     bucket = zero.reduce_bucket_size or bucket_elements(run.megagpt.model, vocab_size, W)
     if zero.stage < 3:
         times = micro_batches if zero.stage == 2 else 1
-        calls = Calls(all_reduce=times * -(-N // bucket), ring=-(-N // bucket))
-        return Traffic(
-            W, N * reduced_in * times, 0, s * _flat(run, vocab_size, N, W), exchanged, P, by_muon, calls=calls
-        )
+        flat = _flat(run, vocab_size, N, W)
+        calls = Calls(all_reduce=times * -(-N // bucket), ring=len(flat))
+        return Traffic(W, N * reduced_in * times, 0, s * sum(flat), exchanged, P, by_muon, calls=calls)
     # Stage 3 pads each parameter to a multiple of the ranks.
     padded = sum(-(-n // W) * W for n in sizes)
     small = sum(-(-n // W) * W for n in sizes if n <= zero.param_persistence_threshold)
@@ -119,16 +118,16 @@ def _tied_again(zero: ZeroConfig, tied: int, partitioned: int) -> int:
     return 2 * tied if partitioned - tied > max(zero.max_reuse_distance, zero.prefetch_bucket_size) else 0
 
 
-def _flat(run: RunConfig, vocab_size: int, N: int, world_size: int) -> int:
+def _flat(run: RunConfig, vocab_size: int, N: int, world_size: int) -> list[int]:
     """Elements of the flat buffers of stages 1 and 2: for parameters that decay, for those that do not, and for Muon's.
 
-    Each is padded to equal parts of an even number of elements (`nccl_start_alignment_factor`).
+    Each is padded to equal parts of an even number of elements (`nccl_start_alignment_factor`), and gathered at once.
     """
     all_decay = run.megagpt.regularization.weight_decay_on == "all"
     vectors = 0 if all_decay else n_vector_elements(run.megagpt.model, vocab_size)
     even = 2 * world_size
     by_muon = n_hidden(run.megagpt.model) if run.deepspeed.optimizer.type == "Muon" else 0
-    return sum(-(-n // even) * even for n in (N - vectors - by_muon, vectors, by_muon))
+    return [-(-n // even) * even for n in (N - vectors - by_muon, vectors, by_muon) if n]
 
 
 def _orthogonalized(run: RunConfig, world_size: int) -> float:

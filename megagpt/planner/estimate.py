@@ -31,6 +31,9 @@ WHERE = {"none": ("none", "none"), "optimizer": ("cpu", "none"), "all": ("cpu", 
 STAGES = [(0, "none"), (1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer")]
 STAGES.append((3, "all"))
 POLICIES = ("none", "selective", "full")
+# The key that lets stages 1 and 2 reduce during backward, and how much faster a step must be for a plan to name it: it
+# takes a second bucket.
+OVERLAP, OVERLAP_PAYS = "zero_optimization.overlap_comm=true", 1.02
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,14 @@ def machine(
     *,
     gib: float | None = None,
     tflops: float | None = None,
+    gpus_per_host: int | None = None,
 ) -> Machine:
     """Describe the machine that the command line names. Raises UserError for an unknown GPU or network.
 
     `network` is what planner/network.py takes.
     """
     name, specs = gpu_of(gpu, gib, tflops)
-    return Machine(name, specs, ranks, network_of(network, ranks, specs.link_gb_s), efficiency)
+    return Machine(name, specs, ranks, network_of(network, ranks, specs.link_gb_s, gpus_per_host), efficiency)
 
 
 def vocabulary(run: RunConfig) -> tuple[int, str]:
@@ -139,8 +143,17 @@ def settings(run: RunConfig, on: Machine, vocab_size: int) -> Iterator[Setting]:
     for micro_batch in micro_batches(run, on.ranks):
         for stage, offload in _trained(run):
             for policy in dict.fromkeys((*POLICIES, run.megagpt.recompute.policy)):
-                keys = changes(run, stage, offload, policy, micro_batch)
-                yield replace(setting(run.changed(*keys), on, vocab_size), keys=tuple(keys))
+                yield _changed(run, on, vocab_size, changes(run, stage, offload, policy, micro_batch))
+
+
+def _changed(run: RunConfig, on: Machine, vocab_size: int, keys: Sequence[str]) -> Setting:
+    """Estimate the run with these overrides; at stages 1 and 2 with overlap_comm, if it is left open and that pays."""
+    plain = replace(setting(run.changed(*keys), on, vocab_size), keys=tuple(keys))
+    if plain.stage not in (1, 2) or on.ranks == 1 or run.deepspeed.zero_optimization.overlap_comm is not None:
+        return plain
+    overlapping = replace(setting(run.changed(*keys, OVERLAP), on, vocab_size), keys=(*keys, OVERLAP))
+    pays = overlapping.seconds < plain.seconds / OVERLAP_PAYS
+    return overlapping if pays and overlapping.fits >= plain.fits else plain
 
 
 def _trained(run: RunConfig) -> list[tuple[int, str]]:

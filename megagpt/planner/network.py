@@ -5,7 +5,7 @@ W ranks on H hosts with G GPUs each.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megagpt.errors import UserError
 
@@ -74,16 +74,23 @@ class Network:
         return f"{self.hosts:,} hosts, {self.name}: {self.host_gb_s:g} GB/s each way for each host"
 
 
-def network_of(given: str | None, ranks: int, link_gb_s: float) -> Network:
+def network_of(given: str | None, ranks: int, link_gb_s: float, gpus_per_host: int | None = None) -> Network:
     """Return the network of the command line's name or speed. Raises UserError for what is neither.
 
-    A number is the GB/s of each GPU, and `4x12.5` four cards of 12.5 GB/s in each host. Without any, up to 8 ranks are
-    one host; with one, up to 8 ranks are hosts of one GPU.
+    A number is the GB/s of each GPU, and `4x12.5` four cards of 12.5 GB/s in each host; of several, for hosts that
+    differ, it is the slowest. Without any, up to 8 ranks are one host; with one, up to 8 ranks are hosts of one GPU.
     """
-    if given is None and ranks <= GPUS_PER_HOST:
+    if gpus_per_host is None:
+        one_host = given is None and ranks <= GPUS_PER_HOST
+        gpus_per_host = ranks if one_host else GPUS_PER_HOST if ranks > GPUS_PER_HOST else 1
+    names = [name.strip() for name in (given or "infiniband-ndr").split(",")]
+    slowest = min((_of_one(name, ranks, link_gb_s, gpus_per_host) for name in names), key=lambda n: n.host_gb_s)
+    if ranks <= gpus_per_host:
         return Network("the GPUs' own links", ranks, ranks, link_gb_s, link_gb_s)
-    per_host = GPUS_PER_HOST if ranks > GPUS_PER_HOST else 1
-    name = given or "infiniband-ndr"
+    return slowest if len(names) == 1 else replace(slowest, name=f"the slowest of {', '.join(names)}")
+
+
+def _of_one(name: str, ranks: int, link_gb_s: float, per_host: int) -> Network:
     if name in CARDS:
         speed, for_each_gpu = CARDS[name]
         return Network(name, ranks, per_host, link_gb_s, speed * (per_host if for_each_gpu else 1))

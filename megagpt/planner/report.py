@@ -14,13 +14,22 @@ from megagpt.planner.estimate import (
     CONTEXT,
     FRAGMENTATION,
     GIB,
+    OVERLAP_PAYS,
     POLICIES,
     STAGES,
     Machine,
     Setting,
     fastest,
 )
-from megagpt.planner.step_time import CONTENTION, GATHER_LOOP, HOST_ADAM, HOST_LINK, SCATTER_LOOP
+from megagpt.planner.step_time import (
+    CONTENTION,
+    GATHER_LOOP,
+    HOST_ADAM,
+    HOST_LINK,
+    SCATTER_LOOP,
+    SLICE_LOOP,
+    TENSOR_LOOP,
+)
 from megagpt.terminal import counted, duration
 
 # Keys that change memory or traffic in ways that the arithmetic does not count; a name stands for all that begin so.
@@ -122,9 +131,11 @@ def assumptions(run: RunConfig, on: Machine) -> list[str]:
         "network: bytes over the speed of NCCL's rings, which use all cards of a host, and the hops of each call, "
         "without other traffic; added to the compute except for what overlap_comm hides: at stage 3 (on by default) "
         "all traffic, during the whole step; at stages 1 and 2 the gradients, during backward (at stage 1 only that of "
-        f"the last micro-batch); meanwhile the compute is {CONTENTION:.0%} slower",
+        f"the last micro-batch); meanwhile the compute is {CONTENTION:.0%} slower. Other settings than the run file's "
+        f"have it where it makes a step {OVERLAP_PAYS - 1:.0%} faster and the run file leaves it out",
         f"DeepSpeed's host: at stage 3 {GATHER_LOOP * 1e6:g} us of Python for each tensor and rank in a gather and "
-        f"{SCATTER_LOOP * 1e6:g} in a reduce-scatter; a step takes at least as long",
+        f"{SCATTER_LOOP * 1e6:g} in a reduce-scatter; at stages 1 and 2 {TENSOR_LOOP * 1e6:g} us for each tensor and "
+        f"{SLICE_LOOP * 1e6:g} for each rank in a pass that reduces; a step takes at least as long",
         f"spare: {FRAGMENTATION:.0%} of the tensors for the allocator's gaps, and {CONTEXT / GIB:.0f} GiB for CUDA and "
         "NCCL",
         "activations: those of uncompiled blocks; compiled blocks keep less",

@@ -28,6 +28,9 @@ HOST_ADAM = 10e9
 # AllGatherCoalescedHandle.wait) and of a reduce-scatter (coalesced_collectives.py). tests/scale/zero3_loops.py measures
 # them on a processor of its own.
 GATHER_LOOP, SCATTER_LOOP = 2.3e-6, 2.2e-6
+# Of stages 1 and 2, in each pass that reduces: for each tensor, and for each of the slices that ranks keep
+# (stage_1_and_2.py: average_tensor). tests/scale/zero12_loops.py measures them.
+TENSOR_LOOP, SLICE_LOOP = 30e-6, 4.6e-6
 
 
 @dataclass(frozen=True)
@@ -81,21 +84,29 @@ def _wire_seconds(sent: Traffic, network: Network) -> float:
 
 
 def _hidden_seconds(run: RunConfig, batch: BatchPlan, sent: Traffic, compute: float, network: Network) -> float:
-    """Return the seconds of communication that overlap_comm hides behind the compute.
+    """Return the seconds of communication that overlap_comm hides behind the compute, which is slower meanwhile.
 
     At stage 3, where it is on by default, gathering and scattering overlap with all of the compute. At stages 1 and 2
-    only reducing does, and only with the backward passes that reduce: at stage 1 that of the last micro-batch.
-    Meanwhile the compute is slower.
+    only reducing does, and only with the backward passes that reduce: at stage 1 that of the last micro-batch. There a
+    bucket is sent while backward fills the next one, so that nothing hides the last (average_tensor waits for the one
+    before).
     """
     stage = run.deepspeed.zero_optimization.stage
-    if not run.deepspeed.zero_optimization.overlaps:
+    if sent.world_size == 1 or not run.deepspeed.zero_optimization.overlaps:
         return 0.0
     if stage == 3:
         during = min(_wire_seconds(replace(sent, all_to_all=0, orthogonalized=0.0), network), compute)
         return (1 - CONTENTION) * during
     calls = Calls(all_reduce=sent.calls.all_reduce)
     reduced = _wire_seconds(replace(sent, all_gather=0, all_to_all=0, orthogonalized=0.0, calls=calls), network)
-    return (1 - CONTENTION) * min(reduced, BACKWARD_SHARE * compute / (batch.accumulation if stage == 1 else 1))
+    passes = _reducing_passes(stage, batch)
+    hidden = reduced * (1 - passes / calls.all_reduce)
+    return (1 - CONTENTION) * min(hidden, BACKWARD_SHARE * compute * passes / batch.accumulation)
+
+
+def _reducing_passes(stage: int, batch: BatchPlan) -> int:
+    """Return how many backward passes of a step reduce gradients."""
+    return batch.accumulation if stage >= 2 else 1
 
 
 def _offload_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int) -> float:
@@ -112,14 +123,17 @@ def _offload_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int) -> float
 
 
 def _loop_seconds(run: RunConfig, batch: BatchPlan, vocab_size: int, sent: Traffic) -> float:
-    """Return the seconds of ZeRO-3's loops over tensors and the ranks that each is on, in every micro-batch.
+    """Return the seconds of ZeRO's loops over tensors and ranks.
 
-    A rank's Python begins a gather or a reduce-scatter with slices of each tensor for each rank.
+    At stage 3 a rank's Python begins a gather or a reduce-scatter with slices of each tensor for each rank, in every
+    micro-batch; at stages 1 and 2 it cuts all gradients together into a slice for each rank.
     """
     zero, W = run.deepspeed.zero_optimization, batch.world_size
-    if zero.stage < 3 or W == 1:
+    if zero.stage == 0 or W == 1:
         return 0.0
     sizes = param_sizes(run.megagpt.model, vocab_size)
+    if zero.stage < 3:
+        return _reducing_passes(zero.stage, batch) * (TENSOR_LOOP * len(sizes) + SLICE_LOOP * W)
     large = [n for n in sizes if n > zero.param_persistence_threshold]
     s, whole = WIDTH[run.deepspeed.dtype], max(1, sum(large))
     # A tensor is gathered as often as its bytes are: the share of those that are gathered again counts.

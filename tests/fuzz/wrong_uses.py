@@ -74,7 +74,16 @@ COMMANDS: dict[str, list[str]] = {
     "inspect run": [*DATA_TOOLS, "inspect", "{run}", "--step", "1"],
 }
 OPTIONS = {  # command -> options that take a value
-    "plan": ["--ranks", "--gpu", "--gpu-memory", "--tflops", "--network", "--tokens", "--efficiency"],
+    "plan": [
+        "--ranks",
+        "--gpu",
+        "--gpu-memory",
+        "--tflops",
+        "--network",
+        "--gpus-per-host",
+        "--tokens",
+        "--efficiency",
+    ],
     "probe": ["--memory", "--ranks"],
     "init": ["--gpu", "--gpu-memory", "--tflops", "--hours"],
     "verify-resume": ["--then", "--then-ranks", "--steps"],

@@ -180,6 +180,12 @@ MISTAKES = [
         None,
         "where DeepSpeed has no NVMe",
     ),
+    (
+        [zero(stage=2, overlap_comm=True, contiguous_gradients=False)],
+        "warning",
+        "zero_optimization.contiguous_gradients",
+        "wait for the device before each bucket",
+    ),
     ([*MUON, "optimizer.params.muon_lr=0.5"], "warning", "optimizer.params.muon_lr", "a rate that suits AdamW"),
     ([*MUON, "optimizer.params.lr=0.09"], "warning", "optimizer.params.lr", "divide it by that factor"),
     (["data_types.grad_accum_dtype=fp16"], "warning", "data_types.grad_accum_dtype", "fp16's range"),

@@ -13,11 +13,12 @@ from support import PROGRAMS, ROOT, read_json, torchrun
 from megagpt.__main__ import main
 from megagpt.config.batch import batch_plan
 from megagpt.config.run_file import RunConfig, load_run_config, parse_run
+from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
 from megagpt.model.flops import n_params
 from megagpt.planner.communication import Traffic, traffic
 from megagpt.planner.compute import muon_flops
-from megagpt.planner.estimate import changes, fastest, machine, setting, settings
+from megagpt.planner.estimate import OVERLAP, changes, fastest, machine, setting, settings
 from megagpt.planner.gpu_specs import GPUS, gpu_named
 from megagpt.planner.memory import memory
 from megagpt.planner.network import network_of
@@ -182,10 +183,53 @@ def test_overlap_hides_gradients_behind_backward_but_not_the_weights_gathered_af
         slow, fast = (setting(staged, machine("H100", 8, gb), 50304) for gb in ("0.01", "450"))
         assert slow.accumulation == 8
         assert slow.time.hidden == pytest.approx((1 - CONTENTION) * slow.time.compute * 2 / 3 / passes)
-        sent = slow.traffic.all_reduce * 2 * 7 / 8
-        hops = fast.traffic.calls.all_reduce * machine("H100", 8, "450").network.tree_latency
-        assert fast.time.hidden == pytest.approx((1 - CONTENTION) * (sent / 450e9 + hops))
+        sent, calls = slow.traffic.all_reduce * 2 * 7 / 8, fast.traffic.calls.all_reduce
+        hops = calls * machine("H100", 8, "450").network.tree_latency
+        buckets = calls * passes / 8
+        assert buckets > 8
+        assert fast.time.hidden == pytest.approx((1 - CONTENTION) * (1 - 1 / buckets) * (sent / 450e9 + hops))
     assert setting(variant(run, 0, "none", "none", 8), machine("H100", 8, "0.01"), 50304).time.hidden == 0.0
+
+
+def test_plan_names_overlap_comm_where_it_pays_and_the_run_file_leaves_it_open(gpt2):
+    """On 12.5 GB/s between hosts it pays, at stage 1 in one host it does not, and false stays false."""
+    run = parse_run(gpt2.as_json(), ["train_micro_batch_size_per_gpu=1"])
+    of = {}
+    for network, more in (("ethernet-100", []), (None, []), ("ethernet-100", ["zero_optimization.overlap_comm=false"])):
+        on = machine("H100", 8 if network is None else 16, network)
+        _, *found = settings(run.changed(*more), on, 50304)
+        of[network, *more] = {(s.stage, s.micro_batch) for s in found if s.policy == "none" and OVERLAP in s.keys}
+    assert {(1, 4), (2, 1)} <= of["ethernet-100",]
+    assert all(stage in (1, 2) for stage, _ in of["ethernet-100",])
+    assert (1, 4) not in of[None,]
+    assert of["ethernet-100", "zero_optimization.overlap_comm=false"] == set()
+
+
+def test_the_slowest_of_hosts_that_differ_decides_and_is_named():
+    slow, fast = network_of("4x12.5", 64, 450), network_of("8x50", 64, 450)
+    mixed = network_of("8x50, 4x12.5", 64, 450)
+    assert (mixed.ring, mixed.exchange(64)) == (slow.ring, slow.exchange(64))
+    assert mixed.ring < fast.ring
+    assert str(mixed) == "8 hosts, the slowest of 8x50, 4x12.5: 50 GB/s each way for each host"
+    with pytest.raises(UserError, match=r"--network '4y12.5' is neither GB/s"):
+        network_of("8x50,4y12.5", 64, 450)
+
+
+def test_hosts_of_four_gpus_have_twice_as_many_links_between_them():
+    eight, four = network_of("infiniband-ndr", 16, 450), network_of("infiniband-ndr", 16, 450, 4)
+    assert (eight.hosts, four.hosts) == (2, 4)
+    assert (eight.ring, four.ring) == (400e9, 200e9)
+    assert network_of(None, 8, 450, 4).hosts == 2
+    assert network_of("50", 4, 450, 4).ring == 450e9  # one host, whose cards nothing uses
+
+
+def test_python_of_stages_1_and_2_grows_with_the_ranks_in_each_pass_that_reduces(gpt2):
+    tensors = 12 * 48 + 4
+    for stage, passes in ((1, 1), (2, 8)):
+        run = parse_run(gpt2.as_json(), ["train_batch_size=8192", "train_micro_batch_size_per_gpu=1"])
+        found = setting(variant(run, stage, "none", "none", 1), machine("H100", 1024, None), 50304)
+        assert found.accumulation == 8
+        assert found.time.loops == pytest.approx(passes * (30e-6 * tensors + 4.6e-6 * 1024))
 
 
 def test_the_command_marks_the_run_files_setting_and_names_the_fastest(capsys):

@@ -80,7 +80,7 @@ def comparisons() -> list[Comparison]:
 
 def planned(row: dict[str, Any]) -> float:
     """Return the plan's tokens a second for each GPU."""
-    on = machine(row["gpu"], row["ranks"], row["network"])
+    on = machine(row["gpu"], row["ranks"], row["network"], gpus_per_host=row.get("gpus_per_host"))
     attention = published()["sources"][row["source"]].get("attention", {}).get(row["gpu"], on.gpu.attention)
     on = replace(on, gpu=replace(on.gpu, attention=attention))
     found = setting(parse_run(run_file(row)), on, published()["models"][row["model"]]["vocab_size"])

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
         args.efficiency,
         gib=args.gpu_memory,
         tflops=args.tflops,
+        gpus_per_host=args.gpus_per_host,
     )
     vocab = vocabulary(run)
     if args.probe:
