@@ -15,7 +15,8 @@ def schedule_lines(run: RunConfig) -> list[str]:
     schedule, n = run.megagpt.schedule, run.megagpt.schedule.max_steps
     tokens = run.deepspeed.train_batch_size * run.megagpt.seq_len
     curves = _curves(run)
-    lines = [f"schedule: {n:,} steps of {tokens:,} tokens, {n * tokens:,} in all; shape {schedule.shape}"]
+    epochs = f" ({schedule.max_epochs:g} epochs)" if schedule.max_epochs else ""
+    lines = [f"schedule: {n:,} steps of {tokens:,} tokens, {n * tokens:,} in all{epochs}; shape {schedule.shape}"]
     steps = [round(i * (n - 1) / (WIDTH - 1)) for i in range(WIDTH)] if n >= WIDTH else list(range(n))
     for name, value in curves.items():
         lines.append(f"  {name:<12} {_curve([value(step) for step in steps])}")

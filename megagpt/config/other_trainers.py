@@ -45,8 +45,8 @@ NAMES = {
     "megagpt.data.val": "val_data valid_data validation_file eval_data eval_dataset eval_file",
     "megagpt.data.val_tokens": "eval_iters limit_val_batches",
     "megagpt.data.seed": "data_seed",
-    "megagpt.schedule.max_steps": "max_iters train_iters num_steps total_steps n_steps iterations epochs n_epochs "
-    "num_epochs max_epochs num_train_epochs",
+    "megagpt.schedule.max_steps": "max_iters train_iters num_steps total_steps n_steps iterations",
+    "megagpt.schedule.max_epochs": "epochs n_epochs num_epochs num_train_epochs train_epochs",
     "megagpt.schedule.warmup_steps": "warmup warmup_iters lr_warmup_iters num_warmup_steps warmup_ratio",
     "megagpt.schedule.shape": "lr_scheduler_type lr_scheduler lr_schedule lr_decay_style decay_lr",
     "megagpt.schedule.end_step": "lr_decay_iters lr_decay_steps",
@@ -80,10 +80,6 @@ NOTES = {
     "megagpt.data.train": 'It is a list such as [{"path": "data/mine"}].',
     "megagpt.data.val_tokens": "It is a number of tokens.",
     "warmup_ratio": "It is a number of updates.",
-    **dict.fromkeys(
-        ("epochs", "n_epochs", "num_epochs", "max_epochs", "num_train_epochs"),
-        "It counts updates; an epoch is the training tokens / (train_batch_size x megagpt.model.seq_len) of them.",
-    ),
     "megagpt.init_from": "It is a run's folder, one of its steps, or what `megagpt import` made.",
     "megagpt.schedule.shape": 'It is "cosine", "linear", "constant" or "warmup-stable-decay".',
     "megagpt.schedule.min_lr_ratio": "It is a share of optimizer.params.lr.",

@@ -19,8 +19,8 @@ from megagpt.config.deepspeed_keys import (
     REFUSED_KEYS,
 )
 from megagpt.config.extends import EXTENDS, merged, named, read_run_files
+from megagpt.config.length import with_steps
 from megagpt.config.mistakes import explain, no_section, only_key, unknown_key
-from megagpt.config.model import ModelConfig
 from megagpt.config.parsing import dotted_items, leaves, overridden
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.config.schema_keys import typed_keys
@@ -97,7 +97,7 @@ class RunConfig:
         Raises UserError.
         """
         plain = self.as_json()
-        if self.megagpt.schedule.max_tokens is not None:
+        if self.megagpt.schedule.length[0] != "megagpt.schedule.max_steps":
             del plain[SECTION]["schedule"]["max_steps"]  # which another batch would change
         return parse_run(plain, overrides)
 
@@ -190,29 +190,6 @@ def auto_values(raw: dict[str, Any]) -> dict[str, str]:
 
 def _kind(dotted: str) -> str:
     return "true or false" if dotted.endswith(".enabled") else "the number"
-
-
-def with_steps(ours: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
-    """Return our section with max_steps where it has max_tokens. What is no number is left to the models.
-
-    Raises ValueError if it has both and they differ.
-    """
-    schedule, model, data = (ours.get(name) for name in ("schedule", "model", "data"))
-    if not isinstance(schedule, dict) or schedule.get("max_tokens") is None:
-        return ours
-    per_sample = [part.get("seq_len") for part in (data, model) if isinstance(part, dict)]
-    seq_len = next((n for n in per_sample if n is not None), ModelConfig.model_fields["seq_len"].default)
-    numbers = (schedule["max_tokens"], raw.get("train_batch_size"), seq_len)
-    if not all(isinstance(n, int | float) and n > 0 and int(n) == n for n in numbers):
-        return {**ours, "schedule": {"max_steps": 1, **schedule}}  # the models tell what is wrong with these numbers
-    tokens, batch, length = map(int, numbers)
-    steps = -(-tokens // (batch * length))
-    if schedule.get("max_steps") not in (None, steps):
-        raise ValueError(
-            f"megagpt.schedule.max_tokens={tokens} makes {steps} steps of {batch} x {length} tokens, and "
-            f"megagpt.schedule.max_steps={schedule['max_steps']}; remove one of the two"
-        )
-    return {**ours, "schedule": {**schedule, "max_steps": steps}}
 
 
 def _expand_paths(raw: dict[str, Any], where: str) -> None:

@@ -19,6 +19,13 @@ class ScheduleConfig(Strict):
         le=LARGEST,
         description="tokens of the whole run in place of megagpt.schedule.max_steps, rounded up to whole steps",
     )
+    max_epochs: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="epochs of the training dataset in place of megagpt.schedule.max_steps, also parts of one, rounded "
+        "up to whole steps",
+    )
     warmup_steps: int = Field(default=0, ge=0, le=MANY, description="first steps, over which the rate rises linearly")
     shape: Literal["cosine", "linear", "inverse-sqrt", "constant", "warmup-stable-decay", "range-test"] = Field(
         default="cosine",
@@ -55,8 +62,10 @@ class ScheduleConfig(Strict):
         return self.end_step or self.max_steps
 
     @property
-    def length(self) -> tuple[str, int]:
+    def length(self) -> tuple[str, float]:
         """Return the key that a user changes for a longer run, and its value."""
+        if self.max_epochs is not None:
+            return "megagpt.schedule.max_epochs", self.max_epochs
         if self.max_tokens is not None:
             return "megagpt.schedule.max_tokens", self.max_tokens
         return "megagpt.schedule.max_steps", self.max_steps

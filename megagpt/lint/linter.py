@@ -19,6 +19,7 @@ from megagpt.config.batch import BatchPlan, batch_plan, rank_numbers
 from megagpt.config.deepspeed import DeepSpeedConfig
 from megagpt.config.deepspeed_keys import REFUSED_KEYS
 from megagpt.config.extends import merged, read_run_files
+from megagpt.config.length import with_steps
 from megagpt.config.mistakes import (
     IN_QUOTES,
     as_written,
@@ -30,7 +31,7 @@ from megagpt.config.mistakes import (
     without_consequences,
 )
 from megagpt.config.parsing import dotted_items, overridden
-from megagpt.config.run_file import KEYS, SECTION, RunConfig, auto_values, no_own_section, parse_run, with_steps
+from megagpt.config.run_file import KEYS, SECTION, RunConfig, auto_values, no_own_section, parse_run
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.engine.activation_checkpointing import refuse_what_cannot_act
 from megagpt.engine.deepspeed_config import check_deepspeed_keys, effective_config
@@ -125,7 +126,7 @@ def _batch(ds: DeepSpeedConfig, ranks: int | None) -> BatchPlan:
 # --- errors ---------------------------------------------------------------------------------------------------
 
 
-def _finding_of(error: UserError) -> Issue:
+def _finding_of(error: ValueError) -> Issue:
     """Make an error of a message, which begins with the key that it is about."""
     text = str(error).removeprefix("run file: ")
     return Issue("error", re.split(r"[=\s:]", text)[0], text)
@@ -144,7 +145,7 @@ def _all_errors(raw: dict[str, Any]) -> Iterator[Issue]:
         try:
             given = with_steps(given, ours) if section else given
         except ValueError as error:
-            yield Issue("error", f"{SECTION}.schedule.max_tokens", str(error))
+            yield _finding_of(error)
             continue
         yield from _refused_by(model, given, section)
 

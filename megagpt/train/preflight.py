@@ -2,6 +2,7 @@
 
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from megagpt.checkpoint.save import RunRecord
 from megagpt.checkpoint.verification import newest_verified
 from megagpt.config.batch import BatchPlan, batch_plan, rank_numbers
 from megagpt.config.run_file import RunConfig
+from megagpt.config.schedule import ScheduleConfig
 from megagpt.config.schema import MegaGPTConfig
 from megagpt.data.augmentation import batch_transform
 from megagpt.data.dataset import Dataset
@@ -117,6 +119,8 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
         if cfg.init_from and saved is None:
             start = starting_step(cfg.init_from, identity.model, identity.tokenizer)
         training_set = next_samples(cfg, batch.global_batch, saved, data.train)
+        if saved and (wrong := other_epochs_so_far(training_set, saved.state, batch.global_batch, cfg.schedule)):
+            raise UserError(wrong)
         training_set.open_all()  # a damaged shard is found here, and not in the middle of the run
     return RunSetup(run, batch, compiled, data, training_set, config, record, saved, start, tasks)
 
@@ -131,6 +135,31 @@ def check_noise_scale(cfg: MegaGPTConfig, batch: BatchPlan) -> None:
             f"train_micro_batch_size_per_gpu={batch.micro_batch} is all of train_batch_size; {way_out}, or remove "
             "megagpt.noise_scale"
         )
+
+
+def other_epochs_so_far(
+    training_set: TrainingSet, state: TrainState, global_batch: int, cfg: ScheduleConfig
+) -> str | None:
+    """Return what is wrong if the steps so far had other data, batches or lengths, so that max_epochs is missed."""
+    mixture = training_set.mixture
+    if cfg.max_epochs is None or len({*mixture.segments}) == len({b.global_batch for b in mixture.batches}) == 1:
+        return None
+    wanted = cfg.max_epochs - 1e-12  # what the sampler counts is a float
+
+    def read(more_steps: int) -> bool:
+        return training_set.epochs(state.samples_seen + more_steps * global_batch)[0] >= wanted
+
+    most = 1
+    while not read(most):
+        most *= 2
+    steps = state.step + bisect_left(range(most), True, key=read)
+    if steps == max(state.step, cfg.max_steps):
+        return None
+    return (
+        f"megagpt.schedule.max_epochs={cfg.max_epochs:g} makes {cfg.max_steps} steps of this data and batch, and the "
+        f"{state.step} steps so far had others; to read this data {cfg.max_epochs:g} times in all, set "
+        f"megagpt.schedule.max_epochs=null megagpt.schedule.max_steps={steps}"
+    )
 
 
 def refused_data(run: RunConfig) -> UserError | None:

@@ -28,6 +28,7 @@ NOT_TUNED = {
     "megagpt.data.val_tokens": "losses on different data cannot be compared",
     "megagpt.schedule.max_steps": "trials are compared after equal steps",
     "megagpt.schedule.max_tokens": "trials are compared after equal steps",
+    "megagpt.schedule.max_epochs": "trials are compared after equal steps",
     "megagpt.early_stopping.monitor": "trials are compared by one loss",
     "megagpt.every": "evaluations are what trials are compared at",
     "megagpt.keep": "a study keeps the best trial's checkpoint alone",

@@ -15,7 +15,8 @@ from megagpt.errors import UserError
 from megagpt.lint.linter import lint_file, lint_or_raise
 
 SLIPS = {  # what people type: as here but in another section, and as in nanoGPT and Hugging Face's Trainer
-    **dict.fromkeys(["max_steps", "schedule.max_steps", "max_iters", "num_train_epochs"], "megagpt.schedule.max_steps"),
+    **dict.fromkeys(["max_steps", "schedule.max_steps", "max_iters"], "megagpt.schedule.max_steps"),
+    **dict.fromkeys(["num_train_epochs", "max_epochs"], "megagpt.schedule.max_epochs"),
     **dict.fromkeys(["lr", "learning_rate", "learning-rate", "optimizer.lr"], "optimizer.params.lr"),
     **dict.fromkeys(["dropout", "model.dropout", "hidden_dropout"], "megagpt.regularization.dropout"),
     **dict.fromkeys(["resid_pdrop", "residual_dropout"], "megagpt.regularization.residual_dropout"),

@@ -108,6 +108,23 @@ def test_a_budget_in_tokens_is_kept_when_a_resumed_run_has_another_batch(dataset
     assert run('{"max_tokens": null, "max_steps": 5}', 16).tokens_seen == 3072
 
 
+def test_epochs_are_kept_when_a_resumed_run_has_another_batch_or_other_data(dataset, device, tmp_path):
+    def run(*options, stop_at=None):
+        every = ['megagpt.every={"log": 1, "eval": 0, "save": 0}', "megagpt.data.val_tokens=128"]
+        return train(debug_run(dataset, tmp_path / "run", *every, *options), device, stop_at=stop_at)
+
+    epochs = 'megagpt.schedule={"max_epochs": 0.05}'
+    assert run(epochs, "train_batch_size=8", stop_at=4).step == 4
+    with pytest.raises(
+        UserError, match=r"max_epochs=0.05 makes 4 steps.*max_epochs=null megagpt\.schedule\.max_steps=6"
+    ):
+        run(epochs, "train_batch_size=16")
+    state = run('megagpt.schedule={"max_steps": 6}', "train_batch_size=16")
+    assert (state.step, state.samples_seen) == (6, 4 * 8 + 2 * 16)
+    with pytest.raises(UserError, match=r"max_epochs=0.08 makes 6 steps.*null megagpt\.schedule\.max_steps=8$"):
+        run('megagpt.schedule={"max_epochs": 0.08}', "train_batch_size=16")
+
+
 def test_all_that_follows_the_steps_is_the_same_in_a_run_that_was_stopped_twice(dataset, device, tmp_path):
     schedule = {"max_tokens": 3072, "warmup_steps": 2, "shape": "warmup-stable-decay", "decay_steps": 3}
     schedule |= {"weight_decay_shape": "lr", "momentum_warmup_steps": 5}
