@@ -34,7 +34,8 @@ def with_steps(ours: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
             f"{KEYS[name]}={schedule[name]} and {KEYS['max_tokens']}={schedule['max_tokens']} both give the length of "
             "the run; remove one of the two"
         )
-    batch, seq_len = raw.get("train_batch_size"), _seq_len(ours)
+    batch: Any = raw.get("train_batch_size")
+    seq_len = _seq_len(ours)
     if not (_is_whole(batch) and _is_whole(seq_len) and _is_length(name, schedule[name])):
         return placeholder  # the models tell what is wrong with these numbers
     batch, seq_len = int(batch), int(seq_len)
@@ -56,7 +57,7 @@ def with_steps(ours: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def samples_of_epochs(epochs: float, windows: list[int]) -> int:
-    """Return the samples that reach `epochs`, which take variants of so many windows in turn (data/sampler.py)."""
+    """Return the samples that reach `epochs`, in which the variants, of these `windows`, take turns (data/sampler.py)."""
     exact = Fraction(str(epochs))  # 0.1 is a tenth, and not the nearest binary number
     whole = math.floor(exact)
     rounds, rest = divmod(whole, len(windows))
@@ -77,7 +78,9 @@ def _windows(ours: dict[str, Any], schedule: dict[str, Any], seq_len: int) -> li
             f"{PackingConfig().kind}-masked"
         )
     train = data.get("train") if isinstance(data, dict) else None
-    paths = [one.get("path") for one in train if isinstance(one, dict)] if isinstance(train, list | tuple) else []
+    paths: list[Any] = (
+        [one.get("path") for one in train if isinstance(one, dict)] if isinstance(train, list | tuple) else []
+    )
     if not paths or not all(isinstance(path, str) for path in paths):
         return None
     if len(paths) > 1:
