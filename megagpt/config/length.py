@@ -57,7 +57,7 @@ def with_steps(ours: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def samples_of_epochs(epochs: float, windows: list[int]) -> int:
-    """Return the samples that reach `epochs`, in which the variants, of these `windows`, take turns (data/sampler.py)."""
+    """Return the samples that reach `epochs`: variants of these `windows` take turns (data/sampler.py)."""
     exact = Fraction(str(epochs))  # 0.1 is a tenth, and not the nearest binary number
     whole = math.floor(exact)
     rounds, rest = divmod(whole, len(windows))
