@@ -145,8 +145,13 @@ def changed_keys(step_dir: Path, effective: Mapping[str, Any]) -> dict[str, tupl
 
 
 def described(changes: Mapping[str, tuple[Any, Any]], keys: re.Pattern[str] = re.compile(".*")) -> list[str]:
-    """Return `key: before -> now` for each change of a key that matches."""
-    return [f"{key}: {before} -> {now}" for key, (before, now) in changes.items() if keys.fullmatch(key)]
+    """Return `key: before -> now`, as typed, for each change of a key that matches."""
+    matching = {key: change for key, change in changes.items() if keys.fullmatch(key)}
+    return [f"{key}: {_as_typed(before)} -> {_as_typed(now)}" for key, (before, now) in matching.items()]
+
+
+def _as_typed(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _way_back(step_dir: Path, was: Identity, now: Identity) -> str:

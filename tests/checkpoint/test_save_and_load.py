@@ -344,10 +344,11 @@ def test_a_checkpoint_of_another_format_is_refused_by_number(saved, run_to):
 
 
 def test_what_changed_in_the_run_file_is_said_and_acts(saved, run_to, capsys):
-    run_to("run", 8, "optimizer.params.lr=0.001", "optimizer.params.weight_decay=0.0")
+    run_to("run", 8, "optimizer.params.lr=0.001", "optimizer.params.weight_decay=0.0", "megagpt.time_limit_minutes=60")
     out = capsys.readouterr().out
     assert "changed: optimizer.params.lr: 0.003 -> 0.001" in out
     assert "changed: megagpt.schedule.max_steps: 6 -> 8" in out
+    assert "changed: megagpt.time_limit_minutes: null -> 60" in out  # as a run file has it
     assert metric(saved, "optim/lr")[8] == 0.001
 
 
