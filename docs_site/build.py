@@ -15,6 +15,7 @@ from mkdocs.exceptions import Abort
 
 from docs_site import links
 from docs_site.commands_page import commands_page
+from docs_site.files_page import files_page
 from docs_site.results_page import write_results
 from docs_site.run_file_page import build_options_page, run_file_page
 
@@ -69,13 +70,13 @@ def collect(pages: Path) -> None:
 
 def generate(pages: Path) -> None:
     """Write the pages that come from the code and from measurements."""
-    reference = pages / "reference"
     for name, text in (
-        ("run_file.md", run_file_page()),
-        ("build_options.md", build_options_page()),
-        ("commands.md", commands_page()),
+        ("reference/run_file.md", run_file_page()),
+        ("reference/build_options.md", build_options_page()),
+        ("reference/commands.md", commands_page()),
+        ("docs/files.md", files_page()),
     ):
-        (reference / name).write_text(text, encoding="utf-8")
+        (pages / name).write_text(text, encoding="utf-8")
     write_results(pages / "results")
 
 

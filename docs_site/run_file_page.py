@@ -60,7 +60,7 @@ def _section(schema: Schema, prefix: str, defs: Schema, models: dict[str, type[B
         if section := _section_of(facts, defs):
             inner.append((defs[section], f"{key}{_place(facts)}"))
         if "$ref" not in facts:
-            yield term(key, _facts(facts, defs, name in schema.get("required", ())), _meaning(facts), anchor=key)
+            yield term(key, _facts(facts, name in schema.get("required", ())), _meaning(facts), anchor=key)
     model = models.get(schema.get("title", ""), MegaGPTConfig if prefix == "megagpt" else DeepSpeedConfig)
     if rules := [name.strip("_").replace("_", " ") for name in model.__pydantic_decorators__.model_validators]:
         yield f"Checked together, where a file is read: {'; '.join(map(plain, rules))}."
@@ -87,26 +87,28 @@ def _meaning(facts: Schema) -> str:
     return plain(facts.get("description", ""))
 
 
-def _facts(facts: Schema, defs: Schema, is_required: bool) -> str:
+def _facts(facts: Schema, is_required: bool) -> str:
     default = "**required**" if is_required else f"default {code(_as_json(facts.get('default')))}"
-    return f"{plain(_type(facts, defs))} · {default}"
+    return f"{plain(type_in_words(facts))} · {default}"
 
 
-def _type(facts: Schema, defs: Schema) -> str:
-    """Return a key's type with its limits, in words."""
+def type_in_words(facts: Schema) -> str:
+    """Return a key's type with its limits, in words; a model that it names by the name."""
     if "anyOf" in facts:
-        return " or ".join(_type(choice, defs) for choice in facts["anyOf"])
+        return " or ".join(type_in_words(choice) for choice in facts["anyOf"])
     if "enum" in facts or "const" in facts:
-        return "one of " + ", ".join(f"`{value}`" for value in facts.get("enum", [facts.get("const")]))
+        choices = facts.get("enum", [facts.get("const")])
+        return ("one of " if len(choices) > 1 else "") + ", ".join(f"`{value}`" for value in choices)
     if "$ref" in facts:
-        return "a section"
+        return f"`{facts['$ref'].rpartition('/')[2]}`"
     if facts.get("type") == "array":
         if "prefixItems" in facts:
-            return " and ".join(_type(item, defs) for item in facts["prefixItems"])
+            return " and ".join(type_in_words(item) for item in facts["prefixItems"])
         least = f", {facts['minItems']} at least" if facts.get("minItems") else ""
-        return f"list, each {_type(facts.get('items', {}), defs)}{least}"
+        return f"list, each {type_in_words(facts.get('items', {}))}{least}"
     if facts.get("type") == "object":
-        return f"object of names, each {_type(facts.get('additionalProperties') or {}, defs)}"
+        inner = facts.get("additionalProperties")
+        return f"object of names, each {type_in_words(inner if isinstance(inner, dict) else {})}"
     name = "path" if facts.get("format") == "path" else TYPES.get(facts.get("type", ""), "any value")
     return name + _limits(facts)
 
