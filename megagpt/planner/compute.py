@@ -32,8 +32,10 @@ MOVING = 0.85
 NOT_FUSED = 71 / 53
 # Bytes moved for each logit: compiled, it is read twice and its gradient written; else it is converted to fp32, too.
 LOSS, LOSS_NOT_FUSED = 8, 24
-# Passes over attention's scores in fp32 where no kernel fuses them (attention "eager"), forward and backward.
-EAGER_PASSES = 18
+# Bytes moved for each of attention's scores where no kernel fuses them (attention "eager"). Fused attention took a
+# compiled step of GPT-2 on an A100 from 130 to 96 ms (Karpathy 2024, "Let's reproduce GPT-2", chapters), which are 24
+# bytes a score; not compiled, each of the softmax's steps reads and writes fp32.
+SCORES, SCORES_NOT_FUSED = 24, 72
 # Bytes moved for each parameter: by a micro-batch, in tensors of the weights' size, where they are read by two passes
 # and their gradient is written, copied into a bucket and added up; and for each gather of stage 3, which is copied.
 MICRO_BATCH, GATHER = 7, 2
@@ -110,7 +112,7 @@ def _model_work(run: RunConfig, vocab_size: int) -> Work:
     # The head's product reads and writes three times, too.
     moved += 3 * (vocab_size + cfg.n_embd) * s + vocab_size * (LOSS if fused else LOSS_NOT_FUSED)
     if cfg.attention == "eager":
-        moved += EAGER_PASSES * cfg.n_layer * cfg.n_head * cfg.seq_len * 4
+        moved += (SCORES if fused else SCORES_NOT_FUSED) * cfg.n_layer * cfg.n_head * cfg.seq_len
         return Work(products + again + attention + attention_again, 0.0, moved)
     share = 1.0 if PACKING[run.megagpt.packing.kind].masked else CAUSAL
     return Work(products + again, share * (SCORES_AGAIN * attention + attention_again), moved)

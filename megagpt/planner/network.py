@@ -80,6 +80,11 @@ def network_of(given: str | None, ranks: int, link_gb_s: float, gpus_per_host: i
     A number is the GB/s of each GPU, and `4x12.5` four cards of 12.5 GB/s in each host; of several, for hosts that
     differ, it is the slowest. Without any, up to 8 ranks are one host; with one, up to 8 ranks are hosts of one GPU.
     """
+    if given is not None and ranks <= (gpus_per_host or 0):
+        raise UserError(
+            f"--network {given} connects hosts, and --gpus-per-host {gpus_per_host} puts all {ranks} ranks on one; "
+            "remove one of the two"
+        )
     if gpus_per_host is None:
         one_host = given is None and ranks <= GPUS_PER_HOST
         gpus_per_host = ranks if one_host else GPUS_PER_HOST if ranks > GPUS_PER_HOST else 1

@@ -162,7 +162,8 @@ def _compute_assumed(on: Machine) -> str:
     gpu = on.gpu
     return (
         f"compute: matrix products at {gpu.best_product * PRODUCTS:.0%} of the peak, {peak}, attention at "
-        f"{gpu.attention:.0%}, and the bytes of everything else at {MOVING:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s; "
+        f"{gpu.attention:.0%}, and the bytes of everything else at {MOVING:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s"
+        f"{' (usual for this peak)' if gpu.memory_gb_s is None else ''}; "
         "published runs were within 20 % of it in nine of ten cases (docs/train.md). If you have measured a step, give "
         "the log's hfu as --efficiency"
     )

@@ -220,7 +220,8 @@ def test_hosts_of_four_gpus_have_twice_as_many_links_between_them():
     assert (eight.hosts, four.hosts) == (2, 4)
     assert (eight.ring, four.ring) == (400e9, 200e9)
     assert network_of(None, 8, 450, 4).hosts == 2
-    assert network_of("50", 4, 450, 4).ring == 450e9  # one host, whose cards nothing uses
+    with pytest.raises(UserError, match="--network 50 connects hosts, and --gpus-per-host 4 puts all 4 ranks on one"):
+        network_of("50", 4, 450, 4)
 
 
 def test_python_of_stages_1_and_2_grows_with_the_ranks_in_each_pass_that_reduces(gpt2):

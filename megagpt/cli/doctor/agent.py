@@ -26,6 +26,7 @@ from megagpt.data.manifest import read_manifest
 from megagpt.distributed.hostfile import home
 from megagpt.distributed.interfaces import gloo_address, interface_advice, is_loopback
 from megagpt.distributed.meeting import WAIT_VARIABLE
+from megagpt.distributed.network_cards import network_cards
 from megagpt.distributed.rendezvous import meet, programs
 from megagpt.errors import UserError
 from megagpt.model.flops import n_params
@@ -70,6 +71,7 @@ class Report:
 
     programs: dict[str, str] = field(default_factory=programs)
     machine: dict[str, str] = field(default_factory=dict)
+    network: dict[str, str] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
     own: dict[str, str] = field(default_factory=dict)  # what may differ between hosts
@@ -78,7 +80,7 @@ class Report:
 
     def facts(self) -> dict[str, str]:
         """Return what was read, for people, in the order in which it is shown."""
-        return {**self.programs, **self.machine, **self.own, **self.data}
+        return {**self.programs, **self.machine, **self.network, **self.own, **self.data}
 
 
 def serve() -> int:
@@ -97,7 +99,8 @@ def serve() -> int:
 
 def report(request: Request) -> Report:
     """Check this host, and the data and disk of a run if the request names its run file."""
-    result = Report(machine=_machine(), own=_own_facts(), address=_first_address())
+    cards = {"network cards": network_cards()}
+    result = Report(machine=_machine(), network=cards, own=_own_facts(), address=_first_address())
     result.findings += _network_findings(request, result.own)
     result.findings += _compiler_findings(result.machine)
     room, unit = (torch.cuda.device_count(), "GPUs") if torch.cuda.is_available() else (os.cpu_count() or 1, "cores")

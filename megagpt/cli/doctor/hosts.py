@@ -189,6 +189,8 @@ def _differences(agents: Sequence[Agent]) -> Iterator[Finding]:
     ways = {
         "programs": SAME_PROGRAMS,
         "machine": "install the same on all hosts",
+        "network": "look for a link that is down; where hosts are unequal, the slowest sets the pace, which `megagpt "
+        "plan` counts, given the cards and GB/s of each kind (--network 8x50,4x25)",
         "run": "let all hosts see one run file",
         "data": "let all hosts see the same dataset, or copies of it",
     }
