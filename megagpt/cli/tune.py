@@ -1,4 +1,7 @@
-"""`megagpt tune RUN.json --space SPACE.json`: search the keys of a run file for the lowest validation loss."""
+"""`megagpt tune RUN.json --space SPACE.json`: search the keys of a run file for the lowest validation loss.
+
+With --find-lr or --transfer its learning rate alone: by one rising rate, or over three widths.
+"""
 
 import argparse
 import json
@@ -29,22 +32,34 @@ def run(args: argparse.Namespace) -> int:
         find_rate = import_module("megagpt.tuning.rate_test").find_rate
         find_rate(run_config, args.run_file, args.overrides, steps=args.find_lr)
         return 0
+    if args.transfer is not None:
+        measure = import_module("megagpt.tuning.transfer").measure_transfer
+        measure(run_config, args.run_file, args.overrides, steps=args.transfer, folder=_folder(args, run_config))
+        return 0
     for package in ("optuna", "matplotlib"):
         if find_spec(package) is None:
             raise UserError(f"tune needs {package}; install with pip install -e '.[tune]', or pip install {package}")
     if args.space is None:
-        raise UserError("give --space SPACE.json, a file of keys and values to try, or --find-lr; see docs/tune.md")
+        raise UserError(
+            "give --space SPACE.json, a file of keys and values to try, --find-lr or --transfer; see docs/tune.md"
+        )
     _check(run_config)
     return _search(args, run_config)
 
 
 def _check_options(args: argparse.Namespace) -> None:
     """Refuse options that contradict each other, or that nothing would read. Raises UserError."""
-    if args.find_lr is not None:
-        for option in ("space", "study", "time_limit", "parallel", "slurm", "hostfile"):
+    if args.find_lr is not None and args.transfer is not None:
+        raise UserError("--find-lr and --transfer are two commands; give one of the two")
+    of_a_study = ("space", "time_limit", "parallel", "slurm", "hostfile")
+    for given, mode, unused in (
+        (args.find_lr, "--find-lr makes one short run", (*of_a_study, "study")),
+        (args.transfer, "--transfer makes short runs one after another", of_a_study),
+    ):
+        for option in unused if given is not None else ():
             if getattr(args, option) is not None:
                 name = option.replace("_", "-")
-                raise UserError(f"--{name} is of a study, and --find-lr makes one short run; leave one of the two out")
+                raise UserError(f"--{name} is of a study, and {mode}; leave one of the two out")
     if args.hostfile is not None and args.slurm is not None:
         raise UserError("--hostfile reaches hosts by ssh, and --slurm by srun; give one of the two")
     if args.hostfile is not None and args.parallel is not None:
@@ -81,7 +96,7 @@ def _search(args: argparse.Namespace, run_config: RunConfig) -> int:
         raise refused
     stop = Preemption(ctrl_c=True)
     stop.set_time_limit(args.time_limit)
-    folder = args.study or Path(f"{run_config.megagpt.out_dir}_study")
+    folder = _folder(args, run_config)
     places = _places(args) if args.hostfile is None else _hosts(args, folder)
     study_module, results = import_module("megagpt.tuning.study"), import_module("megagpt.tuning.results")
     study = study_module.Study(folder, run_config, space, args.seed)
@@ -111,6 +126,11 @@ def _search(args: argparse.Namespace, run_config: RunConfig) -> int:
         return 0
     show("stopped; the same command continues the study")
     return SAVED_AND_WANTS_RESTART
+
+
+def _folder(args: argparse.Namespace, run_config: RunConfig) -> Path:
+    """Return where results are."""
+    return args.study or Path(f"{run_config.megagpt.out_dir}_study")
 
 
 def _places(args: argparse.Namespace) -> list[Place]:

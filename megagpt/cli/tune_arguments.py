@@ -1,6 +1,7 @@
 """The command-line options of `megagpt tune`."""
 
 import argparse
+from collections.abc import Callable
 
 from megagpt.options import MOST_RANKS_HERE, decimal, whole
 from megagpt.user_paths import user_path
@@ -36,7 +37,28 @@ def tune_options(tune: argparse.ArgumentParser) -> None:
         "--find-lr",
         nargs="?",
         const=200,
-        type=whole(50, 1_000_000),
+        type=_steps(50),
         metavar="STEPS",
         help="let the learning rate rise over STEPS, 200 if left out, and suggest one; default: a study",
     )
+    tune.add_argument(
+        "--transfer",
+        nargs="?",
+        const=100,
+        type=_steps(20),
+        metavar="STEPS",
+        help="find the best rate at a quarter, a half and all of the width, by runs of STEPS, 100 if left out; "
+        "default: a study",
+    )
+
+
+def _steps(low: int) -> Callable[[str], int]:
+    """Return the type of an optional number of steps, in whose place a key of the run file may stand by mistake."""
+    parse = whole(low, 1_000_000)
+
+    def steps(text: str) -> int:
+        if "=" in text:
+            raise argparse.ArgumentTypeError(f"{text} is a key; write it before this option, or give STEPS as well")
+        return parse(text)
+
+    return steps

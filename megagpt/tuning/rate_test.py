@@ -8,8 +8,9 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megagpt.config.run_file import RunConfig
 from megagpt.errors import UserError
@@ -20,6 +21,14 @@ LOWEST, HIGHEST = 1e-6, 1.0  # rates of the test, of Adam
 SMOOTHED = 0.9  # share of the moving average that a step leaves
 DIVERGED = 4.0  # nats above the lowest loss
 WIDTH, HEIGHT = 64, 12
+SHORT_RUN = {  # keys of a run that nobody continues or looks at
+    "megagpt.every": {"log": 1, "eval": 0, "save": 0},
+    "megagpt.guards.spikes.action": "log",
+    "megagpt.early_stopping": {"patience": 0},
+    "tensorboard.enabled": False,
+    "wandb.enabled": False,
+    "megagpt.mlflow.enabled": False,
+}
 
 
 def find_rate(run: RunConfig, run_file: Path, overrides: Sequence[str], *, steps: int) -> None:
@@ -31,14 +40,11 @@ def find_rate(run: RunConfig, run_file: Path, overrides: Sequence[str], *, steps
             "megagpt.out_dir": str(out_dir),
             "megagpt.schedule": {"max_steps": steps, "shape": "range-test", "min_lr_ratio": LOWEST / HIGHEST},
             "optimizer.params.lr": HIGHEST,
-            "megagpt.every": {"log": 1, "eval": 0, "save": 0},
-            "megagpt.guards.spikes.action": "log",
-            "megagpt.early_stopping": {"patience": 0},
-            "tensorboard.enabled": False,
+            **SHORT_RUN,
         }
         if run.deepspeed.optimizer.type == "Muon":  # both rates rise together
             keys["optimizer.params.muon_lr"] = HIGHEST * peak.of_muon / peak.lr
-        options = [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+        options = as_typed(keys)
         command = [sys.executable, "-m", "megagpt", "train", str(run_file), "--nproc", "1", *overrides, *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         rows = [row for row in read_rows(out_dir / METRICS) if "train/loss" in row and "optim/lr" in row]
@@ -59,6 +65,11 @@ def find_rate(run: RunConfig, run_file: Path, overrides: Sequence[str], *, steps
         f"the loss falls fastest at {rates[best]:.2g} and is lowest at {rates[lowest]:.2g}; a peak rate to begin with: "
         f"megagpt train {typed(run_file)} {suggested}"
     )
+
+
+def as_typed(keys: Mapping[str, Any]) -> list[str]:
+    """Return keys and their values as they are typed after a run file."""
+    return [f"{key}={json.dumps(value)}" for key, value in keys.items()]
 
 
 def smoothed(losses: list[float]) -> list[float]:

@@ -48,6 +48,7 @@ COMMANDS: dict[str, list[str]] = {
     "slurm": [*MEGAGPT, "slurm", "{run_file}", "--dry-run"],
     "tune": [*MEGAGPT, "tune", "{run_file}", "--space", "{space}", "--study", "{out}", "--trials", "1"],
     "find-lr": [*MEGAGPT, "tune", "{run_file}", "--find-lr", "50"],
+    "transfer": [*MEGAGPT, "tune", "{run_file}", "--transfer", "20", "--study", "{out}"],
     "doctor": [*MEGAGPT, "doctor", "{run_file}"],
     "check-hosts": [*MEGAGPT, "check-hosts", "{hosts}"],
     "checkpoints": [*MEGAGPT, "checkpoints", "{run}", "--verify"],
@@ -90,6 +91,7 @@ OPTIONS = {  # command -> options that take a value
     "lint": ["--ranks"],
     "tune": ["--trials", "--time-limit", "--parallel", "--hostfile", "--seed"],
     "find-lr": ["--find-lr"],
+    "transfer": ["--transfer"],
     "slurm": ["--nodes", "--gpus-per-node", "--time", "--partition", "--sbatch", "--sweep", "--container"],
     "generate": [
         *("--prompt", "--prompts", "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
