@@ -6,6 +6,18 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class LossGap:
+    """How far the validation loss was above the training loss; all at its default where nothing limits it."""
+
+    limit: float | None = None  # nats per token, that the counts are of
+    last: float | None = None  # at the last evaluation that was finite
+    evals: int = 0  # evaluations in a row above the limit
+    tokens: int = 0  # trained on up to the last of those
+    loss_sum: float = 0.0  # over the training steps since the last evaluation, of losses times shares of targets
+    share_sum: float = 0.0
+
+
+@dataclass(frozen=True)
 class EarlyStopping:
     """The state of early stopping, so that a resumed run stops at the step where an uninterrupted one would."""
 
@@ -13,6 +25,12 @@ class EarlyStopping:
     best_step: int = 0
     bad_evals: int = 0  # evaluations in a row that brought no improvement
     stopped: bool = False
+    bad_tokens: int = 0  # tokens trained on from the last improvement's evaluation to the last of those
+    evaluated_at: int = 0  # tokens seen at the last evaluation
+    smoothing: int = 1  # the number of losses whose median the counts are of
+    losses: tuple[float, ...] = ()  # the last ones, oldest first, with smoothing alone; infinite: not finite
+    lowest: float = math.inf  # of their medians
+    gap: LossGap = field(default_factory=LossGap)
 
 
 @dataclass(frozen=True)
@@ -51,19 +69,30 @@ class TrainState:
         return self.step >= max_steps or self.stopper.stopped
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain numbers; `best` is infinite before the first evaluation, which JSON lacks, and becomes None."""
+        """Return plain numbers; an infinite loss, such as `best` before the first evaluation, becomes None in JSON."""
         plain = asdict(self)
-        if math.isinf(self.stopper.best):
-            plain["stopper"]["best"] = None
+        stopper = plain["stopper"]
+        stopper |= {name: _or_none(stopper[name]) for name in ("best", "lowest")}
+        stopper["losses"] = [_or_none(loss) for loss in stopper["losses"]]
         return plain
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> "TrainState":
         """Read what `as_json` returned, perhaps in an older megagpt."""
-        stopper = dict(plain["stopper"])
-        if stopper["best"] is None:
-            stopper["best"] = math.inf
+        # a checkpoint of an older megagpt lacks all but four of these; its tokens are counted from there on
+        stopper = {"lowest": None, "losses": (), "evaluated_at": plain["tokens_seen"], "gap": {}} | plain["stopper"]
+        stopper |= {name: _or_infinite(stopper[name]) for name in ("best", "lowest")}
+        stopper["losses"] = tuple(map(_or_infinite, stopper["losses"]))
+        stopper["gap"] = LossGap(**stopper["gap"])
         health = dict(plain.get("health", {}))  # a checkpoint of an older megagpt has none
         for name in ("losses", "grad_norms"):
             health[name] = tuple(health.get(name, ()))
         return cls(**{**plain, "stopper": EarlyStopping(**stopper), "health": Health(**health)})
+
+
+def _or_none(loss: float) -> float | None:
+    return None if math.isinf(loss) else loss
+
+
+def _or_infinite(loss: float | None) -> float:
+    return math.inf if loss is None else loss

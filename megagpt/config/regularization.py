@@ -1,11 +1,11 @@
 """The schema of a run file's sections against overfitting: "megagpt.regularization" and "megagpt.early_stopping"."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megagpt.config.parsing import Strict
-from megagpt.options import MANY
+from megagpt.options import LARGEST, MANY
 
 
 class Dropout(NamedTuple):
@@ -79,7 +79,10 @@ UNREGULARIZED = RegularizationConfig()
 
 
 class EarlyStoppingConfig(Strict):
-    """Stop when the validation loss has not fallen by min_delta for `patience` evaluations in a row."""
+    """Stop when the validation loss has not fallen by min_delta for `patience` evaluations in a row.
+
+    Or when it is too far above the training loss.
+    """
 
     monitor: str = Field(
         default="val/loss",
@@ -91,6 +94,27 @@ class EarlyStoppingConfig(Strict):
         ge=0,
         le=MANY,
         description="evaluations in a row without an improvement after which the run stops; 0: never",
+    )
+    patience_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        le=LARGEST,
+        description="training tokens without an improvement after which the run stops, in place of "
+        "megagpt.early_stopping.patience",
+    )
+    smoothing: int = Field(
+        default=1,
+        ge=1,
+        le=1000,
+        description="number of last evaluations whose median decides when to stop; the best step is that of the "
+        "lowest loss all the same",
+    )
+    max_gap: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1e6,
+        description="nats per token: the run also stops when the validation loss was more than this above the mean "
+        "training loss since the evaluation before, for as long as patience says, or once without patience",
     )
     min_delta: float = Field(
         default=0.0,
@@ -105,3 +129,17 @@ class EarlyStoppingConfig(Strict):
     @classmethod
     def _by_todays_name(cls, monitor: str) -> str:
         return "val/loss" if monitor == "loss/val" else monitor
+
+    @model_validator(mode="after")
+    def _patience_has_one_unit(self) -> Self:
+        if self.patience and self.patience_tokens is not None:
+            raise ValueError(
+                f"megagpt.early_stopping.patience={self.patience} counts evaluations, and "
+                f"megagpt.early_stopping.patience_tokens={self.patience_tokens} tokens; remove one of the two"
+            )
+        return self
+
+    @property
+    def stops(self) -> bool:
+        """Tell whether anything stops the run early."""
+        return self.patience > 0 or self.patience_tokens is not None or self.max_gap is not None

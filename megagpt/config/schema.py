@@ -185,6 +185,24 @@ class MegaGPTConfig(Strict):
             raise ValueError(f"megagpt.early_stopping.monitor={as_written(monitor)} is not measured{meant}")
         return self
 
+    @model_validator(mode="after")
+    def _gap_is_between_equal_losses(self) -> Self:
+        if self.early_stopping.max_gap is None:
+            return self
+        others = {
+            "megagpt.regularization.label_smoothing": self.regularization.label_smoothing,
+            "megagpt.regularization.z_loss": self.regularization.z_loss,
+            "megagpt.augment.span_corruption.rate": self.augment.span_corruption.rate,
+            "megagpt.augment.fim.rate": self.augment.fim.rate,
+        }
+        if changed := [f"{key}={value:g}" for key, value in others.items() if value]:
+            raise ValueError(
+                f"megagpt.early_stopping.max_gap={self.early_stopping.max_gap:g} compares the validation loss with the "
+                f"training loss, and {' and '.join(changed)} makes that the loss of another task; remove "
+                "megagpt.early_stopping.max_gap, or " + ("it" if len(changed) == 1 else "them")
+            )
+        return self
+
     @property
     def deciding_sets(self) -> dict[str, ValidationSetConfig]:
         """The validation sets that val/loss, and so the best step, is measured on: all, or the one that decides."""

@@ -51,6 +51,10 @@ class StepMetrics:
             found = {"train/loss": mean_loss(total, self.shares[sound].sum()).item(), **found}
         return found
 
+    def sums(self) -> list[tuple[float, float]]:
+        """Return for each step the loss summed over targets and the share that has one, as means over ranks."""
+        return list(zip(self.rank_losses.mean(0).tolist(), (self.shares / len(self.rank_losses)).tolist(), strict=True))
+
     def number(self, i: int) -> int:
         """Return the step's number in the run."""
         return self.last - len(self) + 1 + i

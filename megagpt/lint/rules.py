@@ -12,6 +12,17 @@ from megagpt.config.run_file import RunConfig
 When = Callable[[RunConfig], bool]
 
 
+def evaluations(run: RunConfig) -> int:
+    """Return how often the run evaluates: every `every.eval` steps, and at the last one."""
+    every, steps = run.megagpt.every.eval, run.megagpt.schedule.max_steps
+    return -(-steps // every) if every else 1
+
+
+def tokens(run: RunConfig, steps: int) -> int:
+    """Return how many tokens these steps train on."""
+    return steps * run.deepspeed.train_batch_size * run.megagpt.seq_len
+
+
 def never(run: RunConfig) -> bool:
     """Return the condition of keys that have no effect in any run."""
     return False
@@ -40,8 +51,13 @@ class Against:
 WITHOUT_EFFECT = (
     Acts(
         ("megagpt.early_stopping.min_steps",),
-        lambda run: run.megagpt.early_stopping.patience > 0,
+        lambda run: run.megagpt.early_stopping.stops,
         "megagpt.early_stopping.patience is 0, so nothing stops early; set it or remove this",
+    ),
+    Acts(
+        ("megagpt.early_stopping.smoothing",),
+        lambda run: run.megagpt.early_stopping.patience > 0 or run.megagpt.early_stopping.patience_tokens is not None,
+        "it is for megagpt.early_stopping.patience or megagpt.early_stopping.patience_tokens; set one or remove this",
     ),
     Acts(
         ("megagpt.data.val.*.weight",),
@@ -137,10 +153,30 @@ WITHOUT_EFFECT = (
 )
 
 CONTRADICTIONS = (
+    *(
+        Against(
+            f"megagpt.early_stopping.{key}",
+            lambda run: run.megagpt.early_stopping.stops and run.megagpt.every.eval == 0,
+            "counts evaluations, and megagpt.every.eval=0 leaves only the last; set megagpt.every.eval or remove it",
+        )
+        for key in ("patience", "patience_tokens", "max_gap")
+    ),
     Against(
-        "megagpt.early_stopping.patience",
-        lambda run: run.megagpt.every.eval == 0,
-        "counts evaluations, and megagpt.every.eval=0 leaves only the last; set megagpt.every.eval or remove it",
+        "megagpt.early_stopping.smoothing",
+        lambda run: run.megagpt.early_stopping.smoothing + run.megagpt.early_stopping.patience > evaluations(run),
+        "and megagpt.early_stopping.patience need more evaluations than the run has (megagpt.every.eval, "
+        "megagpt.schedule.max_steps), so nothing stops early; lower it or megagpt.every.eval",
+    ),
+    Against(
+        "megagpt.early_stopping.patience_tokens",
+        lambda run: (run.megagpt.early_stopping.patience_tokens or 0) >= tokens(run, run.megagpt.schedule.max_steps),
+        "is as much as the whole run trains on, so nothing stops early; lower it",
+    ),
+    Against(
+        "megagpt.early_stopping.patience_tokens",
+        lambda run: (run.megagpt.early_stopping.patience_tokens or 0) < tokens(run, run.megagpt.every.eval),
+        "is less than the tokens between two evaluations (megagpt.every.eval), so the first one without an improvement "
+        "ends the run; raise it, or set megagpt.early_stopping.patience to 1 in its place",
     ),
     Against(
         "megagpt.early_stopping.min_steps",

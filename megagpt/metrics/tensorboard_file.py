@@ -48,6 +48,8 @@ DESCRIPTIONS = {
     "val/loss": "nats per token, of the validation set; of several the mean, or the one that decides",
     "val/ema_loss": "val/loss of the averaged weights",
     "val/best_loss": "nats per token: the lowest val/loss up to here, of the best checkpoint",
+    "val/median_loss": "nats per token: the median of the last evaluations, which decides when to stop",
+    "val/train_gap": "nats per token: val/loss above the mean training loss since the evaluation before",
     "val/perplexity": "e to the val/loss",
     "val/bits_per_byte": "val/loss in bits per byte of text: comparable between tokenizers that lose no text",
     "optim/lr": "learning rate of the last step",

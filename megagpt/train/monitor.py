@@ -30,7 +30,8 @@ from megagpt.metrics.metrics_file import (
 )
 from megagpt.metrics.tensorboard_file import TensorBoardFile
 from megagpt.metrics.trackers import Feed, Outcome, close_feeds, open_feeds
-from megagpt.terminal import GREEN, counted, if_encodable, typed
+from megagpt.terminal import GREEN, if_encodable, typed
+from megagpt.train.early_stopping import way_on, why_stopped
 from megagpt.train_state import TrainState
 
 LEAST_POINTS = 3  # that are drawn as bars: two would be the shortest and the longest, however near
@@ -166,7 +167,7 @@ def print_ending(cfg: MegaGPTConfig, state: TrainState, reason: str = "") -> Non
         return
     stopper = state.stopper
     if stopper.stopped:
-        why = f"stopped early at step {state.step}: {_no_improvement(cfg, state)}"
+        why = f"stopped early at step {state.step}: {why_stopped(stopper, cfg.early_stopping)}"
     elif state.finished(cfg.schedule.max_steps):
         why = f"finished at step {state.step}"
     else:
@@ -194,19 +195,9 @@ def print_nothing_left(cfg: MegaGPTConfig, state: TrainState) -> None:
         why = f"already finished at step {step}, and {key}={last}; "
         way_out = f"raise {key} to train further"
     else:
-        why = f"already stopped early at step {step}: {_no_improvement(cfg, state)}; "
-        way_out = f"set megagpt.early_stopping.patience to more than {state.stopper.bad_evals}, or to 0 for no early "
-        way_out += "stopping, to train further"
+        why = f"already stopped early at step {step}: {why_stopped(state.stopper, cfg.early_stopping)}; "
+        way_out = way_on(state.stopper, cfg.early_stopping)
     print_rank0("\n".join([why + way_out, *named]))
-
-
-def _no_improvement(cfg: MegaGPTConfig, state: TrainState) -> str:
-    stopper, by = state.stopper, cfg.early_stopping.min_delta
-    lower = f"lower by megagpt.early_stopping.min_delta={by:g} than" if by else "lower than"
-    return (
-        f"for {counted(stopper.bad_evals, 'evaluation')} {cfg.early_stopping.monitor} was not {lower} the "
-        f"{stopper.best:.4f} of step {stopper.best_step}"
-    )
 
 
 def _best_loss(cfg: MegaGPTConfig, state: TrainState, losses: dict[int, float | None]) -> str:

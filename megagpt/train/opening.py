@@ -16,6 +16,7 @@ from megagpt.distributed.process_group import print_rank0
 from megagpt.model.flops import n_params
 from megagpt.planner.sizing import EPOCHS, TOKENS_PER_PARAMETER
 from megagpt.terminal import YELLOW, counted, typed
+from megagpt.train.early_stopping import restarted
 from megagpt.train.lr_schedule import jump_of_rate
 from megagpt.train.preflight import RunSetup
 from megagpt.train.run_log import LOG
@@ -72,6 +73,7 @@ def notes(setup: RunSetup) -> list[str]:
     cfg, epochs, ratio = setup.run.megagpt, _epochs(setup), _tokens_per_parameter(setup)
     key, length = cfg.schedule.length
     lines = [*_positions_without_weights(setup), *_what_the_tokenizer_loses(setup), *_best_on_other_tokens(setup)]
+    lines += _other_early_stopping(setup)
     for dataset, times in zip(setup.training_set.datasets, epochs, strict=True):
         if times > EPOCHS:
             lines.append(
@@ -108,6 +110,12 @@ def _best_on_other_tokens(setup: RunSetup) -> list[str]:
         f"{stopper.best_step}, was on {' + '.join(before)}: later steps are compared with it all the same; for a new "
         "comparison begin a run with megagpt.init_from"
     ]
+
+
+def _other_early_stopping(setup: RunSetup) -> list[str]:
+    if setup.saved is None or not setup.saved.state.stopper.best_step:
+        return []
+    return restarted(setup.saved.state.stopper, setup.run.megagpt.early_stopping)
 
 
 def _tokens_that_decide(section: dict[str, Any]) -> list[str]:

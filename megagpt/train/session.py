@@ -34,7 +34,7 @@ from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
 from megagpt.metrics.step_metrics import Stopwatch, log_metrics, speed
 from megagpt.terminal import YELLOW
-from megagpt.train.early_stopping import after_evaluation
+from megagpt.train.early_stopping import after_evaluation, after_training, metrics_of
 from megagpt.train.lr_schedule import lr_factor, muon_momentum, weight_decay_factor
 from megagpt.train.monitor import Monitor, print_ending
 from megagpt.train.opening import print_opening
@@ -140,7 +140,8 @@ class Session:
             documents=self._documents,
             what_to_change=lambda last_finite: self._what_to_change(state, last_finite, broken=True),
         )
-        state = replace(state, health=verdict.health)
+        stopper = after_training(state.stopper, steps.sums(), self.cfg.early_stopping)
+        state = replace(state, health=verdict.health, stopper=stopper)
         seconds = self.stopwatch.lap()
         own = torch.tensor([self.timer.lap(), seconds["data"]], device=self.device)
         memory, own = gather_over_ranks(torch.cat([memory_mib(self.device), own])).cpu().split(2, dim=1)
@@ -194,8 +195,9 @@ class Session:
         """Measure the validation sets, and count the loss that decides for early stopping; the same on every rank."""
         metrics = self._val_metrics(state.step)
         loss = metrics[EMA_LOSS if self.cfg.average_decides else LOSS]
-        stopper = after_evaluation(state.stopper, loss, state.step, self.cfg.early_stopping)
-        self.monitor.log(state, metrics | {"val/best_loss": stopper.best}, is_best=stopper.best_step == state.step)
+        stopper = after_evaluation(state.stopper, loss, state.step, state.tokens_seen, self.cfg.early_stopping)
+        metrics |= {"val/best_loss": stopper.best} | metrics_of(stopper)
+        self.monitor.log(state, metrics, is_best=stopper.best_step == state.step)
         return replace(state, val_loss=loss if math.isfinite(loss) else None, stopper=stopper)
 
     def evaluate_start(self, state: TrainState) -> None:

@@ -63,9 +63,9 @@ class Run(RuleBasedStateMachine):
     @precondition(lambda self: self.state.step > (self.evaluations[-1][0] if self.evaluations else 0))
     @rule(loss=st.floats(1.0, 9.0))
     def evaluate(self, loss):
-        stopper = after_evaluation(self.state.stopper, loss, self.state.step, STOPPING)
+        stopper = after_evaluation(self.state.stopper, loss, self.state.step, self.state.tokens_seen, STOPPING)
         self.state = replace(self.state, val_loss=loss, stopper=stopper)
-        self.evaluations.append((self.state.step, loss))
+        self.evaluations.append((self.state.step, self.state.tokens_seen, loss))
 
     @precondition(lambda self: not step_folder(self.out_dir, self.state.step).exists())
     @rule(dies=st.sampled_from(["no", "before COMMIT", "before rotation"]))
@@ -108,8 +108,8 @@ class Run(RuleBasedStateMachine):
     @invariant()
     def early_stopping_is_that_of_a_run_that_never_died(self):
         state = EarlyStopping()
-        for step, loss in self.evaluations:
-            state = after_evaluation(state, loss, step, STOPPING)
+        for step, tokens_seen, loss in self.evaluations:
+            state = after_evaluation(state, loss, step, tokens_seen, STOPPING)
         assert self.state.stopper == state
 
     @invariant()

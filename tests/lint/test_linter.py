@@ -43,6 +43,7 @@ FP16 = ["bf16.enabled=false", "fp16.enabled=true"]
 MASTERS = ["bf16.bf16_master_weights_and_grads=true"]
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 ZENFLOW = "zero_optimization.zenflow"
+STOPPING = "megagpt.early_stopping"
 GRAD_NORM = "zero_optimization.compute_grad_norm"
 
 
@@ -137,6 +138,34 @@ MISTAKES = [
     (["optimizer.params.adam_w_mode=false"], "warning", "optimizer.params.adam_w_mode", 'write type "Adam"'),
     (["optimizer.params.lr=6e4"], "warning", "optimizer.params.lr", "6e-4 is usual"),
     (["megagpt.early_stopping.patience=3", "megagpt.every.eval=0"], "warning", None, "leaves only the last"),
+    *(
+        ([f"{STOPPING}.{key}", "megagpt.every.eval=0"], "warning", f"{STOPPING}.{key.split('=')[0]}", "leaves only")
+        for key in ("patience_tokens=100000", "max_gap=0.5")
+    ),
+    (
+        [f"{STOPPING}.patience=3", f"{STOPPING}.patience_tokens=50"],
+        "error",
+        STOPPING,
+        "patience=3 counts evaluations, and megagpt.early_stopping.patience_tokens=50 tokens; remove one of the two",
+    ),
+    ([f"{STOPPING}.smoothing=3"], "warning", f"{STOPPING}.smoothing", "set one or remove this"),
+    ([f"{STOPPING}.patience=1", f"{STOPPING}.smoothing=300"], "warning", None, "more evaluations than the run has"),
+    ([f"{STOPPING}.patience_tokens=5"], "warning", f"{STOPPING}.patience_tokens", "patience to 1 in its place"),
+    ([f"{STOPPING}.patience_tokens=100000000000"], "warning", None, "as much as the whole run trains on"),
+    *(
+        (
+            [f"{STOPPING}.max_gap=0.5", f"megagpt.{key}=0.1"],
+            "error",
+            "megagpt",
+            f"megagpt.{key}=0.1 makes that the loss",
+        )
+        for key in (
+            "regularization.label_smoothing",
+            "regularization.z_loss",
+            "augment.fim.rate",
+            "augment.span_corruption.rate",
+        )
+    ),
     (["megagpt.every.save=5000"], "warning", "megagpt.every.save", "only the end saves"),
     (["train_batch_size=9"], "error", "train_batch_size", "set train_batch_size to 8"),
     # taken by DeepSpeed, and refused here

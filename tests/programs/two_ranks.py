@@ -135,7 +135,7 @@ OVERFIT = [
     "megagpt.schedule.max_steps=1000",
     "megagpt.schedule.shape=constant",
     'megagpt.every={"log": 20, "eval": 20, "save": 100}',
-    'megagpt.early_stopping={"patience": 12, "min_delta": 0.001}',
+    'megagpt.early_stopping={"patience": 12, "min_delta": 0.001, "smoothing": 3, "max_gap": 100}',
 ]
 
 

@@ -229,6 +229,7 @@ def test_overfitting_stops_by_itself_on_both_ranks_with_the_best_weights(two_ran
     val, losses = first["val"], first["train"]
     assert val[str(step)] > stopper["best"] + 0.02  # it turned up
     assert losses[str(step)] < stopper["best"] - 0.05  # while training went on falling: memorized
+    assert stopper["gap"]["last"] == pytest.approx(val[str(step)] - losses[str(step)], rel=1e-9)
     assert first["best_step"] == f"step_{stopper['best_step']:08d}"
     for found in (first, second):
         in_memory, on_disk = found["weights"]
@@ -238,6 +239,7 @@ def test_overfitting_stops_by_itself_on_both_ranks_with_the_best_weights(two_ran
 def test_a_resume_in_the_middle_of_patience_stops_at_the_same_step(two_ranks):
     for found in two_ranks["overfitting"]:
         assert 0 < found["cut"]["stopper"]["bad_evals"] < 12
+        assert found["cut"]["stopper"]["gap"]["share_sum"] == 11  # steps since the last evaluation
         assert found["resumed"] == found["state"]
 
 
