@@ -4,20 +4,25 @@ Pages keep the places that they have in the repository, so that links between th
 is generated is written from the code each time, and never committed. Warnings and dead links end the build.
 """
 
+import logging
 import os
 import shutil
 import sys
 from pathlib import Path
 
-from mkdocs.commands.build import build
-from mkdocs.config import load_config
-from mkdocs.exceptions import Abort
+try:
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+    from mkdocs.exceptions import Abort
+except ModuleNotFoundError:
+    sys.exit("the site needs mkdocs and its theme; get them with: pip install -e '.[docs]'")
 
 from docs_site import links
 from docs_site.commands_page import commands_page
 from docs_site.files_page import files_page
 from docs_site.results_page import write_results
 from docs_site.run_file_page import build_options_page, run_file_page
+from megagpt.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "docs"
@@ -33,9 +38,10 @@ COPIED = {"README.md": "overview.md"} | {
 
 def main() -> int:
     """Build and check the site; return 0 only without a warning or a dead link."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")  # else mkdocs only counts its warnings
     try:
         wrong, elsewhere = build_site(BUILD)
-    except Abort as error:  # mkdocs has printed its warnings
+    except (Abort, UserError) as error:
         print(error, file=sys.stderr)
         return 1
     (BUILD / "links_elsewhere.txt").write_text("\n".join(elsewhere) + "\n")

@@ -12,6 +12,7 @@ from docs_site.markdown import code, page, plain
 from docs_site.run_file_page import type_in_words
 from megagpt.data.manifest import Manifest
 from megagpt.data.shard_format import INDEX_SCHEMA, ShardHeader, document_schema
+from megagpt.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 # The page stands in docs/, as two of these do, so that their links hold.
@@ -44,7 +45,9 @@ def _section(path: Path, heading: str) -> str:
     """Return what stands below a heading of the second level."""
     _, found, rest = path.read_text(encoding="utf-8").partition(f"\n## {heading}\n")
     if not found:
-        raise ValueError(f"{path} has no section {heading!r}, which the page of files takes from there")
+        raise UserError(
+            f"{path} has no section {heading!r}; write its new name into SECTIONS of docs_site/files_page.py"
+        )
     return rest.partition("\n## ")[0].strip()
 
 

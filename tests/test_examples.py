@@ -4,6 +4,7 @@ Run by tests as well: the tutorial (test_tutorial.py), and the Python blocks of 
 (test_language_model.py). All others are only parsed here, up to the run file with every key that a command changes.
 """
 
+import argparse
 import ast
 import re
 import shlex
@@ -15,7 +16,7 @@ import json5
 import pytest
 from test_docs import PAGES, ROOT, page_id
 
-from data_tools.arguments import known_arguments, overrides_in
+from data_tools.arguments import builder_parser, known_arguments, overrides_in
 from data_tools.config import load_config
 from megagpt.__main__ import COMMANDS
 from megagpt.cli.arguments import command_line, training_arguments
@@ -24,6 +25,7 @@ from megagpt.config.run_file import load_run_config
 BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"sh", "python", "json", "json5", "text"}
 ANY_RUN_FILE = ROOT / "ds_configs" / "gpt2_124m.json"  # in place of RUN.json and of files that a reader writes
+NAMED = re.compile(r"`(megagpt data|megagpt|python -m data_tools) ([a-z][\w-]*)(?![\w./-])([^`]*)`")
 KEY_VALUE = re.compile(r"[\w.]+=")
 
 
@@ -71,6 +73,23 @@ def test_every_command_is_accepted_with_its_options_and_keys(page, capsys):
             _parse(words)
         except SystemExit:
             pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_a_command_that_is_named_exists_and_has_the_options_named_with_it(page):
+    prose = " ".join(re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL).split())
+    known = {"megagpt": options_of(command_line()), "python -m data_tools": options_of(builder_parser())}
+    known["megagpt data"] = known["python -m data_tools"]
+    for program, name, rest in NAMED.findall(prose):
+        assert name in known[program], f"{program} {name}"
+        options = set(re.findall(r"--[a-z][\w-]*", re.sub(r'"[^"]*"', "", rest)))
+        assert options <= known[program][name], f"{program} {name}{rest}"
+
+
+def options_of(parser: argparse.ArgumentParser) -> dict[str, set[str]]:
+    """The options of each command."""
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return {name: set(command._option_string_actions) for name, command in commands.choices.items()}
 
 
 def _parse(words: list[str]) -> None:
