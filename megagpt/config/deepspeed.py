@@ -175,7 +175,7 @@ class ZeroConfig(Passed):
         default=1_000_000_000, ge=0, le=LARGEST, description="stage 3: elements that are updated at a time"
     )
     param_persistence_threshold: int = _stage_3(
-        "param_persistence_threshold", 100_000, "smaller parameters are not sharded"
+        "param_persistence_threshold", 100_000, "parameters of fewer elements are not sharded"
     )
     prefetch_bucket_size: int = _stage_3("prefetch_bucket_size", 50_000_000, "elements that are fetched ahead")
     max_reuse_distance: int = _stage_3(

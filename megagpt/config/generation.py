@@ -13,8 +13,8 @@ class GenerationConfig(Strict):
 
     prompts: tuple[str, ...] = Field(default=("\n",), description="the beginnings to continue")
     max_tokens: int = Field(default=128, gt=0, le=MANY, description="tokens to generate for each prompt")
-    temperature: float = Field(default=0.8, ge=0.0, le=1e6, description="0: always the likeliest token")
-    top_k: int = Field(default=50, ge=0, le=MANY, description="0: the whole vocabulary")
+    temperature: float = Field(default=0.8, ge=0.0, le=1e6, description="divides logits; 0: the likeliest token")
+    top_k: int = Field(default=50, ge=0, le=MANY, description="number of likeliest tokens to draw from; 0: all")
     top_p: float = Field(
         default=1.0, ge=1e-6, le=1.0, description="draw from the likeliest tokens of this total probability"
     )

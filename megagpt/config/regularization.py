@@ -28,19 +28,28 @@ class RegularizationConfig(Strict):
     """Dropout, stochastic depth, weight decay, label smoothing and z-loss (Chowdhery et al. 2022, PaLM, section 5)."""
 
     dropout: float = Field(
-        default=0.0, ge=0.0, lt=1.0, description="on embeddings, attention and residuals that have no rate of their own"
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="probability, on embeddings, attention and residuals that have no rate of their own",
     )
     embedding_dropout: float | None = Field(
-        default=None, ge=0.0, lt=1.0, description="on the embeddings' sum; null: megagpt.regularization.dropout"
+        default=None,
+        ge=0.0,
+        lt=1.0,
+        description="probability, on the embeddings' sum; null: megagpt.regularization.dropout",
     )
     attention_dropout: float | None = Field(
-        default=None, ge=0.0, lt=1.0, description="on attention weights; null: megagpt.regularization.dropout"
+        default=None,
+        ge=0.0,
+        lt=1.0,
+        description="probability, on attention weights; null: megagpt.regularization.dropout",
     )
     residual_dropout: float | None = Field(
         default=None,
         ge=0.0,
         lt=1.0,
-        description="on what attention and MLP add to the residuals; null: megagpt.regularization.dropout",
+        description="probability, on what attention and MLP add to the residuals; null: megagpt.regularization.dropout",
     )
     stochastic_depth: float = Field(
         default=0.0,

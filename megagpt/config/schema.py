@@ -142,7 +142,9 @@ class MegaGPTConfig(Strict):
     augment: AugmentConfig = AugmentConfig()
     packing: PackingConfig = PackingConfig()
     guards: GuardsConfig = GuardsConfig()
-    time_limit_minutes: float | None = Field(default=None, gt=0, le=1e9, description="then save and exit with code 75")
+    time_limit_minutes: float | None = Field(
+        default=None, gt=0, le=1e9, description="minutes until it saves and exits with 75"
+    )
 
     @model_validator(mode="after")
     def _examples_fit_the_model(self) -> Self:
