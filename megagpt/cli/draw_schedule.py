@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from megagpt.config.run_file import RunConfig
 from megagpt.terminal import if_encodable
-from megagpt.train.lr_schedule import lr_factor, muon_momentum, weight_decay_factor
+from megagpt.train.lr_schedule import lr_factor, muon_momentum, row_length, weight_decay_factor
 
 WIDTH, ROWS = 46, 9  # columns of a curve, rows of the table
 BLOCKS, LETTERS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
@@ -35,6 +35,8 @@ def _curves(run: RunConfig) -> dict[str, Callable[[int], float]]:
         found["muon_lr"] = lambda step: params.of_muon * lr_factor(step, schedule)
         if schedule.momentum_warmup_steps:
             found["momentum"] = lambda step: muon_momentum(step, params.momentum, schedule)
+    if schedule.seq_len_warmup_steps:
+        found["seq_len"] = lambda step: row_length(step, run.megagpt.seq_len, schedule)
     if schedule.weight_decay_shape != "constant" and params.weight_decay:
         found["weight_decay"] = lambda step: params.weight_decay * weight_decay_factor(step, schedule)
     return found

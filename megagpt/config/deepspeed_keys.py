@@ -108,7 +108,6 @@ DEEPSPEED_SECTIONS = {name: set(keys) for name, keys in DEEPSPEED_DEFAULTS.items
 
 _DATA_PARALLEL = "megagpt is data and sequence parallel only; remove it"
 _OWN_CHECKPOINTS = "megagpt commits checkpoints itself; see megagpt.every.save"
-_OWN_DATA = "megagpt brings its own sampler; see megagpt.data"
 
 # Keys that DeepSpeed reads but that megagpt does not support -> why. They are refused instead of ignored.
 REFUSED_KEYS = {
@@ -116,8 +115,8 @@ REFUSED_KEYS = {
     "bfloat16": 'write "bf16"',
     "checkpoint": _OWN_CHECKPOINTS,
     "compile": "blocks are compiled by torch; see megagpt.compile",
-    "curriculum_learning": _OWN_DATA,
-    "data_efficiency": _OWN_DATA,
+    "curriculum_learning": "rows become longer by megagpt.schedule.seq_len_warmup_steps; remove it",
+    "data_efficiency": "rows become longer by megagpt.schedule.seq_len_warmup_steps; remove it",
     "datastates_ckpt": _OWN_CHECKPOINTS,
     "expert_parallel": _DATA_PARALLEL,
     "hybrid_engine": "it is for RLHF; remove it",

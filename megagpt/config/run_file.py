@@ -66,6 +66,12 @@ class RunConfig:
                 f"sequence_parallel_size={P} divides heads over ranks, and the biases of megagpt.model.position=alibi "
                 "are not divided; set megagpt.model.position to rotary, or sequence_parallel_size to 1"
             )
+        if P > 1 and (n := cfg.schedule.seq_len_warmup_steps):
+            raise ValueError(
+                f"sequence_parallel_size={P} divides each row over ranks, and with megagpt.schedule."
+                f"seq_len_warmup_steps={n} rows are read in shorter pieces; remove the latter and "
+                "megagpt.schedule.first_seq_len, or set sequence_parallel_size to 1"
+            )
         common = math.gcd(*shared.values())
         for name, n in shared.items():
             if n % P:

@@ -55,6 +55,19 @@ class ScheduleConfig(Strict):
     momentum_warmup_steps: int = Field(
         default=0, ge=0, le=MANY, description="first steps, over which Muon's momentum rises from 0.85"
     )
+    seq_len_warmup_steps: int = Field(
+        default=0,
+        ge=0,
+        le=MANY,
+        description="first steps, in which each row is read as several shorter ones, whose length doubles from "
+        "megagpt.schedule.first_seq_len to the whole row",
+    )
+    first_seq_len: int | None = Field(
+        default=None,
+        gt=0,
+        le=MANY,
+        description="length of the rows at first, with megagpt.schedule.seq_len_warmup_steps",
+    )
 
     @property
     def curve_steps(self) -> int:
@@ -69,6 +82,21 @@ class ScheduleConfig(Strict):
         if self.max_tokens is not None:
             return "megagpt.schedule.max_tokens", self.max_tokens
         return "megagpt.schedule.max_steps", self.max_steps
+
+    @model_validator(mode="after")
+    def _short_rows_have_a_length_and_an_end(self) -> Self:
+        n, first = self.seq_len_warmup_steps, self.first_seq_len
+        if (first is None) != (n == 0):
+            raise ValueError(
+                f"megagpt.schedule.first_seq_len={as_written(first)} with megagpt.schedule.seq_len_warmup_steps={n}: "
+                "the two belong together; set both, or remove both"
+            )
+        if n > self.max_steps:
+            raise ValueError(
+                f"megagpt.schedule.seq_len_warmup_steps={n} is more than megagpt.schedule.max_steps={self.max_steps}, "
+                f"so no step would read whole rows; set megagpt.schedule.seq_len_warmup_steps to {self.max_steps // 4}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:

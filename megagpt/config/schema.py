@@ -105,6 +105,11 @@ class KeepConfig(Strict):
     )
 
 
+def halved(n: int) -> list[int]:
+    """Return n, n / 2, n / 4, ... as far as these are whole numbers."""
+    return [n >> k for k in range(n.bit_length()) if n >> k << k == n]
+
+
 class MegaGPTConfig(Strict):
     """The "megagpt" section of a run file."""
 
@@ -152,6 +157,17 @@ class MegaGPTConfig(Strict):
             raise ValueError(
                 f"megagpt.data.seq_len={self.seq_len} is more than the model's positions, megagpt.model.seq_len="
                 f"{self.model.seq_len}; lower it, or start a run with a longer megagpt.model.seq_len"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _short_rows_double_to_whole_ones(self) -> Self:
+        first, full = self.schedule.first_seq_len, self.seq_len
+        key = "megagpt.model.seq_len" if self.data.seq_len is None else "megagpt.data.seq_len"
+        if first is not None and first not in (halves := halved(full)):
+            raise ValueError(
+                f"megagpt.schedule.first_seq_len={first} does not double to {key}={full}; set "
+                f"megagpt.schedule.first_seq_len to {min(halves, key=lambda n: abs(n - first))}"
             )
         return self
 

@@ -30,6 +30,12 @@ class Batch(NamedTuple):
     targets: Tensor  # as inputs; IGNORE where there is no loss
     documents: Tensor | None  # (B, T): a number for each document of a row; None: attention crosses documents
 
+    def in_rows_of(self, length: int) -> "Batch":
+        """Return the same tokens with each row cut into rows of `length`, which divides T; targets stay as they are."""
+        if length == self.inputs.size(1):
+            return self
+        return Batch(*(None if part is None else part.reshape(-1, length) for part in self))  # type: ignore[arg-type]
+
 
 class ValWindows:
     """The first windows of a validation split, in order: the same ones at every evaluation."""

@@ -60,6 +60,8 @@ def compile_blocks(model: GPT, cache: Path, within: Callable[..., Tensor] | None
     Generation, whose length grows, runs uncompiled.
     `within`, if given, wraps the forward pass (it is called with it and its arguments) and is compiled with it.
     """
+    # A warm-up of the sequence length has one for each length; torch would stop after eight.
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_kernel_folder(cache.absolute()))
     for block in model.blocks():

@@ -102,9 +102,11 @@ def log_metrics(
 
 
 def speed(
-    run: RunConfig, vocab_size: int, tokens_per_sec: float, device: torch.device, *, compiled: bool
+    run: RunConfig, vocab_size: int, tokens_per_sec: float, device: torch.device, *, rows: int, compiled: bool
 ) -> dict[str, float]:
     """Throughput over all ranks without evaluating and saving; MFU and HFU where the GPU's peak is known.
+
+    `rows` is the length of the rows, on average: attention costs what is trained.
 
     MFU: model FLOPs over peak FLOPs (PaLM: Chowdhery et al. 2022, appendix B); HFU also counts recomputation.
     """
@@ -113,7 +115,7 @@ def speed(
     if peak is None or run.deepspeed.dtype == "fp32":  # published peaks are of 16-bit tensor cores
         return found
     cfg = run.megagpt
-    model = cfg.model.model_copy(update={"seq_len": cfg.seq_len})  # attention costs what is trained
+    model = cfg.model.model_copy(update={"seq_len": rows})
     again = recompute_flops_per_token(
         model,
         cfg.recompute,

@@ -1,4 +1,4 @@
-"""Compute what changes from step to step: the learning rate's factor, the weight decay's, and Muon's momentum."""
+"""Compute what changes from step to step: factors on learning rate and weight decay, Muon's momentum, row lengths."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -50,6 +50,19 @@ def muon_momentum(step: int, momentum: float, cfg: ScheduleConfig) -> float:
     share = min(1.0, step / cfg.momentum_warmup_steps) if cfg.momentum_warmup_steps else 1.0
     first = min(FIRST_MOMENTUM, momentum)
     return first + share * (momentum - first)
+
+
+def row_length(step: int, seq_len: int, cfg: ScheduleConfig) -> int:
+    """Return the length of the rows that update `step` (0-based) reads: it doubles up to seq_len (Li et al. 2022)."""
+    if cfg.first_seq_len is None:
+        return seq_len
+    return doubled(step, cfg.seq_len_warmup_steps, cfg.first_seq_len, seq_len)
+
+
+def doubled(step: int, steps: int, first: int, last: int) -> int:
+    """Return what doubles from `first` to `last` over the first steps: each value holds as long, `last` thereafter."""
+    doublings = (last // first).bit_length() - 1
+    return last if step >= steps else first << (step * doublings // steps)
 
 
 def decay_in_the_past(saved_run: Mapping[str, Any], step: int, cfg: ScheduleConfig) -> str | None:

@@ -35,7 +35,7 @@ from megagpt.guards.watchdog import Watchdog
 from megagpt.metrics.step_metrics import Stopwatch, log_metrics, speed
 from megagpt.terminal import YELLOW
 from megagpt.train.early_stopping import after_evaluation, after_training, metrics_of
-from megagpt.train.lr_schedule import lr_factor, muon_momentum, weight_decay_factor
+from megagpt.train.lr_schedule import lr_factor, muon_momentum, row_length, weight_decay_factor
 from megagpt.train.monitor import Monitor, print_ending
 from megagpt.train.opening import print_opening
 from megagpt.train.preflight import RunSetup
@@ -76,6 +76,7 @@ class Session:
             resume(self.engine, saved, setup.record, self.cfg.seed)
         if not self.uses_loss_scale:
             before_update(self.engine, self.gate.before_update)
+        self.row_length = self.cfg.seq_len  # of the step's rows
         self.micro_batch_norms = MicroBatchNorms(self.engine, device, wanted=self.cfg.noise_scale)
         self.validation = Validation(self.engine, setup, device)
         self.stopwatch, self.frozen, self.grace_warned = Stopwatch(), False, False
@@ -101,10 +102,13 @@ class Session:
             return monitor
 
     def batches(self) -> Iterator[Batch]:
-        """Yield this rank's micro-batches without end, from the position of the setup's state."""
+        """Yield this rank's micro-batches without end, from the position of the setup's state.
+
+        Each is cut into rows of the length that the step has when it is taken.
+        """
         batch, data = self.setup.batch, self.setup.data
         try:
-            yield from prefetched(
+            for whole in prefetched(
                 self.setup.training_set.fill,
                 rank_samples(batch, rank(), self.setup.state.samples_seen),
                 (batch.micro_batch, self.cfg.seq_len + 1),
@@ -112,13 +116,15 @@ class Session:
                 transform=data.transform,
                 document_end=data.tokenizer.eod_id if PACKING[self.cfg.packing.kind].masked else None,
                 positions=rank_slice(self.cfg.seq_len, rank(), batch.sequence_parallel_size),
-            )
+            ):
+                yield whole.in_rows_of(self.row_length // batch.sequence_parallel_size)
         except UserError as error:  # a shard that was damaged after it was opened
             raise OwnRankError(str(error)) from error
 
     def set_step(self, step: int) -> None:
-        """Set the rates, weight decay and momentum of update `step` (0-based)."""
+        """Set the rates, weight decay, momentum and row length of update `step` (0-based)."""
         params, schedule = self.setup.run.deepspeed.optimizer.params, self.cfg.schedule
+        self.row_length = row_length(step, self.cfg.seq_len, schedule)
         set_step(
             self.engine,
             params,
@@ -152,7 +158,9 @@ class Session:
         metrics = log_metrics(
             steps,
             rates=learning_rates(self.engine),
-            speed=self._speed(n_tokens / (seconds["step"] + seconds["data"])),
+            speed=self._speed(
+                n_tokens / (seconds["step"] + seconds["data"]), range(state.step - len(steps), state.step)
+            ),
             skipped_steps=state.health.skipped_steps,
             epoch=self.setup.training_set.epochs(state.samples_seen)[0],  # of the first dataset
             seconds_per_step={name: spent / len(steps) for name, spent in seconds.items()},
@@ -303,9 +311,10 @@ class Session:
         samples = self.setup.training_set.mixture.samples_of(step)[rank_share(self.setup.batch, r)]
         return documents_of(self.setup.training_set, samples, self.cfg.out_dir, step)
 
-    def _speed(self, tokens_per_sec: float) -> dict[str, float]:
-        setup = self.setup
-        return speed(setup.run, setup.data.vocab_size, tokens_per_sec, self.device, compiled=setup.compiled)
+    def _speed(self, tokens_per_sec: float, steps: range) -> dict[str, float]:
+        setup, cfg = self.setup, self.cfg
+        rows = sum(row_length(step, cfg.seq_len, cfg.schedule) for step in steps) // len(steps)
+        return speed(setup.run, setup.data.vocab_size, tokens_per_sec, self.device, rows=rows, compiled=setup.compiled)
 
     def _eta(self, step: int) -> float:
         """Return the seconds to the last step, at the pace of this start."""

@@ -79,7 +79,7 @@ MISTAKES = [
     (["optimizer.params.beta=0.9"], "error", "optimizer.params.beta", "did you mean 'optimizer.params.betas'?"),
     # removed or changed in the installed DeepSpeed
     (["elasticity.enabled=false"], "error", "elasticity", "was removed from DeepSpeed"),
-    (["curriculum_learning.enabled=true"], "error", None, "Here: megagpt brings its own sampler"),
+    (["curriculum_learning.enabled=true"], "error", None, "Here: rows become longer by megagpt.schedule.seq_len"),
     (["zero_optimization.mics_shard_size=8"], "error", "zero_optimization.mics_shard_size", "was removed"),
     (["zero_optimization.cpu_offload=true"], "warning", None, "deprecated by the installed DeepSpeed; write offload"),
     # of a wrong value or type

@@ -25,7 +25,8 @@ from megagpt.train import trainer
 CUT_AT = {"warmup": 2, "patience": 5}  # steps: in the middle of warm-up and of patience, and of an epoch both
 LAST = 7
 OPTIONS = [
-    f'megagpt.schedule={{"max_steps": {LAST}, "warmup_steps": 4}}',
+    # Rows of 16 tokens in steps 1 and 2, of 32 in 3 and 4, of 64 then: a cut lies between two lengths.
+    f'megagpt.schedule={{"max_steps": {LAST}, "warmup_steps": 4, "seq_len_warmup_steps": 4, "first_seq_len": 16}}',
     'megagpt.every={"log": 1, "eval": 2, "save": 0}',
     'megagpt.early_stopping={"patience": 3, "min_delta": 100, "restore_best": false}',  # no evaluation but the first
     "megagpt.data.val_tokens=128",
