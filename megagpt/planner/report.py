@@ -8,7 +8,7 @@ from typing import Any
 
 from megagpt.config.parsing import leaves
 from megagpt.config.run_file import RunConfig
-from megagpt.model.flops import n_params
+from megagpt.model.flops import flops_per_token, n_params
 from megagpt.planner.compute import MOVING, PRODUCTS
 from megagpt.planner.estimate import (
     CONTEXT,
@@ -77,6 +77,7 @@ def plan_report(
         f"{run.deepspeed.dtype}; vocabulary {vocab[0]:,} ({vocab[1]})",
         f"{tokens:,} tokens in {counted(round(steps), 'step')} of {counted(batch, 'sample')} of {seq_len:,} tokens",
         f"{on.ranks} x {on.name} ({on.gpu.memory_gib:g} GiB, {on.gpu.peak_flops / 1e12:,.0f} TFLOP/s), {on.network}",
+        f"As written: {_speed(run, on, vocab[0], current)}",
         *([f"{on.name} has no bf16: planned in fp16, with {shlex.join(already)}"] if already else []),
         "",
         f"Stages with micro-batch {current.micro_batch} and recompute {current.policy!r} (*: as written), in GiB per "
@@ -153,6 +154,14 @@ def assumptions(run: RunConfig, on: Machine) -> list[str]:
     if unknown := [key for key in leaves(run.deepspeed_raw) if key.startswith(NOT_COUNTED)]:
         lines.append(f"ignored by this plan, though they change training: {', '.join(unknown)}")
     return lines
+
+
+def _speed(run: RunConfig, on: Machine, vocab_size: int, current: Setting) -> str:
+    """Say how fast a setting is in the numbers of a run's log."""
+    tokens = run.deepspeed.train_batch_size * run.megagpt.seq_len / current.seconds / on.ranks
+    model = run.megagpt.model.model_copy(update={"seq_len": run.megagpt.seq_len})
+    mfu = tokens * flops_per_token(model, vocab_size) / on.gpu.peak_flops
+    return f"{duration(current.seconds)} a step, {tokens:,.0f} tokens a second for each GPU, mfu {mfu:.1%}"
 
 
 def _compute_assumed(on: Machine) -> str:

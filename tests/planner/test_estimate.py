@@ -15,7 +15,7 @@ from megagpt.config.batch import batch_plan
 from megagpt.config.run_file import RunConfig, load_run_config, parse_run
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
-from megagpt.model.flops import n_params
+from megagpt.model.flops import flops_per_token, n_params
 from megagpt.planner.communication import Traffic, traffic
 from megagpt.planner.compute import muon_flops
 from megagpt.planner.estimate import OVERLAP, changes, fastest, machine, setting, settings
@@ -242,6 +242,9 @@ def test_the_command_marks_the_run_files_setting_and_names_the_fastest(capsys):
     assert main(["plan", run_file, "--ranks", "8", "--gpu", "H200", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["settings"][0]["current"]
+    rate = 512 * 1024 / found["settings"][0]["seconds"] / 8
+    mfu = rate * flops_per_token(load_run_config(Path(run_file)).megagpt.model, 50304) / 989e12
+    assert f"{rate:,.0f} tokens a second for each GPU, mfu {mfu:.1%}" in text
     assert found["fastest"]["keys"][0] == "zero_optimization.stage=0"
 
 

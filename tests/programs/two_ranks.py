@@ -49,7 +49,9 @@ def losses_of_every_stage(dataset: Path, folder: Path) -> dict[str, dict[int, fl
     small_buckets = "zero_optimization.reduce_bucket_size=1000"  # smaller than most parameters
     for stage in range(4):
         train(dataset, folder / f"stage{stage}", f"zero_optimization.stage={stage}", "megagpt.noise_scale=true")
-        train(dataset, folder / f"bucket{stage}", f"zero_optimization.stage={stage}", small_buckets)
+        # Below stage 3 this is not the default; there it takes two buckets in turn.
+        overlap = ["zero_optimization.overlap_comm=true"] if stage in (1, 2) else []
+        train(dataset, folder / f"bucket{stage}", f"zero_optimization.stage={stage}", small_buckets, *overlap)
         train(dataset, folder / f"other blocks{stage}", f"zero_optimization.stage={stage}", *OTHER_BLOCKS)
     train(dataset, folder / "offload", "zero_optimization.stage=2", "zero_optimization.offload_optimizer.device=cpu")
     return {run.name: metric(run, "train/loss") for run in sorted(folder.iterdir())}

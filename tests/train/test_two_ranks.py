@@ -157,6 +157,7 @@ def test_and_after_steps_at_stage_3_transformers_loads_its_export(two_ranks, tmp
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_bucket_smaller_than_a_parameter_changes_no_loss(two_ranks, one_rank, stage):
+    """Nor does sending it while backward fills the next one."""
     equal_losses(two_ranks["losses_of_every_stage"][0][f"bucket{stage}"], one_rank)
 
 
