@@ -70,6 +70,7 @@ OTHER_BLOCKS = [
     "megagpt.model.qk_norm=true",
     "megagpt.model.logit_softcap=5",
 ]
+LR_SCALE = 'optimizer.params.lr_scale={"embeddings": 2, "vectors": 0.5}'
 SHARING = {
     "stage0": [*_FEW, "zero_optimization.stage=0", 'megagpt.regularization={"label_smoothing": 0.1, "z_loss": 0.001}'],
     "stage1": [*_FEW, "zero_optimization.stage=1", "megagpt.packing.kind=best-fit", "megagpt.augment.goldfish.k=3"],

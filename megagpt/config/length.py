@@ -41,6 +41,13 @@ def with_steps(ours: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     batch, seq_len = int(batch), int(seq_len)
     if name == "max_tokens":
         steps = -(-int(schedule[name]) // (batch * seq_len))
+        # a run.json has both, also one of an older megagpt that took fewer
+        if int(schedule[name]) < batch * seq_len and schedule.get("max_steps") is None:
+            raise ValueError(
+                f"{KEYS[name]}={schedule[name]} is less than the {batch * seq_len} tokens of one step, "
+                f"train_batch_size={batch} x {seq_len}; set {KEYS[name]} to {batch * seq_len} or more, or lower "
+                "train_batch_size"
+            )
         made_of = f"{batch} x {seq_len} tokens"
     else:
         windows = _windows(ours, schedule, seq_len)

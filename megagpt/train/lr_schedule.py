@@ -16,14 +16,15 @@ def lr_factor(step: int, cfg: ScheduleConfig) -> float:
     return SHAPES[cfg.shape](step, cfg)
 
 
-def jump_of_rate(
+def jumps_of_rates(
     saved_run: Mapping[str, Any], step: int, peaks: Mapping[str, float], cfg: ScheduleConfig
-) -> str | None:
-    """Describe the jump of the rate from update `step`, the last one of a saved run, to the next one by `cfg`.
+) -> list[str]:
+    """Describe the jump of each rate from update `step`, the last one of a saved run, to the next one by `cfg`.
 
-    None if the saved run file would have continued alike, or if the rate changes by less than half of it.
+    Not of those that the saved run file would have continued alike, or that change by less than half of themselves.
     `saved_run` is that file, of this or an older version; `peaks` are the peak rates, by their keys: lr, and muon_lr.
     """
+    found = []
     before, saved_params = ScheduleConfig(**saved_run["megagpt"]["schedule"]), saved_run["optimizer"]["params"]
     for name, peak in peaks.items():
         saved_peak = float(saved_params.get(name) or saved_params["lr"])
@@ -34,8 +35,8 @@ def jump_of_rate(
         can_stay = now > was and step >= before.curve_steps and peak == saved_peak
         keep = f"; megagpt.schedule.end_step={before.curve_steps} keeps the old curve, and its last rate from there on"
         rate = "learning rate" if name == "lr" else "learning rate of Muon"
-        return f"{rate}: {was:.2e} in step {step}, {now:.2e} in step {step + 1}{keep if can_stay else ''}"
-    return None
+        found.append(f"{rate}: {was:.2e} in step {step}, {now:.2e} in step {step + 1}{keep if can_stay else ''}")
+    return found
 
 
 def weight_decay_factor(step: int, cfg: ScheduleConfig) -> float:

@@ -17,7 +17,7 @@ from megagpt.model.flops import n_params
 from megagpt.planner.sizing import EPOCHS, TOKENS_PER_PARAMETER
 from megagpt.terminal import YELLOW, counted, typed
 from megagpt.train.early_stopping import restarted
-from megagpt.train.lr_schedule import jump_of_rate
+from megagpt.train.lr_schedule import jumps_of_rates
 from megagpt.train.preflight import RunSetup
 from megagpt.train.run_log import LOG
 
@@ -56,8 +56,7 @@ def print_opening(setup: RunSetup, device: torch.device) -> None:
         peaks = {"lr": optimizer.params.lr}
         if optimizer.type == "Muon":
             peaks["muon_lr"] = optimizer.params.of_muon
-        if jump := jump_of_rate(saved_run, step, peaks, cfg.schedule):
-            lines.append(f"  {jump}")
+        lines += [f"  {jump}" for jump in jumps_of_rates(saved_run, step, peaks, cfg.schedule)]
         if setup.training_set.mixture.segments != setup.saved.mixture.segments:
             mixture = setup.training_set.describe(setup.saved.state.samples_seen, cfg.seq_len)
             lines.append(f"  samples from now on: {mixture}")

@@ -323,12 +323,12 @@ def test_a_path_that_cannot_be_used_is_one_message(trained, dataset, capsys, tmp
     assert one_message(said)
 
 
-@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (512, 1), (513, 2), (1e6, 1954), (1_000_000, 1954)])
+@pytest.mark.parametrize(("tokens", "steps"), [(512, 1), (513, 2), (1e6, 1954), (1_000_000, 1954)])
 def test_tokens_are_whole_steps_rounded_up_and_stay_when_the_batch_changes(dataset, tmp_path, tokens, steps):
     shape = ["train_batch_size=8", "megagpt.data.seq_len=64", f'megagpt.schedule={{"max_tokens": {tokens}}}']
     run = debug_run(dataset, tmp_path / "run", *shape)
     assert run.megagpt.schedule.max_steps == steps
-    assert run.changed("train_batch_size=16").megagpt.schedule.max_steps == max(1, -(-int(tokens) // 1024))
+    assert run.changed("train_batch_size=4").megagpt.schedule.max_steps == -(-int(tokens) // 256)
     assert parse_run(run.as_json()).megagpt.schedule.max_steps == steps
 
 
@@ -340,6 +340,15 @@ def test_tokens_against_steps_are_refused_by_training_and_by_lint_alike(dataset,
     found = lint_file(DEBUG_RUN, [*overrides(dataset, tmp_path / "run"), *both])
     assert [issue.level for issue in found] == ["error"]
     assert re.search(message, found[0].text)
+    few = ["train_batch_size=8", "megagpt.data.seq_len=64", 'megagpt.schedule={"max_tokens": 511}']
+    message = r"max_tokens=511 is less than the 512 tokens of one step, train_batch_size=8 x 64; set .* to 512 or more,"
+    with pytest.raises(UserError, match=message):
+        debug_run(dataset, tmp_path / "run", *few)
+    [found] = lint_file(DEBUG_RUN, [*overrides(dataset, tmp_path / "run"), *few])
+    assert found.level == "error"
+    assert re.search(message, found.text)
+    few[-1] = 'megagpt.schedule={"max_tokens": 511, "max_steps": 1}'  # as in the run.json of an older megagpt
+    assert debug_run(dataset, tmp_path / "run", *few).megagpt.schedule.max_steps == 1
     for tokens in ("0", "-5", "1.5", '"many"'):
         with pytest.raises(UserError, match=r"megagpt\.schedule\.max_tokens"):
             debug_run(dataset, tmp_path / "run", f'megagpt.schedule={{"max_tokens": {tokens}}}')

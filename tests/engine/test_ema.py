@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from elastic_ranks import options
-from support import MUON, VOCAB, debug_run, metric, take_steps
+from support import LR_SCALE, MUON, VOCAB, debug_run, metric, take_steps
 
 from megagpt.__main__ import main
 from megagpt.checkpoint.load import load_model
@@ -90,7 +90,7 @@ def test_an_update_that_a_guard_leaves_out_does_not_move_the_average(engine_of):
     assert all(map(torch.equal, averages_of(engine), before))
 
 
-@pytest.mark.parametrize("optimizer", [[], MUON], ids=["AdamW", "Muon"])
+@pytest.mark.parametrize("optimizer", [[LR_SCALE], MUON], ids=["AdamW with lr_scale", "Muon"])
 def test_a_run_with_averages_is_resumed_to_the_last_bit_and_on_another_stage(optimizer, dataset, device, tmp_path):
     more = [*optimizer, EMA, 'megagpt.every={"log": 1, "eval": 4, "save": 0}', "megagpt.schedule.max_steps=8"]
     straight = debug_run(dataset, tmp_path / "straight", "zero_optimization.stage=2", *more)

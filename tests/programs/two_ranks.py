@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from resume_matrix import COVERING, what_a_cut_changes, without_generators
-from support import EMA, MUON, OTHER_BLOCKS, curves, debug_run, metric, read_json, run_scenarios
+from support import EMA, LR_SCALE, MUON, OTHER_BLOCKS, curves, debug_run, metric, read_json, run_scenarios
 from task_files import write_tasks
 
 from megagpt.checkpoint import save
@@ -52,7 +52,7 @@ def losses_of_every_stage(dataset: Path, folder: Path) -> dict[str, dict[int, fl
         # Below stage 3 this is not the default; there it takes two buckets in turn.
         overlap = ["zero_optimization.overlap_comm=true"] if stage in (1, 2) else []
         train(dataset, folder / f"bucket{stage}", f"zero_optimization.stage={stage}", small_buckets, *overlap)
-        train(dataset, folder / f"other blocks{stage}", f"zero_optimization.stage={stage}", *OTHER_BLOCKS)
+        train(dataset, folder / f"other blocks{stage}", f"zero_optimization.stage={stage}", *OTHER_BLOCKS, LR_SCALE)
     train(dataset, folder / "offload", "zero_optimization.stage=2", "zero_optimization.offload_optimizer.device=cpu")
     return {run.name: metric(run, "train/loss") for run in sorted(folder.iterdir())}
 

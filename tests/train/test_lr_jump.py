@@ -8,7 +8,7 @@ from support import MUON, debug_run, metric
 
 from megagpt.config.schedule import ScheduleConfig
 from megagpt.errors import UserError
-from megagpt.train.lr_schedule import jump_of_rate, lr_factor
+from megagpt.train.lr_schedule import jumps_of_rates, lr_factor
 from megagpt.train.trainer import train
 
 SHAPES = [
@@ -39,20 +39,20 @@ def saved(lr=3e-3, **schedule):
 def test_the_jump_of_an_extended_run_is_named_with_the_key_that_avoids_it():
     """Half a cosine over 20 steps: at its middle the rate is 0.55 of the peak, where the end of 10 steps is 0.1."""
     longer = ScheduleConfig(max_steps=21)
-    text = jump_of_rate(saved(max_steps=10), 10, {"lr": 3e-3}, longer)
+    (text,) = jumps_of_rates(saved(max_steps=10), 10, {"lr": 3e-3}, longer)
     assert text.startswith(
         "learning rate: 3.00e-04 in step 10, 1.65e-03 in step 11; megagpt.schedule.end_step=10 keeps"
     )
     kept = longer.model_copy(update={"end_step": 10})
-    assert jump_of_rate(saved(max_steps=10), 10, {"lr": 3e-3}, kept) is None
+    assert jumps_of_rates(saved(max_steps=10), 10, {"lr": 3e-3}, kept) == []
 
 
 def test_a_run_that_continues_as_planned_or_nearly_so_has_no_jump():
     schedule = {"max_steps": 20, "warmup_steps": 8}
     for step in (1, 8, 12, 20):
-        assert jump_of_rate(saved(**schedule), step, {"lr": 3e-3}, ScheduleConfig(**schedule)) is None
-    assert jump_of_rate(saved(**schedule), 10, {"lr": 3e-3}, ScheduleConfig(max_steps=22, warmup_steps=8)) is None
-    told = jump_of_rate(saved(**schedule), 10, {"lr": 3e-2}, ScheduleConfig(**schedule))
+        assert jumps_of_rates(saved(**schedule), step, {"lr": 3e-3}, ScheduleConfig(**schedule)) == []
+    assert jumps_of_rates(saved(**schedule), 10, {"lr": 3e-3}, ScheduleConfig(max_steps=22, warmup_steps=8)) == []
+    (told,) = jumps_of_rates(saved(**schedule), 10, {"lr": 3e-2}, ScheduleConfig(**schedule))
     assert told.startswith("learning rate: ")
     assert "end_step" not in told
 
@@ -72,9 +72,11 @@ def test_extending_a_run_prints_the_jump_and_the_named_key_avoids_it(dataset, de
 
 def test_the_rate_of_muon_jumps_too():
     params = {"optimizer": {"params": {"lr": 3e-3, "muon_lr": 0.02}}, "megagpt": {"schedule": {"max_steps": 20}}}
-    told = jump_of_rate(params, 10, {"lr": 3e-3, "muon_lr": 0.2}, ScheduleConfig(max_steps=20))
+    (told,) = jumps_of_rates(params, 10, {"lr": 3e-3, "muon_lr": 0.2}, ScheduleConfig(max_steps=20))
     assert told.startswith("learning rate of Muon: ")
-    assert jump_of_rate(params, 10, {"lr": 3e-3, "muon_lr": 0.02}, ScheduleConfig(max_steps=20)) is None
+    assert jumps_of_rates(params, 10, {"lr": 3e-3, "muon_lr": 0.02}, ScheduleConfig(max_steps=20)) == []
+    both = jumps_of_rates(params, 20, {"lr": 3e-3, "muon_lr": 0.02}, ScheduleConfig(max_steps=41))
+    assert [line[:34] for line in both] == ["learning rate: 3.00e-04 in step 20", "learning rate of Muon: 2.00e-03 in"]
 
 
 def test_a_constant_run_is_resumed_to_decay_from_its_step_and_not_from_an_earlier_one(dataset, device, tmp_path):

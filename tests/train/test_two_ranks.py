@@ -10,7 +10,7 @@ import pytest
 import torch
 from models_of_others import write_gpt2
 from resume_matrix import COVERING, LAST
-from support import EMA, MUON, OTHER_BLOCKS, PROGRAMS, debug_run, metric, scenarios, torchrun, write_corpus
+from support import EMA, LR_SCALE, MUON, OTHER_BLOCKS, PROGRAMS, debug_run, metric, scenarios, torchrun, write_corpus
 
 from data_tools.build import build
 from data_tools.config import BuildConfig
@@ -81,7 +81,7 @@ def test_the_noise_scale_of_two_ranks_is_that_of_two_micro_batches_on_one(two_ra
 @pytest.fixture(scope="module")
 def other_blocks(dataset, device, tmp_path_factory) -> dict[int, float]:
     out_dir = tmp_path_factory.mktemp("other_blocks") / "run"
-    train(debug_run(dataset, out_dir, *OTHER_BLOCKS), device)
+    train(debug_run(dataset, out_dir, *OTHER_BLOCKS, LR_SCALE), device)
     return metric(out_dir, "train/loss")
 
 
@@ -98,7 +98,9 @@ def muon_on_one_rank(muon_run_on_one_rank) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_other_blocks_than_gpt2s_train_at_every_stage_on_two_ranks_what_one_rank_trains(two_ranks, other_blocks, stage):
+def test_other_blocks_and_rates_apart_train_at_every_stage_on_two_ranks_what_one_rank_trains(
+    two_ranks, other_blocks, stage
+):
     equal_losses(two_ranks["losses_of_every_stage"][0][f"other blocks{stage}"], other_blocks)
 
 
