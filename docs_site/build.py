@@ -47,9 +47,9 @@ def main() -> int:
     (BUILD / "links_elsewhere.txt").write_text("\n".join(elsewhere) + "\n")
     for line in wrong:
         print(line, file=sys.stderr)
-    print(
-        f"{BUILD / 'html' / 'index.html'}: {len(wrong)} dead links; {len(elsewhere)} links to other sites, not followed"
-    )
+    print(f"{len(wrong)} dead links, {len(elsewhere)} to other sites not followed: build/docs/links_elsewhere.txt")
+    print("build/docs/html/index.html is the site; its search needs a server:")
+    print("  python -m http.server --bind 127.0.0.1 --directory build/docs/html")
     return 1 if wrong else 0
 
 
