@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from megagpt.config.deepspeed import OptimizerParams
 from megagpt.config.model import ModelConfig
 from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.distributed.rank_variables import without_launcher
-from megagpt.errors import UserError
+from megagpt.errors import UserError, writing_to
 from megagpt.terminal import show
 from megagpt.train.preflight import refused_data
 from megagpt.tuning.rate_test import SHORT_RUN, as_typed
@@ -40,6 +41,8 @@ def measure_transfer(run: RunConfig, run_file: Path, given: Sequence[str], *, st
     models = [_model(run_file, options) for options in widths]
     if refused := refused_data(run):
         raise refused
+    with writing_to(folder, "--study"):  # now, not after minutes of training
+        folder.mkdir(parents=True, exist_ok=True)
     found = [Measured(name, *_rate(rates)) for name, (_, rates) in optimizers.items()]
     with tempfile.TemporaryDirectory() as scratch:
         for model, options in zip(models, widths, strict=True):
@@ -64,9 +67,9 @@ def measure_transfer(run: RunConfig, run_file: Path, given: Sequence[str], *, st
                 show(one.progress())
     text = told(found, steps)
     show("\n".join(["", *tables(found, steps, CHECKED), "", text]))
-    folder.mkdir(parents=True, exist_ok=True)
     facts = as_json(found, run_file, steps=steps, checked=CHECKED, text=text)
-    write_atomically(folder / TRANSFER, (json.dumps(facts, indent=1) + "\n").encode())
+    with writing_to(folder, "--study"):
+        write_atomically(folder / TRANSFER, (json.dumps(facts, indent=1) + "\n").encode())
     show(f"{folder / TRANSFER}: all sizes and losses")
 
 
@@ -114,14 +117,22 @@ def _answers(request: Request) -> Iterator[Found]:
             env=without_launcher(os.environ),
             preexec_fn=end_with_parent,
         )
-        with process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(json.dumps(asdict(request)) + "\n")
-            process.stdin.close()
-            for _ in request.optimizers:
-                if not (line := process.stdout.readline()):
-                    said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
-                    raise UserError(f"the short runs failed: {said[-1]}")
-                raw = json.loads(line)
-                yield Found(**raw | {"losses": {int(i): loss for i, loss in raw["losses"].items()}})
+        try:
+            yield from _read(process, request, log)
+        finally:  # also where an answer or Ctrl-C ends it all
+            process.kill()
+            process.communicate()
+
+
+def _read(process: subprocess.Popen[str], request: Request, log: Path) -> Iterator[Found]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with suppress(BrokenPipeError):  # the log tells why it has ended
+        process.stdin.write(json.dumps(asdict(request)) + "\n")
+        process.stdin.flush()
+    for _ in request.optimizers:
+        if not (line := process.stdout.readline()):
+            said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+            raise UserError(f"the short runs failed: {said[-1]}")
+        raw = json.loads(line)
+        yield Found(**raw | {"losses": {int(i): loss for i, loss in raw["losses"].items()}})

@@ -122,6 +122,15 @@ def test_what_cannot_be_compared_over_widths_is_one_message(dataset, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_for_the_results_that_is_none_is_told_before_anything_trains(dataset, tmp_path, capfd):
+    (tmp_path / "file").touch()
+    data = [f"megagpt.data.{key}={dataset}" for key in ("train.0.path", "val")]
+    words = ["--transfer", "--study", str(tmp_path / "file"), *data, "megagpt.model.n_head=4"]
+    assert main(["tune", str(DEBUG_RUN), *words]) == 2
+    [message] = capfd.readouterr().err.splitlines()
+    assert f"{tmp_path / 'file'}" in message
+
+
 def test_a_key_after_the_option_is_not_taken_for_its_steps(capfd):
     for option in ("--transfer", "--find-lr"):
         with pytest.raises(SystemExit, match="2"):
