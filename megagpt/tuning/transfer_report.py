@@ -105,10 +105,13 @@ def _moved(one: Measured) -> str:
     )
     if one.best(-1) == first:
         return text + f"Of the rates tried the same one is best at both: tuned at {narrow}, it served {wide} as it is."
-    return text + (
+    text += (
         f"{wide} with the rate that was best of those tried at {narrow}, {one.rate_at(first):.2g}, ends "
-        f"{_loss(one.cost)} nats above its best: multiply a rate tuned at {narrow} by {rates[-1] / rates[0]:.2f}."
+        f"{_loss(one.cost)} nats above its best: "
     )
+    if abs(math.log2(rates[-1] / rates[0])) < 0.5:
+        return text + "but the two are closer than the rates tried, a factor of 2, can tell apart."
+    return text + f"multiply a rate tuned at {narrow} by {rates[-1] / rates[0]:.2f}."
 
 
 def as_json(found: Sequence[Measured], run_file: Path, *, steps: int, checked: int, text: str) -> dict[str, Any]:

@@ -77,6 +77,8 @@ def test_what_is_told_is_what_was_measured(tmp_path):
     assert "tuned at 32, it served 128 as it is" in told([measured(narrow, narrow)], 100)
     assert "nothing can be said about moving it" in told([measured(narrow, {0: 1.0, 1: math.inf, 2: 2.0})], 100)
     assert max(map(len, tables([moved], 100, 10))) <= 100
+    near = measured({1: 1.5, 2: 1.0, 3: 1.01}, {2: 1.01, 3: 1.0, 4: 1.5})
+    assert "closer than the rates tried, a factor of 2, can tell apart" in told([near], 100)
     facts = as_json([moved, measured(narrow, {0: math.inf, **wide})], tmp_path, steps=100, checked=10, text=text)
     assert json.loads(json.dumps(facts, allow_nan=False))["optimizers"]["AdamW"]["best_rate"]["128"] == 0.002
 
