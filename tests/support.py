@@ -69,6 +69,8 @@ OTHER_BLOCKS = [
     "megagpt.model.n_kv_head=1",
     "megagpt.model.qk_norm=true",
     "megagpt.model.logit_softcap=5",
+    "megagpt.model.value_residual=true",
+    "megagpt.model.embedding_shortcut=true",
 ]
 LR_SCALE = 'optimizer.params.lr_scale={"embeddings": 2, "vectors": 0.5}'
 SHARING = {

@@ -98,6 +98,13 @@ class ModelConfig(Strict):
         default=None, gt=0.0, le=1e6, description="logits become cap * tanh(logits / cap); null: no cap"
     )
 
+    value_residual: bool = Field(
+        default=False, description="blocks mix the first one's values into theirs, by two trained scalars"
+    )
+    embedding_shortcut: bool = Field(
+        default=False, description="blocks mix the embeddings into their input, by two trained scalars"
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, given: Any) -> Any:
@@ -143,6 +150,12 @@ class ModelConfig(Strict):
                         f"megagpt.model.{key}={getattr(self, key):g} has no effect with megagpt.model.position="
                         f"{self.position}; remove it, or set megagpt.model.position to rotary"
                     )
+        for key in ("value_residual", "embedding_shortcut"):
+            if getattr(self, key) and self.n_layer == 1:
+                raise ValueError(
+                    f"megagpt.model.{key}=true has no effect with megagpt.model.n_layer=1, since it joins the later "
+                    f"blocks to the first; remove it, or raise megagpt.model.n_layer"
+                )
         return self
 
     @property

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from megagpt.distributed.collectives import gather_objects
 from megagpt.distributed.process_group import print_rank0
 from megagpt.errors import OwnRankError, UserError
 from megagpt.model.cache import Append
-from megagpt.model.gpt import GPT, Block
+from megagpt.model.gpt import GPT, Block, Output
 
 KERNELS = "compiled"  # a run's folder of compiled kernels, in its out_dir
 PLAIN_PATH = re.compile(r"[\w./@%+=:,-]+")
@@ -105,13 +106,11 @@ def why_no_kernels(folder: Path) -> str:
         return f"cannot be written ({error.strerror})"
 
 
-def _unless_cached(block: Block, within: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+def _unless_cached(block: Block, within: Callable[..., Tensor] | None) -> Callable[..., Output]:
     plain = block.forward
     compiled = torch.compile(plain if within is None else partial(within, plain), dynamic=False, fullgraph=True)
 
-    def forward(
-        x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None, cache: Append | None = None
-    ) -> Tensor:
-        return compiled(x, mask, rotary) if cache is None else plain(x, mask, rotary, cache)
+    def forward(*inputs: Any, cache: Append | None = None) -> Output:
+        return compiled(*inputs) if cache is None else plain(*inputs, cache=cache)
 
     return forward

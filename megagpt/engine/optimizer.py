@@ -17,9 +17,10 @@ from megagpt.engine.cautious import CautiousAdamW
 from megagpt.engine.muon import Muon
 from megagpt.engine.without_compiler import step_without_compiler
 
-# Groups of parameters, in their order. With rates of their own, the first three are apart from the other matrices.
+# Groups of parameters, in their order. With rates of their own, all are apart from the other matrices.
 BY_DECAY = ("decays", "others")
-BY_KIND = ("embeddings", "head", "vectors", "matrices")
+BY_KIND = ("embeddings", "head", "vectors", "scalars", "matrices")
+SCALARS = ".scalars"  # the end of the names of what `Mix` mixes by, which never decays
 HIDDEN = "matrices inside the blocks"  # which Muon updates
 
 
@@ -34,7 +35,7 @@ def decay_groups(
     """Return Adam's groups: the parameters that decay (by default the matrices), and biases and LayerNorm gains.
 
     With a `momentum`, the matrices inside the blocks are a group of their own, the last, which Muon updates. With an
-    `lr_scale`, embeddings, head, vectors and the other matrices are groups of their own, with these factors.
+    `lr_scale`, embeddings, head, vectors, scalars and the other matrices are groups of their own, with these factors.
     """
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ndims = {name: _ndim(p) for name, p in params.items()}
@@ -42,7 +43,7 @@ def decay_groups(
     for kind, names in names_in_groups(
         ndims, decay_on, muon=momentum is not None, by_kind=lr_scale is not None
     ).items():
-        decays = kind != "others" and (kind != "vectors" or decay_on == "all")
+        decays = kind not in ("others", "scalars") and (kind != "vectors" or decay_on == "all")
         group = {"params": [params[name] for name in names], "weight_decay": weight_decay if decays else 0.0}
         if kind == HIDDEN:
             group["momentum"] = momentum
@@ -63,13 +64,14 @@ def names_in_groups(
         elif by_kind:
             kind = _kind(name, ndim)
         else:
-            kind = "decays" if decay_on == "all" or ndim >= 2 else "others"
+            decays = ndim >= 2 or (decay_on == "all" and not name.endswith(SCALARS))
+            kind = "decays" if decays else "others"
         found[kind].append(name)
     return {kind: names for kind, names in found.items() if names}
 
 
 def has_own_rates(optimizer: Optimizer) -> bool:
-    """Tell whether embeddings, head and vectors are groups of their own."""
+    """Tell whether embeddings, head, vectors and scalars are groups of their own."""
     return any("lr_scale" in group for group in optimizer.param_groups)
 
 
@@ -78,6 +80,8 @@ def _kind(name: str, ndim: int) -> str:
         return "embeddings"
     if name == "lm_head.weight":
         return "head"
+    if name.endswith(SCALARS):
+        return "scalars"
     return "vectors" if ndim < 2 else "matrices"
 
 

@@ -120,6 +120,11 @@ WITHOUT_EFFECT = (
         "the head is the token embedding; set megagpt.model.tied to false, or remove it",
     ),
     Acts(
+        ("optimizer.params.lr_scale.scalars",),
+        lambda run: run.megagpt.model.value_residual or run.megagpt.model.embedding_shortcut,
+        "the model has none; set megagpt.model.value_residual or megagpt.model.embedding_shortcut, or remove it",
+    ),
+    Acts(
         ("megagpt.schedule.momentum_warmup_steps",),
         lambda run: run.deepspeed.optimizer.type == "Muon",
         "it is for Muon's momentum; set optimizer.type to Muon or remove this",

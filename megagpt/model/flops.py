@@ -13,9 +13,11 @@ def param_sizes(cfg: ModelConfig, vocab_size: int) -> list[int]:
     C = cfg.n_embd
     norm, head_norms = _norm(cfg, C), 2 * _norm(cfg, cfg.head_dim) if cfg.qk_norm else []
     c_attn, c_proj, c_fc, mlp_c_proj = ([i * o, o] if cfg.bias else [i * o] for i, o in _linears(cfg))
+    mixes = [2] * (cfg.value_residual + cfg.embedding_shortcut)  # of all blocks but the first
     block = [*norm, *c_attn, *c_proj, *head_norms, *norm, *c_fc, *mlp_c_proj]
     positions = [cfg.seq_len * C] if cfg.position == "learned" else []
-    return [vocab_size * C, *positions, *block * cfg.n_layer, *norm, *([] if cfg.tied else [vocab_size * C])]
+    blocks = [*block, *[*mixes, *block] * (cfg.n_layer - 1)]
+    return [vocab_size * C, *positions, *blocks, *norm, *([] if cfg.tied else [vocab_size * C])]
 
 
 def _linears(cfg: ModelConfig) -> list[tuple[int, int]]:
@@ -51,7 +53,7 @@ def hidden_matrices(cfg: ModelConfig) -> list[tuple[int, int]]:
 
 
 def n_vector_elements(cfg: ModelConfig, vocab_size: int) -> int:
-    """Return the number of parameters in biases and norms, which do not decay by default."""
+    """Return the number of parameters in biases, norms and scalars, which do not decay by default."""
     tables = [cfg.seq_len] * (cfg.position == "learned") + [vocab_size] * (1 if cfg.tied else 2)  # their rows
     return n_params(cfg, vocab_size) - sum(tables) * cfg.n_embd - n_hidden(cfg)
 

@@ -1,6 +1,7 @@
 """GPT-2 (Radford et al. 2019), complete: embeddings, attention, MLP, pre-LayerNorm blocks, tied output head.
 
-`ModelConfig` chooses between its parts and newer ones: rotary positions, RMSNorm, gated MLPs, grouped-query attention.
+`ModelConfig` chooses between its parts and newer ones: rotary positions, RMSNorm, gated MLPs, grouped-query attention,
+shortcuts from the first block's values and from the embeddings to every later block.
 
 Shapes: B batch, T positions, S positions so far, C width (n_embd), H heads, K heads of keys and values, D head width
 (C = H * D), V vocabulary.
@@ -22,40 +23,11 @@ from megagpt.config.model import ModelConfig
 from megagpt.config.regularization import UNREGULARIZED, Dropout, RegularizationConfig
 from megagpt.model.attention import ATTENTION, over_ranks
 from megagpt.model.cache import Append, KeyValueCaches
+from megagpt.model.layers import Embedding, Linear, Mix, norm
 from megagpt.model.loss import Score, capped
+from megagpt.model.masks import document_positions
 from megagpt.model.positions import alibi_mask, rotary_tables, rotate, sinusoidal
 from megagpt.model.stochastic_depth import StochasticDepth
-
-
-class Linear(nn.Linear):
-    """nn.Linear with GPT-2's initialization inside __init__, because ZeRO-3 shards a layer as soon as it is built."""
-
-    packed: Tensor | None = None  # the weight as packed_weights.py lays it out, while a model generates on a CPU
-
-    def __init__(self, n_in: int, n_out: int, *, std: float = 0.02, bias: bool = True) -> None:
-        self.std = std
-        super().__init__(n_in, n_out, bias=bias)
-
-    def reset_parameters(self) -> None:
-        draw_normal(self.weight, self.std)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self.packed  # read once: another thread may end its generation
-        if packed is not None:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
-            return y
-        # With two dimensions. To a product with three, DeepSpeed's linear function of ZeRO-3 adds the bias in place;
-        # where the policy `selective` has kept that product, it is added twice, and gradients are wrong.
-        return F.linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding with GPT-2's initialization, for the same reason."""
-
-    def reset_parameters(self) -> None:
-        draw_normal(self.weight, 0.02)
 
 
 class OutputHead(Linear):
@@ -69,24 +41,14 @@ class OutputHead(Linear):
         return capped(super().forward(x), self.softcap)
 
 
-def norm(cfg: ModelConfig, width: int) -> nn.Module:
-    """Return the model's norm: LayerNorm (Ba et al. 2016), or RMSNorm (Zhang and Sennrich 2019)."""
-    if cfg.norm == "layernorm":
-        return nn.LayerNorm(width, eps=cfg.norm_eps, bias=cfg.bias)
-    return nn.RMSNorm(width, eps=cfg.norm_eps, elementwise_affine=cfg.norm == "rmsnorm")
-
-
-@torch.no_grad()
-def draw_normal(weight: Tensor, std: float) -> None:
-    """Draw on the CPU in fp32, whatever the weight's device and type, so that all ZeRO stages start with the same."""
-    if not weight.is_meta:  # those only stand for weights that are loaded
-        weight.copy_(torch.normal(0.0, std, weight.shape, device="cpu"))
-
-
 class CausalSelfAttention(nn.Module):
-    """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2): x (B, T, C) -> (B, T, C)."""
+    """Multi-head causal self-attention (Vaswani et al. 2017, section 3.2): x (B, T, C) -> (B, T, C).
 
-    def __init__(self, cfg: ModelConfig, dropout: Dropout) -> None:
+    With value residual, the first block's attention also returns its values (B, K, T, D), and the others mix them into
+    theirs.
+    """
+
+    def __init__(self, cfg: ModelConfig, dropout: Dropout, *, first: bool) -> None:
         super().__init__()
         self.heads, self.head_dim = [cfg.n_head, cfg.kv_heads, cfg.kv_heads], cfg.head_dim
         self.attend = self.attend_alone = ATTENTION[cfg.attention]
@@ -95,25 +57,36 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Linear(cfg.n_embd, cfg.n_embd, std=residual_std(cfg), bias=cfg.bias)
         self.q_norm = norm(cfg, cfg.head_dim) if cfg.qk_norm else nn.Identity()
         self.k_norm = norm(cfg, cfg.head_dim) if cfg.qk_norm else nn.Identity()
+        self.returns_values = cfg.value_residual and first
+        self.value_mix = Mix() if cfg.value_residual and not first else None
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None, cache: Append | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        rotary: Tensor | None = None,
+        values: Tensor | None = None,
+        cache: Append | None = None,
+    ) -> "Output":
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2K, T, D)
         q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, D), and (B, K, T, D) each
         q, k = self.q_norm(q), self.k_norm(k)
+        if self.value_mix is not None:
+            v = self.value_mix(v, values)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        attend = self.attend
+        attend, all_v = self.attend, v
         if cache is not None:
-            k, v = cache(k, v)  # each (B, K, S, D)
+            k, all_v = cache(k, v)  # each (B, K, S, D)
             q = q.to(k.dtype)
             # Also with sequence parallelism, because every rank generates whole texts.
             attend = self.attend_alone
-        y = attend(q, k, v, self.dropout.attention if self.training else 0.0, mask)  # (B, H, T, D)
+        y = attend(q, k, all_v, self.dropout.attention if self.training else 0.0, mask)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)
-        return F.dropout(self.c_proj(y), self.dropout.residual, self.training)
+        y = F.dropout(self.c_proj(y), self.dropout.residual, self.training)
+        # A copy, since a view would keep queries and keys alive, too.
+        return (y, v.contiguous()) if self.returns_values else y
 
 
 def _squared(x: Tensor) -> Tensor:
@@ -148,35 +121,55 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with LayerNorm at the input of each part (GPT-2, section 2.3): x (B, T, C) -> (B, T, C)."""
+    """A transformer block with LayerNorm at the input of each part (GPT-2, section 2.3): x (B, T, C) -> (B, T, C).
 
-    def __init__(self, cfg: ModelConfig, dropout: Dropout) -> None:
+    With value residual (Zhou et al. 2024) the first block also returns its values, and the others get them; with the
+    embedding shortcut (Jordan et al. 2024) they get the embeddings (B, T, C). At the start both change nothing.
+    """
+
+    def __init__(self, cfg: ModelConfig, dropout: Dropout, *, first: bool = False) -> None:
         super().__init__()
+        self.shortcut = Mix() if cfg.embedding_shortcut and not first else None
         self.ln_1 = norm(cfg, cfg.n_embd)
-        self.attn = CausalSelfAttention(cfg, dropout)
+        self.attn = CausalSelfAttention(cfg, dropout, first=first)
         self.ln_2 = norm(cfg, cfg.n_embd)
         self.mlp = MLP(cfg, dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None, cache: Append | None = None
-    ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, rotary, cache)
-        return x + self.mlp(self.ln_2(x))
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        rotary: Tensor | None = None,
+        values: Tensor | None = None,
+        embeddings: Tensor | None = None,
+        *,
+        cache: Append | None = None,
+    ) -> "Output":
+        if self.shortcut is not None:
+            x = self.shortcut(x, embeddings)
+        y, returned = with_values(self.attn(self.ln_1(x), mask, rotary, values, cache))
+        x = x + y
+        x = x + self.mlp(self.ln_2(x))
+        return x if returned is None else (x, returned)
+
+
+Output = Tensor | tuple[Tensor, Tensor]  # of the first block, with value residual, its values, too
+
+
+def with_values(output: Output) -> tuple[Tensor, Tensor | None]:
+    """Return what a block or its attention computed, and the values that it returned, if any."""
+    return output if isinstance(output, tuple) else (output, None)
 
 
 class Recompute(Protocol):
-    """Runs block number i on x (B, T, C) and keeps its activations for backward, or recomputes them there."""
+    """Runs block number i on its inputs and keeps its activations for backward, or recomputes them there."""
 
-    def __call__(
-        self, i: int, block: Block, x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None
-    ) -> Tensor: ...
+    def __call__(self, i: int, block: Block, *inputs: Tensor | None) -> Output: ...
 
 
-def keep_activations(
-    i: int, block: Block, x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None
-) -> Tensor:
+def keep_activations(i: int, block: Block, *inputs: Tensor | None) -> Output:
     """Run the block and keep all activations: the policy `none`."""
-    return block(x, mask, rotary)
+    return block(*inputs)
 
 
 class GPT(nn.Module):
@@ -188,7 +181,7 @@ class GPT(nn.Module):
         self.stochastic_depth = StochasticDepth(regularization.skip_rates(cfg.n_layer))
         self.wte = Embedding(vocab_size, cfg.n_embd)
         self.wpe = Embedding(cfg.seq_len, cfg.n_embd) if cfg.position == "learned" else None
-        self.h = nn.ModuleList(Block(cfg, self.dropout) for _ in range(cfg.n_layer))
+        self.h = nn.ModuleList(Block(cfg, self.dropout, first=i == 0) for i in range(cfg.n_layer))
         self.ln_f = norm(cfg, cfg.n_embd)
         self.lm_head = OutputHead(cfg.n_embd, vocab_size, std=0.02 if cfg.init == "gpt2" else 0.0, bias=False)
         self.lm_head.softcap = cfg.logit_softcap
@@ -235,12 +228,17 @@ class GPT(nn.Module):
             mask = alibi_mask(self.cfg.n_head, places, end, mask)
         recompute = self.recompute if self.training else keep_activations
         kept = self.stochastic_depth.draw(len(x), x.device) if self.training else None
+        # A view has a node of its own in the graph, so that gradients are summed in one order, whoever recomputes.
+        embeddings = x.view_as(x) if self.cfg.embedding_shortcut else None
+        values: Tensor | None = None
         for i, block in enumerate(self.blocks()):
             if caches is None:
-                y = recompute(i, block, x if kept is None else x.view_as(x), mask, rotary)
-                x = self.stochastic_depth.after(i, x, y, kept)  # (B, T, C)
+                output = recompute(i, block, x if kept is None else x.view_as(x), mask, rotary, values, embeddings)
             else:
-                x = block(x, mask, rotary, partial(caches.append, i))
+                output = block(x, mask, rotary, values, embeddings, cache=partial(caches.append, i))
+            y, returned = with_values(output)
+            values = values if returned is None else returned
+            x = self.stochastic_depth.after(i, x, y, kept)  # (B, T, C)
         if caches is not None:
             caches.advance(T)
         return self.lm_head(self.ln_f(x), score)  # (B, T, V)
@@ -274,17 +272,6 @@ class GPT(nn.Module):
         # The attention of one position takes a CPU many times longer in 16 bits.
         dtype = torch.float32 if like.device.type == "cpu" else like.dtype
         return KeyValueCaches(torch.zeros(shape, dtype=dtype, device=like.device))
-
-
-def document_positions(documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Return positions (B, T) that restart in each document, and the mask (B, 1, T, T) that keeps attention in it."""
-    T = documents.size(1)
-    place = torch.arange(T, device=documents.device)
-    begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0  # (B, T)
-    first = torch.where(begins, place, 0).cummax(1).values  # (B, T): where the document of each position begins
-    # Two comparisons make booleans at once: integers (B, T, T) would take 8 times the memory.
-    seen = (place >= first.unsqueeze(-1)) & (place <= place.unsqueeze(1))  # (B, T, T)
-    return place - first, seen.unsqueeze(1)
 
 
 def residual_std(cfg: ModelConfig) -> float:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from megagpt.model.gpt import GPT, Linear
+from megagpt.model.gpt import GPT
+from megagpt.model.layers import Linear
 
 DTYPES = (torch.float32, torch.bfloat16)
 WORTH = 16  # steps that save the time of packing

@@ -15,11 +15,9 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from megagpt.config.recompute import RecomputeConfig
 from megagpt.config.regularization import Dropout
-from megagpt.model.gpt import Block, Recompute, keep_activations
+from megagpt.model.gpt import Block, Output, Recompute, keep_activations
 
-RunAgain = Callable[
-    [Block, Tensor, Tensor | None, Tensor | None], Tensor
-]  # runs a block so that backward recomputes it
+RunAgain = Callable[..., Output]  # runs a block on its inputs so that backward recomputes it
 
 IN_THE_GRAPH = ("selective", "budget")  # the policies that torch.compile carries out within compiled blocks
 
@@ -68,8 +66,8 @@ def _torch_checkpoint(cfg: RecomputeConfig, dropout: Dropout) -> Callable[..., T
 def _every(k: int, run_again: RunAgain) -> Recompute:
     """Recompute blocks 0, k, 2 k, ..., and keep the activations of the others."""
 
-    def recompute(i: int, block: Block, x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None) -> Tensor:
-        return run_again(block, x, mask, rotary) if i % k == 0 else block(x, mask, rotary)
+    def recompute(i: int, block: Block, *inputs: Tensor | None) -> Output:
+        return run_again(block, *inputs) if i % k == 0 else keep_activations(i, block, *inputs)
 
     return recompute
 
@@ -114,8 +112,8 @@ def on_the_host(recompute: Recompute) -> Recompute:
     def to_device(packed: Tensor | tuple[torch.device, Tensor]) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed[1].to(packed[0], non_blocking=True)
 
-    def offloaded(i: int, block: Block, x: Tensor, mask: Tensor | None = None, rotary: Tensor | None = None) -> Tensor:
+    def offloaded(i: int, block: Block, *inputs: Tensor | None) -> Output:
         with torch.autograd.graph.saved_tensors_hooks(to_host, to_device):
-            return recompute(i, block, x, mask, rotary)
+            return recompute(i, block, *inputs)
 
     return offloaded

@@ -130,9 +130,11 @@ def _units(cfg: ModelConfig) -> tuple[float, float, float]:
     norms = 8
     # Rotation and norms of queries and keys read and write both.
     heads = 4 if cfg.position == "rotary" or cfg.qk_norm else 0
-    forward = norms + heads + (qkv + 1) + (into + inner)
+    # A mixture reads two tensors and writes one.
+    mixes = 3 * (cfg.embedding_shortcut + cfg.value_residual * cfg.kv_heads / cfg.n_head)
+    forward = norms + heads + mixes + (qkv + 1) + (into + inner)
     biases = qkv + 2 if cfg.bias else 0
-    backward = norms + heads + 2 * (qkv + 1) + (2 * into + inner) + biases
+    backward = norms + heads + 2 * mixes + 2 * (qkv + 1) + (2 * into + inner) + biases
     return products, forward, backward
 
 

@@ -228,7 +228,10 @@ def _activations(run: RunConfig, batch: BatchPlan) -> tuple[float, float, float]
         # The masks of two results, a byte for each number.
         extra += 2 * tokens * cfg.model.n_embd
     # What newer parts keep beyond GPT-2's: rotated queries and keys, those before their norms, a gate and its SiLU.
-    copies = (2 if cfg.model.position == "rotary" else 0) + (2 if cfg.model.qk_norm else 0)
+    copies = 2.0 * ((cfg.model.position == "rotary") + cfg.model.qk_norm)
+    # What is mixed, where the mixture is kept already.
+    values = cfg.model.kv_heads / H if cfg.model.value_residual else 0.0
+    copies += values + (1 if cfg.model.embedding_shortcut else 0)
     mlp = (4 if cfg.model.gated else 2) * cfg.model.mlp_inner / cfg.model.n_embd - 8
     whole = (WHOLE + copies + mlp) * U + extra
     policy, again = cfg.recompute.policy, cfg.recompute.n_blocks(L)
@@ -237,7 +240,7 @@ def _activations(run: RunConfig, batch: BatchPlan) -> tuple[float, float, float]
     if policy == "budget":
         again = L
     blocks = again * less + (L - again) * whole
-    ends = 2 * U  # the embeddings' sum and the last LayerNorm's result
+    ends = (2 + values) * U  # the embeddings' sum, the last LayerNorm's result, the first block's values
     # Backward begins with the last block, which is recomputed first if the policy includes it.
     backward = BACKWARD * U + (whole - less if again and (L - 1) % (cfg.recompute.k or 1) == 0 else 0.0)
     if cfg.recompute.offload or run.deepspeed.activation_checkpointing.cpu_checkpointing:

@@ -53,6 +53,8 @@ CHOICES = {
     "no bias": ["megagpt.model.bias=false"],
     "untied": ["megagpt.model.tied=false"],
     "logit_softcap": ["megagpt.model.logit_softcap=15"],
+    "value_residual": ["megagpt.model.value_residual=true"],
+    "embedding_shortcut": ["megagpt.model.embedding_shortcut=true"],
     "llama": ["megagpt.model.preset=llama"],
     "speedrun, AdamW": SPEEDRUN,
     "speedrun, Muon": [*SPEEDRUN, *MUON],

@@ -87,3 +87,18 @@ def test_matrices_decay_and_vectors_do_not():
 def test_decay_on_all_leaves_one_group():
     groups = decay_groups(torch.nn.Linear(2, 2), 0.1, "all")
     assert [len(group["params"]) for group in groups] == [2]
+
+
+@pytest.mark.parametrize("momentum", [None, 0.95])
+@pytest.mark.parametrize("lr_scale", [None, {"scalars": 5.0}])
+def test_scalars_of_shortcuts_never_decay_and_have_a_rate_of_their_own(lr_scale, momentum):
+    cfg = ModelConfig(n_layer=3, n_head=2, n_embd=32, seq_len=8, value_residual=True, embedding_shortcut=True)
+    model = GPT(cfg, 128)
+    groups = decay_groups(model, 0.1, "all", lr_scale=lr_scale, momentum=momentum)
+    scalars = {id(p) for name, p in model.named_parameters() if name.endswith(".scalars")}
+    assert len(scalars) == 4
+    [group] = [group for group in groups if scalars & {id(p) for p in group["params"]}]
+    assert {id(p) for p in group["params"]} == scalars
+    assert group["weight_decay"] == 0.0
+    assert group.get("lr_scale") == (lr_scale and 5.0)
+    assert "momentum" not in group

@@ -16,7 +16,7 @@ from megagpt.checkpoint.commit import committed
 from megagpt.data.loader import rank_slice
 from megagpt.engine.state_files import consolidated_weights
 from megagpt.model.attention import ATTENTION, over_ranks
-from megagpt.model.gpt import document_positions
+from megagpt.model.masks import document_positions
 from megagpt.train.trainer import train
 
 # fp32, sums in another order: 1e-6 was seen. Weights move apart further, because no loss depends on the keys' bias:

@@ -37,6 +37,8 @@ CHOICES = [
     {"preset": "llama", "n_kv_head": 2, "attention": "eager"},
     {"position": "alibi", "attention": "eager", "n_kv_head": 2},
     {"logit_softcap": 2.0},
+    {"embedding_shortcut": True},
+    {"value_residual": True, "embedding_shortcut": True, "position": "rotary", "n_kv_head": 2},
 ]
 
 
@@ -91,6 +93,8 @@ def test_logits_are_those_of_transformers_gpt2(more):
         ({"preset": "speedrun"}, "megagpt.model.norm=rmsnorm_unweighted, megagpt.model.mlp=relu2"),
         ({"position": "alibi"}, "a model with megagpt.model.position=alibi;"),
         ({"n_kv_head": 1}, "a model with megagpt.model.n_kv_head=1;"),
+        ({"value_residual": True}, "a model with megagpt.model.value_residual=True;"),
+        ({"preset": "llama", "embedding_shortcut": True}, "a model with megagpt.model.embedding_shortcut=True;"),
         ({"preset": "llama", "logit_softcap": 30.0}, "a model with megagpt.model.logit_softcap=30.0;"),
     ],
 )
@@ -163,6 +167,45 @@ def test_both_attentions_are_one(choice):
     with torch.no_grad():
         one, other = (model(TOKENS) for model in models)
     assert torch.allclose(one, other, atol=1e-4, rtol=1e-5)
+
+
+def test_shortcuts_are_their_formulas():
+    """x = a x + b x_0, and v = c v + d v_0, with the embeddings x_0 and the first block's values v_0."""
+    model = model_of({"value_residual": True, "embedding_shortcut": True}).eval()
+    n_head, width = SIZES["n_head"], SIZES["n_embd"] // SIZES["n_head"]
+
+    def heads(x):
+        return x.view(24, n_head, width).transpose(0, 1)
+
+    with torch.no_grad():
+        x = embeddings = (model.wte(TOKENS) + model.wpe(torch.arange(24)))[0]
+        for i, block in enumerate(model.h):
+            if i > 0:
+                a, b = block.shortcut.scalars
+                x = a * x + b * embeddings
+            q, k, v = map(heads, block.attn.c_attn(block.ln_1(x)).chunk(3, dim=-1))
+            if i == 0:
+                first = v
+            else:
+                c, d = block.attn.value_mix.scalars
+                v = c * v + d * first
+            scores = (q @ k.mT / width**0.5).masked_fill(torch.ones(24, 24).triu(1).bool(), -math.inf)
+            x = x + block.attn.c_proj((scores.softmax(-1) @ v).transpose(0, 1).reshape(24, -1))
+            x = x + block.mlp(block.ln_2(x))
+        assert torch.allclose(model(TOKENS)[0], model.lm_head(model.ln_f(x)), atol=1e-4, rtol=1e-5)
+
+
+def test_shortcuts_begin_as_the_model_without_them_and_learn():
+    shortcuts = {"value_residual": True, "embedding_shortcut": True}
+    torch.manual_seed(0)
+    plain = GPT(ModelConfig(**SIZES), VOCAB)
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**SIZES, **shortcuts), VOCAB)
+    assert torch.equal(plain(TOKENS), model(TOKENS))
+    model(TOKENS, score=next_token_score(TOKENS.roll(-1, 1))).backward()
+    scalars = {name: p for name, p in model.named_parameters() if name.endswith(".scalars")}
+    assert set(scalars) == {"h.1.shortcut.scalars", "h.1.attn.value_mix.scalars"}
+    assert all(p.grad.abs().min() > 0.0 for p in scalars.values())
 
 
 @every_choice
@@ -292,6 +335,8 @@ def test_what_is_zero_at_the_start_leaves_even_odds():
         ({"rotary_base": 5e5}, "set megagpt.model.position to rotary"),
         ({"rotary_scaling": 0.5, "position": "rotary"}, "greater than or equal to 1"),
         ({"logit_softcap": 0}, "greater than 0"),
+        ({"value_residual": True, "n_layer": 1}, "value_residual=true has no effect with megagpt.model.n_layer=1"),
+        ({"embedding_shortcut": True, "n_layer": 1}, "embedding_shortcut=true has no effect"),
         ({"preset": "mistral"}, "'gpt2', 'llama' or 'speedrun'"),
     ],
 )

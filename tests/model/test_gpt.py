@@ -7,8 +7,9 @@ from torch import nn
 from megagpt.config.model import ModelConfig
 from megagpt.config.regularization import RegularizationConfig
 from megagpt.model.attention import ATTENTION
-from megagpt.model.gpt import GPT, document_positions
+from megagpt.model.gpt import GPT
 from megagpt.model.loss import next_token_loss
+from megagpt.model.masks import document_positions
 from megagpt.model.stochastic_depth import StochasticDepth
 
 TINY = ModelConfig(n_layer=3, n_head=2, n_embd=32, seq_len=16)
