@@ -216,7 +216,7 @@ class MegaGPTConfig(Strict):
         if changed := [f"{key}={value:g}" for key, value in others.items() if value]:
             raise ValueError(
                 f"megagpt.early_stopping.max_gap={self.early_stopping.max_gap:g} compares the validation loss with the "
-                f"training loss, and {' and '.join(changed)} makes that the loss of another task; remove "
+                f"training loss, which {' and '.join(changed)} would make the loss of another task; remove "
                 "megagpt.early_stopping.max_gap, or " + ("it" if len(changed) == 1 else "them")
             )
         return self
