@@ -56,11 +56,13 @@ def _mixture(
     """Return the mixture of a new or resumed run, and how it reads a variant of its `datasets`, those of data.train."""
     open_rows = row_opener(cfg)
     history, state = (saved.mixture, saved.state) if saved else (Mixture(cfg.data.seed), TrainState())
+    batches = cfg.schedule.batches(global_batch)
     mixture = history.continued(
         [(source_of(d, open_rows), entry.weight) for d, entry in zip(datasets, cfg.data.train, strict=True)],
         step=state.step,
         sample=state.samples_seen,
         seq_len=PACKING[cfg.packing.kind].window(cfg.seq_len),
-        global_batch=global_batch,
+        global_batch=batches.at(state.step),
+        later=[stage for stage in batches.stages if stage[0] > state.step],
     )
     return mixture, open_rows

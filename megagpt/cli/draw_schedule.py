@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from megagpt.config.run_file import RunConfig
 from megagpt.terminal import if_encodable
-from megagpt.train.lr_schedule import lr_factor, muon_momentum, row_length, weight_decay_factor
+from megagpt.train.lr_schedule import lr_factor, muon_momentum, weight_decay_factor
 
 WIDTH, ROWS = 46, 9  # columns of a curve, rows of the table
 BLOCKS, LETTERS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
@@ -13,33 +13,42 @@ BLOCKS, LETTERS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 def schedule_lines(run: RunConfig) -> list[str]:
     """Return a curve for each thing that follows the schedule, and a table of some steps: at most 80 columns."""
     schedule, n = run.megagpt.schedule, run.megagpt.schedule.max_steps
-    tokens = run.deepspeed.train_batch_size * run.megagpt.seq_len
+    seq_len, batches = run.megagpt.seq_len, schedule.batches(run.deepspeed.train_batch_size)
+    first, last, total = batches.at(0) * seq_len, batches.at(n - 1) * seq_len, batches.total(n) * seq_len
+    tokens = f"{last:,}" if first == last else f"{first:,} to {last:,}"
     curves = _curves(run)
     epochs = f" ({schedule.max_epochs:g} epochs)" if schedule.max_epochs else ""
-    lines = [f"schedule: {n:,} steps of {tokens:,} tokens, {n * tokens:,} in all{epochs}; shape {schedule.shape}"]
+    lines = [f"schedule: {n:,} steps of {tokens} tokens, {total:,} in all{epochs}; shape {schedule.shape}"]
     steps = [round(i * (n - 1) / (WIDTH - 1)) for i in range(WIDTH)] if n >= WIDTH else list(range(n))
     for name, value in curves.items():
         lines.append(f"  {name:<12} {_curve([value(step) for step in steps])}")
     lines.append("  " + f"{'step':>10} {'tokens':>16}" + "".join(f" {name:>12}" for name in curves))
     for step in sorted({round(i * (n - 1) / (ROWS - 1)) for i in range(ROWS)}):
-        cells = "".join(f" {value(step):>12.4g}" for value in curves.values())
-        lines.append("  " + f"{step + 1:>10,} {(step + 1) * tokens:>16,}" + cells)
+        cells = "".join(f" {_written(value(step)):>12}" for value in curves.values())
+        lines.append("  " + f"{step + 1:>10,} {batches.total(step + 1) * seq_len:>16,}" + cells)
     return lines
 
 
 def _curves(run: RunConfig) -> dict[str, Callable[[int], float]]:
     """Return what the schedule changes, by its name, as functions of an update's number (0-based)."""
     schedule, params = run.megagpt.schedule, run.deepspeed.optimizer.params
+    rows, batches = schedule.rows(run.megagpt.seq_len), schedule.batches(run.deepspeed.train_batch_size)
     found: dict[str, Callable[[int], float]] = {"lr": lambda step: params.lr * lr_factor(step, schedule)}
     if run.deepspeed.optimizer.type == "Muon":
         found["muon_lr"] = lambda step: params.of_muon * lr_factor(step, schedule)
         if schedule.momentum_warmup_steps:
             found["momentum"] = lambda step: muon_momentum(step, params.momentum, schedule)
+    if schedule.batch_ramp_steps:
+        found["batch"] = batches.at
     if schedule.seq_len_warmup_steps:
-        found["seq_len"] = lambda step: row_length(step, run.megagpt.seq_len, schedule)
+        found["seq_len"] = lambda step: rows.at(step)
     if schedule.weight_decay_shape != "constant" and params.weight_decay:
         found["weight_decay"] = lambda step: params.weight_decay * weight_decay_factor(step, schedule)
     return found
+
+
+def _written(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _curve(values: Sequence[float]) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from megagpt.cli.draw_schedule import schedule_lines
-from megagpt.config.batch import batch_plan, rank_numbers
+from megagpt.config.batch import batch_plan, check_first_batch, rank_numbers
 from megagpt.config.extends import file_with, read_run_files
 from megagpt.config.run_file import RunConfig, load_run_config
 from megagpt.data.training_set import OtherTokenizerError
@@ -58,7 +58,8 @@ def not_here(run: RunConfig, ranks: int | None = None) -> Iterator[Issue]:
     gpus = torch.cuda.device_count()
     try:
         n_ranks = ranks or max(1, gpus)
-        batch_plan(run.deepspeed, n_ranks, rank_numbers(n_ranks, "train with --nproc {}"))
+        batch = batch_plan(run.deepspeed, n_ranks, rank_numbers(n_ranks, "train with --nproc {}"))
+        check_first_batch(run.megagpt.schedule, batch)
     except UserError as error:
         has = counted(gpus, "GPU") if gpus else "no GPU, so one rank"
         yield Issue("warning", "train_batch_size", f"this machine has {has}: {error}")

@@ -21,11 +21,15 @@ def sample_report(run: RunConfig, n: int, *, fresh: bool = False) -> str:
         )
     data = open_samples(cfg, run.deepspeed.train_batch_size, saved)
     state = saved.state if saved else TrainState()
-    first = state.samples_seen
+    first, batches = state.samples_seen, cfg.schedule.batches(run.deepspeed.train_batch_size)
+    steps = batches.steps_to(batches.total(state.step) + n) - state.step
+    steps_in_words = (
+        f"{n / run.deepspeed.train_batch_size:,.1f} steps" if not cfg.schedule.first_batch else f"{steps} steps"
+    )
     begins = f"resumes from {saved.step_dir}" if saved else "starts at step 0"
     lines = [
         f"{cfg.out_dir} {begins}; its next {n:,} samples are {first:,} to {first + n - 1:,}, "
-        f"{n / run.deepspeed.train_batch_size:,.1f} steps, {n * cfg.seq_len:,} tokens in samples of {cfg.seq_len}:"
+        f"{steps_in_words}, {n * cfg.seq_len:,} tokens in samples of {cfg.seq_len}:"
     ]
     return "\n".join([*lines, *_by_dataset(data, first, n, cfg.seq_len), *_one_by_one(data, first, min(n, SHOWN))])
 

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megagpt.config.deepspeed import DeepSpeedConfig
+from megagpt.config.doubling import halved
+from megagpt.config.schedule import ScheduleConfig
 from megagpt.errors import UserError
 
 
@@ -59,6 +61,18 @@ def batch_plan(ds: DeepSpeedConfig, world_size: int, ways: Iterable[tuple[int, s
             f"= {per_pass}; set train_batch_size to {nearest}{_smaller_micro_batch(ds, replicas)}{other_ranks}"
         )
     return BatchPlan(total, micro, total // per_pass, world_size, shared_by)
+
+
+def check_first_batch(schedule: ScheduleConfig, batch: BatchPlan, step: int = 0) -> None:
+    """Raise UserError if the batch of a ramp after `step`, its smallest from there on, is no whole number of passes."""
+    smallest, per_pass = schedule.batches(batch.global_batch).at(step), batch.micro_batch * batch.replicas
+    if smallest % per_pass:
+        fits = next(n for n in reversed(halved(batch.global_batch)) if n % per_pass == 0)
+        raise UserError(
+            f"megagpt.schedule.first_batch={schedule.first_batch} makes a batch of {smallest} in step {step + 1}, "
+            f"which is not a multiple of train_micro_batch_size_per_gpu={batch.micro_batch} x {batch.replicas} ranks = "
+            f"{per_pass}; set megagpt.schedule.first_batch to {fits}, or lower train_micro_batch_size_per_gpu"
+        )
 
 
 def _secondary_partition_divides(ds: DeepSpeedConfig, world_size: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.config.augmentation import PackingConfig
+from megagpt.config.doubling import Doubling, doubling, halved
 from megagpt.config.model import ModelConfig
 from megagpt.errors import UserError
 from megagpt.user_paths import local_path
@@ -40,7 +41,7 @@ def with_steps(ours: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
         return placeholder  # the models tell what is wrong with these numbers
     batch, seq_len = int(batch), int(seq_len)
     if name == "max_tokens":
-        steps = -(-int(schedule[name]) // (batch * seq_len))
+        steps = _batches(schedule, batch).steps_to(-(-int(schedule[name]) // seq_len))
         # a run.json has both, also one of an older megagpt that took fewer
         if int(schedule[name]) < batch * seq_len and schedule.get("max_steps") is None:
             raise ValueError(
@@ -53,7 +54,7 @@ def with_steps(ours: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
         windows = _windows(ours, schedule, seq_len)
         if windows is None:
             return placeholder
-        steps = -(-samples_of_epochs(schedule[name], windows) // batch)
+        steps = _batches(schedule, batch).steps_to(samples_of_epochs(schedule[name], windows))
         made_of = f"{batch} samples, and an epoch has {' or '.join(map(str, dict.fromkeys(windows)))} samples"
     if schedule.get("max_steps") not in (None, steps):
         raise ValueError(
@@ -61,6 +62,15 @@ def with_steps(ours: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
             f"{KEYS['max_steps']}={schedule['max_steps']}; remove one of the two"
         )
     return {**ours, "schedule": {**schedule, "max_steps": steps}}
+
+
+def _batches(schedule: dict[str, Any], batch: int) -> Doubling:
+    """Return the global batch of each step; without the ramp where that is written wrongly, as the models will tell."""
+    first: Any = schedule.get("first_batch")
+    steps: Any = schedule.get("batch_ramp_steps")
+    if _is_whole(first) and _is_whole(steps) and first in halved(batch):
+        return doubling(int(steps), int(first), batch)
+    return doubling(0, batch, batch)
 
 
 def samples_of_epochs(epochs: float, windows: list[int]) -> int:

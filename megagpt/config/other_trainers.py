@@ -49,6 +49,7 @@ NAMES = {
     "megagpt.data.seed": "data_seed",
     "megagpt.schedule.max_steps": "max_iters train_iters num_steps total_steps n_steps iterations",
     "megagpt.schedule.max_epochs": "epochs n_epochs num_epochs num_train_epochs train_epochs",
+    "megagpt.schedule.first_batch": "rampup_batch_size batch_size_rampup",
     "megagpt.schedule.warmup_steps": "warmup warmup_iters lr_warmup_iters num_warmup_steps warmup_ratio",
     "megagpt.schedule.shape": "lr_scheduler_type lr_scheduler lr_schedule lr_decay_style decay_lr",
     "megagpt.schedule.end_step": "lr_decay_iters lr_decay_steps",

@@ -18,6 +18,7 @@ from megagpt.config.deepspeed_keys import (
     DESCRIPTIONS,
     REFUSED_KEYS,
 )
+from megagpt.config.doubling import halved
 from megagpt.config.extends import EXTENDS, merged, named, read_run_files
 from megagpt.config.length import with_steps
 from megagpt.config.mistakes import explain, no_section, only_key, unknown_key
@@ -71,6 +72,12 @@ class RunConfig:
                 f"sequence_parallel_size={P} divides each row over ranks, and with megagpt.schedule."
                 f"seq_len_warmup_steps={n} rows are read in shorter pieces; remove the latter and "
                 "megagpt.schedule.first_seq_len, or set sequence_parallel_size to 1"
+            )
+        first, full = cfg.schedule.first_batch, self.deepspeed.train_batch_size
+        if first is not None and first not in (halves := halved(full)):
+            raise ValueError(
+                f"megagpt.schedule.first_batch={first} does not double to train_batch_size={full}; set "
+                f"megagpt.schedule.first_batch to {min(halves, key=lambda n: abs(n - first))}"
             )
         common = math.gcd(*shared.values())
         for name, n in shared.items():

@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from megagpt.config.doubling import Doubling, doubling
 from megagpt.config.mistakes import as_written
 from megagpt.config.parsing import Strict
 from megagpt.options import LARGEST, MANY
@@ -68,6 +69,24 @@ class ScheduleConfig(Strict):
         le=MANY,
         description="length of the rows at first, with megagpt.schedule.seq_len_warmup_steps",
     )
+    batch_ramp_steps: int = Field(
+        default=0,
+        ge=0,
+        le=MANY,
+        description="first steps, in which the global batch doubles from megagpt.schedule.first_batch to "
+        "train_batch_size",
+    )
+    first_batch: int | None = Field(
+        default=None, gt=0, le=MANY, description="global batch at first, with megagpt.schedule.batch_ramp_steps"
+    )
+
+    def batches(self, train_batch_size: int) -> Doubling:
+        """Return the global batch of each step."""
+        return doubling(self.batch_ramp_steps, self.first_batch or train_batch_size, train_batch_size)
+
+    def rows(self, seq_len: int) -> Doubling:
+        """Return the length of the rows of each step (Li et al. 2022)."""
+        return doubling(self.seq_len_warmup_steps, self.first_seq_len or seq_len, seq_len)
 
     @property
     def curve_steps(self) -> int:
@@ -84,18 +103,22 @@ class ScheduleConfig(Strict):
         return "megagpt.schedule.max_steps", self.max_steps
 
     @model_validator(mode="after")
-    def _short_rows_have_a_length_and_an_end(self) -> Self:
-        n, first = self.seq_len_warmup_steps, self.first_seq_len
-        if (first is None) != (n == 0):
-            raise ValueError(
-                f"megagpt.schedule.first_seq_len={as_written(first)} with megagpt.schedule.seq_len_warmup_steps={n}: "
-                "the two belong together; set both, or remove both"
-            )
-        if n > self.max_steps:
-            raise ValueError(
-                f"megagpt.schedule.seq_len_warmup_steps={n} is more than megagpt.schedule.max_steps={self.max_steps}, "
-                f"so no step would read whole rows; set megagpt.schedule.seq_len_warmup_steps to {self.max_steps // 4}"
-            )
+    def _what_doubles_has_a_beginning_and_an_end(self) -> Self:
+        for first, steps, whole in (
+            ("first_seq_len", "seq_len_warmup_steps", "rows"),
+            ("first_batch", "batch_ramp_steps", "batches"),
+        ):
+            begin, n = getattr(self, first), getattr(self, steps)
+            if (begin is None) != (n == 0):
+                raise ValueError(
+                    f"megagpt.schedule.{first}={as_written(begin)} with megagpt.schedule.{steps}={n}: the two belong "
+                    "together; set both, or remove both"
+                )
+            if n > self.max_steps:
+                raise ValueError(
+                    f"megagpt.schedule.{steps}={n} is more than megagpt.schedule.max_steps={self.max_steps}, so no "
+                    f"step would read whole {whole}; set megagpt.schedule.{steps} to {max(1, self.max_steps // 4)}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from megagpt.config.augmentation import AugmentConfig, PackingConfig
+from megagpt.config.doubling import halved
 from megagpt.config.generation import GenerationConfig
 from megagpt.config.guards import GuardsConfig
 from megagpt.config.mistakes import as_written, did_you_mean
@@ -103,11 +104,6 @@ class KeepConfig(Strict):
         le=MANY,
         description="number of those with the lowest validation loss, after the one that early stopping counts as best",
     )
-
-
-def halved(n: int) -> list[int]:
-    """Return n, n / 2, n / 4, ... as far as these are whole numbers."""
-    return [n >> k for k in range(n.bit_length()) if n >> k << k == n]
 
 
 class MegaGPTConfig(Strict):
@@ -216,7 +212,7 @@ class MegaGPTConfig(Strict):
         if changed := [f"{key}={value:g}" for key, value in others.items() if value]:
             raise ValueError(
                 f"megagpt.early_stopping.max_gap={self.early_stopping.max_gap:g} compares the validation loss with the "
-                f"training loss, which {' and '.join(changed)} would make the loss of another task; remove "
+                f"training loss, and {' and '.join(changed)} makes that the loss of another task; remove "
                 "megagpt.early_stopping.max_gap, or " + ("it" if len(changed) == 1 else "them")
             )
         return self

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -131,21 +130,21 @@ def _val_windows(
     return windows
 
 
-def rank_samples(batch: BatchPlan, rank: int, first: int) -> Iterator[int]:
-    """Yield the first sample of each of this rank's micro-batches, without end, from the global batch at `first` on."""
-    for begin in count(first, batch.global_batch):
-        yield from range(begin, begin + batch.global_batch)[rank_share(batch, rank)][:: batch.micro_batch]
+def rank_samples(batch: BatchPlan, rank: int, global_batches: Iterable[range]) -> Iterator[int]:
+    """Yield the first sample of each of this rank's micro-batches, from these global batches one after the other."""
+    for samples in global_batches:
+        yield from rank_share(samples, batch, rank)[:: batch.micro_batch]
 
 
-def rank_share(batch: BatchPlan, rank: int) -> slice:
-    """Return the slice of a global batch that this rank reads.
+def rank_share(samples: range, batch: BatchPlan, rank: int) -> range:
+    """Return those samples of a global batch that this rank reads.
 
     A global batch is the same set of samples on any number of ranks. Each data-parallel rank takes a contiguous share
     of it; the ranks of a sequence-parallel group take the same one.
     """
-    share = batch.global_batch // batch.replicas
+    share = len(samples) // batch.replicas
     begin = rank // batch.sequence_parallel_size * share
-    return slice(begin, begin + share)
+    return samples[begin : begin + share]
 
 
 def rank_slice(T: int, rank: int, sequence_parallel_size: int) -> slice:

@@ -5,10 +5,10 @@ known by their fingerprint: their order in the run file does not matter, and one
 listed again continues where its reading stopped.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megagpt.data.sampler import PERIOD, DatasetPosition, Sampler, Segment, shares_of
 from megagpt.errors import UserError
@@ -35,9 +35,6 @@ class Batches:
     global_batch: int
 
 
-Change = TypeVar("Change", Segment, Batches)
-
-
 @dataclass(frozen=True)
 class Mixture:
     """The datasets of a run, and its segments and batch sizes in order; a run that has not begun has none."""
@@ -48,9 +45,18 @@ class Mixture:
     batches: tuple[Batches, ...] = ()
 
     def continued(
-        self, wanted: Sequence[tuple[Source, float]], *, step: int, sample: int, seq_len: int, global_batch: int
+        self,
+        wanted: Sequence[tuple[Source, float]],
+        *,
+        step: int,
+        sample: int,
+        seq_len: int,
+        global_batch: int,
+        later: Sequence[tuple[int, int]] = (),
     ) -> "Mixture":
         """Return the mixture of a run that draws from these (dataset, weight) from `sample` on, where `step` ended.
+
+        The next steps take global_batch samples each, those after the steps in `later` as many as stand there.
 
         Raises UserError for a dataset that was rebuilt under its old path, is listed twice or is too short, or whose
         weight is too small for one sample in a period.
@@ -67,14 +73,16 @@ class Mixture:
         segment = Segment(sample, seq_len, shares, mixture.places(sample))
         return replace(
             mixture,
-            segments=_followed_by(self.segments, segment, _same_draws),
-            batches=_followed_by(self.batches, Batches(step, sample, global_batch), _same_size),
+            segments=_followed_by(self.segments, segment),
+            batches=_planned(self.batches, Batches(step, sample, global_batch), later),
         )
 
     def jumped(self, *, step: int, sample: int) -> "Mixture":
         """Return a mixture whose steps after `step` take samples from `sample` on, and never those in between."""
-        kept = tuple(b for b in self.batches if b.first_step < step)
-        return replace(self, batches=(*kept, Batches(step, sample, self.batches[-1].global_batch)))
+        past = tuple(b for b in self.batches if b.first_step < step)
+        later = [(b.first_step, b.global_batch) for b in self.batches if b.first_step > step]
+        new = Batches(step, sample, len(self.samples_of(step + 1)))
+        return replace(self, batches=(*past, *_planned((), new, later)))
 
     def sampler(self, sample: int) -> Sampler:
         """Return the sampler of the segment that the sample lies in."""
@@ -149,13 +157,11 @@ def _merged(known: tuple[Source, ...], wanted: list[Source]) -> tuple[Source, ..
     return (*(now.pop(source.fingerprint, source) for source in known), *now.values())
 
 
-def _followed_by(
-    changes: tuple[Change, ...], new: Change, alike: Callable[[Change, Change], bool]
-) -> tuple[Change, ...]:
-    """Append a change, unless it is like the last one. It replaces those that begin at its sample or after."""
-    if changes and alike(changes[-1], new):
-        return changes
-    return tuple(change for change in changes if change.first_sample < new.first_sample) + (new,)  # noqa: RUF005
+def _followed_by(segments: tuple[Segment, ...], new: Segment) -> tuple[Segment, ...]:
+    """Append a segment, unless it draws as the last one. It replaces those that begin at its sample or after."""
+    if segments and _same_draws(segments[-1], new):
+        return segments
+    return (*(segment for segment in segments if segment.first_sample < new.first_sample), new)
 
 
 def _same_draws(before: Segment, now: Segment) -> bool:
@@ -163,8 +169,15 @@ def _same_draws(before: Segment, now: Segment) -> bool:
     return (before.seq_len, shares) == (now.seq_len, now.shares)
 
 
-def _same_size(before: Batches, now: Batches) -> bool:
-    return before.global_batch == now.global_batch
+def _planned(before: tuple[Batches, ...], now: Batches, later: Sequence[tuple[int, int]]) -> tuple[Batches, ...]:
+    """Return the batches so far, without those that were planned for later steps, those from now on, and later ones."""
+    past = tuple(b for b in before if b.first_sample < now.first_sample)
+    batches = past if past and past[-1].global_batch == now.global_batch else (*past, now)
+    for first_step, global_batch in later:
+        steps = first_step - now.first_step
+        now = Batches(first_step, now.first_sample + steps * now.global_batch, global_batch)
+        batches = (*batches, now)
+    return batches
 
 
 def _check_length(source: Source, seq_len: int) -> None:

@@ -178,6 +178,15 @@ def set_step(
             group["momentum"] = momentum
 
 
+def set_accumulation(engine: Engine, micro_batches: int) -> None:
+    """Let the next steps add up the gradients of `micro_batches` each. To be called between two steps."""
+    if micro_batches == engine.gradient_accumulation_steps():
+        return
+    engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+    # DeepSpeed finds the last micro-batch of a step by their number since the start, modulo those of a step.
+    engine.micro_steps = 0
+
+
 def learning_rates(engine: Engine) -> dict[str, float]:
     """Return the rates of the last step, without the factors of `lr_scale`: `lr`, and with Muon `muon_lr`."""
     groups = engine.optimizer.param_groups

@@ -14,8 +14,7 @@ class MicroBatchNorms:
 
     def __init__(self, engine: Engine, device: torch.device, *, wanted: bool) -> None:
         self._total = torch.zeros((), device=device)
-        # DeepSpeed divides the loss of each micro-batch by their number.
-        self._accumulation = engine.gradient_accumulation_steps()
+        self._engine = engine
         for parameter in engine.module.parameters() if wanted else ():
             parameter.register_hook(self._add)
 
@@ -24,6 +23,7 @@ class MicroBatchNorms:
 
     def take(self) -> Tensor:
         """Return the mean squared norm of the micro-batches since the last call, or 0 if it is not wanted."""
-        mean = self._total * self._accumulation
+        # DeepSpeed divides the loss of each micro-batch by their number.
+        mean = self._total * self._engine.gradient_accumulation_steps()
         self._total.zero_()
         return mean

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ValidationError
 
-from megagpt.config.batch import BatchPlan, batch_plan, rank_numbers
+from megagpt.config.batch import BatchPlan, batch_plan, check_first_batch, rank_numbers
 from megagpt.config.deepspeed import DeepSpeedConfig
 from megagpt.config.deepspeed_keys import REFUSED_KEYS
 from megagpt.config.extends import merged, read_run_files
@@ -68,6 +68,8 @@ def lint_file(path: Path, overrides: Sequence[str] = (), *, ranks: int | None = 
     try:
         run = parse_run(raw)
         batch = _batch(run.deepspeed, ranks)
+        if ranks:
+            check_first_batch(run.megagpt.schedule, batch)
         errors = [finding for finding in lint(run) if finding.level == "error"]
         if not errors:
             # On one rank DeepSpeed needs no process group to check its sections against each other.

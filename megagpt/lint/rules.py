@@ -19,8 +19,8 @@ def evaluations(run: RunConfig) -> int:
 
 
 def tokens(run: RunConfig, steps: int) -> int:
-    """Return how many tokens these steps train on."""
-    return steps * run.deepspeed.train_batch_size * run.megagpt.seq_len
+    """Return how many tokens the first `steps` steps train on."""
+    return run.megagpt.schedule.batches(run.deepspeed.train_batch_size).total(steps) * run.megagpt.seq_len
 
 
 def never(run: RunConfig) -> bool:

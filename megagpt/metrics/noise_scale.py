@@ -8,16 +8,16 @@ as many.
 from torch import Tensor
 
 
-def noise_scale(small: Tensor, big: Tensor, n_small: int, n_big: int) -> float | None:
+def noise_scale(small: Tensor, big: Tensor, n_small: int, n_big: Tensor) -> float | None:
     """Return the simple noise scale in sequences (appendix A.1), or None where the norms of these steps give none.
 
-    `small` and `big` are squared gradient norms (steps,) over `n_small` and `n_big` sequences. What they estimate is
-    averaged over the steps before the division; single estimates may be negative.
+    `small` and `big` are squared gradient norms (steps,) over `n_small` and `n_big` (steps,) sequences. What they
+    estimate is averaged over the steps before the division; single estimates may be negative.
     """
     sound = small.isfinite() & big.isfinite()
-    small, big = small[sound], big[sound]
+    small, big, n_big = small[sound], big[sound], n_big[sound]
     if not len(small):
         return None
-    gradient = (n_big * big - n_small * small).mean() / (n_big - n_small)
-    variance = (small - big).mean() / (1 / n_small - 1 / n_big)
+    gradient = ((n_big * big - n_small * small) / (n_big - n_small)).mean()
+    variance = ((small - big) / (1 / n_small - 1 / n_big)).mean()
     return (variance / gradient).item() if gradient > 0 and variance > 0 else None

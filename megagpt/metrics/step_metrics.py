@@ -1,12 +1,11 @@
 """Compute the metrics that are logged: means over the steps since the last log line, speed, times in seconds."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from megagpt.config.batch import BatchPlan
 from megagpt.config.run_file import RunConfig
 from megagpt.distributed.process_group import world_size
 from megagpt.guards.memory_growth import peak_memory
@@ -82,12 +81,17 @@ def log_metrics(
     epoch: float,
     seconds_per_step: Mapping[str, float],
     stragglers: Mapping[str, float],
-    batch: BatchPlan | None,
+    micro_batch: int | None,
+    global_batches: Sequence[int],
 ) -> dict[str, float]:
-    """Everything that is logged of some training steps, in the order of the log line. `batch`: for the noise scale."""
+    """Everything that is logged of some training steps, in the order of the log line.
+
+    `micro_batch`, if given, and `global_batches` are for the noise scale.
+    """
     noise = None
-    if batch is not None:
-        noise = noise_scale(steps.micro_squares, steps.grad_norms**2, batch.micro_batch, batch.global_batch)
+    if micro_batch is not None:
+        sizes = steps.micro_squares.new_tensor(global_batches)
+        noise = noise_scale(steps.micro_squares, steps.grad_norms**2, micro_batch, sizes)
     return {
         **steps.means(),
         **{f"optim/{name}": rate for name, rate in rates.items()},

@@ -1,4 +1,4 @@
-"""Compute what changes from step to step: factors on learning rate and weight decay, Muon's momentum, row lengths."""
+"""Compute what changes from step to step: the learning rate's factor, the weight decay's, and Muon's momentum."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -53,19 +53,6 @@ def muon_momentum(step: int, momentum: float, cfg: ScheduleConfig) -> float:
     return first + share * (momentum - first)
 
 
-def row_length(step: int, seq_len: int, cfg: ScheduleConfig) -> int:
-    """Return the length of the rows that update `step` (0-based) reads: it doubles up to seq_len (Li et al. 2022)."""
-    if cfg.first_seq_len is None:
-        return seq_len
-    return doubled(step, cfg.seq_len_warmup_steps, cfg.first_seq_len, seq_len)
-
-
-def doubled(step: int, steps: int, first: int, last: int) -> int:
-    """Return what doubles from `first` to `last` over the first steps: each value holds as long, `last` thereafter."""
-    doublings = (last // first).bit_length() - 1
-    return last if step >= steps else first << (step * doublings // steps)
-
-
 def decay_in_the_past(saved_run: Mapping[str, Any], step: int, cfg: ScheduleConfig) -> str | None:
     """Return what is wrong if the decay would have begun before `step`, which the saved run did at another rate."""
     if cfg.decay_from is None or cfg.decay_from >= step:
@@ -79,16 +66,19 @@ def decay_in_the_past(saved_run: Mapping[str, Any], step: int, cfg: ScheduleConf
     )
 
 
-def other_tokens_so_far(tokens_seen: int, step: int, tokens_per_step: int, cfg: ScheduleConfig) -> str | None:
+def other_tokens_so_far(
+    tokens_seen: int, step: int, cfg: ScheduleConfig, *, global_batch: int, seq_len: int
+) -> str | None:
     """Return what is wrong if the steps before `step` had other lengths, so that the run would miss its max_tokens."""
     if cfg.max_tokens is None:
         return None
-    steps = step + -(-max(0, cfg.max_tokens - tokens_seen) // tokens_per_step)
+    batches = cfg.batches(global_batch)
+    steps = max(step, batches.steps_to(batches.total(step) - (tokens_seen - cfg.max_tokens) // seq_len))
     if steps == max(step, cfg.max_steps):
         return None
     return (
-        f"megagpt.schedule.max_tokens={cfg.max_tokens} makes {cfg.max_steps} steps of {tokens_per_step} tokens, and "
-        f"the {step} steps so far had {tokens_seen} tokens; to train on as many in all, set "
+        f"megagpt.schedule.max_tokens={cfg.max_tokens} makes {cfg.max_steps} steps of {global_batch * seq_len} tokens, "
+        f"and the {step} steps so far had {tokens_seen} tokens; to train on as many in all, set "
         f"megagpt.schedule.max_tokens=null megagpt.schedule.max_steps={steps}"
     )
 

@@ -132,10 +132,11 @@ def _device(device: torch.device, n_ranks: int) -> str:
 
 
 def _how_much(setup: RunSetup) -> str:
-    cfg, per_step = setup.run.megagpt, setup.batch.global_batch * setup.run.megagpt.seq_len
-    steps = cfg.schedule.max_steps
+    cfg, full = setup.run.megagpt, setup.batch.global_batch * setup.run.megagpt.seq_len
+    steps, first = cfg.schedule.max_steps, cfg.schedule.first_batch
+    per_step = f"{first * cfg.seq_len:,} to {full:,}" if first else f"{full:,}"
     return (
-        f"  {counted(steps, 'step')} of {per_step:,} tokens: {steps * per_step:,} tokens, "
+        f"  {counted(steps, 'step')} of {per_step} tokens: {_tokens(setup):,} tokens, "
         f"{' + '.join(map(_short, _epochs(setup)))} epochs, {_short(_tokens_per_parameter(setup))} tokens per parameter"
     )
 
@@ -152,14 +153,19 @@ def _where_to_look(setup: RunSetup) -> str:
 def _epochs(setup: RunSetup) -> list[float]:
     """Return how often the whole run reads each dataset."""
     schedule, state = setup.run.megagpt.schedule, setup.state
-    left = max(0, schedule.max_steps - state.step)
-    return setup.training_set.epochs(state.samples_seen + left * setup.batch.global_batch)
+    batches = schedule.batches(setup.batch.global_batch)
+    left = max(0, batches.total(schedule.max_steps) - batches.total(state.step))
+    return setup.training_set.epochs(state.samples_seen + left)
+
+
+def _tokens(setup: RunSetup) -> int:
+    """Return the tokens of all steps."""
+    cfg = setup.run.megagpt
+    return cfg.schedule.batches(setup.batch.global_batch).total(cfg.schedule.max_steps) * cfg.seq_len
 
 
 def _tokens_per_parameter(setup: RunSetup) -> float:
-    cfg = setup.run.megagpt
-    tokens = cfg.schedule.max_steps * setup.batch.global_batch * cfg.seq_len
-    return tokens / n_params(cfg.model, setup.data.vocab_size)
+    return _tokens(setup) / n_params(setup.run.megagpt.model, setup.data.vocab_size)
 
 
 def _short(number: float) -> str:

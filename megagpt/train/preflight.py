@@ -17,7 +17,7 @@ from megagpt.checkpoint.named_step import check_is_no_step, starting_step
 from megagpt.checkpoint.run_samples import next_samples
 from megagpt.checkpoint.save import RunRecord
 from megagpt.checkpoint.verification import newest_verified
-from megagpt.config.batch import BatchPlan, batch_plan, rank_numbers
+from megagpt.config.batch import BatchPlan, batch_plan, check_first_batch, rank_numbers
 from megagpt.config.run_file import RunConfig
 from megagpt.config.schedule import ScheduleConfig
 from megagpt.config.schema import MegaGPTConfig
@@ -104,6 +104,7 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
     config = effective_config(run, batch, data.vocab_size, device)
     record = RunRecord(cfg.out_dir, cfg.keep, identity, data.tokenizer, {**run.as_json(), **config})
     saved = None if fresh else newest_verified(cfg.out_dir)
+    check_first_batch(cfg.schedule, batch, saved.state.step if saved else 0)
     if saved is not None:
         check_identity(saved.step_dir, saved.identity, identity)
         layout_changes(saved.step_dir, saved.identity, identity, record.effective)  # refuses what cannot be resharded
@@ -111,8 +112,11 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
             json.loads((saved.step_dir / "run.json").read_bytes()), saved.state.step, cfg.schedule
         ):
             raise UserError(wrong)
-        before, per_step = saved.state, batch.global_batch * cfg.seq_len
-        if wrong := other_tokens_so_far(before.tokens_seen, before.step, per_step, cfg.schedule):
+        if wrong := other_tokens_so_far(
+            *(saved.state.tokens_seen, saved.state.step, cfg.schedule),
+            global_batch=batch.global_batch,
+            seq_len=cfg.seq_len,
+        ):
             raise UserError(wrong)
     with errors_on_every_rank():
         start = None
@@ -127,12 +131,13 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
 
 def check_noise_scale(cfg: MegaGPTConfig, batch: BatchPlan) -> None:
     """Raise UserError where a step has a single micro-batch, whose gradient can be compared with no other."""
-    if cfg.noise_scale and batch.micro_batch == batch.global_batch:
-        half = batch.micro_batch // 2
+    first = cfg.schedule.first_batch
+    if cfg.noise_scale and batch.micro_batch == (first or batch.global_batch):
+        half, key = batch.micro_batch // 2, "megagpt.schedule.first_batch" if first else "train_batch_size"
         way_out = f"set train_micro_batch_size_per_gpu to {half}" if batch.micro_batch % 2 == 0 else "raise the latter"
         raise UserError(
             "megagpt.noise_scale=true compares micro-batches with the global batch, and "
-            f"train_micro_batch_size_per_gpu={batch.micro_batch} is all of train_batch_size; {way_out}, or remove "
+            f"train_micro_batch_size_per_gpu={batch.micro_batch} is all of {key}; {way_out}, or remove "
             "megagpt.noise_scale"
         )
 
@@ -141,13 +146,17 @@ def other_epochs_so_far(
     training_set: TrainingSet, state: TrainState, global_batch: int, cfg: ScheduleConfig
 ) -> str | None:
     """Return what is wrong if the steps so far had other data, batches or lengths, so that max_epochs is missed."""
-    mixture = training_set.mixture
-    if cfg.max_epochs is None or len({*mixture.segments}) == len({b.global_batch for b in mixture.batches}) == 1:
+    mixture, batches = training_set.mixture, cfg.batches(global_batch)
+    as_planned = all(batches.at(one.first_step) == one.global_batch for one in mixture.batches) and all(
+        len(mixture.samples_of(first + 1)) == n for first, n in batches.stages
+    )
+    if cfg.max_epochs is None or (len(mixture.segments) == 1 and as_planned):
         return None
     wanted = cfg.max_epochs - 1e-12  # what the sampler counts is a float
 
     def read(more_steps: int) -> bool:
-        return training_set.epochs(state.samples_seen + more_steps * global_batch)[0] >= wanted
+        more = batches.total(state.step + more_steps) - batches.total(state.step)
+        return training_set.epochs(state.samples_seen + more)[0] >= wanted
 
     most = 1
     while not read(most):

@@ -6,6 +6,7 @@ import math
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
 
 import torch
 
@@ -24,7 +25,7 @@ from megagpt.data.provenance import documents_of
 from megagpt.distributed.collectives import errors_on_every_rank, gather_objects, gather_over_ranks
 from megagpt.distributed.launcher import grace_warning
 from megagpt.distributed.process_group import is_main, print_rank0, rank
-from megagpt.engine.build import Engine, before_update, build_engine, learning_rates, set_step
+from megagpt.engine.build import Engine, before_update, build_engine, learning_rates, set_accumulation, set_step
 from megagpt.engine.micro_batch_norms import MicroBatchNorms
 from megagpt.errors import OwnRankError, UserError, writing_to
 from megagpt.guards.memory_growth import MemoryWatch, memory_mib
@@ -35,7 +36,7 @@ from megagpt.guards.watchdog import Watchdog
 from megagpt.metrics.step_metrics import Stopwatch, log_metrics, speed
 from megagpt.terminal import YELLOW
 from megagpt.train.early_stopping import after_evaluation, after_training, metrics_of
-from megagpt.train.lr_schedule import lr_factor, muon_momentum, row_length, weight_decay_factor
+from megagpt.train.lr_schedule import lr_factor, muon_momentum, weight_decay_factor
 from megagpt.train.monitor import Monitor, print_ending
 from megagpt.train.opening import print_opening
 from megagpt.train.preflight import RunSetup
@@ -76,7 +77,7 @@ class Session:
             resume(self.engine, saved, setup.record, self.cfg.seed)
         if not self.uses_loss_scale:
             before_update(self.engine, self.gate.before_update)
-        self.row_length = self.cfg.seq_len  # of the step's rows
+        self.row_length, self.global_batch = self.cfg.seq_len, batch.global_batch  # of the present step
         self.micro_batch_norms = MicroBatchNorms(self.engine, device, wanted=self.cfg.noise_scale)
         self.validation = Validation(self.engine, setup, device)
         self.stopwatch, self.frozen, self.grace_warned = Stopwatch(), False, False
@@ -110,7 +111,7 @@ class Session:
         try:
             for whole in prefetched(
                 self.setup.training_set.fill,
-                rank_samples(batch, rank(), self.setup.state.samples_seen),
+                rank_samples(batch, rank(), map(self.samples_of, count(self.setup.state.step))),
                 (batch.micro_batch, self.cfg.seq_len + 1),
                 self.device,
                 transform=data.transform,
@@ -121,10 +122,16 @@ class Session:
         except UserError as error:  # a shard that was damaged after it was opened
             raise OwnRankError(str(error)) from error
 
+    def samples_of(self, step: int) -> range:
+        """Return the global batch of update `step` (0-based)."""
+        return self.setup.training_set.mixture.samples_of(step + 1)
+
     def set_step(self, step: int) -> None:
-        """Set the rates, weight decay, momentum and row length of update `step` (0-based)."""
+        """Set the rates, weight decay, momentum, batch and row length of update `step` (0-based)."""
         params, schedule = self.setup.run.deepspeed.optimizer.params, self.cfg.schedule
-        self.row_length = row_length(step, self.cfg.seq_len, schedule)
+        self.row_length = schedule.rows(self.cfg.seq_len).at(step)
+        self.global_batch = len(self.samples_of(step))
+        set_accumulation(self.engine, self.global_batch // (self.setup.batch.micro_batch * self.setup.batch.replicas))
         set_step(
             self.engine,
             params,
@@ -154,18 +161,19 @@ class Session:
         slow = self.stragglers.judge(own, seconds["step"] + seconds["data"], len(steps))
         for line in (*verdict.lines, *self.memory_watch(state.step, memory), *slow):
             print_rank0(line, color=YELLOW)
-        n_tokens = len(steps) * self.setup.batch.global_batch * self.cfg.seq_len
+        logged = range(state.step - len(steps), state.step)
+        global_batches = [len(self.samples_of(step)) for step in logged]
+        n_tokens = sum(global_batches) * self.cfg.seq_len
         metrics = log_metrics(
             steps,
             rates=learning_rates(self.engine),
-            speed=self._speed(
-                n_tokens / (seconds["step"] + seconds["data"]), range(state.step - len(steps), state.step)
-            ),
+            speed=self._speed(n_tokens / (seconds["step"] + seconds["data"]), logged),
             skipped_steps=state.health.skipped_steps,
             epoch=self.setup.training_set.epochs(state.samples_seen)[0],  # of the first dataset
             seconds_per_step={name: spent / len(steps) for name, spent in seconds.items()},
             stragglers=self.stragglers.metrics(own, len(steps)),
-            batch=self.setup.batch if self.cfg.noise_scale else None,
+            micro_batch=self.setup.batch.micro_batch if self.cfg.noise_scale else None,
+            global_batches=global_batches,
         )
         if not self.frozen:  # everything alive now stays alive: take it out of every later garbage collection
             gc.collect()
@@ -308,14 +316,17 @@ class Session:
 
     def _documents(self, step: int, r: int) -> str:
         """Name the first documents that rank r read in a step, and where they came from."""
-        samples = self.setup.training_set.mixture.samples_of(step)[rank_share(self.setup.batch, r)]
+        samples = rank_share(self.samples_of(step - 1), self.setup.batch, r)
         return documents_of(self.setup.training_set, samples, self.cfg.out_dir, step)
 
     def _speed(self, tokens_per_sec: float, steps: range) -> dict[str, float]:
         setup, cfg = self.setup, self.cfg
-        rows = sum(row_length(step, cfg.seq_len, cfg.schedule) for step in steps) // len(steps)
+        lengths = cfg.schedule.rows(cfg.seq_len)
+        rows = (lengths.total(steps.stop) - lengths.total(steps.start)) // len(steps)
         return speed(setup.run, setup.data.vocab_size, tokens_per_sec, self.device, rows=rows, compiled=setup.compiled)
 
     def _eta(self, step: int) -> float:
         """Return the seconds to the last step, at the pace of this start."""
-        return (self.cfg.schedule.max_steps - step) * self.stopwatch.total() / (step - self.setup.state.step)
+        batches = self.cfg.schedule.batches(self.setup.batch.global_batch)
+        begin, now, end = map(batches.total, (self.setup.state.step, step, self.cfg.schedule.max_steps))
+        return (end - now) * self.stopwatch.total() / (now - begin)

@@ -75,7 +75,7 @@ def run_steps(session: Session, preemption: Preemption, stop_at: int | None) -> 
         while not (stop or state.finished(schedule.max_steps)):
             session.set_step(state.step)
             window.add(train_step(session, batches))
-            state = state.after_step(setup.batch.global_batch, run.megagpt.seq_len)
+            state = state.after_step(session.global_batch, run.megagpt.seq_len)
             stop = vote(preemption.requested or session.writer.failed) or state.step == stop_at
             done = state.step == schedule.max_steps
             session.watchdog.beat(state.step, ending=stop or done)
@@ -113,7 +113,8 @@ def train_step(session: Session, batches: Iterator[Batch]) -> StepResult:
     their sum over the number of all targets, ignored ones included. That number is known without asking other ranks.
     The results stay on the device: reading them here would make every step wait for the GPU.
     """
-    engine, regularization, accumulation = session.engine, session.cfg.regularization, session.setup.batch.accumulation
+    engine, regularization = session.engine, session.cfg.regularization
+    accumulation = engine.gradient_accumulation_steps()
     losses, shares = [], []
     for micro_batch in range(accumulation):
         with session.stopwatch.section("data"):

@@ -10,6 +10,7 @@ import argparse
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,7 @@ def trained(data: Path, augment: AugmentConfig, seed: int, n_steps: int, lr: flo
     model = GPT(MODEL, vocab_size)
     optimizer = torch.optim.AdamW(decay_groups(model, 0.0), lr=lr, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, n_steps, pct_start=0.1)
-    firsts = rank_samples(BatchPlan(BATCH, BATCH, 1, 1), 0, 0)
+    firsts = rank_samples(BatchPlan(BATCH, BATCH, 1, 1), 0, (range(n, n + BATCH) for n in count(0, BATCH)))
     batches = prefetched(samples.fill, firsts, (BATCH, MODEL.seq_len + 1), CPU, transform=transform)
     losses: list[float] = []
     validation: dict[int, float] = {}

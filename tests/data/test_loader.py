@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +28,19 @@ def train_data(dataset):
     return TrainingSet(mixture, [opened])
 
 
+def batches_from(first: int, plan: BatchPlan) -> Iterator[range]:
+    return (range(begin, begin + plan.global_batch) for begin in count(first, plan.global_batch))
+
+
 def global_batch(data, plan: BatchPlan, step: int) -> list[tuple[int, ...]]:
     """The rows of one global batch, gathered from every rank's micro-batches, as a sorted list."""
     rows = []
     for rank in range(plan.world_size):
         batches = prefetched(
-            data.fill, rank_samples(plan, rank, step * plan.global_batch), (plan.micro_batch, SEQ_LEN + 1), CPU
+            data.fill,
+            rank_samples(plan, rank, batches_from(step * plan.global_batch, plan)),
+            (plan.micro_batch, SEQ_LEN + 1),
+            CPU,
         )
         rows += [tuple(row) for _ in range(plan.accumulation) for row in next(batches).inputs.tolist()]
     return sorted(rows)
@@ -47,10 +56,10 @@ def test_global_batches_do_not_depend_on_ranks_or_micro_batches(train_data, worl
 
 def test_going_on_at_a_step_gives_the_batches_that_follow_it(train_data):
     plan, shape = BatchPlan(8, 4, 2, 1), (4, SEQ_LEN + 1)
-    straight = prefetched(train_data.fill, rank_samples(plan, 0, 0), shape, CPU)
+    straight = prefetched(train_data.fill, rank_samples(plan, 0, batches_from(0, plan)), shape, CPU)
     for _ in range(2 * 5):
         next(straight)
-    resumed = prefetched(train_data.fill, rank_samples(plan, 0, 5 * 8), shape, CPU)
+    resumed = prefetched(train_data.fill, rank_samples(plan, 0, batches_from(5 * 8, plan)), shape, CPU)
     for _ in range(6):
         assert torch.equal(next(straight).targets, next(resumed).targets)
 
@@ -106,7 +115,7 @@ def test_a_sample_of_several_stretches_is_their_tokens_one_after_the_other(tmp_p
 def test_reading_ahead_does_not_overwrite_the_batch_in_use(train_data):
     plan, shape = BatchPlan(4, 4, 1, 1), (4, SEQ_LEN + 1)
     expected = [batch.inputs.clone() for batch in prefetched(train_data.fill, range(0, 40, 4), shape, CPU)]
-    batches = prefetched(train_data.fill, rank_samples(plan, 0, 0), shape, CPU)
+    batches = prefetched(train_data.fill, rank_samples(plan, 0, batches_from(0, plan)), shape, CPU)
     for i, batch in zip(range(10), batches, strict=False):
         assert torch.equal(batch.inputs, expected[i])
 

@@ -12,7 +12,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from elastic_ranks import CHAIN, STEPS_EACH, opened, options, part_of_the_chain, whole_state
+from elastic_ranks import CHAIN, RAMP, STEPS_EACH, opened, options, part_of_the_chain, whole_state
 from hypothesis import given
 from hypothesis import strategies as st
 from support import PROGRAMS, ROOT, debug_run, environment, metric, torchrun
@@ -56,18 +56,19 @@ def chain(dataset, device, tmp_path_factory) -> Path:
 
 
 def test_over_other_ranks_and_stages_every_sample_is_taken_once(chain):
-    """Told by its tokens: the rows that all ranks took are those of samples 0 to 127, in each step its own."""
+    """Told by its tokens: the rows that all ranks took are those of samples 0 to 99, in each step its own."""
     data = open_run(chain / "run")
-    expected = [[t for span in data.spans(i) for t in span.tokens.tolist()] for i in range(8 * 4 * STEPS_EACH)]
+    expected = [[t for span in data.spans(i) for t in span.tokens.tolist()] for i in range(4 * 7 + 8 * 9)]
     assert len(set(map(tuple, expected))) == len(expected)
     for part, (n_ranks, _, _) in enumerate(CHAIN):
         taken = [row for r in range(n_ranks) for row in np.load(chain / f"rows.{part}.{r}.npy").tolist()]
-        first = 8 * STEPS_EACH * part
-        assert sorted(taken) == sorted(expected[first : first + 8 * STEPS_EACH])
+        first, after = (data.mixture.samples_of(STEPS_EACH * p + 1).start for p in (part, part + 1))
+        assert after == [16, 28 + 8, 28 + 40, 28 + 72][part]
+        assert sorted(taken) == sorted(expected[first:after])
 
 
 def test_over_other_ranks_and_stages_losses_and_rates_are_a_straight_runs(chain, dataset, device, tmp_path):
-    train(debug_run(dataset, tmp_path / "straight", *options(1)), device)
+    train(debug_run(dataset, tmp_path / "straight", *options(1, *RAMP)), device)
     straight, found = tmp_path / "straight", chain / "run"
     assert metric(found, "optim/lr") == metric(straight, "optim/lr")
     for name in ("train/loss", "optim/grad_norm"):

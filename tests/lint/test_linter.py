@@ -158,7 +158,7 @@ MISTAKES = [
             [f"{STOPPING}.max_gap=0.5", f"megagpt.{key}=0.1"],
             "error",
             "megagpt",
-            f"megagpt.{key}=0.1 would make the",
+            f"megagpt.{key}=0.1 makes that the loss",
         )
         for key in (
             "regularization.label_smoothing",

@@ -24,10 +24,11 @@ def test_by_hand():
     """Two micro-batches of one sequence with gradients (3, 4) and (1, 0): their mean is (2, 2), whose square is 8, and
     the mean of their squares 13. |G|^2 = 2 * 8 - 13 = 3, tr(S) = (13 - 8) / (1 - 1/2) = 10."""
     small, big = torch.tensor([13.0, torch.nan]).double(), torch.tensor([8.0, 8.0]).double()
-    assert noise_scale(small, big, 1, 2) == pytest.approx(10 / 3)
-    assert noise_scale(small * 2, big, 1, 2) is None  # the mean gradient is lost in the noise
-    assert noise_scale(big / 2, big, 1, 2) is None  # micro-batches that differ less than not at all
-    assert noise_scale(small[1:], big[1:], 1, 2) is None
+    two = torch.tensor([2.0, 2.0]).double()
+    assert noise_scale(small, big, 1, two) == pytest.approx(10 / 3)
+    assert noise_scale(small * 2, big, 1, two) is None  # the mean gradient is lost in the noise
+    assert noise_scale(big / 2, big, 1, two) is None  # micro-batches that differ less than not at all
+    assert noise_scale(small[1:], big[1:], 1, two[1:]) is None
 
 
 def test_it_is_the_ratio_that_gradients_were_drawn_with():
@@ -35,7 +36,9 @@ def test_it_is_the_ratio_that_gradients_were_drawn_with():
     draws = torch.randn(1000, 16, 100, generator=torch.Generator().manual_seed(0)).double() * 0.5**0.5
     draws[..., 0] += 2.0
     small = draws.unflatten(1, (4, 4)).mean(2).square().sum(-1).mean(1)  # batches of 4 sequences
-    assert noise_scale(small, draws.mean(1).square().sum(-1), 4, 16) == pytest.approx(12.5, rel=0.1)
+    assert noise_scale(small, draws.mean(1).square().sum(-1), 4, torch.tensor(16.0).expand(1000)) == pytest.approx(
+        12.5, rel=0.1
+    )
 
 
 def batch_of(number):

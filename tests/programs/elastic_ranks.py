@@ -25,6 +25,7 @@ from megagpt.train.trainer import train
 DEVICE = init_process_group()
 CHAIN = [(1, 1, 4), (2, 3, 2), (4, 0, 1), (1, 2, 8)]  # ranks, ZeRO stage, micro-batch of each part
 STEPS_EACH = 4
+RAMP = ["megagpt.schedule.first_batch=4", "megagpt.schedule.batch_ramp_steps=7"]  # of 8: its end is in the second part
 RUN = ["megagpt.schedule.max_steps=16", "megagpt.data.val_tokens=256", 'megagpt.every={"log": 1, "eval": 0, "save": 0}']
 
 
@@ -35,7 +36,7 @@ def options(stage: int, *more: str) -> list[str]:
 def part_of_the_chain(dataset: Path, folder: Path, part: int) -> None:
     """Train four steps more of folder/run, and put down every row of tokens that this rank took."""
     _, stage, micro_batch = CHAIN[part]
-    run = debug_run(dataset, folder / "run", *options(stage, f"train_micro_batch_size_per_gpu={micro_batch}"))
+    run = debug_run(dataset, folder / "run", *options(stage, f"train_micro_batch_size_per_gpu={micro_batch}", *RAMP))
     with rows_taken() as rows:
         train(run, DEVICE, stop_at=STEPS_EACH * (part + 1))
     np.save(folder / f"rows.{part}.{rank()}.npy", torch.cat(rows).numpy())

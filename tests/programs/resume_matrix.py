@@ -26,7 +26,9 @@ CUT_AT = {"warmup": 2, "patience": 5}  # steps: in the middle of warm-up and of 
 LAST = 7
 OPTIONS = [
     # Rows of 16 tokens in steps 1 and 2, of 32 in 3 and 4, of 64 then: a cut lies between two lengths.
-    f'megagpt.schedule={{"max_steps": {LAST}, "warmup_steps": 4, "seq_len_warmup_steps": 4, "first_seq_len": 16}}',
+    # Batches of 4 samples in steps 1 to 5, then of 8.
+    f'megagpt.schedule={{"max_steps": {LAST}, "warmup_steps": 4, "seq_len_warmup_steps": 4, "first_seq_len": 16, '
+    '"batch_ramp_steps": 5, "first_batch": 4}',
     'megagpt.every={"log": 1, "eval": 2, "save": 0}',
     'megagpt.early_stopping={"patience": 3, "min_delta": 100, "restore_best": false}',  # no evaluation but the first
     "megagpt.data.val_tokens=128",
@@ -40,7 +42,7 @@ class Case:
     stage: int
     bf16: bool
     dropout: bool  # with every block recomputed
-    accumulation: int
+    accumulation: int  # of the smaller batches
     cut: str
     muon: bool
 
@@ -54,7 +56,7 @@ class Case:
             *OPTIONS,
             f"zero_optimization.stage={self.stage}",
             f"bf16.enabled={str(self.bf16).lower()}",
-            f"train_micro_batch_size_per_gpu={4 // self.accumulation}",
+            f"train_micro_batch_size_per_gpu={2 // self.accumulation}",
             *(DROPOUT if self.dropout else []),
             *(["optimizer.type=Muon", "optimizer.params.muon_lr=0.01"] if self.muon else []),
         ]

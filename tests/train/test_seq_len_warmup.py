@@ -20,7 +20,6 @@ from megagpt.config.schedule import ScheduleConfig
 from megagpt.data.loss_mask import unmarked
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_file
-from megagpt.train.lr_schedule import row_length
 from megagpt.train.trainer import train
 
 SHORT = ["megagpt.schedule.seq_len_warmup_steps=4", "megagpt.schedule.first_seq_len=16"]
@@ -29,8 +28,8 @@ SMALL = ['megagpt.every={"log": 1, "eval": 0, "save": 0}', "megagpt.data.val_tok
 
 def test_rows_double_and_each_length_holds_as_long():
     cfg = ScheduleConfig(max_steps=20, seq_len_warmup_steps=9, first_seq_len=8)
-    assert [row_length(step, 64, cfg) for step in range(11)] == [8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64]
-    assert row_length(0, 64, ScheduleConfig(max_steps=20)) == 64
+    assert [cfg.rows(64).at(step) for step in range(11)] == [8, 8, 8, 16, 16, 16, 32, 32, 32, 64, 64]
+    assert ScheduleConfig(max_steps=20).rows(64).at(0) == 64
 
 
 @pytest.mark.parametrize("kind", ["concatenate", "concatenate-masked", "best-fit"])

@@ -102,7 +102,11 @@ def _two_steps(run: RunConfig, vocab_size: int, limit: int, device: torch.device
     batch = batch_plan(run.deepspeed, world_size())
     batch = replace(batch, accumulation=min(2, batch.accumulation))
     batch = replace(batch, global_batch=batch.micro_batch * batch.accumulation * batch.replicas)
-    run = run.changed(f"train_batch_size={batch.global_batch}", f"gradient_accumulation_steps={batch.accumulation}")
+    run = run.changed(
+        f"train_batch_size={batch.global_batch}",
+        f"gradient_accumulation_steps={batch.accumulation}",
+        *("megagpt.schedule.first_batch=null", "megagpt.schedule.batch_ramp_steps=0"),
+    )
     cfg, compiled = run.megagpt, compiles(run.megagpt.compile, device)
     engine = build_engine(run, batch, vocab_size, device, compiled=compiled)
     shape = (batch.micro_batch, cfg.seq_len // batch.sequence_parallel_size)
