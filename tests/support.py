@@ -71,6 +71,8 @@ OTHER_BLOCKS = [
     "megagpt.model.logit_softcap=5",
     "megagpt.model.value_residual=true",
     "megagpt.model.embedding_shortcut=true",
+    "megagpt.model.sliding_window=20",
+    "megagpt.model.sliding_window_pattern=2",
 ]
 LR_SCALE = 'optimizer.params.lr_scale={"embeddings": 2, "vectors": 0.5}'
 SHARING = {

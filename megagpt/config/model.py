@@ -105,6 +105,16 @@ class ModelConfig(Strict):
         default=False, description="blocks mix the embeddings into their input, by two trained scalars"
     )
 
+    sliding_window: int | None = Field(
+        default=None,
+        gt=0,
+        le=LONGEST,
+        description="positions that blocks attend to, the last one's own included; null: all",
+    )
+    sliding_window_pattern: int | None = Field(
+        default=None, ge=2, le=DEEPEST, description="every such block attends to all positions; null: none does"
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, given: Any) -> Any:
@@ -150,6 +160,14 @@ class ModelConfig(Strict):
                         f"megagpt.model.{key}={getattr(self, key):g} has no effect with megagpt.model.position="
                         f"{self.position}; remove it, or set megagpt.model.position to rotary"
                     )
+        every = self.sliding_window_pattern
+        if every is not None and (self.sliding_window is None or every > self.n_layer):
+            reason = "no megagpt.model.sliding_window" if self.sliding_window is None else f"{self.n_layer} blocks"
+            raise ValueError(
+                f"megagpt.model.sliding_window_pattern={every} has no effect with {reason}: it lets every such block "
+                "attend to all positions; remove it, or set "
+                + ("megagpt.model.sliding_window" if self.sliding_window is None else f"it to {self.n_layer} or less")
+            )
         for key in ("value_residual", "embedding_shortcut"):
             if getattr(self, key) and self.n_layer == 1:
                 raise ValueError(
@@ -172,6 +190,12 @@ class ModelConfig(Strict):
     def kv_heads(self) -> int:
         """Heads of keys and values."""
         return self.n_kv_head or self.n_head
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Positions that each block attends to; None: all."""
+        every = self.sliding_window_pattern
+        return [None if every and i % every == 0 else self.sliding_window for i in range(1, self.n_layer + 1)]
 
     @property
     def gated(self) -> bool:

@@ -43,6 +43,8 @@ NAMES = {
     "megagpt.model.logit_softcap": "final_logit_softcapping softcap",
     "megagpt.model.value_residual": "resformer use_value_residual value_lambdas",
     "megagpt.model.embedding_shortcut": "x0_lambdas resid_lambdas embedding_residual",
+    "megagpt.model.sliding_window": "window_size attention_window local_window sliding_window_size attn_window",
+    "megagpt.model.sliding_window_pattern": "window_pattern window_attn_skip_freq local_attention_pattern",
     "megagpt.data.train": "dataset data_dir data_path dataset_name train_data train_file training_data",
     "megagpt.data.val": "val_data valid_data validation_file eval_data eval_dataset eval_file",
     "megagpt.data.val_tokens": "eval_iters limit_val_batches",

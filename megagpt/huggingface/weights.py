@@ -23,7 +23,7 @@ EMBEDDING, HEAD = "wte.weight", "lm_head.weight"
 
 
 # Classes of transformers -> the choices of ModelConfig that they compute.
-NOT_THERE = {"logit_softcap": None, "value_residual": False, "embedding_shortcut": False}
+NOT_THERE = {"logit_softcap": None, "value_residual": False, "embedding_shortcut": False, "sliding_window": None}
 LLAMA = {"position": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False, **NOT_THERE}
 CLASSES: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": {key: ModelConfig.model_fields[key].default for key in (*LLAMA, "qk_norm", "n_kv_head")},

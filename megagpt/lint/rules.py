@@ -202,6 +202,11 @@ CONTRADICTIONS = (
         "skips the only block, so that samples train the embeddings alone; remove it, or raise megagpt.model.n_layer",
     ),
     Against(
+        "megagpt.model.sliding_window",
+        lambda run: (run.megagpt.model.sliding_window or 0) >= run.megagpt.seq_len,
+        "is as long as an example, or longer, so that blocks attend to all of it; lower it, or remove it",
+    ),
+    Against(
         "megagpt.model.n_head",
         lambda run: run.megagpt.model.head_dim % 8 != 0,
         "makes heads whose width is not a multiple of 8, for which GPUs have no fast attention; change it or "

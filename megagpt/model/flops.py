@@ -68,16 +68,22 @@ def bucket_elements(cfg: ModelConfig, vocab_size: int, world_size: int) -> int:
     return min(largest if world_size == 1 else max(largest, n_params(cfg, vocab_size) // 8), 50_000_000)
 
 
+def attended(cfg: ModelConfig) -> float:
+    """Return twice the positions that a token attends to on average, summed over the blocks: T for a whole sequence."""
+    T = cfg.seq_len
+    return sum(T if window is None or window >= T else window * (2 - window / T) for window in cfg.windows)
+
+
 def flops_per_token(cfg: ModelConfig, vocab_size: int) -> float:
-    """Return the FLOPs of forward and backward: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B)."""
+    """Return the FLOPs of forward and backward, without windows 6 N + 12 L C T (Chowdhery et al. 2022, appendix B)."""
     looked_up = [cfg.seq_len] * (cfg.position == "learned") + [vocab_size] * (not cfg.tied)  # rows of these tables
     n = n_params(cfg, vocab_size) - sum(looked_up) * cfg.n_embd
-    return 6 * n + 12 * cfg.n_layer * cfg.n_embd * cfg.seq_len
+    return 6 * n + 12 * cfg.n_embd * attended(cfg)
 
 
 def causal_flops_per_token(cfg: ModelConfig, vocab_size: int) -> float:
     """Return the same with the half of attention that a causal kernel computes: 6 N + 6 L C T."""
-    return flops_per_token(cfg, vocab_size) - 6 * cfg.n_layer * cfg.n_embd * cfg.seq_len
+    return flops_per_token(cfg, vocab_size) - 6 * cfg.n_embd * attended(cfg)
 
 
 def recompute_flops_per_token(
@@ -98,7 +104,7 @@ def recompute_flops_per_token(
     if recompute.policy == "budget":
         return None
     C = cfg.n_embd
-    c_attn, attention, c_proj = 2 * C * _qkv(cfg), 4 * C * cfg.seq_len, 2 * C * C
+    c_attn, attention, c_proj = 2 * C * _qkv(cfg), 4 * C * attended(cfg) / cfg.n_layer, 2 * C * C
     mlp = 2 * C * cfg.mlp_inner  # of a matrix from or to that width
     c_fc = mlp * (2 if cfg.gated else 1)
     to_the_end = recompute.kind == "deepspeed" or dropout.residual > 0.0 or zero3 or compiled

@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019), complete: embeddings, attention, MLP, pre-LayerNorm blocks, tied output head.
 
 `ModelConfig` chooses between its parts and newer ones: rotary positions, RMSNorm, gated MLPs, grouped-query attention,
-shortcuts from the first block's values and from the embeddings to every later block.
+shortcuts from the first block's values and from the embeddings to every later block, sliding windows.
 
 Shapes: B batch, T positions, S positions so far, C width (n_embd), H heads, K heads of keys and values, D head width
 (C = H * D), V vocabulary.
@@ -25,7 +25,7 @@ from megagpt.model.attention import ATTENTION, over_ranks
 from megagpt.model.cache import Append, KeyValueCaches
 from megagpt.model.layers import Embedding, Linear, Mix, norm
 from megagpt.model.loss import Score, capped
-from megagpt.model.masks import document_positions
+from megagpt.model.masks import document_positions, window_mask
 from megagpt.model.positions import alibi_mask, rotary_tables, rotate, sinusoidal
 from megagpt.model.stochastic_depth import StochasticDepth
 
@@ -187,7 +187,8 @@ class GPT(nn.Module):
         self.lm_head.softcap = cfg.logit_softcap
         self.tie_output()
         self.recompute: Recompute = keep_activations
-        self.sequence_rank = 0  # with sequence parallelism the tokens are positions sequence_rank * T and up
+        # With sequence parallelism, sequence_size ranks have T positions each, this one those from sequence_rank * T.
+        self.sequence_rank, self.sequence_size = 0, 1
 
     def tie_output(self) -> None:
         """Make the output head's weight the token embedding (Press and Wolf 2017), unless it has its own."""
@@ -223,9 +224,11 @@ class GPT(nn.Module):
         rotary = None
         if self.cfg.position == "rotary":
             rotary = rotary_tables(positions, self.cfg.head_dim, self.cfg.rotary_base, self.cfg.rotary_scaling)
-        if self.cfg.position == "alibi":
-            places = torch.arange(begin, end, device=tokens.device) if caches is None else positions
-            mask = alibi_mask(self.cfg.n_head, places, end, mask)
+        if caches is None:
+            whole = T * self.sequence_size
+            masks = self._masks(mask, torch.arange(whole, device=tokens.device), whole)
+        else:
+            masks = self._masks(mask, positions, end)
         recompute = self.recompute if self.training else keep_activations
         kept = self.stochastic_depth.draw(len(x), x.device) if self.training else None
         # A view has a node of its own in the graph, so that gradients are summed in one order, whoever recomputes.
@@ -233,15 +236,24 @@ class GPT(nn.Module):
         values: Tensor | None = None
         for i, block in enumerate(self.blocks()):
             if caches is None:
-                output = recompute(i, block, x if kept is None else x.view_as(x), mask, rotary, values, embeddings)
+                output = recompute(i, block, x if kept is None else x.view_as(x), masks[i], rotary, values, embeddings)
             else:
-                output = block(x, mask, rotary, values, embeddings, cache=partial(caches.append, i))
+                output = block(x, masks[i], rotary, values, embeddings, cache=partial(caches.append, i))
             y, returned = with_values(output)
             values = values if returned is None else returned
             x = self.stochastic_depth.after(i, x, y, kept)  # (B, T, C)
         if caches is not None:
             caches.advance(T)
         return self.lm_head(self.ln_f(x), score)  # (B, T, V)
+
+    def _masks(self, mask: Tensor | None, places: Tensor, n_keys: int) -> list[Tensor | None]:
+        """Return each block's mask, where queries at these places may see what `mask` (None: causal) lets them."""
+        found: dict[int | None, Tensor | None] = {}
+        for window in set(self.cfg.windows):
+            found[window] = mask if window is None else window_mask(places, n_keys, window, mask)
+            if self.cfg.position == "alibi":
+                found[window] = alibi_mask(self.cfg.n_head, places, n_keys, found[window])
+        return [found[window] for window in self.cfg.windows]
 
     def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Return the embeddings of tokens (B, T), with those of their positions where these are added: (B, T, C)."""
@@ -263,7 +275,7 @@ class GPT(nn.Module):
         for block in self.blocks():
             block.attn.attend = over_ranks(block.attn.attend, exchange, size)
         self.stochastic_depth.same = lambda x: exchange(x.expand(size, *x.shape).contiguous())[0]
-        self.sequence_rank = sequence_rank
+        self.sequence_rank, self.sequence_size = sequence_rank, size
 
     def new_caches(self, batch: int, positions: int | None = None) -> KeyValueCaches:
         """Return empty key-value caches for `batch` texts of `positions` each; default: all that the model has."""

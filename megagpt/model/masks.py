@@ -1,6 +1,6 @@
-"""Masks of attention, true where a query may attend: positions of its own document.
+"""Masks of attention, true where a query may attend: the positions of its document, or of a window.
 
-Shapes: B batch, T positions.
+Shapes: B batch, T positions, S positions of keys.
 """
 
 import torch
@@ -16,3 +16,15 @@ def document_positions(documents: Tensor) -> tuple[Tensor, Tensor]:
     # Two comparisons make booleans at once: integers (B, T, T) would take 8 times the memory.
     seen = (place >= first.unsqueeze(-1)) & (place <= place.unsqueeze(1))  # (B, T, T)
     return place - first, seen.unsqueeze(1)
+
+
+def window_mask(queries: Tensor, n_keys: int, window: int, visible: Tensor | None) -> Tensor | None:
+    """Return the mask that keeps attention in the last `window` positions, a query's own included (Child et al. 2019).
+
+    (1, T, S) for queries at positions (T,), (B, 1, T, S) for queries (B, T) or with a mask `visible` (B, 1, T, S),
+    which replaces the causal rule. Keys are at positions 0 to n_keys - 1. `visible`, if no query has more to attend to.
+    """
+    if window >= n_keys:
+        return visible
+    last, key = queries.unsqueeze(-1).unsqueeze(-3), torch.arange(n_keys, device=queries.device)
+    return (key > last - window) & (key <= last if visible is None else visible)

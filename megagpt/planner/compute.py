@@ -98,7 +98,9 @@ def _model(run: RunConfig) -> ModelConfig:
 
 def _model_work(run: RunConfig, vocab_size: int) -> Work:
     """Return the work for one token: forward, backward, recomputed."""
-    cfg = _model(run)
+    # Masked, attention computes whole sequences, of which windows see a part.
+    windows = _model(run).windows
+    cfg = _model(run).model_copy(update={"sliding_window": None, "sliding_window_pattern": None})
     no_context = cfg.model_copy(update={"seq_len": 0})
     products, again = flops_per_token(no_context, vocab_size), _again(run, no_context)
     attention, attention_again = flops_per_token(cfg, vocab_size) - products, _again(run, cfg) - again
@@ -114,7 +116,8 @@ def _model_work(run: RunConfig, vocab_size: int) -> Work:
     if cfg.attention == "eager":
         moved += (SCORES if fused else SCORES_NOT_FUSED) * cfg.n_layer * cfg.n_head * cfg.seq_len
         return Work(products + again + attention + attention_again, 0.0, moved)
-    share = 1.0 if PACKING[run.megagpt.packing.kind].masked else CAUSAL
+    masked = 1.0 if PACKING[run.megagpt.packing.kind].masked else 1 - windows.count(None) / cfg.n_layer
+    share = masked + (1.0 - masked) * CAUSAL
     return Work(products + again, share * (SCORES_AGAIN * attention + attention_again), moved)
 
 

@@ -224,6 +224,8 @@ def _activations(run: RunConfig, batch: BatchPlan) -> tuple[float, float, float]
     elif PACKING[cfg.packing.kind].masked:
         # The mask of each sample, (T, T), as numbers that are added to the scores.
         extra += batch.micro_batch * T * T * s
+    else:  # that of a window, which is one for all samples
+        extra += T * T * s * (1 - cfg.model.windows.count(None) / L)
     if cfg.regularization.dropouts.residual > 0.0:
         # The masks of two results, a byte for each number.
         extra += 2 * tokens * cfg.model.n_embd

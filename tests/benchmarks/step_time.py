@@ -55,6 +55,7 @@ CHOICES = {
     "logit_softcap": ["megagpt.model.logit_softcap=15"],
     "value_residual": ["megagpt.model.value_residual=true"],
     "embedding_shortcut": ["megagpt.model.embedding_shortcut=true"],
+    "sliding_window=16": ["megagpt.model.sliding_window=16"],
     "llama": ["megagpt.model.preset=llama"],
     "speedrun, AdamW": SPEEDRUN,
     "speedrun, Muon": [*SPEEDRUN, *MUON],

@@ -127,6 +127,7 @@ MISTAKES = [
     ),
     (["megagpt.regularization.stochastic_depth=1.0"], "error", None, "stochastic_depth=1.0 is too large"),
     (['optimizer.params.lr_scale={"scalars": 5}'], "warning", None, "the model has none"),
+    (["megagpt.model.sliding_window=1024"], "warning", "megagpt.model.sliding_window", "is as long as an example"),
     (["megagpt.sample.top_p=0.9"], "warning", "megagpt.sample.top_p", "every.sample is 0"),
     (["megagpt.augment.fim.spm_rate=0.9"], "warning", "megagpt.augment.fim.spm_rate", "augment.fim.rate is 0"),
     (["megagpt.schedule.shape=constant", "megagpt.schedule.min_lr_ratio=0.2"], "warning", None, "does not fall"),

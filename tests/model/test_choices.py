@@ -38,6 +38,8 @@ CHOICES = [
     {"position": "alibi", "attention": "eager", "n_kv_head": 2},
     {"logit_softcap": 2.0},
     {"embedding_shortcut": True},
+    {"sliding_window": 5, "position": "rotary"},
+    {"sliding_window": 1, "sliding_window_pattern": 2, "position": "alibi", "value_residual": True},
     {"value_residual": True, "embedding_shortcut": True, "position": "rotary", "n_kv_head": 2},
 ]
 
@@ -75,6 +77,27 @@ def test_logits_are_those_of_transformers(more, qk_norm):
     assert torch.allclose(found, expected, rtol=0, atol=1e-5 * max(10.0, expected.abs().max().item()))
 
 
+@pytest.mark.parametrize("pattern", [None, 2])
+def test_windows_are_those_of_transformers(pattern):
+    """Those of Mistral in all layers, and of Qwen3 in every other one."""
+    from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    whole = ModelConfig(**SIZES, preset="llama", qk_norm=pattern is not None)
+    ours = model_of(
+        {"preset": "llama", "qk_norm": whole.qk_norm, "sliding_window": 5, "sliding_window_pattern": pattern}
+    )
+    config = config_json(whole, 100, 0, NO_DROPOUT, "fp32") | {"sliding_window": 5, "attn_implementation": "eager"}
+    if pattern is None:
+        theirs = MistralForCausalLM(MistralConfig(**config)).eval()
+    else:
+        layers = ["sliding_attention", "full_attention"]
+        theirs = Qwen3ForCausalLM(Qwen3Config(**config, use_sliding_window=True, layer_types=layers)).eval()
+    theirs.load_state_dict(renamed(ours.state_dict(), whole, 100), strict=True)
+    with torch.no_grad():
+        expected, found = theirs(TOKENS % 100).logits, ours.eval()(TOKENS % 100)[..., :100]
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5 * max(10.0, expected.abs().max().item()))
+
+
 @pytest.mark.parametrize("more", [{}, {"tied": False}, {"mlp_width": 40, "norm_eps": 1e-2}])
 def test_logits_are_those_of_transformers_gpt2(more):
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -93,6 +116,7 @@ def test_logits_are_those_of_transformers_gpt2(more):
         ({"preset": "speedrun"}, "megagpt.model.norm=rmsnorm_unweighted, megagpt.model.mlp=relu2"),
         ({"position": "alibi"}, "a model with megagpt.model.position=alibi;"),
         ({"n_kv_head": 1}, "a model with megagpt.model.n_kv_head=1;"),
+        ({"preset": "llama", "sliding_window": 8}, "a model with megagpt.model.sliding_window=8;"),
         ({"value_residual": True}, "a model with megagpt.model.value_residual=True;"),
         ({"preset": "llama", "embedding_shortcut": True}, "a model with megagpt.model.embedding_shortcut=True;"),
         ({"preset": "llama", "logit_softcap": 30.0}, "a model with megagpt.model.logit_softcap=30.0;"),
@@ -335,6 +359,10 @@ def test_what_is_zero_at_the_start_leaves_even_odds():
         ({"rotary_base": 5e5}, "set megagpt.model.position to rotary"),
         ({"rotary_scaling": 0.5, "position": "rotary"}, "greater than or equal to 1"),
         ({"logit_softcap": 0}, "greater than 0"),
+        ({"sliding_window": 0}, "greater than 0"),
+        ({"sliding_window_pattern": 2}, "set megagpt.model.sliding_window"),
+        ({"sliding_window": 5, "sliding_window_pattern": 3}, "set it to 2 or less"),
+        ({"sliding_window": 5, "sliding_window_pattern": 1}, "greater than or equal to 2"),
         ({"value_residual": True, "n_layer": 1}, "value_residual=true has no effect with megagpt.model.n_layer=1"),
         ({"embedding_shortcut": True, "n_layer": 1}, "embedding_shortcut=true has no effect"),
         ({"preset": "mistral"}, "'gpt2', 'llama' or 'speedrun'"),

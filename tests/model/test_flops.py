@@ -100,3 +100,13 @@ def test_an_unknown_device_has_no_peak():
     assert gpu_named("NVIDIA A100-SXM4-80GB") == "A100"
     assert gpu_named("Tesla V100-SXM2-16GB") == "V100 16GB"
     assert gpu_named("NVIDIA GH200 480GB") == "GH200"
+
+
+def test_windows_are_counted_as_the_positions_that_are_seen():
+    """Windows of 256 of 1024: a causal token sees 256 - 256 / 8 = 224 on average, of 512; every third sees all."""
+    cfg = ModelConfig(n_layer=6, n_head=2, n_embd=64, seq_len=1024, sliding_window=256, sliding_window_pattern=3)
+    whole = cfg.model_copy(update={"sliding_window": None, "sliding_window_pattern": None})
+    assert cfg.windows == [256, 256, None] * 2
+    saved = 4 * (512 - 224)
+    assert causal_flops_per_token(whole, 128) - causal_flops_per_token(cfg, 128) == 12 * 64 * saved
+    assert flops_per_token(whole, 128) - flops_per_token(cfg, 128) == 12 * 64 * 2 * saved
