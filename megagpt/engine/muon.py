@@ -32,6 +32,7 @@ from megagpt.distributed.collectives import exchange, gather_objects
 from megagpt.distributed.process_group import rank
 from megagpt.engine.cautious import CautiousAdamW, decay_where_it_shrinks
 from megagpt.engine.flat_tensors import ParamSlice, own_slices, param_sizes
+from megagpt.model.products import add_product, onednn_is_faster, product
 
 # The quintic of Jordan et al. (2024): five rounds bring singular values of 0.01 to 1 to between 0.68 and 1.14.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -211,21 +212,24 @@ def orthogonalize(matrices: Iterable[Tensor]) -> None:
     for (rows, columns), found in alike.items():
         n = max(1, AT_ONCE // (rows * columns))
         for batch in (found[i : i + n] for i in range(0, len(found), n)):
-            results = newton_schulz(torch.stack([matrix.to(_dtype(matrix)) for matrix in batch]))
+            if batch[0].device.type == "cpu" and onednn_is_faster():  # one after another, each stays in the cache
+                results = torch.stack([newton_schulz(matrix) for matrix in batch])
+            else:
+                results = newton_schulz(torch.stack([matrix.to(_dtype(matrix)) for matrix in batch]))
             for matrix, result in zip(batch, results.mul_(0.2 * math.sqrt(columns)), strict=True):
                 matrix.copy_(result)
 
 
 def newton_schulz(x: Tensor) -> Tensor:
-    """Bring the singular values of matrices (n, rows <= columns, columns) to about 1 (Jordan et al. 2024)."""
+    """Bring the singular values of matrices (..., rows <= columns, columns) to about 1 (Jordan et al. 2024)."""
     a, b, c = COEFFICIENTS
     # Singular values are now at most 1. The limit is for zeros alone: gradients of queries and keys begin at 1e-6.
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-20)
     if x.size(-1) >= 2 * x.size(-2) and x.dtype == torch.float32:
-        return _all_rounds(x @ x.mT) @ x
+        return product(_all_rounds(product(x, x.mT)), x)
     for _ in range(ROUNDS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = product(x, x.mT)
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a, alpha=1.0)
     return x
 
 
@@ -236,13 +240,13 @@ def _all_rounds(gram: Tensor) -> Tensor:
     indefinite, and the rounds would enlarge that.
     """
     a, b, c = COEFFICIENTS
-    factor = torch.eye(gram.size(-1), device=gram.device)
+    factor = gram
     for i in range(ROUNDS):
-        by = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        by = add_product(gram, gram, gram, beta=b, alpha=c)
         by.diagonal(dim1=-2, dim2=-1).add_(a)
-        factor = by if i == 0 else by @ factor
+        factor = by if i == 0 else product(by, factor)
         if i < ROUNDS - 1:
-            gram = by @ gram @ by
+            gram = product(product(by, gram), by)
     return factor
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.config.generation import GenerationConfig
@@ -17,6 +16,7 @@ from megagpt.model.cache import KeyValueCaches
 from megagpt.model.generated_text import GeneratedText, Prompt
 from megagpt.model.gpt import GPT, OutputHead
 from megagpt.model.loss import Score, capped
+from megagpt.model.products import linear
 from megagpt.model.sampling import penalized, pick, uniforms
 from megagpt.tokenizer.tokenizer import Tokenizer
 
@@ -119,7 +119,7 @@ def _last_logits(head: OutputHead, vocab_size: int, ends: Tensor | None = None) 
     def score(x: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
         last = x[:, -1] if ends is None else x[torch.arange(len(x), device=x.device), ends]  # (B, C)
         # Packed, the head multiplies and caps by itself.
-        logits = capped(F.linear(last, weight), softcap) if head.packed is None else head(last)
+        logits = capped(linear(last, weight), softcap) if head.packed is None else head(last)
         return logits[:, :vocab_size].float()
 
     return score

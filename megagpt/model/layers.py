@@ -1,10 +1,10 @@
 """The layers that blocks are made of, each of which initializes itself: linear ones, embeddings, norms, mixes."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.config.model import ModelConfig
+from megagpt.model.products import linear
 
 
 class Linear(nn.Linear):
@@ -28,7 +28,7 @@ class Linear(nn.Linear):
             return y
         # With two dimensions. To a product with three, DeepSpeed's linear function of ZeRO-3 adds the bias in place;
         # where the policy `selective` has kept that product, it is added twice, and gradients are wrong.
-        return F.linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
+        return linear(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], -1)
 
 
 class Embedding(nn.Embedding):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt.data.loss_mask import IGNORE
+from megagpt.model.products import linear, onednn_is_faster, product
 
 # hidden states (B, T, C), output matrix (V, C), the cap of logits if there is one -> loss
 Score = Callable[[Tensor, Tensor, float | None], Tensor]
@@ -37,7 +38,7 @@ def next_token_score(
         n_tokens, vocab_size = targets.numel(), weight.size(0)
         in_blocks = not compiled and x.device.type == "cpu" and 4 * n_tokens * vocab_size > ROW_BLOCK_BYTES
         if chunks(n_tokens, vocab_size) == 1 and not (compiled or in_blocks):
-            logits = capped(F.linear(x, weight), softcap)
+            logits = capped(linear(x.flatten(0, -2), weight), softcap).view(*x.shape[:-1], -1)
             return next_token_loss(logits, targets, label_smoothing=label_smoothing, z_loss=z_loss)
         options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
         gradient = partial(_compiled() if compiled else chunk_gradient, **options)
@@ -55,7 +56,7 @@ def token_nats(targets: Tensor) -> Score:
         n = chunks(targets.numel(), weight.size(0))
         rows = zip(x.flatten(0, 1).chunk(n), targets.flatten().chunk(n), strict=True)
         nats = [
-            F.cross_entropy(capped(F.linear(some, weight), softcap).float(), wanted, reduction="none")
+            F.cross_entropy(capped(linear(some, weight), softcap).float(), wanted, reduction="none")
             for some, wanted in rows
         ]
         return torch.cat(nats).view_as(targets)
@@ -73,7 +74,7 @@ def target_scores(targets: Tensor, vocab_size: int) -> Score:
         n = chunks(targets.numel(), weight.size(0))
         found = []
         for some, wanted in zip(x.flatten(0, 1).chunk(n), targets.flatten().chunk(n), strict=True):
-            logits = capped(F.linear(some, weight), softcap)[:, :vocab_size].float()  # (N, vocab_size)
+            logits = capped(linear(some, weight), softcap)[:, :vocab_size].float()  # (N, vocab_size)
             log_p = -F.cross_entropy(logits, wanted, reduction="none")
             found.append(torch.stack([log_p, (logits.argmax(-1) == wanted).float()]))
         return torch.cat(found, 1).view(2, *targets.shape)
@@ -123,10 +124,10 @@ class ChunkedLoss(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if n > 1 else None
         total = torch.zeros((), device=x.device)
         for some, wanted, some_grad in zip(x.chunk(n), targets.chunk(n), x_grad.chunk(n), strict=True):
-            loss, grad, scale = gradient(F.linear(some, weight), wanted)
+            loss, grad, scale = gradient(linear(some, weight), wanted)
             total += loss
             # The chain rule through logits = x @ weight.T, whose gradient is grad * scale.
-            some_grad.copy_((grad @ weight) * scale)
+            some_grad.copy_(product(grad, weight) * scale)
             weight_grad = _plus_product(weight_grad, grad.t(), (some * scale).to(grad.dtype))
         kept = (targets != IGNORE).sum().clamp(min=1)
         ctx.save_for_backward(x_grad, weight_grad, kept)
@@ -197,8 +198,9 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """Return total + a @ b, added in place and in total's precision; without a total, a @ b."""
     if total is None:
-        return a @ b
-    return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
+        return product(a, b)
+    same = a.dtype == total.dtype and not onednn_is_faster()
+    return total.addmm_(a, b) if same else total.add_(product(a, b))
 
 
 def kept_share(targets: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ IN_THE_GRAPH = ("selective", "budget")  # the policies that torch.compile carrie
 
 aten = torch.ops.aten
 
-MATMULS = {aten.mm.default, aten.addmm.default}
+MATMULS = {aten.mm.default, aten.addmm.default, torch.ops.mkldnn._linear_pointwise.default}
 
 ATTENTIONS = {
     aten._scaled_dot_product_flash_attention.default,
