@@ -21,10 +21,11 @@ def document_positions(documents: Tensor) -> tuple[Tensor, Tensor]:
 def window_mask(queries: Tensor, n_keys: int, window: int, visible: Tensor | None) -> Tensor | None:
     """Return the mask that keeps attention in the last `window` positions, a query's own included (Child et al. 2019).
 
-    (1, T, S) for queries at positions (T,), (B, 1, T, S) for queries (B, T) or with a mask `visible` (B, 1, T, S),
+    (1, 1, T, S) for queries at positions (T,), (B, 1, T, S) for queries (B, T) or with a mask `visible` (B, 1, T, S),
     which replaces the causal rule. Keys are at positions 0 to n_keys - 1. `visible`, if no query has more to attend to.
     """
     if window >= n_keys:
         return visible
-    last, key = queries.unsqueeze(-1).unsqueeze(-3), torch.arange(n_keys, device=queries.device)
+    # Four dimensions: with three, torch would compute the scores without a fused kernel.
+    last, key = queries.view(-1, 1, queries.size(-1), 1), torch.arange(n_keys, device=queries.device)
     return (key > last - window) & (key <= last if visible is None else visible)
