@@ -162,11 +162,12 @@ class ModelConfig(Strict):
                     )
         every = self.sliding_window_pattern
         if every is not None and (self.sliding_window is None or every > self.n_layer):
-            reason = "no megagpt.model.sliding_window" if self.sliding_window is None else f"{self.n_layer} blocks"
+            reason, other = f"n_layer={self.n_layer}", f", or set it to {self.n_layer} or less" * (self.n_layer > 1)
+            if self.sliding_window is None:
+                reason, other = "no megagpt.model.sliding_window", ", or set megagpt.model.sliding_window"
             raise ValueError(
                 f"megagpt.model.sliding_window_pattern={every} has no effect with {reason}: it lets every such block "
-                "attend to all positions; remove it, or set "
-                + ("megagpt.model.sliding_window" if self.sliding_window is None else f"it to {self.n_layer} or less")
+                f"attend to all positions; remove it{other}"
             )
         for key in ("value_residual", "embedding_shortcut"):
             if getattr(self, key) and self.n_layer == 1:
