@@ -162,12 +162,12 @@ class ModelConfig(Strict):
                     )
         every = self.sliding_window_pattern
         if every is not None and (self.sliding_window is None or every > self.n_layer):
-            reason, other = f"n_layer={self.n_layer}", f", or set it to {self.n_layer} or less" * (self.n_layer > 1)
+            reason, way_out = f"megagpt.model.n_layer={self.n_layer}", ""
             if self.sliding_window is None:
-                reason, other = "no megagpt.model.sliding_window", ", or set megagpt.model.sliding_window"
+                reason, way_out = "no megagpt.model.sliding_window", ", or set megagpt.model.sliding_window"
             raise ValueError(
                 f"megagpt.model.sliding_window_pattern={every} has no effect with {reason}: it lets every such block "
-                f"attend to all positions; remove it{other}"
+                f"attend to all positions; remove it{way_out}"
             )
         for key in ("value_residual", "embedding_shortcut"):
             if getattr(self, key) and self.n_layer == 1:

@@ -361,7 +361,7 @@ def test_what_is_zero_at_the_start_leaves_even_odds():
         ({"logit_softcap": 0}, "greater than 0"),
         ({"sliding_window": 0}, "greater than 0"),
         ({"sliding_window_pattern": 2}, "set megagpt.model.sliding_window"),
-        ({"sliding_window": 5, "sliding_window_pattern": 3}, "set it to 2 or less"),
+        ({"sliding_window": 5, "sliding_window_pattern": 3}, "attend to all positions; remove it"),
         ({"sliding_window": 5, "sliding_window_pattern": 1}, "greater than or equal to 2"),
         ({"value_residual": True, "n_layer": 1}, "value_residual=true has no effect with megagpt.model.n_layer=1"),
         ({"embedding_shortcut": True, "n_layer": 1}, "embedding_shortcut=true has no effect"),
