@@ -311,7 +311,8 @@ def fault(case: Case, folder: Path) -> str | None:
     if done.returncode == 2 and len(done.stderr) > SCREEN:
         return f"a message of {len(done.stderr):,} characters, which begins {said[:300]}"
     # A build keeps its finished tasks in `.build`, so that a corrected command continues there.
-    kept = {str(path) for path in (folder / "out", folder / "out" / ".build")} if case.name == "build" else set()
+    builds = case.name in ("build", "splits")
+    kept = {str(path) for path in (folder / "out", folder / "out" / ".build")} if builds else set()
     left = {path for path in listing(folder) - before - kept if "/.build/" not in path or not kept}
     if done.returncode == 2 and left:
         return f"refused, but it left {sorted(left)[:5]}:\n{said[-500:]}"
