@@ -33,12 +33,13 @@ from megagpt.guards.spikes import UpdateGate, judge_steps
 from megagpt.guards.step_window import StepWindow
 from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
-from megagpt.metrics.step_metrics import Stopwatch, log_metrics, speed
+from megagpt.metrics.step_metrics import Stopwatch, log_metrics
 from megagpt.terminal import YELLOW
 from megagpt.train.early_stopping import after_evaluation, after_training, metrics_of
 from megagpt.train.lr_schedule import lr_factor, muon_momentum, weight_decay_factor
 from megagpt.train.monitor import Monitor, print_ending
 from megagpt.train.opening import print_opening
+from megagpt.train.pace import eta_seconds, pace
 from megagpt.train.preflight import RunSetup
 from megagpt.train.roll_back import checkpoint_before_spike, state_after
 from megagpt.train.samples import generated_samples, sample_lines
@@ -167,7 +168,7 @@ class Session:
         metrics = log_metrics(
             steps,
             rates=learning_rates(self.engine),
-            speed=self._speed(n_tokens / (seconds["step"] + seconds["data"]), logged),
+            speed=pace(self.setup, self.device, n_tokens / (seconds["step"] + seconds["data"]), logged),
             skipped_steps=state.health.skipped_steps,
             epoch=self.setup.training_set.epochs(state.samples_seen)[0],  # of the first dataset
             seconds_per_step={name: spent / len(steps) for name, spent in seconds.items()},
@@ -179,7 +180,12 @@ class Session:
             gc.collect()
             gc.freeze()
             self.frozen = True
-        self.monitor.log(state, metrics, eta_seconds=self._eta(state.step), waits_for=self.stragglers.slow)
+        self.monitor.log(
+            state,
+            metrics,
+            eta_seconds=eta_seconds(self.setup, state.step, self.stopwatch.total()),
+            waits_for=self.stragglers.slow,
+        )
         return state, verdict.roll_back
 
     def roll_back(self, state: TrainState) -> tuple[TrainState, Iterator[Batch]]:
@@ -318,15 +324,3 @@ class Session:
         """Name the first documents that rank r read in a step, and where they came from."""
         samples = rank_share(self.samples_of(step - 1), self.setup.batch, r)
         return documents_of(self.setup.training_set, samples, self.cfg.out_dir, step)
-
-    def _speed(self, tokens_per_sec: float, steps: range) -> dict[str, float]:
-        setup, cfg = self.setup, self.cfg
-        lengths = cfg.schedule.rows(cfg.seq_len)
-        rows = (lengths.total(steps.stop) - lengths.total(steps.start)) // len(steps)
-        return speed(setup.run, setup.data.vocab_size, tokens_per_sec, self.device, rows=rows, compiled=setup.compiled)
-
-    def _eta(self, step: int) -> float:
-        """Return the seconds to the last step, at the pace of this start."""
-        batches = self.cfg.schedule.batches(self.setup.batch.global_batch)
-        begin, now, end = map(batches.total, (self.setup.state.step, step, self.cfg.schedule.max_steps))
-        return (end - now) * self.stopwatch.total() / (now - begin)

@@ -18,7 +18,6 @@ PATIENCE = 300.0  # seconds that a trial may take to save and end
 MOST_RESTARTS = 3  # of a trial that was interrupted, not by us
 HOPELESS = 5  # trials that fail before any trains to its end
 
-
 _LOST_ALL = "see `megagpt doctor --hostfile HOSTS`; the same command continues the study"
 
 
@@ -46,12 +45,7 @@ def run_trials(
     `given`: the options that were typed after the run file; `check` refuses options that it does not take. A place
     whose host is lost gets no more trials. Raises UserError if the first trials all fail, or all hosts are lost.
     """
-    waiting = study.unfinished()
-    if waiting:
-        numbers = ", ".join(str(trial.number) for trial in waiting)
-        show(f"resuming trial {numbers}, which the study was stopped in")
-    for trial in waiting:
-        wait_until_free(study.folder_of(trial.number), PATIENCE)
+    waiting = _interrupted(study)
     free, running = list(places), list[_Running]()
 
     def start(trial: Trial) -> None:
@@ -93,6 +87,17 @@ def run_trials(
         for one in running:
             one.process.wait(PATIENCE)
     return False
+
+
+def _interrupted(study: Study) -> list[Trial]:
+    """Return the trials that the study was stopped in, once no process trains them."""
+    waiting = study.unfinished()
+    if waiting:
+        numbers = ", ".join(str(trial.number) for trial in waiting)
+        show(f"resuming trial {numbers}, which the study was stopped in")
+    for trial in waiting:
+        wait_until_free(study.folder_of(trial.number), PATIENCE)
+    return waiting
 
 
 def _is_startable(study: Study, trial: Trial, check: Check) -> bool:
