@@ -129,8 +129,14 @@ def counted(n: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the unit that it is read in: "35 ms", "4.2 s", "12 min", "3.5 hours", "16 days"."""
-    units = ((1e-3, "ms", 1.0), (1.0, "s", 120.0), (60.0, "min", 7200.0), (3600.0, "hours", 172_800.0))
+    """Return a time in the unit that it is read in: "120 us", "35 ms", "4.2 s", "12 min", "3.5 hours", "16 days"."""
+    units = (
+        (1e-6, "us", 1e-3),
+        (1e-3, "ms", 1.0),
+        (1.0, "s", 120.0),
+        (60.0, "min", 7200.0),
+        (3600.0, "hours", 172_800.0),
+    )
     for size, unit, below in units:
         if seconds < below:
             return f"{_rounded(seconds / size)} {unit}"

@@ -17,6 +17,7 @@ from megagpt.errors import UserError
 from megagpt.planner.estimate import CPU_EFFICIENCY, GIB, Machine, machine
 from megagpt.planner.gpu_specs import FP32_PEAK, GPUS, Gpu, gpu_named
 from megagpt.planner.network import network_of
+from megagpt.planner.report import launching
 from megagpt.planner.sizing import (
     EPOCHS,
     LARGEST_BATCH,
@@ -166,7 +167,8 @@ def _reasons(choice: Choice, refused: Choice | None) -> dict[str, list[str]]:
     if refused:
         model.append(f"The next larger ({refused.params:,} parameters) {refused.against}.")
     on_cpu, seconds = on.name == "cpu", 3600 * choice.hours
-    by = f"by `megagpt plan`'s arithmetic for one {on.name}."
+    note = launching(on, choice.params)
+    by = f"by `megagpt plan`'s arithmetic for one {on.name}{';' if note else '.'}"
     if on_cpu:
         speed = on.gpu.peak_flops * FP32_PEAK
         by = (
@@ -198,6 +200,7 @@ def _reasons(choice: Choice, refused: Choice | None) -> dict[str, list[str]]:
             f"{choice.steps:,} steps are {choice.tokens:,} tokens: {choice.tokens / choice.params:.1f} a parameter, "
             f"{choice.epochs:.2f} epochs.",
             f"About {duration(seconds) if seconds > 60 else 'a minute or less'} {by}",
+            *([f"{note}."] if note else []),
             "Evaluating and saving come on top; other programs on the machine slow training down.",
         ],
         f"{SECTION}.early_stopping": [

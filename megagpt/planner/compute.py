@@ -20,9 +20,11 @@ from megagpt.planner.communication import WIDTH
 from megagpt.planner.gpu_specs import Gpu
 
 ROUNDS_OF_MUON = 5  # ROUNDS of engine/muon.py
-# Speed of a model's products as a share of the best product's (Gpu.best_product): some shapes leave units idle. The
-# only constant that was chosen by training runs, those of llm-foundry on A100s of 80 GB.
+# Speed of a model's products as a share of the best product's (Gpu.best_product): some shapes leave units idle. Chosen
+# by llm-foundry's runs on A100s of 80 GB. Attention's (gpu_specs.py) and SCORES follow from other training runs.
 PRODUCTS = 0.88
+# Parameters of the smallest model whose published runs were compared: GPT-2's.
+SMALLEST_COMPARED = 124e6
 # Causal kernels skip half of the scores, and the backward pass computes them again: 7 products instead of 6.
 CAUSAL, SCORES_AGAIN = 1 / 2, 7 / 6
 # Share of the memory's bandwidth that reading and writing large tensors reaches.
@@ -46,7 +48,7 @@ UPDATE = 40
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of matrix products and of attention, and bytes moved besides."""
+    """FLOPs of matrix products and of attention, and other bytes moved."""
 
     products: float = 0.0
     attention: float = 0.0
@@ -108,8 +110,8 @@ def _model_work(run: RunConfig, vocab_size: int) -> Work:
     blocks = run.megagpt.recompute.n_blocks(cfg.n_layer)
     in_products, forward, backward = _units(cfg)
     fused = run.megagpt.compile is not False
-    besides = cfg.n_layer * (forward + backward) + blocks * forward
-    units = (3 * cfg.n_layer + blocks) * in_products + besides * (1.0 if fused else NOT_FUSED)
+    others = cfg.n_layer * (forward + backward) + blocks * forward
+    units = (3 * cfg.n_layer + blocks) * in_products + others * (1.0 if fused else NOT_FUSED)
     moved = units * cfg.n_embd * s
     # The head's product reads and writes three times, too.
     moved += 3 * (vocab_size + cfg.n_embd) * s + vocab_size * (LOSS if fused else LOSS_NOT_FUSED)

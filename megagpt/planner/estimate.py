@@ -34,6 +34,8 @@ POLICIES = ("none", "selective", "full")
 # The key that lets stages 1 and 2 reduce during backward, and how much faster a step must be for a plan to name it: it
 # takes a second bucket.
 OVERLAP, OVERLAP_PAYS = "zero_optimization.overlap_comm=true", 1.02
+# Times that this model cannot tell apart.
+EQUAL_TIME = 1.02
 
 
 @dataclass(frozen=True)
@@ -189,10 +191,10 @@ def changes(run: RunConfig, stage: int, offload: str, policy: str, micro_batch: 
 def fastest(found: Sequence[Setting]) -> Setting | None:
     """Return the fastest setting that fits, or None.
 
-    Among times within 2 %, which this model cannot tell apart, it is the lowest stage with the largest micro-batch.
+    Among times that this model cannot tell apart it is the lowest stage with the largest micro-batch.
     """
     fitting = [s for s in found if s.fits]
     if not fitting:
         return None
-    limit = min(s.seconds for s in fitting) * 1.02
+    limit = min(s.seconds for s in fitting) * EQUAL_TIME
     return min((s for s in fitting if s.seconds <= limit), key=lambda s: (s.stage, s.offload != "none", -s.micro_batch))

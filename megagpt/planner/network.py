@@ -56,7 +56,7 @@ class Network:
 
     def ring_latency(self, size: int) -> float:
         """Seconds of the hops of an all-gather or a reduce-scatter over `size` ranks, next to each other."""
-        between = max(1, size // self.ranks_per_host) - 1
+        between = math.ceil(size / self.ranks_per_host) - 1
         inside = RING_PCI if self.link_gb_s <= PCI_EXPRESS else RING_NVLINK
         return RING_BASE + (size - 1 - between) * inside + between * RING_NETWORK
 
@@ -80,17 +80,19 @@ def network_of(given: str | None, ranks: int, link_gb_s: float, gpus_per_host: i
     A number is the GB/s of each GPU, and `4x12.5` four cards of 12.5 GB/s in each host; of several, for hosts that
     differ, it is the slowest. Without any, up to 8 ranks are one host; with one, up to 8 ranks are hosts of one GPU.
     """
-    if given is not None and ranks <= (gpus_per_host or 0):
-        raise UserError(
-            f"--network {given} connects hosts, and --gpus-per-host {gpus_per_host} puts all {ranks} ranks on one; "
-            "remove one of the two"
-        )
     if gpus_per_host is None:
         one_host = given is None and ranks <= GPUS_PER_HOST
         gpus_per_host = ranks if one_host else GPUS_PER_HOST if ranks > GPUS_PER_HOST else 1
     names = [name.strip() for name in (given or "infiniband-ndr").split(",")]
     slowest = min((_of_one(name, ranks, link_gb_s, gpus_per_host) for name in names), key=lambda n: n.host_gb_s)
     if ranks <= gpus_per_host:
+        if given is not None:
+            on_one, other = "1 rank is", "more --ranks"
+            if ranks > 1:
+                on_one, other = f"all {ranks} ranks are", f"a --gpus-per-host below {ranks}"
+            raise UserError(
+                f"--network {given} connects hosts, and {on_one} on one host here; remove --network, or give {other}"
+            )
         return Network("the GPUs' own links", ranks, ranks, link_gb_s, link_gb_s)
     return slowest if len(names) == 1 else replace(slowest, name=f"the slowest of {', '.join(names)}")
 

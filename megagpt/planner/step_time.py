@@ -28,7 +28,7 @@ HOST_ADAM = 10e9
 # AllGatherCoalescedHandle.wait) and of a reduce-scatter (coalesced_collectives.py). tests/scale/zero3_loops.py measures
 # them on a processor of its own.
 GATHER_LOOP, SCATTER_LOOP = 2.3e-6, 2.2e-6
-# Of stages 1 and 2, in each pass that reduces: for each tensor, and for each of the slices that ranks keep
+# The same for stages 1 and 2: in each pass that reduces, for each tensor, and for each of the slices that ranks keep
 # (stage_1_and_2.py: average_tensor). tests/scale/zero12_loops.py measures them.
 TENSOR_LOOP, SLICE_LOOP = 30e-6, 4.6e-6
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from data_support import document, small_tokenizer, write_dataset
@@ -39,6 +41,9 @@ def test_a_gpu_by_name_gives_a_run_for_it(dataset, tmp_path, capsys):
     assert main(["init", str(dataset), "--gpu", "a100 40gb", "--out", "gpu.json5", "--hours", "2"]) == 0
     run = load_run_config(tmp_path / "gpu.json5")
     assert (run.deepspeed.dtype, str(run.megagpt.out_dir)) == ("bf16", "runs/gpu")
+    assert (
+        "// launching kernels, not counted, can take most of so small a model's step." in Path("gpu.json5").read_text()
+    )
     assert main(["init", str(dataset), "--gpu", "V100", "--out", "old.json5"]) == 0
     assert load_run_config(tmp_path / "old.json5").deepspeed.dtype == "fp16"
     assert "fp16: V100 has no bf16.\n" in capsys.readouterr().out

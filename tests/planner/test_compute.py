@@ -3,15 +3,16 @@
 from dataclasses import replace
 
 import pytest
-from published import comparisons, near, published, run_file, verdicts
+from published import comparisons, like_ours, near, published, run_file, verdicts
 from support import ROOT
 
 from megagpt.config.batch import batch_plan
 from megagpt.config.model import ModelConfig
 from megagpt.config.run_file import RunConfig, parse_run
 from megagpt.model.flops import n_params
-from megagpt.planner.compute import UPDATE, compute_seconds, counted_flops, work
+from megagpt.planner.compute import SMALLEST_COMPARED, UPDATE, compute_seconds, counted_flops, work
 from megagpt.planner.estimate import machine, setting
+from megagpt.planner.report import assumptions
 
 GPT2_SMALL = next(row for row in published()["runs"] if row["source"] == "llm.c")
 
@@ -21,14 +22,19 @@ def found():
     return comparisons()
 
 
+@pytest.fixture(scope="module")
+def own():
+    return comparisons(replaces=False)
+
+
 def test_nine_of_ten_published_runs_are_within_a_fifth(found):
     """Of 124 million to 70 billion parameters, and also of those that no constant was chosen by."""
     held_out = [c for c in found if not c.chosen_by]
     assert near(found) >= 0.9 * len(found)
     assert near(held_out) >= 0.9 * len(held_out)
     sizes = [parameters(name) for name in {c.run["model"] for c in found}]
-    assert (min(sizes), max(sizes)) < (125e6, 71e9)
-    assert max(sizes) > 70e9
+    assert SMALLEST_COMPARED <= min(sizes) < 1.01 * SMALLEST_COMPARED
+    assert 70e9 < max(sizes) < 71e9
 
 
 def test_every_published_run_names_its_source_and_is_in_no_row_twice():
@@ -51,9 +57,13 @@ def test_models_of_published_runs_have_the_parameters_that_their_sources_say():
     assert {name: parameters(name) for name in told} == told
 
 
-def test_the_documentation_tells_how_near_the_plan_is(found):
+def test_documentation_and_plan_tell_how_near_the_plan_is(found, own):
     text = " ".join((ROOT / "docs" / "train.md").read_text("utf-8").split())
-    assert all(f'"{line.rpartition(": ")[2]}"' in text for line in verdicts(found))
+    assert all(f'"{line.rpartition(": ")[2]}"' in text for line in verdicts(found, own))
+    alike = like_ours(own)
+    assert {c.run["gpu"] for c in alike} == {"A100", "A100 40GB", "H100", "H200", "B200"}
+    assumed = " ".join(assumptions(run_of(), machine("A100", 8, None)))
+    assert f"{near(alike)} of {len(alike)} published runs with kernels like ours" in assumed
 
 
 def run_of(**changes) -> RunConfig:
@@ -67,7 +77,7 @@ def test_work_of_a_step_by_hand():
     multiplied = n_params(run.megagpt.model, 50304) - T * C
     assert done.products == 64 * T * 6 * multiplied
     assert done.attention == pytest.approx(64 * T * 7 * L * C * T)
-    # 16 units three times in products, 53 besides; logits in three products and eight bytes of the loss.
+    # 16 units three times in products, 53 for all else; logits in three products and eight bytes of the loss.
     of_tokens = 64 * T * (L * (3 * 16 + 53) * C * 2 + 3 * (50304 + C) * 2 + 50304 * 8)
     n = n_params(run.megagpt.model, 50304)
     assert done.moved == pytest.approx(of_tokens + 7 * 2 * n + UPDATE * n / 8)
