@@ -51,7 +51,7 @@ def _check_options(args: argparse.Namespace) -> None:
     """Refuse options that contradict each other, or that nothing would read. Raises UserError."""
     if args.find_lr is not None and args.transfer is not None:
         raise UserError("--find-lr and --transfer are two commands; give one of the two")
-    of_a_study = ("space", "time_limit", "parallel", "slurm", "hostfile")
+    of_a_study = ("space", "trials", "seed", "time_limit", "parallel", "slurm", "hostfile")
     for given, mode, unused in (
         (args.find_lr, "--find-lr makes one short run", (*of_a_study, "study")),
         (args.transfer, "--transfer makes short runs one after another", of_a_study),
@@ -80,7 +80,7 @@ def _check(run_config: RunConfig) -> None:
 
 
 def _search(args: argparse.Namespace, run_config: RunConfig) -> int:
-    metric = run_config.megagpt.early_stopping.monitor
+    metric, n_trials = run_config.megagpt.early_stopping.monitor, args.trials or 30
 
     def changed(options: Sequence[str]) -> RunConfig:
         # Read again as a trial reads it: a preset would contradict the keys that a parsed run file has filled in.
@@ -99,7 +99,7 @@ def _search(args: argparse.Namespace, run_config: RunConfig) -> int:
     folder = _folder(args, run_config)
     places = _places(args) if args.hostfile is None else _hosts(args, folder)
     study_module, results = import_module("megagpt.tuning.study"), import_module("megagpt.tuning.results")
-    study = study_module.Study(folder, run_config, space, args.seed)
+    study = study_module.Study(folder, run_config, space, args.seed or 0)
     try:
         done = import_module("megagpt.tuning.run_trials").run_trials(
             study,
@@ -108,7 +108,7 @@ def _search(args: argparse.Namespace, run_config: RunConfig) -> int:
             check=check,
             metric=metric,
             places=places,
-            n_trials=args.trials,
+            n_trials=n_trials,
             stopped=lambda: stop.requested,
         )
         best = results.write_best(study, args.run_file, args.overrides)
@@ -122,7 +122,7 @@ def _search(args: argparse.Namespace, run_config: RunConfig) -> int:
     if done:
         return 0
     if stop.reason == TIME_LIMIT:
-        show(f"time is up after {len(study.trials)} of {args.trials} trials; the same command continues the study")
+        show(f"time is up after {len(study.trials)} of {n_trials} trials; the same command continues the study")
         return 0
     show("stopped; the same command continues the study")
     return SAVED_AND_WANTS_RESTART

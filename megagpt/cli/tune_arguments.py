@@ -18,7 +18,7 @@ def tune_options(tune: argparse.ArgumentParser) -> None:
     tune.add_argument(
         "--study", type=user_path, metavar="DIR", help="where the study is, and is continued; default: OUT_DIR_study"
     )
-    tune.add_argument("--trials", type=whole(1, 1_000_000), default=30, metavar="N", help="in all; default: 30")
+    tune.add_argument("--trials", type=whole(1, 1_000_000), metavar="N", help="in all; default: 30")
     tune.add_argument("--time-limit", type=decimal(0.01, 1e6), metavar="MINUTES", help="then stop; default: none")
     tune.add_argument("--parallel", type=whole(1, MOST_RANKS_HERE), metavar="N", help="trials at a time; default: 1")
     tune.add_argument(
@@ -32,7 +32,7 @@ def tune_options(tune: argparse.ArgumentParser) -> None:
         metavar="HOSTS",
         help="run a trial at a time on each of these hosts, by ssh, on all of its slots; default: on this machine",
     )
-    tune.add_argument("--seed", type=whole(0, 1_000_000), default=0, help="of the draws; default: 0")
+    tune.add_argument("--seed", type=whole(0, 1_000_000), help="of the draws; default: 0")
     tune.add_argument(
         "--find-lr",
         nargs="?",

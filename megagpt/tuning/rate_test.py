@@ -16,6 +16,7 @@ from megagpt.config.run_file import RunConfig
 from megagpt.errors import UserError
 from megagpt.metrics.metrics_file import METRICS, read_rows
 from megagpt.terminal import show, typed
+from megagpt.tuning.trial import end_with_parent
 
 LOWEST, HIGHEST = 1e-6, 1.0  # rates of the test, of Adam
 SMOOTHED = 0.9  # share of the moving average that a step leaves
@@ -46,7 +47,7 @@ def find_rate(run: RunConfig, run_file: Path, overrides: Sequence[str], *, steps
             keys["optimizer.params.muon_lr"] = HIGHEST * peak.of_muon / peak.lr
         options = as_typed(keys)
         command = [sys.executable, "-m", "megagpt", "train", str(run_file), "--nproc", "1", *overrides, *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=end_with_parent)
         rows = [row for row in read_rows(out_dir / METRICS) if "train/loss" in row and "optim/lr" in row]
         # A rate of 1 makes numbers that are not finite, which ends the run; then the test is at its end too.
         if len(rows) < steps // 4:

@@ -9,12 +9,15 @@ from optuna.trial import Trial, TrialState
 
 from megagpt.errors import UserError
 from megagpt.terminal import duration, show
+from megagpt.tuning.host_agent import PATIENCE, SILENCE
 from megagpt.tuning.space import Check
 from megagpt.tuning.study import FAILURE, RESTARTS, Study, overrides
 from megagpt.tuning.trial import Place, TrialProcess, holder_after, remove_checkpoints, wait_until_free
 
 POLL_SECONDS = 0.2  # between looks at the trials' curves, which are files
-PATIENCE = 300.0  # seconds that a trial may take to save and end
+LOOK_SECONDS = 5.0  # between looks at the folder of a trial that waits
+KILLED = PATIENCE + 15.0  # seconds after which a trial that was asked to end has been killed, by its agent too
+OVER = SILENCE + KILLED  # seconds after which no trial of a tuner that is gone, or of a lost host, trains any longer
 MOST_RESTARTS = 3  # of a trial that was interrupted, not by us
 HOPELESS = 5  # trials that fail before any trains to its end
 
@@ -27,6 +30,31 @@ class _Running:
     process: TrialProcess
     began: float
     pruned: bool = False
+
+
+class _Waiting:
+    """A trial that is resumed once nothing trains in its folder.
+
+    On a host that was lost it trains on until its agent finds that the tuner is gone.
+    """
+
+    def __init__(self, trial: Trial, folder: Path, queued: float) -> None:
+        self.trial, self._folder = trial, folder
+        self._next_look, self._until = queued, queued + OVER
+        self._told = False
+
+    def is_free(self, now: float) -> bool:
+        """Look at its folder every few seconds. Raises UserError if it is in use for too long."""
+        if now < self._next_look:
+            return False
+        self._next_look = now + LOOK_SECONDS
+        if now >= self._until:
+            wait_until_free(self._folder, 0.0)
+        held = holder_after(self._folder, 0.0)
+        if held and not self._told:
+            self._told = True
+            show(f"trial {self.trial.number} waits: its folder is still in use by {held}")
+        return not held
 
 
 def run_trials(
@@ -45,7 +73,7 @@ def run_trials(
     `given`: the options that were typed after the run file; `check` refuses options that it does not take. A place
     whose host is lost gets no more trials. Raises UserError if the first trials all fail, or all hosts are lost.
     """
-    waiting = _interrupted(study)
+    waiting = [_queued(study, trial) for trial in _interrupted(study)]
     free, running = list(places), list[_Running]()
 
     def start(trial: Trial) -> None:
@@ -56,11 +84,10 @@ def run_trials(
 
     try:
         while not stopped():
-            for trial in list(waiting):
-                # On a host that was lost it may still train, until its agent finds that the tuner is gone.
-                if free and not holder_after(study.folder_of(trial.number), 0.0):
-                    waiting.remove(trial)
-                    start(trial)
+            for queued in list(waiting):
+                if free and queued.is_free(time.monotonic()):
+                    waiting.remove(queued)
+                    start(queued.trial)
             while free and len(study.trials) < n_trials:
                 trial = study.next()
                 if _is_startable(study, trial, check):
@@ -79,13 +106,13 @@ def run_trials(
                     else:
                         free.append(one.process.place)
                     if _again(study, one):
-                        waiting.append(one.trial)
+                        waiting.append(_queued(study, one.trial))
             _refuse_hopeless(study)
     finally:
         for one in running:
             one.process.stop()
         for one in running:
-            one.process.wait(PATIENCE)
+            one.process.wait(KILLED)
     return False
 
 
@@ -96,8 +123,12 @@ def _interrupted(study: Study) -> list[Trial]:
         numbers = ", ".join(str(trial.number) for trial in waiting)
         show(f"resuming trial {numbers}, which the study was stopped in")
     for trial in waiting:
-        wait_until_free(study.folder_of(trial.number), PATIENCE)
+        wait_until_free(study.folder_of(trial.number), OVER)
     return waiting
+
+
+def _queued(study: Study, trial: Trial) -> _Waiting:
+    return _Waiting(trial, study.folder_of(trial.number), time.monotonic())
 
 
 def _is_startable(study: Study, trial: Trial, check: Check) -> bool:

@@ -44,6 +44,8 @@ def measure_transfer(run: RunConfig, run_file: Path, given: Sequence[str], *, st
     with writing_to(folder, "--study"):  # now, not after minutes of training
         folder.mkdir(parents=True, exist_ok=True)
     found = [Measured(name, *_rate(rates)) for name, (_, rates) in optimizers.items()]
+    at_least = 3 * len(widths) * len(optimizers)  # the best rate of each, and a worse one on both of its sides
+    show(f"{len(widths)} widths with {' and '.join(optimizers)}: at least {at_least} runs of {steps} steps")
     with tempfile.TemporaryDirectory() as scratch:
         for model, options in zip(models, widths, strict=True):
             request = Request(

@@ -111,7 +111,10 @@ def _moved(one: Measured) -> str:
     )
     if abs(math.log2(rates[-1] / rates[0])) < 0.5:
         return text + "but the two are closer than the rates tried, a factor of 2, can tell apart."
-    return text + f"multiply a rate tuned at {narrow} by {rates[-1] / rates[0]:.2f}."
+    return text + (
+        f"here {wide} was best at {rates[-1] / rates[0]:.2f} times the rate of {narrow}; repeat it with another "
+        "megagpt.seed before relying on a small difference."
+    )
 
 
 def as_json(found: Sequence[Measured], run_file: Path, *, steps: int, checked: int, text: str) -> dict[str, Any]:

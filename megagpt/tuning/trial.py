@@ -131,7 +131,8 @@ def wait_until_free(folder: Path, patience: float) -> None:
     """Wait for a trial that still saves after its tuner was killed. Raises UserError if it does not end."""
     if held := holder_after(folder, patience):
         raise UserError(
-            f"{folder} is still in use by {held}, a trial that a killed tuner left; stop it, and give the command again"
+            f"{folder} is still in use by {held}, a trial that a killed tuner or a lost host left; stop it, and give "
+            "the command again"
         )
 
 

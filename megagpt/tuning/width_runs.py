@@ -37,7 +37,7 @@ SEQUENCES = 2  # that they are measured on
 
 @dataclass
 class Request:
-    """What is to be run at one width."""
+    """The runs of one width."""
 
     run_file: str
     options: list[str]  # the user's, and those of the width
@@ -60,7 +60,7 @@ class Found:
 
 
 def main() -> int:
-    """Answer the request. What training prints goes where errors go."""
+    """Answer the request. Training prints to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     request = Request(**json.loads(sys.stdin.readline()))

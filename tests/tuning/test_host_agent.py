@@ -52,8 +52,10 @@ def test_a_silent_tuner_counts_as_gone(tmp_path, monkeypatch):
     monkeypatch.setattr(host_agent, "SILENCE", 0.1)
     with subprocess.Popen(["sleep", "infinity"], stdout=subprocess.PIPE) as silent:
         monkeypatch.setattr(sys, "stdin", silent.stdout)
-        assert host_agent.main([str(tmp_path / "log"), "sleep", "infinity"]) == 128 + 15
-        silent.kill()
+        try:
+            assert host_agent.main([str(tmp_path / "log"), "sleep", "infinity"]) == 128 + 15
+        finally:
+            silent.kill()
 
 
 def test_a_trial_that_ends_by_itself_has_its_own_code(tmp_path):

@@ -1,8 +1,13 @@
-"""The arithmetic of the learning-rate range test."""
+"""The learning-rate range test: its arithmetic, and that its run ends with it."""
 
 import math
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
+from support import DEBUG_RUN
 
 from megagpt.config.schedule import ScheduleConfig
 from megagpt.train.lr_schedule import lr_factor
@@ -32,3 +37,19 @@ def test_the_loss_falls_fastest_where_it_does():
     assert lines[11].startswith("   3.000")
     assert lines[0].count("*") == 0
     assert lines[11].count("*") > 10
+
+
+@pytest.mark.process
+def test_a_killed_range_test_leaves_no_run(dataset):
+    data = [f"megagpt.data.{key}={dataset}" for key in ("train.0.path", "val")]
+    command = [sys.executable, "-m", "megagpt", "tune", str(DEBUG_RUN), *data, "--find-lr", "1000000"]
+    tuner = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (runs := [run for run in psutil.Process(tuner.pid).children() if "train" in run.cmdline()]):
+        assert tuner.poll() is None
+        time.sleep(0.02)  # a process that another one starts
+    tuner.kill()
+    tuner.wait()
+    _, left = psutil.wait_procs(runs, timeout=30)
+    for run in left:
+        run.kill()
+    assert not left

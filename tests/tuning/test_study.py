@@ -24,6 +24,7 @@ from megagpt.config.run_file import load_run_config
 from megagpt.errors import UserError
 from megagpt.file_lock import LOCK, FileLock
 from megagpt.tuning import run_trials
+from megagpt.tuning.run_trials import LOOK_SECONDS, OVER, _Waiting
 from megagpt.tuning.space import read_space
 from megagpt.tuning.study import Study, overrides
 from megagpt.tuning.trial import wait_until_free
@@ -178,6 +179,19 @@ def test_a_trial_that_still_saves_after_its_tuner_was_killed_is_waited_for(tmp_p
         wait_until_free(tmp_path, 0.0)
     lock.release()
     wait_until_free(tmp_path, 0.0)
+
+
+def test_a_trial_of_a_lost_host_waits_until_it_has_ended_there_and_not_for_ever(tmp_path, capfd):
+    lock = FileLock(tmp_path / LOCK)
+    lock.take()
+    waiting = _Waiting(optuna.create_study().ask(), tmp_path, queued=100.0)
+    assert not any(waiting.is_free(100.0 + seconds) for seconds in (0, LOOK_SECONDS, OVER - 1))
+    assert capfd.readouterr().out.count("trial 0 waits: its folder is still in use by process ") == 1
+    with pytest.raises(UserError, match=f"still in use by .*{os.getpid()}.*lost host left; stop it"):
+        waiting.is_free(100.0 + OVER + LOOK_SECONDS)
+    lock.release()
+    assert not waiting.is_free(100.0 + OVER + LOOK_SECONDS + 1)  # it looked a second before
+    assert waiting.is_free(100.0 + OVER + 2 * LOOK_SECONDS)
 
 
 def test_two_tuners_of_one_study_are_one_too_many(dataset, tmp_path):

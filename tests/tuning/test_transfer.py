@@ -72,7 +72,7 @@ def test_what_is_told_is_what_was_measured(tmp_path):
     text = told([moved], 100)
     assert "the change of the logits grows as width^1.00" in text
     assert "is 0.004 at 32 and 0.002 at 128, a factor of 0.50" in text
-    assert "ends 0.5000 nats above its best: multiply a rate tuned at 32 by 0.50." in text
+    assert "ends 0.5000 nats above its best: here 128 was best at 0.50 times the rate of 32;" in text
     assert "Measured with one seed, 100 steps of this run file's data and widths of 32, 64, 128" in text
     assert "tuned at 32, it served 128 as it is" in told([measured(narrow, narrow)], 100)
     assert "nothing can be said about moving it" in told([measured(narrow, {0: 1.0, 1: math.inf, 2: 2.0})], 100)
@@ -105,6 +105,8 @@ def test_a_short_run_ends_at_the_loss_of_real_training_and_a_rate_of_almost_noth
         (["--find-lr"], "--find-lr and --transfer are two commands"),
         (["--space", "space.json"], "--space is of a study, and --transfer makes short runs"),
         (["--hostfile", "hosts"], "--hostfile is of a study, and --transfer makes short runs"),
+        (["--trials", "30"], "--trials is of a study, and --transfer makes short runs"),
+        (["--seed", "0"], "--seed is of a study, and --transfer makes short runs"),
         ([], "megagpt.model.n_head=2 leaves no two narrower ones"),
         (["megagpt.model.n_head=1"], "megagpt.model.n_head=1 leaves no two narrower ones"),
         (["megagpt.model.n_head=12", "megagpt.model.n_embd=100"], "n_embd=100 is not a multiple of"),
@@ -150,6 +152,7 @@ def test_rates_are_measured_over_three_widths_with_adam_and_muon(dataset, tmp_pa
     out = capfd.readouterr().out
     facts = json.loads((tmp_path / "transfer.json").read_text())
     assert facts["told"] in out
+    assert out.startswith("3 widths with AdamW and Muon: at least 18 runs of 20 steps\n")
     assert facts["widths"] == [16, 32, 64]
     assert list(facts["optimizers"]) == ["AdamW", "Muon"]
     for one in facts["optimizers"].values():
