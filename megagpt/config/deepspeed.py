@@ -22,7 +22,7 @@ class LrScale(Strict):
     embeddings: float = _factor("the embeddings of tokens, with a tied head, and of positions")
     head: float = _factor("an output head of its own")
     vectors: float = _factor("biases and norms")
-    scalars: float = _factor("what megagpt.model.value_residual and megagpt.model.embedding_shortcut mix by")
+    scalars: float = _factor("the scalars of megagpt.model.value_residual and megagpt.model.embedding_shortcut")
 
 
 class OptimizerParams(Strict):

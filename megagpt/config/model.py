@@ -112,7 +112,10 @@ class ModelConfig(Strict):
         description="positions that blocks attend to, the last one's own included; null: all",
     )
     sliding_window_pattern: int | None = Field(
-        default=None, ge=2, le=DEEPEST, description="every such block attends to all positions; null: none does"
+        default=None,
+        ge=2,
+        le=DEEPEST,
+        description="n: every n-th block attends to all positions, the others to the window; null: all have the window",
     )
 
     @model_validator(mode="before")
@@ -166,8 +169,8 @@ class ModelConfig(Strict):
             if self.sliding_window is None:
                 reason, way_out = "no megagpt.model.sliding_window", ", or set megagpt.model.sliding_window"
             raise ValueError(
-                f"megagpt.model.sliding_window_pattern={every} has no effect with {reason}: it lets every such block "
-                f"attend to all positions; remove it{way_out}"
+                f"megagpt.model.sliding_window_pattern={every} has no effect with {reason}: it lets one block of "
+                f"{every} attend to all positions; remove it{way_out}"
             )
         for key in ("value_residual", "embedding_shortcut"):
             if getattr(self, key) and self.n_layer == 1:

@@ -122,8 +122,9 @@ class EarlyStoppingConfig(Strict):
         default=None,
         ge=0.0,
         le=1e6,
-        description="nats per token: the run also stops when the validation loss was more than this above the mean "
-        "training loss since the evaluation before, for as long as patience says, or once without patience",
+        description="nats per token: the run also stops when the validation loss was more than this above the "
+        "training loss, as its mean over the steps since the evaluation before, for as long as patience says, or once "
+        "without patience",
     )
     min_delta: float = Field(
         default=0.0,

@@ -209,11 +209,12 @@ class MegaGPTConfig(Strict):
             "megagpt.augment.span_corruption.rate": self.augment.span_corruption.rate,
             "megagpt.augment.fim.rate": self.augment.fim.rate,
         }
-        if changed := [f"{key}={value:g}" for key, value in others.items() if value]:
+        if changed := {key: value for key, value in others.items() if value}:
+            seen = " and ".join(f"{key}={value:g}" for key, value in changed.items())
             raise ValueError(
                 f"megagpt.early_stopping.max_gap={self.early_stopping.max_gap:g} compares the validation loss with the "
-                f"training loss, and {' and '.join(changed)} makes that the loss of another task; remove "
-                "megagpt.early_stopping.max_gap, or " + ("it" if len(changed) == 1 else "them")
+                f"training loss, which with {seen} is another loss or of another text; remove "
+                f"megagpt.early_stopping.max_gap, or set {' '.join(f'{key}=0' for key in changed)}"
             )
         return self
 

@@ -20,7 +20,7 @@ from megagpt.engine.without_compiler import step_without_compiler
 # Groups of parameters, in their order. With rates of their own, all are apart from the other matrices.
 BY_DECAY = ("decays", "others")
 BY_KIND = ("embeddings", "head", "vectors", "scalars", "matrices")
-SCALARS = ".scalars"  # the end of the names of what `Mix` mixes by, which never decays
+SCALARS = ".scalars"  # suffix of the parameter names of `Mix`, which never decay
 HIDDEN = "matrices inside the blocks"  # which Muon updates
 
 

@@ -23,6 +23,21 @@ def tokens(run: RunConfig, steps: int) -> int:
     return run.megagpt.schedule.batches(run.deepspeed.train_batch_size).total(steps) * run.megagpt.seq_len
 
 
+def tokens_that_patience_has(run: RunConfig) -> int:
+    """Return how many tokens the run trains on after its first evaluation, which improves on none.
+
+    The gap to the training loss can be too large from the first evaluation on.
+    """
+    before = 0 if run.megagpt.early_stopping.max_gap is not None else run.megagpt.every.eval
+    return tokens(run, run.megagpt.schedule.max_steps) - tokens(run, before)
+
+
+def tokens_between_evaluations(run: RunConfig) -> int:
+    """Return how many tokens the last `every.eval` steps train on, when a batch that grows is whole."""
+    steps = run.megagpt.schedule.max_steps
+    return tokens(run, steps) - tokens(run, max(0, steps - run.megagpt.every.eval))
+
+
 def never(run: RunConfig) -> bool:
     """Return the condition of keys that have no effect in any run."""
     return False
@@ -162,26 +177,31 @@ CONTRADICTIONS = (
         Against(
             f"megagpt.early_stopping.{key}",
             lambda run: run.megagpt.early_stopping.stops and run.megagpt.every.eval == 0,
-            "counts evaluations, and megagpt.every.eval=0 leaves only the last; set megagpt.every.eval or remove it",
+            f"{does} evaluations, and megagpt.every.eval=0 leaves only the last; set megagpt.every.eval or remove it",
         )
-        for key in ("patience", "patience_tokens", "max_gap")
+        for key, does in {
+            "patience": "counts",
+            "patience_tokens": "is looked at after",
+            "max_gap": "is looked at after",
+        }.items()
     ),
     Against(
         "megagpt.early_stopping.smoothing",
         lambda run: run.megagpt.early_stopping.smoothing + run.megagpt.early_stopping.patience > evaluations(run),
         "and megagpt.early_stopping.patience need more evaluations than the run has (megagpt.every.eval, "
-        "megagpt.schedule.max_steps), so nothing stops early; lower it or megagpt.every.eval",
+        "megagpt.schedule.max_steps), so patience never ends the run; lower it or megagpt.every.eval",
     ),
     Against(
         "megagpt.early_stopping.patience_tokens",
-        lambda run: (run.megagpt.early_stopping.patience_tokens or 0) >= tokens(run, run.megagpt.schedule.max_steps),
-        "is as much as the whole run trains on, so nothing stops early; lower it",
+        lambda run: (run.megagpt.early_stopping.patience_tokens or 0) >= tokens_that_patience_has(run),
+        "is as much as the run trains on from its first evaluation (megagpt.every.eval) to its end "
+        "(megagpt.schedule.max_steps), or more, so nothing stops early; lower it",
     ),
     Against(
         "megagpt.early_stopping.patience_tokens",
-        lambda run: (run.megagpt.early_stopping.patience_tokens or 0) < tokens(run, run.megagpt.every.eval),
-        "is less than the tokens between two evaluations (megagpt.every.eval), so the first one without an improvement "
-        "ends the run; raise it, or set megagpt.early_stopping.patience to 1 in its place",
+        lambda run: (run.megagpt.early_stopping.patience_tokens or 0) < tokens_between_evaluations(run),
+        "is less than the tokens between two evaluations (megagpt.every.eval) at the end of the run, so that one "
+        "without an improvement ends it; raise it, or set megagpt.early_stopping.patience to 1 in its place",
     ),
     Against(
         "megagpt.early_stopping.min_steps",
@@ -203,8 +223,8 @@ CONTRADICTIONS = (
     ),
     Against(
         "megagpt.model.sliding_window",
-        lambda run: (run.megagpt.model.sliding_window or 0) >= run.megagpt.seq_len,
-        "is as long as an example, or longer, so that blocks attend to all of it; lower it, or remove it",
+        lambda run: (run.megagpt.model.sliding_window or 0) >= run.megagpt.model.seq_len,
+        "is not less than megagpt.model.seq_len, so that blocks attend to all positions; lower it, or remove it",
     ),
     Against(
         "megagpt.model.n_head",

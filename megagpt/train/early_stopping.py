@@ -72,10 +72,14 @@ def restarted(state: EarlyStopping, cfg: EarlyStoppingConfig) -> list[str]:
     return [f"note: {line} are counted from this step on" for line in lines]
 
 
-def metrics_of(state: EarlyStopping) -> dict[str, float]:
-    """Return what is logged besides the losses."""
-    smoothed = {"val/median_loss": median(state.losses)} if state.losses and _decides(state) else {}
-    return smoothed | ({} if state.gap.last is None else {"val/train_gap": state.gap.last})
+def metrics_of(state: EarlyStopping, val_loss: float) -> dict[str, float]:
+    """Return what is logged besides the losses; a loss that is not finite has no gap, and the state an older one."""
+    metrics = {}
+    if state.losses and _decides(state):
+        metrics["val/median_loss"] = median(state.losses)
+    if state.gap.last is not None and math.isfinite(val_loss):
+        metrics["val/train_gap"] = state.gap.last
+    return metrics
 
 
 def why_stopped(state: EarlyStopping, cfg: EarlyStoppingConfig) -> str:
@@ -102,7 +106,9 @@ def way_on(state: EarlyStopping, cfg: EarlyStoppingConfig) -> str:
         key, used, off = ("patience", state.bad_evals, "0")
         if cfg.patience_tokens is not None:
             key, used, off = ("patience_tokens", state.bad_tokens, "null")
-        ways.append(f"{KEY}.{key} to more than {used}, or to {off} for no early stopping")
+        # without patience, one evaluation above max_gap ends the run
+        switch_off = f", or to {off} for no early stopping" if cfg.max_gap is None else ""
+        ways.append(f"{KEY}.{key} to more than {used}{switch_off}")
     if _gap_lasted(state, cfg) and state.gap.last is not None:
         ways.append(f"{KEY}.max_gap to more than {state.gap.last:.4f}, or to null for no limit")
     return f"set {', and '.join(ways)}, to train further"

@@ -218,7 +218,7 @@ class Session:
         metrics = self._val_metrics(state.step)
         loss = metrics[EMA_LOSS if self.cfg.average_decides else LOSS]
         stopper = after_evaluation(state.stopper, loss, state.step, state.tokens_seen, self.cfg.early_stopping)
-        metrics |= {"val/best_loss": stopper.best} | metrics_of(stopper)
+        metrics |= {"val/best_loss": stopper.best} | metrics_of(stopper, loss)
         self.monitor.log(state, metrics, is_best=stopper.best_step == state.step)
         return replace(state, val_loss=loss if math.isfinite(loss) else None, stopper=stopper)
 

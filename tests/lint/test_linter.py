@@ -127,7 +127,12 @@ MISTAKES = [
     ),
     (["megagpt.regularization.stochastic_depth=1.0"], "error", None, "stochastic_depth=1.0 is too large"),
     (['optimizer.params.lr_scale={"scalars": 5}'], "warning", None, "the model has none"),
-    (["megagpt.model.sliding_window=1024"], "warning", "megagpt.model.sliding_window", "is as long as an example"),
+    (
+        ["megagpt.model.sliding_window=1024"],
+        "warning",
+        "megagpt.model.sliding_window",
+        "is not less than megagpt.model.seq_len",
+    ),
     (["megagpt.sample.top_p=0.9"], "warning", "megagpt.sample.top_p", "every.sample is 0"),
     (["megagpt.augment.fim.spm_rate=0.9"], "warning", "megagpt.augment.fim.spm_rate", "augment.fim.rate is 0"),
     (["megagpt.schedule.shape=constant", "megagpt.schedule.min_lr_ratio=0.2"], "warning", None, "does not fall"),
@@ -141,7 +146,7 @@ MISTAKES = [
     (["optimizer.params.lr=6e4"], "warning", "optimizer.params.lr", "6e-4 is usual"),
     (["megagpt.early_stopping.patience=3", "megagpt.every.eval=0"], "warning", None, "leaves only the last"),
     *(
-        ([f"{STOPPING}.{key}", "megagpt.every.eval=0"], "warning", f"{STOPPING}.{key.split('=')[0]}", "leaves only")
+        ([f"{STOPPING}.{key}", "megagpt.every.eval=0"], "warning", f"{STOPPING}.{key.split('=')[0]}", "is looked at af")
         for key in ("patience_tokens=100000", "max_gap=0.5")
     ),
     (
@@ -151,15 +156,30 @@ MISTAKES = [
         "patience=3 counts evaluations, and megagpt.early_stopping.patience_tokens=50 tokens; remove one of the two",
     ),
     ([f"{STOPPING}.smoothing=3"], "warning", f"{STOPPING}.smoothing", "set one or remove this"),
-    ([f"{STOPPING}.patience=1", f"{STOPPING}.smoothing=300"], "warning", None, "more evaluations than the run has"),
+    ([f"{STOPPING}.patience=1", f"{STOPPING}.smoothing=300"], "warning", None, "so patience never ends the run"),
     ([f"{STOPPING}.patience_tokens=5"], "warning", f"{STOPPING}.patience_tokens", "patience to 1 in its place"),
-    ([f"{STOPPING}.patience_tokens=100000000000"], "warning", None, "as much as the whole run trains on"),
+    (
+        [
+            "megagpt.schedule.batch_ramp_steps=1000",
+            "megagpt.schedule.first_batch=4",
+            f"{STOPPING}.patience_tokens=1500000",
+        ],
+        "warning",
+        f"{STOPPING}.patience_tokens",
+        "(megagpt.every.eval) at the end of the run",
+    ),
+    (
+        ["megagpt.every.eval=1000", f"{STOPPING}.patience_tokens=9000000"],
+        "warning",
+        None,
+        "from its first evaluation (megagpt.every.eval) to its end",
+    ),
     *(
         (
             [f"{STOPPING}.max_gap=0.5", f"megagpt.{key}=0.1"],
             "error",
             "megagpt",
-            f"megagpt.{key}=0.1 makes that the loss",
+            f"is another loss or of another text; remove megagpt.early_stopping.max_gap, or set megagpt.{key}=0",
         )
         for key in (
             "regularization.label_smoothing",
@@ -265,6 +285,19 @@ SOUND_KEYS = [
 @pytest.mark.parametrize("overrides", SOUND_KEYS, ids=[keys[-1][:48] for keys in SOUND_KEYS])
 def test_the_same_keys_with_values_that_work_are_no_errors(sound, overrides):
     assert [finding for finding in lint_file(sound, overrides) if finding.level == "error"] == []
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # the gap can be too large from the first evaluation on, at 8,192,000 of 16,384,000 tokens
+        ["megagpt.every.eval=1000", f"{STOPPING}.patience_tokens=9000000", f"{STOPPING}.max_gap=0.5"],
+        # validation and generation have 64 positions
+        ["megagpt.model.sliding_window=48", "megagpt.model.seq_len=64", "megagpt.data.seq_len=32"],
+    ],
+)
+def test_what_has_an_effect_is_no_finding(sound, overrides):
+    assert lint_file(sound, overrides) == []
 
 
 def test_what_is_left_out_and_matters_is_noted(sound):

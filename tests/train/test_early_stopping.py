@@ -18,6 +18,7 @@ from megagpt.train.early_stopping import (
     at_resume,
     metrics_of,
     restarted,
+    way_on,
     why_stopped,
 )
 from megagpt.train.trainer import train
@@ -119,7 +120,7 @@ def test_a_median_of_three_outvotes_one_loss():
     values = [4.0, 3.0, 9.0, 2.5, 1.0, 2.6, 2.7, math.nan, 2.6, 2.8]
     medians = [None, None, 4.0, 3.0, 2.5, 2.5, 2.6, 2.7, 2.7, 2.8]
     states = [run(values[:n], EarlyStoppingConfig(smoothing=3, patience=5)) for n in range(1, 11)]
-    assert [metrics_of(state).get("val/median_loss") for state in states] == medians
+    assert [metrics_of(state, 1.0).get("val/median_loss") for state in states] == medians
     assert [state.lowest for state in states] == [math.inf, math.inf, 4.0, 3.0, *[2.5] * 6]
     assert [state.bad_evals for state in states] == [0, 0, 0, 0, 0, 1, 2, 3, 4, 5]
     assert [state.stopped for state in states] == [*[False] * 9, True]
@@ -145,6 +146,8 @@ def test_a_gap_to_the_training_loss_stops_after_patience(patience, stops_at):
     cfg = EarlyStoppingConfig(max_gap=0.5, **patience)
     states = gaps(OVERFIT, cfg)
     assert [state.gap.last for state in states] == [0.0, 0.75, 0.25, 1.0, 1.0, 1.5, 1.5]
+    logged = [metrics_of(state, loss).get("val/train_gap") for state, (_, loss) in zip(states, OVERFIT, strict=True)]
+    assert logged == [0.0, 0.75, 0.25, 1.0, None, 1.5, 1.5]  # none where the loss is not finite
     assert [state.gap.evals for state in states] == [0, 1, 0, 1, 1, 2, 3]
     assert [state.stopped for state in states].index(True) == stops_at - 1
     why = why_stopped(states[stops_at - 1], cfg)
@@ -158,6 +161,20 @@ def test_a_gap_to_the_training_loss_stops_after_patience(patience, stops_at):
     assert not at_resume(states[stops_at - 1], more).stopped
     (line,) = restarted(states[stops_at - 1], more)
     assert line.startswith("note: megagpt.early_stopping.max_gap was 0.5 and is 2: evaluations above it are counted")
+
+
+@pytest.mark.parametrize("key", ["patience", "patience_tokens"])
+def test_the_way_on_of_a_run_with_patience_and_a_gap_leads_on(key):
+    """Where no loss improves and the gap is too large, no patience at all would end the run at once."""
+    cfg = EarlyStoppingConfig(**{key: 20 if key == "patience_tokens" else 2}, max_gap=0.5)
+    state = gaps([(2.0, 2.25), (2.0, 2.25), (1.0, 2.25)], cfg)[-1]
+    assert (state.stopped, state.gap.evals) == (True, 1)
+    assert at_resume(state, EarlyStoppingConfig(max_gap=0.5)).stopped
+    used = {"patience": 2, "patience_tokens": 20}[key]
+    assert way_on(state, cfg) == f"set {KEY}.{key} to more than {used}, to train further"
+    assert not at_resume(state, cfg.model_copy(update={key: used + 1})).stopped
+    off = way_on(state, cfg.model_copy(update={"max_gap": None}))
+    assert off.endswith(" for no early stopping, to train further")
 
 
 @given(
