@@ -139,6 +139,8 @@ def _train(args: argparse.Namespace, preemption: Preemption, log: RunLog) -> int
     with errors_on_every_rank():
         run = load_run_config(args.run_file, args.overrides)
     facts = leaves(run.as_json()) | {"--fresh": args.fresh}
+    if run.megagpt.schedule.max_epochs is not None:
+        del facts["megagpt.schedule.max_steps"]  # it tells the data, which is compared later by its fingerprint
     check_equal_on_ranks(facts, "give all ranks the same run file, overrides and flags")
     check_shared(run.megagpt.out_dir)
     # DeepSpeed takes seconds to import, so the run file is checked before.

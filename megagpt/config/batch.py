@@ -8,6 +8,7 @@ from megagpt.config.deepspeed import DeepSpeedConfig
 from megagpt.config.doubling import halved
 from megagpt.config.schedule import ScheduleConfig
 from megagpt.errors import UserError
+from megagpt.terminal import counted
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,17 @@ def check_first_batch(schedule: ScheduleConfig, batch: BatchPlan, step: int = 0)
     smallest, per_pass = schedule.batches(batch.global_batch).at(step), batch.micro_batch * batch.replicas
     if smallest % per_pass:
         fits = next(n for n in reversed(halved(batch.global_batch)) if n % per_pass == 0)
+        way_out = f"set megagpt.schedule.first_batch to {fits}"
+        if fits == batch.global_batch:
+            way_out = "remove megagpt.schedule.first_batch and megagpt.schedule.batch_ramp_steps"
+        share, rest = divmod(smallest, batch.replicas)
+        if not rest:
+            way_out += f", or set train_micro_batch_size_per_gpu to {math.gcd(share, batch.micro_batch)}"
+        unit = "rank" if batch.sequence_parallel_size == 1 else "group"
         raise UserError(
             f"megagpt.schedule.first_batch={schedule.first_batch} makes a batch of {smallest} in step {step + 1}, "
-            f"which is not a multiple of train_micro_batch_size_per_gpu={batch.micro_batch} x {batch.replicas} ranks = "
-            f"{per_pass}; set megagpt.schedule.first_batch to {fits}, or lower train_micro_batch_size_per_gpu"
+            f"which is not a multiple of train_micro_batch_size_per_gpu={batch.micro_batch} x "
+            f"{counted(batch.replicas, unit)} = {per_pass}; {way_out}"
         )
 
 

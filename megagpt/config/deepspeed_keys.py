@@ -108,6 +108,10 @@ DEEPSPEED_SECTIONS = {name: set(keys) for name, keys in DEEPSPEED_DEFAULTS.items
 
 _DATA_PARALLEL = "megagpt is data and sequence parallel only; remove it"
 _OWN_CHECKPOINTS = "megagpt commits checkpoints itself; see megagpt.every.save"
+_SHORT_ROWS = (
+    "for a warm-up of the sequence length set megagpt.schedule.seq_len_warmup_steps and "
+    "megagpt.schedule.first_seq_len; remove it"
+)
 
 # Keys that DeepSpeed reads but that megagpt does not support -> why. They are refused instead of ignored.
 REFUSED_KEYS = {
@@ -115,8 +119,8 @@ REFUSED_KEYS = {
     "bfloat16": 'write "bf16"',
     "checkpoint": _OWN_CHECKPOINTS,
     "compile": "blocks are compiled by torch; see megagpt.compile",
-    "curriculum_learning": "rows become longer by megagpt.schedule.seq_len_warmup_steps; remove it",
-    "data_efficiency": "rows become longer by megagpt.schedule.seq_len_warmup_steps; remove it",
+    "curriculum_learning": _SHORT_ROWS,
+    "data_efficiency": _SHORT_ROWS,
     "datastates_ckpt": _OWN_CHECKPOINTS,
     "expert_parallel": _DATA_PARALLEL,
     "hybrid_engine": "it is for RLHF; remove it",

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Doubling:
-    """A whole number for each step (0-based): `stages` are (first step, number) in order, and begin at step 0."""
+    """A step function of the update number (0-based); `stages` lists (first step, value)."""
 
     stages: tuple[tuple[int, int], ...]
 
@@ -28,7 +28,10 @@ class Doubling:
 
 
 def doubling(steps: int, first: int, last: int) -> Doubling:
-    """Return what doubles from `first` to `last` in the first steps, each value for as many of them."""
+    """Return a schedule that doubles from `first` to `last` over the first `steps` steps.
+
+    Each value is held equally long.
+    """
     doublings = (last // first).bit_length() - 1
     # Of two values that begin at one step, the later one holds.
     begins = {-(-k * steps // doublings): first << k for k in range(doublings)}
@@ -36,5 +39,15 @@ def doubling(steps: int, first: int, last: int) -> Doubling:
 
 
 def halved(n: int) -> list[int]:
-    """Return n, n / 2, n / 4, ... as far as these are whole numbers: what doubles to n."""
+    """Return n and its halves down to the last whole number."""
     return [n >> k for k in range(n.bit_length()) if n >> k << k == n]
+
+
+def check_doubles(key: str, first: int | None, steps_key: str, whole_key: str, whole: int) -> None:
+    """Raise ValueError if `first`, the value of `key`, does not double to `whole`."""
+    if first is None or first in halved(whole):
+        return
+    parts = halved(whole)[1:]
+    nearest = min(parts, key=lambda n: abs(n - first), default=None)
+    way_out = f"remove {key} and {steps_key}" if nearest is None else f"set {key} to {nearest}"
+    raise ValueError(f"{key}={first} does not double to {whole_key}={whole}; {way_out}")

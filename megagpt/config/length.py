@@ -10,9 +10,11 @@ from megagpt.config.augmentation import PackingConfig
 from megagpt.config.doubling import Doubling, doubling, halved
 from megagpt.config.model import ModelConfig
 from megagpt.errors import UserError
+from megagpt.options import MANY
 from megagpt.user_paths import local_path
 
 KEYS = {name: f"megagpt.schedule.{name}" for name in ("max_steps", "max_tokens", "max_epochs")}
+FIRST_BATCH = "megagpt.schedule.first_batch"
 MOST_EPOCHS = 1e6
 
 
@@ -29,7 +31,8 @@ def with_steps(ours: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     if not given:
         return ours
     assert isinstance(schedule, dict)
-    name, placeholder = given[0], {**ours, "schedule": {"max_steps": 1, **schedule}}
+    name, known = given[0], schedule.get("max_steps")
+    placeholder = {**ours, "schedule": {**schedule, "max_steps": MANY if known is None else known}}
     if len(given) == 2:
         raise ValueError(
             f"{KEYS[name]}={schedule[name]} and {KEYS['max_tokens']}={schedule['max_tokens']} both give the length of "
@@ -40,26 +43,34 @@ def with_steps(ours: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     if not (_is_whole(batch) and _is_whole(seq_len) and _is_length(name, schedule[name])):
         return placeholder  # the models tell what is wrong with these numbers
     batch, seq_len = int(batch), int(seq_len)
+    batches = _batches(schedule, batch)
+    first, least = batches.at(0), batches.total(max(1, batches.stages[-1][0]))  # a ramp has to end
+    key, size = ("train_batch_size", f"{batch}") if first == batch else (FIRST_BATCH, f"{first} to {batch}")
+    # A run.json also has max_steps, and that of an older megagpt could be less than a step.
     if name == "max_tokens":
-        steps = _batches(schedule, batch).steps_to(-(-int(schedule[name]) // seq_len))
-        # a run.json has both, also one of an older megagpt that took fewer
-        if int(schedule[name]) < batch * seq_len and schedule.get("max_steps") is None:
+        steps = batches.steps_to(-(-int(schedule[name]) // seq_len))
+        if int(schedule[name]) < first * seq_len and known is None:
             raise ValueError(
-                f"{KEYS[name]}={schedule[name]} is less than the {batch * seq_len} tokens of one step, "
-                f"train_batch_size={batch} x {seq_len}; set {KEYS[name]} to {batch * seq_len} or more, or lower "
-                "train_batch_size"
+                f"{KEYS[name]}={schedule[name]} is less than the {first * seq_len} tokens of one step, "
+                f"{key}={first} x {seq_len}; set {KEYS[name]} to {least * seq_len} or more, or lower {key}"
             )
-        made_of = f"{batch} x {seq_len} tokens"
+        made_of = f"{size} x {seq_len} tokens"
     else:
         windows = _windows(ours, schedule, seq_len)
         if windows is None:
             return placeholder
-        steps = _batches(schedule, batch).steps_to(samples_of_epochs(schedule[name], windows))
-        made_of = f"{batch} samples, and an epoch has {' or '.join(map(str, dict.fromkeys(windows)))} samples"
-    if schedule.get("max_steps") not in (None, steps):
+        samples = samples_of_epochs(schedule[name], windows)
+        steps = batches.steps_to(samples)
+        if samples < first and known is None:
+            raise ValueError(
+                f"{KEYS[name]}={schedule[name]} is {samples} samples, less than one step, {key}={first}; set "
+                f"{KEYS[name]} to {1.01 * least / min(windows):.3g} or more, or lower {key}"
+            )
+        made_of = f"{size} samples, and an epoch has {' or '.join(map(str, dict.fromkeys(windows)))} samples"
+    if known not in (None, steps):
         raise ValueError(
             f"{KEYS[name]}={schedule[name]} makes {steps} steps of {made_of}, and "
-            f"{KEYS['max_steps']}={schedule['max_steps']}; remove one of the two"
+            f"{KEYS['max_steps']}={known}; remove one of the two"
         )
     return {**ours, "schedule": {**schedule, "max_steps": steps}}
 

@@ -18,7 +18,7 @@ from megagpt.config.deepspeed_keys import (
     DESCRIPTIONS,
     REFUSED_KEYS,
 )
-from megagpt.config.doubling import halved
+from megagpt.config.doubling import check_doubles
 from megagpt.config.extends import EXTENDS, merged, named, read_run_files
 from megagpt.config.length import with_steps
 from megagpt.config.mistakes import explain, no_section, only_key, unknown_key
@@ -40,6 +40,8 @@ ACTING = (
     *("gradient_clipping", "zero_optimization.stage", "bf16.enabled", "fp16.enabled", "optimizer.type"),
     *("optimizer.params.betas", "optimizer.params.eps", "optimizer.params.weight_decay"),
 )
+# Those that decide how many steps are max_tokens or max_epochs.
+DECIDE_ON_STEPS = ("train_batch_size", *(f"{SECTION}.{key}" for key in ("schedule", "data", "model", "packing")))
 # Those of DeepSpeed's that have no default.
 REQUIRED = ("train_batch_size", "train_micro_batch_size_per_gpu", "optimizer.params.lr")
 
@@ -73,12 +75,10 @@ class RunConfig:
                 f"seq_len_warmup_steps={n} rows are read in shorter pieces; remove the latter and "
                 "megagpt.schedule.first_seq_len, or set sequence_parallel_size to 1"
             )
-        first, full = cfg.schedule.first_batch, self.deepspeed.train_batch_size
-        if first is not None and first not in (halves := halved(full)):
-            raise ValueError(
-                f"megagpt.schedule.first_batch={first} does not double to train_batch_size={full}; set "
-                f"megagpt.schedule.first_batch to {min(halves, key=lambda n: abs(n - first))}"
-            )
+        check_doubles(
+            *("megagpt.schedule.first_batch", cfg.schedule.first_batch, "megagpt.schedule.batch_ramp_steps"),
+            *("train_batch_size", self.deepspeed.train_batch_size),
+        )
         common = math.gcd(*shared.values())
         for name, n in shared.items():
             if n % P:
@@ -110,8 +110,9 @@ class RunConfig:
         Raises UserError.
         """
         plain = self.as_json()
-        if self.megagpt.schedule.length[0] != "megagpt.schedule.max_steps":
-            del plain[SECTION]["schedule"]["max_steps"]  # which another batch would change
+        counted = self.megagpt.schedule.length[0] != "megagpt.schedule.max_steps"
+        if counted and any(override.startswith(DECIDE_ON_STEPS) for override in overrides):
+            del plain[SECTION]["schedule"]["max_steps"]  # else kept: the data that tells it may be elsewhere
         return parse_run(plain, overrides)
 
 

@@ -9,7 +9,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from megagpt.config.augmentation import AugmentConfig, PackingConfig
-from megagpt.config.doubling import halved
+from megagpt.config.doubling import check_doubles
 from megagpt.config.generation import GenerationConfig
 from megagpt.config.guards import GuardsConfig
 from megagpt.config.mistakes import as_written, did_you_mean
@@ -158,13 +158,11 @@ class MegaGPTConfig(Strict):
 
     @model_validator(mode="after")
     def _short_rows_double_to_whole_ones(self) -> Self:
-        first, full = self.schedule.first_seq_len, self.seq_len
-        key = "megagpt.model.seq_len" if self.data.seq_len is None else "megagpt.data.seq_len"
-        if first is not None and first not in (halves := halved(full)):
-            raise ValueError(
-                f"megagpt.schedule.first_seq_len={first} does not double to {key}={full}; set "
-                f"megagpt.schedule.first_seq_len to {min(halves, key=lambda n: abs(n - first))}"
-            )
+        whole = "megagpt.model.seq_len" if self.data.seq_len is None else "megagpt.data.seq_len"
+        check_doubles(
+            *("megagpt.schedule.first_seq_len", self.schedule.first_seq_len, "megagpt.schedule.seq_len_warmup_steps"),
+            *(whole, self.seq_len),
+        )
         return self
 
     @model_validator(mode="after")

@@ -170,7 +170,7 @@ def _same_draws(before: Segment, now: Segment) -> bool:
 
 
 def _planned(before: tuple[Batches, ...], now: Batches, later: Sequence[tuple[int, int]]) -> tuple[Batches, ...]:
-    """Return the batches so far, without those that were planned for later steps, those from now on, and later ones."""
+    """Replace the batches planned after `now` by `now` and `later`."""
     past = tuple(b for b in before if b.first_sample < now.first_sample)
     batches = past if past and past[-1].global_batch == now.global_batch else (*past, now)
     for first_step, global_batch in later:

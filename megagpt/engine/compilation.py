@@ -24,6 +24,7 @@ from megagpt.model.cache import Append
 from megagpt.model.gpt import GPT, Block, Output
 
 KERNELS = "compiled"  # a run's folder of compiled kernels, in its out_dir
+COMPILATIONS = 256  # of the blocks' one code object, at most
 PLAIN_PATH = re.compile(r"[\w./@%+=:,-]+")
 
 
@@ -61,8 +62,10 @@ def compile_blocks(model: GPT, cache: Path, within: Callable[..., Tensor] | None
     Generation, whose length grows, runs uncompiled.
     `within`, if given, wraps the forward pass (it is called with it and its arguments) and is compiled with it.
     """
-    # A warm-up of the sequence length has one for each length; torch would stop after eight.
-    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    # Each length of a warm-up, with each kind of block and mask, is compiled once; beyond this limit torch raises.
+    torch._dynamo.config.recompile_limit = max(COMPILATIONS, torch._dynamo.config.recompile_limit)
+    accumulated = torch._dynamo.config.accumulated_recompile_limit
+    torch._dynamo.config.accumulated_recompile_limit = max(COMPILATIONS, accumulated)
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_kernel_folder(cache.absolute()))
     for block in model.blocks():

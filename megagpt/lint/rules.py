@@ -85,6 +85,16 @@ WITHOUT_EFFECT = (
         "each validation set has tokens; remove one",
     ),
     Acts(
+        ("megagpt.schedule.first_batch",),
+        lambda run: run.megagpt.schedule.first_batch != run.deepspeed.train_batch_size,
+        "it is all of train_batch_size; lower it, or remove it and megagpt.schedule.batch_ramp_steps",
+    ),
+    Acts(
+        ("megagpt.schedule.first_seq_len",),
+        lambda run: run.megagpt.schedule.first_seq_len != run.megagpt.seq_len,
+        "rows are no longer; lower it, or remove it and megagpt.schedule.seq_len_warmup_steps",
+    ),
+    Acts(
         ("megagpt.sample.*",),
         lambda run: run.megagpt.every.sample > 0,
         "megagpt.every.sample is 0, so no text is generated; set it or remove this",

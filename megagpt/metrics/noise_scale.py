@@ -12,9 +12,10 @@ def noise_scale(small: Tensor, big: Tensor, n_small: int, n_big: Tensor) -> floa
     """Return the simple noise scale in sequences (appendix A.1), or None where the norms of these steps give none.
 
     `small` and `big` are squared gradient norms (steps,) over `n_small` and `n_big` (steps,) sequences. What they
-    estimate is averaged over the steps before the division; single estimates may be negative.
+    estimate is averaged over the steps before the division; single estimates may be negative. Steps of `n_small`
+    sequences tell nothing.
     """
-    sound = small.isfinite() & big.isfinite()
+    sound = small.isfinite() & big.isfinite() & (n_big != n_small)
     small, big, n_big = small[sound], big[sound], n_big[sound]
     if not len(small):
         return None

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from megagpt.config.doubling import Doubling
 from megagpt.config.run_file import RunConfig
 from megagpt.distributed.process_group import world_size
 from megagpt.guards.memory_growth import peak_memory
@@ -52,8 +53,8 @@ class Pace:
 
     PATIENCE = 60.0  # seconds until that line, in which nobody wonders
 
-    def __init__(self, first: int, last: int, every_log: int) -> None:
-        self._first, self._last, self._every = first, last, every_log
+    def __init__(self, first: int, last: int, every_log: int, batches: Doubling) -> None:
+        self._first, self._last, self._every, self._batches = first, last, every_log, batches
         self._began = 0.0
 
     def __call__(self, step: int) -> str:
@@ -64,11 +65,14 @@ class Pace:
             return ""
         seconds, left = time.perf_counter() - self._began, self._last - step
         until_next = min(left, self._every - step % self._every) if self._every else left
-        if until_next * seconds < self.PATIENCE:
+        total = self._batches.total
+        per_sample = seconds / (total(step) - total(step - 1))
+        to_last, to_next = (per_sample * (total(step + n) - total(step)) for n in (left, until_next))
+        if to_next < self.PATIENCE:
             return ""
         return (
-            f"a step takes about {duration(seconds)}: {duration(left * seconds)} for the {left:,} that are left, and "
-            f"{duration(until_next * seconds)} to the next line"
+            f"a step takes about {duration(seconds)}: {duration(to_last)} for the {left:,} that are left, and "
+            f"{duration(to_next)} to the next line"
         )
 
 

@@ -165,8 +165,12 @@ def _trained(run: RunConfig) -> list[tuple[int, str]]:
 
 
 def micro_batches(run: RunConfig, ranks: int) -> list[int]:
-    """Return the micro-batches that divide one rank's part of the global batch. Raises UserError as batch_plan does."""
-    share = run.deepspeed.train_batch_size // batch_plan(run.deepspeed, ranks).replicas
+    """Return the micro-batches that divide one rank's part of the global batch, and of the first one of a ramp.
+
+    Raises UserError as batch_plan does.
+    """
+    smallest = run.megagpt.schedule.batches(run.deepspeed.train_batch_size).at(0)
+    share = smallest // batch_plan(run.deepspeed, ranks).replicas
     return [n for n in range(1, share + 1) if share % n == 0]
 
 

@@ -76,8 +76,10 @@ def other_tokens_so_far(
     steps = max(step, batches.steps_to(batches.total(step) - (tokens_seen - cfg.max_tokens) // seq_len))
     if steps == max(step, cfg.max_steps):
         return None
+    first, last = batches.at(0) * seq_len, global_batch * seq_len
+    size = f"{last}" if first == last else f"{first} to {last}"
     return (
-        f"megagpt.schedule.max_tokens={cfg.max_tokens} makes {cfg.max_steps} steps of {global_batch * seq_len} tokens, "
+        f"megagpt.schedule.max_tokens={cfg.max_tokens} makes {cfg.max_steps} steps of {size} tokens, "
         f"and the {step} steps so far had {tokens_seen} tokens; to train on as many in all, set "
         f"megagpt.schedule.max_tokens=null megagpt.schedule.max_steps={steps}"
     )

@@ -91,7 +91,6 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
     check_skipping(run, device)
     compiled = compiles(cfg.compile, device)
     batch = batch_plan(run.deepspeed, world_size(), _fewer_ranks())
-    check_noise_scale(cfg, batch)
     with errors_on_every_rank():
         check_is_no_step(cfg.out_dir)
         data = _open_data(cfg)
@@ -105,6 +104,7 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
     record = RunRecord(cfg.out_dir, cfg.keep, identity, data.tokenizer, {**run.as_json(), **config})
     saved = None if fresh else newest_verified(cfg.out_dir)
     check_first_batch(cfg.schedule, batch, saved.state.step if saved else 0)
+    check_noise_scale(cfg, batch, saved.state.step if saved else 0)
     if saved is not None:
         check_identity(saved.step_dir, saved.identity, identity)
         layout_changes(saved.step_dir, saved.identity, identity, record.effective)  # refuses what cannot be resharded
@@ -129,15 +129,17 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
     return RunSetup(run, batch, compiled, data, training_set, config, record, saved, start, tasks)
 
 
-def check_noise_scale(cfg: MegaGPTConfig, batch: BatchPlan) -> None:
-    """Raise UserError where a step has a single micro-batch, whose gradient can be compared with no other."""
-    first = cfg.schedule.first_batch
-    if cfg.noise_scale and batch.micro_batch == (first or batch.global_batch):
-        half, key = batch.micro_batch // 2, "megagpt.schedule.first_batch" if first else "train_batch_size"
+def check_noise_scale(cfg: MegaGPTConfig, batch: BatchPlan, step: int) -> None:
+    """Raise UserError where a step after `step` has one micro-batch, whose gradient can be compared with no other."""
+    smallest = cfg.schedule.batches(batch.global_batch).at(step)
+    if cfg.noise_scale and batch.micro_batch == smallest:
+        half, whole = batch.micro_batch // 2, "train_batch_size"
+        if smallest < batch.global_batch:
+            whole = f"the batch that megagpt.schedule.first_batch makes in step {step + 1}"
         way_out = f"set train_micro_batch_size_per_gpu to {half}" if batch.micro_batch % 2 == 0 else "raise the latter"
         raise UserError(
             "megagpt.noise_scale=true compares micro-batches with the global batch, and "
-            f"train_micro_batch_size_per_gpu={batch.micro_batch} is all of {key}; {way_out}, or remove "
+            f"train_micro_batch_size_per_gpu={batch.micro_batch} is all of {whole}; {way_out}, or remove "
             "megagpt.noise_scale"
         )
 

@@ -67,7 +67,7 @@ def run_steps(session: Session, preemption: Preemption, stop_at: int | None) -> 
     setup, run, vote = session.setup, session.setup.run, StopVote()
     state, schedule, every = setup.state, run.megagpt.schedule, run.megagpt.every
     batches, window, stop, owed = session.batches(), StepWindow(), False, False
-    pace = Pace(state.step, schedule.max_steps, every.log)
+    pace = Pace(state.step, schedule.max_steps, every.log, schedule.batches(setup.batch.global_batch))
 
     with session.writer, session.watchdog, vote:
         if setup.start is not None and every.eval:

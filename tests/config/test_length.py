@@ -1,5 +1,6 @@
 """The length of a run, given in epochs of its data."""
 
+import json
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from megagpt.errors import UserError
 from megagpt.lint.linter import lint_file
 
 
-@pytest.mark.parametrize("epochs", [1, 3, 0.1, 2.7])
+@pytest.mark.parametrize("epochs", [1, 3, 0.3, 2.7])
 def test_epochs_are_the_steps_after_which_the_sampler_has_read_them(dataset, tmp_path, epochs):
     """The steps of the run file against the sampler's own count, also of a dataset of two unequal variants."""
     for path in (dataset, two_variants(tmp_path)):
@@ -26,6 +27,61 @@ def test_epochs_are_the_steps_after_which_the_sampler_has_read_them(dataset, tmp
         assert after >= epochs - 1e-12
         assert run.changed("train_batch_size=16").megagpt.schedule.max_steps == -(-steps // 2)
         assert parse_run(run.as_json()).megagpt.schedule.max_steps == steps
+
+
+def test_a_run_is_linted_and_changed_where_its_data_is_not(dataset, tmp_path):
+    """Its run.json has the steps that the data once gave."""
+    run = debug_run(dataset, tmp_path / "run", "train_batch_size=8", 'megagpt.schedule={"max_epochs": 1}')
+    plain = run.as_json()
+    plain["megagpt"]["data"]["train"][0]["path"] = "elsewhere"
+    moved = parse_run(plain).changed("gradient_accumulation_steps=null", "zero_optimization.stage=2")
+    assert moved.megagpt.schedule.max_steps == run.megagpt.schedule.max_steps
+    (tmp_path / "run.json").write_text(json.dumps(plain))
+    assert [found for found in lint_file(tmp_path / "run.json") if found.level == "error"] == []
+    with pytest.raises(UserError, match="no finished dataset"):
+        parse_run(plain).changed("train_batch_size=16")
+
+
+RAMP = {"batch_ramp_steps": 4, "first_batch": 4}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"max_tokens": 512, "max_steps": 9}, "max_tokens=512 makes 1 steps of 8 x 64 tokens, and .*=9"),
+        (
+            {"max_tokens": 5000, "max_steps": 9, **RAMP},
+            "max_tokens=5000 makes 12 steps of 4 to 8 x 64 tokens, and .*=9",
+        ),
+        (
+            {"max_epochs": 1, "max_steps": 9, **RAMP},
+            r"max_epochs=1 makes \d+ steps of 4 to 8 samples, and an epoch has \d+ samples, and .*=9",
+        ),
+        (
+            {"max_tokens": 255, **RAMP},
+            r"is less than the 256 tokens of one step, \S+first_batch=4 x 64; set \S+ to 1024 .*lower \S+first_batch$",
+        ),
+        ({"max_tokens": 511}, "is less than the 512 tokens of one step, train_batch_size=8 x 64; set .* to 512"),
+        ({"max_epochs": 0.001}, r"max_epochs=0.001 is \d samples, less than one step, train_batch_size=8; set .* to"),
+        (
+            {"max_epochs": 0.001, **RAMP},
+            r"is \d samples, less than one step, megagpt.schedule.first_batch=4; set .* to",
+        ),
+    ],
+)
+def test_a_length_that_its_steps_do_not_make_is_refused_with_their_sizes(dataset, tmp_path, schedule, message):
+    options = ["train_batch_size=8", f"megagpt.schedule={json.dumps(schedule)}"]
+    with pytest.raises(UserError, match=message) as refused:
+        debug_run(dataset, tmp_path / "run", *options)
+    if found := re.search(r"set (\S+) to (\S+) or more", str(refused.value)):
+        key, value = found.groups()
+        assert debug_run(dataset, tmp_path / "run", *options, f"{key}={value}").megagpt.schedule.max_steps < 9
+
+
+def test_a_wrong_batch_makes_no_other_mistakes(dataset, tmp_path):
+    wrong = [f"megagpt.schedule={json.dumps({'max_tokens': 512, **RAMP})}", "train_batch_size=7.5"]
+    found = lint_file(DEBUG_RUN, [*overrides(dataset, tmp_path / "run"), *wrong])
+    assert [issue.key for issue in found] == ["train_batch_size"]
 
 
 def two_variants(folder: Path) -> Path:

@@ -79,7 +79,12 @@ MISTAKES = [
     (["optimizer.params.beta=0.9"], "error", "optimizer.params.beta", "did you mean 'optimizer.params.betas'?"),
     # removed or changed in the installed DeepSpeed
     (["elasticity.enabled=false"], "error", "elasticity", "was removed from DeepSpeed"),
-    (["curriculum_learning.enabled=true"], "error", None, "Here: rows become longer by megagpt.schedule.seq_len"),
+    (
+        ["curriculum_learning.enabled=true"],
+        "error",
+        None,
+        "Here: for a warm-up of the sequence length set megagpt.schedule",
+    ),
     (["zero_optimization.mics_shard_size=8"], "error", "zero_optimization.mics_shard_size", "was removed"),
     (["zero_optimization.cpu_offload=true"], "warning", None, "deprecated by the installed DeepSpeed; write offload"),
     # of a wrong value or type
@@ -136,6 +141,18 @@ MISTAKES = [
     (["megagpt.sample.top_p=0.9"], "warning", "megagpt.sample.top_p", "every.sample is 0"),
     (["megagpt.augment.fim.spm_rate=0.9"], "warning", "megagpt.augment.fim.spm_rate", "augment.fim.rate is 0"),
     (["megagpt.schedule.shape=constant", "megagpt.schedule.min_lr_ratio=0.2"], "warning", None, "does not fall"),
+    (
+        ["megagpt.schedule.batch_ramp_steps=9", "megagpt.schedule.first_batch=8", "train_batch_size=8"],
+        "warning",
+        "megagpt.schedule.first_batch",
+        "it is all of train_batch_size; lower it, or remove it and megagpt.schedule.batch_ramp_steps",
+    ),
+    (
+        ["megagpt.schedule.seq_len_warmup_steps=9", "megagpt.schedule.first_seq_len=64", "megagpt.data.seq_len=64"],
+        "warning",
+        "megagpt.schedule.first_seq_len",
+        "rows are no longer; lower it, or remove it and megagpt.schedule.seq_len_warmup_steps",
+    ),
     # against another
     (["fp16.enabled=true"], "error", "fp16.enabled", "fp16.enabled=true with bf16.enabled=true; choose one"),
     ([*FP16, "zero_optimization.stage=0"], "error", "fp16.enabled", "set zero_optimization.stage to 1"),

@@ -29,6 +29,9 @@ def test_by_hand():
     assert noise_scale(small * 2, big, 1, two) is None  # the mean gradient is lost in the noise
     assert noise_scale(big / 2, big, 1, two) is None  # micro-batches that differ less than not at all
     assert noise_scale(small[1:], big[1:], 1, two[1:]) is None
+    # the steps of a ramp that have one micro-batch tell nothing
+    ramp = (torch.tensor(numbers).double() for numbers in ([9.0, 13.0], [9.0, 8.0]))
+    assert noise_scale(*ramp, 1, torch.tensor([1.0, 2.0]).double()) == pytest.approx(10 / 3)
 
 
 def test_it_is_the_ratio_that_gradients_were_drawn_with():

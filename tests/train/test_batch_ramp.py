@@ -6,6 +6,7 @@ in engine/test_reshard.py.
 
 import re
 from bisect import bisect_left
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -14,11 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import DEBUG_RUN, debug_run, metric, overrides
 
+from megagpt.__main__ import main
 from megagpt.checkpoint.load import load_model
 from megagpt.checkpoint.run_samples import open_run
+from megagpt.config.batch import BatchPlan, check_first_batch
 from megagpt.config.doubling import doubling
+from megagpt.config.schedule import ScheduleConfig
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_file
+from megagpt.planner.estimate import micro_batches
+from megagpt.train.pace import mean_length
 from megagpt.train.trainer import train
 
 RAMP = ["megagpt.schedule.batch_ramp_steps=3", "megagpt.schedule.first_batch=4"]
@@ -79,7 +85,7 @@ def test_another_ramp_may_be_given_when_a_run_is_resumed(dataset, device, tmp_pa
         (["megagpt.schedule.first_batch=4"], "first_batch=4 with .*batch_ramp_steps=0: the two belong"),
         (
             [*RAMP, "megagpt.schedule.first_batch=16"],
-            "first_batch=16 does not double to train_batch_size=8; set .*first_batch to 8$",
+            "first_batch=16 does not double to train_batch_size=8; set .*first_batch to 4$",
         ),
         (
             [*RAMP, "megagpt.schedule.first_batch=3"],
@@ -98,10 +104,45 @@ def test_a_ramp_that_does_not_reach_the_batch_is_refused_by_training_and_by_lint
 def test_a_first_batch_that_the_ranks_do_not_divide_is_refused_until_the_ramp_is_over(dataset, device, tmp_path):
     options = [*SMALL, *RAMP, "megagpt.schedule.max_steps=6"]
     large = "train_micro_batch_size_per_gpu=8"
-    message = r"first_batch=4 makes a batch of 4 in step 1, .*=8 x 1 ranks = 8; set megagpt.schedule.first_batch to 8"
+    message = (
+        r"first_batch=4 makes a batch of 4 in step 1, .*=8 x 1 rank = 8; remove megagpt.schedule.first_batch and "
+        r"megagpt.schedule.batch_ramp_steps, or set train_micro_batch_size_per_gpu to 4$"
+    )
     with pytest.raises(UserError, match=message):
         train(debug_run(dataset, tmp_path / "run", *options, large), device)
     [found] = lint_file(DEBUG_RUN, [*overrides(dataset, tmp_path / "run"), *options, large], ranks=1)
     assert re.search(message, found.text)
+    noise = ["megagpt.noise_scale=true", "train_micro_batch_size_per_gpu=4"]
+    with pytest.raises(
+        UserError, match=r"=4 is all of the batch that megagpt.schedule.first_batch makes in step 1; set .* to 2,"
+    ):
+        train(debug_run(dataset, tmp_path / "run", *options, *noise), device)
     train(debug_run(dataset, tmp_path / "run", *options), device, stop_at=3)
+    assert train(debug_run(dataset, tmp_path / "run", *options, *noise), device, stop_at=4).step == 4
     assert train(debug_run(dataset, tmp_path / "run", *options, large), device).step == 6
+
+
+def test_a_first_batch_for_groups_of_ranks_is_told_in_groups():
+    """3 groups of 2 ranks share 6 samples: 2 each, of which the micro-batch of 4 leaves 2; 12 is 4 for each."""
+    schedule, batch = ScheduleConfig(max_steps=9, batch_ramp_steps=3, first_batch=6), BatchPlan(24, 4, 2, 6, 2)
+    with pytest.raises(UserError, match=r"=4 x 3 groups = 12; set \S+first_batch to 12, or set \S+_per_gpu to 2$"):
+        check_first_batch(schedule, batch)
+    check_first_batch(schedule, replace(batch, micro_batch=2, accumulation=4))
+    check_first_batch(schedule.model_copy(update={"first_batch": 12}), batch)
+
+
+def test_plan_takes_micro_batches_that_the_first_batch_is_made_of(dataset, tmp_path, capsys):
+    ramp = ["megagpt.schedule.batch_ramp_steps=3", "megagpt.schedule.first_batch=6", "train_batch_size=12"]
+    run = debug_run(dataset, tmp_path / "run", *ramp, "train_micro_batch_size_per_gpu=2")
+    assert micro_batches(run, 1) == [1, 2, 3, 6]
+    options = [*overrides(dataset, tmp_path / "run"), *ramp, "train_micro_batch_size_per_gpu=4"]
+    assert main(["plan", str(DEBUG_RUN), "--ranks", "1", *options]) == 2
+    assert "first_batch=6 makes a batch of 6 in step 1" in capsys.readouterr().err
+
+
+def test_the_mean_length_of_rows_is_over_their_tokens():
+    """Two steps of 4 samples in rows of 16, then two of 8 in rows of 32: (8 x 16 + 16 x 32) / 24 is 26 2/3."""
+    rows, batches = doubling(4, 16, 64), doubling(2, 4, 8)
+    assert [rows.at(s) for s in range(4)] == [16, 16, 32, 32]
+    assert mean_length(rows, batches, range(4)) == 27
+    assert mean_length(rows, batches, range(4, 6)) == 64

@@ -7,6 +7,7 @@ import sys
 import pytest
 from support import debug_run, metric
 
+from megagpt.config.doubling import doubling
 from megagpt.distributed.process_group import progress_bar
 from megagpt.metrics.step_metrics import Pace
 from megagpt.train.opening import notes
@@ -107,18 +108,23 @@ def test_a_bar_is_drawn_on_a_terminal_after_a_second_and_removed(monkeypatch, is
 
 
 @pytest.mark.parametrize(
-    ("every", "seconds", "expected"),
+    ("every", "seconds", "ramp", "expected"),
     [
-        (10, 8.0, "a step takes about 8.0 s: 2.2 hours for the 998 that are left, and 64 s to the next line"),
-        (10, 7.0, ""),
-        (0, 0.1, "a step takes about 100 ms: 100 s for the 998 that are left, and 100 s to the next line"),
-        (0, 0.01, ""),
+        (10, 8.0, 0, "a step takes about 8.0 s: 2.2 hours for the 998 that are left, and 64 s to the next line"),
+        (10, 7.0, 0, ""),
+        (10, 8.0, 500, "a step takes about 8.0 s: 3.3 hours for the 998 that are left, and 64 s to the next line"),
+        (10, 7.0, 4, "a step takes about 7.0 s: 3.9 hours for the 998 that are left, and 98 s to the next line"),
+        (0, 0.1, 0, "a step takes about 100 ms: 100 s for the 998 that are left, and 100 s to the next line"),
+        (0, 0.01, 0, ""),
     ],
 )
-def test_the_time_that_a_run_takes_is_told_where_the_first_line_is_far_away(monkeypatch, every, seconds, expected):
+def test_the_time_that_a_run_takes_is_told_where_the_first_line_is_far_away(
+    monkeypatch, every, seconds, ramp, expected
+):
+    """With a ramp, the steps after it have twice the samples."""
     now = [0.0]
     monkeypatch.setattr("megagpt.metrics.step_metrics.time.perf_counter", lambda: now[0])
-    pace, told = Pace(0, 1000, every), []
+    pace, told = Pace(0, 1000, every, doubling(ramp, 4, 8)), []
     for step in range(1, 5):
         now[0] += 500.0 if step == 1 else seconds  # the first step compiles
         told.append(pace(step))

@@ -6,7 +6,7 @@ import json
 import torch
 
 from megagpt.cli.plan.micro_batch_search import search, search_report
-from megagpt.config.batch import batch_plan, rank_numbers
+from megagpt.config.batch import batch_plan, check_first_batch, rank_numbers
 from megagpt.config.run_file import load_run_config
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_or_raise
@@ -23,7 +23,8 @@ def run(args: argparse.Namespace) -> int:
     run = load_run_config(args.run_file, args.overrides)
     for warning in lint_or_raise(run):
         print_error(warning)
-    batch_plan(run.deepspeed, args.ranks, rank_numbers(args.ranks, "give --ranks {}"))
+    batch = batch_plan(run.deepspeed, args.ranks, rank_numbers(args.ranks, "give --ranks {}"))
+    check_first_batch(run.megagpt.schedule, batch)
     on = machine(
         _gpu(args),
         args.ranks,

@@ -106,6 +106,8 @@ def _two_steps(run: RunConfig, vocab_size: int, limit: int, device: torch.device
         f"train_batch_size={batch.global_batch}",
         f"gradient_accumulation_steps={batch.accumulation}",
         *("megagpt.schedule.first_batch=null", "megagpt.schedule.batch_ramp_steps=0"),
+        *("megagpt.schedule.max_tokens=null", "megagpt.schedule.max_epochs=null"),
+        f"megagpt.schedule.max_steps={run.megagpt.schedule.max_steps}",
     )
     cfg, compiled = run.megagpt, compiles(run.megagpt.compile, device)
     engine = build_engine(run, batch, vocab_size, device, compiled=compiled)
