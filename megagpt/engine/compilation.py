@@ -62,12 +62,13 @@ def compile_blocks(model: GPT, cache: Path, within: Callable[..., Tensor] | None
     Generation, whose length grows, runs uncompiled.
     `within`, if given, wraps the forward pass (it is called with it and its arguments) and is compiled with it.
     """
+    # First of all, because torch._dynamo sets this variable to a folder of its own when it is imported.
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_kernel_folder(cache.absolute()))
     # Each length of a warm-up, with each kind of block and mask, is compiled once; beyond this limit torch raises.
     torch._dynamo.config.recompile_limit = max(COMPILATIONS, torch._dynamo.config.recompile_limit)
     accumulated = torch._dynamo.config.accumulated_recompile_limit
     torch._dynamo.config.accumulated_recompile_limit = max(COMPILATIONS, accumulated)
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_kernel_folder(cache.absolute()))
     for block in model.blocks():
         block.forward = _unless_cached(block, within)  # type: ignore[method-assign]
 
