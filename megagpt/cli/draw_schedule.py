@@ -13,8 +13,7 @@ BLOCKS, LETTERS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 def schedule_lines(run: RunConfig) -> list[str]:
     """Return a curve for each thing that follows the schedule, and a table of some steps: at most 80 columns."""
     schedule, n = run.megagpt.schedule, run.megagpt.schedule.max_steps
-    seq_len, batches = run.megagpt.seq_len, schedule.batches(run.deepspeed.train_batch_size)
-    first, last, total = batches.at(0) * seq_len, batches.at(n - 1) * seq_len, batches.total(n) * seq_len
+    first, last, total = run.tokens(1), run.tokens(n) - run.tokens(n - 1), run.tokens(n)
     tokens = f"{last:,}" if first == last else f"{first:,} to {last:,}"
     curves = _curves(run)
     epochs = f" ({schedule.max_epochs:g} epochs)" if schedule.max_epochs else ""
@@ -25,7 +24,7 @@ def schedule_lines(run: RunConfig) -> list[str]:
     lines.append("  " + f"{'step':>10} {'tokens':>16}" + "".join(f" {name:>12}" for name in curves))
     for step in sorted({round(i * (n - 1) / (ROWS - 1)) for i in range(ROWS)}):
         cells = "".join(f" {_written(value(step)):>12}" for value in curves.values())
-        lines.append("  " + f"{step + 1:>10,} {batches.total(step + 1) * seq_len:>16,}" + cells)
+        lines.append("  " + f"{step + 1:>10,} {run.tokens(step + 1):>16,}" + cells)
     return lines
 
 

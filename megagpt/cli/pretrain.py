@@ -121,7 +121,6 @@ def _gpus() -> int:
 
 def _train(args: argparse.Namespace, preemption: Preemption, log: RunLog) -> int:
     """Meet the other ranks, check what they were given, and train."""
-    from megagpt.config.parsing import leaves
     from megagpt.config.run_file import load_run_config
     from megagpt.distributed.collectives import errors_on_every_rank
     from megagpt.distributed.hostfile import check_hostfile
@@ -138,10 +137,7 @@ def _train(args: argparse.Namespace, preemption: Preemption, log: RunLog) -> int
         print_rank0(note)
     with errors_on_every_rank():
         run = load_run_config(args.run_file, args.overrides)
-    facts = leaves(run.as_json()) | {"--fresh": args.fresh}
-    if run.megagpt.schedule.max_epochs is not None:
-        del facts["megagpt.schedule.max_steps"]  # it tells the data, which is compared later by its fingerprint
-    check_equal_on_ranks(facts, "give all ranks the same run file, overrides and flags")
+    check_equal_on_ranks(run.given() | {"--fresh": args.fresh}, "give all ranks the same run file, overrides and flags")
     check_shared(run.megagpt.out_dir)
     # DeepSpeed takes seconds to import, so the run file is checked before.
     from megagpt.guards.deepspeed_errors import deepspeed_explained

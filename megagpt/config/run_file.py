@@ -88,9 +88,20 @@ class RunConfig:
                     f"{max(p for p in range(1, P) if common % p == 0)}, or change {name}"
                 )
 
+    def tokens(self, steps: int) -> int:
+        """Return how many tokens the first `steps` steps train on."""
+        return self.megagpt.schedule.batches(self.deepspeed.train_batch_size).total(steps) * self.megagpt.seq_len
+
     def as_json(self) -> dict[str, Any]:
         """Return the run file again, with our section's defaults written out."""
         return {**self.deepspeed_raw, SECTION: self.megagpt.model_dump(mode="json")}
+
+    def given(self) -> dict[str, Any]:
+        """Return the values that the run file gives, by their dotted keys: without the steps that its data tells."""
+        found = leaves(self.as_json())
+        if self.megagpt.schedule.max_epochs is not None:
+            del found[f"{SECTION}.schedule.max_steps"]
+        return found
 
     def written_out(self, plain: dict[str, Any]) -> dict[str, Any]:
         """Return a copy of the run file `plain` with the defaults in ACTING written out where it leaves them out."""

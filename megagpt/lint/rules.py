@@ -18,24 +18,19 @@ def evaluations(run: RunConfig) -> int:
     return -(-steps // every) if every else 1
 
 
-def tokens(run: RunConfig, steps: int) -> int:
-    """Return how many tokens the first `steps` steps train on."""
-    return run.megagpt.schedule.batches(run.deepspeed.train_batch_size).total(steps) * run.megagpt.seq_len
-
-
 def tokens_that_patience_has(run: RunConfig) -> int:
     """Return how many tokens the run trains on after its first evaluation, which improves on none.
 
     The gap to the training loss can be too large from the first evaluation on.
     """
     before = 0 if run.megagpt.early_stopping.max_gap is not None else run.megagpt.every.eval
-    return tokens(run, run.megagpt.schedule.max_steps) - tokens(run, before)
+    return run.tokens(run.megagpt.schedule.max_steps) - run.tokens(before)
 
 
 def tokens_between_evaluations(run: RunConfig) -> int:
     """Return how many tokens the last `every.eval` steps train on, when a batch that grows is whole."""
     steps = run.megagpt.schedule.max_steps
-    return tokens(run, steps) - tokens(run, max(0, steps - run.megagpt.every.eval))
+    return run.tokens(steps) - run.tokens(max(0, steps - run.megagpt.every.eval))
 
 
 def never(run: RunConfig) -> bool:

@@ -132,11 +132,11 @@ def _device(device: torch.device, n_ranks: int) -> str:
 
 
 def _how_much(setup: RunSetup) -> str:
-    cfg, full = setup.run.megagpt, setup.batch.global_batch * setup.run.megagpt.seq_len
-    steps, first = cfg.schedule.max_steps, cfg.schedule.first_batch
-    per_step = f"{first * cfg.seq_len:,} to {full:,}" if first else f"{full:,}"
+    run, steps = setup.run, setup.run.megagpt.schedule.max_steps
+    first, full = run.tokens(1), setup.batch.global_batch * run.megagpt.seq_len
+    per_step = f"{full:,}" if first == full else f"{first:,} to {full:,}"
     return (
-        f"  {counted(steps, 'step')} of {per_step} tokens: {_tokens(setup):,} tokens, "
+        f"  {counted(steps, 'step')} of {per_step} tokens: {run.tokens(steps):,} tokens, "
         f"{' + '.join(map(_short, _epochs(setup)))} epochs, {_short(_tokens_per_parameter(setup))} tokens per parameter"
     )
 
@@ -158,14 +158,9 @@ def _epochs(setup: RunSetup) -> list[float]:
     return setup.training_set.epochs(state.samples_seen + left)
 
 
-def _tokens(setup: RunSetup) -> int:
-    """Return the tokens of all steps."""
-    cfg = setup.run.megagpt
-    return cfg.schedule.batches(setup.batch.global_batch).total(cfg.schedule.max_steps) * cfg.seq_len
-
-
 def _tokens_per_parameter(setup: RunSetup) -> float:
-    return _tokens(setup) / n_params(setup.run.megagpt.model, setup.data.vocab_size)
+    run = setup.run
+    return run.tokens(run.megagpt.schedule.max_steps) / n_params(run.megagpt.model, setup.data.vocab_size)
 
 
 def _short(number: float) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,18 @@ def test_a_run_is_linted_and_changed_where_its_data_is_not(dataset, tmp_path):
     assert [found for found in lint_file(tmp_path / "run.json") if found.level == "error"] == []
     with pytest.raises(UserError, match="no finished dataset"):
         parse_run(plain).changed("train_batch_size=16")
+
+
+def test_data_that_differs_between_hosts_is_not_told_as_another_run_file(tmp_path):
+    """The same path has another dataset on the other host: the steps differ, and what the run file gives does not."""
+    rng, given = np.random.default_rng(0), []
+    for n in (40, 60):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        write_dataset(tmp_path / "data", [np.append(rng.integers(3, 300, 99), 2) for _ in range(n)])
+        given.append(debug_run(tmp_path / "data", tmp_path / "run", 'megagpt.schedule={"max_epochs": 3}'))
+    here, there = given
+    assert here.megagpt.schedule.max_steps < there.megagpt.schedule.max_steps
+    assert here.given() == there.given()
 
 
 RAMP = {"batch_ramp_steps": 4, "first_batch": 4}

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import processes
@@ -166,6 +167,20 @@ def kernel_folders(monkeypatch, tmp_path) -> dict[str, Path]:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is restored
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     return places
+
+
+@pytest.mark.long
+def test_every_length_of_a_warm_up_is_compiled(tmp_path, monkeypatch):
+    """Blocks of two kinds in 17 lengths are 34 compilations of one code object; without kernels, to be quick."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = GPT(ModelConfig(n_layer=2, n_head=1, n_embd=8, value_residual=True), 128).eval()
+    tokens = torch.arange(17)[None]
+    eager = [model(tokens[:, :n]) for n in range(1, 18)]
+    torch._dynamo.reset()
+    compile_blocks(model, tmp_path)
+    for n, expected in enumerate(eager, start=1):
+        torch.testing.assert_close(model(tokens[:, :n]), expected)
 
 
 def test_a_blank_in_out_dir_does_not_reach_the_compiler(tmp_path, monkeypatch, capsys):

@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
     already = without_bf16(run, on.gpu)
     run = run.changed(*already)
     found = list(settings(run, on, vocab[0]))
-    samples = run.megagpt.schedule.batches(run.deepspeed.train_batch_size).total(run.megagpt.schedule.max_steps)
-    tokens = args.tokens or samples * run.megagpt.seq_len
+    tokens = args.tokens or run.tokens(run.megagpt.schedule.max_steps)
     if args.json:
         show(json.dumps(as_json(on, vocab, found, tokens)))
     else:
