@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LossGap:
-    """How far the validation loss was above the training loss; all at its default where nothing limits it."""
+    """The state of the limit on the gap between validation and training loss; at its defaults without a limit."""
 
     limit: float | None = None  # nats per token, that the counts are of
     last: float | None = None  # at the last evaluation that was finite

@@ -43,8 +43,9 @@ def halved(n: int) -> list[int]:
     return [n >> k for k in range(n.bit_length()) if n >> k << k == n]
 
 
-def check_doubles(key: str, first: int | None, steps_key: str, whole_key: str, whole: int) -> None:
-    """Raise ValueError if `first`, the value of `key`, does not double to `whole`."""
+def check_doubles(small: tuple[str, int | None], large: tuple[str, int], steps_key: str) -> None:
+    """Raise ValueError if the value of one key does not double to the value of another: each is (key, value)."""
+    (key, first), (whole_key, whole) = small, large
     if first is None or first in halved(whole):
         return
     parts = halved(whole)[1:]

@@ -76,8 +76,9 @@ class RunConfig:
                 "megagpt.schedule.first_seq_len, or set sequence_parallel_size to 1"
             )
         check_doubles(
-            *("megagpt.schedule.first_batch", cfg.schedule.first_batch, "megagpt.schedule.batch_ramp_steps"),
-            *("train_batch_size", self.deepspeed.train_batch_size),
+            ("megagpt.schedule.first_batch", cfg.schedule.first_batch),
+            ("train_batch_size", self.deepspeed.train_batch_size),
+            "megagpt.schedule.batch_ramp_steps",
         )
         common = math.gcd(*shared.values())
         for name, n in shared.items():

@@ -160,8 +160,9 @@ class MegaGPTConfig(Strict):
     def _short_rows_double_to_whole_ones(self) -> Self:
         whole = "megagpt.model.seq_len" if self.data.seq_len is None else "megagpt.data.seq_len"
         check_doubles(
-            *("megagpt.schedule.first_seq_len", self.schedule.first_seq_len, "megagpt.schedule.seq_len_warmup_steps"),
-            *(whole, self.seq_len),
+            ("megagpt.schedule.first_seq_len", self.schedule.first_seq_len),
+            (whole, self.seq_len),
+            "megagpt.schedule.seq_len_warmup_steps",
         )
         return self
 

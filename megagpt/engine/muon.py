@@ -32,7 +32,7 @@ from megagpt.distributed.collectives import exchange, gather_objects
 from megagpt.distributed.process_group import rank
 from megagpt.engine.cautious import CautiousAdamW, decay_where_it_shrinks
 from megagpt.engine.flat_tensors import ParamSlice, own_slices, param_sizes
-from megagpt.model.products import add_product, onednn_is_faster, product
+from megagpt.model.products import add_product, by_onednn, product
 
 # The quintic of Jordan et al. (2024): five rounds bring singular values of 0.01 to 1 to between 0.68 and 1.14.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -212,7 +212,7 @@ def orthogonalize(matrices: Iterable[Tensor]) -> None:
     for (rows, columns), found in alike.items():
         n = max(1, AT_ONCE // (rows * columns))
         for batch in (found[i : i + n] for i in range(0, len(found), n)):
-            if batch[0].device.type == "cpu" and onednn_is_faster():  # one after another, each stays in the cache
+            if by_onednn(batch[0], batch[0]):  # one after another, each stays in the cache
                 results = torch.stack([newton_schulz(matrix) for matrix in batch])
             else:
                 results = newton_schulz(torch.stack([matrix.to(_dtype(matrix)) for matrix in batch]))

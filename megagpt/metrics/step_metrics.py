@@ -110,12 +110,11 @@ def log_metrics(
 
 
 def speed(
-    run: RunConfig, vocab_size: int, tokens_per_sec: float, device: torch.device, *, rows: int, compiled: bool
+    run: RunConfig, vocab_size: int, tokens_per_sec: float, device: torch.device, *, steps: range, compiled: bool
 ) -> dict[str, float]:
-    """Throughput over all ranks without evaluating and saving; MFU and HFU where the GPU's peak is known.
+    """Return the throughput of these steps over all ranks, and MFU and HFU where the GPU's peak is known.
 
-    `rows` is the length of the rows, on average: attention costs what is trained.
-
+    Evaluating and saving do not count. Attention costs what the rows of these steps make of it.
     MFU: model FLOPs over peak FLOPs (PaLM: Chowdhery et al. 2022, appendix B); HFU also counts recomputation.
     """
     found = {"perf/tokens_per_sec": tokens_per_sec, "perf/memory_gib": peak_memory(device) / 2**30}
@@ -123,7 +122,8 @@ def speed(
     if peak is None or run.deepspeed.dtype == "fp32":  # published peaks are of 16-bit tensor cores
         return found
     cfg = run.megagpt
-    model = cfg.model.model_copy(update={"seq_len": rows})
+    rows, batches = cfg.schedule.rows(cfg.seq_len), cfg.schedule.batches(run.deepspeed.train_batch_size)
+    model = cfg.model.model_copy(update={"seq_len": mean_length(rows, batches, steps)})
     again = recompute_flops_per_token(
         model,
         cfg.recompute,
@@ -133,6 +133,17 @@ def speed(
     )
     flops, share = flops_per_token(model, vocab_size), tokens_per_sec / (peak * world_size())
     return found | {"perf/mfu": flops * share} | ({} if again is None else {"perf/hfu": (flops + again) * share})
+
+
+def mean_length(rows: Doubling, batches: Doubling, steps: range) -> int:
+    """Return the length of the row that a token lies in, on average over the tokens of these steps."""
+    return round(sum(rows.at(s) * batches.at(s) for s in steps) / sum(batches.at(s) for s in steps))
+
+
+def eta_seconds(run: RunConfig, begin: int, step: int, seconds: float) -> float:
+    """Return the seconds to the last step, for a start that has taken `seconds` from step `begin` to `step`."""
+    so_far = run.tokens(step)
+    return (run.tokens(run.megagpt.schedule.max_steps) - so_far) * seconds / (so_far - run.tokens(begin))
 
 
 def hyperparameters(run: RunConfig) -> dict[str, float | str]:

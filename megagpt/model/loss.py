@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megagpt.data.loss_mask import IGNORE
-from megagpt.model.products import linear, onednn_is_faster, product
+from megagpt.model.products import by_onednn, linear, product
 
 # hidden states (B, T, C), output matrix (V, C), the cap of logits if there is one -> loss
 Score = Callable[[Tensor, Tensor, float | None], Tensor]
@@ -199,8 +199,8 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """Return total + a @ b, added in place and in total's precision; without a total, a @ b."""
     if total is None:
         return product(a, b)
-    same = a.dtype == total.dtype and not onednn_is_faster()
-    return total.addmm_(a, b) if same else total.add_(product(a, b))
+    in_one = a.dtype == total.dtype and not by_onednn(a, b)
+    return total.addmm_(a, b) if in_one else total.add_(product(a, b))
 
 
 def kept_share(targets: Tensor) -> Tensor:

@@ -29,10 +29,16 @@ def onednn_is_faster() -> bool:
         return False
 
 
+def by_onednn(a: Tensor, b: Tensor) -> bool:
+    """Tell whether a product of these two is oneDNN's: not on a GPU, whatever processor its host has."""
+    fp32_on_cpu = a.dtype == b.dtype == torch.float32 and a.device.type == b.device.type == "cpu"
+    return fp32_on_cpu and a.numel() > 0 and onednn_is_faster() and not torch.is_autocast_enabled("cpu")
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x @ weight.T + bias: x (N, K), weight (M, K), bias (M,) -> (N, M)."""
     # torch.compile cannot trace the question; its compiled blocks keep torch's own products.
-    if not torch.compiler.is_compiling() and _by_onednn(x, weight):
+    if not torch.compiler.is_compiling() and by_onednn(x, weight):
         y: Tensor = _Linear.apply(x, weight, bias)
         return y
     return F.linear(x, weight, bias)
@@ -40,19 +46,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b, without autograd: a (N, K), b (K, M) -> (N, M); or of as many pairs, (n, N, K) and (n, K, M)."""
-    return _onednn(a, b.t()) if a.ndim == 2 and _by_onednn(a, b) else a @ b
+    return _onednn(a, b.t()) if a.ndim == 2 and by_onednn(a, b) else a @ b
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, beta: float, alpha: float) -> Tensor:
     """Return beta * total + alpha * a @ b, without autograd, of matrices or of as many pairs: (n, N, K), (n, K, M)."""
-    if a.ndim == 2 and _by_onednn(a, b):
+    if a.ndim == 2 and by_onednn(a, b):
         return product(a, b).mul_(alpha).add_(total, alpha=beta)
     return (torch.addmm if a.ndim == 2 else torch.baddbmm)(total, a, b, beta=beta, alpha=alpha)
-
-
-def _by_onednn(a: Tensor, b: Tensor) -> bool:
-    fp32_on_cpu = a.dtype == b.dtype == torch.float32 and a.device.type == b.device.type == "cpu"
-    return fp32_on_cpu and a.numel() > 0 and onednn_is_faster() and not torch.is_autocast_enabled("cpu")
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

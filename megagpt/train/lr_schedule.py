@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megagpt.config.schedule import ScheduleConfig
+from megagpt.train_state import TrainState
 
 FIRST_MOMENTUM = 0.85  # of Muon, with a warm-up
 
@@ -66,13 +67,11 @@ def decay_in_the_past(saved_run: Mapping[str, Any], step: int, cfg: ScheduleConf
     )
 
 
-def other_tokens_so_far(
-    tokens_seen: int, step: int, cfg: ScheduleConfig, *, global_batch: int, seq_len: int
-) -> str | None:
-    """Return what is wrong if the steps before `step` had other lengths, so that the run would miss its max_tokens."""
+def other_tokens_so_far(state: TrainState, cfg: ScheduleConfig, global_batch: int, seq_len: int) -> str | None:
+    """Return what is wrong if the steps so far had other batches or rows, so that the run would miss its max_tokens."""
     if cfg.max_tokens is None:
         return None
-    batches = cfg.batches(global_batch)
+    batches, step, tokens_seen = cfg.batches(global_batch), state.step, state.tokens_seen
     steps = max(step, batches.steps_to(batches.total(step) - (tokens_seen - cfg.max_tokens) // seq_len))
     if steps == max(step, cfg.max_steps):
         return None

@@ -112,11 +112,7 @@ def prepare(run: RunConfig, device: torch.device, *, fresh: bool) -> RunSetup:
             json.loads((saved.step_dir / "run.json").read_bytes()), saved.state.step, cfg.schedule
         ):
             raise UserError(wrong)
-        if wrong := other_tokens_so_far(
-            *(saved.state.tokens_seen, saved.state.step, cfg.schedule),
-            global_batch=batch.global_batch,
-            seq_len=cfg.seq_len,
-        ):
+        if wrong := other_tokens_so_far(saved.state, cfg.schedule, batch.global_batch, cfg.seq_len):
             raise UserError(wrong)
     with errors_on_every_rank():
         start = None

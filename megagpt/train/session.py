@@ -33,13 +33,12 @@ from megagpt.guards.spikes import UpdateGate, judge_steps
 from megagpt.guards.step_window import StepWindow
 from megagpt.guards.stragglers import ForwardTimer, StragglerDetector
 from megagpt.guards.watchdog import Watchdog
-from megagpt.metrics.step_metrics import Stopwatch, log_metrics
+from megagpt.metrics.step_metrics import Stopwatch, eta_seconds, log_metrics, speed
 from megagpt.terminal import YELLOW
 from megagpt.train.early_stopping import after_evaluation, after_training, metrics_of
 from megagpt.train.lr_schedule import lr_factor, muon_momentum, weight_decay_factor
 from megagpt.train.monitor import Monitor, print_ending
 from megagpt.train.opening import print_opening
-from megagpt.train.pace import eta_seconds, pace
 from megagpt.train.preflight import RunSetup
 from megagpt.train.roll_back import checkpoint_before_spike, state_after
 from megagpt.train.samples import generated_samples, sample_lines
@@ -164,28 +163,27 @@ class Session:
             print_rank0(line, color=YELLOW)
         logged = range(state.step - len(steps), state.step)
         global_batches = [len(self.samples_of(step)) for step in logged]
-        n_tokens = sum(global_batches) * self.cfg.seq_len
+        setup, n_tokens = self.setup, sum(global_batches) * self.cfg.seq_len
+        tokens_per_sec = n_tokens / (seconds["step"] + seconds["data"])
         metrics = log_metrics(
             steps,
             rates=learning_rates(self.engine),
-            speed=pace(self.setup, self.device, n_tokens / (seconds["step"] + seconds["data"]), logged),
+            speed=speed(
+                setup.run, setup.data.vocab_size, tokens_per_sec, self.device, steps=logged, compiled=setup.compiled
+            ),
             skipped_steps=state.health.skipped_steps,
-            epoch=self.setup.training_set.epochs(state.samples_seen)[0],  # of the first dataset
+            epoch=setup.training_set.epochs(state.samples_seen)[0],  # of the first dataset
             seconds_per_step={name: spent / len(steps) for name, spent in seconds.items()},
             stragglers=self.stragglers.metrics(own, len(steps)),
-            micro_batch=self.setup.batch.micro_batch if self.cfg.noise_scale else None,
+            micro_batch=setup.batch.micro_batch if self.cfg.noise_scale else None,
             global_batches=global_batches,
         )
         if not self.frozen:  # everything alive now stays alive: take it out of every later garbage collection
             gc.collect()
             gc.freeze()
             self.frozen = True
-        self.monitor.log(
-            state,
-            metrics,
-            eta_seconds=eta_seconds(self.setup, state.step, self.stopwatch.total()),
-            waits_for=self.stragglers.slow,
-        )
+        eta = eta_seconds(setup.run, setup.state.step, state.step, self.stopwatch.total())
+        self.monitor.log(state, metrics, eta_seconds=eta, waits_for=self.stragglers.slow)
         return state, verdict.roll_back
 
     def roll_back(self, state: TrainState) -> tuple[TrainState, Iterator[Batch]]:

@@ -14,7 +14,7 @@ Sizes = Mapping[str, Sequence[float]]  # activation -> mean |x|, mean |change|
 
 @dataclass
 class Measured:
-    """What the short runs of one optimizer showed, narrowest width first."""
+    """The results of the short runs of one optimizer, narrowest width first."""
 
     optimizer: str
     key: str  # of the rate that is compared
@@ -44,7 +44,7 @@ class Measured:
 
     @property
     def cost(self) -> float:
-        """How far the narrowest model's best rate ends above the best loss at full width, in nats."""
+        """The loss at full width with the narrowest model's best rate, less the best loss there, in nats."""
         return self.losses[-1][self.best(0)] - self.losses[-1][self.best(-1)]
 
     def progress(self) -> str:

@@ -25,6 +25,7 @@ from megagpt.errors import UserError
 from megagpt.guards.deepspeed_errors import deepspeed_explained
 from megagpt.guards.out_of_memory import explained
 from megagpt.lint.linter import lint_or_raise
+from megagpt.model.gpt import Output, with_values
 from megagpt.train.preflight import prepare
 from megagpt.train.session import Session
 from megagpt.train.trainer import train_step
@@ -51,7 +52,7 @@ class Request:
 
 @dataclass
 class Found:
-    """What the runs of one optimizer at one width showed."""
+    """The results of the runs of one optimizer at one width."""
 
     optimizer: str
     refused: str  # why it was not run; empty if it was
@@ -126,11 +127,11 @@ def activations(session: Session, batch: Batch) -> dict[str, Tensor]:
     """Return the outputs of each block, and the logits of the tokenizer's own ids, on a few sequences."""
     model, found = session.engine.module, dict[str, Tensor]()
 
-    def keep(name: str, x: Tensor) -> None:
-        found[name] = x.detach().float().clone()
+    def keep(name: str, output: Output) -> None:
+        found[name] = with_values(output)[0].detach().float().clone()
 
     hooks = [
-        block.register_forward_hook(lambda _, args, x, name=f"block {i}": keep(name, x))
+        block.register_forward_hook(lambda _, args, output, name=f"block {i}": keep(name, output))
         for i, block in enumerate(model.blocks(), start=1)
     ]
     model.eval()

@@ -47,3 +47,11 @@ def test_a_product_is_added_to_a_matrix_or_to_as_many(shape):
 def test_autocast_computes_in_16_bits():
     with torch.autocast("cpu", torch.bfloat16):
         assert products.linear(torch.randn(4, 8), torch.randn(6, 8)).dtype == torch.bfloat16
+
+
+def test_products_of_another_device_or_type_are_torchs_own():
+    """Also on a GPU in a machine with such a processor."""
+    on_cpu = torch.ones(2, 2)
+    assert products.by_onednn(on_cpu, on_cpu)
+    assert not products.by_onednn(on_cpu.to("meta"), on_cpu.to("meta"))
+    assert not products.by_onednn(on_cpu.bfloat16(), on_cpu.bfloat16())

@@ -23,8 +23,8 @@ from megagpt.config.doubling import doubling
 from megagpt.config.schedule import ScheduleConfig
 from megagpt.errors import UserError
 from megagpt.lint.linter import lint_file
+from megagpt.metrics.step_metrics import mean_length
 from megagpt.planner.estimate import micro_batches
-from megagpt.train.pace import mean_length
 from megagpt.train.trainer import train
 
 RAMP = ["megagpt.schedule.batch_ramp_steps=3", "megagpt.schedule.first_batch=4"]

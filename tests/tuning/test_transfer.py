@@ -92,7 +92,13 @@ def test_a_short_run_ends_at_the_loss_of_real_training_and_a_rate_of_almost_noth
         loss_of(run.changed(f"megagpt.out_dir={tmp_path / 'short'}"), device)
         == metric(tmp_path / "trained", "val/loss")[4]
     )
-    still = coordinates(run.changed(f"megagpt.out_dir={tmp_path / 'still'}", "optimizer.params.lr=1e-30"), device)
+    # With value residual the first block returns two tensors.
+    unmoved = [
+        f"megagpt.out_dir={tmp_path / 'still'}",
+        "optimizer.params.lr=1e-30",
+        "megagpt.model.value_residual=true",
+    ]
+    still = coordinates(run.changed(*unmoved), device)
     assert list(still) == ["block 1", "block 2", "logits"]
     assert all(size > 0 and change == 0 for size, change in still.values())
     broken = run.changed(f"megagpt.out_dir={tmp_path / 'broken'}", "optimizer.params.lr=1e30")

@@ -6,8 +6,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Timer
@@ -78,25 +79,18 @@ def examine(hostfile: Path | None, run_file: Path | None, overrides: Sequence[st
     findings = list(launcher_findings(list(slots) if hostfile else []))
     mark, found = _left_mark(run_file, overrides) if run_file else (None, [])
     findings += found
-    agents = [Agent(name, over_ssh=hostfile is not None) for name in slots]
-    try:
-        with ThreadPoolExecutor(len(agents)) as threads:
-            requests = _requests(slots, run_file, overrides, mark)
-            for found in threads.map(_examined, agents, requests):
-                findings += found
-            present = [agent for agent in agents if agent.report is not None]
-            findings += _differences(present)
-            speed = None
-            # With one of these findings the all-reduce would fail or wait, and its error would say less.
-            blocking = {finding.check for finding in findings} & {"programs", "interface", "port"}
-            if len(present) == len(agents) > 1 and not blocking:
-                speed, found = _all_reduce(present, threads)
-                findings += found
-    finally:
-        for agent in agents:
-            agent.end()
-        if mark:
-            mark.unlink()
+    with _agents(slots, mark, over_ssh=hostfile is not None) as (agents, threads):
+        requests = _requests(slots, run_file, overrides, mark)
+        for found in threads.map(_examined, agents, requests):
+            findings += found
+        present = [agent for agent in agents if agent.report is not None]
+        findings += _differences(present)
+        speed = None
+        # With one of these findings the all-reduce would fail or wait, and its error would say less.
+        blocking = {finding.check for finding in findings} & {"programs", "interface", "port"}
+        if len(present) == len(agents) > 1 and not blocking:
+            speed, found = _all_reduce(present, threads)
+            findings += found
     facts = {p.name: p.report.facts() for p in present if p.report}
     return {"findings": _merged(findings), "hosts": facts, "all_reduce_gb_per_s": speed}
 
@@ -107,19 +101,28 @@ def unready_for(run_file: Path, overrides: Sequence[str], slots: Mapping[str, in
     Traffic between hosts does not matter to it, nor do their clocks or how alike their GPUs are.
     """
     mark, findings = _left_mark(run_file, overrides)
-    agents = [Agent(name, over_ssh=True) for name in slots]
     requests = [replace(request, others=[], port=0) for request in _requests(slots, run_file, overrides, mark)]
+    with _agents(slots, mark, over_ssh=True) as (agents, threads):
+        for found in threads.map(_examined, agents, requests):
+            findings += found
+    findings += _differences(agents)
+    return [finding for finding in _merged(findings) if finding.check in OF_ONE_HOST]
+
+
+@contextmanager
+def _agents(
+    slots: Iterable[str], mark: Path | None, *, over_ssh: bool
+) -> Iterator[tuple[list[Agent], ThreadPoolExecutor]]:
+    """Start an agent on each host, and a thread for each; afterwards end them, and remove the mark."""
+    agents = [Agent(name, over_ssh=over_ssh) for name in slots]
     try:
         with ThreadPoolExecutor(len(agents)) as threads:
-            for found in threads.map(_examined, agents, requests):
-                findings += found
+            yield agents, threads
     finally:
         for agent in agents:
             agent.end()
         if mark:
             mark.unlink()
-    findings += _differences(agents)
-    return [finding for finding in _merged(findings) if finding.check in OF_ONE_HOST]
 
 
 def _left_mark(run_file: Path, overrides: Sequence[str]) -> tuple[Path | None, list[Finding]]:
